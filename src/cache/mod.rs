@@ -1,0 +1,158 @@
+//! The KV cache: one fixed allocation per layer, made before the first token.
+//!
+//! Every state reports its bytes by pool, allocated and used, and what a dense cache would have taken. Nothing is allocated
+//! afterwards, and a token past the provisioned context is refused before any work.
+
+mod ring;
+mod two_pool;
+
+pub use ring::Ring;
+pub use two_pool::TwoPool;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::retrofit::RetrofitPlan;
+use crate::selector;
+use crate::spec::{AttentionKind, ModelSpec};
+use candle_core::Device;
+use serde::Serialize;
+
+/// Bytes by pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct PoolBytes {
+    /// Raw positions: dense caches, sliding rings and local rings.
+    pub local: u64,
+    /// Summaries and the running sums of blocks in progress.
+    pub summary: u64,
+    /// Sinks.
+    pub sink: u64,
+}
+
+impl PoolBytes {
+    /// All pools.
+    pub fn total(&self) -> u64 {
+        self.local + self.summary + self.sink
+    }
+}
+
+impl std::ops::AddAssign for PoolBytes {
+    fn add_assign(&mut self, other: Self) {
+        self.local += other.local;
+        self.summary += other.summary;
+        self.sink += other.sink;
+    }
+}
+
+/// What one layer keeps.
+#[derive(Debug)]
+pub enum LayerState {
+    /// Every position of the provisioned context.
+    Dense(Ring),
+    /// The last positions of a sliding window.
+    Ring(Ring),
+    /// A local ring, sinks and summaries.
+    TwoPool(Box<TwoPool>),
+}
+
+impl LayerState {
+    /// Allocated bytes by pool.
+    pub fn capacity_bytes(&self) -> PoolBytes {
+        match self {
+            Self::Dense(r) | Self::Ring(r) => PoolBytes { local: r.capacity_bytes(), ..PoolBytes::default() },
+            Self::TwoPool(t) => t.capacity_bytes(),
+        }
+    }
+
+    /// Bytes that hold something after `position` tokens.
+    pub fn used_bytes(&self, position: usize) -> PoolBytes {
+        match self {
+            Self::Dense(r) | Self::Ring(r) => PoolBytes { local: r.used_bytes(position), ..PoolBytes::default() },
+            Self::TwoPool(t) => t.used_bytes(position),
+        }
+    }
+}
+
+/// The cache of a whole model.
+#[derive(Debug)]
+pub struct Cache {
+    /// One state per layer.
+    pub layers: Vec<LayerState>,
+    ctx: usize,
+    position: usize,
+    dense_bytes: u64,
+}
+
+impl Cache {
+    /// Allocates for `ctx` positions; layers named by `plan` get two pools.
+    pub fn new(spec: &ModelSpec, plan: Option<&RetrofitPlan>, ctx: usize, device: &Device) -> Result<Self> {
+        if ctx == 0 {
+            return Err(Error::usage("--ctx", "0 is not a context length"));
+        }
+        let mut layers = Vec::with_capacity(spec.layers.len());
+        let mut dense_bytes = 0;
+        for (i, l) in spec.layers.iter().enumerate() {
+            let row = (l.kv_heads, l.head_dim);
+            let capacity = match l.attention {
+                AttentionKind::Full => ctx,
+                AttentionKind::Sliding { window } => window.min(ctx),
+            };
+            dense_bytes += Ring::bytes_for(capacity, row);
+            layers.push(match (l.attention, plan.and_then(|p| p.ordinal(i).map(|j| (p, j)))) {
+                (AttentionKind::Full, Some((plan, ordinal))) => {
+                    let s = &plan.settings;
+                    let rows =
+                        selector::rows_needed(selector::find(&s.partner)?, &s.grid(ctx), ordinal, s.partner_count);
+                    LayerState::TwoPool(Box::new(TwoPool::new(s, rows, row, device)?))
+                }
+                (AttentionKind::Full, None) => LayerState::Dense(Ring::new(capacity, row, device)?),
+                (AttentionKind::Sliding { .. }, _) => LayerState::Ring(Ring::new(capacity, row, device)?),
+            });
+        }
+        Ok(Self { layers, ctx, position: 0, dense_bytes })
+    }
+
+    /// Tokens seen.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Positions provisioned.
+    pub fn ctx(&self) -> usize {
+        self.ctx
+    }
+
+    /// Refuses `count` more tokens where they do not fit.
+    pub fn admit(&self, count: usize) -> Result<()> {
+        let need = self.position + count;
+        if need <= self.ctx {
+            return Ok(());
+        }
+        let message = format!("{need} tokens do not fit the {} provisioned; give at least {need}", self.ctx);
+        Err(Error::new(ErrorKind::Context, "--ctx", message))
+    }
+
+    /// Counts `count` tokens as seen, once every layer has them.
+    pub(crate) fn advance(&mut self, count: usize) {
+        self.position += count;
+    }
+
+    /// Allocated bytes by pool.
+    pub fn capacity_bytes(&self) -> PoolBytes {
+        self.sum(LayerState::capacity_bytes)
+    }
+
+    /// Bytes in use by pool.
+    pub fn used_bytes(&self) -> PoolBytes {
+        self.sum(|l| l.used_bytes(self.position))
+    }
+
+    /// What the model as it came would have allocated for the same context.
+    pub fn dense_bytes(&self) -> u64 {
+        self.dense_bytes
+    }
+
+    fn sum(&self, f: impl Fn(&LayerState) -> PoolBytes) -> PoolBytes {
+        let mut total = PoolBytes::default();
+        self.layers.iter().for_each(|l| total += f(l));
+        total
+    }
+}

@@ -1,0 +1,91 @@
+//! The two pools of a swapped layer: raw rows (sinks and a local ring) and summary rows, allocated once.
+
+use super::{PoolBytes, Ring};
+use crate::error::Result;
+use crate::ops::{Pooled, RunningMean};
+use crate::retrofit::Settings;
+use candle_core::{Device, Tensor};
+
+/// A swapped layer's state.
+#[derive(Debug)]
+pub struct TwoPool {
+    /// `(w + 1) B` raw positions, so that a token finds its whole window whatever its place in its block.
+    pub local: Ring,
+    /// Positions `0..S`.
+    sinks: Option<Ring>,
+    sink_tokens: usize,
+    /// The newest summaries: block `n` in row `n % rows`.
+    summaries: Option<Ring>,
+    /// The block in progress.
+    pub running: RunningMean,
+    block: usize,
+}
+
+impl TwoPool {
+    /// Allocates for `settings`, with `rows` summaries.
+    pub fn new(settings: &Settings, rows: usize, row: (usize, usize), device: &Device) -> Result<Self> {
+        let pool = |n: usize| (n > 0).then(|| Ring::new(n, row, device)).transpose();
+        Ok(Self {
+            local: Ring::new((settings.window_blocks() + 1) * settings.block, row, device)?,
+            sinks: pool(settings.sink_tokens)?,
+            sink_tokens: settings.sink_tokens,
+            summaries: pool(rows)?,
+            running: RunningMean::new(row.0 * row.1),
+            block: settings.block,
+        })
+    }
+
+    /// The sinks, if any are kept.
+    pub fn sinks(&self) -> Option<&Ring> {
+        self.sinks.as_ref()
+    }
+
+    /// Keeps the chunk's share of the sinks. Before attention, which may need them from the chunk's own second window on.
+    pub fn keep_sinks(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
+        match &mut self.sinks {
+            Some(sinks) if start < self.sink_tokens => {
+                let n = (self.sink_tokens - start).min(k.dims()[0]);
+                sinks.write(&k.narrow(0, 0, n)?, &v.narrow(0, 0, n)?, start)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Summary rows held.
+    pub fn summary_rows(&self) -> usize {
+        self.summaries.as_ref().map_or(0, Ring::capacity)
+    }
+
+    /// The summary pool.
+    pub fn summaries(&self) -> Option<&Ring> {
+        self.summaries.as_ref()
+    }
+
+    /// Keeps what a chunk completed. After attention, whose first queries may still need the oldest rows.
+    pub fn keep_summaries(&mut self, pooled: &Pooled) -> Result<()> {
+        match &mut self.summaries {
+            Some(summaries) if pooled.count > 0 => summaries.write(&pooled.k, &pooled.v, pooled.first),
+            _ => Ok(()),
+        }
+    }
+
+    /// Allocated bytes by pool.
+    pub fn capacity_bytes(&self) -> PoolBytes {
+        let bytes = |r: &Option<Ring>| r.as_ref().map_or(0, Ring::capacity_bytes);
+        PoolBytes {
+            local: self.local.capacity_bytes(),
+            summary: bytes(&self.summaries) + self.running.bytes(),
+            sink: bytes(&self.sinks),
+        }
+    }
+
+    /// Bytes in use after `position` tokens.
+    pub fn used_bytes(&self, position: usize) -> PoolBytes {
+        let bytes = |r: &Option<Ring>, n| r.as_ref().map_or(0, |r| r.used_bytes(n));
+        PoolBytes {
+            local: self.local.used_bytes(position),
+            summary: bytes(&self.summaries, position / self.block) + self.running.bytes(),
+            sink: bytes(&self.sinks, position),
+        }
+    }
+}

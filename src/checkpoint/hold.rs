@@ -1,0 +1,141 @@
+//! In what form weights are held in memory: the meaning of `--dtype`.
+
+use crate::error::{Error, Result};
+use candle_core::quantized::GgmlDType;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Mutex;
+
+/// The request: `--dtype`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Held {
+    /// On a CPU: quantised types with SIMD dot products as stored, the rest f32, or q8_0 where f32 would not fit in half
+    /// the machine's memory.
+    #[default]
+    Auto,
+    /// Everything as stored.
+    Native,
+    /// Everything in this type.
+    As(GgmlDType),
+}
+
+impl Held {
+    /// The names that [`Held::from_str`] takes.
+    pub const NAMES: &'static [&'static str] = &["auto", "f32", "f16", "bf16", "q8_0", "q4_0", "native"];
+}
+
+impl FromStr for Held {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        Ok(match s {
+            "auto" => Self::Auto,
+            "native" => Self::Native,
+            "f32" => Self::As(GgmlDType::F32),
+            "f16" => Self::As(GgmlDType::F16),
+            "bf16" => Self::As(GgmlDType::BF16),
+            "q8_0" => Self::As(GgmlDType::Q8_0),
+            "q4_0" => Self::As(GgmlDType::Q4_0),
+            other => {
+                return Err(Error::usage("--dtype", format!("`{other}` is not one of {}", Self::NAMES.join(", "))))
+            }
+        })
+    }
+}
+
+impl fmt::Display for Held {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Native => f.write_str("native"),
+            Self::As(t) => f.write_str(&type_name(*t)),
+        }
+    }
+}
+
+/// A resolved request, which also keeps count of what was held.
+pub struct HoldAs {
+    request: Held,
+    /// What `auto` falls back to.
+    fallback: GgmlDType,
+    bytes: Mutex<BTreeMap<String, u64>>,
+}
+
+impl HoldAs {
+    /// Resolves `request` for a checkpoint of `f32_bytes`, on a machine with `memory` bytes (if known).
+    pub fn new(request: Held, f32_bytes: u64, memory: Option<u64>) -> Self {
+        let fits = memory.is_none_or(|m| f32_bytes <= m / 2);
+        let fallback = if fits { GgmlDType::F32 } else { GgmlDType::Q8_0 };
+        Self { request, fallback, bytes: Mutex::default() }
+    }
+
+    /// The type in which a matrix of `cols` columns stored as `stored` is held.
+    pub fn resolve(&self, stored: GgmlDType, cols: usize) -> GgmlDType {
+        let wanted = match self.request {
+            Held::Native => stored,
+            Held::Auto if has_simd_dot(stored) => stored,
+            Held::Auto => self.fallback,
+            Held::As(t) => t,
+        };
+        // A row must hold whole quantisation blocks.
+        if cols.is_multiple_of(wanted.block_size()) {
+            wanted
+        } else {
+            GgmlDType::F32
+        }
+    }
+
+    pub(super) fn count(&self, held: GgmlDType, bytes: usize) {
+        if let Ok(mut map) = self.bytes.lock() {
+            *map.entry(type_name(held)).or_default() += bytes as u64;
+        }
+    }
+
+    /// Bytes held so far, by type.
+    pub fn bytes_by_type(&self) -> BTreeMap<String, u64> {
+        self.bytes.lock().map(|m| m.clone()).unwrap_or_default()
+    }
+}
+
+/// Types whose dot products candle vectorises on x86 and Arm (Q4_1, Q5_0 and Q5_1 are scalar on x86).
+fn has_simd_dot(t: GgmlDType) -> bool {
+    use GgmlDType::*;
+    matches!(t, Q4_0 | Q8_0 | Q2K | Q3K | Q4K | Q5K | Q6K)
+}
+
+/// A type's name in lower case, as flags and reports spell it.
+pub(super) fn type_name(t: GgmlDType) -> String {
+    let name = format!("{t:?}").to_lowercase();
+    match name.strip_suffix('k') {
+        Some(base) => format!("{base}_k"),
+        None => name,
+    }
+}
+
+/// Bytes of memory that the machine has, where that can be read.
+pub fn machine_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_keeps_only_types_with_simd_dot_products() {
+        let hold = HoldAs::new(Held::Auto, 1000, Some(1 << 20));
+        assert_eq!(hold.resolve(GgmlDType::Q4K, 256), GgmlDType::Q4K);
+        assert_eq!(hold.resolve(GgmlDType::Q4_1, 64), GgmlDType::F32);
+        assert_eq!(hold.resolve(GgmlDType::BF16, 64), GgmlDType::F32);
+    }
+
+    #[test]
+    fn auto_falls_back_to_q8_0_where_f32_takes_more_than_half_the_memory() {
+        let hold = HoldAs::new(Held::Auto, 1000, Some(1500));
+        assert_eq!(hold.resolve(GgmlDType::Q4_1, 64), GgmlDType::Q8_0);
+        assert_eq!(hold.resolve(GgmlDType::Q4_1, 48), GgmlDType::F32, "48 columns hold no whole block of 32");
+    }
+}

@@ -1,0 +1,91 @@
+//! What a checkpoint is: where it came from and, for patches, a hash of its content.
+
+use crate::error::{At, Result};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// A checkpoint's origin.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "source", rename_all = "snake_case")]
+pub enum Identity {
+    /// A hub repository at a commit.
+    Hub {
+        /// `owner/name`, or `owner/name/file.gguf`.
+        id: String,
+        /// The commit that was read.
+        revision: String,
+    },
+    /// A directory in Hugging Face's layout.
+    Directory {
+        /// Absolute path.
+        path: PathBuf,
+        /// SHA-256 over the configuration and the weight files, once computed.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        sha256: Option<String>,
+    },
+    /// A GGUF file.
+    File {
+        /// Absolute path.
+        path: PathBuf,
+        /// SHA-256 of the file, once computed.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        sha256: Option<String>,
+    },
+}
+
+impl Identity {
+    pub(super) fn directory(path: &Path) -> Self {
+        Self::Directory { path: absolute(path), sha256: None }
+    }
+
+    pub(super) fn file(path: &Path) -> Self {
+        Self::File { path: absolute(path), sha256: None }
+    }
+
+    /// The name by which messages call it.
+    pub fn place(&self) -> String {
+        match self {
+            Self::Hub { id, .. } => id.clone(),
+            Self::Directory { path, .. } | Self::File { path, .. } => path.display().to_string(),
+        }
+    }
+
+    /// What to give `Checkpoint::open` to get it again.
+    pub fn reference(&self) -> String {
+        self.place()
+    }
+
+    /// The same with its content hash filled in, for local files.
+    pub fn hashed(&self, files: &[PathBuf], progress: super::OnProgress) -> Result<Self> {
+        let mut out = self.clone();
+        if let Self::Directory { sha256, .. } | Self::File { sha256, .. } = &mut out {
+            *sha256 = Some(content_hash(files, progress)?);
+        }
+        Ok(out)
+    }
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    std::fs::canonicalize(path).unwrap_or_else(|_| path.into())
+}
+
+fn content_hash(files: &[PathBuf], progress: super::OnProgress) -> Result<String> {
+    let total = files.iter().filter_map(|f| f.metadata().ok()).map(|m| m.len()).sum();
+    let (mut hash, mut done) = (Sha256::new(), 0);
+    let mut buffer = vec![0; 1 << 20];
+    for path in files {
+        let mut file = std::fs::File::open(path).at(path.display())?;
+        loop {
+            let n = file.read(&mut buffer).at(path.display())?;
+            if n == 0 {
+                break;
+            }
+            hash.update(&buffer[..n]);
+            done += n as u64;
+            progress("hash", done, total);
+        }
+    }
+    Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+}

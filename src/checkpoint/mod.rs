@@ -1,0 +1,254 @@
+//! Where weights come from: a hub id, a Hugging Face directory or a GGUF file, all read as named tensors.
+//!
+//! Names are Hugging Face's throughout; `gguf` translates. A tensor is read in row chunks, checked for NaN, brought into
+//! the form it is held in ([`HoldAs`]) and only then is the next one touched.
+
+mod gguf;
+mod gguf_tokenizer;
+mod hold;
+#[cfg(feature = "hub")]
+mod hub;
+mod identity;
+mod rows;
+mod safetensors;
+mod tokenizer;
+
+pub use hold::{machine_memory, Held, HoldAs};
+pub use identity::Identity;
+pub use tokenizer::{ChatTemplate, Text};
+
+use crate::error::{At, Error, ErrorKind, Result};
+use crate::family::{self, Family};
+use crate::nn::Weight;
+use crate::spec::{Config, ModelSpec, RopeScaling};
+use candle_core::quantized::GgmlDType;
+use candle_core::{Device, Tensor};
+use std::path::{Path, PathBuf};
+
+/// Told how far a stage is: what is read, units done, units in all.
+pub type OnProgress<'a> = &'a (dyn Fn(&str, u64, u64) + Sync);
+
+/// A stored tensor: `dtype` is the reason it cannot be read where it is not a known one.
+#[derive(Debug, Clone)]
+pub struct TensorInfo {
+    /// Name in the file.
+    pub name: String,
+    /// Shape, outermost first.
+    pub shape: Vec<usize>,
+    /// Stored type.
+    pub dtype: Result<GgmlDType, String>,
+}
+
+enum Store {
+    Shards(safetensors::Shards),
+    Gguf(Box<gguf::Gguf>),
+}
+
+/// How to find a checkpoint.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// Branch, tag or commit of a hub repository.
+    pub revision: Option<String>,
+    /// Use only what is cached.
+    pub offline: bool,
+}
+
+/// An open checkpoint: configuration read, weights still in their files.
+pub struct Checkpoint {
+    /// What it is, for reports and patches.
+    pub identity: Identity,
+    /// The configuration.
+    pub config: Config,
+    /// What the model is built from.
+    pub spec: ModelSpec,
+    /// The family that reads it.
+    pub family: &'static Family,
+    store: Store,
+    /// The prefix that this file puts before every tensor name.
+    prefix: &'static str,
+    dir: PathBuf,
+}
+
+impl Checkpoint {
+    /// Opens `model`: a `.gguf` file, a directory, or a hub id (`owner/name`, or `owner/name/file.gguf`).
+    pub fn open(model: &str, options: &OpenOptions, progress: OnProgress) -> Result<Self> {
+        let path = Path::new(model);
+        if path.is_dir() {
+            return Self::from_dir(path, Identity::directory(path));
+        }
+        if path.is_file() {
+            return Self::from_gguf(path, Identity::file(path));
+        }
+        if model.ends_with(".gguf") && !hub_like(model) || model.starts_with(['.', '/', '~']) {
+            return Err(Error::new(ErrorKind::Io, model, "no such file or directory"));
+        }
+        Self::from_hub(model, options, progress)
+    }
+
+    #[cfg(feature = "hub")]
+    fn from_hub(model: &str, options: &OpenOptions, progress: OnProgress) -> Result<Self> {
+        let (path, identity) = hub::fetch(model, options, progress)?;
+        match path.extension().is_some_and(|e| e == "gguf") {
+            true => Self::from_gguf(&path, identity),
+            false => Self::from_dir(&path, identity),
+        }
+    }
+
+    #[cfg(not(feature = "hub"))]
+    fn from_hub(model: &str, _: &OpenOptions, _: OnProgress) -> Result<Self> {
+        Err(Error::new(
+            ErrorKind::Io,
+            model,
+            "no such file or directory, and this build has no hub support (feature `hub`)",
+        ))
+    }
+
+    fn from_dir(dir: &Path, identity: Identity) -> Result<Self> {
+        let path = dir.join("config.json");
+        let text = std::fs::read_to_string(&path).at(path.display())?;
+        let value = serde_json::from_str(&text).map_err(|e| Error::format(path.display(), e))?;
+        let config = Config::new(path.display().to_string(), value)?;
+        let store = Store::Shards(safetensors::Shards::open(dir)?);
+        Self::assemble(config, store, dir.into(), identity)
+    }
+
+    fn from_gguf(path: &Path, identity: Identity) -> Result<Self> {
+        let file = gguf::Gguf::open(path)?;
+        let config = file.config()?;
+        let dir = path.parent().unwrap_or(Path::new(".")).into();
+        Self::assemble(config, Store::Gguf(Box::new(file)), dir, identity)
+    }
+
+    fn assemble(config: Config, store: Store, dir: PathBuf, identity: Identity) -> Result<Self> {
+        let origin = config.origin().to_string();
+        let model_type =
+            config.opt_str("model_type")?.ok_or_else(|| Error::format(&origin, "`model_type` is missing"))?;
+        let family = family::find(model_type, &origin)?;
+        let spec = (family.spec)(&config)?.validate(&origin)?;
+        let mut checkpoint = Self { identity, config, spec, family, store, prefix: "", dir };
+        checkpoint.find_prefix();
+        checkpoint.read_rope_factors()?;
+        Ok(checkpoint)
+    }
+
+    fn find_prefix(&mut self) {
+        let present = |p: &&&str| self.info(&format!("{p}model.embed_tokens.weight")).is_some();
+        if let Some(prefix) = self.family.prefixes.iter().find(present) {
+            self.prefix = prefix;
+        }
+    }
+
+    /// GGUF files keep Llama 3's scaling as one divisor per frequency, in a tensor.
+    fn read_rope_factors(&mut self) -> Result<()> {
+        if matches!(self.store, Store::Gguf(_)) && self.info("rope_freqs.weight").is_some() {
+            let half = self.spec.ropes[0].dim / 2;
+            let divisors = self.vector("rope_freqs.weight", half, &Device::Cpu)?.to_vec1::<f32>()?;
+            self.spec.ropes[0].scaling = RopeScaling::Factors { divisors };
+        }
+        Ok(())
+    }
+
+    /// The text side: tokenizer, template and stop tokens.
+    pub fn text(&self) -> Result<Text> {
+        match &self.store {
+            Store::Shards(_) => Text::from_dir(&self.dir, &self.config),
+            Store::Gguf(file) => Text::from_gguf(file),
+        }
+    }
+
+    /// Files whose bytes identify the weights.
+    pub fn files(&self) -> Vec<PathBuf> {
+        match &self.store {
+            Store::Gguf(file) => vec![file.path().into()],
+            Store::Shards(shards) => {
+                std::iter::once(self.dir.join("config.json")).chain(shards.paths().map(PathBuf::from)).collect()
+            }
+        }
+    }
+
+    /// Bytes of parameters if all were f32.
+    pub fn f32_bytes(&self) -> u64 {
+        let count = |n: &str| self.info(n).map_or(0, |i| i.shape.iter().product::<usize>());
+        let layers = (0..self.spec.layers.len()).flat_map(|i| {
+            [
+                "self_attn.q_proj",
+                "self_attn.k_proj",
+                "self_attn.v_proj",
+                "self_attn.o_proj",
+                "mlp.gate_proj",
+                "mlp.up_proj",
+                "mlp.down_proj",
+            ]
+            .map(|p| count(&format!("{}model.layers.{i}.{p}.weight", self.prefix)))
+        });
+        let ends = ["model.embed_tokens.weight", "lm_head.weight"].map(|n| count(&format!("{}{n}", self.prefix)));
+        4 * layers.chain(ends).map(|n| n as u64).sum::<u64>()
+    }
+
+    /// Whether `name` is stored.
+    pub fn has(&self, name: &str) -> bool {
+        self.info(&format!("{}{name}", self.prefix)).is_some()
+    }
+
+    /// A matrix `[rows, cols]`, held as `hold` says.
+    pub fn matrix(&self, name: &str, shape: (usize, usize), hold: &HoldAs, device: &Device) -> Result<Weight> {
+        let info = self.expect(name, &[shape.0, shape.1])?;
+        let interleaved = matches!(self.store, Store::Gguf(_)) && self.family.gguf_interleaved_qk;
+        let head_rows = match interleaved && (name.ends_with("q_proj.weight") || name.ends_with("k_proj.weight")) {
+            true => Some(self.spec.layers[0].head_dim),
+            false => None,
+        };
+        rows::load_matrix(self, info, head_rows, hold, device)
+    }
+
+    /// A vector `[len]` in f32.
+    pub fn vector(&self, name: &str, len: usize, device: &Device) -> Result<Tensor> {
+        let info = self.expect(name, &[len])?;
+        let mut values = rows::decode(self, info, 0..1, len)?;
+        let stores_difference = self.family.norm_plus_one && matches!(self.store, Store::Shards(_));
+        if stores_difference && name.ends_with("norm.weight") {
+            values.iter_mut().for_each(|v| *v += 1.0);
+        }
+        Tensor::from_vec(values, len, device).at(name)
+    }
+
+    fn expect(&self, name: &str, shape: &[usize]) -> Result<&TensorInfo> {
+        let full = format!("{}{name}", self.prefix);
+        let Some(info) = self.info(&full) else {
+            let near = self.nearest(&full).map_or(String::new(), |n| format!("; the file has `{n}`"));
+            return Err(Error::tensor(self.identity.place(), format!("tensor `{full}` is missing{near}")));
+        };
+        if info.shape != shape {
+            return Err(Error::tensor(
+                self.identity.place(),
+                format!("tensor `{full}` has shape {:?}; the configuration asks for {shape:?}", info.shape),
+            ));
+        }
+        Ok(info)
+    }
+
+    /// A stored name that shares the last parts of a missing one, to point at a misnaming.
+    fn nearest(&self, name: &str) -> Option<String> {
+        let Store::Shards(shards) = &self.store else { return None };
+        let tail = |n: &str| n.rsplitn(4, '.').take(3).collect::<Vec<_>>().join(".");
+        shards.names().find(|n| tail(n) == tail(name)).map(String::from)
+    }
+
+    fn info(&self, name: &str) -> Option<&TensorInfo> {
+        match &self.store {
+            Store::Shards(s) => s.info(name),
+            Store::Gguf(g) => g.info(name),
+        }
+    }
+
+    fn read(&self, info: &TensorInfo, start: u64, length: usize) -> Result<Vec<u8>> {
+        match &self.store {
+            Store::Shards(s) => s.read(&info.name, start, length),
+            Store::Gguf(g) => g.read_stored(&info.name, start, length),
+        }
+    }
+}
+
+fn hub_like(model: &str) -> bool {
+    model.matches('/').count() == 2
+}

@@ -1,0 +1,139 @@
+//! From stored bytes to held weights, a few megabytes of rows at a time, spread over the cores.
+
+use super::{Checkpoint, HoldAs, TensorInfo};
+use crate::error::{At, Error, ErrorKind, Result};
+use crate::nn::Weight;
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+use std::borrow::Cow;
+use std::ops::Range;
+
+/// Elements decoded at a time: 8 MiB of f32 per worker.
+const CHUNK: usize = 2 << 20;
+
+/// Decodes `rows` of `cols` elements into f32 and refuses NaN and infinity.
+pub fn decode(from: &Checkpoint, info: &TensorInfo, rows: Range<usize>, cols: usize) -> Result<Vec<f32>> {
+    let dtype = stored(info)?;
+    let bytes = read_rows(from, info, dtype, rows.clone(), cols)?;
+    let values = widen(dtype, bytes, rows.len() * cols).at(&info.name)?;
+    match values.iter().position(|v| !v.is_finite()) {
+        None => Ok(values),
+        Some(at) => {
+            let (row, col) = (rows.start + at / cols, at % cols);
+            let message = format!("tensor `{}` holds {} at row {row}, column {col}", info.name, values[at]);
+            Err(Error::new(ErrorKind::NotFinite, from.identity.place(), message))
+        }
+    }
+}
+
+/// Loads a matrix. With `head_rows`, the rows of each head of that many are stored with their halves interleaved (row
+/// `2 j + i` holds what belongs at `i * head_rows / 2 + j`) and are put back in order.
+pub fn load_matrix(
+    from: &Checkpoint,
+    info: &TensorInfo,
+    head_rows: Option<usize>,
+    hold: &HoldAs,
+    device: &Device,
+) -> Result<Weight> {
+    let (rows, cols) = (info.shape[0], info.shape[1]);
+    let dtype = stored(info)?;
+    let held = hold.resolve(dtype, cols);
+    let unit = head_rows.unwrap_or(1);
+    let chunk = (CHUNK / cols).max(1).div_ceil(unit) * unit;
+    let row_bytes = cols / held.block_size() * held.type_size();
+    hold.count(held, rows * row_bytes);
+    let range = |i: usize| i * chunk..rows.min((i + 1) * chunk);
+    if held == GgmlDType::F32 {
+        let mut out = vec![0f32; rows * cols];
+        out.par_chunks_mut(chunk * cols).enumerate().try_for_each(|(i, out)| -> Result<()> {
+            let values = decode(from, info, range(i), cols)?;
+            for (r, row) in out.chunks_mut(cols).enumerate() {
+                let s = source_row(r, head_rows);
+                row.copy_from_slice(&values[s * cols..(s + 1) * cols]);
+            }
+            Ok(())
+        })?;
+        return Ok(Weight::Dense(Tensor::from_vec(out, (rows, cols), device).at(&info.name)?));
+    }
+    let mut out = vec![0u8; rows * row_bytes];
+    out.par_chunks_mut(chunk * row_bytes).enumerate().try_for_each(|(i, out)| -> Result<()> {
+        // Decoded even where the bytes are kept as stored: that is how NaN is found.
+        let values = decode(from, info, range(i), cols)?;
+        let bytes = match held == dtype {
+            true => read_rows(from, info, dtype, range(i), cols)?,
+            false => narrow(held, values, cols).at(&info.name)?,
+        };
+        for (r, row) in out.chunks_mut(row_bytes).enumerate() {
+            let s = source_row(r, head_rows);
+            row.copy_from_slice(&bytes[s * row_bytes..(s + 1) * row_bytes]);
+        }
+        Ok(())
+    })?;
+    let storage = QStorage::from_data(Cow::Owned(out), device, held).at(&info.name)?;
+    Ok(Weight::Quantised(std::sync::Arc::new(QTensor::new(storage, (rows, cols)).at(&info.name)?)))
+}
+
+fn stored(info: &TensorInfo) -> Result<GgmlDType> {
+    info.dtype.clone().map_err(|why| Error::unsupported(&info.name, format!("{why} is not supported for weights")))
+}
+
+fn read_rows(
+    from: &Checkpoint,
+    info: &TensorInfo,
+    dtype: GgmlDType,
+    rows: Range<usize>,
+    cols: usize,
+) -> Result<Vec<u8>> {
+    if !cols.is_multiple_of(dtype.block_size()) {
+        let message = format!("rows of {cols} elements hold no whole {dtype:?} blocks");
+        return Err(Error::format(&info.name, message));
+    }
+    let row_bytes = cols / dtype.block_size() * dtype.type_size();
+    from.read(info, (rows.start * row_bytes) as u64, rows.len() * row_bytes)
+}
+
+fn source_row(row: usize, head_rows: Option<usize>) -> usize {
+    let Some(d) = head_rows else { return row };
+    let (head, within) = (row / d, row % d);
+    head * d + 2 * (within % (d / 2)) + within / (d / 2)
+}
+
+fn widen(dtype: GgmlDType, bytes: Vec<u8>, count: usize) -> candle_core::Result<Vec<f32>> {
+    let half = |f: fn([u8; 2]) -> f32| bytes.chunks_exact(2).map(|b| f([b[0], b[1]])).collect();
+    Ok(match dtype {
+        GgmlDType::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        GgmlDType::F16 => half(|b| half::f16::from_le_bytes(b).to_f32()),
+        GgmlDType::BF16 => half(|b| half::bf16::from_le_bytes(b).to_f32()),
+        _ => {
+            let storage = QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, dtype)?;
+            QTensor::new(storage, (1, count))?.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?
+        }
+    })
+}
+
+fn narrow(held: GgmlDType, values: Vec<f32>, cols: usize) -> candle_core::Result<Vec<u8>> {
+    Ok(match held {
+        GgmlDType::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+        GgmlDType::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+        _ => {
+            let rows = values.len() / cols;
+            let tensor = Tensor::from_vec(values, (rows, cols), &Device::Cpu)?;
+            QTensor::quantize(&tensor, held)?.data()?.into_owned()
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interleaved_heads_are_put_back_in_halves() {
+        // Stored rows of one head of 8: 0 4 1 5 2 6 3 7.
+        let stored = [0, 4, 1, 5, 2, 6, 3, 7];
+        let restored: Vec<_> = (0..8).map(|r| stored[source_row(r, Some(8))]).collect();
+        assert_eq!(restored, (0..8).collect::<Vec<_>>());
+        assert_eq!(source_row(11, Some(8)), 8 + 2 * 3);
+    }
+}

@@ -1,0 +1,128 @@
+//! safetensors directories: one file, or shards named by `model.safetensors.index.json`.
+//!
+//! Each file's header is read once; a tensor's bytes are mapped only while that tensor is read, so the resident memory of a
+//! load is one tensor's, not the file's.
+
+use super::TensorInfo;
+use crate::error::{At, Error, Result};
+use candle_core::quantized::GgmlDType;
+use memmap2::MmapOptions;
+use safetensors::tensor::{Dtype, SafeTensors};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+struct Entry {
+    file: usize,
+    offset: u64,
+    info: TensorInfo,
+}
+
+/// The tensors of a directory, by name.
+pub struct Shards {
+    files: Vec<(PathBuf, File)>,
+    entries: BTreeMap<String, Entry>,
+}
+
+impl Shards {
+    /// Reads the headers of every shard in `dir`.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let mut shards = Self { files: vec![], entries: BTreeMap::new() };
+        for path in shard_paths(dir)? {
+            shards.add(path)?;
+        }
+        Ok(shards)
+    }
+
+    fn add(&mut self, path: PathBuf) -> Result<()> {
+        let place = path.display().to_string();
+        let file = File::open(&path).at(&place)?;
+        let length = file.metadata().at(&place)?.len();
+        // SAFETY: the map is read only and dropped before this function ends; another process that truncates the file
+        // meanwhile can fault it, as with every memory-mapped checkpoint.
+        let map = unsafe { MmapOptions::new().map(&file) }.at(&place)?;
+        let (header, metadata) = SafeTensors::read_metadata(&map)
+            .map_err(|e| Error::format(&place, format!("not a safetensors file: {e}")))?;
+        let start = 8 + header as u64;
+        let needed = start.saturating_add(metadata.data_len() as u64);
+        if needed > length {
+            return Err(Error::format(
+                &place,
+                format!("truncated: the header promises {needed} bytes, the file has {length}"),
+            ));
+        }
+        let index = self.files.len();
+        for (name, tensor) in metadata.tensors() {
+            let info = TensorInfo {
+                name: name.clone(),
+                shape: tensor.shape.clone(),
+                // Kept as a reason to refuse only when this tensor is asked for: checkpoints may hold unused buffers.
+                dtype: stored(tensor.dtype).ok_or_else(|| format!("dtype {:?}", tensor.dtype)),
+            };
+            let offset = start + tensor.data_offsets.0 as u64;
+            self.entries.insert(name, Entry { file: index, offset, info });
+        }
+        self.files.push((path, file));
+        Ok(())
+    }
+
+    /// What is stored under `name`.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.entries.get(name).map(|e| &e.info)
+    }
+
+    /// All names, for an error that lists them.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Copies `length` bytes of `name` from `start` on.
+    pub fn read(&self, name: &str, start: u64, length: usize) -> Result<Vec<u8>> {
+        let entry = self.entries.get(name).ok_or_else(|| Error::tensor(name, "missing"))?;
+        let (path, file) = &self.files[entry.file];
+        // SAFETY: read only, dropped at once; see `add` for what another process may do to it.
+        let map = unsafe { MmapOptions::new().offset(entry.offset + start).len(length).map(file) };
+        Ok(map.at(path.display())?.to_vec())
+    }
+
+    /// The files, for content hashes.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|(p, _)| p.as_path())
+    }
+}
+
+fn stored(dtype: Dtype) -> Option<GgmlDType> {
+    match dtype {
+        Dtype::F32 => Some(GgmlDType::F32),
+        Dtype::F16 => Some(GgmlDType::F16),
+        Dtype::BF16 => Some(GgmlDType::BF16),
+        _ => None,
+    }
+}
+
+fn shard_paths(dir: &Path) -> Result<Vec<PathBuf>> {
+    let index = dir.join("model.safetensors.index.json");
+    if index.exists() {
+        let place = index.display().to_string();
+        let text = std::fs::read_to_string(&index).at(&place)?;
+        let value: serde_json::Value = serde_json::from_str(&text).map_err(|e| Error::format(&place, e))?;
+        let map = value["weight_map"].as_object().ok_or_else(|| Error::format(&place, "has no `weight_map`"))?;
+        let mut names = BTreeSet::new();
+        for (tensor, file) in map {
+            let file = file.as_str().filter(|f| !f.contains(['/', '\\']));
+            let file =
+                file.ok_or_else(|| Error::format(&place, format!("`{tensor}` names no file of this directory")))?;
+            names.insert(dir.join(file));
+        }
+        return Ok(names.into_iter().collect());
+    }
+    let single = dir.join("model.safetensors");
+    if single.exists() {
+        return Ok(vec![single]);
+    }
+    Err(Error::new(
+        crate::ErrorKind::Io,
+        dir.display(),
+        "has neither model.safetensors nor model.safetensors.index.json",
+    ))
+}

@@ -1,0 +1,28 @@
+//! What the binaries share: argument groups, progress bars, the memory ledger, reports.
+
+mod args;
+mod ledger;
+mod output;
+mod patch;
+mod progress;
+mod retrofit;
+mod size;
+
+pub use args::{Cli, Command, ModelArgs, PromptArgs, RetrofitArgs, RunArgs, SamplingArgs};
+pub use ledger::{peak_memory, Ledger};
+pub use output::Output;
+pub use patch::Patch;
+pub use progress::Bars;
+pub use retrofit::run;
+pub use size::{human_bytes, parse_size};
+
+/// Runs `f` and turns its error into a message on stderr and exit code 2.
+pub fn main_with(f: impl FnOnce() -> crate::Result<()>) -> std::process::ExitCode {
+    match f() {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e}");
+            std::process::ExitCode::from(2)
+        }
+    }
+}

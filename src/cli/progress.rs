@@ -1,0 +1,62 @@
+//! Progress bars on stderr.
+
+use super::human_bytes;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::sync::Mutex;
+
+/// One bar at a time, named after the stage it shows.
+pub struct Bars {
+    quiet: bool,
+    bar: Mutex<Option<(String, ProgressBar)>>,
+}
+
+impl Bars {
+    /// `quiet` shows nothing; so does a stderr that is no terminal.
+    pub fn new(quiet: bool) -> Self {
+        Self { quiet, bar: Mutex::new(None) }
+    }
+
+    /// Shows `done` of `total` units of `stage`; the bar goes away when the stage ends.
+    pub fn show(&self, stage: &str, done: u64, total: u64) {
+        let Ok(mut bar) = self.bar.lock() else { return };
+        if self.quiet || total == 0 {
+            return;
+        }
+        if bar.as_ref().is_none_or(|(name, _)| name != stage) {
+            let template = match stage {
+                "download" | "hash" => "{prefix:>9} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta} left",
+                "load" => "{prefix:>9} {wide_bar} {pos}/{len} layers {eta} left",
+                _ => "{prefix:>9} {wide_bar} {pos}/{len} tokens {per_sec} {eta} left",
+            };
+            let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+            let new = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr()).with_style(style);
+            new.set_prefix(stage.to_string());
+            *bar = Some((stage.into(), new));
+        }
+        if let Some((_, b)) = bar.as_ref() {
+            b.set_length(total);
+            b.set_position(done);
+            if done >= total {
+                b.finish_and_clear();
+            }
+        }
+    }
+
+    /// A line on stderr, unless quiet.
+    pub fn say(&self, line: &str) {
+        if !self.quiet {
+            eprintln!("{line}");
+        }
+    }
+
+    /// A warning, also when quiet.
+    pub fn warn(&self, line: &str) {
+        eprintln!("warning: {line}");
+    }
+}
+
+/// `541.1 MiB (f32 540.0 MiB, q8_0 1.1 MiB)`.
+pub(super) fn held(total: u64, by_type: &std::collections::BTreeMap<String, u64>) -> String {
+    let parts: Vec<_> = by_type.iter().map(|(t, b)| format!("{t} {}", human_bytes(*b))).collect();
+    format!("{} ({})", human_bytes(total), parts.join(", "))
+}

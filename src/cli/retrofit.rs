@@ -1,0 +1,228 @@
+//! `bfly-retrofit`: one prompt through one model, and what that took.
+
+use super::ledger::{reach_of, KvBytes, LEDGER_VERSION};
+use super::{peak_memory, Bars, Ledger, Output, Patch, RunArgs};
+use crate::checkpoint::{machine_memory, Checkpoint, Held, HoldAs, Text};
+use crate::error::{At, Error, ErrorKind, Result};
+use crate::generate::{render_chat, Request, Sampler, Session};
+use crate::model::Model;
+use crate::retrofit::{parse_layers, RetrofitPlan, Settings};
+use crate::spec::{AttentionKind, ModelSpec};
+use candle_core::{Device, Tensor};
+use std::collections::HashMap;
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+/// Runs it. Everything that can be refused is refused before weights are read.
+pub fn run(args: &RunArgs) -> Result<()> {
+    let bars = Bars::new(args.quiet);
+    let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
+    set_threads(args)?;
+    let device = device(&args.model.device)?;
+    let mut sampler = Sampler::new(args.sampling.sampling())?;
+    let saved_plan = args.retrofit.plan.as_deref().map(RetrofitPlan::load).transpose()?;
+    let layers = args.retrofit.layers.as_deref().map(parse_layers).transpose()?;
+    let mut early = args.retrofit.settings(saved_plan.as_ref().map_or_else(Settings::default, |p| p.settings.clone()));
+    early.seed = args.sampling.seed;
+    early.validate()?;
+    let (text_prompt, id_prompt) = (args.prompt.text()?, args.prompt.ids()?);
+    let json = args.json.as_deref().map(|p| Output::reserve(p, "--json")).transpose()?;
+    let logits_out = args.logits_out.as_deref().map(|p| Output::reserve(p, "--logits-out")).transpose()?;
+
+    let name = args.model.model.as_deref().unwrap_or_default();
+    let options = args.model.open_options();
+    let patch = Patch::open(name)?;
+    let checkpoint = match &patch {
+        Some(patch) => patch.base(&options, &progress)?,
+        None => Checkpoint::open(name, &options, &progress)?,
+    };
+    let spec = &checkpoint.spec;
+    let plan = match args.retrofit.stock {
+        true => None,
+        false => {
+            let base = saved_plan.or(patch.as_ref().map(|p| p.plan.clone()));
+            if let Some(base) = &base {
+                base.check(spec)?;
+            }
+            let mut settings =
+                args.retrofit.settings(base.as_ref().map_or_else(Settings::default, |p| p.settings.clone()));
+            settings.seed = if base.is_some() { settings.seed } else { args.sampling.seed };
+            let layers = layers.unwrap_or(base.map(|p| p.layers));
+            Some(RetrofitPlan::new(spec, layers, settings)?)
+        }
+    };
+    let ctx = args.model.ctx.or(patch.as_ref().map(|p| p.ctx)).unwrap_or(spec.max_positions);
+    warn_past_training(&bars, spec, ctx);
+
+    let (ids, text) = prompt_ids(args, &checkpoint, text_prompt, id_prompt)?;
+    let need = ids.len() + args.sampling.max_new_tokens;
+    if need > ctx {
+        let message = format!(
+            "{ctx} tokens do not hold the prompt's {} and {} new ones; give --ctx {need} or more",
+            ids.len(),
+            args.sampling.max_new_tokens
+        );
+        return Err(Error::new(ErrorKind::Context, "--ctx", message));
+    }
+    if args.logits_last == 0 || args.logits_last > ids.len() {
+        return Err(Error::usage(
+            "--logits-last",
+            format!("{} is not from 1 to the prompt's {}", args.logits_last, ids.len()),
+        ));
+    }
+    if let Some(id) = ids.iter().find(|id| **id as usize >= spec.vocab) {
+        return Err(Error::usage("--token-ids", format!("{id} is outside the vocabulary of {}", spec.vocab)));
+    }
+    if let (Some(dir), Some(plan)) = (&args.save, &plan) {
+        Patch::save(dir, &checkpoint, ctx, plan, &progress)?;
+        bars.say(&format!("saved {}; run it with --model {}", dir.display(), dir.display()));
+    }
+
+    let request: Held = args.model.dtype.parse()?;
+    let hold = HoldAs::new(request, checkpoint.f32_bytes(), machine_memory());
+    let model = Model::load(&checkpoint, plan.as_ref(), ctx, &hold, &device, &progress)?;
+    let mut session = Session::new(&model)?;
+    if let Some(out) = logits_out {
+        let mut fresh = Session::new(&model)?;
+        let logits = fresh.prefill(&ids, args.prefill_chunk, args.logits_last, &mut |n| {
+            bars.show("logits", n as u64, ids.len() as u64)
+        })?;
+        out.write(&logits_file(&logits, &ids)?)?;
+    }
+
+    let decoding = Arc::new(AtomicBool::new(false));
+    let interrupted = Arc::new(AtomicBool::new(false));
+    on_ctrl_c(&decoding, &interrupted);
+    let mut stream = text.as_ref().map(|t| t.tokenizer.decode_stream(true));
+    let mut stdout = std::io::stdout().lock();
+    let mut write_failed = None;
+    let (out, timing) = session.generate(
+        &Request {
+            prompt: &ids,
+            max_new_tokens: args.sampling.max_new_tokens,
+            chunk: args.prefill_chunk,
+            stop: text.as_ref().map_or(&[], |t| &t.stop),
+        },
+        &mut sampler,
+        &mut |n| bars.show("prefill", n as u64, ids.len() as u64),
+        &mut |id| {
+            decoding.store(true, Ordering::Relaxed);
+            let piece = stream.as_mut().and_then(|s| s.step(id).ok().flatten());
+            if let Some(piece) = piece {
+                // A closed pipe ends the run; the ledger is still owed.
+                if let Err(e) = stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush()) {
+                    write_failed = Some(e);
+                }
+            }
+            write_failed.is_none() && !interrupted.load(Ordering::Relaxed)
+        },
+    )?;
+    if text.is_some() && write_failed.is_none() {
+        let _ = writeln!(stdout);
+    }
+    let mut ledger = Ledger {
+        schema_version: LEDGER_VERSION,
+        git_sha: env!("BFLY_GIT_SHA"),
+        model: checkpoint.identity.clone(),
+        spec: spec.clone(),
+        reach: plan.as_ref().map(|p| reach_of(p, ctx)).transpose()?,
+        plan,
+        ctx,
+        device: "cpu".into(),
+        dtype: request.to_string(),
+        held: hold.bytes_by_type(),
+        threads: rayon::current_num_threads(),
+        prefill_chunk: args.prefill_chunk,
+        prompt_tokens: ids.len(),
+        generated_tokens: out.len(),
+        prefill_s: 0.0,
+        ttft_s: 0.0,
+        decode_s: 0.0,
+        prefill_tok_s: 0.0,
+        decode_tok_s: 0.0,
+        decode_steps_s: vec![],
+        peak_memory_bytes: peak_memory(),
+        weights_bytes: model.weights_bytes(),
+        kv: KvBytes::of(session.cache()),
+        text: text.as_ref().map(|t| t.decode(&out)).transpose()?,
+        token_ids: out,
+    };
+    ledger.time(&timing);
+    bars.say(&format!("\n{}", ledger.render().trim_end()));
+    if let Some(json) = json {
+        let mut bytes = serde_json::to_vec_pretty(&ledger).map_err(|e| Error::format("--json", e))?;
+        bytes.push(b'\n');
+        json.write(&bytes)?;
+    }
+    Ok(())
+}
+
+fn prompt_ids(
+    args: &RunArgs,
+    checkpoint: &Checkpoint,
+    text: Option<String>,
+    ids: Option<Vec<u32>>,
+) -> Result<(Vec<u32>, Option<Text>)> {
+    if let Some(ids) = ids {
+        return Ok((ids, checkpoint.text().ok()));
+    }
+    let side = checkpoint.text()?;
+    let text = text.unwrap_or_default();
+    let ids = match (args.prompt.chat, &side.template) {
+        (false, _) => side.encode(&text, true)?,
+        (true, Some(template)) => side.encode(&render_chat(template, args.prompt.system.as_deref(), &text)?, false)?,
+        (true, None) => return Err(Error::usage("--chat", "this checkpoint has no chat template; leave --chat out")),
+    };
+    match ids.is_empty() {
+        true => Err(Error::usage("--prompt", "the prompt is empty")),
+        false => Ok((ids, Some(side))),
+    }
+}
+
+fn warn_past_training(bars: &Bars, spec: &ModelSpec, ctx: usize) {
+    if ctx > spec.max_positions {
+        let full = spec.layers.iter().find(|l| l.attention == AttentionKind::Full);
+        let scaling = full.map_or("none".into(), |l| spec.ropes[l.rope].scaling.describe());
+        bars.warn(&format!(
+            "--ctx {ctx} is past the {} positions this model was trained for (rope scaling in force: {scaling}); expect speed and \
+             memory to hold, quality not to",
+            spec.max_positions
+        ));
+    }
+}
+
+fn device(name: &str) -> Result<Device> {
+    match name {
+        "auto" | "cpu" => Ok(Device::Cpu),
+        n if n == "cuda" || n.strip_prefix("cuda:").is_some_and(|i| i.parse::<usize>().is_ok()) => {
+            Err(Error::unsupported("--device", format!("`{n}`: this build has no CUDA support; use --device cpu")))
+        }
+        other => Err(Error::usage("--device", format!("`{other}` is not auto, cpu, cuda or cuda:INDEX"))),
+    }
+}
+
+fn set_threads(args: &RunArgs) -> Result<()> {
+    let Some(n) = args.model.threads else { return Ok(()) };
+    // candle sizes its own pools by this variable; nothing has read it yet.
+    std::env::set_var("RAYON_NUM_THREADS", n.to_string());
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(n.get()).build_global();
+    pool.map_err(|e| Error::usage("--threads", e))
+}
+
+fn on_ctrl_c(decoding: &Arc<AtomicBool>, interrupted: &Arc<AtomicBool>) {
+    let (decoding, interrupted) = (decoding.clone(), interrupted.clone());
+    // Fails only where a handler is already set: then the default stays, which ends the process.
+    let _ = ctrlc::set_handler(move || {
+        let again = interrupted.swap(true, Ordering::Relaxed);
+        if again || !decoding.load(Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    });
+}
+
+fn logits_file(logits: &Tensor, ids: &[u32]) -> Result<Vec<u8>> {
+    let ids = Tensor::new(ids, &Device::Cpu)?;
+    let map = HashMap::from([("logits", logits), ("token_ids", &ids)]);
+    safetensors::serialize(map, None).map_err(|e| candle_core::Error::wrap(e)).at("--logits-out")
+}

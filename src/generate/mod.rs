@@ -1,0 +1,129 @@
+//! From a prompt to text: chunked prefill, decode, sampling, chat template.
+
+mod chat;
+mod sample;
+
+pub use chat::render_chat;
+pub use sample::{Sampler, Sampling};
+
+use crate::cache::Cache;
+use crate::error::{Error, ErrorKind, Result};
+use crate::model::Model;
+use candle_core::Tensor;
+use std::time::{Duration, Instant};
+
+/// A model reading one text.
+pub struct Session<'a> {
+    model: &'a Model,
+    cache: Cache,
+}
+
+/// What a generation took.
+#[derive(Debug, Clone, Default)]
+pub struct Timing {
+    /// Prompt to last-position logits.
+    pub prefill: Duration,
+    /// Prompt to first token.
+    pub first_token: Duration,
+    /// All tokens after the first.
+    pub decode: Duration,
+    /// Each of them.
+    pub steps: Vec<Duration>,
+}
+
+/// How a generation is run.
+pub struct Request<'a> {
+    /// The prompt.
+    pub prompt: &'a [u32],
+    /// At most so many tokens.
+    pub max_new_tokens: usize,
+    /// Tokens to a prefill chunk.
+    pub chunk: usize,
+    /// Tokens that end the text.
+    pub stop: &'a [u32],
+}
+
+impl<'a> Session<'a> {
+    /// Allocates the cache.
+    pub fn new(model: &'a Model) -> Result<Self> {
+        Ok(Self { model, cache: model.new_cache()? })
+    }
+
+    /// The cache, for its figures.
+    pub fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    /// Reads `ids` in chunks and returns the logits of the last `last` positions, `[last, vocab]`.
+    ///
+    /// `on_tokens` hears how many tokens are done.
+    pub fn prefill(
+        &mut self,
+        ids: &[u32],
+        chunk: usize,
+        last: usize,
+        on_tokens: &mut dyn FnMut(usize),
+    ) -> Result<Tensor> {
+        self.cache.admit(ids.len())?;
+        if last == 0 || last > ids.len() {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                "logits",
+                format!("{last} of the last positions of a prompt of {}", ids.len()),
+            ));
+        }
+        let from = ids.len() - last;
+        let mut parts = vec![];
+        let mut done = 0;
+        for piece in ids.chunks(chunk.max(1)) {
+            let want: Vec<usize> = (from.saturating_sub(done)..piece.len()).collect();
+            let logits = self.model.forward(piece, &mut self.cache, &want)?;
+            if !want.is_empty() {
+                parts.push(logits);
+            }
+            done += piece.len();
+            on_tokens(done);
+        }
+        Ok(Tensor::cat(&parts, 0)?)
+    }
+
+    /// Prefills and decodes. `on_token` gets each new token and says whether to go on.
+    ///
+    /// # Errors
+    /// Before any work where prompt and new tokens do not fit the context.
+    pub fn generate(
+        &mut self,
+        request: &Request,
+        sampler: &mut Sampler,
+        on_tokens: &mut dyn FnMut(usize),
+        on_token: &mut dyn FnMut(u32) -> bool,
+    ) -> Result<(Vec<u32>, Timing)> {
+        // The last new token is never read back.
+        self.cache.admit(request.prompt.len() + request.max_new_tokens.saturating_sub(1))?;
+        let mut timing = Timing::default();
+        let begin = Instant::now();
+        let logits = self.prefill(request.prompt, request.chunk, 1, on_tokens)?;
+        timing.prefill = begin.elapsed();
+        let mut out = vec![];
+        if request.max_new_tokens == 0 {
+            return Ok((out, timing));
+        }
+        let mut next = sampler.sample(&logits)?;
+        timing.first_token = begin.elapsed();
+        loop {
+            if request.stop.contains(&next) {
+                break;
+            }
+            out.push(next);
+            if !on_token(next) || out.len() == request.max_new_tokens {
+                break;
+            }
+            let step = Instant::now();
+            let logits = self.model.forward(&[next], &mut self.cache, &[0])?;
+            next = sampler.sample(&logits)?;
+            timing.steps.push(step.elapsed());
+        }
+        timing.decode = timing.steps.iter().sum();
+        Ok((out, timing))
+    }
+}

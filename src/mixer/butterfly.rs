@@ -1,0 +1,167 @@
+//! Compressed butterfly attention: an exact window, sinks, and the means of a few earlier blocks under one softmax.
+//!
+//! A chunk is attended in this order: its sinks are kept; its blocks are pooled; each query block's routes are looked up among
+//! the pool and the chunk's own means; the operator runs; then the chunk's tail enters the local ring and its means the
+//! summary pool. Decode is the same with a chunk of one.
+
+use super::{Projections, Step};
+use crate::cache::{Ring, TwoPool};
+use crate::error::{Error, ErrorKind, Result};
+use crate::nn::Rope;
+use crate::ops::{attend, pool_blocks, AttentionArgs, FarArgs, FarRow, Pooled, Window};
+use crate::retrofit::{FarPosition, Pool, Settings, WindowAlign};
+use crate::selector::{self, Grid, Selector};
+use candle_core::Tensor;
+use std::collections::BTreeMap;
+
+/// A swapped layer.
+pub struct Butterfly {
+    /// The pretrained projections.
+    pub projections: Projections,
+    settings: Settings,
+    grid: Grid,
+    rule: &'static dyn Selector,
+    /// Index among the swapped layers.
+    ordinal: usize,
+    /// Positions the model was trained for: the furthest distance under `--far-position clamp`.
+    trained: usize,
+}
+
+/// The far rows of a chunk.
+struct Far {
+    k: Tensor,
+    v: Tensor,
+    routes: Vec<Vec<FarRow>>,
+}
+
+impl Butterfly {
+    /// The `ordinal`-th swapped layer of a model trained for `trained` positions, provisioned for `ctx`.
+    pub fn new(
+        projections: Projections,
+        settings: &Settings,
+        ordinal: usize,
+        ctx: usize,
+        trained: usize,
+    ) -> Result<Self> {
+        let rule = selector::find(&settings.partner)?;
+        Ok(Self { projections, settings: settings.clone(), grid: settings.grid(ctx), rule, ordinal, trained })
+    }
+
+    pub(super) fn forward(&self, x: &Tensor, step: &Step, cache: &mut TwoPool) -> Result<Tensor> {
+        let p = &self.projections;
+        let qkv = p.project(x)?;
+        let table = &step.tables[p.rope];
+        let (q, k) = (table.apply(&qkv.q)?, table.apply(&qkv.k)?);
+        cache.keep_sinks(&k, &qkv.v, step.start)?;
+        let s = &self.settings;
+        let to_pool = match s.pool {
+            Pool::PostRope => &k,
+            Pool::PreRope => &qkv.k,
+        };
+        let pooled = pool_blocks(to_pool, &qkv.v, step.start, s.block, s.sink_tokens, &mut cache.running)?;
+        let far = self.far(step, x.dim(0)?, cache, &pooled, &step.ropes[p.rope])?;
+        let q_far = match &far {
+            Some(_) if s.far_position == FarPosition::Clamp => {
+                let edge = vec![(self.trained - 1) as f32; x.dim(0)?];
+                Some(step.ropes[p.rope].table(edge.into_iter(), x.device())?.apply(&qkv.q)?)
+            }
+            _ => None,
+        };
+        let window = match s.window_align {
+            WindowAlign::Block => Window::Blocks { block: s.block, count: s.window_blocks() },
+            WindowAlign::Token => Window::Tokens(s.window),
+        };
+        let out = attend(&AttentionArgs {
+            q: &q,
+            q_far: q_far.as_ref(),
+            k: &k,
+            v: &qkv.v,
+            start: step.start,
+            past: Some(cache.local.rows()),
+            sinks: cache.sinks().map(|r| (r.rows(), s.sink_tokens)),
+            window,
+            far: far.as_ref().map(|f| FarArgs { k: &f.k, v: &f.v, block: s.block, routes: &f.routes }),
+            scale: p.scale,
+        })?;
+        cache.local.write(&k, &qkv.v, step.start)?;
+        cache.keep_summaries(&pooled)?;
+        p.output(&out)
+    }
+
+    /// The routed summaries of each query block of the chunk, gathered.
+    fn far(&self, step: &Step, tokens: usize, cache: &TwoPool, pooled: &Pooled, rope: &Rope) -> Result<Option<Far>> {
+        let s = &self.settings;
+        let clamp = s.far_position == FarPosition::Clamp;
+        let (first, last) = (step.start / s.block, (step.start + tokens - 1) / s.block);
+        // Each summary is gathered once, however many query blocks read it.
+        let mut rows = BTreeMap::new();
+        let mut blocks = vec![];
+        let mut routes: Vec<Vec<FarRow>> = vec![];
+        for b in first..=last {
+            let mut route = vec![];
+            for n in selector::route(self.rule, &self.grid, self.ordinal, s.partner_count, b) {
+                let count = s.pooled_count(n);
+                if count == 0 {
+                    continue;
+                }
+                let row = *rows.entry(n).or_insert_with(|| {
+                    blocks.push(n);
+                    blocks.len() - 1
+                });
+                let bias = (s.summary_bias * (count as f64).ln()) as f32;
+                let near = FarRow { row, bias, far_query: false, from: 0, until: usize::MAX };
+                if clamp {
+                    // Within the trained distance a summary is read at its own position; from there on at that distance.
+                    let edge = s.pooled_position(n).floor() as usize + self.trained;
+                    route.push(FarRow { until: edge, ..near });
+                    route.push(FarRow { from: edge, far_query: true, ..near });
+                } else {
+                    route.push(near);
+                }
+            }
+            routes.push(route);
+        }
+        if blocks.is_empty() {
+            return Ok(None);
+        }
+        let (mut k, mut v) = self.gather(&blocks, cache, pooled)?;
+        if s.pool == Pool::PreRope {
+            let positions: Vec<f32> = blocks.iter().map(|n| s.pooled_position(*n)).collect();
+            let rotated = rope.table(positions.into_iter(), k.device())?.apply(&k)?;
+            if clamp {
+                // Second half: unrotated, for queries rotated to the edge.
+                for r in routes.iter_mut().flatten().filter(|r| r.far_query) {
+                    r.row += blocks.len();
+                }
+                k = Tensor::cat(&[&rotated, &k], 0)?;
+                v = Tensor::cat(&[&v, &v], 0)?;
+            } else {
+                k = rotated;
+            }
+        }
+        Ok(Some(Far { k, v, routes }))
+    }
+
+    /// Keys and values of `blocks`, from the pool or from what the chunk has just completed.
+    fn gather(&self, blocks: &[usize], cache: &TwoPool, pooled: &Pooled) -> Result<(Tensor, Tensor)> {
+        let missing = || Error::new(ErrorKind::Backend, "summary pool", "a routed block is not held");
+        let held = cache.summaries().map(Ring::rows);
+        let (mut k, mut v) = (vec![], vec![]);
+        for &n in blocks {
+            let (ks, vs, row) = match n.checked_sub(pooled.first) {
+                Some(i) if i < pooled.count => (&pooled.k, &pooled.v, i),
+                Some(_) => return Err(missing()),
+                None => {
+                    let rows = held.ok_or_else(missing)?;
+                    if n + cache.summary_rows() < pooled.first {
+                        return Err(missing());
+                    }
+                    (rows.k, rows.v, n % cache.summary_rows())
+                }
+            };
+            k.push(ks.narrow(0, row, 1)?);
+            v.push(vs.narrow(0, row, 1)?);
+        }
+        Ok((Tensor::cat(&k, 0)?, Tensor::cat(&v, 0)?))
+    }
+}

@@ -1,0 +1,226 @@
+//! The decoder: embed, blocks, norm, head.
+
+use crate::cache::Cache;
+use crate::checkpoint::{Checkpoint, HoldAs, OnProgress};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mixer::{Butterfly, Full, Mixer, Projections, Sliding, Step};
+use crate::nn::{Linear, Mlp, RmsNorm, Rope, Weight};
+use crate::retrofit::RetrofitPlan;
+use crate::spec::{AttentionKind, LayerSpec, ModelSpec, Norms};
+use candle_core::{Device, Tensor};
+
+struct Block {
+    before_mixer: RmsNorm,
+    mixer: Mixer,
+    after_mixer: Option<RmsNorm>,
+    before_mlp: RmsNorm,
+    mlp: Mlp,
+    after_mlp: Option<RmsNorm>,
+}
+
+impl Block {
+    fn add(x: &Tensor, y: Tensor, norm: &Option<RmsNorm>) -> Result<Tensor> {
+        Ok((x + match norm {
+            Some(n) => n.forward(&y)?,
+            None => y,
+        })?)
+    }
+
+    fn forward(&self, x: &Tensor, step: &Step, state: &mut crate::cache::LayerState) -> Result<Tensor> {
+        let y = self.mixer.forward(&self.before_mixer.forward(x)?, step, state)?;
+        let x = Self::add(x, y, &self.after_mixer)?;
+        let y = self.mlp.forward(&self.before_mlp.forward(&x)?)?;
+        Self::add(&x, y, &self.after_mlp)
+    }
+}
+
+/// A loaded decoder, stock or retrofitted for a context.
+pub struct Model {
+    spec: ModelSpec,
+    plan: Option<RetrofitPlan>,
+    ctx: usize,
+    embed: Weight,
+    blocks: Vec<Block>,
+    norm: RmsNorm,
+    /// `None` where the head is the embedding.
+    head: Linear,
+    ropes: Vec<Rope>,
+    device: Device,
+    weights_bytes: u64,
+}
+
+impl Model {
+    /// Loads `checkpoint`, with `plan`'s layers swapped, provisioned for `ctx` positions.
+    ///
+    /// # Errors
+    /// A missing, misshapen or non-finite tensor, or a plan that does not fit the model.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        plan: Option<&RetrofitPlan>,
+        ctx: usize,
+        hold: &HoldAs,
+        device: &Device,
+        progress: OnProgress,
+    ) -> Result<Self> {
+        let spec = checkpoint.spec.clone();
+        if let Some(plan) = plan {
+            plan.check(&spec)?;
+        }
+        let loader = Loader { checkpoint, hold, device, spec: &spec };
+        let total = spec.layers.len() as u64 + 2;
+        progress("load", 0, total);
+        let embed = checkpoint.matrix("model.embed_tokens.weight", (spec.vocab, spec.hidden), hold, device)?;
+        progress("load", 1, total);
+        let mut blocks = vec![];
+        for (i, layer) in spec.layers.iter().enumerate() {
+            blocks.push(loader.block(i, layer, plan, ctx)?);
+            progress("load", 2 + i as u64, total);
+        }
+        let norm = loader.norm("model.norm.weight", spec.hidden)?;
+        let head = match spec.tied {
+            true => Linear::new(embed.clone(), None),
+            false => Linear::new(checkpoint.matrix("lm_head.weight", (spec.vocab, spec.hidden), hold, device)?, None),
+        };
+        progress("load", total, total);
+        let mut weights_bytes = embed.bytes() + if spec.tied { 0 } else { head.bytes() };
+        weights_bytes += blocks.iter().map(|b| b.mixer.projections().bytes() + b.mlp.bytes()).sum::<u64>();
+        let ropes = spec.ropes.iter().map(Rope::new).collect();
+        let (plan, device) = (plan.cloned(), device.clone());
+        Ok(Self { spec, plan, ctx, embed, blocks, norm, head, ropes, device, weights_bytes })
+    }
+
+    /// What it was built from.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The plan it was built with, if any layer is swapped.
+    pub fn plan(&self) -> Option<&RetrofitPlan> {
+        self.plan.as_ref()
+    }
+
+    /// Bytes of weights as held (norms, a few kilobytes, are not counted).
+    pub fn weights_bytes(&self) -> u64 {
+        self.weights_bytes
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// An empty cache for the context that the model was provisioned for.
+    pub fn new_cache(&self) -> Result<Cache> {
+        Cache::new(&self.spec, self.plan.as_ref(), self.ctx, &self.device)
+    }
+
+    /// Reads `ids` after what `cache` holds and returns the logits at the chunk-local positions `want`.
+    ///
+    /// # Shapes
+    /// f32 `[want.len(), vocab]`.
+    ///
+    /// # Errors
+    /// No ids, an id outside the vocabulary, more ids than the context has room for, or a position outside the chunk: all
+    /// refused before the cache changes.
+    pub fn forward(&self, ids: &[u32], cache: &mut Cache, want: &[usize]) -> Result<Tensor> {
+        cache.admit(ids.len())?;
+        if ids.is_empty() {
+            return Err(Error::new(ErrorKind::Usage, "prompt", "holds no tokens"));
+        }
+        if let Some(id) = ids.iter().find(|id| **id as usize >= self.spec.vocab) {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                "token ids",
+                format!("{id} is outside the vocabulary of {}", self.spec.vocab),
+            ));
+        }
+        if let Some(w) = want.iter().find(|w| **w >= ids.len()) {
+            return Err(Error::new(ErrorKind::Usage, "logits", format!("position {w} of a chunk of {}", ids.len())));
+        }
+        let start = cache.position();
+        let positions = || (start..start + ids.len()).map(|p| p as f32);
+        let tables: Result<Vec<_>> = self.ropes.iter().map(|r| r.table(positions(), &self.device)).collect();
+        let step = Step { start, ropes: &self.ropes, tables: &tables? };
+        let mut x = self.embed.rows(&Tensor::new(ids, &self.device)?)?;
+        if self.spec.embed_scale != 1.0 {
+            x = (x * self.spec.embed_scale)?;
+        }
+        for (i, (block, state)) in self.blocks.iter().zip(&mut cache.layers).enumerate() {
+            x = block.forward(&x, &step, state).map_err(|e| e.within(format!("layer {i}")))?;
+        }
+        cache.advance(ids.len());
+        let want: Vec<u32> = want.iter().map(|w| *w as u32).collect();
+        if want.is_empty() {
+            return Ok(Tensor::zeros((0, self.spec.vocab), candle_core::DType::F32, &self.device)?);
+        }
+        let x = x.index_select(&Tensor::new(want, &self.device)?, 0)?;
+        self.head.forward(&self.norm.forward(&x)?)
+    }
+}
+
+/// Names the tensors of a layer.
+struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    hold: &'a HoldAs,
+    device: &'a Device,
+    spec: &'a ModelSpec,
+}
+
+impl Loader<'_> {
+    fn norm(&self, name: &str, len: usize) -> Result<RmsNorm> {
+        Ok(RmsNorm::new(self.checkpoint.vector(name, len, self.device)?, self.spec.norm_eps))
+    }
+
+    fn linear(&self, name: String, out: usize, input: usize, bias: bool) -> Result<Linear> {
+        let weight = self.checkpoint.matrix(&format!("{name}.weight"), (out, input), self.hold, self.device)?;
+        let bias = bias.then(|| self.checkpoint.vector(&format!("{name}.bias"), out, self.device)).transpose()?;
+        Ok(Linear::new(weight, bias))
+    }
+
+    fn block(&self, i: usize, l: &LayerSpec, plan: Option<&RetrofitPlan>, ctx: usize) -> Result<Block> {
+        let hidden = self.spec.hidden;
+        let name = |part: &str| format!("model.layers.{i}.{part}");
+        let norm = |part: &str| self.norm(&name(&format!("{part}.weight")), hidden);
+        let (q_rows, kv_rows) = (l.heads * l.head_dim, l.kv_heads * l.head_dim);
+        let head_norm = |part: &str| self.norm(&name(&format!("self_attn.{part}.weight")), l.head_dim);
+        let qk_norm = match l.qk_norm {
+            true => Some((head_norm("q_norm")?, head_norm("k_norm")?)),
+            false => None,
+        };
+        let projections = Projections {
+            q: self.linear(name("self_attn.q_proj"), q_rows, hidden, l.qkv_bias)?,
+            k: self.linear(name("self_attn.k_proj"), kv_rows, hidden, l.qkv_bias)?,
+            v: self.linear(name("self_attn.v_proj"), kv_rows, hidden, l.qkv_bias)?,
+            out: self.linear(name("self_attn.o_proj"), hidden, q_rows, l.out_bias)?,
+            qk_norm,
+            heads: l.heads,
+            kv_heads: l.kv_heads,
+            head_dim: l.head_dim,
+            scale: l.scale as f32,
+            rope: l.rope,
+        };
+        let swapped = plan.and_then(|p| p.ordinal(i).map(|j| (&p.settings, j)));
+        let mixer = match (l.attention, swapped) {
+            (AttentionKind::Sliding { window }, _) => Mixer::Sliding(Sliding { projections, window }),
+            (AttentionKind::Full, None) => Mixer::Full(Full { projections }),
+            (AttentionKind::Full, Some((settings, ordinal))) => {
+                let trained = self.spec.max_positions;
+                Mixer::Butterfly(Box::new(Butterfly::new(projections, settings, ordinal, ctx, trained)?))
+            }
+        };
+        let sandwich = l.norms == Norms::Sandwich;
+        Ok(Block {
+            before_mixer: norm("input_layernorm")?,
+            mixer,
+            after_mixer: sandwich.then(|| norm("post_attention_layernorm")).transpose()?,
+            before_mlp: norm(if sandwich { "pre_feedforward_layernorm" } else { "post_attention_layernorm" })?,
+            mlp: Mlp {
+                gate: self.linear(name("mlp.gate_proj"), l.intermediate, hidden, l.mlp_bias)?,
+                up: self.linear(name("mlp.up_proj"), l.intermediate, hidden, l.mlp_bias)?,
+                down: self.linear(name("mlp.down_proj"), hidden, l.intermediate, l.mlp_bias)?,
+                activation: l.activation,
+            },
+            after_mlp: sandwich.then(|| norm("post_feedforward_layernorm")).transpose()?,
+        })
+    }
+}

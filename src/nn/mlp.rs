@@ -1,0 +1,34 @@
+//! The gated feed-forward: `down(act(gate x) · up x)`.
+
+use super::Linear;
+use crate::error::Result;
+use crate::ops;
+use crate::spec::Activation;
+use candle_core::Tensor;
+
+/// Gate, up and down projections.
+#[derive(Debug, Clone)]
+pub struct Mlp {
+    /// `[I, hidden]`.
+    pub gate: Linear,
+    /// `[I, hidden]`.
+    pub up: Linear,
+    /// `[hidden, I]`.
+    pub down: Linear,
+    /// Activation of the gate.
+    pub activation: Activation,
+}
+
+impl Mlp {
+    /// # Shapes
+    /// `x [T, hidden]` to the same.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let h = ops::gated(&self.gate.forward(x)?, &self.up.forward(x)?, self.activation)?;
+        self.down.forward(&h)
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> u64 {
+        self.gate.bytes() + self.up.bytes() + self.down.bytes()
+    }
+}

@@ -1,0 +1,97 @@
+//! Rotary position embedding (Su et al. 2021, arXiv:2104.09864), always from f32 tables.
+//!
+//! The halves of a head are rotated against each other: `(x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin)`. Tables are made for
+//! the positions at hand, never for a whole context, and positions may be fractional: a pooled key stands at the mean of its
+//! block. Angles are the f32 product of position and frequency, as in transformers, since at position 9,000 another rounding
+//! of the same product moves the angle by 5e-4.
+
+use crate::error::{At, Result};
+use crate::spec::{RopeScaling, RopeSpec};
+use candle_core::{Device, Tensor};
+use std::f64::consts::PI;
+
+/// A rotary embedding: frequencies after scaling.
+#[derive(Debug, Clone)]
+pub struct Rope {
+    inv_freq: Vec<f32>,
+    amplitude: f32,
+}
+
+/// cos and sin of some positions, each f32 `[T, D / 2]`.
+#[derive(Debug, Clone)]
+pub struct RopeTable {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rope {
+    /// Frequencies `θ^(-2i/D)`, scaled as `spec` says.
+    pub fn new(spec: &RopeSpec) -> Self {
+        let dim = spec.dim as f64;
+        let base: Vec<f64> = (0..spec.dim / 2).map(|i| spec.theta.powf(-2.0 * i as f64 / dim)).collect();
+        let mut amplitude = 1.0;
+        let scaled: Vec<f64> = match &spec.scaling {
+            RopeScaling::None => base,
+            RopeScaling::Linear { factor } => base.iter().map(|f| f / factor).collect(),
+            RopeScaling::Factors { divisors } => base.iter().zip(divisors).map(|(f, d)| f / *d as f64).collect(),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
+                let one = |f: &f64| llama3(*f, *factor, *low_freq_factor, *high_freq_factor, *original as f64);
+                base.iter().map(one).collect()
+            }
+            RopeScaling::Yarn { factor, original, beta_fast, beta_slow, attention_factor, truncate } => {
+                amplitude = *attention_factor;
+                let edge =
+                    |rotations: f64| dim * (*original as f64 / (rotations * 2.0 * PI)).ln() / (2.0 * spec.theta.ln());
+                let (mut low, mut high) = (edge(*beta_fast), edge(*beta_slow));
+                if *truncate {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                let (low, high) = (low.max(0.0), high.min(dim - 1.0));
+                let width = if high == low { 0.001 } else { high - low };
+                let ramp = |i: usize| ((i as f64 - low) / width).clamp(0.0, 1.0);
+                base.iter().enumerate().map(|(i, f)| f / factor * ramp(i) + f * (1.0 - ramp(i))).collect()
+            }
+        };
+        Self { inv_freq: scaled.iter().map(|f| *f as f32).collect(), amplitude: amplitude as f32 }
+    }
+
+    /// The table of `positions`.
+    pub fn table(&self, positions: impl ExactSizeIterator<Item = f32>, device: &Device) -> Result<RopeTable> {
+        let shape = (positions.len(), self.inv_freq.len());
+        let (mut cos, mut sin) = (Vec::with_capacity(shape.0 * shape.1), Vec::with_capacity(shape.0 * shape.1));
+        for p in positions {
+            for f in &self.inv_freq {
+                let (s, c) = (p * f).sin_cos();
+                cos.push(c * self.amplitude);
+                sin.push(s * self.amplitude);
+            }
+        }
+        let tensor = |v| Tensor::from_vec(v, shape, device).at("rope table");
+        Ok(RopeTable { cos: tensor(cos)?, sin: tensor(sin)? })
+    }
+}
+
+/// Llama 3.1's ramp between kept and divided frequencies.
+fn llama3(f: f64, factor: f64, low: f64, high: f64, original: f64) -> f64 {
+    let wavelength = 2.0 * PI / f;
+    if wavelength < original / high {
+        f
+    } else if wavelength > original / low {
+        f / factor
+    } else {
+        let smooth = (original / wavelength - low) / (high - low);
+        (1.0 - smooth) * f / factor + smooth * f
+    }
+}
+
+impl RopeTable {
+    /// Rotates `x` row by row.
+    ///
+    /// # Shapes
+    /// `x [T, heads, D]` to the same.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        let rotate =
+            || candle_nn::rotary_emb::rope_thd(&x.unsqueeze(0)?.contiguous()?, &self.cos, &self.sin)?.squeeze(0);
+        rotate().at("rope")
+    }
+}

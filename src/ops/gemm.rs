@@ -1,0 +1,80 @@
+//! Bounds-checked calls of the `gemm` crate on one thread, for tiles inside a worker.
+
+use gemm::Parallelism;
+
+/// A row-major matrix inside a slice: `rows` rows of `cols`, `stride` elements apart.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    /// First element of the first row at index 0.
+    pub data: &'a [f32],
+    /// Elements from one row to the next.
+    pub stride: usize,
+}
+
+impl Matrix<'_> {
+    fn check(&self, rows: usize, cols: usize) {
+        assert!(rows == 0 || self.data.len() >= (rows - 1) * self.stride + cols, "matrix exceeds its slice");
+    }
+}
+
+/// `c[m, n] = a[m, k] · b[n, k]ᵀ`, with `c`'s rows `n` apart.
+pub fn multiply_transposed(m: usize, n: usize, k: usize, a: Matrix, b: Matrix, c: &mut [f32]) {
+    a.check(m, k);
+    b.check(n, k);
+    assert!(c.len() >= m * n, "output exceeds its slice");
+    // SAFETY: the three checks above cover every element that the strides reach.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            1,
+            n as isize,
+            false,
+            a.data.as_ptr(),
+            1,
+            a.stride as isize,
+            b.data.as_ptr(),
+            b.stride as isize,
+            1,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            Parallelism::None,
+        );
+    }
+}
+
+/// `c[m, n] += a[m, k] · b[k, n]`, with `c`'s rows `n` apart.
+pub fn multiply_add(m: usize, n: usize, k: usize, a: Matrix, b: Matrix, c: &mut [f32]) {
+    a.check(m, k);
+    b.check(k, n);
+    assert!(c.len() >= m * n, "output exceeds its slice");
+    // SAFETY: the three checks above cover every element that the strides reach.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            1,
+            n as isize,
+            true,
+            a.data.as_ptr(),
+            1,
+            a.stride as isize,
+            b.data.as_ptr(),
+            1,
+            b.stride as isize,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            Parallelism::None,
+        );
+    }
+}

@@ -1,0 +1,12 @@
+//! Operators, one per file: a reference, the CPU path checked against it, and (later) a CUDA launcher.
+
+mod attention;
+mod gated;
+mod gemm;
+mod simd;
+mod summaries;
+mod view;
+
+pub use attention::{attend, reference, AttentionArgs, FarArgs, FarRow, Past, Window};
+pub use gated::gated;
+pub use summaries::{pool_blocks, Pooled, RunningMean};

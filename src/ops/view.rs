@@ -1,0 +1,34 @@
+//! Reading a CPU tensor's f32 values in place.
+
+use crate::error::{At, Error, ErrorKind, Result};
+use candle_core::{Storage, Tensor};
+use std::ops::Deref;
+
+/// A contiguous f32 tensor's storage, held for reading.
+pub struct View<G> {
+    guard: G,
+    start: usize,
+    len: usize,
+}
+
+/// Locks a tensor's storage; fails where it is not contiguous or not on the CPU. `what` names it.
+pub fn view<'a>(tensor: &'a Tensor, what: &str) -> Result<View<impl Deref<Target = Storage> + 'a>> {
+    let (guard, layout) = tensor.storage_and_layout();
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        return Err(Error::new(ErrorKind::Backend, what, "must be contiguous"));
+    };
+    match &*guard {
+        Storage::Cpu(_) => Ok(View { guard, start, len: end - start }),
+        _ => Err(Error::unsupported(what, "this operator has no kernel for the device yet")),
+    }
+}
+
+impl<G: Deref<Target = Storage>> View<G> {
+    /// The values.
+    pub fn values(&self) -> Result<&[f32]> {
+        match &*self.guard {
+            Storage::Cpu(cpu) => Ok(&cpu.as_slice::<f32>().at("f32 values")?[self.start..self.start + self.len]),
+            _ => Err(Error::unsupported("tensor", "not on the CPU")),
+        }
+    }
+}

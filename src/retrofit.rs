@@ -1,0 +1,279 @@
+//! Which layers become butterfly attention, with what settings: plain data, saved as JSON.
+
+use crate::error::{At, Error, Result};
+use crate::selector::{self, Grid};
+use crate::spec::{AttentionKind, ModelSpec};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// Where the raw window's left edge lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum WindowAlign {
+    /// On a block's edge: every past token is raw or in a completed block left of it.
+    Block,
+    /// `window` tokens back: the published form, which leaves holes; for comparison only.
+    Token,
+}
+
+/// Whether keys are pooled with or without their rotation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pool {
+    /// The mean of rotated keys.
+    PostRope,
+    /// The mean of unrotated keys, rotated at the mean of their positions.
+    PreRope,
+}
+
+/// At what distance a summary is scored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum FarPosition {
+    /// Its own.
+    True,
+    /// Its own, but never beyond the trained length. Needs `pre-rope`.
+    Clamp,
+}
+
+/// The settings of butterfly attention.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// `B`, positions per block.
+    pub block: usize,
+    /// Raw window in tokens, `w · B`.
+    pub window: usize,
+    /// Where its left edge lies.
+    pub window_align: WindowAlign,
+    /// `S`, first positions that are always raw.
+    pub sink_tokens: usize,
+    /// The rule's name.
+    pub partner: String,
+    /// Stages read at once.
+    pub partner_count: usize,
+    /// Distance of stage 0 in blocks; `w + 1` if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shift_unit: Option<usize>,
+    /// How keys are pooled.
+    pub pool: Pool,
+    /// `β` of the bias `β ln(count)` on a summary's logit.
+    pub summary_bias: f64,
+    /// At what distance summaries are scored.
+    pub far_position: FarPosition,
+    /// Seed of the `random` rule.
+    pub seed: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            block: 128,
+            window: 512,
+            window_align: WindowAlign::Block,
+            sink_tokens: 4,
+            partner: selector::SELECTORS[0].name().into(),
+            partner_count: 1,
+            shift_unit: None,
+            pool: Pool::PostRope,
+            summary_bias: 0.0,
+            far_position: FarPosition::True,
+            seed: 0,
+        }
+    }
+}
+
+impl Settings {
+    /// Refuses settings that are out of range or contradict each other, naming the flag.
+    pub fn validate(&self) -> Result<()> {
+        let fail = |flag: &str, message: String| Err(Error::usage(flag, message));
+        if self.block == 0 || self.block > 1 << 20 {
+            return fail("--block", format!("{} is not a block size; give 1 to 1048576 tokens", self.block));
+        }
+        if !self.window.is_multiple_of(self.block) {
+            let below = self.window / self.block * self.block;
+            let hint = format!("{} or {}", below, below + self.block);
+            return fail(
+                "--window",
+                format!("{} is not a whole number of blocks of {}; try {hint}", self.window, self.block),
+            );
+        }
+        if self.window_align == WindowAlign::Token && self.window == 0 {
+            return fail("--window", "a token-aligned window of 0 does not hold the query's own position".into());
+        }
+        if self.partner_count == 0 {
+            return fail("--partner-count", "must be at least 1; use --partner local for no summaries".into());
+        }
+        if self.shift_unit == Some(0) {
+            return fail("--shift-unit", "must be at least 1".into());
+        }
+        if !self.summary_bias.is_finite() {
+            return fail("--summary-bias", format!("{} is not a finite number", self.summary_bias));
+        }
+        if self.far_position == FarPosition::Clamp && self.pool == Pool::PostRope {
+            return fail(
+                "--far-position",
+                "clamp moves a summary, which only unrotated keys allow: add --pool pre-rope".into(),
+            );
+        }
+        selector::find(&self.partner).map(|_| ())
+    }
+
+    /// `w`, the window in blocks.
+    pub fn window_blocks(&self) -> usize {
+        self.window / self.block
+    }
+
+    /// The block grid for `ctx` provisioned positions.
+    pub fn grid(&self, ctx: usize) -> Grid {
+        let window = self.window_blocks();
+        Grid { blocks: ctx.div_ceil(self.block), window, unit: self.shift_unit.unwrap_or(window + 1), seed: self.seed }
+    }
+
+    /// Positions of block `n` that are pooled (all but sinks).
+    pub fn pooled_count(&self, n: usize) -> usize {
+        self.block - self.sink_tokens.saturating_sub(n * self.block).min(self.block)
+    }
+
+    /// Mean of the positions pooled in block `n`, at which a mean of unrotated keys is rotated.
+    pub fn pooled_position(&self, n: usize) -> f32 {
+        let first = (n * self.block).max(self.sink_tokens) as f64;
+        let last = ((n + 1) * self.block - 1) as f64;
+        ((first + last) / 2.0) as f32
+    }
+}
+
+/// A plan: the swapped layers, all with the same settings.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RetrofitPlan {
+    /// Version of this form.
+    pub schema_version: u32,
+    /// Family and layer count of the model the plan was made for.
+    pub family: String,
+    /// Layers of that model.
+    pub model_layers: usize,
+    /// Indices of the swapped layers, rising.
+    pub layers: Vec<usize>,
+    /// Their settings.
+    pub settings: Settings,
+}
+
+/// The form that this build writes and reads.
+pub const PLAN_VERSION: u32 = 1;
+
+impl RetrofitPlan {
+    /// A plan for `spec`. `layers` of `None` takes every full-attention layer.
+    pub fn new(spec: &ModelSpec, layers: Option<Vec<usize>>, settings: Settings) -> Result<Self> {
+        let mut layers = layers.unwrap_or_else(|| spec.full_layers());
+        layers.sort_unstable();
+        layers.dedup();
+        let plan = Self {
+            schema_version: PLAN_VERSION,
+            family: spec.family.clone(),
+            model_layers: spec.layers.len(),
+            layers,
+            settings,
+        };
+        plan.check(spec)?;
+        Ok(plan)
+    }
+
+    /// Whether the plan fits `spec`.
+    pub fn check(&self, spec: &ModelSpec) -> Result<()> {
+        self.settings.validate()?;
+        if (self.family.as_str(), self.model_layers) != (&spec.family, spec.layers.len()) {
+            return Err(Error::usage(
+                "--plan",
+                format!(
+                    "made for {} with {} layers; this model is {} with {}",
+                    self.family,
+                    self.model_layers,
+                    spec.family,
+                    spec.layers.len()
+                ),
+            ));
+        }
+        let full = spec.full_layers();
+        match self.layers.iter().find(|l| !full.contains(l)) {
+            None => Ok(()),
+            Some(l) => {
+                let why = match spec.layers.get(*l).map(|s| s.attention) {
+                    Some(AttentionKind::Sliding { .. }) => "is a sliding-window layer and stays as it is",
+                    _ => "is out of range",
+                };
+                Err(Error::usage("--layers", format!("layer {l} {why}; full-attention layers: {}", ranges(&full))))
+            }
+        }
+    }
+
+    /// The ordinal of `layer` among the swapped ones.
+    pub fn ordinal(&self, layer: usize) -> Option<usize> {
+        self.layers.binary_search(&layer).ok()
+    }
+
+    /// Reads a plan.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).at(path.display())?;
+        let plan: Self = serde_json::from_str(&text).map_err(|e| Error::format(path.display(), e))?;
+        if plan.schema_version != PLAN_VERSION {
+            let message = format!("is a plan of version {}; this build reads {PLAN_VERSION}", plan.schema_version);
+            return Err(Error::format(path.display(), message));
+        }
+        Ok(plan)
+    }
+}
+
+/// `0-3, 5, 8-9`: a compact list for messages.
+pub fn ranges(sorted: &[usize]) -> String {
+    let mut parts: Vec<(usize, usize)> = vec![];
+    for &x in sorted {
+        match parts.last_mut() {
+            Some((_, end)) if *end + 1 == x => *end = x,
+            _ => parts.push((x, x)),
+        }
+    }
+    let show = |&(a, b): &(usize, usize)| if a == b { a.to_string() } else { format!("{a}-{b}") };
+    parts.iter().map(show).collect::<Vec<_>>().join(", ")
+}
+
+/// Parses `all`, or a list such as `0-3,5`.
+pub fn parse_layers(text: &str) -> Result<Option<Vec<usize>>> {
+    if text == "all" {
+        return Ok(None);
+    }
+    let bad = || Error::usage("--layers", format!("`{text}` is neither `all` nor a list such as 0-3,5"));
+    let mut layers = vec![];
+    for part in text.split(',').map(str::trim) {
+        let (a, b) = part.split_once('-').unwrap_or((part, part));
+        let (a, b): (usize, usize) = (a.trim().parse().map_err(|_| bad())?, b.trim().parse().map_err(|_| bad())?);
+        if b < a || b > 1 << 16 {
+            return Err(bad());
+        }
+        layers.extend(a..=b);
+    }
+    Ok(Some(layers))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layer_lists_parse_and_print() {
+        assert_eq!(parse_layers("all").unwrap(), None);
+        assert_eq!(parse_layers("0-2, 5").unwrap(), Some(vec![0, 1, 2, 5]));
+        for bad in ["", "x", "3-1", "1-", "-1"] {
+            assert!(parse_layers(bad).is_err(), "{bad}");
+        }
+        assert_eq!(ranges(&[0, 1, 2, 5, 8, 9]), "0-2, 5, 8-9");
+    }
+
+    #[test]
+    fn sinks_are_left_out_of_counts_and_mean_positions() {
+        let s = Settings { block: 8, window: 16, sink_tokens: 10, ..Settings::default() };
+        assert_eq!((0..3).map(|n| s.pooled_count(n)).collect::<Vec<_>>(), [0, 6, 8]);
+        assert_eq!(s.pooled_position(1), 12.5);
+        assert_eq!(s.pooled_position(2), 19.5);
+    }
+}

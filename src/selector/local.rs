@@ -1,0 +1,23 @@
+//! `local`: no summaries; window and sinks alone.
+
+use super::{Grid, Selector};
+
+pub(super) struct Local;
+
+impl Selector for Local {
+    fn name(&self) -> &'static str {
+        "local"
+    }
+
+    fn about(&self) -> &'static str {
+        "no summaries: window and sinks alone"
+    }
+
+    fn propose(&self, _: &Grid, _: usize, _: usize, _: usize) -> Vec<usize> {
+        vec![]
+    }
+
+    fn rows(&self, _: &Grid, _: usize) -> usize {
+        0
+    }
+}

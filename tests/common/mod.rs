@@ -1,0 +1,64 @@
+//! What the integration tests share: golden cases, models loaded in one line, comparisons.
+#![allow(dead_code)] // Each test binary uses its own part.
+
+use bfly::checkpoint::{Checkpoint, Held, HoldAs, OpenOptions};
+use bfly::model::Model;
+use bfly::retrofit::{RetrofitPlan, Settings};
+use candle_core::{DType, Device, Tensor};
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+pub type Any<T = ()> = Result<T, Box<dyn std::error::Error>>;
+
+/// Every golden case.
+pub const GOLDENS: &[&str] =
+    &["qwen2", "qwen3", "llama", "gemma3", "qwen2_yarn", "llama3_rope", "llama_linear", "qwen3_d128"];
+
+pub fn golden_dir(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens").join(name)
+}
+
+/// Ids and logits that transformers recorded.
+pub struct Golden(HashMap<String, Tensor>);
+
+impl Golden {
+    pub fn open(name: &str) -> Any<Self> {
+        Ok(Self(candle_core::safetensors::load(golden_dir(name).join("golden.safetensors"), &Device::Cpu)?))
+    }
+
+    pub fn ids(&self, case: &str) -> Any<Vec<u32>> {
+        Ok(self.0[case].to_dtype(DType::U32)?.to_vec1()?)
+    }
+
+    pub fn logits(&self, case: &str) -> Any<Tensor> {
+        Ok(self.0[&format!("{case}_logits")].to_dtype(DType::F32)?)
+    }
+}
+
+pub fn open(model: &str) -> bfly::Result<Checkpoint> {
+    Checkpoint::open(model, &OpenOptions::default(), &|_, _, _| ())
+}
+
+/// Loads in f32 for `ctx` positions, with `settings` on every full layer if given.
+pub fn load(checkpoint: &Checkpoint, settings: Option<&Settings>, ctx: usize) -> bfly::Result<Model> {
+    let plan = settings.map(|s| RetrofitPlan::new(&checkpoint.spec, None, s.clone())).transpose()?;
+    let hold = HoldAs::new(Held::As(candle_core::quantized::GgmlDType::F32), 0, None);
+    Model::load(checkpoint, plan.as_ref(), ctx, &hold, &Device::Cpu, &|_, _, _| ())
+}
+
+pub fn load_golden(name: &str, settings: Option<&Settings>, ctx: usize) -> bfly::Result<Model> {
+    let dir = golden_dir(name);
+    load(&open(&dir.to_string_lossy())?, settings, ctx)
+}
+
+/// Logits of the last `last` positions, prefilled in chunks of `chunk`.
+pub fn last_logits(model: &Model, ids: &[u32], chunk: usize, last: usize) -> bfly::Result<Tensor> {
+    bfly::generate::Session::new(model)?.prefill(ids, chunk, last, &mut |_| ())
+}
+
+/// Largest difference, in standard deviations of `want`.
+pub fn deviation(got: &Tensor, want: &Tensor) -> Any<f32> {
+    let flat = want.flatten_all()?;
+    let std = flat.var(0)?.sqrt()?.to_scalar::<f32>()?;
+    Ok((got - want)?.abs()?.max_all()?.to_scalar::<f32>()? / std)
+}
