@@ -84,6 +84,16 @@ pub struct Cache {
 impl Cache {
     /// Allocates for `ctx` positions; layers named by `plan` get two pools.
     pub fn new(spec: &ModelSpec, plan: Option<&RetrofitPlan>, ctx: usize, device: &Device) -> Result<Self> {
+        Self::build(spec, plan, ctx, device, false)
+    }
+
+    /// As [`Cache::new`], but every summary pool holds all that any block could read, instead of what the layer's stage
+    /// needs: the same logits for more memory, which is how the stage-sized pools are checked.
+    pub fn with_full_pools(spec: &ModelSpec, plan: Option<&RetrofitPlan>, ctx: usize, device: &Device) -> Result<Self> {
+        Self::build(spec, plan, ctx, device, true)
+    }
+
+    fn build(spec: &ModelSpec, plan: Option<&RetrofitPlan>, ctx: usize, device: &Device, full: bool) -> Result<Self> {
         if ctx == 0 {
             return Err(Error::usage("--ctx", "0 is not a context length"));
         }
@@ -99,8 +109,11 @@ impl Cache {
             layers.push(match (l.attention, plan.and_then(|p| p.ordinal(i).map(|j| (p, j)))) {
                 (AttentionKind::Full, Some((plan, ordinal))) => {
                     let s = &plan.settings;
-                    let rows =
-                        selector::rows_needed(selector::find(&s.partner)?, &s.grid(ctx), ordinal, s.partner_count);
+                    let (rule, grid) = (selector::find(&s.partner)?, s.grid(ctx));
+                    let rows = match full {
+                        true => grid.span(),
+                        false => selector::rows_needed(rule, &grid, ordinal, s.partner_count),
+                    };
                     LayerState::TwoPool(Box::new(TwoPool::new(s, rows, row, device)?))
                 }
                 (AttentionKind::Full, None) => LayerState::Dense(Ring::new(capacity, row, device)?),

