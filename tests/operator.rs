@@ -75,11 +75,11 @@ fn difference(c: &Case) -> Any<f32> {
     let blocks = (c.start + c.tokens - 1) / block - c.start / block + 1;
     let routes: Vec<Vec<FarRow>> = (0..blocks)
         .map(|b| {
-            let pick = |row: usize| (row as u64 * 7 + b as u64 * 5 + c.seed) % 3 == 0;
+            let pick = |row: usize| (row as u64 * 7 + b as u64 * 5 + c.seed).is_multiple_of(3);
             let far = |row: usize| FarRow {
                 row,
                 bias: (row as f32 - 3.0) / 2.0,
-                far_query: c.clamp && row % 2 == 0,
+                far_query: c.clamp && row.is_multiple_of(2),
                 from: if c.clamp { c.start + row * 3 } else { 0 },
                 until: if row % 5 == 4 { c.start + row * 6 } else { usize::MAX },
             };
@@ -116,7 +116,16 @@ proptest! {
 fn long_decode_is_shared_out_over_the_keys_and_merged_exactly() -> Any {
     for window in [Window::Unbounded, Window::Tokens(3000)] {
         let c = Case {
-            tokens: 1, start: 5000, group: 3, kv_heads: 2, dim: 64, window, sinks: 4, far_rows: 5, clamp: true, seed: 11,
+            tokens: 1,
+            start: 5000,
+            group: 3,
+            kv_heads: 2,
+            dim: 64,
+            window,
+            sinks: 4,
+            far_rows: 5,
+            clamp: true,
+            seed: 11,
         };
         let off = difference(&c)?;
         assert!(off < 2e-5, "{window:?}: off by {off}");
@@ -128,8 +137,16 @@ fn long_decode_is_shared_out_over_the_keys_and_merged_exactly() -> Any {
 fn a_window_that_the_cache_does_not_hold_is_refused() -> Any {
     let x = values((1, 1, 8), 3, 1.0)?;
     let args = AttentionArgs {
-        q: &x, q_far: None, k: &x, v: &x, start: 10, past: Some(Past { k: &x, v: &x }), sinks: None,
-        window: Window::Unbounded, far: None, scale: 1.0,
+        q: &x,
+        q_far: None,
+        k: &x,
+        v: &x,
+        start: 10,
+        past: Some(Past { k: &x, v: &x }),
+        sinks: None,
+        window: Window::Unbounded,
+        far: None,
+        scale: 1.0,
     };
     let error = attend(&args).unwrap_err().to_string();
     assert!(error.contains("reaches back 10 positions, the cache holds 1"), "{error}");

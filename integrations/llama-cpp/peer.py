@@ -529,7 +529,7 @@ def remarks(args, samples: List[dict]) -> List[str]:
             notes.append(f"{label}: the first {same} of its {r['generated_tokens']} new tokens are llama.cpp's")
     others = max(s["cores_busy_with_others"] or 0.0 for s in samples)
     if others > 0.1:
-        notes.append(f"not a fair measurement: other work kept up to {others:.1f} cores busy during a run; repeat on an idle machine")
+        notes.append(f"other work kept up to {others:.2f} cores busy during a run: a fair comparison needs an idle machine")
     changed = {s["label"] for s in samples if s["report"]["token_ids"] != first[s["label"]]["token_ids"]}
     notes += [f"{label}: not every repeat gave the same tokens" for label in sorted(changed)]
     return notes

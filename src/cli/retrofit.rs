@@ -224,5 +224,5 @@ fn on_ctrl_c(decoding: &Arc<AtomicBool>, interrupted: &Arc<AtomicBool>) {
 fn logits_file(logits: &Tensor, ids: &[u32]) -> Result<Vec<u8>> {
     let ids = Tensor::new(ids, &Device::Cpu)?;
     let map = HashMap::from([("logits", logits), ("token_ids", &ids)]);
-    safetensors::serialize(map, None).map_err(|e| candle_core::Error::wrap(e)).at("--logits-out")
+    safetensors::serialize(map, None).map_err(candle_core::Error::wrap).at("--logits-out")
 }

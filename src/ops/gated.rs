@@ -34,7 +34,7 @@ fn silu(x: f32, up: f32) -> f32 {
 
 #[inline(always)]
 fn gelu(x: f32, up: f32) -> f32 {
-    let inner = 1.595_769_1 * (x + 0.044_715 * x * x * x);
+    let inner = 1.595_769 * (x + 0.044_715 * x * x * x);
     x * up / (1.0 + simd::exp((-inner).min(80.0)))
 }
 

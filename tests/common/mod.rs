@@ -72,3 +72,24 @@ pub fn variant(name: &str, change: impl FnOnce(&mut serde_json::Value)) -> Any<t
     std::fs::copy(golden_dir(name).join("model.safetensors"), dir.path().join("model.safetensors"))?;
     Ok(dir)
 }
+
+/// A recorded fixture.
+pub fn fixture(path: &str) -> Any<serde_json::Value> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(path);
+    Ok(serde_json::from_str(&std::fs::read_to_string(path)?)?)
+}
+
+/// Token ids of a JSON array.
+pub fn numbers(value: &serde_json::Value) -> Any<Vec<u32>> {
+    Ok(serde_json::from_value(value.clone())?)
+}
+
+/// The GGUF file of a real model.
+pub fn real_model(name: &str) -> Any<String> {
+    let file = fixture(&format!("real/{name}.json"))?["gguf"].as_str().ok_or("fixture names no file")?.to_string();
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models").join(file);
+    match path.exists() {
+        true => Ok(path.to_string_lossy().into_owned()),
+        false => Err(format!("{} is missing: run scripts/fetch_models.py {name}", path.display()).into()),
+    }
+}

@@ -4,10 +4,13 @@ use super::AttentionArgs;
 use crate::error::Result;
 use candle_core::{Device, Tensor};
 
+/// Query, key, value and bias.
+type Seen = (Vec<f32>, Vec<f32>, Vec<f32>, f64);
+
 /// As [`super::attend`], slowly.
 pub fn reference(args: &AttentionArgs) -> Result<Tensor> {
     let (t, h, g, d) = args.dims()?;
-    let read = |x: &Tensor| Ok::<_, candle_core::Error>(x.flatten_all()?.to_vec1::<f32>()?);
+    let read = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
     let (q, k, v) = (read(args.q)?, read(args.k)?, read(args.v)?);
     let q_far = args.q_far.map(read).transpose()?;
     let pair = |p: &super::Past| Ok::<_, candle_core::Error>((read(p.k)?, read(p.v)?, p.k.dims()[0]));
@@ -23,8 +26,8 @@ pub fn reference(args: &AttentionArgs) -> Result<Tensor> {
             let query = |q: &[f32]| q[(i * h + head) * d..][..d].to_vec();
             let row = |x: &[f32], row: usize| x[(row * g + kv) * d..][..d].to_vec();
             let near = query(&q);
-            // Query, key, value and bias of everything this query reads.
-            let mut seen: Vec<(Vec<f32>, Vec<f32>, Vec<f32>, f64)> = vec![];
+            // Everything this query reads.
+            let mut seen: Vec<Seen> = vec![];
             if let Some((sk, sv, _)) = &sinks {
                 let count = args.sinks.map_or(0, |s| s.1);
                 seen.extend((0..count.min(left)).map(|r| (near.clone(), row(sk, r), row(sv, r), 0.0)));
