@@ -137,6 +137,11 @@ impl Model {
         if let Some(w) = want.iter().find(|w| **w >= ids.len()) {
             return Err(Error::new(ErrorKind::Usage, "logits", format!("position {w} of a chunk of {}", ids.len())));
         }
+        // On a worker of the pool, so that each operator's parallel region costs a steal and not a sleep of this thread.
+        rayon::scope(|_| self.run(ids, cache, want))
+    }
+
+    fn run(&self, ids: &[u32], cache: &mut Cache, want: &[usize]) -> Result<Tensor> {
         let start = cache.position();
         let positions = || (start..start + ids.len()).map(|p| p as f32);
         let tables: Result<Vec<_>> = self.ropes.iter().map(|r| r.table(positions(), &self.device)).collect();

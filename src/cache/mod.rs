@@ -111,10 +111,10 @@ impl Cache {
                     let s = &plan.settings;
                     let (rule, grid) = (selector::find(&s.partner)?, s.grid(ctx));
                     let rows = match full {
-                        true => grid.span(),
+                        true => grid.readable(),
                         false => selector::rows_needed(rule, &grid, ordinal, s.partner_count),
                     };
-                    LayerState::TwoPool(Box::new(TwoPool::new(s, rows, row, device)?))
+                    LayerState::TwoPool(Box::new(TwoPool::new(s, rows, grid.readable(), row, device)?))
                 }
                 (AttentionKind::Full, None) => LayerState::Dense(Ring::new(capacity, row, device)?),
                 (AttentionKind::Sliding { .. }, _) => LayerState::Ring(Ring::new(capacity, row, device)?),

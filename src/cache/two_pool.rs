@@ -19,11 +19,19 @@ pub struct TwoPool {
     /// The block in progress.
     pub running: RunningMean,
     block: usize,
+    /// Blocks from this one on are never read, so they must not push out older ones.
+    readable: usize,
 }
 
 impl TwoPool {
-    /// Allocates for `settings`, with `rows` summaries.
-    pub fn new(settings: &Settings, rows: usize, row: (usize, usize), device: &Device) -> Result<Self> {
+    /// Allocates for `settings`, with `rows` summaries of blocks below `readable`.
+    pub fn new(
+        settings: &Settings,
+        rows: usize,
+        readable: usize,
+        row: (usize, usize),
+        device: &Device,
+    ) -> Result<Self> {
         let pool = |n: usize| (n > 0).then(|| Ring::new(n, row, device)).transpose();
         Ok(Self {
             local: Ring::new((settings.window_blocks() + 1) * settings.block, row, device)?,
@@ -32,6 +40,7 @@ impl TwoPool {
             summaries: pool(rows)?,
             running: RunningMean::new(row.0 * row.1),
             block: settings.block,
+            readable,
         })
     }
 
@@ -51,20 +60,20 @@ impl TwoPool {
         }
     }
 
-    /// Summary rows held.
-    pub fn summary_rows(&self) -> usize {
-        self.summaries.as_ref().map_or(0, Ring::capacity)
-    }
-
-    /// The summary pool.
-    pub fn summaries(&self) -> Option<&Ring> {
-        self.summaries.as_ref()
+    /// The summaries, and the blocks they are of once all blocks before `next` are complete: block `n` in row `n % rows`.
+    pub fn summaries(&self, next: usize) -> Option<(&Ring, std::ops::Range<usize>)> {
+        let ring = self.summaries.as_ref()?;
+        let end = next.min(self.readable);
+        Some((ring, end.saturating_sub(ring.capacity())..end))
     }
 
     /// Keeps what a chunk completed. After attention, whose first queries may still need the oldest rows.
     pub fn keep_summaries(&mut self, pooled: &Pooled) -> Result<()> {
         match &mut self.summaries {
-            Some(summaries) if pooled.count > 0 => summaries.write(&pooled.k, &pooled.v, pooled.first),
+            Some(summaries) if pooled.count > 0 && pooled.first < self.readable => {
+                let n = pooled.count.min(self.readable - pooled.first);
+                summaries.write(&pooled.k.narrow(0, 0, n)?, &pooled.v.narrow(0, 0, n)?, pooled.first)
+            }
             _ => Ok(()),
         }
     }
@@ -84,7 +93,7 @@ impl TwoPool {
         let bytes = |r: &Option<Ring>, n| r.as_ref().map_or(0, |r| r.used_bytes(n));
         PoolBytes {
             local: self.local.used_bytes(position),
-            summary: bytes(&self.summaries, position / self.block) + self.running.bytes(),
+            summary: bytes(&self.summaries, (position / self.block).min(self.readable)) + self.running.bytes(),
             sink: bytes(&self.sinks, position),
         }
     }

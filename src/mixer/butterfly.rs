@@ -5,7 +5,7 @@
 //! summary pool. Decode is the same with a chunk of one.
 
 use super::{Projections, Step};
-use crate::cache::{Ring, TwoPool};
+use crate::cache::TwoPool;
 use crate::error::{Error, ErrorKind, Result};
 use crate::nn::Rope;
 use crate::ops::{attend, pool_blocks, AttentionArgs, FarArgs, FarRow, Pooled, Window};
@@ -145,18 +145,15 @@ impl Butterfly {
     /// Keys and values of `blocks`, from the pool or from what the chunk has just completed.
     fn gather(&self, blocks: &[usize], cache: &TwoPool, pooled: &Pooled) -> Result<(Tensor, Tensor)> {
         let missing = || Error::new(ErrorKind::Backend, "summary pool", "a routed block is not held");
-        let held = cache.summaries().map(Ring::rows);
+        let held = cache.summaries(pooled.first);
         let (mut k, mut v) = (vec![], vec![]);
         for &n in blocks {
             let (ks, vs, row) = match n.checked_sub(pooled.first) {
                 Some(i) if i < pooled.count => (&pooled.k, &pooled.v, i),
                 Some(_) => return Err(missing()),
                 None => {
-                    let rows = held.ok_or_else(missing)?;
-                    if n + cache.summary_rows() < pooled.first {
-                        return Err(missing());
-                    }
-                    (rows.k, rows.v, n % cache.summary_rows())
+                    let (ring, _) = held.as_ref().filter(|(_, blocks)| blocks.contains(&n)).ok_or_else(missing)?;
+                    (ring.rows().k, ring.rows().v, n % ring.capacity())
                 }
             };
             k.push(ks.narrow(0, row, 1)?);

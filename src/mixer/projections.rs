@@ -44,12 +44,12 @@ impl Projections {
     pub fn project(&self, x: &Tensor) -> Result<Qkv> {
         let t = x.dim(0)?;
         let split = |y: Tensor, heads: usize| y.reshape((t, heads, self.head_dim));
-        let mut q = split(self.q.forward(x)?, self.heads)?;
-        let mut k = split(self.k.forward(x)?, self.kv_heads)?;
+        let [q, k, v] = Linear::forward_all([&self.q, &self.k, &self.v], x)?;
+        let (mut q, mut k) = (split(q, self.heads)?, split(k, self.kv_heads)?);
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
-        Ok(Qkv { q, k, v: split(self.v.forward(x)?, self.kv_heads)? })
+        Ok(Qkv { q, k, v: split(v, self.kv_heads)? })
     }
 
     /// # Shapes

@@ -23,8 +23,8 @@ impl Mlp {
     /// # Shapes
     /// `x [T, hidden]` to the same.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let h = ops::gated(&self.gate.forward(x)?, &self.up.forward(x)?, self.activation)?;
-        self.down.forward(&h)
+        let [gate, up] = Linear::forward_all([&self.gate, &self.up], x)?;
+        self.down.forward(&ops::gated(&gate, &up, self.activation)?)
     }
 
     /// Bytes held.

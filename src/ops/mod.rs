@@ -3,10 +3,13 @@
 mod attention;
 mod gated;
 mod gemm;
+mod matvec;
 mod simd;
 mod summaries;
 mod view;
 
 pub use attention::{attend, reference, AttentionArgs, FarArgs, FarRow, Past, Window};
 pub use gated::gated;
+pub(crate) use matvec::{matvec, Rows};
 pub use summaries::{pool_blocks, Pooled, RunningMean};
+pub(crate) use view::view;

@@ -18,6 +18,6 @@ impl Selector for All {
     }
 
     fn rows(&self, grid: &Grid, _: usize) -> usize {
-        grid.span()
+        grid.readable()
     }
 }

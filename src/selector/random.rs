@@ -28,6 +28,6 @@ impl Selector for Random {
     }
 
     fn rows(&self, grid: &Grid, _: usize) -> usize {
-        grid.span()
+        grid.readable()
     }
 }
