@@ -90,7 +90,17 @@ impl Error {
 
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
-        Self::new(ErrorKind::Backend, "candle", error)
+        Self::new(ErrorKind::Backend, "candle", plain(&error))
+    }
+}
+
+/// candle's message on one line: under `RUST_BACKTRACE` its own display carries a backtrace.
+pub(crate) fn plain(error: &candle_core::Error) -> String {
+    use candle_core::Error as Candle;
+    match error {
+        Candle::WithBacktrace { inner, .. } | Candle::WithPath { inner, .. } => plain(inner),
+        Candle::Context { inner, context } => format!("{context}: {}", plain(inner)),
+        other => other.to_string().lines().next().unwrap_or_default().into(),
     }
 }
 
@@ -102,7 +112,7 @@ pub trait At<T> {
 
 impl<T> At<T> for std::result::Result<T, candle_core::Error> {
     fn at(self, place: impl Display) -> Result<T> {
-        self.map_err(|e| Error::new(ErrorKind::Backend, place, e))
+        self.map_err(|e| Error::new(ErrorKind::Backend, place, plain(&e)))
     }
 }
 

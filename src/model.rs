@@ -42,7 +42,6 @@ pub struct Model {
     embed: Weight,
     blocks: Vec<Block>,
     norm: RmsNorm,
-    /// `None` where the head is the embedding.
     head: Linear,
     ropes: Vec<Rope>,
     device: Device,

@@ -98,6 +98,11 @@ impl Settings {
                 format!("{} is not a whole number of blocks of {}; try {hint}", self.window, self.block),
             );
         }
+        for (flag, tokens) in [("--window", self.window), ("--sink-tokens", self.sink_tokens)] {
+            if tokens > 1 << 24 {
+                return fail(flag, format!("{tokens} tokens are more than any context here; give at most 16M"));
+            }
+        }
         if self.window_align == WindowAlign::Token && self.window == 0 {
             return fail("--window", "a token-aligned window of 0 does not hold the query's own position".into());
         }
@@ -193,6 +198,12 @@ impl RetrofitPlan {
                     spec.layers.len()
                 ),
             ));
+        }
+        if self.layers.is_empty() {
+            return Err(Error::usage("--layers", "names no layer to swap; use --stock to run the model as it came"));
+        }
+        if self.layers.windows(2).any(|pair| pair[0] >= pair[1]) {
+            return Err(Error::usage("--plan", "lists its layers out of order or twice"));
         }
         let full = spec.full_layers();
         match self.layers.iter().find(|l| !full.contains(l)) {

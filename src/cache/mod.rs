@@ -12,7 +12,7 @@ pub use two_pool::TwoPool;
 use crate::error::{Error, ErrorKind, Result};
 use crate::retrofit::RetrofitPlan;
 use crate::selector;
-use crate::spec::{AttentionKind, ModelSpec};
+use crate::spec::{AttentionKind, LayerSpec, ModelSpec};
 use candle_core::Device;
 use serde::Serialize;
 
@@ -97,6 +97,7 @@ impl Cache {
         if ctx == 0 {
             return Err(Error::usage("--ctx", "0 is not a context length"));
         }
+        refuse_too_large(spec, plan, ctx)?;
         let mut layers = Vec::with_capacity(spec.layers.len());
         let mut dense_bytes = 0;
         for (i, l) in spec.layers.iter().enumerate() {
@@ -114,7 +115,7 @@ impl Cache {
                         true => grid.readable(),
                         false => selector::rows_needed(rule, &grid, ordinal, s.partner_count),
                     };
-                    LayerState::TwoPool(Box::new(TwoPool::new(s, rows, grid.readable(), row, device)?))
+                    LayerState::TwoPool(Box::new(TwoPool::new(s, ctx, rows, row, device)?))
                 }
                 (AttentionKind::Full, None) => LayerState::Dense(Ring::new(capacity, row, device)?),
                 (AttentionKind::Sliding { .. }, _) => LayerState::Ring(Ring::new(capacity, row, device)?),
@@ -168,4 +169,22 @@ impl Cache {
         self.layers.iter().for_each(|l| total += f(l));
         total
     }
+}
+
+/// Refuses a cache that the machine cannot hold, before the first allocation fails and ends the process.
+fn refuse_too_large(spec: &ModelSpec, plan: Option<&RetrofitPlan>, ctx: usize) -> Result<()> {
+    let Some(memory) = crate::checkpoint::machine_memory() else { return Ok(()) };
+    let rows = |(i, l): (usize, &LayerSpec)| match (l.attention, plan.filter(|p| p.ordinal(i).is_some())) {
+        (AttentionKind::Full, None) => ctx,
+        (AttentionKind::Full, Some(p)) => (p.settings.window + p.settings.block + p.settings.sink_tokens).min(2 * ctx),
+        (AttentionKind::Sliding { window }, _) => window.min(ctx),
+    };
+    let layers = spec.layers.iter().enumerate();
+    let need: u64 = layers.map(|(i, l)| Ring::bytes_for(rows((i, l)), (l.kv_heads, l.head_dim))).sum();
+    if need <= memory {
+        return Ok(());
+    }
+    let gib = |b: u64| b as f64 / (1u64 << 30) as f64;
+    let message = format!("a cache for {ctx} tokens takes {:.1} GiB; this machine has {:.1}", gib(need), gib(memory));
+    Err(Error::new(ErrorKind::Context, "--ctx", message))
 }

@@ -24,23 +24,18 @@ pub struct TwoPool {
 }
 
 impl TwoPool {
-    /// Allocates for `settings`, with `rows` summaries of blocks below `readable`.
-    pub fn new(
-        settings: &Settings,
-        rows: usize,
-        readable: usize,
-        row: (usize, usize),
-        device: &Device,
-    ) -> Result<Self> {
+    /// Allocates for `settings` and `ctx` positions, with `rows` summaries. No pool is longer than the context.
+    pub fn new(settings: &Settings, ctx: usize, rows: usize, row: (usize, usize), device: &Device) -> Result<Self> {
         let pool = |n: usize| (n > 0).then(|| Ring::new(n, row, device)).transpose();
+        let local = (settings.window_blocks() + 1) * settings.block;
         Ok(Self {
-            local: Ring::new((settings.window_blocks() + 1) * settings.block, row, device)?,
-            sinks: pool(settings.sink_tokens)?,
+            local: Ring::new(local.min(ctx), row, device)?,
+            sinks: pool(settings.sink_tokens.min(ctx))?,
             sink_tokens: settings.sink_tokens,
             summaries: pool(rows)?,
             running: RunningMean::new(row.0 * row.1),
             block: settings.block,
-            readable,
+            readable: settings.grid(ctx).readable(),
         })
     }
 

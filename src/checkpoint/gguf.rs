@@ -68,7 +68,8 @@ impl Gguf {
         let file = File::open(path).at(&place)?;
         let length = file.metadata().at(&place)?.len();
         refuse_zero_alignment(&place, &file)?;
-        let content = Content::read(&mut BufReader::new(&file)).map_err(|e| header_error(&place, &e.to_string()))?;
+        let content =
+            Content::read(&mut BufReader::new(&file)).map_err(|e| header_error(&place, &crate::error::plain(&e)))?;
         let mut infos = std::collections::BTreeMap::new();
         for (name, info) in &content.tensor_infos {
             let what = format!("{place}: {name}");
@@ -217,13 +218,11 @@ fn refuse_zero_alignment(place: &str, mut file: &File) -> Result<()> {
     let mut head = vec![];
     file.take(16 << 20).read_to_end(&mut head).at(place)?;
     file.seek(SeekFrom::Start(0)).at(place)?;
-    let value = head.windows(KEY.len()).position(|w| w == KEY).map(|i| &head[i + KEY.len()..]);
-    // A four-byte value type, then the value.
-    match value {
-        Some([_, _, _, _, rest @ ..]) if rest.iter().take(4).all(|b| *b == 0) => {
-            Err(Error::format(place, "`general.alignment` is 0"))
-        }
-        _ => Ok(()),
+    // Every occurrence counts, since a string may hold the key's text too: a four-byte value type, then the value.
+    let zero = |rest: &[u8]| rest.len() >= 8 && rest[4..8].iter().all(|b| *b == 0);
+    match head.windows(KEY.len()).enumerate().any(|(i, w)| w == KEY && zero(&head[i + KEY.len()..])) {
+        true => Err(Error::format(place, "`general.alignment` is 0")),
+        false => Ok(()),
     }
 }
 

@@ -3,81 +3,131 @@
 use super::{Identity, OnProgress, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
 use hf_hub::progress::{DownloadEvent, ProgressEvent, ProgressHandler};
-use hf_hub::HFClient;
+use hf_hub::{HFClient, HFError};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// What of a repository is needed. `original/` holds other formats of the same weights.
-const WANTED: &[&str] = &["*.json", "*.safetensors", "*.jinja"];
-const UNWANTED: &[&str] = &["original/*", "onnx/*", "*/*"];
+/// What of a repository is needed; everything else (other formats, adapters, images) stays where it is.
+const WANTED: &[&str] = &[
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "*.jinja",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+];
+const UNWANTED: &[&str] = &["*/*"];
+/// A download that hears nothing for so long is given up: hf-hub sets no time limit of its own.
+const STALLED: Duration = Duration::from_secs(60);
 
-/// Downloads (or finds in the cache) `model`: `owner/name`, or `owner/name/file.gguf`.
+/// Downloads (or finds in the cache) `model`: `owner/name`, or `owner/name/path/file.gguf`.
 pub fn fetch(model: &str, options: &OpenOptions, progress: OnProgress) -> Result<(PathBuf, Identity)> {
-    let parts: Vec<&str> = model.split('/').collect();
-    let (owner, name, file) = match parts[..] {
-        [owner, name] => (owner, name, None),
-        [owner, name, file] if file.ends_with(".gguf") => (owner, name, Some(file.to_string())),
+    let mut parts = model.splitn(3, '/');
+    let (owner, name, file) = match (parts.next(), parts.next(), parts.next()) {
+        (Some(owner), Some(name), None) if !owner.is_empty() && !name.is_empty() => (owner, name, None),
+        (Some(owner), Some(name), Some(file)) if file.ends_with(".gguf") => (owner, name, Some(file.to_string())),
         _ => {
             let message = "is neither a file, a directory nor a hub id (owner/name, or owner/name/file.gguf)";
             return Err(Error::new(ErrorKind::Io, model, message));
         }
     };
-    // hf-hub ignores HF_HUB_OFFLINE; transformers and its users do not.
-    let offline = options.offline
-        || std::env::var("HF_HUB_OFFLINE").is_ok_and(|v| matches!(v.as_str(), "1" | "true" | "ON" | "YES"));
-    let fail = |e: String| {
+    let offline = options.offline || offline_by_environment();
+    let fail = |why: String| {
         let hint = match offline {
             true => "offline, so only the cache was searched",
-            false => "to use files at hand, give --model a directory or a .gguf file",
+            false => "to use files at hand, give --model a directory or a .gguf file, or --offline if it was downloaded before",
         };
-        Error::new(ErrorKind::Hub, model, format!("{e} ({hint})"))
+        Error::new(ErrorKind::Hub, model, format!("{why} ({hint})"))
     };
-    let client = HFClient::builder().retry_max_attempts(2).build_sync().map_err(|e| fail(e.to_string()))?;
+    let client = HFClient::builder().retry_max_attempts(2).build_sync();
+    let client = client.map_err(|e| fail(format!("cannot talk to a hub (is HF_ENDPOINT a URL?): {}", chain(&e))))?;
     let repo = client.model(owner, name);
     let meter = Arc::new(Meter::default());
     let revision = options.revision.clone().unwrap_or_else(|| "main".into());
-    let download = || {
+    let (watch, asked) = (meter.clone(), revision.clone());
+    // On a thread of its own that owns everything, so that a hub which never answers can be left behind.
+    let worker = std::thread::spawn(move || {
         let owned = |list: &[&str]| list.iter().map(|s| s.to_string()).collect::<Vec<_>>();
-        let meter = hf_hub::progress::Progress::from(meter.clone());
+        let meter = hf_hub::progress::Progress::from(watch);
         match file {
             Some(file) => {
-                repo.download_file().filename(file).revision(revision).local_files_only(offline).progress(meter).send()
+                repo.download_file().filename(file).revision(asked).local_files_only(offline).progress(meter).send()
             }
             None => repo
                 .snapshot_download()
                 .allow_patterns(owned(WANTED))
                 .ignore_patterns(owned(UNWANTED))
-                .revision(revision)
+                .revision(asked)
                 .local_files_only(offline)
                 .progress(meter)
                 .send(),
         }
-    };
-    // The handler must own what it touches, our callback is borrowed: it is fed from this thread.
-    let path = std::thread::scope(|scope| {
-        let worker = scope.spawn(download);
-        while !worker.is_finished() {
-            std::thread::sleep(Duration::from_millis(50));
-            let (done, total) = (meter.done.load(Ordering::Relaxed), meter.total.load(Ordering::Relaxed));
-            if total > 0 {
-                progress("download", done, total);
-            }
-        }
-        worker.join()
     });
-    let path = path.map_err(|_| fail("the download panicked".into()))?.map_err(|e| fail(e.to_string()))?;
-    let commit = commit_of(&path).unwrap_or_default();
+    let (mut seen, mut since) = (0, Instant::now());
+    while !worker.is_finished() {
+        std::thread::sleep(Duration::from_millis(50));
+        let (done, total) = (meter.done.load(Ordering::Relaxed), meter.total.load(Ordering::Relaxed));
+        if done != seen {
+            (seen, since) = (done, Instant::now());
+        }
+        if since.elapsed() > STALLED {
+            return Err(fail(format!("the hub has sent nothing for {} s", STALLED.as_secs())));
+        }
+        if total > 0 {
+            progress("download", done.min(total), total);
+        }
+    }
+    let path = worker.join().map_err(|_| fail("the download panicked".into()))?;
+    let path = path.map_err(|e| fail(explain(&e, &revision)))?;
+    let commit =
+        commit_of(&path).ok_or_else(|| fail(format!("{} lies in no snapshot of the cache", path.display())))?;
     Ok((path, Identity::Hub { id: model.into(), revision: commit }))
 }
 
-/// The commit in `.../snapshots/<commit>/...`.
+/// hf-hub ignores these; huggingface_hub and transformers do not.
+fn offline_by_environment() -> bool {
+    let set = |v: String| matches!(v.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE");
+    ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"].iter().any(|key| std::env::var(key).is_ok_and(set))
+}
+
+fn explain(error: &HFError, revision: &str) -> String {
+    let text = chain(error);
+    if text.contains("Revision not found: main") {
+        return format!("not found: no such repository, or it is private and HF_TOKEN is not set ({text})");
+    }
+    if text.contains("Revision not found") {
+        return format!("revision `{revision}` not found ({text})");
+    }
+    if text.contains("401") || text.contains("403") {
+        return format!("access refused; gated models need HF_TOKEN ({text})");
+    }
+    text
+}
+
+/// An error and its causes on one line, each once.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut parts: Vec<String> = vec![];
+    let mut next = Some(error);
+    while let Some(e) = next {
+        let text = e.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        if !parts.iter().any(|p| p.contains(&text)) {
+            parts.push(text);
+        }
+        next = e.source();
+    }
+    parts.join(": ")
+}
+
+/// The commit in `.../snapshots/<commit>/...`; the last such part, since a cache may itself lie under that name.
 fn commit_of(path: &Path) -> Option<String> {
-    let mut parts = path.components().map(|c| c.as_os_str().to_string_lossy().into_owned());
-    parts.find(|p| p == "snapshots")?;
-    parts.next()
+    let parts: Vec<_> = path.components().map(|c| c.as_os_str().to_string_lossy().into_owned()).collect();
+    let at = parts.iter().rposition(|p| p == "snapshots")?;
+    parts.get(at + 1).cloned()
 }
 
 /// Bytes seen and expected, over all files.
@@ -92,7 +142,10 @@ impl ProgressHandler for Meter {
     fn on_progress(&self, event: &ProgressEvent) {
         let ProgressEvent::Download(event) = event else { return };
         match event {
-            DownloadEvent::Start { total_bytes, .. } => self.total.store(*total_bytes, Ordering::Relaxed),
+            // Sent for the snapshot and again for each of its files.
+            DownloadEvent::Start { total_bytes, .. } => {
+                self.total.fetch_max(*total_bytes, Ordering::Relaxed);
+            }
             DownloadEvent::Progress { files } => {
                 if let Ok(mut seen) = self.files.lock() {
                     seen.extend(files.iter().map(|f| (f.filename.clone(), f.bytes_completed)));

@@ -52,6 +52,15 @@ impl Identity {
         }
     }
 
+    /// The same with the path as the user wrote it, for reports that travel.
+    pub fn as_given(&self, reference: &str) -> Self {
+        let mut out = self.clone();
+        if let Self::Directory { path, .. } | Self::File { path, .. } = &mut out {
+            *path = reference.into();
+        }
+        out
+    }
+
     /// What to give `Checkpoint::open` to get it again.
     pub fn reference(&self) -> String {
         self.place()

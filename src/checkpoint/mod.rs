@@ -105,6 +105,10 @@ impl Checkpoint {
 
     fn from_dir(dir: &Path, identity: Identity) -> Result<Self> {
         let path = dir.join("config.json");
+        if !path.exists() {
+            let message = "has no config.json; for a GGUF file give its path, or owner/name/file.gguf on the hub";
+            return Err(Error::new(ErrorKind::Io, dir.display(), message));
+        }
         let text = std::fs::read_to_string(&path).at(path.display())?;
         let value = serde_json::from_str(&text).map_err(|e| Error::format(path.display(), e))?;
         let config = Config::new(path.display().to_string(), value)?;
@@ -227,11 +231,11 @@ impl Checkpoint {
         Ok(info)
     }
 
-    /// A stored name that shares the last parts of a missing one, to point at a misnaming.
+    /// The stored name with the longest common end, if that holds at least the last three parts: points at a misnaming.
     fn nearest(&self, name: &str) -> Option<String> {
         let Store::Shards(shards) = &self.store else { return None };
-        let tail = |n: &str| n.rsplitn(4, '.').take(3).collect::<Vec<_>>().join(".");
-        shards.names().find(|n| tail(n) == tail(name)).map(String::from)
+        let common = |n: &str| n.rsplit('.').zip(name.rsplit('.')).take_while(|(a, b)| a == b).count();
+        shards.names().max_by_key(|n| common(n)).filter(|n| common(n) >= 3).map(String::from)
     }
 
     fn info(&self, name: &str) -> Option<&TensorInfo> {
@@ -250,5 +254,5 @@ impl Checkpoint {
 }
 
 fn hub_like(model: &str) -> bool {
-    model.matches('/').count() == 2
+    model.matches('/').count() >= 2
 }

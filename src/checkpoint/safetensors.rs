@@ -7,7 +7,7 @@ use super::TensorInfo;
 use crate::error::{At, Error, Result};
 use candle_core::quantized::GgmlDType;
 use memmap2::MmapOptions;
-use safetensors::tensor::{Dtype, SafeTensors};
+use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -41,8 +41,13 @@ impl Shards {
         // SAFETY: the map is read only and dropped before this function ends; another process that truncates the file
         // meanwhile can fault it, as with every memory-mapped checkpoint.
         let map = unsafe { MmapOptions::new().map(&file) }.at(&place)?;
-        let (header, metadata) = SafeTensors::read_metadata(&map)
-            .map_err(|e| Error::format(&place, format!("not a safetensors file: {e}")))?;
+        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| {
+            let what = match e {
+                SafeTensorError::MetadataIncompleteBuffer => "truncated, or its header lies",
+                _ => "not a safetensors file",
+            };
+            Error::format(&place, format!("{what}: {e}"))
+        })?;
         let start = 8 + header as u64;
         let needed = start.saturating_add(metadata.data_len() as u64);
         if needed > length {

@@ -1,6 +1,6 @@
 //! The flags of `bfly-retrofit`, in groups that other binaries share.
 
-use super::parse_size;
+use super::{parse_count, parse_size};
 use crate::checkpoint::{Held, OpenOptions};
 use crate::error::{Error, Result};
 use crate::generate::Sampling;
@@ -144,16 +144,16 @@ pub struct RetrofitArgs {
     #[arg(long, value_name = "FILE")]
     pub plan: Option<PathBuf>,
     /// Tokens to a block [default: 128]
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     pub block: Option<usize>,
     /// Exact window in tokens, a whole number of blocks [default: 512]
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     pub window: Option<usize>,
     /// Left edge of the window; token is the published form, with holes, for comparison only [default: block]
     #[arg(long)]
     pub window_align: Option<WindowAlign>,
     /// First tokens that are always read exactly [default: 4]
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     pub sink_tokens: Option<usize>,
     /// Which earlier block's summary is read [default: causal_shift]
     #[arg(long, value_name = "RULE", value_parser = partner_names())]
@@ -223,6 +223,9 @@ pub struct SamplingArgs {
     /// At most so many new tokens.
     #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
     pub max_new_tokens: usize,
+    /// Go on after the token that ends the text, so that exactly N tokens are made.
+    #[arg(long)]
+    pub ignore_eos: bool,
     /// 0 is greedy.
     #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f64,
@@ -232,15 +235,15 @@ pub struct SamplingArgs {
     /// Sample from the K likeliest tokens.
     #[arg(long, value_name = "K")]
     pub top_k: Option<usize>,
-    /// Seed of sampling and of the random partner rule.
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
+    /// Seed of sampling and of the random partner rule [default: 0; a plan brings its own for the rule]
+    #[arg(long)]
+    pub seed: Option<u64>,
 }
 
 impl SamplingArgs {
     /// For the sampler.
     pub fn sampling(&self) -> Sampling {
-        Sampling { temperature: self.temperature, top_p: self.top_p, top_k: self.top_k, seed: self.seed }
+        Sampling { temperature: self.temperature, top_p: self.top_p, top_k: self.top_k, seed: self.seed.unwrap_or(0) }
     }
 }
 

@@ -23,8 +23,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let mut sampler = Sampler::new(args.sampling.sampling())?;
     let saved_plan = args.retrofit.plan.as_deref().map(RetrofitPlan::load).transpose()?;
     let layers = args.retrofit.layers.as_deref().map(parse_layers).transpose()?;
-    let mut early = args.retrofit.settings(saved_plan.as_ref().map_or_else(Settings::default, |p| p.settings.clone()));
-    early.seed = args.sampling.seed;
+    let early = args.retrofit.settings(saved_plan.as_ref().map_or_else(Settings::default, |p| p.settings.clone()));
     early.validate()?;
     let (text_prompt, id_prompt) = (args.prompt.text()?, args.prompt.ids()?);
     let json = args.json.as_deref().map(|p| Output::reserve(p, "--json")).transpose()?;
@@ -47,7 +46,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
             }
             let mut settings =
                 args.retrofit.settings(base.as_ref().map_or_else(Settings::default, |p| p.settings.clone()));
-            settings.seed = if base.is_some() { settings.seed } else { args.sampling.seed };
+            settings.seed = args.sampling.seed.unwrap_or(settings.seed);
             let layers = layers.unwrap_or(base.map(|p| p.layers));
             Some(RetrofitPlan::new(spec, layers, settings)?)
         }
@@ -83,26 +82,19 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let hold = HoldAs::new(request, checkpoint.f32_bytes(), machine_memory());
     let model = Model::load(&checkpoint, plan.as_ref(), ctx, &hold, &device, &progress)?;
     let mut session = Session::new(&model)?;
-    if let Some(out) = logits_out {
-        let mut fresh = Session::new(&model)?;
-        let logits = fresh.prefill(&ids, args.prefill_chunk, args.logits_last, &mut |n| {
-            bars.show("logits", n as u64, ids.len() as u64)
-        })?;
-        out.write(&logits_file(&logits, &ids)?)?;
-    }
-
     let decoding = Arc::new(AtomicBool::new(false));
     let interrupted = Arc::new(AtomicBool::new(false));
     on_ctrl_c(&decoding, &interrupted);
     let mut stream = text.as_ref().map(|t| t.tokenizer.decode_stream(true));
     let mut stdout = std::io::stdout().lock();
     let mut write_failed = None;
-    let (out, timing) = session.generate(
+    let made = session.generate(
         &Request {
             prompt: &ids,
             max_new_tokens: args.sampling.max_new_tokens,
             chunk: args.prefill_chunk,
-            stop: text.as_ref().map_or(&[], |t| &t.stop),
+            logits_last: args.logits_last,
+            stop: text.as_ref().filter(|_| !args.sampling.ignore_eos).map_or(&[], |t| &t.stop),
         },
         &mut sampler,
         &mut |n| bars.show("prefill", n as u64, ids.len() as u64),
@@ -121,10 +113,13 @@ pub fn run(args: &RunArgs) -> Result<()> {
     if text.is_some() && write_failed.is_none() {
         let _ = writeln!(stdout);
     }
+    if let Some(file) = logits_out {
+        file.write(&logits_file(&made.prompt_logits, &ids)?)?;
+    }
     let mut ledger = Ledger {
         schema_version: LEDGER_VERSION,
         git_sha: env!("BFLY_GIT_SHA"),
-        model: checkpoint.identity.clone(),
+        model: checkpoint.identity.as_given(name),
         spec: spec.clone(),
         reach: plan.as_ref().map(|p| reach_of(p, ctx)).transpose()?,
         plan,
@@ -135,7 +130,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         threads: rayon::current_num_threads(),
         prefill_chunk: args.prefill_chunk,
         prompt_tokens: ids.len(),
-        generated_tokens: out.len(),
+        generated_tokens: made.tokens.len(),
         prefill_s: 0.0,
         ttft_s: 0.0,
         decode_s: 0.0,
@@ -145,10 +140,10 @@ pub fn run(args: &RunArgs) -> Result<()> {
         peak_memory_bytes: peak_memory(),
         weights_bytes: model.weights_bytes(),
         kv: KvBytes::of(session.cache()),
-        text: text.as_ref().map(|t| t.decode(&out)).transpose()?,
-        token_ids: out,
+        text: text.as_ref().map(|t| t.decode(&made.tokens)).transpose()?,
+        token_ids: made.tokens,
     };
-    ledger.time(&timing);
+    ledger.time(&made.timing);
     bars.say(&format!("\n{}", ledger.render().trim_end()));
     if let Some(json) = json {
         let mut bytes = serde_json::to_vec_pretty(&ledger).map_err(|e| Error::format("--json", e))?;

@@ -41,6 +41,18 @@ pub struct Request<'a> {
     pub chunk: usize,
     /// Tokens that end the text.
     pub stop: &'a [u32],
+    /// Logits of so many last prompt positions are kept (at least 1).
+    pub logits_last: usize,
+}
+
+/// What came of a generation.
+pub struct Generation {
+    /// The new tokens, without the one that ended the text.
+    pub tokens: Vec<u32>,
+    /// What it took.
+    pub timing: Timing,
+    /// Logits of the prompt's last positions, f32 `[logits_last, vocab]`.
+    pub prompt_logits: Tensor,
 }
 
 impl<'a> Session<'a> {
@@ -102,25 +114,24 @@ impl<'a> Session<'a> {
         sampler: &mut Sampler,
         on_tokens: &mut dyn FnMut(usize),
         on_token: &mut dyn FnMut(u32) -> bool,
-    ) -> Result<(Vec<u32>, Timing)> {
-        // The last new token is never read back.
-        self.cache.admit(request.prompt.len() + request.max_new_tokens.saturating_sub(1))?;
+    ) -> Result<Generation> {
+        self.cache.admit(request.prompt.len() + request.max_new_tokens)?;
         let mut timing = Timing::default();
         let begin = Instant::now();
-        let logits = self.prefill(request.prompt, request.chunk, 1, on_tokens)?;
+        let prompt_logits = self.prefill(request.prompt, request.chunk, request.logits_last.max(1), on_tokens)?;
         timing.prefill = begin.elapsed();
-        let mut out = vec![];
+        let mut tokens = vec![];
         if request.max_new_tokens == 0 {
-            return Ok((out, timing));
+            return Ok(Generation { tokens, timing, prompt_logits });
         }
-        let mut next = sampler.sample(&logits)?;
+        let mut next = sampler.sample(&prompt_logits)?;
         timing.first_token = begin.elapsed();
         loop {
             if request.stop.contains(&next) {
                 break;
             }
-            out.push(next);
-            if !on_token(next) || out.len() == request.max_new_tokens {
+            tokens.push(next);
+            if !on_token(next) || tokens.len() == request.max_new_tokens {
                 break;
             }
             let step = Instant::now();
@@ -129,6 +140,6 @@ impl<'a> Session<'a> {
             timing.steps.push(step.elapsed());
         }
         timing.decode = timing.steps.iter().sum();
-        Ok((out, timing))
+        Ok(Generation { tokens, timing, prompt_logits })
     }
 }

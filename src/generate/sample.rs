@@ -1,6 +1,6 @@
 //! Choosing the next token, with candle's sampler.
 
-use crate::error::{At, Error, Result};
+use crate::error::{At, Error, ErrorKind, Result};
 use candle_core::Tensor;
 use candle_transformers::generation::{LogitsProcessor, Sampling as Method};
 
@@ -55,6 +55,11 @@ impl Sampler {
     /// `logits [n, vocab]`; the last row is sampled.
     pub fn sample(&mut self, logits: &Tensor) -> Result<u32> {
         let last = logits.get(logits.dim(0)? - 1)?;
+        // A sum is finite only where every term is.
+        if !last.sum_all()?.to_scalar::<f32>()?.is_finite() {
+            let message = "hold NaN or infinity; try --dtype f32, or check the weights";
+            return Err(Error::new(ErrorKind::NotFinite, "logits", message));
+        }
         self.0.sample(&last).at("sampling")
     }
 }

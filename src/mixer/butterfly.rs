@@ -78,7 +78,7 @@ impl Butterfly {
             v: &qkv.v,
             start: step.start,
             past: Some(cache.local.rows()),
-            sinks: cache.sinks().map(|r| (r.rows(), s.sink_tokens)),
+            sinks: cache.sinks().map(|r| (r.rows(), r.capacity())),
             window,
             far: far.as_ref().map(|f| FarArgs { k: &f.k, v: &f.v, block: s.block, routes: &f.routes }),
             scale: p.scale,

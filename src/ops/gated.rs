@@ -1,7 +1,7 @@
 //! `act(gate) · up`, elementwise in one pass.
 
 use super::{simd, view::view};
-use crate::error::{At, Result};
+use crate::error::{At, Error, ErrorKind, Result};
 use crate::spec::Activation;
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
@@ -17,6 +17,13 @@ const CHUNK: usize = 1 << 14;
 pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
     let (a, b) = (view(gate, "gate")?, view(up, "up")?);
     let (a, b) = (a.values()?, b.values()?);
+    if a.len() != b.len() {
+        return Err(Error::new(
+            ErrorKind::Backend,
+            "gated activation",
+            format!("{} gates for {} values", a.len(), b.len()),
+        ));
+    }
     let mut out = vec![0f32; a.len()];
     out.par_chunks_mut(CHUNK).zip(a.par_chunks(CHUNK)).zip(b.par_chunks(CHUNK)).for_each(
         |((o, a), b)| match activation {

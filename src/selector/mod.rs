@@ -118,6 +118,9 @@ pub fn reach(rule: &dyn Selector, grid: &Grid, layers: usize, partners: usize) -
     let mut reached = vec![false; grid.blocks];
     reached[grid.blocks - 1] = true;
     for layer in (0..layers).rev() {
+        if reached.iter().all(|r| *r) {
+            break;
+        }
         let now: Vec<usize> = (0..grid.blocks).filter(|b| reached[*b]).collect();
         for b in now {
             reached[b.saturating_sub(grid.window)..b].fill(true);

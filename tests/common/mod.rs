@@ -1,6 +1,8 @@
 //! What the integration tests share: golden cases, models loaded in one line, comparisons.
 #![allow(dead_code)] // Each test binary uses its own part.
 
+pub mod gguf;
+
 use bfly::checkpoint::{Checkpoint, Held, HoldAs, OpenOptions};
 use bfly::model::Model;
 use bfly::retrofit::{RetrofitPlan, Settings};

@@ -116,6 +116,15 @@ impl AttentionArgs<'_> {
         if (tk, dk) != (t, d) || g == 0 || !h.is_multiple_of(g) || self.v.dims() != self.k.dims() {
             return fail(format!("q {:?}, k {:?} and v {:?} do not fit", self.q.dims(), self.k.dims(), self.v.dims()));
         }
+        if t == 0 || self.q_far.is_some_and(|q| q.dims() != self.q.dims()) {
+            return fail(format!("no queries, or far queries of another shape than {:?}", self.q.dims()));
+        }
+        if matches!(self.window, Window::Blocks { block: 0, .. }) || self.far.is_some_and(|f| f.block == 0) {
+            return fail("blocks of 0".into());
+        }
+        if let Some((rows, count)) = self.sinks.filter(|(rows, count)| rows.k.dims()[0] < *count) {
+            return fail(format!("{count} sinks in {} rows", rows.k.dims()[0]));
+        }
         let pairs = [self.past, self.sinks.map(|s| s.0), self.far.map(|f| Past { k: f.k, v: f.v })];
         for p in pairs.into_iter().flatten() {
             if p.k.dims() != p.v.dims() || p.k.dims()[1..] != [g, d] {

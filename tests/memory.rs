@@ -1,0 +1,119 @@
+//! The cache's size is a function of the settings, and a run stays within weights, cache and a fixed allowance.
+
+mod common;
+
+use bfly::cache::Cache;
+use bfly::generate::Session;
+use bfly::retrofit::{RetrofitPlan, Settings};
+use bfly::selector::{find, reach, rows_needed, stages_of};
+use candle_core::Device;
+use common::*;
+
+/// The design's own example: 24 full-attention layers.
+fn ratio(settings: &Settings, ctx: usize) -> Any<f64> {
+    let dir = variant("llama", |c| c["num_hidden_layers"] = 24.into())?;
+    let spec = open(&dir.path().to_string_lossy())?.spec;
+    let plan = RetrofitPlan::new(&spec, None, settings.clone())?;
+    let cache = Cache::new(&spec, Some(&plan), ctx, &Device::Cpu)?;
+    Ok(cache.capacity_bytes().total() as f64 / cache.dense_bytes() as f64)
+}
+
+#[test]
+fn default_caches_are_as_small_as_promised() -> Any {
+    for (ctx, limit) in [(8 << 10, 0.083), (64 << 10, 0.0115), (256 << 10, 0.0036), (1 << 20, 0.0016)] {
+        let got = ratio(&Settings::default(), ctx)?;
+        println!("{ctx}: {got:.5} of dense");
+        assert!(got <= limit, "{ctx}: {got} of dense");
+    }
+    Ok(())
+}
+
+#[test]
+fn capacity_does_not_depend_on_the_text() -> Any {
+    let settings = Settings { block: 16, window: 64, ..Settings::default() };
+    let model = load_golden("llama", Some(&settings), 8 << 10)?;
+    let mut session = Session::new(&model)?;
+    let (empty, mut used) = (session.cache().capacity_bytes(), 0);
+    for _ in 0..8 {
+        session.prefill(&vec![7; 1 << 10], 512, 1, &mut |_| ())?;
+        assert_eq!(session.cache().capacity_bytes(), empty, "after {} tokens", session.cache().position());
+        let now = session.cache().used_bytes().total();
+        assert!(now >= used && now <= empty.total(), "{now} bytes used of {}", empty.total());
+        used = now;
+    }
+    let error = session.prefill(&[7], 512, 1, &mut |_| ()).unwrap_err().to_string();
+    assert!(error.contains("8193 tokens do not fit the 8192 provisioned"), "{error}");
+    assert_eq!(session.cache().position(), 8 << 10, "a refused token must change nothing");
+    Ok(())
+}
+
+#[test]
+fn stock_caches_hold_the_whole_context_and_sliding_layers_their_window() -> Any {
+    let model = load_golden("gemma3", None, 1000)?;
+    let cache = model.new_cache()?;
+    // One full layer of 1000 positions, five sliding ones of 64; one KV head of 32, keys and values, f32.
+    assert_eq!(cache.capacity_bytes().total(), (1000 + 5 * 64) * 32 * 2 * 4);
+    assert_eq!(cache.dense_bytes(), cache.capacity_bytes().total());
+    Ok(())
+}
+
+/// Every block's state reaches every later block within `S_t + 1` swapped layers, wherever the cycle of stages starts.
+///
+/// For all N at once: distances, not blocks, are walked, since a far hop needs only that the block exists.
+#[test]
+fn causal_shift_reaches_every_earlier_block_up_to_4096() -> Any {
+    let rule = find("causal_shift")?;
+    for window in 0..=8 {
+        for blocks in 1..=4096usize {
+            let grid = Settings { block: 1, window, ..Settings::default() }.grid(blocks);
+            let layers = grid.stages() + 1;
+            for start in 0..grid.stages() {
+                // Bit d: the block at distance d behind is reached.
+                let mut reached = Bits::new(blocks);
+                for layer in start..start + layers {
+                    let offset = grid.offset(stages_of(rule, &grid, layer, 1)[0]);
+                    let mut next = reached.clone();
+                    (1..=window).chain([offset]).for_each(|hop| next.or_shifted(&reached, hop));
+                    reached = next;
+                }
+                assert!(reached.all(), "N {blocks}, w {window}, first stage {start}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_walk_over_blocks_agrees_with_the_walk_over_distances() -> Any {
+    for (window, blocks) in [(0, 9), (2, 40), (4, 64), (4, 65), (8, 512)] {
+        let grid = Settings { block: 1, window, ..Settings::default() }.grid(blocks);
+        let rule = find("causal_shift")?;
+        assert_eq!(reach(rule, &grid, grid.stages() + 1, 1), 1.0);
+        assert!(rows_needed(rule, &grid, 0, 1) <= grid.unit);
+    }
+    Ok(())
+}
+
+#[derive(Clone)]
+struct Bits(Vec<u64>, usize);
+
+impl Bits {
+    fn new(len: usize) -> Self {
+        let mut words = vec![0; len.div_ceil(64)];
+        words[0] = 1;
+        Self(words, len)
+    }
+
+    fn or_shifted(&mut self, other: &Self, by: usize) {
+        let (words, bits) = (by / 64, by % 64);
+        for i in (words..self.0.len()).rev() {
+            let low = other.0[i - words] << bits;
+            let high = if bits > 0 && i > words { other.0[i - words - 1] >> (64 - bits) } else { 0 };
+            self.0[i] |= low | high;
+        }
+    }
+
+    fn all(&self) -> bool {
+        (0..self.1).all(|d| self.0[d / 64] >> (d % 64) & 1 == 1)
+    }
+}
