@@ -68,8 +68,7 @@ impl Gguf {
         let file = File::open(path).at(&place)?;
         let length = file.metadata().at(&place)?.len();
         refuse_zero_alignment(&place, &file)?;
-        let content =
-            Content::read(&mut BufReader::new(&file)).map_err(|e| header_error(&place, &crate::error::plain(&e)))?;
+        let content = Content::read(&mut BufReader::new(&file)).map_err(|e| header_error(&place, &crate::plain(&e)))?;
         let mut infos = std::collections::BTreeMap::new();
         for (name, info) in &content.tensor_infos {
             let what = format!("{place}: {name}");

@@ -2,7 +2,7 @@
 
 use super::ledger::{reach_of, KvBytes, LEDGER_VERSION};
 use super::{peak_memory, Bars, Ledger, Output, Patch, RunArgs};
-use crate::checkpoint::{machine_memory, Checkpoint, Held, HoldAs, Text};
+use crate::checkpoint::{machine_memory, Checkpoint, Held, HoldAs, OnProgress, Text};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::generate::{render_chat, Request, Sampler, Session};
 use crate::model::Model;
@@ -21,63 +21,17 @@ pub fn run(args: &RunArgs) -> Result<()> {
     set_threads(args)?;
     let device = device(&args.model.device)?;
     let mut sampler = Sampler::new(args.sampling.sampling())?;
-    let saved_plan = args.retrofit.plan.as_deref().map(RetrofitPlan::load).transpose()?;
-    let layers = args.retrofit.layers.as_deref().map(parse_layers).transpose()?;
-    let early = args.retrofit.settings(saved_plan.as_ref().map_or_else(Settings::default, |p| p.settings.clone()));
-    early.validate()?;
-    let (text_prompt, id_prompt) = (args.prompt.text()?, args.prompt.ids()?);
     let json = args.json.as_deref().map(|p| Output::reserve(p, "--json")).transpose()?;
     let logits_out = args.logits_out.as_deref().map(|p| Output::reserve(p, "--logits-out")).transpose()?;
-
-    let name = args.model.model.as_deref().unwrap_or_default();
-    let options = args.model.open_options();
-    let patch = Patch::open(name)?;
-    let checkpoint = match &patch {
-        Some(patch) => patch.base(&options, &progress)?,
-        None => Checkpoint::open(name, &options, &progress)?,
-    };
+    let Inputs { checkpoint, plan, ctx, ids, text } = Inputs::open(args, &progress)?;
     let spec = &checkpoint.spec;
-    let plan = match args.retrofit.stock {
-        true => None,
-        false => {
-            let base = saved_plan.or(patch.as_ref().map(|p| p.plan.clone()));
-            if let Some(base) = &base {
-                base.check(spec)?;
-            }
-            let mut settings =
-                args.retrofit.settings(base.as_ref().map_or_else(Settings::default, |p| p.settings.clone()));
-            settings.seed = args.sampling.seed.unwrap_or(settings.seed);
-            let layers = layers.unwrap_or(base.map(|p| p.layers));
-            Some(RetrofitPlan::new(spec, layers, settings)?)
-        }
-    };
-    let ctx = args.model.ctx.or(patch.as_ref().map(|p| p.ctx)).unwrap_or(spec.max_positions);
     warn_past_training(&bars, spec, ctx);
-
-    let (ids, text) = prompt_ids(args, &checkpoint, text_prompt, id_prompt)?;
-    let need = ids.len() + args.sampling.max_new_tokens;
-    if need > ctx {
-        let message = format!(
-            "{ctx} tokens do not hold the prompt's {} and {} new ones; give --ctx {need} or more",
-            ids.len(),
-            args.sampling.max_new_tokens
-        );
-        return Err(Error::new(ErrorKind::Context, "--ctx", message));
-    }
-    if args.logits_last == 0 || args.logits_last > ids.len() {
-        return Err(Error::usage(
-            "--logits-last",
-            format!("{} is not from 1 to the prompt's {}", args.logits_last, ids.len()),
-        ));
-    }
-    if let Some(id) = ids.iter().find(|id| **id as usize >= spec.vocab) {
-        return Err(Error::usage("--token-ids", format!("{id} is outside the vocabulary of {}", spec.vocab)));
-    }
     if let (Some(dir), Some(plan)) = (&args.save, &plan) {
         Patch::save(dir, &checkpoint, ctx, plan, &progress)?;
         bars.say(&format!("saved {}; run it with --model {}", dir.display(), dir.display()));
     }
 
+    let name = args.model.model.as_deref().unwrap_or_default();
     let request: Held = args.model.dtype.parse()?;
     let hold = HoldAs::new(request, checkpoint.f32_bytes(), machine_memory());
     let model = Model::load(&checkpoint, plan.as_ref(), ctx, &hold, &device, &progress)?;
@@ -151,6 +105,65 @@ pub fn run(args: &RunArgs) -> Result<()> {
         json.write(&bytes)?;
     }
     Ok(())
+}
+
+/// What a run reads, opened and checked.
+struct Inputs {
+    checkpoint: Checkpoint,
+    plan: Option<RetrofitPlan>,
+    ctx: usize,
+    ids: Vec<u32>,
+    text: Option<Text>,
+}
+
+impl Inputs {
+    fn open(args: &RunArgs, progress: OnProgress) -> Result<Self> {
+        let name = args.model.model.as_deref().unwrap_or_default();
+        let patch = Patch::open(name)?;
+        let saved = args.retrofit.plan.as_deref().map(RetrofitPlan::load).transpose()?;
+        let base = saved.or(patch.as_ref().map(|p| p.plan.clone()));
+        let layers = args.retrofit.layers.as_deref().map(parse_layers).transpose()?;
+        let mut settings = args.retrofit.settings(base.as_ref().map_or_else(Settings::default, |p| p.settings.clone()));
+        settings.seed = args.sampling.seed.unwrap_or(settings.seed);
+        settings.validate()?;
+        let (text_prompt, id_prompt) = (args.prompt.text()?, args.prompt.ids()?);
+
+        let options = args.model.open_options();
+        let checkpoint = match &patch {
+            Some(patch) => patch.base(&options, progress)?,
+            None => Checkpoint::open(name, &options, progress)?,
+        };
+        let spec = &checkpoint.spec;
+        if let Some(base) = &base {
+            base.check(spec)?;
+        }
+        let layers = layers.unwrap_or(base.map(|p| p.layers));
+        let plan = (!args.retrofit.stock).then(|| RetrofitPlan::new(spec, layers, settings)).transpose()?;
+        let ctx = args.model.ctx.or(patch.as_ref().map(|p| p.ctx)).unwrap_or(spec.max_positions);
+        let (ids, text) = prompt_ids(args, &checkpoint, text_prompt, id_prompt)?;
+        let inputs = Self { checkpoint, plan, ctx, ids, text };
+        inputs.check(args)?;
+        Ok(inputs)
+    }
+
+    fn check(&self, args: &RunArgs) -> Result<()> {
+        let (count, new, ctx) = (self.ids.len(), args.sampling.max_new_tokens, self.ctx);
+        if count + new > ctx {
+            let need = count + new;
+            let message =
+                format!("{ctx} tokens do not hold the prompt's {count} and {new} new ones; give --ctx {need} or more");
+            return Err(Error::new(ErrorKind::Context, "--ctx", message));
+        }
+        if args.logits_last == 0 || args.logits_last > count {
+            let message = format!("{} is not from 1 to the prompt's {count}", args.logits_last);
+            return Err(Error::usage("--logits-last", message));
+        }
+        let vocab = self.checkpoint.spec.vocab;
+        match self.ids.iter().find(|id| **id as usize >= vocab) {
+            Some(id) => Err(Error::usage("--token-ids", format!("{id} is outside the vocabulary of {vocab}"))),
+            None => Ok(()),
+        }
+    }
 }
 
 fn prompt_ids(
