@@ -10,7 +10,7 @@ use std::sync::Mutex;
 /// The request: `--dtype`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Held {
-    /// On a CPU: quantised types with SIMD dot products as stored, the rest f32, or q8_0 where f32 would not fit in half
+    /// On a CPU: quantised types with vectorised products as stored, the rest f32, or q8_0 where f32 would not fit in half
     /// the machine's memory.
     #[default]
     Auto,
@@ -74,7 +74,7 @@ impl HoldAs {
     pub fn resolve(&self, stored: GgmlDType, cols: usize) -> GgmlDType {
         let wanted = match self.request {
             Held::Native => stored,
-            Held::Auto if has_simd_dot(stored) => stored,
+            Held::Auto if has_fast_products(stored) => stored,
             Held::Auto => self.fallback,
             Held::As(t) => t,
         };
@@ -98,10 +98,10 @@ impl HoldAs {
     }
 }
 
-/// Types whose dot products candle vectorises on x86 and Arm (Q4_1, Q5_0 and Q5_1 are scalar on x86).
-fn has_simd_dot(t: GgmlDType) -> bool {
+/// Quantised types whose products are vectorised: ours (`ops::blocks`), and candle's for Q2_K and Q3_K.
+fn has_fast_products(t: GgmlDType) -> bool {
     use GgmlDType::*;
-    matches!(t, Q4_0 | Q8_0 | Q2K | Q3K | Q4K | Q5K | Q6K)
+    matches!(t, Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q2K | Q3K | Q4K | Q5K | Q6K)
 }
 
 /// A type's name in lower case, as flags and reports spell it.
@@ -125,17 +125,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn auto_keeps_only_types_with_simd_dot_products() {
+    fn auto_keeps_quantised_types_and_widens_the_rest() {
         let hold = HoldAs::new(Held::Auto, 1000, Some(1 << 20));
         assert_eq!(hold.resolve(GgmlDType::Q4K, 256), GgmlDType::Q4K);
-        assert_eq!(hold.resolve(GgmlDType::Q4_1, 64), GgmlDType::F32);
+        assert_eq!(hold.resolve(GgmlDType::Q4_1, 64), GgmlDType::Q4_1);
         assert_eq!(hold.resolve(GgmlDType::BF16, 64), GgmlDType::F32);
     }
 
     #[test]
     fn auto_falls_back_to_q8_0_where_f32_takes_more_than_half_the_memory() {
         let hold = HoldAs::new(Held::Auto, 1000, Some(1500));
-        assert_eq!(hold.resolve(GgmlDType::Q4_1, 64), GgmlDType::Q8_0);
-        assert_eq!(hold.resolve(GgmlDType::Q4_1, 48), GgmlDType::F32, "48 columns hold no whole block of 32");
+        assert_eq!(hold.resolve(GgmlDType::BF16, 64), GgmlDType::Q8_0);
+        assert_eq!(hold.resolve(GgmlDType::BF16, 48), GgmlDType::F32, "48 columns hold no whole block of 32");
     }
 }

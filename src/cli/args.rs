@@ -106,7 +106,7 @@ pub struct ModelArgs {
     /// Context to provision, in tokens: 8192, 256k, 1M. Prompt and new tokens must fit [default: the model's trained length]
     #[arg(long, value_name = "TOKENS", value_parser = parse_size)]
     pub ctx: Option<usize>,
-    /// How weights are held. auto, on a CPU: quantised types with fast dot products as stored, the rest f32, or q8_0 where
+    /// How weights are held. auto, on a CPU: quantised types as stored, the rest f32, or q8_0 where
     /// f32 would take more than half the memory.
     #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = clap::builder::PossibleValuesParser::new(Held::NAMES))]
     pub dtype: String,

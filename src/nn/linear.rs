@@ -1,10 +1,11 @@
 //! `y = x Wᵀ + b`, with `W` dense or quantised.
 
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::ops::{self, Rows};
+use crate::ops::{self, Rows, View};
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{DType, Device, Module, Tensor};
-use rayon::prelude::*;
+use candle_core::{DType, Device, Module, Storage, Tensor};
+use std::borrow::Cow;
+use std::ops::Deref;
 use std::sync::Arc;
 
 /// Rows of input up to which a quantised matrix is multiplied as it is. Beyond, widening a block of its rows once and
@@ -99,27 +100,22 @@ impl Linear {
     }
 }
 
-/// The products of a few rows with matrices held in f32 or q8_0; `None` where one is held otherwise.
+/// A weight's memory, locked for reading.
+enum Locked<'a, V> {
+    Plain(V),
+    Blocks(GgmlDType, Cow<'a, [u8]>),
+}
+
+/// The products of a few rows with matrices; `None` where one is held in a type without a path of ours.
 fn dot_rows(layers: &[&Linear], x: &Tensor) -> Result<Option<Vec<Tensor>>> {
     let (tokens, cols) = x.dims2()?;
-    let mut views = vec![];
-    let mut tensors = vec![];
-    for layer in layers {
-        match &layer.weight {
-            Weight::Dense(w) if w.dtype() == DType::F32 => {
-                (views.push(Some(ops::view(w, "weight")?)), tensors.push(None))
-            }
-            Weight::Quantised(q) if q.dtype() == GgmlDType::Q8_0 => (views.push(None), tensors.push(Some(q.clone()))),
-            _ => return Ok(None),
-        };
-    }
-    let blocks: Vec<_> =
-        tensors.iter().map(|q| q.as_ref().map(|q| q.data()).transpose()).collect::<candle_core::Result<_>>()?;
-    let held = views.iter().zip(&blocks).map(|pair| match pair {
-        (Some(view), _) => Ok(Rows::F32(view.values()?)),
-        (None, bytes) => Ok(Rows::Q8_0(bytes.as_deref().unwrap_or(&[]))),
+    let locked: Result<Option<Vec<_>>> = layers.iter().map(|l| lock_weight(&l.weight, cols)).collect();
+    let Some(locked) = locked? else { return Ok(None) };
+    let rows = locked.iter().map(|l| match l {
+        Locked::Plain(view) => Ok(Rows::F32(view.values()?)),
+        Locked::Blocks(dtype, bytes) => Ok(Rows::Blocks(*dtype, bytes)),
     });
-    let rows: Vec<_> = held.collect::<Result<_>>()?;
+    let rows: Vec<_> = rows.collect::<Result<_>>()?;
     let input = ops::view(x, "input")?;
     let products = ops::matvec(&rows, input.values()?, cols);
     let tensor = |v: Vec<f32>| {
@@ -129,33 +125,38 @@ fn dot_rows(layers: &[&Linear], x: &Tensor) -> Result<Option<Vec<Tensor>>> {
     products.into_iter().map(tensor).collect::<Result<_>>().map(Some)
 }
 
+fn lock_weight(w: &Weight, cols: usize) -> Result<Option<Locked<'_, View<impl Deref<Target = Storage> + '_>>>> {
+    Ok(match w {
+        Weight::Dense(w) if w.dtype() == DType::F32 => Some(Locked::Plain(ops::view(w, "weight")?)),
+        Weight::Quantised(q) if ops::has_blocks(q.dtype(), cols) => Some(Locked::Blocks(q.dtype(), q.data()?)),
+        _ => None,
+    })
+}
+
 impl Module for Linear {
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         Linear::forward(self, x).map_err(candle_core::Error::wrap)
     }
 }
 
-/// `x Wᵀ` where blocks of `W`'s rows are widened to f32, one block at a time.
+/// `x Wᵀ` where some of `W`'s rows at a time are widened to f32.
 fn widened_matmul(x: &Tensor, w: &QTensor) -> candle_core::Result<Tensor> {
     let (out, cols) = w.shape().dims2()?;
     let block = (WIDEN / cols).clamp(1, out);
-    let parts: candle_core::Result<Vec<Tensor>> = (0..out)
-        .step_by(block)
-        .map(|first| {
-            let rows = block.min(out - first);
-            let share = rows.div_ceil(rayon::current_num_threads());
-            let mut wide = vec![0f32; rows * cols];
-            wide.par_chunks_mut(share * cols).enumerate().try_for_each(|(i, dst)| {
-                let from = (first + i * share) as u32;
-                let ids = Tensor::arange(from, from + (dst.len() / cols) as u32, &Device::Cpu)?;
-                let values = w.embedding(&ids)?.flatten_all()?.to_vec1::<f32>()?;
-                dst.copy_from_slice(&values);
-                candle_core::Result::Ok(())
-            })?;
-            x.matmul(&Tensor::from_vec(wide, (rows, cols), &Device::Cpu)?.t()?)
-        })
-        .collect();
-    Tensor::cat(&parts?, 1)
+    let bytes = ops::has_blocks(w.dtype(), cols).then(|| w.data()).transpose()?;
+    let parts = (0..out).step_by(block).map(|first| {
+        let rows = block.min(out - first);
+        let wide = match &bytes {
+            Some(bytes) => {
+                let mut wide = vec![0f32; rows * cols];
+                ops::widen(w.dtype(), bytes, first, cols, &mut wide);
+                Tensor::from_vec(wide, (rows, cols), &Device::Cpu)?
+            }
+            None => w.embedding(&Tensor::arange(first as u32, (first + rows) as u32, &Device::Cpu)?)?,
+        };
+        x.matmul(&wide.t()?)
+    });
+    Tensor::cat(&parts.collect::<candle_core::Result<Vec<Tensor>>>()?, 1)
 }
 
 #[cfg(test)]
@@ -170,12 +171,10 @@ mod tests {
             let q = Arc::new(QTensor::quantize(&w, dtype)?);
             let dense = Linear::new(Weight::Dense(q.dequantize(&device)?), None);
             let held = Linear::new(Weight::Quantised(q), None);
-            let few = if dtype == GgmlDType::Q8_0 { 1e-4 } else { 0.2 };
-            for (rows, tolerance) in [(DOT_ROWS + 5, 1e-4), (3, few), (1, few)] {
-                // Few rows of other types than q8_0 go through candle's dot products, which round the input.
+            for rows in [DOT_ROWS + 5, 3, 1] {
                 let x = Tensor::randn(0f32, 1.0, (rows, 64), &device)?;
                 let diff = (dense.forward(&x)? - held.forward(&x)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
-                assert!(diff < tolerance, "{dtype:?}, {rows} rows: {diff}");
+                assert!(diff < 1e-4, "{dtype:?}, {rows} rows: {diff}");
             }
         }
         Ok(())

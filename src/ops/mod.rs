@@ -1,6 +1,7 @@
 //! Operators, one per file: a reference, the CPU path checked against it, and (later) a CUDA launcher.
 
 mod attention;
+mod blocks;
 mod gated;
 mod gemm;
 mod matvec;
@@ -10,6 +11,6 @@ mod view;
 
 pub use attention::{attend, reference, AttentionArgs, FarArgs, FarRow, Past, Window};
 pub use gated::gated;
-pub(crate) use matvec::{matvec, Rows};
+pub(crate) use matvec::{has_blocks, matvec, widen, Rows};
 pub use summaries::{pool_blocks, Pooled, RunningMean};
-pub(crate) use view::view;
+pub(crate) use view::{view, View};
