@@ -8,8 +8,11 @@ use pulp::{Arch, Simd, WithSimd};
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0; // 1.5 · 2²³: adding it rounds to a whole number.
-    let clamped = x.clamp(-87.0, 88.0);
-    let n = clamped.mul_add(std::f32::consts::LOG2_E, MAGIC) - MAGIC;
+                                     // Comparisons and selects, and no float-to-integer cast, which would saturate lane by lane.
+    let clamped = if x > -87.0 { x } else { -87.0 };
+    let clamped = if clamped < 88.0 { clamped } else { 88.0 };
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, MAGIC);
+    let n = shifted - MAGIC;
     let r = n.mul_add(-0.693_359_4, clamped);
     let r = n.mul_add(2.121_944_4e-4, r);
     let p = 1.987_569_1e-4f32;
@@ -19,11 +22,13 @@ pub fn exp(x: f32) -> f32 {
     let p = p.mul_add(r, 1.666_666_5e-1);
     let p = p.mul_add(r, 0.5);
     let y = p.mul_add(r * r, r) + 1.0;
-    let scale = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    // The low bits of `shifted` are n; moved to the exponent, with the bias added, they are 2ⁿ.
+    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
+    // `x - x` is 0, or NaN where x is: what is wrong upstream must not vanish here.
     if x < -87.0 {
         0.0
     } else {
-        y * scale
+        y * scale + (x - x)
     }
 }
 
@@ -100,6 +105,7 @@ mod tests {
             let error = (exp(x) as f64 - want).abs() / want;
             assert!(error < 2.4e-7, "exp({x}): relative error {error}");
         }
+        assert!(exp(f32::NAN).is_nan());
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp(-1000.0), 0.0);
         assert_eq!(exp(0.0), 1.0);
