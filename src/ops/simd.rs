@@ -24,11 +24,11 @@ pub fn exp(x: f32) -> f32 {
     let y = p.mul_add(r * r, r) + 1.0;
     // The low bits of `shifted` are n; moved to the exponent, with the bias added, they are 2ⁿ.
     let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
-    // `x - x` is 0, or NaN where x is: what is wrong upstream must not vanish here.
+    // `0 x` is 0, or NaN where x is: what is wrong upstream must not vanish here.
     if x < -87.0 {
         0.0
     } else {
-        y * scale + (x - x)
+        0.0f32.mul_add(x, y * scale)
     }
 }
 
