@@ -507,7 +507,7 @@ def main():
                "  measure_cpu.py --model models/SmolLM2-135M-Instruct.Q4_1.gguf --out results/2030-01-31-cpu-first\n"
                "  measure_cpu.py --model models/SmolLM2-135M-Instruct.Q4_1.gguf --out results/2030-01-31-cpu-first \\\n"
                "      --only peer --peer-python .venv/bin/python --repeats 5\n"
-               "  measure_cpu.py --model models/SmolLM2-135M-Instruct.Q4_1.gguf --out /tmp/try --quick --repeats 1")
+               "  measure_cpu.py --model models/SmolLM2-135M-Instruct.Q4_1.gguf --out try --quick --repeats 1")
     p.add_argument("--model", required=True, type=Path, help="a GGUF file")
     p.add_argument("--out", required=True, type=Path, help="folder for report.md, summary.json and raw/; made if missing")
     p.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each timed variant [3]; kv and kl run once")
