@@ -32,6 +32,11 @@ impl Golden {
         Ok(self.0[case].to_dtype(DType::U32)?.to_vec1()?)
     }
 
+    /// Of transformers' bf16 run.
+    pub fn logits_bf16(&self, case: &str) -> Any<Tensor> {
+        Ok(self.0[&format!("{case}_logits_bf16")].to_dtype(DType::F32)?)
+    }
+
     pub fn logits(&self, case: &str) -> Any<Tensor> {
         Ok(self.0[&format!("{case}_logits")].to_dtype(DType::F32)?)
     }
