@@ -204,3 +204,41 @@ fn completions_are_printed_for_shells() {
         bfly().args(["completions", shell]).assert().success().stdout(predicates::str::contains("partner-count"));
     }
 }
+
+#[test]
+fn a_prompt_is_read_from_standard_input() -> Any {
+    let base = ["--model", &real_model("smollm2-135m")?, "-n", "4", "--ctx", "256", "--quiet"];
+    let piped = bfly().args(base).args(["--prompt-file", "-"]).write_stdin("Once upon a time").output()?;
+    let given = bfly().args(base).args(["--prompt", "Once upon a time"]).output()?;
+    assert!(piped.status.success() && !piped.stdout.is_empty());
+    assert_eq!(piped.stdout, given.stdout);
+    Ok(())
+}
+
+/// An interrupt while tokens are made ends the run in good order: exit code 0, the ledger, the report.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_during_decode_ends_with_the_ledger() -> Any {
+    use std::io::Read;
+    let run = Run::new(&[1])?;
+    let json = run.path("report.json");
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_bfly-retrofit"))
+        .args(["--model", &real_model("smollm2-135m")?, "--prompt", "Once upon a time", "-n", "7000", "--ctx", "8k"])
+        .args(["--ignore-eos", "--json", &json])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()?;
+    // The first bytes of text say that decoding is under way.
+    let mut first = [0; 4];
+    let mut stdout = child.stdout.take().ok_or("no stdout")?;
+    stdout.read_exact(&mut first)?;
+    assert!(std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status()?.success());
+    std::io::copy(&mut stdout, &mut std::io::sink())?;
+    let out = child.wait_with_output()?;
+    let stderr = String::from_utf8(out.stderr)?;
+    assert!(out.status.success() && stderr.contains("KV cache"), "{stderr}");
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(json)?)?;
+    let made = report["generated_tokens"].as_u64().ok_or("no count")?;
+    assert!((1..7000).contains(&made), "{made} tokens");
+    Ok(())
+}

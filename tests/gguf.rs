@@ -1,4 +1,4 @@
-//! A GGUF file gives the logits of the safetensors it was made from: names, metadata, interleaved heads.
+//! Other forms of a golden checkpoint give its logits: GGUF (names, metadata, interleaved heads) and shards.
 
 mod common;
 
@@ -15,5 +15,29 @@ fn a_gguf_copy_of_a_golden_gives_its_logits() -> Any {
         let off = deviation(&last_logits(&model, &golden.ids("short")?, 300, 64)?, &golden.logits("short")?)?;
         assert!(off < 1e-4, "{name}: {off:.2e} standard deviations off");
     }
+    Ok(())
+}
+
+#[test]
+fn a_sharded_copy_of_a_golden_gives_its_logits() -> Any {
+    let dir = variant("qwen3", |_| ())?;
+    let single = dir.path().join("model.safetensors");
+    let tensors = candle_core::safetensors::load(&single, &candle_core::Device::Cpu)?;
+    std::fs::remove_file(&single)?;
+    let mut shards = [std::collections::HashMap::new(), std::collections::HashMap::new()];
+    let mut map = serde_json::Map::new();
+    for (i, (name, tensor)) in tensors.into_iter().enumerate() {
+        map.insert(name.clone(), format!("model-0000{}-of-00002.safetensors", i % 2 + 1).into());
+        shards[i % 2].insert(name, tensor);
+    }
+    for (i, shard) in shards.iter().enumerate() {
+        candle_core::safetensors::save(shard, dir.path().join(format!("model-0000{}-of-00002.safetensors", i + 1)))?;
+    }
+    let index = serde_json::json!({ "weight_map": map }).to_string();
+    std::fs::write(dir.path().join("model.safetensors.index.json"), index)?;
+    let golden = Golden::open("qwen3")?;
+    let model = load(&open(&dir.path().to_string_lossy())?, None, 300)?;
+    let off = deviation(&last_logits(&model, &golden.ids("short")?, 300, 64)?, &golden.logits("short")?)?;
+    assert!(off < 1e-4, "{off:.2e} standard deviations off");
     Ok(())
 }
