@@ -133,3 +133,26 @@ proptest! {
         }
     }
 }
+
+/// The golden's short text through `settings` in chunks of `chunk`, in standard deviations off transformers' logits.
+fn off_golden(name: &str, settings: &Settings, chunk: usize) -> Any<f32> {
+    let golden = Golden::open(name)?;
+    let model = load_golden(name, Some(settings), 300)?;
+    deviation(&last_logits(&model, &golden.ids("short")?, chunk, 64)?, &golden.logits("short")?)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_covering_window_and_any_blocks_of_one_are_dense(
+        block in 1usize..200, spare in 0usize..4, sink_tokens in 0usize..320, narrow in 0usize..20, chunk in 1usize..301,
+    ) {
+        let covering = small(block, (300usize.div_ceil(block) + spare) * block, sink_tokens);
+        let ones = Settings { partner: "all".into(), ..small(1, narrow, sink_tokens) };
+        for (what, settings) in [("covering window", covering), ("blocks of one", ones)] {
+            let off = off_golden("llama3_rope", &settings, chunk).map_err(|e| TestCaseError::fail(e.to_string()))?;
+            prop_assert!(off < 1e-4, "{what}: {off:.2e} standard deviations off");
+        }
+    }
+}

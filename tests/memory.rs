@@ -8,6 +8,7 @@ use bfly::retrofit::{RetrofitPlan, Settings};
 use bfly::selector::{find, reach, rows_needed, stages_of};
 use candle_core::Device;
 use common::*;
+use proptest::prelude::*;
 
 /// The design's own example: 24 full-attention layers.
 fn ratio(settings: &Settings, ctx: usize) -> Any<f64> {
@@ -115,5 +116,23 @@ impl Bits {
 
     fn all(&self) -> bool {
         (0..self.1).all(|d| self.0[d / 64] >> (d % 64) & 1 == 1)
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn capacity_is_the_same_before_during_and_after_any_text(
+        block in 1usize..64, window_blocks in 0usize..6, sink_tokens in 0usize..20, length in 1usize..600, chunk in 1usize..300,
+    ) {
+        let fail = |e: bfly::Error| TestCaseError::fail(e.to_string());
+        let settings = Settings { block, window: window_blocks * block, sink_tokens, ..Settings::default() };
+        let model = load_golden("llama", Some(&settings), 600).map_err(fail)?;
+        let mut session = Session::new(&model).map_err(fail)?;
+        let empty = session.cache().capacity_bytes();
+        session.prefill(&vec![9; length], chunk, 1, &mut |_| ()).map_err(fail)?;
+        prop_assert_eq!(session.cache().capacity_bytes(), empty);
+        prop_assert!(session.cache().used_bytes().total() <= empty.total());
     }
 }
