@@ -1,6 +1,10 @@
-//! Records the commit that a build was made from, for reports.
+//! Records the commit that a build was made from, for reports, and compiles the kernels where they are asked for.
 
 use std::process::Command;
+
+#[cfg(feature = "cuda")]
+#[path = "kernels/build.rs"]
+mod kernels;
 
 fn main() {
     let git = |args: &[&str]| {
@@ -13,4 +17,6 @@ fn main() {
     println!("cargo:rerun-if-changed=src");
     println!("cargo:rerun-if-changed=.git/HEAD");
     println!("cargo:rerun-if-changed=.git/index");
+    #[cfg(feature = "cuda")]
+    kernels::compile();
 }

@@ -1,13 +1,16 @@
 //! The decoder: embed, blocks, norm, head.
 
-use crate::cache::Cache;
+use crate::cache::{Cache, LayerState};
 use crate::checkpoint::{Checkpoint, HoldAs, OnProgress};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mixer::{Butterfly, Full, Mixer, Projections, Sliding, Step};
 use crate::nn::{Linear, Mlp, RmsNorm, Rope, Weight};
 use crate::retrofit::RetrofitPlan;
 use crate::spec::{AttentionKind, LayerSpec, ModelSpec, Norms};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+
+/// The residual stream, and what is yet to be added to it.
+type Pending = (Tensor, Option<Tensor>);
 
 struct Block {
     before_mixer: RmsNorm,
@@ -19,18 +22,18 @@ struct Block {
 }
 
 impl Block {
-    fn add(x: &Tensor, y: Tensor, norm: &Option<RmsNorm>) -> Result<Tensor> {
-        Ok((x + match norm {
-            Some(n) => n.forward(&y)?,
-            None => y,
-        })?)
-    }
-
-    fn forward(&self, x: &Tensor, step: &Step, state: &mut crate::cache::LayerState) -> Result<Tensor> {
-        let y = self.mixer.forward(&self.before_mixer.forward(x)?, step, state)?;
-        let x = Self::add(x, y, &self.after_mixer)?;
-        let y = self.mlp.forward(&self.before_mlp.forward(&x)?)?;
-        Self::add(&x, y, &self.after_mlp)
+    /// Takes the residual stream and what the block before has yet to add to it, and returns the same: additions then share a
+    /// pass with the norms that follow them.
+    fn forward(&self, x: Tensor, pending: Option<Tensor>, step: &Step, state: &mut LayerState) -> Result<Pending> {
+        let (x, normed) = self.before_mixer.add(&x, pending.as_ref())?;
+        drop(pending);
+        let y = self.mixer.forward(&normed, step, state)?;
+        let y = self.after_mixer.as_ref().map_or(Ok(y.clone()), |n| n.forward(&y))?;
+        let (x, normed) = self.before_mlp.add(&x, Some(&y))?;
+        drop(y);
+        let y = self.mlp.forward(&normed)?;
+        let y = self.after_mlp.as_ref().map_or(Ok(y.clone()), |n| n.forward(&y))?;
+        Ok((x, Some(y)))
     }
 }
 
@@ -45,6 +48,7 @@ pub struct Model {
     head: Linear,
     ropes: Vec<Rope>,
     device: Device,
+    dtype: DType,
     weights_bytes: u64,
 }
 
@@ -84,8 +88,8 @@ impl Model {
         let mut weights_bytes = embed.bytes() + if spec.tied { 0 } else { head.bytes() };
         weights_bytes += blocks.iter().map(|b| b.mixer.projections().bytes() + b.mlp.bytes()).sum::<u64>();
         let ropes = spec.ropes.iter().map(Rope::new).collect();
-        let (plan, device) = (plan.cloned(), device.clone());
-        Ok(Self { spec, plan, ctx, embed, blocks, norm, head, ropes, device, weights_bytes })
+        let (plan, device, dtype) = (plan.cloned(), device.clone(), hold.compute());
+        Ok(Self { spec, plan, ctx, embed, blocks, norm, head, ropes, device, dtype, weights_bytes })
     }
 
     /// What it was built from.
@@ -103,6 +107,11 @@ impl Model {
         self.weights_bytes
     }
 
+    /// Type of activations, keys and values.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// Where it runs.
     pub fn device(&self) -> &Device {
         &self.device
@@ -110,7 +119,7 @@ impl Model {
 
     /// An empty cache for the context that the model was provisioned for.
     pub fn new_cache(&self) -> Result<Cache> {
-        Cache::new(&self.spec, self.plan.as_ref(), self.ctx, &self.device)
+        Cache::new(&self.spec, self.plan.as_ref(), self.ctx, self.dtype, &self.device)
     }
 
     /// Reads `ids` after what `cache` holds and returns the logits at the chunk-local positions `want`.
@@ -145,20 +154,23 @@ impl Model {
         let positions = || (start..start + ids.len()).map(|p| p as f32);
         let tables: Result<Vec<_>> = self.ropes.iter().map(|r| r.table(positions(), &self.device)).collect();
         let step = Step { start, ropes: &self.ropes, tables: &tables? };
-        let mut x = self.embed.rows(&Tensor::new(ids, &self.device)?)?;
+        let mut x = self.embed.rows(&Tensor::new(ids, &self.device)?, self.dtype)?;
         if self.spec.embed_scale != 1.0 {
             x = (x * self.spec.embed_scale)?;
         }
+        let mut pending = None;
         for (i, (block, state)) in self.blocks.iter().zip(&mut cache.layers).enumerate() {
-            x = block.forward(&x, &step, state).map_err(|e| e.within(format!("layer {i}")))?;
+            (x, pending) = block.forward(x, pending, &step, state).map_err(|e| e.within(format!("layer {i}")))?;
         }
         cache.advance(ids.len());
         let want: Vec<u32> = want.iter().map(|w| *w as u32).collect();
         if want.is_empty() {
-            return Ok(Tensor::zeros((0, self.spec.vocab), candle_core::DType::F32, &self.device)?);
+            return Ok(Tensor::zeros((0, self.spec.vocab), DType::F32, &Device::Cpu)?);
         }
-        let x = x.index_select(&Tensor::new(want, &self.device)?, 0)?;
-        self.head.forward(&self.norm.forward(&x)?)
+        let want = Tensor::new(want, &self.device)?;
+        let pending = pending.map(|y| y.index_select(&want, 0)).transpose()?;
+        let (_, normed) = self.norm.add(&x.index_select(&want, 0)?, pending.as_ref())?;
+        Ok(self.head.forward(&normed)?.to_dtype(DType::F32)?)
     }
 }
 

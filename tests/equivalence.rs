@@ -105,7 +105,7 @@ prop_compose! {
 /// The last 4 logits with an ordinary cache, and with one whose summary pools hold everything.
 fn both_pools(model: &Model, settings: &Settings, ctx: usize, text: &[u32], chunk: usize) -> Any<(Tensor, Tensor)> {
     let plan = bfly::retrofit::RetrofitPlan::new(model.spec(), None, settings.clone())?;
-    let full = Cache::with_full_pools(model.spec(), Some(&plan), ctx, &Device::Cpu)?;
+    let full = Cache::with_full_pools(model.spec(), Some(&plan), ctx, candle_core::DType::F32, &Device::Cpu)?;
     let own = Session::new(model)?.prefill(text, chunk, 4, &mut |_| ())?;
     Ok((own, Session::with_cache(model, full).prefill(text, chunk, 4, &mut |_| ())?))
 }

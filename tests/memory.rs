@@ -15,7 +15,7 @@ fn ratio(settings: &Settings, ctx: usize) -> Any<f64> {
     let dir = variant("llama", |c| c["num_hidden_layers"] = 24.into())?;
     let spec = open(&dir.path().to_string_lossy())?.spec;
     let plan = RetrofitPlan::new(&spec, None, settings.clone())?;
-    let cache = Cache::new(&spec, Some(&plan), ctx, &Device::Cpu)?;
+    let cache = Cache::new(&spec, Some(&plan), ctx, candle_core::DType::F32, &Device::Cpu)?;
     Ok(cache.capacity_bytes().total() as f64 / cache.dense_bytes() as f64)
 }
 

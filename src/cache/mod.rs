@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::retrofit::RetrofitPlan;
 use crate::selector;
 use crate::spec::{AttentionKind, LayerSpec, ModelSpec};
-use candle_core::Device;
+use candle_core::{DType, Device};
 use serde::Serialize;
 
 /// Bytes by pool.
@@ -82,22 +82,40 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Allocates for `ctx` positions; layers named by `plan` get two pools.
-    pub fn new(spec: &ModelSpec, plan: Option<&RetrofitPlan>, ctx: usize, device: &Device) -> Result<Self> {
-        Self::build(spec, plan, ctx, device, false)
+    /// Allocates for `ctx` positions of keys and values in `dtype`; layers named by `plan` get two pools.
+    pub fn new(
+        spec: &ModelSpec,
+        plan: Option<&RetrofitPlan>,
+        ctx: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::build(spec, plan, ctx, (dtype, device), false)
     }
 
     /// As [`Cache::new`], but every summary pool holds all that any block could read, instead of what the layer's stage
     /// needs: the same logits for more memory, which is how the stage-sized pools are checked.
-    pub fn with_full_pools(spec: &ModelSpec, plan: Option<&RetrofitPlan>, ctx: usize, device: &Device) -> Result<Self> {
-        Self::build(spec, plan, ctx, device, true)
+    pub fn with_full_pools(
+        spec: &ModelSpec,
+        plan: Option<&RetrofitPlan>,
+        ctx: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        Self::build(spec, plan, ctx, (dtype, device), true)
     }
 
-    fn build(spec: &ModelSpec, plan: Option<&RetrofitPlan>, ctx: usize, device: &Device, full: bool) -> Result<Self> {
+    fn build(
+        spec: &ModelSpec,
+        plan: Option<&RetrofitPlan>,
+        ctx: usize,
+        (dtype, device): (DType, &Device),
+        full: bool,
+    ) -> Result<Self> {
         if ctx == 0 {
             return Err(Error::usage("--ctx", "0 is not a context length"));
         }
-        refuse_too_large(spec, plan, ctx)?;
+        refuse_too_large(spec, plan, ctx, dtype, device)?;
         let mut layers = Vec::with_capacity(spec.layers.len());
         let mut dense_bytes = 0;
         for (i, l) in spec.layers.iter().enumerate() {
@@ -106,7 +124,7 @@ impl Cache {
                 AttentionKind::Full => ctx,
                 AttentionKind::Sliding { window } => window.min(ctx),
             };
-            dense_bytes += Ring::bytes_for(capacity, row);
+            dense_bytes += Ring::bytes_for(capacity, row, dtype);
             layers.push(match (l.attention, plan.and_then(|p| p.ordinal(i).map(|j| (p, j)))) {
                 (AttentionKind::Full, Some((plan, ordinal))) => {
                     let s = &plan.settings;
@@ -115,10 +133,10 @@ impl Cache {
                         true => grid.readable(),
                         false => selector::rows_needed(rule, &grid, ordinal, s.partner_count),
                     };
-                    LayerState::TwoPool(Box::new(TwoPool::new(s, ctx, rows, row, device)?))
+                    LayerState::TwoPool(Box::new(TwoPool::new(s, ctx, rows, row, dtype, device)?))
                 }
-                (AttentionKind::Full, None) => LayerState::Dense(Ring::new(capacity, row, device)?),
-                (AttentionKind::Sliding { .. }, _) => LayerState::Ring(Ring::new(capacity, row, device)?),
+                (AttentionKind::Full, None) => LayerState::Dense(Ring::new(capacity, row, dtype, device)?),
+                (AttentionKind::Sliding { .. }, _) => LayerState::Ring(Ring::new(capacity, row, dtype, device)?),
             });
         }
         Ok(Self { layers, ctx, position: 0, dense_bytes })
@@ -172,15 +190,21 @@ impl Cache {
 }
 
 /// Refuses a cache that the machine cannot hold, before the first allocation fails and ends the process.
-fn refuse_too_large(spec: &ModelSpec, plan: Option<&RetrofitPlan>, ctx: usize) -> Result<()> {
-    let Some(memory) = crate::checkpoint::machine_memory() else { return Ok(()) };
+fn refuse_too_large(
+    spec: &ModelSpec,
+    plan: Option<&RetrofitPlan>,
+    ctx: usize,
+    dtype: DType,
+    device: &Device,
+) -> Result<()> {
+    let Some(memory) = crate::ops::memory_of(device) else { return Ok(()) };
     let rows = |(i, l): (usize, &LayerSpec)| match (l.attention, plan.filter(|p| p.ordinal(i).is_some())) {
         (AttentionKind::Full, None) => ctx,
         (AttentionKind::Full, Some(p)) => (p.settings.window + p.settings.block + p.settings.sink_tokens).min(2 * ctx),
         (AttentionKind::Sliding { window }, _) => window.min(ctx),
     };
     let layers = spec.layers.iter().enumerate();
-    let need: u64 = layers.map(|(i, l)| Ring::bytes_for(rows((i, l)), (l.kv_heads, l.head_dim))).sum();
+    let need: u64 = layers.map(|(i, l)| Ring::bytes_for(rows((i, l)), (l.kv_heads, l.head_dim), dtype)).sum();
     if need <= memory {
         return Ok(());
     }

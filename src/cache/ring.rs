@@ -15,14 +15,14 @@ pub struct Ring {
 
 impl Ring {
     /// Allocates `capacity` rows (at least one, since candle has no empty tensors to write to).
-    pub fn new(capacity: usize, (kv_heads, dim): (usize, usize), device: &Device) -> Result<Self> {
-        let zeros = || Tensor::zeros((capacity.max(1), kv_heads, dim), DType::F32, device);
+    pub fn new(capacity: usize, (kv_heads, dim): (usize, usize), dtype: DType, device: &Device) -> Result<Self> {
+        let zeros = || Tensor::zeros((capacity.max(1), kv_heads, dim), dtype, device);
         Ok(Self { k: zeros()?, v: zeros()? })
     }
 
     /// Bytes of `capacity` rows of keys and values.
-    pub fn bytes_for(capacity: usize, (kv_heads, dim): (usize, usize)) -> u64 {
-        2 * (capacity * kv_heads * dim * DType::F32.size_in_bytes()) as u64
+    pub fn bytes_for(capacity: usize, (kv_heads, dim): (usize, usize), dtype: DType) -> u64 {
+        2 * (capacity * kv_heads * dim * dtype.size_in_bytes()) as u64
     }
 
     /// Rows.
@@ -75,7 +75,7 @@ mod tests {
     fn keeps_the_last_positions_however_they_are_written() -> Result<()> {
         let device = Device::Cpu;
         for cuts in [vec![1; 13], vec![13], vec![3, 9, 1], vec![5, 8]] {
-            let mut ring = Ring::new(5, (1, 1), &device)?;
+            let mut ring = Ring::new(5, (1, 1), DType::F32, &device)?;
             let mut at = 0;
             for n in cuts {
                 let k = Tensor::arange(at as f32, (at + n) as f32, &device)?.reshape((n, 1, 1))?;

@@ -4,7 +4,7 @@ use super::{PoolBytes, Ring};
 use crate::error::Result;
 use crate::ops::{Pooled, RunningMean};
 use crate::retrofit::Settings;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// A swapped layer's state.
 #[derive(Debug)]
@@ -25,15 +25,22 @@ pub struct TwoPool {
 
 impl TwoPool {
     /// Allocates for `settings` and `ctx` positions, with `rows` summaries. No pool is longer than the context.
-    pub fn new(settings: &Settings, ctx: usize, rows: usize, row: (usize, usize), device: &Device) -> Result<Self> {
-        let pool = |n: usize| (n > 0).then(|| Ring::new(n, row, device)).transpose();
+    pub fn new(
+        settings: &Settings,
+        ctx: usize,
+        rows: usize,
+        row: (usize, usize),
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let pool = |n: usize| (n > 0).then(|| Ring::new(n, row, dtype, device)).transpose();
         let local = (settings.window_blocks() + 1) * settings.block;
         Ok(Self {
-            local: Ring::new(local.min(ctx), row, device)?,
+            local: Ring::new(local.min(ctx), row, dtype, device)?,
             sinks: pool(settings.sink_tokens.min(ctx))?,
             sink_tokens: settings.sink_tokens,
             summaries: pool(rows)?,
-            running: RunningMean::new(row.0 * row.1),
+            running: RunningMean::new(row.0 * row.1, device)?,
             block: settings.block,
             readable: settings.grid(ctx).readable(),
         })

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use candle_core::quantized::GgmlDType;
+use candle_core::DType;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
@@ -57,6 +58,8 @@ impl fmt::Display for Held {
 /// A resolved request, which also keeps count of what was held.
 pub struct HoldAs {
     request: Held,
+    /// Type of activations, keys and values.
+    compute: DType,
     /// What `auto` falls back to.
     fallback: GgmlDType,
     bytes: Mutex<BTreeMap<String, u64>>,
@@ -67,7 +70,23 @@ impl HoldAs {
     pub fn new(request: Held, f32_bytes: u64, memory: Option<u64>) -> Self {
         let fits = memory.is_none_or(|m| f32_bytes <= m / 2);
         let fallback = if fits { GgmlDType::F32 } else { GgmlDType::Q8_0 };
-        Self { request, fallback, bytes: Mutex::default() }
+        Self { request, compute: DType::F32, fallback, bytes: Mutex::default() }
+    }
+
+    /// Resolves `request` for a GPU: quantised types as stored unless asked otherwise, all others in the type of the
+    /// activations, which is bf16 unless f32 or f16 is asked for.
+    pub fn for_gpu(request: Held) -> Self {
+        let (compute, fallback) = match request {
+            Held::As(GgmlDType::F32) => (DType::F32, GgmlDType::F32),
+            Held::As(GgmlDType::F16) => (DType::F16, GgmlDType::F16),
+            _ => (DType::BF16, GgmlDType::BF16),
+        };
+        Self { request, compute, fallback, bytes: Mutex::default() }
+    }
+
+    /// Type of activations, keys and values.
+    pub fn compute(&self) -> DType {
+        self.compute
     }
 
     /// The type in which a matrix of `cols` columns stored as `stored` is held.
@@ -78,11 +97,16 @@ impl HoldAs {
             Held::Auto => self.fallback,
             Held::As(t) => t,
         };
+        // On a GPU dense products need both factors in one type.
+        let dense = |t| matches!(t, GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16);
+        let wanted = if self.compute != DType::F32 && dense(wanted) { self.fallback } else { wanted };
         // A row must hold whole quantisation blocks.
         if cols.is_multiple_of(wanted.block_size()) {
             wanted
-        } else {
+        } else if self.compute == DType::F32 {
             GgmlDType::F32
+        } else {
+            self.fallback
         }
     }
 

@@ -4,7 +4,7 @@ use super::{Checkpoint, HoldAs, TensorInfo};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::nn::Weight;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::ops::Range;
@@ -70,6 +70,15 @@ pub fn load_matrix(
         }
         Ok(())
     })?;
+    let dense = match held {
+        GgmlDType::F16 => Some(DType::F16),
+        GgmlDType::BF16 => Some(DType::BF16),
+        _ => None,
+    };
+    // On a CPU 16-bit types are held as blocks of one, since its GEMM cannot multiply them by f32.
+    if let Some(dtype) = dense.filter(|_| !device.is_cpu()) {
+        return Ok(Weight::Dense(Tensor::from_raw_buffer(&out, dtype, &[rows, cols], device).at(&info.name)?));
+    }
     let storage = QStorage::from_data(Cow::Owned(out), device, held).at(&info.name)?;
     Ok(Weight::Quantised(std::sync::Arc::new(QTensor::new(storage, (rows, cols)).at(&info.name)?)))
 }

@@ -1,6 +1,7 @@
 //! What the binaries share: argument groups, progress bars, the memory ledger, reports.
 
 mod args;
+mod device;
 mod ledger;
 mod output;
 mod patch;
@@ -9,6 +10,7 @@ mod retrofit;
 mod size;
 
 pub use args::{Cli, Command, ModelArgs, PromptArgs, RetrofitArgs, RunArgs, SamplingArgs};
+pub use device::{describe, hold_as, open_device};
 pub use ledger::{peak_memory, Ledger};
 pub use output::Output;
 pub use patch::Patch;

@@ -1,8 +1,8 @@
 //! `bfly-retrofit`: one prompt through one model, and what that took.
 
 use super::ledger::{reach_of, KvBytes, LEDGER_VERSION};
-use super::{peak_memory, Bars, Ledger, Output, Patch, RunArgs};
-use crate::checkpoint::{machine_memory, Checkpoint, Held, HoldAs, OnProgress, Text};
+use super::{describe, hold_as, open_device, peak_memory, Bars, Ledger, Output, Patch, RunArgs};
+use crate::checkpoint::{Checkpoint, Held, OnProgress, Text};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::generate::{render_chat, Request, Sampler, Session};
 use crate::model::Model;
@@ -19,7 +19,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let bars = Bars::new(args.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
     set_threads(args)?;
-    let device = device(&args.model.device)?;
+    let device = open_device(&args.model.device)?;
     let mut sampler = Sampler::new(args.sampling.sampling())?;
     let json = args.json.as_deref().map(|p| Output::reserve(p, "--json")).transpose()?;
     let logits_out = args.logits_out.as_deref().map(|p| Output::reserve(p, "--logits-out")).transpose()?;
@@ -33,7 +33,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
 
     let name = args.model.model.as_deref().unwrap_or_default();
     let request: Held = args.model.dtype.parse()?;
-    let hold = HoldAs::new(request, checkpoint.f32_bytes(), machine_memory());
+    let hold = hold_as(request, &checkpoint, &device);
     let model = Model::load(&checkpoint, plan.as_ref(), ctx, &hold, &device, &progress)?;
     let mut session = Session::new(&model)?;
     let decoding = Arc::new(AtomicBool::new(false));
@@ -78,7 +78,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         reach: plan.as_ref().map(|p| reach_of(p, ctx)).transpose()?,
         plan,
         ctx,
-        device: "cpu".into(),
+        device: describe(&device),
         dtype: request.to_string(),
         held: hold.bytes_by_type(),
         threads: rayon::current_num_threads(),
@@ -200,16 +200,6 @@ fn warn_past_training(bars: &Bars, spec: &ModelSpec, ctx: usize) {
     }
 }
 
-fn device(name: &str) -> Result<Device> {
-    match name {
-        "auto" | "cpu" => Ok(Device::Cpu),
-        n if n == "cuda" || n.strip_prefix("cuda:").is_some_and(|i| i.parse::<usize>().is_ok()) => {
-            Err(Error::unsupported("--device", format!("`{n}`: this build has no CUDA support; use --device cpu")))
-        }
-        other => Err(Error::usage("--device", format!("`{other}` is not auto, cpu, cuda or cuda:INDEX"))),
-    }
-}
-
 fn set_threads(args: &RunArgs) -> Result<()> {
     let Some(n) = args.model.threads else { return Ok(()) };
     // candle sizes its own pools by this variable; nothing has read it yet.
@@ -231,6 +221,7 @@ fn on_ctrl_c(decoding: &Arc<AtomicBool>, interrupted: &Arc<AtomicBool>) {
 
 fn logits_file(logits: &Tensor, ids: &[u32]) -> Result<Vec<u8>> {
     let ids = Tensor::new(ids, &Device::Cpu)?;
+    let logits = &logits.to_device(&Device::Cpu)?;
     let map = HashMap::from([("logits", logits), ("token_ids", &ids)]);
     safetensors::serialize(map, None).map_err(candle_core::Error::wrap).at("--logits-out")
 }

@@ -146,6 +146,24 @@ impl Butterfly {
     fn gather(&self, blocks: &[usize], cache: &TwoPool, pooled: &Pooled) -> Result<(Tensor, Tensor)> {
         let missing = || Error::new(ErrorKind::Backend, "summary pool", "a routed block is not held");
         let held = cache.summaries(pooled.first);
+        if !pooled.k.device().is_cpu() {
+            // One lookup over both sources: a launch per row would cost more than copying the pool.
+            let (ring, pool_rows) = match &held {
+                Some((ring, _)) => (Some(ring.rows()), ring.capacity()),
+                None => (None, 0),
+            };
+            let index = blocks.iter().map(|n| match n.checked_sub(pooled.first) {
+                Some(i) if i < pooled.count => Ok((pool_rows + i) as u32),
+                None if held.as_ref().is_some_and(|(_, blocks)| blocks.contains(n)) => Ok((n % pool_rows) as u32),
+                _ => Err(missing()),
+            });
+            let index = Tensor::new(index.collect::<Result<Vec<u32>>>()?, pooled.k.device())?;
+            let look_up = |pool: Option<&Tensor>, own: &Tensor| match pool {
+                Some(pool) => Tensor::cat(&[pool, own], 0)?.index_select(&index, 0),
+                None => own.index_select(&index, 0),
+            };
+            return Ok((look_up(ring.map(|r| r.k), &pooled.k)?, look_up(ring.map(|r| r.v), &pooled.v)?));
+        }
         let (mut k, mut v) = (vec![], vec![]);
         for &n in blocks {
             let (ks, vs, row) = match n.checked_sub(pooled.first) {

@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::nn::{Linear, RmsNorm};
+use crate::ops::prepare_heads;
 use candle_core::Tensor;
 
 /// The projections of an attention layer.
@@ -42,14 +43,16 @@ impl Projections {
     /// # Shapes
     /// `x [T, hidden]`.
     pub fn project(&self, x: &Tensor) -> Result<Qkv> {
-        let t = x.dim(0)?;
-        let split = |y: Tensor, heads: usize| y.reshape((t, heads, self.head_dim));
-        let [q, k, v] = Linear::forward_all([&self.q, &self.k, &self.v], x)?;
-        let (mut q, mut k) = (split(q, self.heads)?, split(k, self.kv_heads)?);
-        if let Some((q_norm, k_norm)) = &self.qk_norm {
-            (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
-        }
-        Ok(Qkv { q, k, v: split(v, self.kv_heads)? })
+        let [q, k, v] = Linear::products([&self.q, &self.k, &self.v], x)?;
+        let (q_norm, k_norm) = match &self.qk_norm {
+            Some((q, k)) => (Some(q.over_heads()), Some(k.over_heads())),
+            None => (None, None),
+        };
+        Ok(Qkv {
+            q: prepare_heads(&q, self.heads, self.q.bias(), q_norm, None)?,
+            k: prepare_heads(&k, self.kv_heads, self.k.bias(), k_norm, None)?,
+            v: prepare_heads(&v, self.kv_heads, self.v.bias(), None, None)?,
+        })
     }
 
     /// # Shapes

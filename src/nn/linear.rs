@@ -41,11 +41,11 @@ impl Weight {
         }
     }
 
-    /// Rows `ids` (u32 `[n]`), as f32 `[n, in]`.
-    pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+    /// Rows `ids` (u32 `[n]`), `[n, in]` in `dtype`.
+    pub fn rows(&self, ids: &Tensor, dtype: DType) -> Result<Tensor> {
         match self {
-            Self::Dense(w) => w.index_select(ids, 0)?.to_dtype(DType::F32),
-            Self::Quantised(w) => w.embedding(ids),
+            Self::Dense(w) => w.index_select(ids, 0)?.to_dtype(dtype),
+            Self::Quantised(w) => w.embedding(ids)?.to_dtype(dtype),
         }
         .at("embedding")
     }
@@ -78,17 +78,33 @@ impl Linear {
 
     /// Several layers on one input; few rows on a CPU go through one parallel region.
     pub fn forward_all<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
+        let mut products = Self::products(layers, x)?;
+        for (l, y) in layers.iter().zip(&mut products) {
+            if let Some(b) = &l.bias {
+                *y = y.broadcast_add(&b.to_dtype(y.dtype())?)?;
+            }
+        }
+        Ok(products)
+    }
+
+    /// As [`Linear::forward_all`], without the biases.
+    pub fn products<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
         let few = x.dim(0)? <= DOT_ROWS && x.device().is_cpu();
         let products = match few.then(|| dot_rows(&layers, x)).transpose()?.flatten() {
             Some(products) => products,
             None => layers.iter().map(|l| l.product(x)).collect::<Result<_>>()?,
         };
-        let biased = layers.iter().zip(products).map(|(l, y)| match &l.bias {
-            Some(b) => Ok(y.broadcast_add(b)?),
-            None => Ok(y),
-        });
-        let biased: Vec<Tensor> = biased.collect::<Result<_>>()?;
-        biased.try_into().map_err(|_| Error::new(ErrorKind::Backend, "linear", "lost a result"))
+        products.try_into().map_err(|_| Error::new(ErrorKind::Backend, "linear", "lost a result"))
+    }
+
+    /// f32 `[out]`, if it has one.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    /// The matrix.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
     }
 
     fn product(&self, x: &Tensor) -> Result<Tensor> {

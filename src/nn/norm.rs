@@ -1,6 +1,7 @@
 //! RMS norm: `y = x / sqrt(mean(x²) + ε) · w` (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-use crate::error::{At, Result};
+use crate::error::Result;
+use crate::ops;
 use candle_core::Tensor;
 
 /// A norm over the last dimension. Weights are what is multiplied: a family that stores `w - 1` has 1 added on loading.
@@ -19,7 +20,16 @@ impl RmsNorm {
     /// # Shapes
     /// `x [.., n]` to the same.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        // candle's fused operator has no backward; training will need another path.
-        candle_nn::ops::rms_norm(x, &self.weight, self.eps).at("rms norm")
+        Ok(ops::add_norm(x, None, &self.weight, self.eps)?.1)
+    }
+
+    /// `x + y` and its norm, in one pass.
+    pub fn add(&self, x: &Tensor, y: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+        ops::add_norm(x, y, &self.weight, self.eps)
+    }
+
+    /// For a norm over heads.
+    pub fn over_heads(&self) -> ops::HeadNorm<'_> {
+        ops::HeadNorm { weight: &self.weight, eps: self.eps }
     }
 }

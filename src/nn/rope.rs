@@ -5,7 +5,8 @@
 //! block. Angles are the f32 product of position and frequency, as in transformers, since at position 9,000 another rounding
 //! of the same product moves the angle by 5e-4.
 
-use crate::error::{At, Result};
+use crate::error::Result;
+use crate::ops;
 use crate::spec::{RopeScaling, RopeSpec};
 use candle_core::{Device, Tensor};
 use std::f64::consts::PI;
@@ -57,17 +58,13 @@ impl Rope {
 
     /// The table of `positions`.
     pub fn table(&self, positions: impl ExactSizeIterator<Item = f32>, device: &Device) -> Result<RopeTable> {
-        let shape = (positions.len(), self.inv_freq.len());
-        let (mut cos, mut sin) = (Vec::with_capacity(shape.0 * shape.1), Vec::with_capacity(shape.0 * shape.1));
-        for p in positions {
-            for f in &self.inv_freq {
-                let (s, c) = (p * f).sin_cos();
-                cos.push(c * self.amplitude);
-                sin.push(s * self.amplitude);
-            }
-        }
-        let tensor = |v| Tensor::from_vec(v, shape, device).at("rope table");
-        Ok(RopeTable { cos: tensor(cos)?, sin: tensor(sin)? })
+        let (cos, sin) = ops::rope_table(&self.inv_freq, positions, self.amplitude, device)?;
+        Ok(RopeTable { cos, sin })
+    }
+
+    /// Frequencies after scaling, and the factor on cos and sin.
+    pub fn frequencies(&self) -> (&[f32], f32) {
+        (&self.inv_freq, self.amplitude)
     }
 }
 
@@ -90,8 +87,6 @@ impl RopeTable {
     /// # Shapes
     /// `x [T, heads, D]` to the same.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let rotate =
-            || candle_nn::rotary_emb::rope_thd(&x.unsqueeze(0)?.contiguous()?, &self.cos, &self.sin)?.squeeze(0);
-        rotate().at("rope")
+        ops::prepare_heads(x, x.dim(1)?, None, None, Some((&self.cos, &self.sin)))
     }
 }

@@ -15,6 +15,10 @@ const CHUNK: usize = 1 << 14;
 /// # Shapes
 /// `gate`, `up` and the result `[T, I]`, f32, contiguous.
 pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if gate.device().is_cuda() {
+        return cuda(gate, up, activation);
+    }
     let (a, b) = (view(gate, "gate")?, view(up, "up")?);
     let (a, b) = (a.values()?, b.values()?);
     if a.len() != b.len() {
@@ -43,6 +47,27 @@ fn silu(x: f32, up: f32) -> f32 {
 fn gelu(x: f32, up: f32) -> f32 {
     let inner = 1.595_769 * (x + 0.044_715 * x * x * x);
     x * up / (1.0 + simd::exp((-inner).min(80.0)))
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    use super::cuda::{address, device, suffix, uninitialised, Kernel, Module};
+    if gate.dims() != up.dims() || !gate.is_contiguous() || !up.is_contiguous() || gate.dtype() != up.dtype() {
+        return Err(Error::new(ErrorKind::Backend, "gated", "gate and up differ or are strided"));
+    }
+    let (gpu, n) = (device(gate)?, gate.elem_count());
+    let out = uninitialised(gpu, gate.dtype(), gate.shape())?;
+    let kind: i32 = match activation {
+        Activation::Silu => 0,
+        Activation::GeluTanh => 1,
+    };
+    let wide = gate.dtype() != candle_core::DType::F32 && n.is_multiple_of(8);
+    let name = format!("gated_{}{}", if wide { "wide_" } else { "" }, suffix(gate.dtype())?);
+    let (a, b, c, count) = (address(gate)?, address(up)?, address(&out)?, n as i64);
+    let kernel = Kernel::load(gpu, Module::Pointwise, name)?;
+    // SAFETY: three tensors of n elements; frees are ordered after the launch on the one stream.
+    unsafe { kernel.launch((n.div_ceil(2048), 1, 1), 256, &[&a, &b, &c, &count, &kind])? };
+    Ok(out)
 }
 
 #[cfg(test)]

@@ -1,16 +1,24 @@
-//! Operators, one per file: a reference, the CPU path checked against it, and (later) a CUDA launcher.
+//! Operators, one per file: a reference, the CPU path checked against it, and a CUDA launcher.
 
 mod attention;
 mod blocks;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 mod gated;
 mod gemm;
+mod heads;
 mod matvec;
+mod memory;
+mod norm;
 mod simd;
 mod summaries;
 mod view;
 
 pub use attention::{attend, reference, AttentionArgs, FarArgs, FarRow, Past, Window};
 pub use gated::gated;
+pub use heads::{prepare_heads, rope_table, HeadNorm};
 pub(crate) use matvec::{has_blocks, matvec, widen, Rows};
+pub use memory::{device_memory, memory_of, reset_peak, DeviceMemory};
+pub use norm::add_norm;
 pub use summaries::{pool_blocks, Pooled, RunningMean};
 pub(crate) use view::{view, View};

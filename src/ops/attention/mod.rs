@@ -11,6 +11,8 @@
 //! arXiv:2205.14135); no `T x T` matrix is ever held.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod reference;
 
 pub use reference::reference;
@@ -82,7 +84,8 @@ pub struct FarArgs<'a> {
     pub routes: &'a [Vec<FarRow>],
 }
 
-/// Everything that a chunk's attention reads. All tensors are f32 and contiguous.
+/// Everything that a chunk's attention reads: f32 and contiguous on a CPU; of one type (f32, bf16 or f16), with heads and rows at
+/// any stride, on a GPU.
 #[derive(Debug, Clone, Copy)]
 pub struct AttentionArgs<'a> {
     /// `[T, H, D]`, rotated for raw keys and for far rows that do not ask otherwise.
@@ -154,8 +157,12 @@ impl AttentionArgs<'_> {
 /// See [`AttentionArgs`]; the result is `[T, H, D]`.
 ///
 /// # Errors
-/// Shapes that do not fit, or a device without a kernel.
+/// Shapes that do not fit, an element type or a head dim (over 256 on a GPU) without a kernel.
 pub fn attend(args: &AttentionArgs) -> Result<Tensor> {
     let dims = args.dims()?;
+    #[cfg(feature = "cuda")]
+    if args.q.device().is_cuda() {
+        return cuda::attend(args, dims);
+    }
     cpu::attend(args, dims)
 }

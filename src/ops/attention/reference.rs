@@ -2,7 +2,7 @@
 
 use super::AttentionArgs;
 use crate::error::Result;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// Query, key, value and bias.
 type Seen = (Vec<f32>, Vec<f32>, Vec<f32>, f64);
@@ -10,7 +10,7 @@ type Seen = (Vec<f32>, Vec<f32>, Vec<f32>, f64);
 /// As [`super::attend`], slowly.
 pub fn reference(args: &AttentionArgs) -> Result<Tensor> {
     let (t, h, g, d) = args.dims()?;
-    let read = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+    let read = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
     let (q, k, v) = (read(args.q)?, read(args.k)?, read(args.v)?);
     let q_far = args.q_far.map(read).transpose()?;
     let pair = |p: &super::Past| Ok::<_, candle_core::Error>((read(p.k)?, read(p.v)?, p.k.dims()[0]));

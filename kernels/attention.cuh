@@ -1,0 +1,47 @@
+// What the attention kernels of a chunk share: their parameters and the raw window's edge.
+//
+// out[t, h] = sum_j softmax_j(scale q[t, h] . k_j + bias_j) v_j over the keys that position p = start + t may read:
+// raw positions left(p)..p (from `past` before `start`, from the chunk from there on) and the extra rows (sinks, summaries)
+// listed for p's tile that p sees. Query head h reads KV head h / (H / G).
+#pragma once
+#include "common.cuh"
+
+// Extra rows are listed per tile of so many positions (absolute: tile i holds positions i * TILE ..).
+constexpr int EXTRA_TILE = 128;
+
+// A key outside the raw window: a sink or a summary. Mirrors `Extra` in src/ops/attention/cuda.rs.
+struct Extra {
+  const void *k;  // its [G, D] row
+  const void *v;
+  float bias;     // added to the logit
+  int from;       // first position that sees it
+  int until;      // first position that no longer does
+  int far_query;  // scored with q_far
+};
+
+// Strides in elements. Mirrors `Params` in src/ops/attention/cuda.rs.
+struct AttentionParams {
+  const void *q;       // [T, H, D]
+  const void *q_far;   // [T, H, D] or null
+  const void *k;       // [T, G, D]
+  const void *v;       // [T, G, D]
+  const void *past_k;  // [capacity, G, D]: position x in row x % capacity
+  const void *past_v;
+  void *out;           // [T, H, D], contiguous
+  const Extra *extras;
+  const int *extra_offsets;  // per tile, first near row; tiles + 1 entries (then the same for far rows, at far_offsets)
+  const int *far_offsets;    // per tile, first far-query row
+  int64_t q_row, q_head, k_row, k_head, v_row, v_head, past_row, past_head;
+  int tokens, start, heads, kv_heads, dim, capacity;
+  int window_kind;  // 0 unbounded, 1 tokens, 2 blocks
+  int window_size;  // tokens, or positions per block
+  int window_count; // blocks
+  float scale;
+};
+
+// First raw position that p reads.
+__device__ inline int left_edge(const AttentionParams &p, int position) {
+  if (p.window_kind == 0) return 0;
+  if (p.window_kind == 1) return max(0, position + 1 - p.window_size);
+  return max(0, (position / p.window_size - p.window_count) * p.window_size);
+}

@@ -1,0 +1,277 @@
+//! Launches `kernels/attention_hopper.cu` on compute capability 9.0, `attention_prefill.cu` elsewhere, and `attention_any.cu` for
+//! f32 and head dims that are no multiple of 8.
+
+use super::{AttentionArgs, Past, Window};
+use crate::error::{Error, ErrorKind, Result};
+use crate::ops::cuda::{address, address_or_null, device, is_hopper, suffix, uninitialised, upload, Kernel, Module};
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+use candle_core::{DType, Tensor};
+
+/// Positions per list of extra rows: `EXTRA_TILE` in kernels/attention.cuh.
+const EXTRA_TILE: usize = 128;
+/// Largest head dim of the kernels.
+const LARGEST: usize = 256;
+
+/// `Extra` of kernels/attention.cuh.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[repr(C)]
+struct Extra {
+    k: u64,
+    v: u64,
+    bias: f32,
+    from: i32,
+    until: i32,
+    far_query: i32,
+}
+
+// SAFETY: plain numbers in C's layout.
+unsafe impl DeviceRepr for Extra {}
+
+/// `AttentionParams` of kernels/attention.cuh.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Params {
+    q: u64,
+    q_far: u64,
+    k: u64,
+    v: u64,
+    past_k: u64,
+    past_v: u64,
+    out: u64,
+    extras: u64,
+    extra_offsets: u64,
+    far_offsets: u64,
+    q_row: i64,
+    q_head: i64,
+    k_row: i64,
+    k_head: i64,
+    v_row: i64,
+    v_head: i64,
+    past_row: i64,
+    past_head: i64,
+    tokens: i32,
+    start: i32,
+    heads: i32,
+    kv_heads: i32,
+    dim: i32,
+    capacity: i32,
+    window_kind: i32,
+    window_size: i32,
+    window_count: i32,
+    scale: f32,
+}
+
+// SAFETY: plain numbers in C's layout.
+unsafe impl DeviceRepr for Params {}
+
+/// The kernel's shape for a head dim: as in the `TYPES` lines of kernels/attention_prefill.cu.
+struct Shape {
+    dim: usize,
+    keys: usize,
+    threads: usize,
+    shared_row: usize,
+}
+
+const SHAPES: [Shape; 4] = [
+    Shape { dim: 64, keys: 64, threads: 128, shared_row: 64 },
+    Shape { dim: 96, keys: 64, threads: 128, shared_row: 128 },
+    Shape { dim: 128, keys: 64, threads: 128, shared_row: 128 },
+    Shape { dim: 256, keys: 32, threads: 256, shared_row: 256 },
+];
+/// The shape of `attention_hopper`: as in the `TYPES` lines of kernels/attention_hopper.cu.
+struct Hopper {
+    dim: usize,
+    keys: usize,
+    stages: usize,
+    shared_row: usize,
+}
+
+impl Hopper {
+    /// `SHARED` there: queries, rings of keys and of values, 16 extra rows of both, barriers, alignment.
+    fn shared(&self) -> usize {
+        (QUERIES + 2 * self.stages * self.keys + 32) * self.shared_row * 2 + (4 * self.stages + 2) * 8 + 1024
+    }
+}
+
+const HOPPER: [Hopper; 4] = [
+    Hopper { dim: 64, keys: 128, stages: 2, shared_row: 64 },
+    Hopper { dim: 96, keys: 128, stages: 2, shared_row: 128 },
+    Hopper { dim: 128, keys: 96, stages: 2, shared_row: 128 },
+    Hopper { dim: 256, keys: 64, stages: 2, shared_row: 256 },
+];
+/// Query positions per tile, in every shape.
+const QUERIES: usize = 128;
+
+pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, usize)) -> Result<Tensor> {
+    let gpu = device(args.q)?;
+    let dtype = args.q.dtype();
+    if d > LARGEST {
+        return Err(Error::unsupported("attention", format!("head dim {d}; the kernels go up to {LARGEST}")));
+    }
+    let rows = |x: &Tensor| (x.stride()[0] as i64, x.stride()[1] as i64);
+    let ((q_row, q_head), (k_row, k_head), (v_row, v_head)) = (rows(args.q), rows(args.k), rows(args.v));
+    let past = args.past.unwrap_or(Past { k: args.k, v: args.v });
+    let (past_row, past_head) = rows(past.k);
+    let stored = [args.q_far, Some(args.k), Some(args.v), Some(past.k), Some(past.v)];
+    if let Some(x) = stored.into_iter().flatten().find(|x| x.dtype() != dtype) {
+        return Err(Error::new(ErrorKind::Backend, "attention", format!("q is {dtype:?}, keys are {:?}", x.dtype())));
+    }
+    if args.q_far.is_some_and(|x| rows(x) != (q_row, q_head)) || rows(past.v) != (past_row, past_head) {
+        return Err(Error::new(ErrorKind::Backend, "attention", "paired tensors differ in their strides"));
+    }
+    let extras = Extras::of(args, t, d)?;
+    let on_device = match extras.rows.is_empty() {
+        true => None,
+        false => Some((upload(gpu, &extras.rows)?, upload(gpu, &extras.offsets)?, upload(gpu, &extras.far_offsets)?)),
+    };
+    let (window_kind, window_size, window_count) = match args.window {
+        Window::Unbounded => (0, 0, 0),
+        Window::Tokens(n) => (1, n as i32, 0),
+        Window::Blocks { block, count } => (2, block as i32, count as i32),
+    };
+    let out = uninitialised(gpu, dtype, (t, h, d))?;
+    let params = Params {
+        q: address(args.q)?,
+        q_far: address_or_null(args.q_far)?,
+        k: address(args.k)?,
+        v: address(args.v)?,
+        past_k: address(past.k)?,
+        past_v: address(past.v)?,
+        out: address(&out)?,
+        extras: on_device.as_ref().map_or(0, |(rows, ..)| rows.address),
+        extra_offsets: on_device.as_ref().map_or(0, |(_, near, _)| near.address),
+        far_offsets: on_device.as_ref().map_or(0, |(.., far)| far.address),
+        q_row,
+        q_head,
+        k_row,
+        k_head,
+        v_row,
+        v_head,
+        past_row,
+        past_head,
+        tokens: t as i32,
+        start: args.start as i32,
+        heads: h as i32,
+        kv_heads: g as i32,
+        dim: d as i32,
+        capacity: past.k.dims()[0] as i32,
+        window_kind,
+        window_size,
+        window_count,
+        scale: args.scale,
+    };
+    let name = suffix(dtype)?;
+    // 16-byte loads need rows and heads at multiples of 8 elements.
+    let strides = [q_row, q_head, k_row, k_head, v_row, v_head, past_row, past_head];
+    let wide = dtype != DType::F32 && d.is_multiple_of(8) && strides.iter().all(|s| s % 8 == 0);
+    if !wide {
+        let kernel = Kernel::load(gpu, Module::AttentionAny, format!("attention_any_{name}"))?;
+        // SAFETY: the addresses are those of tensors borrowed here; frees are ordered after the launch on the one stream.
+        unsafe { kernel.launch((t.div_ceil(4), h, 1), 128, &[&params])? };
+        return Ok(out);
+    }
+    let tiles = (args.start + t - 1) / QUERIES - args.start / QUERIES + 1;
+    if let Some(shape) = HOPPER.iter().find(|s| d <= s.dim).filter(|_| is_hopper(gpu) && args.q_far.is_none()) {
+        let kernel = Kernel::load(gpu, Module::AttentionHopper, format!("attention_hopper_{name}_{}", shape.dim))?
+            .shared(shape.shared())?;
+        // SAFETY: as above.
+        unsafe { kernel.launch((h, tiles, 1), 384, &[&params])? };
+        return Ok(out);
+    }
+    let shape = SHAPES.iter().find(|s| d <= s.dim).ok_or_else(|| Error::unsupported("attention", "head dim"))?;
+    let kernel = Kernel::load(gpu, Module::AttentionPrefill, format!("attention_prefill_{name}_{}", shape.dim))?
+        .shared((QUERIES + 2 * shape.keys) * shape.shared_row * 2)?;
+    // SAFETY: as above.
+    unsafe { kernel.launch((tiles, h, 1), shape.threads, &[&params])? };
+    Ok(out)
+}
+
+/// Sinks and far rows, listed per tile of positions; far-query rows last in each list.
+struct Extras {
+    rows: Vec<Extra>,
+    offsets: Vec<i32>,
+    far_offsets: Vec<i32>,
+}
+
+impl Extras {
+    fn of(args: &AttentionArgs, t: usize, d: usize) -> Result<Self> {
+        let (first, last) = (args.start / EXTRA_TILE, (args.start + t - 1) / EXTRA_TILE);
+        let sinks = sinks(args, d)?;
+        let mut lists = Self { rows: vec![], offsets: vec![0], far_offsets: vec![] };
+        for tile in first..=last {
+            let from = (tile * EXTRA_TILE).max(args.start);
+            let until = ((tile + 1) * EXTRA_TILE).min(args.start + t);
+            let mut rows: Vec<Extra> = sinks.iter().filter(|e| (e.from as usize) < until).copied().collect();
+            rows.extend(far_rows(args, from, until, d)?);
+            rows.sort_by_key(|e| e.far_query);
+            let near = rows.iter().filter(|e| e.far_query == 0).count();
+            lists.far_offsets.push((lists.rows.len() + near) as i32);
+            lists.rows.extend(rows);
+            lists.offsets.push(lists.rows.len() as i32);
+        }
+        Ok(lists)
+    }
+}
+
+/// The sinks: each seen by the positions whose window begins after it.
+fn sinks(args: &AttentionArgs, d: usize) -> Result<Vec<Extra>> {
+    let Some((past, count)) = args.sinks else { return Ok(vec![]) };
+    let (k, v) = (contiguous(past.k)?, contiguous(past.v)?);
+    let row_bytes = (past.k.dims()[1] * d * past.k.dtype().size_in_bytes()) as u64;
+    let sink = |i: usize| {
+        let at = i as u64 * row_bytes;
+        let from = first_seeing(args.window, i).map_or(i32::MAX, |p| p as i32);
+        Extra { k: k + at, v: v + at, bias: 0.0, from, until: i32::MAX, far_query: 0 }
+    };
+    Ok((0..count).map(sink).collect())
+}
+
+/// The first position whose raw window begins after `sink`.
+fn first_seeing(window: Window, sink: usize) -> Option<usize> {
+    match window {
+        Window::Unbounded => None,
+        Window::Tokens(n) => Some(sink + n),
+        Window::Blocks { block, count } => Some((sink / block + 1 + count) * block),
+    }
+}
+
+/// Far rows that positions `from..until` read. A row read by neighbouring blocks alike is listed once.
+fn far_rows(args: &AttentionArgs, from: usize, until: usize, d: usize) -> Result<Vec<Extra>> {
+    let Some(far) = args.far else { return Ok(vec![]) };
+    let (k, v) = (contiguous(far.k)?, contiguous(far.v)?);
+    let row_bytes = (far.k.dims()[1] * d * far.k.dtype().size_in_bytes()) as u64;
+    let mut rows: Vec<Extra> = vec![];
+    let mut open: std::collections::HashMap<(usize, u32, bool), usize> = Default::default();
+    for block in from / far.block..=(until - 1) / far.block {
+        let (begin, end) = ((block * far.block).max(from), ((block + 1) * far.block).min(until));
+        for r in &far.routes[block - args.start / far.block] {
+            let (begin, end) = (begin.max(r.from), end.min(r.until));
+            if begin >= end {
+                continue;
+            }
+            let key = (r.row, r.bias.to_bits(), r.far_query);
+            if let Some(i) = open.get(&key).filter(|i| rows[**i].until == begin as i32) {
+                rows[*i].until = end as i32;
+                continue;
+            }
+            let at = r.row as u64 * row_bytes;
+            open.insert(key, rows.len());
+            rows.push(Extra {
+                k: k + at,
+                v: v + at,
+                bias: r.bias,
+                from: begin as i32,
+                until: end as i32,
+                far_query: r.far_query.into(),
+            });
+        }
+    }
+    Ok(rows)
+}
+
+fn contiguous(x: &Tensor) -> Result<u64> {
+    match x.is_contiguous() {
+        true => address(x),
+        false => Err(Error::new(ErrorKind::Backend, "attention", "stored rows must be contiguous")),
+    }
+}

@@ -1,0 +1,222 @@
+//! Launching the kernels of `kernels/` on candle's device, stream and allocator.
+//!
+//! Everything runs on one stream, so that a launch sees what earlier ones wrote and memory freed after a launch is reused only
+//! after it. That is what makes handing plain device addresses to a kernel sound.
+
+use crate::error::{At, Error, ErrorKind, Result};
+use candle_core::cuda_backend::cudarc::driver::{
+    sys, sys::CUfunction_attribute, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchArgs,
+    LaunchConfig, PushKernelArg,
+};
+use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
+use candle_core::op::BackpropOp;
+use candle_core::{DType, Device, Shape, Storage, Tensor};
+use std::sync::Arc;
+
+mod ptx {
+    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+}
+
+/// A compiled source file. One line per file of `kernels/`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Module {
+    AttentionAny,
+    AttentionHopper,
+    AttentionPrefill,
+    Pointwise,
+    Summaries,
+}
+
+impl Module {
+    fn source(self) -> (&'static str, &'static str) {
+        match self {
+            Self::AttentionAny => ("bfly_attention_any", ptx::ATTENTION_ANY),
+            Self::AttentionHopper => ("bfly_attention_hopper", ptx::ATTENTION_HOPPER),
+            Self::AttentionPrefill => ("bfly_attention_prefill", ptx::ATTENTION_PREFILL),
+            Self::Pointwise => ("bfly_pointwise", ptx::POINTWISE),
+            Self::Summaries => ("bfly_summaries", ptx::SUMMARIES),
+        }
+    }
+}
+
+/// A kernel's argument: an address on the device (0 for none), a number, or a struct passed by value.
+pub(crate) trait Argument: DeviceRepr {}
+impl<T: DeviceRepr> Argument for T {}
+
+/// A kernel about to be launched.
+pub(crate) struct Kernel {
+    function: CudaFunction,
+    stream: Arc<CudaStream>,
+    name: String,
+    shared: u32,
+}
+
+impl Kernel {
+    /// Loads `name`; its module on first use.
+    pub fn load(device: &CudaDevice, module: Module, name: String) -> Result<Self> {
+        let (module_name, source) = module.source();
+        let function = device.get_or_load_custom_func(&name, module_name, source).map_err(|e| explain(&name, &e))?;
+        Ok(Self { function: function.into_cuda_function(), stream: device.cuda_stream(), name, shared: 0 })
+    }
+
+    /// With so many bytes of dynamic shared memory.
+    pub fn shared(mut self, bytes: usize) -> Result<Self> {
+        let bytes = bytes as i32;
+        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        if bytes > 48 << 10 {
+            self.function.set_attribute(attribute, bytes).map_err(|e| self.error(e))?;
+        }
+        self.shared = bytes as u32;
+        Ok(self)
+    }
+
+    /// Launches with the arguments that `push` adds.
+    ///
+    /// # Safety
+    /// The arguments must be those of the kernel's signature, in order, and every address must stay allocated, with what the
+    /// kernel's header asks for, until the stream has passed this launch.
+    pub unsafe fn launch(&self, grid: (usize, usize, usize), threads: usize, arguments: &[&dyn Push]) -> Result<()> {
+        let mut builder = self.stream.launch_builder(&self.function);
+        for argument in arguments {
+            argument.push(&mut builder);
+        }
+        let config = LaunchConfig {
+            grid_dim: (grid.0 as u32, grid.1 as u32, grid.2 as u32),
+            block_dim: (threads as u32, 1, 1),
+            shared_mem_bytes: self.shared,
+        };
+        builder.launch(config).map_err(|e| self.error(e)).map(|_| ())
+    }
+
+    fn error(&self, e: impl std::fmt::Display) -> Error {
+        Error::new(ErrorKind::Backend, format!("kernel {}", self.name), e)
+    }
+}
+
+/// Anything that can be pushed on a launch: lets a launch list its arguments in a slice.
+pub(crate) trait Push {
+    fn push<'a>(&'a self, builder: &mut LaunchArgs<'a>);
+}
+
+impl<T: Argument> Push for T {
+    fn push<'a>(&'a self, builder: &mut LaunchArgs<'a>) {
+        builder.arg(self);
+    }
+}
+
+/// Opens GPU `index` with a stream of our own, which a graph can be captured from.
+pub(crate) fn open(index: usize) -> Result<Device> {
+    let place = format!("--device cuda:{index}");
+    // The driver's library is loaded on first use, and its absence is a panic in the layer below.
+    let opened = std::panic::catch_unwind(|| Device::new_cuda_with_stream(index));
+    let device = match opened {
+        Ok(Ok(device)) => device,
+        Ok(Err(e)) => return Err(Error::unsupported(place, format!("cannot be opened: {}", crate::plain(&e)))),
+        Err(_) => return Err(Error::unsupported(place, "there is no NVIDIA driver on this machine")),
+    };
+    if let Device::Cuda(gpu) = &device {
+        // SAFETY: all work goes through this one stream, so that nothing needs an event to wait for.
+        unsafe { gpu.disable_event_tracking() };
+        // Freed memory stays with the process: giving it back and mapping it again at every wait costs milliseconds.
+        let keep = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        super::memory::pool::set(gpu, keep, u64::MAX);
+    }
+    Ok(device)
+}
+
+/// What a failed load usually means.
+fn explain(name: &str, error: &candle_core::Error) -> Error {
+    let text = crate::plain(error);
+    let place = format!("kernel {name}");
+    if text.contains("UNSUPPORTED_PTX_VERSION") {
+        return Error::unsupported(
+            place,
+            "the driver is older than the toolkit this was built with; update the driver",
+        );
+    }
+    if text.contains("NO_BINARY_FOR_GPU") || text.contains("INVALID_PTX") {
+        return Error::unsupported(place, "built for a newer GPU than this one; rebuild with its CUDA_COMPUTE_CAP");
+    }
+    Error::new(ErrorKind::Backend, place, text)
+}
+
+/// The device under a tensor.
+pub(crate) fn device(tensor: &Tensor) -> Result<&CudaDevice> {
+    match tensor.device() {
+        Device::Cuda(device) => Ok(device),
+        _ => Err(Error::new(ErrorKind::Backend, "kernel", "given a tensor that is not on a GPU")),
+    }
+}
+
+/// Whether the warpgroup instructions of compute capability 9.0 exist there.
+pub(crate) fn is_hopper(device: &CudaDevice) -> bool {
+    device.cuda_stream().context().compute_capability().is_ok_and(|c| c == (9, 0))
+}
+
+/// `bf16`, `f16` or `f32`: how kernels are named by element type.
+pub(crate) fn suffix(dtype: DType) -> Result<&'static str> {
+    match dtype {
+        DType::BF16 => Ok("bf16"),
+        DType::F16 => Ok("f16"),
+        DType::F32 => Ok("f32"),
+        other => Err(Error::unsupported("kernel", format!("has no form for {other:?}; use bf16, f16 or f32"))),
+    }
+}
+
+/// The device address of a tensor's first element. The last dimension must be contiguous; strides are the caller's to pass.
+pub(crate) fn address(tensor: &Tensor) -> Result<u64> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        return Err(Error::new(ErrorKind::Backend, "kernel", "given a tensor that is not on a GPU"));
+    };
+    if layout.stride().last().is_some_and(|s| *s != 1) && layout.dims().last() != Some(&1) {
+        return Err(Error::new(ErrorKind::Backend, "kernel", "given a tensor whose last dimension is strided"));
+    }
+    let stream = storage.device.cuda_stream();
+    let base = match &storage.slice {
+        CudaStorageSlice::BF16(s) => s.device_ptr(&stream).0,
+        CudaStorageSlice::F16(s) => s.device_ptr(&stream).0,
+        CudaStorageSlice::F32(s) => s.device_ptr(&stream).0,
+        CudaStorageSlice::U32(s) => s.device_ptr(&stream).0,
+        CudaStorageSlice::I64(s) => s.device_ptr(&stream).0,
+        CudaStorageSlice::U8(s) => s.device_ptr(&stream).0,
+        _ => return Err(Error::unsupported("kernel", "given an element type without a form")),
+    };
+    Ok(base + (layout.start_offset() * tensor.dtype().size_in_bytes()) as u64)
+}
+
+/// The address of an optional tensor; 0 for none.
+pub(crate) fn address_or_null(tensor: Option<&Tensor>) -> Result<u64> {
+    tensor.map_or(Ok(0), address)
+}
+
+/// A tensor that a kernel will fill: its content is whatever the memory held.
+pub(crate) fn uninitialised(device: &CudaDevice, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
+    let shape = shape.into();
+    let n = shape.elem_count();
+    // SAFETY: every kernel writes its whole output before anything reads it (tests poison the memory and look).
+    let storage = unsafe {
+        match dtype {
+            DType::BF16 => CudaStorage::wrap_cuda_slice(device.alloc::<half::bf16>(n)?, device.clone()),
+            DType::F16 => CudaStorage::wrap_cuda_slice(device.alloc::<half::f16>(n)?, device.clone()),
+            DType::F32 => CudaStorage::wrap_cuda_slice(device.alloc::<f32>(n)?, device.clone()),
+            DType::U32 => CudaStorage::wrap_cuda_slice(device.alloc::<u32>(n)?, device.clone()),
+            other => return Err(Error::unsupported("kernel", format!("has no form for {other:?}"))),
+        }
+    };
+    Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
+}
+
+/// Uploads plain values; the copy is ordered before later launches.
+pub(crate) fn upload<T: DeviceRepr + 'static>(device: &CudaDevice, values: &[T]) -> Result<Uploaded<T>> {
+    let slice = device.clone_htod(values).at("upload")?;
+    let address = slice.device_ptr(&device.cuda_stream()).0;
+    Ok(Uploaded { address, _slice: slice })
+}
+
+/// Values on the device, freed (in stream order) when dropped.
+pub(crate) struct Uploaded<T> {
+    /// Where.
+    pub address: u64,
+    _slice: CudaSlice<T>,
+}
