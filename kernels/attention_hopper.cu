@@ -363,10 +363,19 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
       tile.consume(threadIdx.x / 128 - 1);                                                                        \
     }                                                                                                             \
   }
+// The build compiles each head dim apart, with ONLY_DIM set.
 #define TYPES(DIM, BN, STAGES)                                               \
   INSTANCE(attention_hopper_bf16_##DIM, __nv_bfloat16, DIM, BN, STAGES)      \
   INSTANCE(attention_hopper_f16_##DIM, __half, DIM, BN, STAGES)
+#if !defined(ONLY_DIM) || ONLY_DIM == 64
 TYPES(64, 128, 2)
+#endif
+#if !defined(ONLY_DIM) || ONLY_DIM == 96
 TYPES(96, 128, 2)
+#endif
+#if !defined(ONLY_DIM) || ONLY_DIM == 128
 TYPES(128, 96, 2)
+#endif
+#if !defined(ONLY_DIM) || ONLY_DIM == 256
 TYPES(256, 64, 2)
+#endif

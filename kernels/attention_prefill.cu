@@ -315,10 +315,19 @@ template <typename T, int DIM, int BN, int WARPS, int MT> struct Tile {
     Tile<T, DIM, BN, WARPS, MT> tile(p, shared_address(shared));                                                  \
     tile.run();                                                                                                   \
   }
+// The build compiles each head dim apart, with ONLY_DIM set.
 #define TYPES(DIM, BN, WARPS, MT)                                                       \
   INSTANCE(attention_prefill_bf16_##DIM, __nv_bfloat16, DIM, BN, WARPS, MT)             \
   INSTANCE(attention_prefill_f16_##DIM, __half, DIM, BN, WARPS, MT)
+#if !defined(ONLY_DIM) || ONLY_DIM == 64
 TYPES(64, 64, 4, 2)
+#endif
+#if !defined(ONLY_DIM) || ONLY_DIM == 96
 TYPES(96, 64, 4, 2)
+#endif
+#if !defined(ONLY_DIM) || ONLY_DIM == 128
 TYPES(128, 64, 4, 2)
+#endif
+#if !defined(ONLY_DIM) || ONLY_DIM == 256
 TYPES(256, 32, 8, 1)
+#endif

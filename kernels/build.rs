@@ -3,21 +3,45 @@
 // The architecture is CUDA_COMPUTE_CAP, or that of the GPU at hand. Without a GPU or a toolkit: README, "Building for CUDA".
 
 use cudaforge::KernelBuilder;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// Sources compiled whole.
+const WHOLE: &[&str] = &["attention_any", "decode", "pointwise", "summaries"];
+/// Sources compiled once per head dim: the driver translates a module's PTX when it is first loaded, and all of one takes
+/// seconds.
+const BY_DIM: &[(&str, &[u32])] = &[
+    ("attention_decode", &[64, 128, 256]),
+    ("attention_hopper", &[64, 96, 128, 256]),
+    ("attention_prefill", &[64, 96, 128, 256]),
+];
+const HEADERS: &[&str] = &["common.cuh", "attention.cuh", "decode.cuh", "wgmma.cuh"];
 
 pub fn compile() {
-    let sources = ["attention_any", "attention_hopper", "attention_prefill", "pointwise", "summaries"];
-    let files: Vec<String> = sources.iter().map(|name| format!("kernels/{name}.cu")).collect();
-    let out = std::env::var("OUT_DIR").expect("cargo sets OUT_DIR");
+    let out = PathBuf::from(std::env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let here = Path::new(&std::env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR")).join("kernels");
+    let mut files: Vec<PathBuf> = WHOLE.iter().map(|name| here.join(format!("{name}.cu"))).collect();
+    let mut watched: Vec<PathBuf> = HEADERS.iter().map(|name| here.join(name)).collect();
+    let generated = out.join("by_dim");
+    std::fs::create_dir_all(&generated).expect("OUT_DIR is writable");
+    for (name, dims) in BY_DIM {
+        let source = here.join(format!("{name}.cu"));
+        for dim in *dims {
+            let file = generated.join(format!("{name}_{dim}.cu"));
+            let text = format!("#define ONLY_DIM {dim}\n#include \"{}\"\n", source.display());
+            std::fs::write(&file, text).expect("OUT_DIR is writable");
+            files.push(file);
+        }
+        watched.push(source);
+    }
     let built = KernelBuilder::new()
         .source_files(files)
-        .watch(["kernels/common.cuh", "kernels/attention.cuh", "kernels/wgmma.cuh"])
+        .watch(watched)
+        .out_dir(&out)
         // Warpgroup instructions exist on compute capability 9.0 alone; the module is loaded nowhere else.
         .with_compute_override_arch("attention_hopper*", "90a")
-        .out_dir(&out)
         .arg("-std=c++17")
         .arg("-O3")
         .build_ptx()
         .unwrap_or_else(|e| panic!("compiling kernels/*.cu: {e}"));
-    built.write(Path::new(&out).join("kernels.rs")).expect("OUT_DIR is writable");
+    built.write(out.join("kernels.rs")).expect("OUT_DIR is writable");
 }

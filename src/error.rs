@@ -24,6 +24,8 @@ pub enum ErrorKind {
     Hub,
     /// The text does not fit the provisioned context.
     Context,
+    /// The device has too little memory.
+    Memory,
     /// candle failed below us.
     Backend,
 }
@@ -90,7 +92,18 @@ impl Error {
 
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
-        Self::new(ErrorKind::Backend, "candle", plain(&error))
+        Self::below("candle", &error)
+    }
+}
+
+impl Error {
+    /// candle's error at `place`, with memory that ran out told from other failures.
+    fn below(place: impl Display, error: &candle_core::Error) -> Self {
+        let text = plain(error);
+        match text.contains("OUT_OF_MEMORY") {
+            true => Self::new(ErrorKind::Memory, place, "out of GPU memory"),
+            false => Self::new(ErrorKind::Backend, place, text),
+        }
     }
 }
 
@@ -112,7 +125,7 @@ pub trait At<T> {
 
 impl<T> At<T> for std::result::Result<T, candle_core::Error> {
     fn at(self, place: impl Display) -> Result<T> {
-        self.map_err(|e| Error::new(ErrorKind::Backend, place, plain(&e)))
+        self.map_err(|e| Error::below(place, &e))
     }
 }
 

@@ -23,6 +23,8 @@
 //! | [`ops`] | operators, each with a reference |
 //! | [`generate`] | prefill, decode, sampling, chat template |
 //! | [`cli`] | flags, progress, the memory ledger |
+//! | [`mod@bench`] | measurements and their form |
+//! | `plot` | figures from measurements (feature `plot`) |
 //!
 //! # Example
 //!
@@ -51,6 +53,7 @@
 //! # }
 //! ```
 
+pub mod bench;
 pub mod cache;
 pub mod checkpoint;
 pub mod cli;
@@ -61,6 +64,8 @@ pub mod mixer;
 pub mod model;
 pub mod nn;
 pub mod ops;
+#[cfg(feature = "plot")]
+pub mod plot;
 pub mod retrofit;
 pub mod selector;
 pub mod spec;

@@ -12,13 +12,13 @@ use candle_core::{DType, Device, Tensor};
 /// The residual stream, and what is yet to be added to it.
 type Pending = (Tensor, Option<Tensor>);
 
-struct Block {
-    before_mixer: RmsNorm,
-    mixer: Mixer,
-    after_mixer: Option<RmsNorm>,
-    before_mlp: RmsNorm,
-    mlp: Mlp,
-    after_mlp: Option<RmsNorm>,
+pub(crate) struct Block {
+    pub(crate) before_mixer: RmsNorm,
+    pub(crate) mixer: Mixer,
+    pub(crate) after_mixer: Option<RmsNorm>,
+    pub(crate) before_mlp: RmsNorm,
+    pub(crate) mlp: Mlp,
+    pub(crate) after_mlp: Option<RmsNorm>,
 }
 
 impl Block {
@@ -42,11 +42,11 @@ pub struct Model {
     spec: ModelSpec,
     plan: Option<RetrofitPlan>,
     ctx: usize,
-    embed: Weight,
-    blocks: Vec<Block>,
-    norm: RmsNorm,
-    head: Linear,
-    ropes: Vec<Rope>,
+    pub(crate) embed: Weight,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) norm: RmsNorm,
+    pub(crate) head: Linear,
+    pub(crate) ropes: Vec<Rope>,
     device: Device,
     dtype: DType,
     weights_bytes: u64,
@@ -171,6 +171,40 @@ impl Model {
         let pending = pending.map(|y| y.index_select(&want, 0)).transpose()?;
         let (_, normed) = self.norm.add(&x.index_select(&want, 0)?, pending.as_ref())?;
         Ok(self.head.forward(&normed)?.to_dtype(DType::F32)?)
+    }
+}
+
+impl Model {
+    /// The same weights with `plan`'s layers swapped, provisioned for `ctx` positions: no tensor is read or copied.
+    ///
+    /// # Errors
+    /// A plan that does not fit the model.
+    pub fn with_plan(mut self, plan: Option<&RetrofitPlan>, ctx: usize) -> Result<Self> {
+        plan.map_or(Ok(()), |p| p.check(&self.spec))?;
+        let remake = |(i, block): (usize, Block)| {
+            let projections = match block.mixer {
+                Mixer::Full(Full { projections }) | Mixer::Sliding(Sliding { projections, .. }) => projections,
+                Mixer::Butterfly(m) => m.projections,
+            };
+            let swapped = plan.and_then(|p| p.ordinal(i).map(|j| (&p.settings, j)));
+            let mixer = match (self.spec.layers[i].attention, swapped) {
+                (AttentionKind::Sliding { window }, _) => Mixer::Sliding(Sliding { projections, window }),
+                (AttentionKind::Full, None) => Mixer::Full(Full { projections }),
+                (AttentionKind::Full, Some((settings, ordinal))) => {
+                    let trained = self.spec.max_positions;
+                    Mixer::Butterfly(Box::new(Butterfly::new(projections, settings, ordinal, ctx, trained)?))
+                }
+            };
+            Ok(Block { mixer, ..block })
+        };
+        self.blocks = std::mem::take(&mut self.blocks).into_iter().enumerate().map(remake).collect::<Result<_>>()?;
+        (self.plan, self.ctx) = (plan.cloned(), ctx);
+        Ok(self)
+    }
+
+    /// Bytes of weights that one token's pass reads: all but an embedding table that is not the head too.
+    pub fn bytes_per_token(&self) -> u64 {
+        self.weights_bytes - if self.spec.tied { 0 } else { self.embed.bytes() }
     }
 }
 

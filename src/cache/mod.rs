@@ -9,10 +9,11 @@ mod two_pool;
 pub use ring::Ring;
 pub use two_pool::TwoPool;
 
+use crate::cli::human_bytes;
 use crate::error::{Error, ErrorKind, Result};
 use crate::retrofit::RetrofitPlan;
 use crate::selector;
-use crate::spec::{AttentionKind, LayerSpec, ModelSpec};
+use crate::spec::{AttentionKind, ModelSpec};
 use candle_core::{DType, Device};
 use serde::Serialize;
 
@@ -115,31 +116,43 @@ impl Cache {
         if ctx == 0 {
             return Err(Error::usage("--ctx", "0 is not a context length"));
         }
-        refuse_too_large(spec, plan, ctx, dtype, device)?;
+        let (need, dense_bytes) = Self::bytes_for(spec, plan, ctx, dtype, full)?;
+        refuse_too_large(need, ctx, device)?;
         let mut layers = Vec::with_capacity(spec.layers.len());
-        let mut dense_bytes = 0;
         for (i, l) in spec.layers.iter().enumerate() {
             let row = (l.kv_heads, l.head_dim);
-            let capacity = match l.attention {
-                AttentionKind::Full => ctx,
-                AttentionKind::Sliding { window } => window.min(ctx),
-            };
-            dense_bytes += Ring::bytes_for(capacity, row, dtype);
-            layers.push(match (l.attention, plan.and_then(|p| p.ordinal(i).map(|j| (p, j)))) {
-                (AttentionKind::Full, Some((plan, ordinal))) => {
-                    let s = &plan.settings;
-                    let (rule, grid) = (selector::find(&s.partner)?, s.grid(ctx));
-                    let rows = match full {
-                        true => grid.readable(),
-                        false => selector::rows_needed(rule, &grid, ordinal, s.partner_count),
-                    };
-                    LayerState::TwoPool(Box::new(TwoPool::new(s, ctx, rows, row, dtype, device)?))
+            let made = match (pools(spec, plan, i, ctx, full)?, l.attention) {
+                (Pools { summaries: Some(rows), .. }, _) => {
+                    let settings = &plan.ok_or_else(|| Error::usage("--plan", "is missing"))?.settings;
+                    TwoPool::new(settings, ctx, rows, row, dtype, device).map(|p| LayerState::TwoPool(Box::new(p)))
                 }
-                (AttentionKind::Full, None) => LayerState::Dense(Ring::new(capacity, row, dtype, device)?),
-                (AttentionKind::Sliding { .. }, _) => LayerState::Ring(Ring::new(capacity, row, dtype, device)?),
-            });
+                (pools, AttentionKind::Full) => Ring::new(pools.local, row, dtype, device).map(LayerState::Dense),
+                (pools, _) => Ring::new(pools.local, row, dtype, device).map(LayerState::Ring),
+            };
+            layers.push(made.map_err(|e| no_room(e, i, need, plan.is_some()))?);
         }
         Ok(Self { layers, ctx, position: 0, dense_bytes })
+    }
+
+    /// What a cache takes, and what a dense one would.
+    pub(crate) fn bytes_for(
+        spec: &ModelSpec,
+        plan: Option<&RetrofitPlan>,
+        ctx: usize,
+        dtype: DType,
+        full: bool,
+    ) -> Result<(u64, u64)> {
+        let (mut own, mut dense) = (0, 0);
+        for (i, l) in spec.layers.iter().enumerate() {
+            let row = (l.kv_heads, l.head_dim);
+            let p = pools(spec, plan, i, ctx, full)?;
+            let bytes = |rows: usize| if rows == 0 { 0 } else { Ring::bytes_for(rows, row, dtype) };
+            own += bytes(p.local) + bytes(p.sinks) + bytes(p.summaries.unwrap_or(0));
+            // Running sums: f32 for keys and values.
+            own += if p.summaries.is_some() { 8 * (row.0 * row.1) as u64 } else { 0 };
+            dense += bytes(pools(spec, None, i, ctx, false)?.local);
+        }
+        Ok((own, dense))
     }
 
     /// Tokens seen.
@@ -189,26 +202,49 @@ impl Cache {
     }
 }
 
-/// Refuses a cache that the machine cannot hold, before the first allocation fails and ends the process.
-fn refuse_too_large(
-    spec: &ModelSpec,
-    plan: Option<&RetrofitPlan>,
-    ctx: usize,
-    dtype: DType,
-    device: &Device,
-) -> Result<()> {
+/// Rows of a layer's pools; `summaries` is set (perhaps to 0) where the layer is swapped.
+struct Pools {
+    local: usize,
+    sinks: usize,
+    summaries: Option<usize>,
+}
+
+fn pools(spec: &ModelSpec, plan: Option<&RetrofitPlan>, i: usize, ctx: usize, full: bool) -> Result<Pools> {
+    let whole = |local: usize| Ok(Pools { local, sinks: 0, summaries: None });
+    let swapped = plan.and_then(|p| p.ordinal(i).map(|j| (&p.settings, j)));
+    match (spec.layers[i].attention, swapped) {
+        (AttentionKind::Sliding { window }, _) => whole(window.min(ctx)),
+        (AttentionKind::Full, None) => whole(ctx),
+        (AttentionKind::Full, Some((s, ordinal))) => {
+            let (rule, grid) = (selector::find(&s.partner)?, s.grid(ctx));
+            let rows = match full {
+                true => grid.readable(),
+                false => selector::rows_needed(rule, &grid, ordinal, s.partner_count),
+            };
+            let local = (s.window_blocks() + 1) * s.block;
+            Ok(Pools { local: local.min(ctx), sinks: s.sink_tokens.min(ctx), summaries: Some(rows) })
+        }
+    }
+}
+
+/// Refuses a cache that the device cannot hold, before the first allocation fails and (on a CPU) ends the process.
+fn refuse_too_large(need: u64, ctx: usize, device: &Device) -> Result<()> {
     let Some(memory) = crate::ops::memory_of(device) else { return Ok(()) };
-    let rows = |(i, l): (usize, &LayerSpec)| match (l.attention, plan.filter(|p| p.ordinal(i).is_some())) {
-        (AttentionKind::Full, None) => ctx,
-        (AttentionKind::Full, Some(p)) => (p.settings.window + p.settings.block + p.settings.sink_tokens).min(2 * ctx),
-        (AttentionKind::Sliding { window }, _) => window.min(ctx),
-    };
-    let layers = spec.layers.iter().enumerate();
-    let need: u64 = layers.map(|(i, l)| Ring::bytes_for(rows((i, l)), (l.kv_heads, l.head_dim), dtype)).sum();
     if need <= memory {
         return Ok(());
     }
     let gib = |b: u64| b as f64 / (1u64 << 30) as f64;
-    let message = format!("a cache for {ctx} tokens takes {:.1} GiB; this machine has {:.1}", gib(need), gib(memory));
+    let what = if device.is_cpu() { "machine" } else { "GPU" };
+    let message = format!("a cache for {ctx} tokens takes {:.1} GiB; this {what} has {:.1}", gib(need), gib(memory));
     Err(Error::new(ErrorKind::Context, "--ctx", message))
+}
+
+/// A failed allocation, with what was asked for and what would ask for less.
+fn no_room(e: Error, layer: usize, need: u64, swapped: bool) -> Error {
+    if e.kind() != ErrorKind::Memory {
+        return e;
+    }
+    let hint = if swapped { "a smaller --ctx or --window" } else { "a smaller --ctx, or no --stock," };
+    let message = format!("out of memory: the cache asks for {}; {hint} asks for less", human_bytes(need));
+    Error::new(ErrorKind::Memory, format!("cache of layer {layer}"), message)
 }

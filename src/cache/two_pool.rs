@@ -62,6 +62,11 @@ impl TwoPool {
         }
     }
 
+    /// All summary rows, if any are kept.
+    pub fn summary_rows(&self) -> Option<&Ring> {
+        self.summaries.as_ref()
+    }
+
     /// The summaries, and the blocks they are of once all blocks before `next` are complete: block `n` in row `n % rows`.
     pub fn summaries(&self, next: usize) -> Option<(&Ring, std::ops::Range<usize>)> {
         let ring = self.summaries.as_ref()?;

@@ -1,4 +1,4 @@
-//! Where weights come from: a hub id, a Hugging Face directory or a GGUF file, all read as named tensors.
+//! Where weights come from: a hub id, a Hugging Face directory, a GGUF file, or a seed; all read as named tensors.
 //!
 //! Names are Hugging Face's throughout; `gguf` translates. A tensor is read in row chunks, checked for NaN, brought into
 //! the form it is held in ([`HoldAs`]) and only then is the next one touched.
@@ -9,12 +9,14 @@ mod hold;
 #[cfg(feature = "hub")]
 mod hub;
 mod identity;
+mod random;
 mod rows;
 mod safetensors;
 mod tokenizer;
 
 pub use hold::{machine_memory, Held, HoldAs};
 pub use identity::Identity;
+pub(crate) use random::splitmix;
 pub use tokenizer::{ChatTemplate, Text};
 
 use crate::error::{At, Error, ErrorKind, Result};
@@ -23,6 +25,7 @@ use crate::nn::Weight;
 use crate::spec::{Config, ModelSpec, RopeScaling};
 use candle_core::quantized::GgmlDType;
 use candle_core::{Device, Tensor};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Told how far a stage is: what is read, units done, units in all.
@@ -42,6 +45,7 @@ pub struct TensorInfo {
 enum Store {
     Shards(safetensors::Shards),
     Gguf(Box<gguf::Gguf>),
+    Random(random::Random),
 }
 
 /// How to find a checkpoint.
@@ -67,6 +71,8 @@ pub struct Checkpoint {
     /// The prefix that this file puts before every tensor name.
     prefix: &'static str,
     dir: PathBuf,
+    /// The output matrix also embeds.
+    embeds_with_output: bool,
 }
 
 impl Checkpoint {
@@ -109,11 +115,29 @@ impl Checkpoint {
             let message = "has no config.json; for a GGUF file give its path, or owner/name/file.gguf on the hub";
             return Err(Error::new(ErrorKind::Io, dir.display(), message));
         }
-        let text = std::fs::read_to_string(&path).at(path.display())?;
-        let value = serde_json::from_str(&text).map_err(|e| Error::format(path.display(), e))?;
-        let config = Config::new(path.display().to_string(), value)?;
+        let config = read_config(&path)?;
         let store = Store::Shards(safetensors::Shards::open(dir)?);
         Self::assemble(config, store, dir.into(), identity)
+    }
+
+    /// A model of the shape that `model` describes, with weights drawn from `seed`: a `config.json`, or a directory that holds
+    /// one. For speed and memory; its text is noise.
+    ///
+    /// # Errors
+    /// No configuration there, or one that cannot be read.
+    pub fn random(model: &str, seed: u64) -> Result<Self> {
+        let given = Path::new(model);
+        let path = if given.is_dir() { given.join("config.json") } else { given.into() };
+        if !path.is_file() || path.extension().is_none_or(|e| e != "json") {
+            let message = "holds no config.json; random weights need one, or a directory with one";
+            return Err(Error::new(ErrorKind::Io, model, message));
+        }
+        let config = read_config(&path)?;
+        let dir: PathBuf = path.parent().unwrap_or(Path::new(".")).into();
+        let identity = Identity::directory(&dir);
+        let spec = (family_of(&config)?.spec)(&config)?;
+        let store = Store::Random(random::Random::new(&path, &config, &spec, seed)?);
+        Self::assemble(config, store, dir, identity)
     }
 
     fn from_gguf(path: &Path, identity: Identity) -> Result<Self> {
@@ -125,11 +149,9 @@ impl Checkpoint {
 
     fn assemble(config: Config, store: Store, dir: PathBuf, identity: Identity) -> Result<Self> {
         let origin = config.origin().to_string();
-        let model_type =
-            config.opt_str("model_type")?.ok_or_else(|| Error::format(&origin, "`model_type` is missing"))?;
-        let family = family::find(model_type, &origin)?;
+        let family = family_of(&config)?;
         let spec = (family.spec)(&config)?.validate(&origin)?;
-        let mut checkpoint = Self { identity, config, spec, family, store, prefix: "", dir };
+        let mut checkpoint = Self { identity, config, spec, family, store, prefix: "", dir, embeds_with_output: false };
         checkpoint.find_prefix();
         checkpoint.read_rope_factors()?;
         Ok(checkpoint)
@@ -152,12 +174,55 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Uses the output matrix as the embedding too, where a file stores a tied model's one matrix twice (GGUF files quantise
+    /// the two copies differently). A model that is tied already stays as it is.
+    ///
+    /// # Errors
+    /// Matrices that are not copies of one another: the model is not a tied one.
+    pub fn tie_embeddings(&mut self) -> Result<()> {
+        if self.spec.tied {
+            return Ok(());
+        }
+        let shape = [self.spec.vocab, self.spec.hidden];
+        let rows = 0..shape[0].min(64);
+        let sample = |name: &str| rows::decode(self, self.expect(name, &shape)?, rows.clone(), shape[1]);
+        let (output, embed) = (sample("lm_head.weight")?, sample("model.embed_tokens.weight")?);
+        let square = |x: f32| x as f64 * x as f64;
+        let apart: f64 = output.iter().zip(&embed).map(|(a, b)| square(a - b)).sum();
+        let size: f64 = output.iter().map(|a| square(*a)).sum();
+        if apart > 0.25 * size {
+            let message = "the output matrix is no copy of the embedding: this model is not tied";
+            return Err(Error::usage("--tie-embeddings", message));
+        }
+        self.spec.tied = true;
+        self.embeds_with_output = true;
+        Ok(())
+    }
+
     /// The text side: tokenizer, template and stop tokens.
     pub fn text(&self) -> Result<Text> {
         match &self.store {
             Store::Shards(_) => Text::from_dir(&self.dir, &self.config),
             Store::Gguf(file) => Text::from_gguf(file),
+            Store::Random(_) if self.has_text() => Text::from_dir(&self.dir, &self.config),
+            Store::Random(random) => Err(Error::new(
+                ErrorKind::Tokenizer,
+                random.path().display(),
+                "random weights come without a tokenizer, and no tokenizer.json is beside the configuration",
+            )),
         }
+    }
+
+    /// Whether a tokenizer comes with the weights.
+    pub fn has_text(&self) -> bool {
+        matches!(self.store, Store::Gguf(_)) || self.dir.join("tokenizer.json").exists()
+    }
+
+    /// Parameters that the configuration asks for.
+    pub fn parameters(&self) -> u64 {
+        random::tensors(&self.spec)
+            .iter()
+            .fold(0, |sum: u64, (_, s)| sum.saturating_add(s.iter().product::<usize>() as u64))
     }
 
     /// Files whose bytes identify the weights.
@@ -167,6 +232,7 @@ impl Checkpoint {
             Store::Shards(shards) => {
                 std::iter::once(self.dir.join("config.json")).chain(shards.paths().map(PathBuf::from)).collect()
             }
+            Store::Random(random) => vec![random.path().into()],
         }
     }
 
@@ -189,6 +255,19 @@ impl Checkpoint {
         4 * layers.chain(ends).map(|n| n as u64).sum::<u64>()
     }
 
+    /// Bytes of all matrices by the type that `hold` would hold them in.
+    pub fn held(&self, hold: &HoldAs) -> BTreeMap<String, u64> {
+        let mut bytes = BTreeMap::new();
+        for (name, shape) in random::tensors(&self.spec).iter().filter(|(_, shape)| shape.len() == 2) {
+            let stored = self.info(&format!("{}{name}", self.prefix)).and_then(|i| i.dtype.clone().ok());
+            let held = hold.resolve(stored.unwrap_or(GgmlDType::F32), shape[1]);
+            let blocks = (shape[0] as u64).saturating_mul((shape[1] / held.block_size()) as u64);
+            let sum: &mut u64 = bytes.entry(hold::type_name(held)).or_default();
+            *sum = sum.saturating_add(blocks.saturating_mul(held.type_size() as u64));
+        }
+        bytes
+    }
+
     /// Whether `name` is stored.
     pub fn has(&self, name: &str) -> bool {
         self.info(&format!("{}{name}", self.prefix)).is_some()
@@ -196,18 +275,28 @@ impl Checkpoint {
 
     /// A matrix `[rows, cols]`, held as `hold` says.
     pub fn matrix(&self, name: &str, shape: (usize, usize), hold: &HoldAs, device: &Device) -> Result<Weight> {
+        let name = match name {
+            "model.embed_tokens.weight" if self.embeds_with_output => "lm_head.weight",
+            other => other,
+        };
         let info = self.expect(name, &[shape.0, shape.1])?;
         let interleaved = matches!(self.store, Store::Gguf(_)) && self.family.gguf_interleaved_qk;
         let head_rows = match interleaved && (name.ends_with("q_proj.weight") || name.ends_with("k_proj.weight")) {
             true => Some(self.spec.layers[0].head_dim),
             false => None,
         };
-        rows::load_matrix(self, info, head_rows, hold, device)
+        match &self.store {
+            Store::Random(random) => random.matrix(self, info, hold, device),
+            _ => rows::load_matrix(self, info, head_rows, hold, device),
+        }
     }
 
     /// A vector `[len]` in f32.
     pub fn vector(&self, name: &str, len: usize, device: &Device) -> Result<Tensor> {
         let info = self.expect(name, &[len])?;
+        if let Store::Random(random) = &self.store {
+            return Tensor::from_vec(random.vector(name, len), len, device).at(name);
+        }
         let mut values = rows::decode(self, info, 0..1, len)?;
         let stores_difference = self.family.norm_plus_one && matches!(self.store, Store::Shards(_));
         if stores_difference && name.ends_with("norm.weight") {
@@ -242,6 +331,7 @@ impl Checkpoint {
         match &self.store {
             Store::Shards(s) => s.info(name),
             Store::Gguf(g) => g.info(name),
+            Store::Random(r) => r.info(name),
         }
     }
 
@@ -249,8 +339,20 @@ impl Checkpoint {
         match &self.store {
             Store::Shards(s) => s.read(&info.name, start, length),
             Store::Gguf(g) => g.read_stored(&info.name, start, length),
+            Store::Random(r) => r.read(&info.name, start, length),
         }
     }
+}
+
+fn read_config(path: &Path) -> Result<Config> {
+    let text = std::fs::read_to_string(path).at(path.display())?;
+    let value = serde_json::from_str(&text).map_err(|e| Error::format(path.display(), e))?;
+    Config::new(path.display().to_string(), value)
+}
+
+fn family_of(config: &Config) -> Result<&'static Family> {
+    let missing = || Error::format(config.origin(), "`model_type` is missing");
+    family::find(config.opt_str("model_type")?.ok_or_else(missing)?, config.origin())
 }
 
 fn hub_like(model: &str) -> bool {

@@ -1,6 +1,6 @@
 //! The flags of `bfly-retrofit`, in groups that other binaries share.
 
-use super::{parse_count, parse_size};
+use super::{parse_bytes, parse_count, parse_size};
 use crate::checkpoint::{Held, OpenOptions};
 use crate::error::{Error, Result};
 use crate::generate::Sampling;
@@ -61,6 +61,9 @@ pub struct RunArgs {
     /// Where weights come from and how they are held.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Context to provision, in tokens: 8192, 256k, 1M. Prompt and new tokens must fit [default: the model's trained length]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_size, help_heading = "Model")]
+    pub ctx: Option<usize>,
     /// Butterfly attention.
     #[command(flatten)]
     pub retrofit: RetrofitArgs,
@@ -70,9 +73,12 @@ pub struct RunArgs {
     /// How tokens are chosen.
     #[command(flatten)]
     pub sampling: SamplingArgs,
-    /// Tokens to a prefill chunk.
-    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = parse_size, help_heading = "Run")]
-    pub prefill_chunk: usize,
+    /// Tokens to a prefill chunk [default: 512 on a CPU, 4096 on a GPU]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_size, help_heading = "Run")]
+    pub prefill_chunk: Option<usize>,
+    /// GPU memory that the run may take, such as 10G: prefill chunks shrink to fit, which never changes the output
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes, help_heading = "Run")]
+    pub memory_budget: Option<u64>,
     /// Write the report as JSON.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub json: Option<PathBuf>,
@@ -103,13 +109,13 @@ pub struct ModelArgs {
     /// Use only what is already downloaded.
     #[arg(long)]
     pub offline: bool,
-    /// Context to provision, in tokens: 8192, 256k, 1M. Prompt and new tokens must fit [default: the model's trained length]
-    #[arg(long, value_name = "TOKENS", value_parser = parse_size)]
-    pub ctx: Option<usize>,
-    /// How weights are held. auto, on a CPU: quantised types as stored, the rest f32, or q8_0 where
-    /// f32 would take more than half the memory.
+    /// How weights are held. auto: quantised types as stored; the rest bf16 on a GPU, f32 on a CPU, or
+    /// q8_0 where f32 would take more than half the memory.
     #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = clap::builder::PossibleValuesParser::new(Held::NAMES))]
     pub dtype: String,
+    /// Use the output matrix for the embedding too, where a GGUF file stores a tied model's one matrix twice.
+    #[arg(long)]
+    pub tie_embeddings: bool,
     /// auto, cpu, cuda or cuda:1.
     #[arg(long, default_value = "auto")]
     pub device: String,
@@ -122,6 +128,18 @@ impl ModelArgs {
     /// Options for `Checkpoint::open`.
     pub fn open_options(&self) -> OpenOptions {
         OpenOptions { revision: self.revision.clone(), offline: self.offline }
+    }
+
+    /// Makes `--threads` hold; before anything runs in parallel.
+    ///
+    /// # Errors
+    /// A pool that was started already.
+    pub fn set_threads(&self) -> Result<()> {
+        let Some(n) = self.threads else { return Ok(()) };
+        // candle sizes its own pools by this variable; nothing has read it yet.
+        std::env::set_var("RAYON_NUM_THREADS", n.to_string());
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(n.get()).build_global();
+        pool.map_err(|e| Error::usage("--threads", e))
     }
 }
 

@@ -88,6 +88,8 @@ pub struct Ledger {
     pub decode_steps_s: Vec<f64>,
     /// Peak resident memory of the process; null where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
+    /// Peak allocation on the GPU; null on a CPU.
+    pub peak_device_bytes: Option<u64>,
     /// Weights as held.
     pub weights_bytes: u64,
     /// The cache.
@@ -153,6 +155,9 @@ impl Ledger {
         ));
         if let Some(reach) = self.reach {
             rows.push(("reach", format!("{:.0}% of earlier blocks through the swapped layers", 100.0 * reach)));
+        }
+        if let Some(peak) = self.peak_device_bytes {
+            rows.push(("GPU memory", format!("{} at the peak", human_bytes(peak))));
         }
         if let Some(peak) = self.peak_memory_bytes {
             rows.push(("peak memory", human_bytes(peak)));

@@ -16,7 +16,7 @@ pub use output::Output;
 pub use patch::Patch;
 pub use progress::Bars;
 pub use retrofit::run;
-pub use size::{human_bytes, parse_count, parse_size};
+pub use size::{human_bytes, parse_bytes, parse_count, parse_size, short_count};
 
 /// Runs `f` and turns its error into a message on stderr and exit code 2.
 pub fn main_with(f: impl FnOnce() -> crate::Result<()>) -> std::process::ExitCode {

@@ -26,6 +26,7 @@ impl Bars {
             let template = match stage {
                 "download" | "hash" => "{prefix:>9} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta} left",
                 "load" => "{prefix:>9} {wide_bar} {pos}/{len} layers {eta} left",
+                "kernel" => "{prefix:>9} {wide_bar} {pos}/{len} cases {eta} left",
                 _ => "{prefix:>9} {wide_bar} {pos}/{len} tokens {per_sec} {eta} left",
             };
             let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
@@ -45,13 +46,21 @@ impl Bars {
     /// A line on stderr, unless quiet.
     pub fn say(&self, line: &str) {
         if !self.quiet {
-            eprintln!("{line}");
+            self.print(line);
         }
     }
 
     /// A warning, also when quiet.
     pub fn warn(&self, line: &str) {
-        eprintln!("warning: {line}");
+        self.print(&format!("warning: {line}"));
+    }
+
+    /// Above the bar, if one is shown.
+    fn print(&self, line: &str) {
+        match self.bar.lock().ok().as_ref().and_then(|bar| bar.as_ref()) {
+            Some((_, bar)) => bar.suspend(|| eprintln!("{line}")),
+            None => eprintln!("{line}"),
+        }
     }
 }
 

@@ -1,11 +1,12 @@
 //! `bfly-retrofit`: one prompt through one model, and what that took.
 
 use super::ledger::{reach_of, KvBytes, LEDGER_VERSION};
-use super::{describe, hold_as, open_device, peak_memory, Bars, Ledger, Output, Patch, RunArgs};
+use super::{describe, hold_as, human_bytes, open_device, peak_memory, Bars, Ledger, Output, Patch, RunArgs};
 use crate::checkpoint::{Checkpoint, Held, OnProgress, Text};
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::generate::{render_chat, Request, Sampler, Session};
+use crate::generate::{render_chat, Needs, Request, Sampler, Session};
 use crate::model::Model;
+use crate::ops::device_memory;
 use crate::retrofit::{parse_layers, RetrofitPlan, Settings};
 use crate::spec::{AttentionKind, ModelSpec};
 use candle_core::{Device, Tensor};
@@ -18,7 +19,7 @@ use std::sync::Arc;
 pub fn run(args: &RunArgs) -> Result<()> {
     let bars = Bars::new(args.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
-    set_threads(args)?;
+    args.model.set_threads()?;
     let device = open_device(&args.model.device)?;
     let mut sampler = Sampler::new(args.sampling.sampling())?;
     let json = args.json.as_deref().map(|p| Output::reserve(p, "--json")).transpose()?;
@@ -35,6 +36,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let request: Held = args.model.dtype.parse()?;
     let hold = hold_as(request, &checkpoint, &device);
     let model = Model::load(&checkpoint, plan.as_ref(), ctx, &hold, &device, &progress)?;
+    let chunk = chunk(args, &model, plan.as_ref(), ctx)?;
     let mut session = Session::new(&model)?;
     let decoding = Arc::new(AtomicBool::new(false));
     let interrupted = Arc::new(AtomicBool::new(false));
@@ -46,7 +48,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         &Request {
             prompt: &ids,
             max_new_tokens: args.sampling.max_new_tokens,
-            chunk: args.prefill_chunk,
+            chunk,
             logits_last: args.logits_last,
             stop: text.as_ref().filter(|_| !args.sampling.ignore_eos).map_or(&[], |t| &t.stop),
         },
@@ -70,6 +72,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     if let Some(file) = logits_out {
         file.write(&logits_file(&made.prompt_logits, &ids)?)?;
     }
+    stay_within(args.memory_budget, &device)?;
     let mut ledger = Ledger {
         schema_version: LEDGER_VERSION,
         git_sha: env!("BFLY_GIT_SHA"),
@@ -82,7 +85,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         dtype: request.to_string(),
         held: hold.bytes_by_type(),
         threads: rayon::current_num_threads(),
-        prefill_chunk: args.prefill_chunk,
+        prefill_chunk: chunk,
         prompt_tokens: ids.len(),
         generated_tokens: made.tokens.len(),
         prefill_s: 0.0,
@@ -92,6 +95,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         decode_tok_s: 0.0,
         decode_steps_s: vec![],
         peak_memory_bytes: peak_memory(),
+        peak_device_bytes: device_memory(&device).map(|m| m.peak),
         weights_bytes: model.weights_bytes(),
         kv: KvBytes::of(session.cache()),
         text: text.as_ref().map(|t| t.decode(&made.tokens)).transpose()?,
@@ -129,17 +133,20 @@ impl Inputs {
         let (text_prompt, id_prompt) = (args.prompt.text()?, args.prompt.ids()?);
 
         let options = args.model.open_options();
-        let checkpoint = match &patch {
+        let mut checkpoint = match &patch {
             Some(patch) => patch.base(&options, progress)?,
             None => Checkpoint::open(name, &options, progress)?,
         };
+        if args.model.tie_embeddings {
+            checkpoint.tie_embeddings()?;
+        }
         let spec = &checkpoint.spec;
         if let Some(base) = &base {
             base.check(spec)?;
         }
         let layers = layers.unwrap_or(base.map(|p| p.layers));
         let plan = (!args.retrofit.stock).then(|| RetrofitPlan::new(spec, layers, settings)).transpose()?;
-        let ctx = args.model.ctx.or(patch.as_ref().map(|p| p.ctx)).unwrap_or(spec.max_positions);
+        let ctx = args.ctx.or(patch.as_ref().map(|p| p.ctx)).unwrap_or(spec.max_positions);
         let (ids, text) = prompt_ids(args, &checkpoint, text_prompt, id_prompt)?;
         let inputs = Self { checkpoint, plan, ctx, ids, text };
         inputs.check(args)?;
@@ -188,6 +195,31 @@ fn prompt_ids(
     }
 }
 
+/// Tokens to a prefill chunk: as asked, or the device's usual; fewer where `--memory-budget` wants it.
+fn chunk(args: &RunArgs, model: &Model, plan: Option<&RetrofitPlan>, ctx: usize) -> Result<usize> {
+    let usual = if model.device().is_cpu() { 512 } else { 4096 };
+    let wanted = args.prefill_chunk.unwrap_or(usual);
+    match args.memory_budget {
+        None => Ok(wanted),
+        Some(_) if model.device().is_cpu() => {
+            let message = "counts GPU memory, and this run is on a CPU; give --prefill-chunk instead";
+            Err(Error::unsupported("--memory-budget", message))
+        }
+        Some(budget) => Needs::of(model, plan, ctx)?.chunk_within(budget, wanted),
+    }
+}
+
+/// A budget is a promise: a run that broke it says so.
+fn stay_within(budget: Option<u64>, device: &Device) -> Result<()> {
+    match (budget, device_memory(device)) {
+        (Some(budget), Some(memory)) if memory.peak > budget => {
+            let (peak, budget) = (human_bytes(memory.peak), human_bytes(budget));
+            Err(Error::new(ErrorKind::Memory, "--memory-budget", format!("the run took {peak}, {budget} were allowed")))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn warn_past_training(bars: &Bars, spec: &ModelSpec, ctx: usize) {
     if ctx > spec.max_positions {
         let full = spec.layers.iter().find(|l| l.attention == AttentionKind::Full);
@@ -198,14 +230,6 @@ fn warn_past_training(bars: &Bars, spec: &ModelSpec, ctx: usize) {
             spec.max_positions
         ));
     }
-}
-
-fn set_threads(args: &RunArgs) -> Result<()> {
-    let Some(n) = args.model.threads else { return Ok(()) };
-    // candle sizes its own pools by this variable; nothing has read it yet.
-    std::env::set_var("RAYON_NUM_THREADS", n.to_string());
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(n.get()).build_global();
-    pool.map_err(|e| Error::usage("--threads", e))
 }
 
 fn on_ctrl_c(decoding: &Arc<AtomicBool>, interrupted: &Arc<AtomicBool>) {

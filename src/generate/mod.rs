@@ -1,8 +1,12 @@
 //! From a prompt to text: chunked prefill, decode, sampling, chat template.
 
+mod budget;
 mod chat;
+#[cfg(feature = "cuda")]
+mod graph;
 mod sample;
 
+pub use budget::Needs;
 pub use chat::render_chat;
 pub use sample::{Sampler, Sampling};
 
@@ -19,7 +23,7 @@ pub struct Session<'a> {
 }
 
 /// What a generation took.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Timing {
     /// Prompt to last-position logits.
     pub prefill: Duration,
@@ -29,6 +33,15 @@ pub struct Timing {
     pub decode: Duration,
     /// Each of them.
     pub steps: Vec<Duration>,
+    /// Tokens that were told apart together: each has the mean of their time.
+    pub fetched: usize,
+}
+
+impl Timing {
+    fn new() -> Self {
+        let none = Duration::ZERO;
+        Self { prefill: none, first_token: none, decode: none, steps: vec![], fetched: 1 }
+    }
 }
 
 /// How a generation is run.
@@ -104,6 +117,20 @@ impl<'a> Session<'a> {
         Ok(Tensor::cat(&parts, 0)?)
     }
 
+    /// Reads `ids` one at a time, as decode does, and returns the logits after each, f32 `[ids.len(), vocab]`.
+    ///
+    /// # Errors
+    /// As [`Model::forward`]; before any work where the ids do not fit the context.
+    pub fn read(&mut self, ids: &[u32]) -> Result<Tensor> {
+        self.cache.admit(ids.len())?;
+        #[cfg(feature = "cuda")]
+        if let Some(graph) = graph::StepGraph::capture(self.model, &self.cache, &[])? {
+            return graph.read(&mut self.cache, ids);
+        }
+        let rows = ids.iter().map(|id| self.model.forward(&[*id], &mut self.cache, &[0]));
+        Ok(Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 0)?)
+    }
+
     /// Prefills and decodes. `on_token` gets each new token and says whether to go on.
     ///
     /// # Errors
@@ -116,7 +143,7 @@ impl<'a> Session<'a> {
         on_token: &mut dyn FnMut(u32) -> bool,
     ) -> Result<Generation> {
         self.cache.admit(request.prompt.len() + request.max_new_tokens)?;
-        let mut timing = Timing::default();
+        let mut timing = Timing::new();
         let begin = Instant::now();
         let prompt_logits = self.prefill(request.prompt, request.chunk, request.logits_last.max(1), on_tokens)?;
         timing.prefill = begin.elapsed();
@@ -126,6 +153,17 @@ impl<'a> Session<'a> {
         }
         let mut next = sampler.sample(&prompt_logits)?;
         timing.first_token = begin.elapsed();
+        #[cfg(feature = "cuda")]
+        if sampler.is_greedy() && !request.stop.contains(&next) && request.max_new_tokens > 1 {
+            if let Some(graph) = graph::StepGraph::capture(self.model, &self.cache, request.stop)? {
+                tokens.push(next);
+                if on_token(next) {
+                    graph.run(&mut self.cache, next, request, &mut timing, &mut tokens, on_token)?;
+                }
+                timing.decode = timing.steps.iter().sum();
+                return Ok(Generation { tokens, timing, prompt_logits });
+            }
+        }
         loop {
             if request.stop.contains(&next) {
                 break;

@@ -23,7 +23,10 @@ impl Sampling {
 }
 
 /// A seeded sampler.
-pub struct Sampler(LogitsProcessor);
+pub struct Sampler {
+    processor: LogitsProcessor,
+    greedy: bool,
+}
 
 impl Sampler {
     /// Refuses settings out of range.
@@ -48,7 +51,13 @@ impl Sampler {
             (true, None, Some(p)) => Method::TopP { p, temperature },
             (true, Some(k), Some(p)) => Method::TopKThenTopP { k, p, temperature },
         };
-        Ok(Self(LogitsProcessor::from_sampling(s.seed, method)))
+        let greedy = matches!(method, Method::ArgMax);
+        Ok(Self { processor: LogitsProcessor::from_sampling(s.seed, method), greedy })
+    }
+
+    /// Whether it always takes the likeliest token.
+    pub fn is_greedy(&self) -> bool {
+        self.greedy
     }
 
     /// # Shapes
@@ -60,6 +69,6 @@ impl Sampler {
             let message = "hold NaN or infinity; try --dtype f32, or check the weights";
             return Err(Error::new(ErrorKind::NotFinite, "logits", message));
         }
-        self.0.sample(&last).at("sampling")
+        self.processor.sample(&last).at("sampling")
     }
 }

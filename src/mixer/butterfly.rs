@@ -47,6 +47,27 @@ impl Butterfly {
         Ok(Self { projections, settings: settings.clone(), grid: settings.grid(ctx), rule, ordinal, trained })
     }
 
+    /// The layer's settings.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The summaries that each block reads, with the bias of each, for all blocks of the provisioned context.
+    pub fn routes(&self) -> Vec<Vec<(usize, f32)>> {
+        let s = &self.settings;
+        let one = |b| {
+            let blocks = selector::route(self.rule, &self.grid, self.ordinal, s.partner_count, b);
+            let read = blocks.into_iter().map(|n| (n, s.pooled_count(n))).filter(|(_, count)| *count > 0);
+            read.map(|(n, count)| (n, (s.summary_bias * (count as f64).ln()) as f32)).collect()
+        };
+        (0..self.grid.blocks).map(one).collect()
+    }
+
+    /// Blocks whose summaries any later block may read.
+    pub fn readable(&self) -> usize {
+        self.grid.readable()
+    }
+
     pub(super) fn forward(&self, x: &Tensor, step: &Step, cache: &mut TwoPool) -> Result<Tensor> {
         let p = &self.projections;
         let qkv = p.project(x)?;

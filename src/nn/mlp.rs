@@ -4,7 +4,10 @@ use super::Linear;
 use crate::error::Result;
 use crate::ops;
 use crate::spec::Activation;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
+
+/// Bytes of gate, up and their product at once, on a GPU: by far the largest activations of a long chunk.
+const BUFFER: usize = 128 << 20;
 
 /// Gate, up and down projections.
 #[derive(Debug, Clone)]
@@ -23,8 +26,27 @@ impl Mlp {
     /// # Shapes
     /// `x [T, hidden]` to the same.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (tokens, rows) = (x.dim(0)?, self.rows_at_once(x.dtype())?);
+        if tokens <= rows || x.device().is_cpu() {
+            return self.rows(x);
+        }
+        let out = Tensor::zeros(x.shape(), x.dtype(), x.device())?;
+        for at in (0..tokens).step_by(rows) {
+            let part = self.rows(&x.narrow(0, at, rows.min(tokens - at))?)?;
+            out.slice_set(&part, 0, at)?;
+        }
+        Ok(out)
+    }
+
+    fn rows(&self, x: &Tensor) -> Result<Tensor> {
         let [gate, up] = Linear::forward_all([&self.gate, &self.up], x)?;
         self.down.forward(&ops::gated(&gate, &up, self.activation)?)
+    }
+
+    /// Rows whose three intermediate tensors stay within [`BUFFER`].
+    fn rows_at_once(&self, dtype: DType) -> Result<usize> {
+        let row = 3 * self.gate.weight().dims()?.0 * dtype.size_in_bytes();
+        Ok((BUFFER / row / 128 * 128).max(128))
     }
 
     /// Bytes held.

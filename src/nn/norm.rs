@@ -28,6 +28,11 @@ impl RmsNorm {
         ops::add_norm(x, y, &self.weight, self.eps)
     }
 
+    /// f32 `[n]`, and what is added to the mean square.
+    pub fn parts(&self) -> (&Tensor, f32) {
+        (&self.weight, self.eps)
+    }
+
     /// For a norm over heads.
     pub fn over_heads(&self) -> ops::HeadNorm<'_> {
         ops::HeadNorm { weight: &self.weight, eps: self.eps }

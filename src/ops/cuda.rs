@@ -17,25 +17,39 @@ mod ptx {
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }
 
-/// A compiled source file. One line per file of `kernels/`.
+/// A compiled source file, or its part for one head dim. One line per file of `kernels/`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Module {
     AttentionAny,
-    AttentionHopper,
-    AttentionPrefill,
+    AttentionDecode(usize),
+    AttentionHopper(usize),
+    AttentionPrefill(usize),
+    Decode,
     Pointwise,
     Summaries,
 }
 
 impl Module {
-    fn source(self) -> (&'static str, &'static str) {
-        match self {
+    /// A name for candle's table of modules, and the PTX.
+    fn source(self) -> Result<(&'static str, &'static str)> {
+        Ok(match self {
             Self::AttentionAny => ("bfly_attention_any", ptx::ATTENTION_ANY),
-            Self::AttentionHopper => ("bfly_attention_hopper", ptx::ATTENTION_HOPPER),
-            Self::AttentionPrefill => ("bfly_attention_prefill", ptx::ATTENTION_PREFILL),
+            Self::AttentionDecode(64) => ("bfly_attention_decode_64", ptx::ATTENTION_DECODE_64),
+            Self::AttentionDecode(128) => ("bfly_attention_decode_128", ptx::ATTENTION_DECODE_128),
+            Self::AttentionDecode(256) => ("bfly_attention_decode_256", ptx::ATTENTION_DECODE_256),
+            Self::AttentionHopper(64) => ("bfly_attention_hopper_64", ptx::ATTENTION_HOPPER_64),
+            Self::AttentionHopper(96) => ("bfly_attention_hopper_96", ptx::ATTENTION_HOPPER_96),
+            Self::AttentionHopper(128) => ("bfly_attention_hopper_128", ptx::ATTENTION_HOPPER_128),
+            Self::AttentionHopper(256) => ("bfly_attention_hopper_256", ptx::ATTENTION_HOPPER_256),
+            Self::AttentionPrefill(64) => ("bfly_attention_prefill_64", ptx::ATTENTION_PREFILL_64),
+            Self::AttentionPrefill(96) => ("bfly_attention_prefill_96", ptx::ATTENTION_PREFILL_96),
+            Self::AttentionPrefill(128) => ("bfly_attention_prefill_128", ptx::ATTENTION_PREFILL_128),
+            Self::AttentionPrefill(256) => ("bfly_attention_prefill_256", ptx::ATTENTION_PREFILL_256),
+            Self::Decode => ("bfly_decode", ptx::DECODE),
             Self::Pointwise => ("bfly_pointwise", ptx::POINTWISE),
             Self::Summaries => ("bfly_summaries", ptx::SUMMARIES),
-        }
+            other => return Err(Error::unsupported("kernel", format!("{other:?} is not compiled"))),
+        })
     }
 }
 
@@ -54,7 +68,7 @@ pub(crate) struct Kernel {
 impl Kernel {
     /// Loads `name`; its module on first use.
     pub fn load(device: &CudaDevice, module: Module, name: String) -> Result<Self> {
-        let (module_name, source) = module.source();
+        let (module_name, source) = module.source()?;
         let function = device.get_or_load_custom_func(&name, module_name, source).map_err(|e| explain(&name, &e))?;
         Ok(Self { function: function.into_cuda_function(), stream: device.cuda_stream(), name, shared: 0 })
     }
@@ -219,4 +233,61 @@ pub(crate) struct Uploaded<T> {
     /// Where.
     pub address: u64,
     _slice: CudaSlice<T>,
+}
+
+/// A launch made ready, to be enqueued as often as wanted: a captured step is a list of these.
+pub(crate) struct Launch {
+    kernel: Kernel,
+    grid: (usize, usize, usize),
+    threads: usize,
+    arguments: Vec<Vec<u64>>,
+}
+
+impl Launch {
+    /// Without arguments yet.
+    pub fn new(kernel: Kernel, grid: (usize, usize, usize), threads: usize) -> Self {
+        Self { kernel, grid, threads, arguments: vec![] }
+    }
+
+    /// Adds an argument of the kernel's signature.
+    pub fn with<T: DeviceRepr + Copy>(mut self, value: T) -> Self {
+        let size = std::mem::size_of::<T>();
+        let mut words = vec![0u64; size.div_ceil(8)];
+        // SAFETY: `words` has room for a T's bytes; `DeviceRepr` says that these bytes are what the device expects.
+        unsafe { std::ptr::copy_nonoverlapping((&raw const value).cast::<u8>(), words.as_mut_ptr().cast(), size) };
+        self.arguments.push(words);
+        self
+    }
+
+    /// Enqueues it. With `overlap` it may start while the launch before it still runs, so that it must wait for that one
+    /// itself (`await_previous` in kernels/decode.cuh).
+    ///
+    /// # Safety
+    /// As [`Kernel::launch`].
+    pub unsafe fn enqueue(&self, overlap: bool) -> Result<()> {
+        let mut pointers: Vec<*mut std::ffi::c_void> =
+            self.arguments.iter().map(|a| a.as_ptr().cast_mut().cast()).collect();
+        let mut value: sys::CUlaunchAttributeValue = std::mem::zeroed();
+        value.programmaticStreamSerializationAllowed = 1;
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value,
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: self.grid.0 as u32,
+            gridDimY: self.grid.1 as u32,
+            gridDimZ: self.grid.2 as u32,
+            blockDimX: self.threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.kernel.shared,
+            hStream: self.kernel.stream.cu_stream(),
+            attrs: &mut attribute,
+            numAttrs: overlap.into(),
+        };
+        let function = self.kernel.function.cu_function();
+        let code = sys::cuLaunchKernelEx(&config, function, pointers.as_mut_ptr(), std::ptr::null_mut());
+        code.result().map_err(|e| self.kernel.error(e))
+    }
 }

@@ -14,6 +14,8 @@ mod simd;
 mod summaries;
 mod view;
 
+#[cfg(feature = "cuda")]
+pub(crate) use attention::decode;
 pub use attention::{attend, reference, AttentionArgs, FarArgs, FarRow, Past, Window};
 pub use gated::gated;
 pub use heads::{prepare_heads, rope_table, HeadNorm};

@@ -1,6 +1,7 @@
 //! What the integration tests share: golden cases, models loaded in one line, comparisons.
 #![allow(dead_code)] // Each test binary uses its own part.
 
+pub mod attention;
 pub mod gguf;
 
 use bfly::checkpoint::{Checkpoint, Held, HoldAs, OpenOptions};
@@ -16,8 +17,13 @@ pub type Any<T = ()> = Result<T, Box<dyn std::error::Error>>;
 pub const GOLDENS: &[&str] =
     &["qwen2", "qwen3", "llama", "gemma3", "qwen2_yarn", "llama3_rope", "llama_linear", "qwen3_d128"];
 
+/// The package's folder: where it was built, unless the variable says that it was moved (scripts/gpu_tests.sh).
+pub fn root() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
+
 pub fn golden_dir(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/goldens").join(name)
+    root().join("tests/fixtures/goldens").join(name)
 }
 
 /// Ids and logits that transformers recorded.
@@ -48,9 +54,20 @@ pub fn open(model: &str) -> bfly::Result<Checkpoint> {
 
 /// Loads in f32 for `ctx` positions, with `settings` on every full layer if given.
 pub fn load(checkpoint: &Checkpoint, settings: Option<&Settings>, ctx: usize) -> bfly::Result<Model> {
-    let plan = settings.map(|s| RetrofitPlan::new(&checkpoint.spec, None, s.clone())).transpose()?;
     let hold = HoldAs::new(Held::As(candle_core::quantized::GgmlDType::F32), 0, None);
-    Model::load(checkpoint, plan.as_ref(), ctx, &hold, &Device::Cpu, &|_, _, _| ())
+    load_as(checkpoint, settings, ctx, &hold, &Device::Cpu)
+}
+
+/// Loads as `hold` says on `device`.
+pub fn load_as(
+    checkpoint: &Checkpoint,
+    settings: Option<&Settings>,
+    ctx: usize,
+    hold: &HoldAs,
+    device: &Device,
+) -> bfly::Result<Model> {
+    let plan = settings.map(|s| RetrofitPlan::new(&checkpoint.spec, None, s.clone())).transpose()?;
+    Model::load(checkpoint, plan.as_ref(), ctx, hold, device, &|_, _, _| ())
 }
 
 pub fn load_golden(name: &str, settings: Option<&Settings>, ctx: usize) -> bfly::Result<Model> {
@@ -65,9 +82,10 @@ pub fn last_logits(model: &Model, ids: &[u32], chunk: usize, last: usize) -> bfl
 
 /// Largest difference, in standard deviations of `want`.
 pub fn deviation(got: &Tensor, want: &Tensor) -> Any<f32> {
+    let got = got.to_device(&Device::Cpu)?;
     let flat = want.flatten_all()?;
     let std = flat.var(0)?.sqrt()?.to_scalar::<f32>()?;
-    Ok((got - want)?.abs()?.max_all()?.to_scalar::<f32>()? / std)
+    Ok((&got - want)?.abs()?.max_all()?.to_scalar::<f32>()? / std)
 }
 
 /// A copy of a golden checkpoint with another configuration, in a directory that goes away with the value.
@@ -82,7 +100,7 @@ pub fn variant(name: &str, change: impl FnOnce(&mut serde_json::Value)) -> Any<t
 
 /// A recorded fixture.
 pub fn fixture(path: &str) -> Any<serde_json::Value> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(path);
+    let path = root().join("tests/fixtures").join(path);
     Ok(serde_json::from_str(&std::fs::read_to_string(path)?)?)
 }
 
@@ -94,7 +112,7 @@ pub fn numbers(value: &serde_json::Value) -> Any<Vec<u32>> {
 /// The GGUF file of a real model.
 pub fn real_model(name: &str) -> Any<String> {
     let file = fixture(&format!("real/{name}.json"))?["gguf"].as_str().ok_or("fixture names no file")?.to_string();
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models").join(file);
+    let path = root().join("models").join(file);
     match path.exists() {
         true => Ok(path.to_string_lossy().into_owned()),
         false => Err(format!("{} is missing: run scripts/fetch_models.py {name}", path.display()).into()),

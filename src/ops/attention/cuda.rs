@@ -1,6 +1,7 @@
 //! Launches `kernels/attention_hopper.cu` on compute capability 9.0, `attention_prefill.cu` elsewhere, and `attention_any.cu` for
 //! f32 and head dims that are no multiple of 8.
 
+use super::decode::{Cut, DecodeAttention};
 use super::{AttentionArgs, Past, Window};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::cuda::{address, address_or_null, device, is_hopper, suffix, uninitialised, upload, Kernel, Module};
@@ -170,20 +171,58 @@ pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, u
         unsafe { kernel.launch((t.div_ceil(4), h, 1), 128, &[&params])? };
         return Ok(out);
     }
+    let dense = [args.q, args.k, args.v, past.k].iter().all(|x| x.is_contiguous());
+    if t == 1 && args.q_far.is_none() && dense {
+        let extra_count = extras.rows.len() as i32;
+        one(args, (h, g, d), &params, extra_count)?;
+        return Ok(out);
+    }
     let tiles = (args.start + t - 1) / QUERIES - args.start / QUERIES + 1;
     if let Some(shape) = HOPPER.iter().find(|s| d <= s.dim).filter(|_| is_hopper(gpu) && args.q_far.is_none()) {
-        let kernel = Kernel::load(gpu, Module::AttentionHopper, format!("attention_hopper_{name}_{}", shape.dim))?
-            .shared(shape.shared())?;
+        let kernel =
+            Kernel::load(gpu, Module::AttentionHopper(shape.dim), format!("attention_hopper_{name}_{}", shape.dim))?
+                .shared(shape.shared())?;
         // SAFETY: as above.
         unsafe { kernel.launch((h, tiles, 1), 384, &[&params])? };
         return Ok(out);
     }
     let shape = SHAPES.iter().find(|s| d <= s.dim).ok_or_else(|| Error::unsupported("attention", "head dim"))?;
-    let kernel = Kernel::load(gpu, Module::AttentionPrefill, format!("attention_prefill_{name}_{}", shape.dim))?
-        .shared((QUERIES + 2 * shape.keys) * shape.shared_row * 2)?;
+    let kernel =
+        Kernel::load(gpu, Module::AttentionPrefill(shape.dim), format!("attention_prefill_{name}_{}", shape.dim))?
+            .shared((QUERIES + 2 * shape.keys) * shape.shared_row * 2)?;
     // SAFETY: as above.
     unsafe { kernel.launch((tiles, h, 1), shape.threads, &[&params])? };
     Ok(out)
+}
+
+/// One token: its keys are shared out over the whole GPU.
+fn one(args: &AttentionArgs, (h, g, d): (usize, usize, usize), p: &Params, extra_count: i32) -> Result<()> {
+    let gpu = device(args.q)?;
+    let cut = Cut::new(args.start + 1 - args.window.left(args.start), h, g, d);
+    let scratch = cut.scratch(gpu)?;
+    let launch = DecodeAttention {
+        q: p.q,
+        ring_k: p.past_k,
+        ring_v: p.past_v,
+        own_k: p.k,
+        own_v: p.v,
+        extras: p.extras,
+        extra_count,
+        out16: p.out,
+        position: p.start,
+        capacity: p.capacity,
+        block: 1,
+        heads: p.heads,
+        kv_heads: p.kv_heads,
+        dim: p.dim,
+        window_kind: p.window_kind,
+        window_size: p.window_size,
+        window_count: p.window_count,
+        scale: p.scale,
+        ..DecodeAttention::default()
+    };
+    // SAFETY: as in `attend`; the scratch is freed after the launch, in stream order.
+    unsafe { cut.launch(gpu, args.q.dtype(), &scratch, launch)?.enqueue(false) }
 }
 
 /// Sinks and far rows, listed per tile of positions; far-query rows last in each list.

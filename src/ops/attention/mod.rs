@@ -13,6 +13,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+pub(crate) mod decode;
 mod reference;
 
 pub use reference::reference;

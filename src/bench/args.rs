@@ -1,0 +1,174 @@
+//! The flags of `bfly-bench`.
+
+use super::{kernel, ladder};
+use crate::cli::{parse_size, ModelArgs};
+use crate::error::{Error, Result};
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Measures: the same prompts through stock and retrofit (and other engines) in turns, and kernels against what the machine
+/// itself reaches.
+#[derive(Debug, Parser)]
+#[command(name = "bfly-bench", version, arg_required_else_help = true, after_help = EXAMPLES)]
+pub struct Cli {
+    /// What is measured.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  # Stock and retrofit side by side from 32k to 1M tokens; taken up again where it was cut off
+  bfly-bench ladder --model qwen2.5-coder-0.5b.gguf --dtype bf16 --out ladder.json
+
+  # Every kernel against the machine's own copy and matmul
+  bfly-bench kernel --out kernels.json
+
+  # Figures of both
+  bfly-plot ladder.json kernels.json";
+
+const LADDER_EXAMPLES: &str = "\
+Examples:
+  # The ladder as published: stock and retrofit, 32k to 1M, five runs each
+  bfly-bench ladder --model qwen2.5-coder-0.5b.gguf --dtype bf16 --out ladder.json
+
+  # Other settings beside the defaults
+  bfly-bench ladder --model MODEL --variants stock,retrofit,retrofit:window=1024,layers=0-3,7 --out ladder.json
+
+  # HF transformers in the same run, on the same ids
+  bfly-bench ladder --model DIR --peer 'python3 integrations/transformers/peer.py --model DIR' --out ladder.json
+
+  # A shape whose weights are not at hand
+  bfly-bench ladder --model shapes/qwen2.5-7b/config.json --random-weights 1 --ctx 32k,256k --out shape.json";
+
+const KERNEL_EXAMPLES: &str = "\
+Examples:
+  # All of them
+  bfly-bench kernel --out kernels.json
+
+  # Two of them, on a CPU, on small shapes
+  bfly-bench kernel --kernel attention_prefill,gated --device cpu --small";
+
+/// What is measured.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// End-to-end runs over rising contexts: every variant and peer in turns, every sample kept.
+    #[command(after_help = LADDER_EXAMPLES)]
+    Ladder(Box<LadderArgs>),
+    /// Single kernels: TFLOP/s and GB/s against ceilings measured in the same process.
+    #[command(after_help = KERNEL_EXAMPLES)]
+    Kernel(KernelArgs),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// A ladder to climb.
+#[derive(Debug, Args)]
+pub struct LadderArgs {
+    /// Where weights come from and how they are held.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Weights drawn from a seed: --model is then a config.json, or a directory with one. Speed and memory only, and the
+    /// results say so.
+    #[arg(long, value_name = "SEED", help_heading = "Model")]
+    pub random_weights: Option<u64>,
+    /// Contexts, each of a prompt and the new tokens after it.
+    #[arg(long, value_name = "LIST", default_value = "32k,64k,128k,256k,512k,1M", value_delimiter = ',',
+          value_parser = parse_size)]
+    pub ctx: Vec<usize>,
+    /// What is run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window, sink-tokens,
+    /// partner, layers, ...). A KEY=VALUE belongs to the retrofit: before it. May be repeated.
+    #[arg(long, value_name = "LIST", default_value = "stock,retrofit")]
+    pub variants: Vec<String>,
+    /// Another engine, as a command that speaks the protocol of integrations/transformers/README.md. May be repeated.
+    #[arg(long = "peer", value_name = "COMMAND")]
+    pub peers: Vec<String>,
+    /// Timed runs of each, interleaved; two where one takes over 30 s.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one)]
+    pub repeats: usize,
+    /// New tokens per run.
+    #[arg(long, value_name = "TOKENS", default_value_t = 64, value_parser = at_least_one)]
+    pub decode: usize,
+    /// Tokens to a prefill chunk.
+    #[arg(long, value_name = "TOKENS", default_value = "4096", value_parser = parse_size)]
+    pub prefill_chunk: usize,
+    /// Documents of the prompt, as scripts/fetch_texts.py lays them out. Not read where the model has no tokenizer: then the
+    /// prompt is random ids.
+    #[arg(long, value_name = "DIR", default_value = "texts")]
+    pub texts: PathBuf,
+    /// The results, written anew after every run. An earlier file of the same ladder is taken up where it was cut off.
+    #[arg(long, value_name = "FILE.json")]
+    pub out: PathBuf,
+    /// No progress, only warnings and the table.
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+impl LadderArgs {
+    /// The contexts, rising.
+    ///
+    /// # Errors
+    /// One without room for a prompt.
+    pub fn contexts(&self) -> Result<Vec<usize>> {
+        let mut contexts = self.ctx.clone();
+        contexts.sort_unstable();
+        contexts.dedup();
+        match contexts.first().filter(|c| **c <= self.decode) {
+            None => Ok(contexts),
+            Some(ctx) => {
+                let message =
+                    format!("{ctx} leaves no room for a prompt before the {} tokens of --decode", self.decode);
+                Err(Error::usage("--ctx", message))
+            }
+        }
+    }
+}
+
+/// Kernels to time.
+#[derive(Debug, Args)]
+pub struct KernelArgs {
+    /// Which [default: all]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(kernel::NAMES))]
+    pub kernel: Vec<String>,
+    /// Shapes that a CPU runs in a moment.
+    #[arg(long)]
+    pub small: bool,
+    /// Element type [default: bf16, on a CPU f32]
+    #[arg(long, value_name = "TYPE", value_parser = ["bf16", "f16", "f32"])]
+    pub dtype: Option<String>,
+    /// auto, cpu, cuda or cuda:1.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// Samples of each; one is the mean of a few launches.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = at_least_one)]
+    pub samples: usize,
+    /// Where the results go, as JSON.
+    #[arg(long, value_name = "FILE.json")]
+    pub out: Option<PathBuf>,
+    /// No progress, only the table.
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("not a whole number from 1 up".into()),
+        Ok(n) => Ok(n),
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+/// See [`ladder::run`] and [`kernel::run`].
+pub fn run(cli: &Cli) -> Result<()> {
+    match &cli.command {
+        Command::Ladder(args) => ladder::run(args),
+        Command::Kernel(args) => kernel::run(args),
+        // Needs the command itself, which the binary has.
+        Command::Completions { .. } => Ok(()),
+    }
+}

@@ -1,0 +1,145 @@
+//! The file of a ladder: written whole after every sample, and taken up again where it was cut off.
+
+use super::format::{read, Ladder, Run, LADDER};
+use crate::cli::Output;
+use crate::error::{Error, Result};
+use std::path::{Path, PathBuf};
+
+/// `status` of a run that gave samples.
+pub const OK: &str = "ok";
+/// A run that takes longer is repeated only once.
+const LONG_S: f64 = 30.0;
+
+/// A ladder and where it is kept.
+pub struct LadderFile {
+    path: PathBuf,
+    /// What is in it.
+    pub ladder: Ladder,
+}
+
+/// Reads what an earlier ladder left at `path`, after proving that the place can be written to.
+///
+/// # Errors
+/// No way to write there, or a file that is no ladder of this form.
+pub fn earlier(path: &Path) -> Result<Option<Ladder>> {
+    drop(Output::reserve(path, "--out")?);
+    match path.exists() {
+        true => read(path, LADDER).map(Some),
+        false => Ok(None),
+    }
+}
+
+impl LadderFile {
+    /// Begins with `fresh`, or goes on with `earlier`.
+    ///
+    /// # Errors
+    /// An earlier ladder that is not of the same thing: what differs.
+    pub fn open(path: &Path, earlier: Option<Ladder>, fresh: Ladder) -> Result<Self> {
+        let Some(mut ladder) = earlier else { return Ok(Self { path: path.into(), ladder: fresh }) };
+        if let Some((what, was, now)) = difference(&ladder, &fresh) {
+            let message = format!("was measured with another {what}: {was} there, {now} here; choose another --out");
+            return Err(Error::usage(format!("--out {}", path.display()), message));
+        }
+        ladder.resumed.push(fresh.started);
+        if fresh.prompt.tokens > ladder.prompt.tokens {
+            ladder.prompt = fresh.prompt;
+        }
+        Ok(Self { path: path.into(), ladder })
+    }
+
+    /// Puts the file in place, whole.
+    pub fn save(&self) -> Result<()> {
+        let mut bytes = serde_json::to_vec(&self.ladder).map_err(|e| Error::format(self.path.display(), e))?;
+        bytes.push(b'\n');
+        Output::reserve(&self.path, "--out")?.write(&bytes)
+    }
+
+    /// The run of an engine's variant at `ctx`.
+    pub fn run(&self, names: (&str, &str), ctx: usize) -> Option<&Run> {
+        self.ladder.runs.iter().find(|r| ((r.engine.as_str(), r.variant.as_str()), r.ctx) == (names, ctx))
+    }
+
+    /// Runs of `repeats` that are yet to come. One that takes long is wanted only twice, and one that did not fit no more.
+    pub fn missing(&self, names: (&str, &str), ctx: usize, repeats: usize) -> usize {
+        let Some(run) = self.run(names, ctx) else { return repeats };
+        if run.status != OK {
+            return 0;
+        }
+        let long = run.samples.first().is_some_and(|s| s.end_to_end_s > LONG_S);
+        let wanted = if long { repeats.min(2) } else { repeats };
+        wanted.saturating_sub(run.samples.len())
+    }
+
+    /// The same, put there as `empty` where there is none.
+    pub fn run_or(&mut self, empty: Run) -> &mut Run {
+        let same = |r: &Run| (&r.engine, &r.variant, r.ctx) == (&empty.engine, &empty.variant, empty.ctx);
+        let at = self.ladder.runs.iter().position(same).unwrap_or_else(|| {
+            self.ladder.runs.push(empty);
+            self.ladder.runs.len() - 1
+        });
+        &mut self.ladder.runs[at]
+    }
+
+    /// Refuses to mix the runs there with other ones of the same name.
+    ///
+    /// # Errors
+    /// What differs.
+    pub fn check(&self, like: &Run) -> Result<()> {
+        let mut same_name =
+            self.ladder.runs.iter().filter(|r| (&r.engine, &r.variant) == (&like.engine, &like.variant));
+        let other = same_name.find_map(|r| {
+            let version = (r.version != like.version).then(|| ("version", show(&r.version), show(&like.version)));
+            let chunk = (r.prefill_chunk != like.prefill_chunk)
+                .then(|| ("--prefill-chunk", r.prefill_chunk.to_string(), like.prefill_chunk.to_string()));
+            let plan = (r.plan != like.plan).then(|| ("plan", show(&r.plan), show(&like.plan)));
+            version.or(chunk).or(plan)
+        });
+        match other {
+            None => Ok(()),
+            Some((what, was, now)) => Err(Error::usage(
+                format!("--out {}", self.path.display()),
+                format!(
+                    "holds runs of {} {} with another {what}: {was} there, {now} here; choose another --out",
+                    like.engine, like.variant
+                ),
+            )),
+        }
+    }
+}
+
+/// The first thing that keeps `fresh` from going on where `earlier` stopped: its name, what it was and what it is. Types of
+/// weights are compared once both are known.
+fn difference(earlier: &Ladder, fresh: &Ladder) -> Option<(&'static str, String, String)> {
+    let pairs = [
+        ("build (git_sha)", earlier.git_sha.clone(), fresh.git_sha.clone()),
+        ("machine", show(&earlier.machine), show(&fresh.machine)),
+        ("--model", earlier.name.clone(), fresh.name.clone()),
+        ("--random-weights", show(&earlier.random_weights), show(&fresh.random_weights)),
+        ("--model", show(&earlier.model), show(&fresh.model)),
+        ("number of parameters", earlier.parameters.to_string(), fresh.parameters.to_string()),
+        ("--dtype", earlier.dtype.clone(), fresh.dtype.clone()),
+        ("type of keys and values", earlier.kv_dtype.clone(), fresh.kv_dtype.clone()),
+        ("--decode", earlier.decode_tokens.to_string(), fresh.decode_tokens.to_string()),
+    ];
+    pairs.into_iter().find(|(_, was, now)| was != now && !now.is_empty())
+}
+
+fn show(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+/// Refuses an earlier prompt that is no prefix of what `hash` gives for its length.
+///
+/// # Errors
+/// Another text.
+pub fn check_prompt(path: &Path, earlier: &Ladder, hash: impl Fn(usize) -> String) -> Result<()> {
+    let now = hash(earlier.prompt.tokens);
+    if now == earlier.prompt.sha256 {
+        return Ok(());
+    }
+    let message = format!(
+        "was measured with another prompt: its {} tokens have the hash {}, here they have {now}; choose another --out",
+        earlier.prompt.tokens, earlier.prompt.sha256
+    );
+    Err(Error::usage(format!("--out {}", path.display()), message))
+}

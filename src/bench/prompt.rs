@@ -1,0 +1,196 @@
+//! The prompts: prefixes of one stream of token ids, made once.
+//!
+//! The stream is a folder of documents in the order of its manifest (scripts/fetch_texts.py), each read once, so that no prompt
+//! repeats itself. Where a model has no tokenizer it is random ids.
+
+use super::format::Prompt;
+use crate::checkpoint::{splitmix, Checkpoint, OnProgress, Text};
+use crate::error::{At, Error, Result};
+use rayon::prelude::*;
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// `documents` of a stream without text.
+pub const RANDOM_IDS: &str = "random ids";
+
+/// Text is handed to the tokenizer in pieces of about so many bytes, which end where a paragraph does.
+const PIECE: usize = 32 << 10;
+/// Pieces between two looks at how many ids there are.
+const BATCH: usize = 64;
+
+#[derive(Deserialize)]
+struct Manifest {
+    documents: Vec<Document>,
+}
+
+#[derive(Deserialize)]
+struct Document {
+    order: usize,
+    file: String,
+}
+
+/// A stream of ids and where it comes from.
+pub struct Stream {
+    /// The ids.
+    pub ids: Vec<u32>,
+    /// Names of the documents that they are of.
+    pub documents: Vec<String>,
+    /// Seconds for making it.
+    pub seconds: f64,
+}
+
+impl Stream {
+    /// At least `tokens` ids for `checkpoint`: of the documents in `folder`, or random ones where it has no tokenizer.
+    ///
+    /// # Errors
+    /// No documents there, or too few.
+    pub fn open(
+        checkpoint: &Checkpoint,
+        folder: &Path,
+        tokens: usize,
+        seed: u64,
+        progress: OnProgress,
+    ) -> Result<Self> {
+        let begin = Instant::now();
+        let (ids, documents) = match checkpoint.has_text() {
+            true => read(&checkpoint.text()?, folder, tokens, progress)?,
+            false => (random(tokens, checkpoint.spec.vocab, seed), vec![RANDOM_IDS.to_string()]),
+        };
+        if let Some(id) = ids.iter().find(|id| **id as usize >= checkpoint.spec.vocab) {
+            let message =
+                format!("the tokenizer gives id {id}, outside the model's vocabulary of {}", checkpoint.spec.vocab);
+            return Err(Error::format(checkpoint.identity.place(), message));
+        }
+        Ok(Self { ids, documents, seconds: begin.elapsed().as_secs_f64() })
+    }
+
+    /// What reports say of its first `tokens` ids.
+    pub fn describe(&self, tokens: usize) -> Prompt {
+        Prompt {
+            documents: self.documents.clone(),
+            tokens,
+            sha256: hash(&self.ids[..tokens]),
+            tokenise_s: Some(self.seconds),
+        }
+    }
+}
+
+/// SHA-256 of ids as little-endian u32.
+pub fn hash(ids: &[u32]) -> String {
+    let digest = Sha256::digest(bytes(ids));
+    digest.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Ids as little-endian u32.
+pub fn bytes(ids: &[u32]) -> Vec<u8> {
+    ids.iter().flat_map(|id| id.to_le_bytes()).collect()
+}
+
+fn random(tokens: usize, vocab: usize, seed: u64) -> Vec<u32> {
+    (0..tokens as u64).map(|i| (splitmix(seed, i) % vocab as u64) as u32).collect()
+}
+
+fn read(text: &Text, folder: &Path, tokens: usize, progress: OnProgress) -> Result<(Vec<u32>, Vec<String>)> {
+    let (mut ids, mut documents) = (vec![], vec![]);
+    for path in files(folder)? {
+        if ids.len() >= tokens {
+            break;
+        }
+        let content = std::fs::read_to_string(&path).at(path.display())?;
+        let first = documents.is_empty();
+        for (i, batch) in pieces(&content).chunks(BATCH).enumerate() {
+            let encode = |(j, piece): (usize, &&str)| text.encode(piece, first && i == 0 && j == 0);
+            for part in batch.par_iter().enumerate().map(encode).collect::<Result<Vec<_>>>()? {
+                ids.extend(part);
+            }
+            progress("tokenise", ids.len().min(tokens) as u64, tokens as u64);
+            if ids.len() >= tokens {
+                break;
+            }
+        }
+        documents.push(path.file_name().unwrap_or_default().to_string_lossy().into_owned());
+    }
+    if ids.len() < tokens {
+        let message = format!(
+            "its {} documents hold {} tokens of the {tokens} that the largest prompt needs: {} are missing. Add documents, or \
+             lower --ctx",
+            documents.len(),
+            ids.len(),
+            tokens - ids.len()
+        );
+        return Err(Error::usage(format!("--texts {}", folder.display()), message));
+    }
+    Ok((ids, documents))
+}
+
+/// The documents in order.
+fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let manifest = folder.join("manifest.json");
+    if !manifest.exists() {
+        let message = "holds no manifest.json; fetch the texts with scripts/fetch_texts.py";
+        return Err(Error::usage(format!("--texts {}", folder.display()), message));
+    }
+    let text = std::fs::read_to_string(&manifest).at(manifest.display())?;
+    let mut found: Manifest = serde_json::from_str(&text).map_err(|e| Error::format(manifest.display(), e))?;
+    found.documents.sort_by_key(|d| d.order);
+    for (i, d) in found.documents.iter().enumerate() {
+        if Path::new(&d.file).file_name().is_none_or(|n| n != d.file.as_str()) {
+            return Err(Error::format(manifest.display(), format!("`{}` is not the name of a file beside it", d.file)));
+        }
+        if found.documents[..i].iter().any(|other| other.file == d.file) {
+            return Err(Error::format(
+                manifest.display(),
+                format!("lists `{}` twice; no prompt may repeat itself", d.file),
+            ));
+        }
+    }
+    Ok(found.documents.iter().map(|d| folder.join(&d.file)).collect())
+}
+
+/// Cuts `text` after paragraphs, or anywhere where a paragraph is too long.
+fn pieces(text: &str) -> Vec<&str> {
+    let (mut pieces, mut rest) = (vec![], text);
+    while rest.len() > PIECE {
+        let limit = (PIECE..).find(|i| rest.is_char_boundary(*i)).unwrap_or(rest.len());
+        let cut = rest[..limit].rfind("\n\n").map_or(limit, |i| i + 2);
+        let (piece, after) = rest.split_at(cut);
+        pieces.push(piece);
+        rest = after;
+    }
+    if !rest.is_empty() {
+        pieces.push(rest);
+    }
+    pieces
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_the_whole_text_cut_after_paragraphs() {
+        let paragraph = format!("{}é\n\n", "word ".repeat(999));
+        let text = paragraph.repeat(20) + &"ü".repeat(2 * PIECE);
+        let cut = pieces(&text);
+        assert_eq!(cut.concat(), text);
+        assert!(cut.len() >= 5 && cut.iter().all(|p| !p.is_empty() && p.len() <= PIECE + 4));
+        assert!(cut[0].ends_with("\n\n"), "{:?}", &cut[0][cut[0].len() - 9..]);
+        assert!(pieces("").is_empty());
+    }
+
+    #[test]
+    fn random_ids_depend_on_the_seed_and_stay_in_the_vocabulary() {
+        let ids = random(10_000, 50, 3);
+        assert!(ids.iter().all(|id| *id < 50) && (0..50).all(|id| ids.contains(&id)));
+        assert_eq!(ids[..100], random(100, 50, 3), "a shorter stream is a prefix");
+        assert_ne!(ids[..100], random(100, 50, 4));
+    }
+
+    #[test]
+    fn hashes_are_of_little_endian_words() {
+        // printf '\x01\0\0\0\0\x01\0\0' | sha256sum
+        assert_eq!(hash(&[1, 256]), "242045e2f1bb37769b514f182fd91b3d215324cb57f187cced1e9c62921dbac3");
+    }
+}

@@ -1,0 +1,148 @@
+//! Medians, and rates that follow from them.
+
+use super::format::{Kv, ReadBytes, Run, Sample, Summary};
+use crate::cache::Cache;
+use crate::error::Result;
+use crate::ops::Window;
+use crate::retrofit::{RetrofitPlan, WindowAlign};
+use crate::selector;
+use crate::spec::{AttentionKind, ModelSpec};
+use std::ops::Range;
+
+/// The middle of `values`, or the mean of the middle two.
+pub fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let upper = sorted.get(sorted.len() / 2)?;
+    let lower = sorted.get(sorted.len().checked_sub(1)? / 2)?;
+    Some((lower + upper) / 2.0)
+}
+
+/// The smallest value that `share` of all values do not exceed.
+pub fn percentile(values: &[f64], share: f64) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (share * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.max(1) - 1).copied()
+}
+
+/// Medians over a run's samples, and what follows from them; `None` without samples.
+pub fn summary(run: &Run) -> Option<Summary> {
+    let of = |f: fn(&Sample) -> f64| median(&run.samples.iter().map(f).collect::<Vec<_>>());
+    let steps: Vec<f64> = run.samples.iter().flat_map(|s| s.inter_token_s.iter().copied()).collect();
+    let (p50, p95) = (median(&steps).unwrap_or(0.0), percentile(&steps, 0.95).unwrap_or(0.0));
+    let per = |amount: f64, seconds: f64| if seconds > 0.0 { amount / seconds } else { 0.0 };
+    let prefill_s = of(|s| s.prefill_s)?;
+    Some(Summary {
+        prefill_s,
+        ttft_s: of(|s| s.ttft_s)?,
+        end_to_end_s: of(|s| s.end_to_end_s)?,
+        inter_token_p50_s: p50,
+        inter_token_p95_s: p95,
+        prefill_tok_s: per(run.prompt_tokens as f64, prefill_s),
+        decode_tok_s: per(1.0, p50),
+        decode_gb_s: run.read_per_token.filter(|_| p50 > 0.0).map(|r| (r.weights as f64 + r.kv) / p50 / 1e9),
+        peak_device_bytes: run.samples.iter().map(|s| s.peak_device_bytes).max()?,
+    })
+}
+
+/// Whether all samples gave the same tokens.
+pub fn deterministic(samples: &[Sample]) -> Option<bool> {
+    let (first, rest) = samples.split_first()?;
+    (!rest.is_empty()).then(|| rest.iter().all(|s| s.tokens_sha256 == first.tokens_sha256))
+}
+
+/// What a cache holds, by pool.
+pub fn kv(cache: &Cache) -> Kv {
+    let bytes = cache.capacity_bytes();
+    Kv {
+        local_bytes: bytes.local,
+        summary_bytes: bytes.summary,
+        sink_bytes: bytes.sink,
+        total_bytes: bytes.total(),
+        dense_bytes: cache.dense_bytes(),
+    }
+}
+
+/// What one new token reads, as a mean over those at `positions`.
+///
+/// A key or value is counted once per KV head, however many query heads share it: raw positions of the window, sinks left of it,
+/// and routed summaries. `element` is the bytes of a number in the cache.
+pub fn read_per_token(
+    spec: &ModelSpec,
+    plan: Option<&RetrofitPlan>,
+    ctx: usize,
+    positions: Range<usize>,
+    weights: u64,
+    element: usize,
+) -> Result<ReadBytes> {
+    let count = positions.len().max(1) as f64;
+    let mut kv = 0.0;
+    for (i, layer) in spec.layers.iter().enumerate() {
+        let rows: usize = match (layer.attention, plan.and_then(|p| Some((p, p.ordinal(i)?)))) {
+            (AttentionKind::Sliding { window }, _) => positions.clone().map(|p| window.min(p + 1)).sum(),
+            (AttentionKind::Full, None) => positions.clone().map(|p| p + 1).sum(),
+            (AttentionKind::Full, Some((plan, ordinal))) => butterfly_rows(plan, ordinal, ctx, positions.clone())?,
+        };
+        kv += (2 * layer.kv_heads * layer.head_dim * element * rows) as f64 / count;
+    }
+    Ok(ReadBytes { weights, kv })
+}
+
+/// Rows that queries at `positions` read in the `ordinal`-th swapped layer, all together.
+fn butterfly_rows(plan: &RetrofitPlan, ordinal: usize, ctx: usize, positions: Range<usize>) -> Result<usize> {
+    let s = &plan.settings;
+    let (rule, grid) = (selector::find(&s.partner)?, s.grid(ctx));
+    let window = match s.window_align {
+        WindowAlign::Block => Window::Blocks { block: s.block, count: s.window_blocks() },
+        WindowAlign::Token => Window::Tokens(s.window),
+    };
+    let (mut sum, mut routed) = (0, (usize::MAX, 0));
+    for p in positions {
+        let block = p / s.block;
+        if routed.0 != block {
+            let blocks = selector::route(rule, &grid, ordinal, s.partner_count, block);
+            routed = (block, blocks.into_iter().filter(|n| s.pooled_count(*n) > 0).count());
+        }
+        let left = window.left(p);
+        sum += p + 1 - left + s.sink_tokens.min(left) + routed.1;
+    }
+    Ok(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::retrofit::Settings;
+
+    #[test]
+    fn medians_and_percentiles_are_those_of_the_definition() {
+        let medians = [&[][..], &[3.0], &[4.0, 1.0], &[9.0, 1.0, 2.0]].map(median);
+        assert_eq!(medians, [None, Some(3.0), Some(2.5), Some(2.0)]);
+        let hundred: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!((percentile(&hundred, 0.95), percentile(&[], 0.5)), (Some(95.0), None));
+    }
+
+    #[test]
+    fn a_token_reads_its_window_sinks_and_summaries() {
+        // Four full layers of 2 KV heads of 8.
+        let spec = Checkpoint::random("tests/fixtures/goldens/qwen2", 0).unwrap().spec;
+        let row = 2 * 2 * 8 * 4;
+        let read =
+            |plan: Option<&RetrofitPlan>, positions| read_per_token(&spec, plan, 1024, positions, 99, 4).unwrap();
+        // Positions 100 and 101 read 101 and 102 keys.
+        assert_eq!(read(None, 100..102), ReadBytes { weights: 99, kv: 4.0 * row as f64 * 101.5 });
+        let settings = Settings { block: 16, window: 32, sink_tokens: 4, partner: "all".into(), ..Settings::default() };
+        let plan = RetrofitPlan::new(&spec, Some(vec![2]), settings).unwrap();
+        // Position 100 is the fifth of block 6: window from block 4 on, 37 keys; 4 sinks; blocks 0 to 3, all with a summary.
+        let want = row as f64 * (3.0 * 101.0 + (37 + 4 + 4) as f64);
+        assert_eq!(read(Some(&plan), 100..101).kv, want);
+        // Within the first window there are neither sinks to add nor summaries.
+        assert_eq!(read(Some(&plan), 20..21).kv, row as f64 * 4.0 * 21.0);
+        // Sinks that fill block 0 leave it without a summary.
+        let settings = Settings { sink_tokens: 16, ..plan.settings };
+        let plan = RetrofitPlan::new(&spec, Some(vec![2]), settings).unwrap();
+        assert_eq!(read(Some(&plan), 100..101).kv, row as f64 * (3.0 * 101.0 + (37 + 16 + 3) as f64));
+    }
+}

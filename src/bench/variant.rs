@@ -1,0 +1,201 @@
+//! `--variants`: how the model's attention is run, as one line.
+//!
+//! A list such as `stock,retrofit,retrofit:window=1024,layers=0-3,5,stock`. An item after `retrofit:` that is no variant's name
+//! belongs to it: a further `KEY=VALUE`, or a further part of a list of layers.
+
+use crate::cli::{parse_count, parse_size};
+use crate::error::{Error, Result};
+use crate::retrofit::{parse_layers, RetrofitPlan, Settings};
+use crate::spec::ModelSpec;
+use clap::ValueEnum;
+
+/// The flag, for messages.
+const FLAG: &str = "--variants";
+
+/// One way to run the model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Variant {
+    /// As given: `stock`, `retrofit`, `retrofit:window=1024`.
+    pub name: String,
+    /// What is swapped; `None` for stock.
+    pub plan: Option<RetrofitPlan>,
+}
+
+/// What a setting does to the plan that it is applied to.
+type Apply = fn(&mut Settings, &str) -> Result<(), String>;
+
+/// Every key but `layers`.
+const KEYS: &[(&str, Apply)] = &[
+    ("block", |s, v| put(&mut s.block, parse_size(v))),
+    ("window", |s, v| put(&mut s.window, parse_count(v))),
+    ("window-align", |s, v| put(&mut s.window_align, ValueEnum::from_str(v, true))),
+    ("sink-tokens", |s, v| put(&mut s.sink_tokens, parse_count(v))),
+    ("partner", |s, v| put(&mut s.partner, Ok(v.into()))),
+    ("partner-count", |s, v| put(&mut s.partner_count, number(v))),
+    ("shift-unit", |s, v| put(&mut s.shift_unit, number(v).map(Some))),
+    ("pool", |s, v| put(&mut s.pool, ValueEnum::from_str(v, true))),
+    ("summary-bias", |s, v| put(&mut s.summary_bias, number(v))),
+    ("far-position", |s, v| put(&mut s.far_position, ValueEnum::from_str(v, true))),
+    ("seed", |s, v| put(&mut s.seed, number(v))),
+];
+
+fn put<T>(into: &mut T, value: Result<T, String>) -> Result<(), String> {
+    *into = value?;
+    Ok(())
+}
+
+fn number<T: std::str::FromStr>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|_| "not a number of that kind".into())
+}
+
+/// Parses the items of one or more flags. `base` is what `retrofit` starts from: a patch's plan, or the defaults.
+///
+/// # Errors
+/// An unknown variant or key, a value that does not parse or does not fit the model, or the same variant twice.
+pub fn parse(lists: &[String], base: Option<&RetrofitPlan>, spec: &ModelSpec) -> Result<Vec<Variant>> {
+    let mut names: Vec<String> = vec![];
+    for list in lists {
+        let mut open = false;
+        for item in list.split(',').map(str::trim) {
+            match names.last_mut() {
+                _ if item == "stock" || item == "retrofit" || item.starts_with("retrofit:") => {
+                    open = item.starts_with("retrofit:");
+                    names.push(item.into());
+                }
+                Some(last) if open && (item.contains('=') || item.starts_with(|c: char| c.is_ascii_digit())) => {
+                    *last += ",";
+                    *last += item;
+                }
+                _ if item.contains('=') => {
+                    return Err(Error::usage(
+                        FLAG,
+                        format!("`{item}` belongs to no `retrofit:`, as in retrofit:{item}"),
+                    ));
+                }
+                _ => {
+                    return Err(Error::usage(FLAG, format!("`{item}` is not stock, retrofit or retrofit:KEY=VALUE,..")))
+                }
+            }
+        }
+    }
+    for (i, name) in names.iter().enumerate() {
+        if names[..i].contains(name) {
+            return Err(Error::usage(FLAG, format!("names `{name}` twice")));
+        }
+    }
+    names.into_iter().map(|name| variant(name, base, spec)).collect()
+}
+
+fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec) -> Result<Variant> {
+    if name == "stock" {
+        return Ok(Variant { name, plan: None });
+    }
+    let place = || format!("{FLAG} {name}");
+    let mut settings = base.map_or_else(Settings::default, |p| p.settings.clone());
+    let mut layers = base.map(|p| p.layers.clone());
+    for (key, value) in pairs(name.strip_prefix("retrofit:").unwrap_or_default()) {
+        if key == "layers" {
+            layers = parse_layers(&value).map_err(|e| e.within(place()))?;
+            continue;
+        }
+        let known = KEYS.iter().find(|(k, _)| *k == key).ok_or_else(|| {
+            let keys: Vec<_> = KEYS.iter().map(|(k, _)| *k).chain(["layers"]).collect();
+            Error::usage(place(), format!("`{key}` is not a setting; settings are {}", keys.join(", ")))
+        })?;
+        (known.1)(&mut settings, &value)
+            .map_err(|why| Error::usage(place(), format!("`{value}` cannot be the {key}: {why}")))?;
+    }
+    let plan = RetrofitPlan::new(spec, layers, settings).map_err(|e| e.within(place()))?;
+    Ok(Variant { name, plan: Some(plan) })
+}
+
+/// `a=1,b=2,3,4` as `(a, 1)` and `(b, 2,3,4)`.
+fn pairs(text: &str) -> Vec<(String, String)> {
+    let mut pairs: Vec<(String, String)> = vec![];
+    for item in text.split(',').filter(|item| !item.is_empty()) {
+        match (item.split_once('='), pairs.last_mut()) {
+            (Some((key, value)), _) => pairs.push((key.trim().into(), value.trim().into())),
+            (None, Some((_, value))) => {
+                *value += ",";
+                *value += item;
+            }
+            (None, None) => pairs.push((item.into(), String::new())),
+        }
+    }
+    pairs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+
+    fn spec() -> ModelSpec {
+        Checkpoint::random("tests/fixtures/goldens/qwen2", 0).unwrap().spec
+    }
+
+    fn parsed(list: &str) -> Result<Vec<Variant>> {
+        parse(&[list.into()], None, &spec())
+    }
+
+    #[test]
+    fn a_list_holds_variants_settings_and_lists_of_layers() {
+        let all =
+            parsed("stock,retrofit, retrofit:window=1k,layers=0-1,3,partner=local,retrofit:sink-tokens=0").unwrap();
+        let names: Vec<_> = all.iter().map(|v| v.name.as_str()).collect();
+        assert_eq!(
+            names,
+            ["stock", "retrofit", "retrofit:window=1k,layers=0-1,3,partner=local", "retrofit:sink-tokens=0"]
+        );
+        assert_eq!(all[0].plan, None);
+        let plan = |i: usize| all[i].plan.as_ref().unwrap();
+        assert_eq!((&plan(1).settings, plan(1).layers.as_slice()), (&Settings::default(), [0, 1, 2, 3].as_slice()));
+        assert_eq!(plan(2).layers, [0, 1, 3]);
+        assert_eq!((plan(2).settings.window, plan(2).settings.partner.as_str()), (1024, "local"));
+        assert_eq!(plan(3).settings, Settings { sink_tokens: 0, ..Settings::default() });
+        let flags = ["stock".to_string(), "retrofit:pool=pre-rope,far-position=clamp".to_string()];
+        assert_eq!(parse(&flags, None, &spec()).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn every_key_is_a_setting_of_the_plan() {
+        let fields = serde_json::to_value(Settings { shift_unit: Some(1), ..Settings::default() }).unwrap();
+        let fields: Vec<_> = fields.as_object().unwrap().keys().map(|k| k.replace('_', "-")).collect();
+        let mut keys: Vec<_> = KEYS.iter().map(|(k, _)| k.to_string()).collect();
+        assert!(fields.iter().all(|f| keys.contains(f)), "{fields:?} in {keys:?}");
+        keys.retain(|k| !fields.contains(k));
+        assert!(keys.is_empty(), "{keys:?}");
+    }
+
+    #[test]
+    fn a_patch_is_what_retrofit_starts_from() {
+        let settings = Settings { window: 256, ..Settings::default() };
+        let base = RetrofitPlan::new(&spec(), Some(vec![1]), settings).unwrap();
+        let all = parse(&["retrofit,retrofit:sink-tokens=8".into()], Some(&base), &spec()).unwrap();
+        assert_eq!(all[0].plan.as_ref(), Some(&base));
+        let plan = all[1].plan.as_ref().unwrap();
+        assert_eq!((plan.layers.as_slice(), plan.settings.window, plan.settings.sink_tokens), ([1].as_slice(), 256, 8));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (list, words) in [
+            ("", "`` is not stock"),
+            ("stock,sdpa", "`sdpa` is not stock"),
+            ("stock,stock", "`stock` twice"),
+            ("stock:window=1", "belongs to no `retrofit:`"),
+            ("stock,window=1024", "belongs to no `retrofit:`"),
+            ("retrofit:windw=1024", "`windw` is not a setting; settings are block, window,"),
+            ("retrofit:window=x", "`x` cannot be the window"),
+            ("retrofit:pool=mid-rope", "`mid-rope` cannot be the pool"),
+            ("retrofit:window=100", "--window: 100 is not a whole number of blocks"),
+            ("retrofit:partner=none", "`none` is not one of causal_shift"),
+            ("retrofit:layers=9", "layer 9 is out of range"),
+            ("retrofit:layers=x", "neither `all` nor a list"),
+            ("retrofit:5", "`5` is not a setting"),
+        ] {
+            let e = parsed(list).unwrap_err().to_string();
+            assert!(e.contains("--variants") && e.contains(words), "{list}: {e}");
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! See `bfly-bench --help`.
+
+use bfly::bench::args::{run, Cli, Command};
+use bfly::cli::main_with;
+use clap::{CommandFactory, Parser};
+
+fn main() -> std::process::ExitCode {
+    let cli = Cli::parse();
+    if let Command::Completions { shell } = cli.command {
+        clap_complete::generate(shell, &mut Cli::command(), "bfly-bench", &mut std::io::stdout());
+        return std::process::ExitCode::SUCCESS;
+    }
+    main_with(|| run(&cli))
+}

@@ -1,0 +1,223 @@
+//! Weights drawn from a seed, for shapes whose weights are not at hand: speed and memory only.
+//!
+//! Nothing is stored. Matrices hold values close to `N(0, 0.02²)`, norms 1, biases 0. In host memory element `i` of a matrix is
+//! an integer function of the seed, the matrix's name and `i`: the same on every machine, and any part of it can be made alone.
+//! On a GPU dense matrices are drawn by the device, seeded by the same two.
+
+use super::{rows, Checkpoint, HoldAs, TensorInfo};
+use crate::error::{At, Error, ErrorKind, Result};
+use crate::nn::Weight;
+use crate::spec::{Config, ModelSpec, Norms};
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{DType, Device, Tensor};
+use sha2::{Digest, Sha256};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+const STD: f32 = 0.02;
+/// Elements drawn at a time on a GPU: 256 MiB of f32.
+const CHUNK: usize = 64 << 20;
+
+/// Quantised matrices in host memory, by shape and type.
+type Quantised = HashMap<(usize, usize, String), Arc<QTensor>>;
+
+/// The tensors of a configuration, by name.
+pub struct Random {
+    seed: u64,
+    path: PathBuf,
+    entries: BTreeMap<String, TensorInfo>,
+    /// Quantising is slow: every matrix of a shape gets a copy of the first.
+    quantised: Mutex<Quantised>,
+}
+
+impl Random {
+    /// For the configuration at `path`, stored as if in the type that it names (bf16 if none).
+    pub fn new(path: &Path, config: &Config, spec: &ModelSpec, seed: u64) -> Result<Self> {
+        let named = config.opt_str("dtype")?.or(config.opt_str("torch_dtype")?);
+        let dtype = match named {
+            Some("float32") => GgmlDType::F32,
+            Some("float16") => GgmlDType::F16,
+            _ => GgmlDType::BF16,
+        };
+        let entry = |(name, shape): (String, Vec<usize>)| {
+            let info = TensorInfo { name: name.clone(), shape, dtype: Ok(dtype) };
+            (name, info)
+        };
+        let entries = tensors(spec).into_iter().map(entry).collect();
+        Ok(Self { seed, path: path.into(), entries, quantised: Mutex::default() })
+    }
+
+    /// The configuration.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What stands under `name`.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.entries.get(name)
+    }
+
+    /// `length` bytes of matrix `name` from `start` on.
+    pub fn read(&self, name: &str, start: u64, length: usize) -> Result<Vec<u8>> {
+        let info = self.info(name).ok_or_else(|| Error::tensor(name, "missing"))?;
+        let key = self.key(name);
+        let values = |size: usize| {
+            let first = start / size as u64;
+            (first..first + (length / size) as u64).map(move |i| STD * normal(key, i))
+        };
+        Ok(match info.dtype {
+            Ok(GgmlDType::F32) => values(4).flat_map(f32::to_le_bytes).collect(),
+            Ok(GgmlDType::F16) => values(2).flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect(),
+            _ => values(2).flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect(),
+        })
+    }
+
+    /// Vector `name` of `len` elements.
+    pub fn vector(&self, name: &str, len: usize) -> Vec<f32> {
+        vec![if name.ends_with("norm.weight") { 1.0 } else { 0.0 }; len]
+    }
+
+    /// The matrix of `info`, held as `hold` says.
+    pub fn matrix(&self, from: &Checkpoint, info: &TensorInfo, hold: &HoldAs, device: &Device) -> Result<Weight> {
+        let (rows, cols) = (info.shape[0], info.shape[1]);
+        let held = match &info.dtype {
+            Ok(stored) => hold.resolve(*stored, cols),
+            Err(_) => GgmlDType::F32,
+        };
+        let dense = match held {
+            GgmlDType::F32 => Some(DType::F32),
+            GgmlDType::F16 => Some(DType::F16),
+            GgmlDType::BF16 => Some(DType::BF16),
+            _ => None,
+        };
+        match dense {
+            Some(dtype) if !device.is_cpu() => {
+                hold.count(held, rows * cols * dtype.size_in_bytes());
+                Ok(Weight::Dense(self.draw(&info.name, (rows, cols), dtype, device).at(&info.name)?))
+            }
+            Some(_) => rows::load_matrix(from, info, None, hold, device),
+            None => self.copy_of_shape(from, info, held, hold, device),
+        }
+    }
+
+    /// Drawn by the device itself, some rows at a time.
+    fn draw(&self, name: &str, shape: (usize, usize), dtype: DType, device: &Device) -> candle_core::Result<Tensor> {
+        device.set_seed(self.key(name))?;
+        let out = Tensor::zeros(shape, dtype, device)?;
+        let step = (CHUNK / shape.1).max(1);
+        for first in (0..shape.0).step_by(step) {
+            let rows = step.min(shape.0 - first);
+            let part = Tensor::randn(0f32, STD, (rows, shape.1), device)?.to_dtype(dtype)?;
+            out.slice_set(&part, 0, first)?;
+        }
+        Ok(out)
+    }
+
+    /// A copy of the first quantised matrix of this shape, in memory of its own: it is read as often as a real one.
+    fn copy_of_shape(
+        &self,
+        from: &Checkpoint,
+        info: &TensorInfo,
+        held: GgmlDType,
+        hold: &HoldAs,
+        device: &Device,
+    ) -> Result<Weight> {
+        let shape = (info.shape[0], info.shape[1]);
+        let key = (shape.0, shape.1, format!("{held:?}"));
+        let poisoned = || Error::new(ErrorKind::Backend, &info.name, "another thread failed while drawing weights");
+        let mut kept = self.quantised.lock().map_err(|_| poisoned())?;
+        let first = match kept.get(&key) {
+            Some(first) => {
+                hold.count(held, first.storage_size_in_bytes());
+                first.clone()
+            }
+            None => match rows::load_matrix(from, info, None, hold, &Device::Cpu)? {
+                Weight::Quantised(first) => kept.entry(key).or_insert(first).clone(),
+                dense => return Ok(dense),
+            },
+        };
+        let bytes = first.data().at(&info.name)?;
+        let storage = QStorage::from_data(Cow::Borrowed(&bytes), device, held).at(&info.name)?;
+        Ok(Weight::Quantised(Arc::new(QTensor::new(storage, shape).at(&info.name)?)))
+    }
+
+    /// Seed of one tensor.
+    fn key(&self, name: &str) -> u64 {
+        let hash = Sha256::new().chain_update(self.seed.to_le_bytes()).chain_update(name).finalize();
+        hash.iter().take(8).fold(0, |key, byte| key << 8 | u64::from(*byte))
+    }
+}
+
+/// Number `i` of the stream `key` of splitmix64 (Steele et al. 2014, <https://doi.org/10.1145/2660193.2660195>).
+pub(crate) fn splitmix(key: u64, i: u64) -> u64 {
+    let mut z = key.wrapping_add(i.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ z >> 31
+}
+
+/// Close to a standard normal number: the sum of twelve uniform ones, 16 bits each, less its mean. Exact in f32.
+fn normal(key: u64, i: u64) -> f32 {
+    let quarters = |x: u64| (x & 0xffff) + (x >> 16 & 0xffff) + (x >> 32 & 0xffff) + (x >> 48);
+    let sum: u64 = (0..3).map(|j| quarters(splitmix(key, 3 * i + j))).sum();
+    (sum as i64 - 6 * 0xffff) as f32 / 65536.0
+}
+
+/// Every tensor of a model, in Hugging Face's names.
+pub(super) fn tensors(spec: &ModelSpec) -> Vec<(String, Vec<usize>)> {
+    let hidden = spec.hidden;
+    let mut all = vec![
+        ("model.embed_tokens.weight".to_string(), vec![spec.vocab, hidden]),
+        ("model.norm.weight".to_string(), vec![hidden]),
+    ];
+    if !spec.tied {
+        all.push(("lm_head.weight".into(), vec![spec.vocab, hidden]));
+    }
+    for (i, l) in spec.layers.iter().enumerate() {
+        let (q, kv) = (l.heads * l.head_dim, l.kv_heads * l.head_dim);
+        let mut linear = |name: &str, out: usize, input: usize, bias: bool| {
+            all.push((format!("model.layers.{i}.{name}.weight"), vec![out, input]));
+            if bias {
+                all.push((format!("model.layers.{i}.{name}.bias"), vec![out]));
+            }
+        };
+        linear("self_attn.q_proj", q, hidden, l.qkv_bias);
+        linear("self_attn.k_proj", kv, hidden, l.qkv_bias);
+        linear("self_attn.v_proj", kv, hidden, l.qkv_bias);
+        linear("self_attn.o_proj", hidden, q, l.out_bias);
+        linear("mlp.gate_proj", l.intermediate, hidden, l.mlp_bias);
+        linear("mlp.up_proj", l.intermediate, hidden, l.mlp_bias);
+        linear("mlp.down_proj", hidden, l.intermediate, l.mlp_bias);
+        let mut norm = |name: &str, len: usize| all.push((format!("model.layers.{i}.{name}.weight"), vec![len]));
+        norm("input_layernorm", hidden);
+        norm("post_attention_layernorm", hidden);
+        if l.norms == Norms::Sandwich {
+            norm("pre_feedforward_layernorm", hidden);
+            norm("post_feedforward_layernorm", hidden);
+        }
+        if l.qk_norm {
+            norm("self_attn.q_norm", l.head_dim);
+            norm("self_attn.k_norm", l.head_dim);
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_have_the_moments_of_a_normal_distribution_and_depend_on_the_key() {
+        let n = 100_000;
+        let values: Vec<f64> = (0..n).map(|i| f64::from(normal(7, i))).collect();
+        let moment = |k: i32| values.iter().map(|v| v.powi(k)).sum::<f64>() / n as f64;
+        assert!(moment(1).abs() < 0.02, "mean {}", moment(1));
+        assert!((moment(2) - 1.0).abs() < 0.02, "variance {}", moment(2));
+        // 3 for a normal distribution, 2.9 for twelve uniform numbers.
+        assert!((moment(4) - 2.9).abs() < 0.1, "fourth moment {}", moment(4));
+        assert!((0..8).all(|i| normal(7, i) != normal(8, i)));
+    }
+}

@@ -1,0 +1,94 @@
+//! `--memory-budget`: the largest prefill chunk that fits, which never changes the output.
+
+use crate::cache::Cache;
+use crate::cli::human_bytes;
+use crate::error::{Error, ErrorKind, Result};
+use crate::model::Model;
+use crate::retrofit::RetrofitPlan;
+
+/// Smallest chunk worth running.
+const LEAST: usize = 128;
+
+/// What a run needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Needs {
+    /// Weights as held.
+    pub weights: u64,
+    /// The cache.
+    pub cache: u64,
+    /// Logits and a decode step's buffers.
+    pub fixed: u64,
+    /// Activations for each token of a chunk.
+    pub token: u64,
+}
+
+impl Needs {
+    /// Of `model` with its plan, provisioned for `ctx`.
+    pub fn of(model: &Model, plan: Option<&RetrofitPlan>, ctx: usize) -> Result<Self> {
+        let spec = model.spec();
+        let size = model.dtype().size_in_bytes();
+        let most = |f: &dyn Fn(&crate::spec::LayerSpec) -> usize| spec.layers.iter().map(f).max().unwrap_or(0);
+        // Attention holds x, its norm, q, k and v (projected and rotated) and the output at once; the feed-forward x, its norm,
+        // gate, up and their product. Rotary tables are f32.
+        let width = most(&|l| (2 * l.heads + 4 * l.kv_heads) * l.head_dim);
+        let attention = 4 * spec.hidden + width + most(&|l| l.heads * l.head_dim);
+        let feed_forward = 4 * spec.hidden + 3 * most(&|l| l.intermediate);
+        let tables = 4 * most(&|l| l.head_dim) * spec.ropes.len();
+        Ok(Self {
+            weights: model.weights_bytes(),
+            cache: Cache::bytes_for(spec, plan, ctx, model.dtype(), false)?.0,
+            // Logits in two types and a copy, and at most this for partial results, routes and vectors of a step.
+            fixed: (spec.vocab * 16) as u64 + (16 << 20),
+            token: (size * attention.max(feed_forward) + tables) as u64,
+        })
+    }
+
+    /// The whole for chunks of `chunk`.
+    pub fn total(&self, chunk: usize) -> u64 {
+        self.weights + self.cache + self.fixed + self.token * chunk as u64
+    }
+
+    /// The largest chunk up to `wanted` within `budget`.
+    ///
+    /// # Errors
+    /// Where not even a small chunk fits: says what takes how much, and by how much it is too much.
+    pub fn chunk_within(&self, budget: u64, wanted: usize) -> Result<usize> {
+        let least = LEAST.min(wanted);
+        if self.total(least) > budget {
+            let message = format!(
+                "{} is {} too little: weights take {}, the cache {}, a chunk of {least} tokens {}; a smaller --ctx, a quantised --dtype \
+                 or fewer dense layers take less",
+                human_bytes(budget),
+                human_bytes(self.total(least) - budget),
+                human_bytes(self.weights),
+                human_bytes(self.cache),
+                human_bytes(self.fixed + self.token * least as u64),
+            );
+            return Err(Error::new(ErrorKind::Memory, "--memory-budget", message));
+        }
+        let fits = ((budget - self.total(0)) / self.token.max(1)) as usize;
+        Ok(if fits >= wanted { wanted } else { (fits / LEAST * LEAST).max(least) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NEEDS: Needs = Needs { weights: 1000, cache: 200, fixed: 50, token: 2 };
+
+    #[test]
+    fn takes_the_largest_chunk_that_fits() -> Result<()> {
+        assert_eq!(NEEDS.chunk_within(1_000_000, 4096)?, 4096);
+        assert_eq!(NEEDS.chunk_within(1250 + 2 * 700, 4096)?, 640, "whole multiples of 128");
+        assert_eq!(NEEDS.chunk_within(1250 + 2 * 700, 512)?, 512);
+        assert!(NEEDS.total(640) <= 1250 + 2 * 700);
+        Ok(())
+    }
+
+    #[test]
+    fn says_by_how_much_it_cannot() {
+        let error = NEEDS.chunk_within(1500, 4096).unwrap_err().to_string();
+        assert!(error.starts_with("--memory-budget: ") && error.contains("6 B too little"), "{error}");
+    }
+}

@@ -1,0 +1,563 @@
+//! Greedy decode on a GPU: one step captured as a CUDA graph and replayed for every token.
+//!
+//! All that changes from token to token (position, token, running sums) lies in device memory, and the cache never grows, so
+//! that the same launches serve every position. The likeliest token is found on the device and read by the next replay; the host
+//! fetches tokens a few at a time. The residual stream and all sums are f32; weights, keys and values are 16 bits.
+
+use super::{Request, Timing};
+use crate::cache::{Cache, LayerState, Ring};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mixer::{Butterfly, Mixer};
+use crate::model::{Block, Model};
+use crate::nn::{Linear, RmsNorm, Weight};
+use crate::ops::cuda::{address, address_or_null, suffix, uninitialised, upload, Kernel, Launch, Module, Uploaded};
+use crate::ops::decode::{Cut, DecodeAttention, Scratch};
+use crate::retrofit::{FarPosition, Pool, WindowAlign};
+use crate::spec::Activation;
+use candle_core::cuda_backend::cudarc::driver::{sys, CudaGraph, CudaSlice, DeviceRepr, ValidAsZeroBits};
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::{DType, Device, Tensor};
+use std::time::Instant;
+
+/// Thread blocks of a matrix product at most: twice as many as multiprocessors, for any GPU of today.
+const BLOCKS: usize = 264;
+/// Tokens fetched at once.
+const BATCH: usize = 8;
+/// Most summaries to a block that a step's table of routes holds; rules that read more (`all`) decode step by step.
+const ROUTES: usize = 64;
+
+/// `DecodeState` of kernels/decode.cuh.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+struct State {
+    position: i32,
+    step: i32,
+    token: u32,
+    stopped: u32,
+    best: u64,
+}
+
+/// `MatvecParams` of kernels/decode.cu.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Matvec {
+    w: [u64; 3],
+    bias: [u64; 3],
+    rows: [i32; 3],
+    columns: i32,
+    x: u64,
+    norm: u64,
+    eps: f32,
+    activation: i32,
+    out: u64,
+    logits: u64,
+    state: u64,
+}
+
+/// `HeadsParams` of kernels/decode.cu.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+struct Heads {
+    qkv: u64,
+    q_norm: u64,
+    k_norm: u64,
+    eps: f32,
+    cos: u64,
+    sin: u64,
+    q: u64,
+    ring_k: u64,
+    ring_v: u64,
+    sink_k: u64,
+    sink_v: u64,
+    mean_k: u64,
+    mean_v: u64,
+    running: u64,
+    heads: i32,
+    kv_heads: i32,
+    dim: i32,
+    capacity: i32,
+    sinks: i32,
+    block: i32,
+    mean_rows: i32,
+    readable: i32,
+    state: u64,
+}
+
+// SAFETY: plain numbers in C's layout, of which zeros are valid.
+unsafe impl DeviceRepr for State {}
+unsafe impl ValidAsZeroBits for State {}
+unsafe impl DeviceRepr for Matvec {}
+unsafe impl DeviceRepr for Heads {}
+
+/// What a matrix product does with its result.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    Store,
+    Add,
+    Gated,
+    Largest,
+}
+
+/// A captured step, with the memory that it works in.
+pub(super) struct StepGraph {
+    graph: CudaGraph,
+    gpu: CudaDevice,
+    state: CudaSlice<State>,
+    tokens: Tensor,
+    /// f32 `[1, vocab]`, of the last step.
+    logits: Tensor,
+    _held: Held,
+}
+
+/// Memory that the launches read and write.
+#[derive(Default)]
+struct Held {
+    tensors: Vec<Tensor>,
+    floats: Vec<Uploaded<f32>>,
+    ints: Vec<Uploaded<i32>>,
+    words: Vec<Uploaded<u32>>,
+    scratch: Vec<(Cut, Scratch)>,
+}
+
+/// The vectors of a step.
+struct Vectors {
+    x: u64,
+    y: u64,
+    qkv: u64,
+    q: u64,
+    attended: u64,
+    hidden: u64,
+    cos: u64,
+    sin: u64,
+}
+
+impl StepGraph {
+    /// Captures a step of `model` on `cache`; `None` where the model, its settings or its device have no captured form.
+    pub fn capture(model: &Model, cache: &Cache, stop: &[u32]) -> Result<Option<Self>> {
+        let Device::Cuda(gpu) = model.device() else { return Ok(None) };
+        if !has_form(model) {
+            return Ok(None);
+        }
+        let state = gpu.alloc_zeros::<State>(1)?;
+        let tokens = Tensor::zeros(BATCH, DType::U32, model.device())?;
+        let logits = Tensor::zeros((1, model.spec().vocab), DType::F32, model.device())?;
+        let mut builder = Builder::new(model, gpu, &state, (&tokens, &logits))?;
+        builder.step(cache, stop)?;
+        let Builder { launches, held, .. } = builder;
+        let stream = gpu.cuda_stream();
+        stream.synchronize().map_err(driver)?;
+        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(driver)?;
+        // SAFETY: every address belongs to the model, the cache, or `held`, which live as long as the graph is run.
+        let enqueued = launches.iter().enumerate().try_for_each(|(i, l)| unsafe { l.enqueue(i > 0) });
+        let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(driver)?;
+        enqueued?;
+        let graph = graph.ok_or_else(|| Error::new(ErrorKind::Backend, "decode graph", "nothing was captured"))?;
+        graph.upload().map_err(driver)?;
+        Ok(Some(Self { graph, gpu: gpu.clone(), state, tokens, logits, _held: held }))
+    }
+
+    /// Reads `ids` one by one and returns the logits after each, f32 `[ids.len(), vocab]`.
+    pub fn read(mut self, cache: &mut Cache, ids: &[u32]) -> Result<Tensor> {
+        let mut rows = vec![];
+        for id in ids {
+            let begin = State { position: cache.position() as i32, token: *id, ..State::default() };
+            self.gpu.memcpy_htod(&[begin], &mut self.state)?;
+            self.graph.launch().map_err(driver)?;
+            rows.push(self.logits.copy()?);
+            cache.advance(1);
+        }
+        Ok(Tensor::cat(&rows, 0)?)
+    }
+
+    /// Decodes from `first`, which is already delivered, until the request's count, a stop token, or `on_token` says no.
+    pub fn run(
+        mut self,
+        cache: &mut Cache,
+        first: u32,
+        request: &Request,
+        timing: &mut Timing,
+        tokens: &mut Vec<u32>,
+        on_token: &mut dyn FnMut(u32) -> bool,
+    ) -> Result<()> {
+        let begin = State { position: cache.position() as i32, token: first, ..State::default() };
+        self.gpu.memcpy_htod(&[begin], &mut self.state)?;
+        timing.fetched = BATCH;
+        let mut done = 0;
+        while tokens.len() < request.max_new_tokens {
+            let count = BATCH.min(request.max_new_tokens - tokens.len());
+            let start = Instant::now();
+            for _ in 0..count {
+                self.graph.launch().map_err(driver)?;
+            }
+            let made = self.tokens.to_vec1::<u32>()?;
+            let each = start.elapsed() / count as u32;
+            for token in (0..count).map(|i| &made[(done + i) % BATCH]) {
+                if *token == u32::MAX {
+                    let message = "hold NaN or infinity; try --dtype f32, or check the weights";
+                    return Err(Error::new(ErrorKind::NotFinite, "logits", message));
+                }
+                cache.advance(1);
+                timing.steps.push(each);
+                if request.stop.contains(token) {
+                    return Ok(());
+                }
+                tokens.push(*token);
+                if !on_token(*token) {
+                    return Ok(());
+                }
+            }
+            done += count;
+        }
+        Ok(())
+    }
+}
+
+/// Whether every part of the model has a captured form: 16-bit dense matrices, and settings whose summaries are read as stored.
+fn has_form(model: &Model) -> bool {
+    let dense = |w: &Weight| match w {
+        Weight::Dense(w) => {
+            w.dtype() == model.dtype() && w.dims().last().is_some_and(|n| n.is_multiple_of(8)) && w.is_contiguous()
+        }
+        Weight::Quantised(_) => false,
+    };
+    let block = |b: &Block| {
+        let (p, m) = (b.mixer.projections(), &b.mlp);
+        let linear = [&p.q, &p.k, &p.v, &p.out, &m.gate, &m.up, &m.down];
+        let reads_as_stored = match &b.mixer {
+            Mixer::Butterfly(l) => {
+                let s = l.settings();
+                s.pool == Pool::PostRope && s.far_position == FarPosition::True && widest(l) <= ROUTES
+            }
+            _ => true,
+        };
+        // A gate with a bias would need it before the activation; no known family has one.
+        let plain_gate = m.gate.bias().is_none() && m.up.bias().is_none();
+        linear.iter().all(|l| dense(l.weight()))
+            && reads_as_stored
+            && plain_gate
+            && p.head_dim.is_multiple_of(8)
+            && p.head_dim <= 256
+    };
+    matches!(model.dtype(), DType::BF16 | DType::F16)
+        && dense(&model.embed)
+        && dense(model.head.weight())
+        && model.blocks.iter().all(block)
+}
+
+/// Most summaries that any block reads.
+fn widest(layer: &Butterfly) -> usize {
+    layer.routes().iter().map(Vec::len).max().unwrap_or(0)
+}
+
+fn driver(e: candle_core::cuda_backend::cudarc::driver::DriverError) -> Error {
+    Error::new(ErrorKind::Backend, "decode graph", e)
+}
+
+/// Lists a step's launches.
+struct Builder<'a> {
+    model: &'a Model,
+    gpu: &'a CudaDevice,
+    state: u64,
+    tokens: u64,
+    logits: u64,
+    name: &'static str,
+    vectors: Vectors,
+    tables: usize,
+    half: usize,
+    launches: Vec<Launch>,
+    held: Held,
+}
+
+impl<'a> Builder<'a> {
+    fn new(
+        model: &'a Model,
+        gpu: &'a CudaDevice,
+        state: &CudaSlice<State>,
+        (tokens, logits): (&Tensor, &Tensor),
+    ) -> Result<Self> {
+        use candle_core::cuda_backend::cudarc::driver::DevicePtr;
+        let spec = model.spec();
+        let most = |f: &dyn Fn(&crate::spec::LayerSpec) -> usize| spec.layers.iter().map(f).max().unwrap_or(0);
+        let (q, kv) = (most(&|l| l.heads * l.head_dim), most(&|l| l.kv_heads * l.head_dim));
+        let half = model.ropes.iter().map(|r| r.frequencies().0.len()).max().unwrap_or(0);
+        let tables = model.ropes.len();
+        let mut held = Held::default();
+        let mut room = |dtype: DType, n: usize| -> Result<u64> {
+            let tensor = uninitialised(gpu, dtype, n.max(1))?;
+            let at = address(&tensor)?;
+            held.tensors.push(tensor);
+            Ok(at)
+        };
+        let vectors = Vectors {
+            x: room(DType::F32, spec.hidden)?,
+            y: room(DType::F32, spec.hidden)?,
+            qkv: room(DType::F32, q + 2 * kv)?,
+            q: room(model.dtype(), q)?,
+            attended: room(DType::F32, q)?,
+            hidden: room(DType::F32, most(&|l| l.intermediate))?,
+            cos: room(DType::F32, tables * half)?,
+            sin: room(DType::F32, tables * half)?,
+        };
+        let state = state.device_ptr(&gpu.cuda_stream()).0;
+        let name = suffix(model.dtype())?;
+        let (tokens, logits) = (address(tokens)?, address(logits)?);
+        Ok(Self { model, gpu, state, tokens, logits, name, vectors, tables, half, launches: vec![], held })
+    }
+
+    fn push(
+        &mut self,
+        kernel: &str,
+        grid: usize,
+        threads: usize,
+        arguments: impl FnOnce(Launch) -> Launch,
+    ) -> Result<()> {
+        let kernel = Kernel::load(self.gpu, Module::Decode, kernel.into())?;
+        self.launches.push(arguments(Launch::new(kernel, (grid, 1, 1), threads)));
+        Ok(())
+    }
+
+    fn floats(&mut self, values: &[f32]) -> Result<u64> {
+        let uploaded = upload(self.gpu, values)?;
+        let at = uploaded.address;
+        self.held.floats.push(uploaded);
+        Ok(at)
+    }
+
+    fn step(&mut self, cache: &Cache, stop: &[u32]) -> Result<()> {
+        let model = self.model;
+        self.embed()?;
+        for (i, (block, layer)) in model.blocks.iter().zip(&cache.layers).enumerate() {
+            self.block(block, layer).map_err(|e| e.within(format!("layer {i}")))?;
+        }
+        let largest = self.matvec(Form::Largest, &[&model.head], self.vectors.x, Some(&model.norm), 0, None)?;
+        self.launches.push(largest);
+        let stops = upload(self.gpu, if stop.is_empty() { &[0] } else { stop })?;
+        let (state, tokens, at, count) = (self.state, self.tokens, stops.address, stop.len() as i32);
+        self.held.words.push(stops);
+        self.push("decode_finish", 1, 1, |l| l.with(state).with(tokens).with(BATCH as i32).with(at).with(count))
+    }
+
+    /// The token's row, and rotary tables padded to the widest.
+    fn embed(&mut self) -> Result<()> {
+        let model = self.model;
+        let Weight::Dense(table) = &model.embed else {
+            return Err(Error::unsupported("decode graph", "the embedding is quantised"));
+        };
+        let (mut frequencies, mut amplitudes) = (vec![], vec![]);
+        for rope in &model.ropes {
+            let (f, amplitude) = rope.frequencies();
+            frequencies.extend_from_slice(f);
+            frequencies.resize(frequencies.len().next_multiple_of(self.half), 0.0);
+            amplitudes.push(amplitude);
+        }
+        let (frequencies, amplitudes) = (self.floats(&frequencies)?, self.floats(&amplitudes)?);
+        let n = model.spec().hidden;
+        let grid = n.max(self.tables * self.half).div_ceil(256);
+        let (table, scale) = (address(table)?, model.spec().embed_scale as f32);
+        let (x, cos, sin) = (self.vectors.x, self.vectors.cos, self.vectors.sin);
+        let (tables, half, state) = (self.tables as i32, self.half as i32, self.state);
+        self.push(&format!("decode_embed_{}", self.name), grid, 256, |l| {
+            let l = l.with(table).with(scale).with(x).with(n as i32).with(frequencies).with(amplitudes);
+            l.with(cos).with(sin).with(tables).with(half).with(state)
+        })
+    }
+
+    fn block(&mut self, b: &Block, layer: &LayerState) -> Result<()> {
+        let (p, vectors) = (b.mixer.projections(), &self.vectors);
+        let (x, y, qkv, hidden, attended) = (vectors.x, vectors.y, vectors.qkv, vectors.hidden, vectors.attended);
+        let l = self.matvec(Form::Store, &[&p.q, &p.k, &p.v], x, Some(&b.before_mixer), qkv, None)?;
+        self.launches.push(l);
+        let heads = self.heads(&b.mixer, layer)?;
+        let (units, name) = (p.heads + 2 * p.kv_heads, self.name);
+        self.push(&format!("decode_heads_{name}"), units.div_ceil(8), 256, |l| l.with(heads))?;
+        self.attend(&b.mixer, layer, &heads)?;
+        if let LayerState::TwoPool(_) = layer {
+            let grid = (2 * p.kv_heads * p.head_dim).div_ceil(256);
+            self.push(&format!("decode_pool_{name}"), grid, 256, |l| l.with(heads))?;
+        }
+        self.add(&p.out, attended, &b.after_mixer, (x, y))?;
+        let m = &b.mlp;
+        let l = self.matvec(Form::Gated, &[&m.gate, &m.up], x, Some(&b.before_mlp), hidden, Some(m.activation))?;
+        self.launches.push(l);
+        self.add(&m.down, hidden, &b.after_mlp, (x, y))
+    }
+
+    /// Adds a layer's output to the residual stream, through its norm where the family has one.
+    fn add(&mut self, layer: &Linear, from: u64, norm: &Option<RmsNorm>, (x, y): (u64, u64)) -> Result<()> {
+        let Some(norm) = norm else {
+            let l = self.matvec(Form::Add, &[layer], from, None, x, None)?;
+            self.launches.push(l);
+            return Ok(());
+        };
+        let l = self.matvec(Form::Store, &[layer], from, None, y, None)?;
+        self.launches.push(l);
+        let (weight, eps) = norm.parts();
+        let (weight, n) = (address(weight)?, weight.elem_count() as i32);
+        self.push("decode_add_norm", 1, 256, |l| l.with(x).with(y).with(weight).with(n).with(eps))
+    }
+
+    fn matvec(
+        &self,
+        form: Form,
+        layers: &[&Linear],
+        x: u64,
+        norm: Option<&RmsNorm>,
+        out: u64,
+        activation: Option<Activation>,
+    ) -> Result<Launch> {
+        let mut p = Matvec {
+            w: [0; 3],
+            bias: [0; 3],
+            rows: [0; 3],
+            columns: 0,
+            x,
+            norm: 0,
+            eps: 0.0,
+            activation: matches!(activation, Some(Activation::GeluTanh)).into(),
+            out,
+            logits: self.logits,
+            state: self.state,
+        };
+        for (i, layer) in layers.iter().enumerate() {
+            let Weight::Dense(w) = layer.weight() else {
+                return Err(Error::unsupported("decode graph", "a matrix is quantised"));
+            };
+            let (rows, columns) = w.dims2()?;
+            (p.w[i], p.bias[i]) = (address(w)?, address_or_null(layer.bias())?);
+            (p.rows[i], p.columns) = (rows as i32, columns as i32);
+        }
+        if let Some(norm) = norm {
+            let (weight, eps) = norm.parts();
+            (p.norm, p.eps) = (address(weight)?, eps);
+        }
+        let total: usize =
+            if form == Form::Gated { 2 * p.rows[0] as usize } else { p.rows.iter().map(|r| *r as usize).sum() };
+        // One row per warp while that fills the GPU; more rows per warp, for more bytes in flight, beyond.
+        let (name, rows) = match (form, total > 1 << 13) {
+            (Form::Store, false) => ("store", 1),
+            (Form::Store, true) => ("store", 4),
+            (Form::Add, false) => ("add", 1),
+            (Form::Add, true) => ("add", 4),
+            (Form::Gated, false) => ("gated", 2),
+            (Form::Gated, true) => ("gated", 4),
+            (Form::Largest, _) => ("largest", 4),
+        };
+        let kernel = Kernel::load(self.gpu, Module::Decode, format!("decode_{name}_{}_{rows}", self.name))?
+            .shared(4 * p.columns as usize)?;
+        let grid = total.div_ceil(8 * rows).min(BLOCKS);
+        Ok(Launch::new(kernel, (grid, 1, 1), 256).with(p))
+    }
+
+    fn heads(&self, mixer: &Mixer, layer: &LayerState) -> Result<Heads> {
+        let p = mixer.projections();
+        let norms = p.qk_norm.as_ref().map(|(q, k)| (q.parts(), k.parts()));
+        let half = (p.rope * self.half * 4) as u64;
+        let ring = match layer {
+            LayerState::Dense(ring) | LayerState::Ring(ring) => ring,
+            LayerState::TwoPool(pools) => &pools.local,
+        };
+        let mut heads = Heads {
+            qkv: self.vectors.qkv,
+            q_norm: norms.map_or(Ok(0), |(q, _)| address(q.0))?,
+            k_norm: norms.map_or(Ok(0), |(_, k)| address(k.0))?,
+            eps: norms.map_or(0.0, |(q, _)| q.1),
+            cos: self.vectors.cos + half,
+            sin: self.vectors.sin + half,
+            q: self.vectors.q,
+            ring_k: address(ring.rows().k)?,
+            ring_v: address(ring.rows().v)?,
+            heads: p.heads as i32,
+            kv_heads: p.kv_heads as i32,
+            dim: p.head_dim as i32,
+            capacity: ring.capacity() as i32,
+            block: 1,
+            mean_rows: 1,
+            state: self.state,
+            ..Heads::default()
+        };
+        if let (LayerState::TwoPool(pools), Mixer::Butterfly(b)) = (layer, mixer) {
+            (heads.block, heads.readable) = (b.settings().block as i32, b.readable() as i32);
+            let pair = |ring: Option<&Ring>| match ring {
+                Some(ring) => {
+                    Ok::<_, Error>((address(ring.rows().k)?, address(ring.rows().v)?, ring.capacity() as i32))
+                }
+                None => Ok((0, 0, 0)),
+            };
+            (heads.sink_k, heads.sink_v, heads.sinks) = pair(pools.sinks())?;
+            let rows;
+            (heads.mean_k, heads.mean_v, rows) = pair(pools.summary_rows())?;
+            heads.mean_rows = rows.max(1);
+            heads.running = address_or_null(pools.running.on_device())?;
+        }
+        Ok(heads)
+    }
+
+    fn attend(&mut self, mixer: &Mixer, layer: &LayerState, heads: &Heads) -> Result<()> {
+        let p = mixer.projections();
+        let mut launch = DecodeAttention {
+            q: heads.q,
+            ring_k: heads.ring_k,
+            ring_v: heads.ring_v,
+            state: self.state,
+            out: self.vectors.attended,
+            capacity: heads.capacity,
+            block: 1,
+            mean_rows: 1,
+            heads: heads.heads,
+            kv_heads: heads.kv_heads,
+            dim: heads.dim,
+            scale: p.scale,
+            ..DecodeAttention::default()
+        };
+        match mixer {
+            Mixer::Full(_) => {}
+            Mixer::Sliding(s) => (launch.window_kind, launch.window_size) = (1, s.window as i32),
+            Mixer::Butterfly(b) => self.far(b, &mut launch, heads)?,
+        }
+        let cut = Cut::new(heads.capacity as usize, p.heads, p.kv_heads, p.head_dim);
+        let scratch = match self.held.scratch.iter().position(|(c, _)| *c == cut) {
+            Some(i) => i,
+            None => {
+                self.held.scratch.push((cut, cut.scratch(self.gpu)?));
+                self.held.scratch.len() - 1
+            }
+        };
+        let l = cut.launch(self.gpu, self.model.dtype(), &self.held.scratch[scratch].1, launch)?;
+        let _ = layer;
+        self.launches.push(l);
+        Ok(())
+    }
+
+    /// Sinks, window and the table of routes of a swapped layer.
+    fn far(&mut self, b: &Butterfly, launch: &mut DecodeAttention, heads: &Heads) -> Result<()> {
+        let s = b.settings();
+        match s.window_align {
+            WindowAlign::Block => {
+                (launch.window_kind, launch.window_size) = (2, s.block as i32);
+                launch.window_count = s.window_blocks() as i32;
+            }
+            WindowAlign::Token => (launch.window_kind, launch.window_size) = (1, s.window as i32),
+        }
+        (launch.sink_k, launch.sink_v, launch.sinks) = (heads.sink_k, heads.sink_v, heads.sinks);
+        launch.block = s.block as i32;
+        let (routes, width) = (b.routes(), widest(b));
+        if width == 0 || heads.mean_k == 0 {
+            return Ok(());
+        }
+        let (mut blocks, mut biases) = (vec![], vec![]);
+        for route in &routes {
+            for i in 0..width {
+                let (n, bias) = route.get(i).map_or((-1, 0.0), |(n, bias)| (*n as i32, *bias));
+                blocks.push(n);
+                biases.push(bias);
+            }
+        }
+        let uploaded = upload(self.gpu, &blocks)?;
+        launch.routes = uploaded.address;
+        self.held.ints.push(uploaded);
+        launch.route_bias = self.floats(&biases)?;
+        (launch.mean_k, launch.mean_v, launch.mean_rows) = (heads.mean_k, heads.mean_v, heads.mean_rows);
+        launch.route_width = width as i32;
+        Ok(())
+    }
+}

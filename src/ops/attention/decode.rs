@@ -1,0 +1,97 @@
+//! Launches `kernels/attention_decode.cu`: one token against its ring, sinks and summaries.
+
+use crate::error::Result;
+use crate::ops::cuda::{suffix, uninitialised, Kernel, Launch, Module};
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::{DType, Tensor};
+
+/// Query heads of a group to a thread block.
+const ROWS: usize = 16;
+/// Keys that make a thread block of their own worthwhile.
+const KEYS_PER_BLOCK: usize = 64;
+/// Thread blocks that fill any GPU of today twice.
+const BLOCKS: usize = 264;
+
+/// `DecodeAttentionParams` of kernels/attention_decode.cu.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct DecodeAttention {
+    pub q: u64,
+    pub ring_k: u64,
+    pub ring_v: u64,
+    pub own_k: u64,
+    pub own_v: u64,
+    pub sink_k: u64,
+    pub sink_v: u64,
+    pub mean_k: u64,
+    pub mean_v: u64,
+    pub routes: u64,
+    pub route_bias: u64,
+    pub extras: u64,
+    pub state: u64,
+    pub partial: u64,
+    pub counters: u64,
+    pub out: u64,
+    pub out16: u64,
+    pub extra_count: i32,
+    pub position: i32,
+    pub capacity: i32,
+    pub sinks: i32,
+    pub mean_rows: i32,
+    pub route_width: i32,
+    pub block: i32,
+    pub heads: i32,
+    pub kv_heads: i32,
+    pub dim: i32,
+    pub window_kind: i32,
+    pub window_size: i32,
+    pub window_count: i32,
+    pub scale: f32,
+}
+
+// SAFETY: plain numbers in C's layout.
+unsafe impl DeviceRepr for DecodeAttention {}
+
+/// What the blocks of a launch leave for the last of them: kept by the caller for as long as the launch may run.
+pub(crate) struct Scratch {
+    partial: Tensor,
+    counters: Tensor,
+}
+
+/// How a launch is cut up: for at most `keys` keys.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Cut {
+    splits: usize,
+    lists: usize,
+    kv_heads: usize,
+    dim: usize,
+}
+
+impl Cut {
+    /// For `heads` query heads over `kv_heads`, of `dim`.
+    pub fn new(keys: usize, heads: usize, kv_heads: usize, dim: usize) -> Self {
+        let lists = kv_heads * (heads / kv_heads).div_ceil(ROWS);
+        let splits = keys.div_ceil(KEYS_PER_BLOCK).clamp(1, (BLOCKS / lists).max(1));
+        let dim = [64, 128, 256].into_iter().find(|x| dim <= *x).unwrap_or(256);
+        Self { splits, lists, kv_heads, dim }
+    }
+
+    /// Room for the partial results.
+    pub fn scratch(&self, gpu: &CudaDevice) -> Result<Scratch> {
+        let partial = uninitialised(gpu, DType::F32, (self.lists, self.splits, ROWS, self.dim + 2))?;
+        let counters = Tensor::zeros(self.lists, DType::U32, &candle_core::Device::Cuda(gpu.clone()))?;
+        Ok(Scratch { partial, counters })
+    }
+
+    /// The launch, with the scratch's addresses filled in.
+    pub fn launch(&self, gpu: &CudaDevice, dtype: DType, scratch: &Scratch, mut p: DecodeAttention) -> Result<Launch> {
+        use crate::ops::cuda::address;
+        p.partial = address(&scratch.partial)?;
+        p.counters = address(&scratch.counters)?;
+        let name = format!("attention_decode_{}_{}", suffix(dtype)?, self.dim);
+        let shared = 4 * ROWS * (self.dim + 2) * 4;
+        let kernel = Kernel::load(gpu, Module::AttentionDecode(self.dim), name)?.shared(shared)?;
+        Ok(Launch::new(kernel, (self.splits, self.kv_heads, self.lists / self.kv_heads), 128).with(p))
+    }
+}

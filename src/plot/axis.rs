@@ -1,0 +1,182 @@
+//! Logarithmic axes: where values lie, which of them are labelled, how numbers read.
+
+use super::scene::{text_width, Anchor, Area, Scene};
+use super::theme::{Ink, HAIR, THIN, TICK};
+
+/// Positive values on `from..to`, `low` at `from`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogAxis {
+    /// The value at `from`.
+    pub low: f64,
+    /// The value at `to`.
+    pub high: f64,
+    /// Where it begins, in figure units.
+    pub from: f64,
+    /// Where it ends.
+    pub to: f64,
+}
+
+impl LogAxis {
+    /// Where `value` lies.
+    pub fn at(&self, value: f64) -> f64 {
+        let span = (self.high / self.low).ln();
+        self.from + (self.to - self.from) * (value / self.low).ln() / span
+    }
+}
+
+/// A mark on an axis.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tick {
+    /// Its value.
+    pub value: f64,
+    /// Its label.
+    pub label: String,
+}
+
+/// The range of 1, 2, 5, 10, .. that holds every value with a little room; `None` where there is none to hold.
+pub fn nice_range(values: impl IntoIterator<Item = f64>) -> Option<(f64, f64)> {
+    let (mut low, mut high) = (f64::INFINITY, 0.0f64);
+    for v in values.into_iter().filter(|v| v.is_finite() && *v > 0.0) {
+        (low, high) = (low.min(v), high.max(v));
+    }
+    if low > high {
+        return None;
+    }
+    let (low, high) = (low / 1.12, high * 1.12);
+    let from = steps(low, high, &[1, 2, 5]).rfind(|(m, e)| value(*m, *e) <= low);
+    let to = steps(low, high, &[1, 2, 5]).find(|(m, e)| value(*m, *e) >= high);
+    from.zip(to).map(|(a, b)| (value(a.0, a.1), value(b.0, b.1)))
+}
+
+/// `m · 10^e` for every `m` and every decade that `low..high` touches.
+fn steps(low: f64, high: f64, ms: &[u32]) -> std::vec::IntoIter<(u32, i32)> {
+    let decades = low.log10().floor() as i32..=high.log10().ceil() as i32;
+    decades.flat_map(|e| ms.iter().map(move |m| (*m, e))).collect::<Vec<_>>().into_iter()
+}
+
+fn value(m: u32, e: i32) -> f64 {
+    // Through text, so that 0.3 is the number that reads so.
+    format!("{m}e{e}").parse().unwrap_or(f64::NAN)
+}
+
+/// Labelled marks: 1, 2 and 5 of each decade, or powers of ten where these would crowd, or some of those.
+pub fn ticks(low: f64, high: f64) -> Vec<Tick> {
+    let ms: &[u32] = if high / low > 500.0 { &[1] } else { &[1, 2, 5] };
+    let every = ((high / low).log10() / 8.0).ceil().max(1.0) as i32;
+    let inside = |(m, e): (u32, i32)| {
+        let v = value(m, e);
+        let slack = 1.0 + 1e-9;
+        (v * slack >= low && v <= high * slack).then(|| Tick { value: v, label: number(m, e) })
+    };
+    steps(low, high, ms).filter(|(_, e)| e % every == 0).filter_map(inside).collect()
+}
+
+fn number(m: u32, e: i32) -> String {
+    if (-4..7).contains(&e) {
+        return grouped(value(m, e), (-e).max(0) as usize);
+    }
+    let raised = |c: char| c.to_digit(10).map_or('⁻', |d| SUPERSCRIPTS[d as usize]);
+    let power: String = e.to_string().chars().map(raised).collect();
+    if m == 1 {
+        format!("10{power}")
+    } else {
+        format!("{m}·10{power}")
+    }
+}
+
+/// `12,345.6`.
+pub fn grouped(v: f64, decimals: usize) -> String {
+    let text = format!("{v:.decimals$}");
+    let (whole, fraction) = text.split_at(text.find('.').unwrap_or(text.len()));
+    let mut out = String::new();
+    for (i, c) in whole.chars().enumerate() {
+        if i > 0 && (whole.len() - i).is_multiple_of(3) && !out.ends_with('-') {
+            out.push(',');
+        }
+        out.push(c);
+    }
+    out + fraction
+}
+
+/// A value with three significant digits: `0.00234`, `7.58`, `790`, `4,012`.
+pub fn brief(v: f64) -> String {
+    match v.abs() {
+        0.0 => return "0".into(),
+        size if !(1e-4..1e7).contains(&size) => return format!("{v:.2e}"),
+        _ => {}
+    }
+    grouped(v, (2 - v.abs().log10().floor() as i32).max(0) as usize)
+}
+
+/// `32k`, `1M`, `1000`: a context as people write it.
+pub fn tokens(n: usize) -> String {
+    match n {
+        n if n >= 1 << 20 && n % (1 << 20) == 0 => format!("{}M", n >> 20),
+        n if n >= 1 << 10 && n % (1 << 10) == 0 => format!("{}k", n >> 10),
+        n => n.to_string(),
+    }
+}
+
+const SUPERSCRIPTS: [char; 10] = ['⁰', '¹', '²', '³', '⁴', '⁵', '⁶', '⁷', '⁸', '⁹'];
+
+/// Draws grid, frame and labels of a plot; a label that would touch the one before it is left out.
+pub fn draw(scene: &mut Scene, plot: Area, x: (&LogAxis, &[Tick]), y: (&LogAxis, &[Tick])) {
+    for tick in y.1 {
+        let at = y.0.at(tick.value);
+        scene.line((plot.x, at), (plot.right(), at), Ink::Grid, HAIR);
+        scene.text((plot.x - 6.0, at), Anchor::End, TICK, &tick.label);
+    }
+    let mut free = f64::NEG_INFINITY;
+    for tick in x.1 {
+        let at = x.0.at(tick.value);
+        scene.line((at, plot.y), (at, plot.bottom()), Ink::Grid, HAIR);
+        let half = text_width(&tick.label, TICK) / 2.0;
+        if at - half >= free {
+            scene.line((at, plot.bottom()), (at, plot.bottom() + 4.0), Ink::Axis, THIN);
+            scene.text((at, plot.bottom() + 12.0), Anchor::Middle, TICK, &tick.label);
+            free = at + half + 4.0;
+        }
+    }
+    scene.line((plot.x, plot.bottom()), (plot.right(), plot.bottom()), Ink::Axis, THIN);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_lie_evenly_by_their_logarithm() {
+        let axis = LogAxis { low: 1.0, high: 100.0, from: 300.0, to: 100.0 };
+        assert_eq!(axis.at(1.0), 300.0);
+        assert!((axis.at(10.0) - 200.0).abs() < 1e-9 && (axis.at(100.0) - 100.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_range_holds_its_values_and_ends_on_round_numbers() {
+        assert_eq!(nice_range([0.26, 7.58]), Some((0.2, 10.0)));
+        assert_eq!(nice_range([3.0]), Some((2.0, 5.0)));
+        assert_eq!(nice_range([1.0]), Some((0.5, 2.0)));
+        assert_eq!(nice_range([0.0, f64::NAN, -1.0]), None);
+        assert_eq!(nice_range([0.0014, 0.54]), Some((0.001, 1.0)));
+    }
+
+    #[test]
+    fn labels_thin_out_over_many_decades() {
+        let labels = |low, high| ticks(low, high).into_iter().map(|t| t.label).collect::<Vec<_>>();
+        assert_eq!(labels(0.2, 10.0), ["0.2", "0.5", "1", "2", "5", "10"]);
+        assert_eq!(labels(0.001, 1.0), ["0.001", "0.01", "0.1", "1"]);
+        assert_eq!(labels(1000.0, 5000.0), ["1,000", "2,000", "5,000"]);
+        assert_eq!(labels(1e-6, 2e-5), ["10⁻⁶", "2·10⁻⁶", "5·10⁻⁶", "10⁻⁵", "2·10⁻⁵"]);
+        assert_eq!(labels(1e-12, 1e9), ["10⁻¹²", "10⁻⁹", "10⁻⁶", "0.001", "1", "1,000", "1,000,000", "10⁹"]);
+    }
+
+    #[test]
+    fn numbers_read_well() {
+        assert_eq!(
+            [0.00234, 7.584, 790.4, 4012.3, 0.0, 2e-7].map(brief),
+            ["0.00234", "7.58", "790", "4,012", "0", "2.00e-7"]
+        );
+        assert_eq!([32768, 1 << 20, 3 << 19, 1000, 512].map(tokens), ["32k", "1M", "1536k", "1000", "512"]);
+        assert_eq!(grouped(-1234567.0, 1), "-1,234,567.0");
+    }
+}

@@ -1,0 +1,114 @@
+//! What surrounds the panels of a figure: title, subtitles, legend, notes.
+
+use super::scene::{shorten, text_width, wrap, Anchor, Area, Scene};
+use super::theme::{self, Ink, Type, LEADING, LEGEND, MARGIN, NOTE, SUBTITLE, TITLE, WIDTH};
+
+/// An entry of the legend.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Key {
+    /// A series by its index.
+    Series(usize, String),
+    /// The dots of single samples.
+    Sample(String),
+    /// A dashed line.
+    Dashes(String),
+    /// Runs that did not end well.
+    Missed(String),
+    /// An area of this ink.
+    Patch(Ink, String),
+}
+
+impl Key {
+    fn text(&self) -> &str {
+        match self {
+            Self::Series(_, t) | Self::Sample(t) | Self::Dashes(t) | Self::Missed(t) | Self::Patch(_, t) => t,
+        }
+    }
+
+    fn draw(&self, scene: &mut Scene, x: f64, y: f64) {
+        let (middle, end) = (x + GLYPH / 2.0, x + GLYPH);
+        match self {
+            Self::Series(i, _) => {
+                scene.line((x, y), (end, y), Ink::Series(*i), theme::LINE);
+                scene.marker(*i, (middle, y));
+            }
+            Self::Sample(_) => {
+                for dy in [-4.0, 0.0, 4.0] {
+                    scene.dot((middle, y + dy), theme::SAMPLE, Ink::Muted);
+                }
+            }
+            Self::Dashes(_) => scene.dashes(&[(x, y), (end, y)], Ink::Muted, theme::THIN),
+            Self::Missed(_) => scene.cross(Ink::Muted, (middle, y)),
+            Self::Patch(ink, _) => scene.rect(Area { x, y: y - 6.0, w: GLYPH, h: 12.0 }, *ink),
+        }
+    }
+}
+
+/// Width of a legend's glyphs.
+const GLYPH: f64 = 22.0;
+
+/// A figure that grows downwards.
+pub struct Page {
+    /// What is drawn so far.
+    pub scene: Scene,
+    /// Where the next part begins.
+    pub y: f64,
+}
+
+/// Width between the margins.
+pub const CONTENT: f64 = WIDTH - 2.0 * MARGIN;
+
+impl Page {
+    /// A page with its head.
+    pub fn new(title: &str, subtitles: &[String], keys: &[Key]) -> Self {
+        let mut page = Self { scene: Scene::new(), y: MARGIN };
+        page.lines(title, TITLE);
+        page.y += 2.0;
+        for subtitle in subtitles {
+            page.lines(subtitle, SUBTITLE);
+        }
+        page.y += 8.0;
+        page.legend(keys);
+        page.y += 10.0;
+        page
+    }
+
+    fn lines(&mut self, text: &str, kind: Type) {
+        for line in wrap(text, kind, CONTENT) {
+            let height = kind.size * LEADING;
+            self.scene.text((MARGIN, self.y + height / 2.0), Anchor::Start, kind, line);
+            self.y += height;
+        }
+    }
+
+    fn legend(&mut self, keys: &[Key]) {
+        if keys.is_empty() {
+            return;
+        }
+        let row = LEGEND.size * 1.7;
+        let mut x = MARGIN;
+        for key in keys {
+            let text = shorten(key.text(), LEGEND, CONTENT - GLYPH - 6.0);
+            let width = GLYPH + 6.0 + text_width(&text, LEGEND);
+            if x > MARGIN && x + width > WIDTH - MARGIN {
+                (x, self.y) = (MARGIN, self.y + row);
+            }
+            key.draw(&mut self.scene, x, self.y + row / 2.0);
+            self.scene.text((x + GLYPH + 6.0, self.y + row / 2.0), Anchor::Start, LEGEND, text);
+            x += width + 20.0;
+        }
+        self.y += row;
+    }
+
+    /// The page with notes at its foot, each on its own line.
+    pub fn finish(mut self, notes: &[String]) -> Scene {
+        if !notes.is_empty() {
+            self.y += 6.0;
+        }
+        for note in notes {
+            self.lines(note, NOTE);
+        }
+        self.scene.height = (self.y + MARGIN * 0.8).ceil();
+        self.scene
+    }
+}

@@ -1,0 +1,53 @@
+//! Figures as files, each of which appears whole or not at all.
+
+use super::render::{png, svg};
+use super::theme::THEMES;
+use super::Figure;
+use crate::error::{Error, Result};
+use crate::ErrorKind;
+use std::path::{Path, PathBuf};
+
+/// Writes each figure in both themes as SVG and PNG to `dir`, which is created; returns the paths.
+///
+/// Names are `PREFIX-NAME-THEME.svg` and `.png`.
+///
+/// # Errors
+/// A place that cannot be written to, named.
+pub fn save(dir: &Path, prefix: &str, figures: &[Figure]) -> Result<Vec<PathBuf>> {
+    let unwritable =
+        |e| Error::new(ErrorKind::Io, format!("--out {}", dir.display()), format!("cannot be created: {e}"));
+    std::fs::create_dir_all(dir).map_err(unwritable)?;
+    let mut written = vec![];
+    for figure in figures {
+        for theme in &THEMES {
+            let stem = format!("{prefix}-{}-{}", figure.name, theme.name);
+            let scene = &figure.scene;
+            let name = format!("{} ({prefix})", figure.name);
+            written.push(whole(dir, &stem, "svg", |path| {
+                std::fs::write(path, svg(scene, theme, &name)?).map_err(|e| e.to_string())
+            })?);
+            written.push(whole(dir, &stem, "png", |path| png(scene, theme, path))?);
+        }
+    }
+    Ok(written)
+}
+
+/// Lets `write` fill a hidden file beside the wanted one and then renames it.
+fn whole(dir: &Path, stem: &str, kind: &str, write: impl FnOnce(&Path) -> Result<(), String>) -> Result<PathBuf> {
+    let path = dir.join(format!("{stem}.{kind}"));
+    // The encoder goes by the ending, so it stays.
+    let partial = Partial(dir.join(format!(".{stem}.{}.partial.{kind}", std::process::id())));
+    let done = write(&partial.0).and_then(|()| std::fs::rename(&partial.0, &path).map_err(|e| e.to_string()));
+    let error = |e| Error::new(ErrorKind::Io, path.display(), format!("cannot be written: {e}"));
+    done.map_err(error)?;
+    Ok(path)
+}
+
+struct Partial(PathBuf);
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // Gone already where it was renamed.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}

@@ -1,0 +1,324 @@
+//! A drawing as plain data: shapes in figure units with y downwards, in inks rather than colours. [`super::render`] turns
+//! it into files.
+
+use super::theme::{self, Ink, Type};
+use plotters::style::{register_font, FontDesc, FontFamily, FontStyle};
+use std::sync::Once;
+
+/// x and y.
+pub type At = (f64, f64);
+
+/// Which end of a text stands at its position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Anchor {
+    /// The left end.
+    Start,
+    /// The middle.
+    Middle,
+    /// The right end.
+    End,
+}
+
+/// One mark.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Shape {
+    /// An open path.
+    Path {
+        /// Its corners.
+        points: Vec<At>,
+        /// Colour.
+        ink: Ink,
+        /// Width of the stroke.
+        width: f64,
+    },
+    /// A filled polygon.
+    Polygon {
+        /// Its corners.
+        points: Vec<At>,
+        /// Colour.
+        ink: Ink,
+    },
+    /// A filled rectangle.
+    Rect {
+        /// Where.
+        area: Area,
+        /// Colour.
+        ink: Ink,
+    },
+    /// A filled circle.
+    Dot {
+        /// Its centre.
+        at: At,
+        /// Its radius.
+        radius: f64,
+        /// Colour.
+        ink: Ink,
+    },
+    /// A line of text, its capitals centred on `at.1`.
+    Text {
+        /// Where.
+        at: At,
+        /// Which end.
+        anchor: Anchor,
+        /// Size, weight and colour.
+        kind: Type,
+        /// The text.
+        text: String,
+    },
+}
+
+/// A rectangle.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Area {
+    /// Left edge.
+    pub x: f64,
+    /// Top edge.
+    pub y: f64,
+    /// Width.
+    pub w: f64,
+    /// Height.
+    pub h: f64,
+}
+
+impl Area {
+    /// Right edge.
+    pub fn right(&self) -> f64 {
+        self.x + self.w
+    }
+
+    /// Lower edge.
+    pub fn bottom(&self) -> f64 {
+        self.y + self.h
+    }
+
+    /// Whether the two share more than an edge.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        self.x < other.right() && other.x < self.right() && self.y < other.bottom() && other.y < self.bottom()
+    }
+}
+
+/// Shapes, drawn in order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scene {
+    /// Height; the width is always [`theme::WIDTH`].
+    pub height: f64,
+    /// What is drawn.
+    pub shapes: Vec<Shape>,
+}
+
+impl Scene {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self { height: 0.0, shapes: vec![] }
+    }
+
+    /// A path through `points`.
+    pub fn path(&mut self, points: Vec<At>, ink: Ink, width: f64) {
+        self.shapes.push(Shape::Path { points, ink, width });
+    }
+
+    /// A straight line.
+    pub fn line(&mut self, from: At, to: At, ink: Ink, width: f64) {
+        self.path(vec![from, to], ink, width);
+    }
+
+    /// A dashed path.
+    pub fn dashes(&mut self, points: &[At], ink: Ink, width: f64) {
+        const DASH: [f64; 2] = [5.0, 3.5];
+        let (mut part, mut left) = (0, DASH[0]);
+        for pair in points.windows(2) {
+            let (from, to) = (pair[0], pair[1]);
+            let length = (to.0 - from.0).hypot(to.1 - from.1);
+            let at = |d: f64| (from.0 + (to.0 - from.0) * d / length, from.1 + (to.1 - from.1) * d / length);
+            let mut gone = 0.0;
+            while gone < length {
+                let step = left.min(length - gone);
+                if part == 0 {
+                    self.line(at(gone), at(gone + step), ink, width);
+                }
+                (gone, left) = (gone + step, left - step);
+                if left <= 0.0 {
+                    (part, left) = (1 - part, DASH[1 - part]);
+                }
+            }
+        }
+    }
+
+    /// A filled rectangle.
+    pub fn rect(&mut self, area: Area, ink: Ink) {
+        self.shapes.push(Shape::Rect { area, ink });
+    }
+
+    /// A filled polygon.
+    pub fn polygon(&mut self, points: Vec<At>, ink: Ink) {
+        self.shapes.push(Shape::Polygon { points, ink });
+    }
+
+    /// A filled circle.
+    pub fn dot(&mut self, at: At, radius: f64, ink: Ink) {
+        self.shapes.push(Shape::Dot { at, radius, ink });
+    }
+
+    /// A line of text.
+    pub fn text(&mut self, at: At, anchor: Anchor, kind: Type, text: impl Into<String>) {
+        // Messages of other programs may hold what XML cannot.
+        let text = text.into().replace(char::is_control, " ");
+        self.shapes.push(Shape::Text { at, anchor, kind, text });
+    }
+
+    /// A line of text on a patch of `behind`, which hides grid lines.
+    pub fn text_on(&mut self, behind: Ink, at: At, anchor: Anchor, kind: Type, text: &str) {
+        self.rect(text_area(at, anchor, kind, text), behind);
+        self.text(at, anchor, kind, text);
+    }
+
+    /// The marker of series `i`.
+    pub fn marker(&mut self, i: usize, (x, y): At) {
+        let (ink, r) = (Ink::Series(i), theme::MARKER);
+        let round = i / theme::SERIES;
+        let corners: &[At] = match (i + round) % theme::SERIES {
+            0 => return self.dot((x, y), r, ink),
+            1 => &[(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
+            2 => &[(0.0, -1.3), (1.3, 0.0), (0.0, 1.3), (-1.3, 0.0)],
+            3 => &[(0.0, -1.2), (1.2, 0.9), (-1.2, 0.9)],
+            4 => &[(0.0, 1.2), (1.2, -0.9), (-1.2, -0.9)],
+            _ => &[(-1.3, -0.5), (1.3, -0.5), (1.3, 0.5), (-1.3, 0.5)],
+        };
+        self.polygon(corners.iter().map(|c| (x + c.0 * r, y + c.1 * r)).collect(), ink);
+    }
+
+    /// A small ×: a run that did not end well.
+    pub fn cross(&mut self, ink: Ink, (x, y): At) {
+        let r = 3.2;
+        self.line((x - r, y - r), (x + r, y + r), ink, theme::LINE);
+        self.line((x - r, y + r), (x + r, y - r), ink, theme::LINE);
+    }
+}
+
+impl Default for Scene {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Height of the em in units of a DejaVu font's line, by which ab_glyph scales.
+pub(super) const EM_TO_LINE: f64 = 1.164;
+
+/// DejaVu Sans as plotters holds it, at `size` in its own units.
+pub(super) fn font(kind: Type, size: f64) -> FontDesc<'static> {
+    static REGISTERED: Once = Once::new();
+    REGISTERED.call_once(|| {
+        // A font that is refused shows as an error at the first text that is drawn.
+        let _ = register_font(theme::FAMILY, FontStyle::Normal, dejavu::sans::regular());
+        let _ = register_font(theme::FAMILY, FontStyle::Bold, dejavu::sans::bold());
+    });
+    let style = if kind.bold { FontStyle::Bold } else { FontStyle::Normal };
+    FontDesc::new(FontFamily::Name(theme::FAMILY), size, style)
+}
+
+/// Width of `text`.
+pub fn text_width(text: &str, kind: Type) -> f64 {
+    // Measured large, since plotters rounds to whole pixels.
+    const DETAIL: f64 = 8.0;
+    let box_ = font(kind, kind.size * EM_TO_LINE * DETAIL).layout_box(text);
+    box_.map_or(0.0, |((left, _), (right, _))| f64::from(right - left) / DETAIL)
+}
+
+/// The box that a text covers: its line, not its ink.
+pub fn text_area(at: At, anchor: Anchor, kind: Type, text: &str) -> Area {
+    let w = text_width(text, kind);
+    let x = match anchor {
+        Anchor::Start => at.0,
+        Anchor::Middle => at.0 - w / 2.0,
+        Anchor::End => at.0 - w,
+    };
+    Area { x, y: at.1 - 0.6 * kind.size, w, h: 1.2 * kind.size }
+}
+
+/// `text` in lines that are no wider than `width`, broken at spaces; a longer word is cut.
+pub fn wrap(text: &str, kind: Type, width: f64) -> Vec<String> {
+    let mut lines: Vec<String> = vec![];
+    for word in text.split_whitespace() {
+        let word = shorten(word, kind, width);
+        match lines.last_mut() {
+            Some(line) if text_width(&format!("{line} {word}"), kind) <= width => {
+                line.push(' ');
+                line.push_str(&word);
+            }
+            _ => lines.push(word),
+        }
+    }
+    lines
+}
+
+/// `text`, cut with an ellipsis where it is wider than `width`.
+pub fn shorten(text: &str, kind: Type, width: f64) -> String {
+    if text_width(text, kind) <= width {
+        return text.into();
+    }
+    let mut kept: Vec<char> = text.chars().take(400).collect();
+    loop {
+        kept.pop();
+        let cut = format!("{}…", kept.iter().collect::<String>().trim_end());
+        if kept.is_empty() || text_width(&cut, kind) <= width {
+            return cut;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_measured_wrapped_and_cut() {
+        let wide = text_width("mmmm", theme::LABEL);
+        assert!(wide > 30.0 && wide < 45.0, "{wide}");
+        assert!(text_width("mmmm", theme::PANEL) > wide);
+        let lines = wrap("one two three four", theme::LABEL, 60.0);
+        assert!(lines.len() > 1 && lines.iter().all(|l| text_width(l, theme::LABEL) <= 60.0), "{lines:?}");
+        assert_eq!(lines.join(" "), "one two three four");
+        let cut = shorten("abcdefghijklmnopqrstuvwxyz", theme::LABEL, 50.0);
+        assert!(cut.ends_with('…') && text_width(&cut, theme::LABEL) <= 50.0, "{cut}");
+        assert_eq!(shorten("abc", theme::LABEL, 50.0), "abc");
+    }
+
+    #[test]
+    fn dashes_cover_a_line_from_its_start_without_touching() {
+        let mut scene = Scene::new();
+        scene.dashes(&[(0.0, 0.0), (20.0, 0.0)], Ink::Text, 1.0);
+        let spans: Vec<_> = scene
+            .shapes
+            .iter()
+            .map(|s| match s {
+                Shape::Path { points, .. } => (points[0].0, points[1].0),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(spans, [(0.0, 5.0), (8.5, 13.5), (17.0, 20.0)]);
+    }
+
+    #[test]
+    fn every_series_index_has_its_own_pair_of_colour_and_marker() {
+        let look = |i| {
+            let mut scene = Scene::new();
+            scene.marker(i, (0.0, 0.0));
+            let light = &theme::THEMES[0];
+            match scene.shapes.remove(0) {
+                Shape::Polygon { points, ink } => (format!("{points:?}"), light.rgb(ink)),
+                Shape::Dot { ink, .. } => ("dot".into(), light.rgb(ink)),
+                other => panic!("{other:?}"),
+            }
+        };
+        for (i, j) in (0..30).flat_map(|i| (0..i).map(move |j| (i, j))) {
+            assert_ne!(look(i), look(j), "{i} and {j}");
+        }
+    }
+
+    #[test]
+    fn text_carries_nothing_that_xml_cannot() {
+        let mut scene = Scene::new();
+        scene.text((0.0, 0.0), Anchor::Start, theme::NOTE, "a\u{7}b\nc");
+        assert!(matches!(&scene.shapes[0], Shape::Text { text, .. } if text == "a b c"));
+    }
+}

@@ -1,0 +1,224 @@
+//! What figures look like: colours for light and dark pages, type sizes, line widths. Nothing else decides any of them.
+//!
+//! Figures name an [`Ink`], never a colour, so that one drawing serves both themes. The series colours are told apart by
+//! people with normal vision and with each of the three dichromacies, on the paper they are used on: the tests below hold
+//! them to that. Every series also has a marker of its own.
+
+/// Red, green, blue.
+pub type Rgb = (u8, u8, u8);
+
+/// What a shape is for; a [`Theme`] says in which colour.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ink {
+    /// The background.
+    Paper,
+    /// Titles and names.
+    Text,
+    /// Everything that explains: subtitles, ticks, notes.
+    Muted,
+    /// Axes and reference lines.
+    Axis,
+    /// Grid lines.
+    Grid,
+    /// Regions that come with a warning.
+    Shade,
+    /// The raw window in block diagrams.
+    Band,
+    /// The series of this index; after the last the colours repeat, with other markers.
+    Series(usize),
+}
+
+/// The colours of one background.
+#[derive(Debug)]
+pub struct Theme {
+    /// `light` or `dark`: part of file names.
+    pub name: &'static str,
+    paper: u32,
+    text: u32,
+    muted: u32,
+    axis: u32,
+    grid: u32,
+    shade: u32,
+    band: u32,
+    series: [u32; SERIES],
+}
+
+/// Distinct series colours.
+pub const SERIES: usize = 6;
+
+/// Every figure is drawn in each.
+pub static THEMES: [Theme; 2] = [
+    Theme {
+        name: "light",
+        paper: 0xFFFFFF,
+        text: 0x1F2328,
+        muted: 0x57606A,
+        axis: 0x8C959F,
+        grid: 0xE4E8EC,
+        shade: 0xF1F3F5,
+        band: 0xC3D3EE,
+        series: [0x094BAE, 0xDA6600, 0x38999E, 0x835265, 0x484411, 0x1E2226],
+    },
+    Theme {
+        name: "dark",
+        paper: 0x0D1117,
+        text: 0xE6EDF3,
+        muted: 0x9DA7B3,
+        axis: 0x6E7681,
+        grid: 0x262C34,
+        shade: 0x1A212B,
+        band: 0x233F70,
+        series: [0x5B8CF5, 0xEE7F14, 0x7FE9E0, 0xA86C84, 0xF2D27A, 0xA3A8AE],
+    },
+];
+
+impl Theme {
+    /// The colour of `ink`.
+    pub fn rgb(&self, ink: Ink) -> Rgb {
+        let hex = match ink {
+            Ink::Paper => self.paper,
+            Ink::Text => self.text,
+            Ink::Muted => self.muted,
+            Ink::Axis => self.axis,
+            Ink::Grid => self.grid,
+            Ink::Shade => self.shade,
+            Ink::Band => self.band,
+            Ink::Series(i) => self.series[i % SERIES],
+        };
+        ((hex >> 16) as u8, (hex >> 8) as u8, hex as u8)
+    }
+}
+
+/// A kind of text.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Type {
+    /// Size of the em in figure units.
+    pub size: f64,
+    /// Bold or regular.
+    pub bold: bool,
+    /// Its colour.
+    pub ink: Ink,
+}
+
+/// The figure's title.
+pub const TITLE: Type = Type { size: 16.0, bold: true, ink: Ink::Text };
+/// Lines below it.
+pub const SUBTITLE: Type = Type { size: 11.0, bold: false, ink: Ink::Muted };
+/// Names of series.
+pub const LEGEND: Type = Type { size: 11.0, bold: false, ink: Ink::Text };
+/// The title of one panel.
+pub const PANEL: Type = Type { size: 12.0, bold: true, ink: Ink::Text };
+/// Numbers along axes, and the axes' names.
+pub const TICK: Type = Type { size: 10.0, bold: false, ink: Ink::Muted };
+/// Values and names beside marks.
+pub const LABEL: Type = Type { size: 10.0, bold: false, ink: Ink::Text };
+/// Notes at the foot.
+pub const NOTE: Type = Type { size: 10.0, bold: false, ink: Ink::Muted };
+
+/// Figure width: a PNG is twice as many pixels wide.
+pub const WIDTH: f64 = 800.0;
+/// Space around everything.
+pub const MARGIN: f64 = 20.0;
+/// Distance between text baselines, in ems.
+pub const LEADING: f64 = 1.45;
+/// Lines through medians.
+pub const LINE: f64 = 1.75;
+/// Axes, whiskers and secondary lines.
+pub const THIN: f64 = 1.0;
+/// Grid lines.
+pub const HAIR: f64 = 0.75;
+/// Radius of a median's marker.
+pub const MARKER: f64 = 4.0;
+/// Radius of a sample's dot.
+pub const SAMPLE: f64 = 1.5;
+/// How far right of its median's marker a sample's dot stands, so that neither hides the other.
+pub const SAMPLE_SHIFT: f64 = 7.5;
+
+/// Family names as SVG lists them; Verdana is drawn to nearly the same widths.
+pub const FAMILY: &str = "DejaVu Sans, Verdana, sans-serif";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// sRGB to linear light.
+    fn linear(c: Rgb) -> [f64; 3] {
+        [c.0, c.1, c.2].map(|v| {
+            let v = f64::from(v) / 255.0;
+            if v <= 0.04045 {
+                v / 12.92
+            } else {
+                ((v + 0.055) / 1.055).powf(2.4)
+            }
+        })
+    }
+
+    fn times(m: [[f64; 3]; 3], v: [f64; 3]) -> [f64; 3] {
+        m.map(|row| row.iter().zip(v).map(|(a, b)| a * b).sum())
+    }
+
+    /// Contrast ratio of WCAG 2.
+    fn contrast(a: Rgb, b: Rgb) -> f64 {
+        let luminance = |c| times([[0.2126, 0.7152, 0.0722]; 3], linear(c))[0] + 0.05;
+        let (a, b) = (luminance(a), luminance(b));
+        a.max(b) / a.min(b)
+    }
+
+    /// Normal vision, then protanopia, deuteranopia and tritanopia after Machado, Oliveira and Fernandes (2009).
+    const EYES: [[[f64; 3]; 3]; 4] = [
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]],
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    ];
+
+    /// Oklab (Ottosson 2020) of a colour as an eye sees it.
+    fn seen(c: Rgb, eye: [[f64; 3]; 3]) -> [f64; 3] {
+        let lms = times(
+            [
+                [0.4122214708, 0.5363325363, 0.0514459929],
+                [0.2119034982, 0.6806995451, 0.1073969566],
+                [0.0883024619, 0.2817188376, 0.6299787005],
+            ],
+            times(eye, linear(c)).map(|v| v.clamp(0.0, 1.0)),
+        );
+        times(
+            [
+                [0.2104542553, 0.7936177850, -0.0040720468],
+                [1.9779984951, -2.4285922050, 0.4505937099],
+                [0.0259040371, 0.7827717662, -0.8086757660],
+            ],
+            lms.map(f64::cbrt),
+        )
+    }
+
+    #[test]
+    fn text_and_marks_stand_out_from_what_lies_behind_them() {
+        for theme in &THEMES {
+            for behind in [Ink::Paper, Ink::Shade].map(|i| theme.rgb(i)) {
+                for ink in [Ink::Text, Ink::Muted] {
+                    let c = contrast(theme.rgb(ink), behind);
+                    assert!(c >= 4.5, "{}: {ink:?} has a contrast of {c:.2}", theme.name);
+                }
+                for ink in (0..SERIES).map(Ink::Series) {
+                    let c = contrast(theme.rgb(ink), behind);
+                    assert!(c >= 3.0, "{}: {ink:?} has a contrast of {c:.2}", theme.name);
+                }
+            }
+            assert!(contrast(theme.rgb(Ink::Axis), theme.rgb(Ink::Paper)) >= 3.0, "{}", theme.name);
+        }
+    }
+
+    #[test]
+    fn no_two_series_look_alike_to_any_eye() {
+        for theme in &THEMES {
+            for eye in EYES {
+                for (i, j) in (0..SERIES).flat_map(|i| (0..i).map(move |j| (i, j))) {
+                    let (a, b) = (seen(theme.rgb(Ink::Series(i)), eye), seen(theme.rgb(Ink::Series(j)), eye));
+                    let distance = a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
+                    assert!(distance >= 0.12, "{}: series {i} and {j} are {distance:.3} apart", theme.name);
+                }
+            }
+        }
+    }
+}

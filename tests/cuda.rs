@@ -1,0 +1,309 @@
+//! The GPU gives what the CPU gives. Built with `--features cuda`; without a GPU each test says that it was skipped.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use bfly::checkpoint::{Held, HoldAs};
+use bfly::cli::open_device;
+use bfly::generate::{Request, Sampler, Sampling, Session};
+use bfly::ops::{self, Window};
+use bfly::retrofit::{FarPosition, Pool, Settings, WindowAlign};
+use bfly::spec::Activation;
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device, Tensor};
+use common::attention::{both, case, values, Case};
+use common::*;
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+
+/// The first GPU; `None`, said aloud, where there is none.
+fn gpu(test: &str) -> Option<Device> {
+    match open_device("cuda") {
+        Ok(device) => Some(device),
+        Err(e) => {
+            // scripts/gpu_tests.sh counts these lines.
+            println!("SKIPPED {test}: {e}");
+            None
+        }
+    }
+}
+
+const TYPES: [(DType, GgmlDType); 3] =
+    [(DType::F32, GgmlDType::F32), (DType::BF16, GgmlDType::BF16), (DType::F16, GgmlDType::F16)];
+
+fn norm(x: &Tensor) -> Any<f64> {
+    Ok(x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt())
+}
+
+/// `|got - want| / |want|`, and what rounding `want` once to `dtype` costs.
+fn errors(got: &Tensor, want: &Tensor, dtype: DType) -> Any<(f64, f64)> {
+    let rounded = want.to_dtype(dtype)?.to_dtype(DType::F32)?;
+    let size = norm(want)?.max(1e-30);
+    let got = got.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+    Ok((norm(&(got - want)?)? / size, norm(&(rounded - want)?)? / size))
+}
+
+fn check_attention(c: &Case, dtype: DType, device: &Device) -> Any {
+    let (got, want) = both(c, dtype, device)?;
+    let (off, rounding) = errors(&got, &want, dtype)?;
+    // Weights are rounded before they meet the values, and the result once more.
+    let limit = 4.0 * rounding + if dtype == DType::F32 { 1e-5 } else { 1e-3 };
+    // NaN, from a key that was never written, fails the comparison.
+    if off <= limit {
+        return Ok(());
+    }
+    Err(format!("{dtype:?}: off by {off:.2e}, limit {limit:.2e}: {c:?}").into())
+}
+
+#[test]
+fn attention_equals_the_f64_reference_on_random_ragged_shapes() -> Any {
+    let Some(device) = gpu("attention") else { return Ok(()) };
+    let mut runner = TestRunner::new(Config { cases: 120, failure_persistence: None, ..Config::default() });
+    let one = |c: Case| {
+        let all = TYPES.iter().try_for_each(|(dtype, _)| check_attention(&c, *dtype, &device));
+        all.map_err(|e| TestCaseError::fail(e.to_string()))
+    };
+    runner.run(&case(), one)?;
+    Ok(())
+}
+
+#[test]
+fn attention_of_one_token_is_shared_out_over_its_keys() -> Any {
+    let Some(device) = gpu("decode attention") else { return Ok(()) };
+    for (group, kv_heads, dim) in [(7, 2, 64), (4, 8, 128), (1, 3, 80), (4, 1, 256), (20, 1, 96), (2, 2, 16)] {
+        for (start, window) in [(9000, Window::Unbounded), (5000, Window::Tokens(700)), (0, Window::Unbounded)] {
+            let c =
+                Case { tokens: 1, start, group, kv_heads, dim, window, sinks: 4, far_rows: 9, clamp: false, seed: 5 };
+            TYPES.iter().try_for_each(|(dtype, _)| check_attention(&c, *dtype, &device))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn small_operators_equal_the_cpus() -> Any {
+    let Some(device) = gpu("small operators") else { return Ok(()) };
+    for (dtype, _) in TYPES {
+        for (t, heads, dim, seed) in [(1, 3, 8, 1u64), (33, 14, 64, 2), (130, 5, 128, 3), (7, 2, 256, 4)] {
+            let n = heads * dim;
+            // Inputs that `dtype` holds exactly, so that one rounding of the result is all that differs.
+            let host = |shape, seed| values(shape, seed, 6.0)?.to_dtype(dtype)?.to_dtype(DType::F32);
+            let there = |x: &Tensor| x.to_dtype(dtype)?.to_device(&device);
+            let (x, y) = (host((t, heads, dim), seed)?, host((t, heads, dim), !seed)?);
+            let weight = values((1, 1, n), seed ^ 9, 2.0)?.flatten_all()?;
+            let flat = |x: &Tensor| x.reshape((t, n));
+            let check = |what: &str, got: Tensor, want: Tensor| -> Any {
+                let (off, rounding) = errors(&got, &want, dtype)?;
+                assert!(
+                    off <= 1.5 * rounding + 3e-6,
+                    "{what} {dtype:?} {t} x {heads} x {dim}: {off:.2e}, {rounding:.2e}"
+                );
+                Ok(())
+            };
+            let (fx, fy) = (flat(&x)?, flat(&y)?);
+            let (gx, gy, gw) = (there(&fx)?, there(&fy)?, weight.to_device(&device)?);
+            let (sum, normed) = ops::add_norm(&gx, Some(&gy), &gw, 1e-6)?;
+            let want_sum = (&fx + &fy)?;
+            check("sum", sum.clone(), want_sum)?;
+            let stored = sum.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+            check("norm", normed, ops::add_norm(&stored, None, &weight, 1e-6)?.1)?;
+            for activation in [Activation::Silu, Activation::GeluTanh] {
+                check("gated", ops::gated(&gx, &gy, activation)?, ops::gated(&fx, &fy, activation)?)?;
+            }
+            let positions = || (0..t).map(|i| (i * 997) as f32 + 0.5);
+            let frequencies: Vec<f32> = (0..dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / dim as f32)).collect();
+            let (cos, sin) = ops::rope_table(&frequencies, positions(), 1.1, &Device::Cpu)?;
+            let (gcos, gsin) = ops::rope_table(&frequencies, positions(), 1.1, &device)?;
+            for (a, b) in [(&cos, &gcos), (&sin, &gsin)] {
+                let off = (a - b.to_device(&Device::Cpu)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                assert!(off < 1e-6, "rotary table: {off:.2e}");
+            }
+            let (bias, per_head) = (weight.clone(), weight.narrow(0, 0, dim)?);
+            let (gbias, gper_head) = (bias.to_device(&device)?, per_head.to_device(&device)?);
+            for parts in 0..8 {
+                let has = |bit: usize| parts >> bit & 1 == 1;
+                let norm = |w| has(1).then_some(ops::HeadNorm { weight: w, eps: 1e-5 });
+                let want = ops::prepare_heads(
+                    &fx,
+                    heads,
+                    has(0).then_some(&bias),
+                    norm(&per_head),
+                    has(2).then_some((&cos, &sin)),
+                )?;
+                let table = has(2).then_some((&gcos, &gsin));
+                let got = ops::prepare_heads(&gx, heads, has(0).then_some(&gbias), norm(&gper_head), table)?;
+                check("heads", got, want)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn block_means_equal_the_cpus_however_the_text_is_cut() -> Any {
+    let Some(device) = gpu("block means") else { return Ok(()) };
+    for (dtype, _) in TYPES {
+        for (block, sinks, cuts) in
+            [(16, 3, vec![5, 40, 1, 1, 18, 35]), (7, 0, vec![100]), (128, 200, vec![127, 1, 172]), (1, 2, vec![9])]
+        {
+            let total: usize = cuts.iter().sum();
+            let k = values((total, 2, 24), 3, 4.0)?.to_dtype(dtype)?;
+            let v = values((total, 2, 24), 4, 4.0)?.to_dtype(dtype)?;
+            let mut host = ops::RunningMean::new(48, &Device::Cpu)?;
+            let mut there = ops::RunningMean::new(48, &device)?;
+            let mut at = 0;
+            for n in cuts {
+                let part = |x: &Tensor, d: &Device| x.narrow(0, at, n)?.contiguous()?.to_device(d);
+                let wide = |x: Tensor| x.to_dtype(DType::F32);
+                let (ck, cv) = (wide(part(&k, &Device::Cpu)?)?, wide(part(&v, &Device::Cpu)?)?);
+                let want = ops::pool_blocks(&ck, &cv, at, block, sinks, &mut host)?;
+                let got = ops::pool_blocks(&part(&k, &device)?, &part(&v, &device)?, at, block, sinks, &mut there)?;
+                assert_eq!((got.first, got.count), (want.first, want.count));
+                at += n;
+                if want.count == 0 {
+                    continue;
+                }
+                for (g, w) in [(&got.k, &want.k), (&got.v, &want.v)] {
+                    // The same sums in the same order: exact but for the rounding of the result.
+                    let exact = w.to_dtype(dtype)?.to_dtype(DType::F32)?;
+                    let off = (g.to_device(&Device::Cpu)?.to_dtype(DType::F32)? - exact)?
+                        .abs()?
+                        .max_all()?
+                        .to_scalar::<f32>()?;
+                    assert!(off <= 1e-6, "{dtype:?}, blocks of {block}: {off:.2e}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn stock_logits_equal_transformers() -> Any {
+    let Some(device) = gpu("stock logits") else { return Ok(()) };
+    for name in GOLDENS {
+        let (golden, checkpoint) = (Golden::open(name)?, open(&golden_dir(name).to_string_lossy())?);
+        for (case, last, exact) in [("short", 64, 1e-4), ("long", 8, 1e-3)] {
+            let (ids, want) = (golden.ids(case)?, golden.logits(case)?);
+            let theirs = deviation(&golden.logits_bf16(case)?, &want)?;
+            for (dtype, held) in TYPES {
+                let model = load_as(&checkpoint, None, ids.len(), &HoldAs::for_gpu(Held::As(held)), &device)?;
+                let off = deviation(&last_logits(&model, &ids, 1000, last)?, &want)?;
+                let limit = if dtype == DType::F32 { exact } else { 2.0 * theirs };
+                println!("{name} {case} {dtype:?}: {off:.2e}, limit {limit:.2e}");
+                assert!(off <= limit, "{name} {case} {dtype:?}: {off:.2e} standard deviations off, limit {limit:.2e}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn small(block: usize, window: usize, sink_tokens: usize) -> Settings {
+    Settings { block, window, sink_tokens, ..Settings::default() }
+}
+
+fn settings() -> Vec<Settings> {
+    vec![
+        small(16, 32, 4),
+        Settings { partner_count: 2, summary_bias: 1.0, ..small(16, 16, 3) },
+        Settings { partner: "all".into(), ..small(16, 16, 0) },
+        Settings { partner: "xor".into(), ..small(7, 21, 20) },
+        Settings { pool: Pool::PreRope, ..small(16, 32, 4) },
+        Settings { pool: Pool::PreRope, far_position: FarPosition::Clamp, ..small(16, 32, 4) },
+        Settings { window_align: WindowAlign::Token, shift_unit: Some(1), ..small(16, 32, 0) },
+        small(128, 128, 4),
+    ]
+}
+
+fn text(count: usize) -> Vec<u32> {
+    (0..count as u32).map(|i| 4 + (i * i * 31 + i * 7) % 370).collect()
+}
+
+/// Prefill in ragged chunks and decode over several blocks, against the CPU in f32, for every family and setting.
+#[test]
+fn retrofit_prefill_and_decode_equal_the_cpus() -> Any {
+    let Some(device) = gpu("retrofit logits") else { return Ok(()) };
+    let (ids, tail) = (text(430), text(60));
+    let mut wrong: Vec<String> = vec![];
+    for name in ["llama3_rope", "qwen3_d128", "gemma3", "qwen2_yarn"] {
+        let (golden, checkpoint) = (Golden::open(name)?, open(&golden_dir(name).to_string_lossy())?);
+        // What transformers' own bf16 run is off on this model's text: the measure for 16-bit runs.
+        let theirs = deviation(&golden.logits_bf16("short")?, &golden.logits("short")?)?;
+        let stock = std::iter::once(None);
+        for s in stock.chain(settings().into_iter().map(Some)) {
+            let host = load(&checkpoint, s.as_ref(), 500)?;
+            let mut session = Session::new(&host)?;
+            let want = session.prefill(&ids, 100, 32, &mut |_| ())?;
+            let want_next = session.read(&tail)?;
+            for (dtype, held) in TYPES {
+                let model = load_as(&checkpoint, s.as_ref(), 500, &HoldAs::for_gpu(Held::As(held)), &device)?;
+                let mut session = Session::new(&model)?;
+                let off = deviation(&session.prefill(&ids, 130, 32, &mut |_| ())?, &want)?;
+                let read = session.read(&tail)?.to_device(&Device::Cpu)?;
+                let next = deviation(&read, &want_next)?;
+                let limit = match dtype {
+                    DType::F32 => 1e-3,
+                    DType::BF16 => 2.0 * theirs,
+                    // Three more bits.
+                    _ => theirs / 2.0,
+                };
+                println!("{name} {dtype:?}: prefill {off:.2e}, decode {next:.2e}, limit {limit:.2e}");
+                if !(off <= limit && next <= limit) {
+                    let rows = (0..tail.len()).map(|i| deviation(&read.get(i)?, &want_next.get(i)?));
+                    let rows: Vec<_> = rows.collect::<Any<Vec<f32>>>()?.iter().map(|x| format!("{x:.2}")).collect();
+                    wrong.push(format!(
+                        "{name} {dtype:?} {s:?}: prefill {off:.2e}, limit {limit:.2e}, decode {}",
+                        rows.join(" ")
+                    ));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}
+
+#[test]
+fn captured_decode_takes_the_likeliest_token_and_stops_in_the_middle_of_a_batch() -> Any {
+    let Some(device) = gpu("captured decode") else { return Ok(()) };
+    let (checkpoint, prompt) = (open(&golden_dir("llama3_rope").to_string_lossy())?, text(300));
+    let s = small(16, 32, 4);
+    let model = load_as(&checkpoint, Some(&s), 400, &HoldAs::for_gpu(Held::As(GgmlDType::F16)), &device)?;
+    let generate = |stop: &[u32]| -> Any<(Vec<u32>, usize)> {
+        let request = Request { prompt: &prompt, max_new_tokens: 45, chunk: 128, stop, logits_last: 1 };
+        let mut session = Session::new(&model)?;
+        let made = session.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut |_| (), &mut |_| true)?;
+        Ok((made.tokens, session.cache().position()))
+    };
+    let (tokens, position) = generate(&[])?;
+    assert_eq!((tokens.len(), position), (45, 300 + 44), "the last token is not read");
+    let mut session = Session::new(&model)?;
+    let first = session.prefill(&prompt, 128, 1, &mut |_| ())?.argmax(1)?.to_vec1::<u32>()?;
+    let next = session.read(&tokens[..44])?.argmax(1)?.to_vec1::<u32>()?;
+    assert_eq!(tokens, [first, next].concat(), "each token is the likeliest after those before it");
+    let distinct: std::collections::HashSet<_> = tokens.iter().collect();
+    assert!(distinct.len() > 10, "a text that repeats itself would hide a step that reads the wrong position");
+    // A token that first occurs inside a batch.
+    let at = (11..44).find(|i| i % 8 != 0 && !tokens[..*i].contains(&tokens[*i])).ok_or("no such token")?;
+    let (stopped, position) = generate(&[tokens[at]])?;
+    assert_eq!(stopped, tokens[..at]);
+    assert_eq!(position, 300 + at, "tokens after the stop are not read");
+    Ok(())
+}
+
+#[test]
+fn a_run_allocates_nothing_that_grows_with_the_text() -> Any {
+    let Some(device) = gpu("constant memory") else { return Ok(()) };
+    let checkpoint = open(&golden_dir("qwen2").to_string_lossy())?;
+    let model = load_as(&checkpoint, Some(&small(128, 512, 4)), 1 << 16, &HoldAs::for_gpu(Held::Auto), &device)?;
+    let mut peaks = vec![];
+    for length in [4096, 4096, 40_000] {
+        ops::reset_peak(&device);
+        let mut session = Session::new(&model)?;
+        session.prefill(&text(length), 1024, 1, &mut |_| ())?;
+        peaks.push(ops::device_memory(&device).ok_or("no figures")?.peak);
+    }
+    // The first run also loads what libraries keep.
+    assert!(peaks[2].abs_diff(peaks[1]) < 1 << 20, "{peaks:?}");
+    Ok(())
+}

@@ -1,0 +1,370 @@
+//! `bfly-plot`: every figure from JSON alone, and one clear error for what cannot be drawn.
+#![cfg(feature = "plot")]
+
+mod common;
+
+use assert_cmd::Command;
+use bfly::plot::render::DETAIL;
+use bfly::plot::theme::{Ink, LINE, MARKER, SAMPLE, THEMES};
+use common::Any;
+use serde_json::{json, Value};
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+fn plot() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_bfly-plot"))
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new("tests/fixtures/bench").join(name)
+}
+
+fn value(name: &str) -> Any<Value> {
+    Ok(serde_json::from_str(&std::fs::read_to_string(fixture(name))?)?)
+}
+
+/// Names in `dir`, sorted.
+fn names(dir: &Path) -> Any<Vec<String>> {
+    let mut names = vec![];
+    for entry in std::fs::read_dir(dir)? {
+        names.push(entry?.file_name().to_string_lossy().into_owned());
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Draws `content` under the name `stem.json` and returns where the figures are.
+fn draw(stem: &str, content: &Value) -> Any<TempDir> {
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join(format!("{stem}.json"));
+    std::fs::write(&file, content.to_string())?;
+    plot().arg(&file).arg("--out").arg(dir.path().join("out")).assert().success();
+    Ok(dir)
+}
+
+fn svg(dir: &TempDir, name: &str) -> Any<String> {
+    Ok(std::fs::read_to_string(dir.path().join("out").join(name))?)
+}
+
+fn circles(svg: &str, radius: f64) -> usize {
+    let r = (radius * f64::from(DETAIL)).round();
+    svg.lines().filter(|l| l.starts_with("<circle") && l.contains(&format!(" r=\"{r}\""))).count()
+}
+
+fn ok(run: &Value) -> bool {
+    run["status"] == "ok"
+}
+
+#[test]
+fn every_figure_comes_in_both_themes_and_formats() -> Any {
+    for (name, figures) in [("ladder", vec!["ratio", "time", "memory", "decode"]), ("kernels", vec!["roofline"])] {
+        let dir = draw(name, &value(&format!("{name}.json"))?)?;
+        let out = dir.path().join("out");
+        let mut wanted = vec![];
+        for figure in figures {
+            for (theme, paper) in [("light", "#FFFFFF"), ("dark", "#0D1117")] {
+                let stem = format!("{name}-{figure}-{theme}");
+                let svg = svg(&dir, &format!("{stem}.svg"))?;
+                assert!(svg.starts_with("<svg width=\"800\"") && svg.trim_end().ends_with("</svg>"), "{stem}");
+                let paper = format!("fill=\"{paper}\"");
+                assert!(svg.lines().find(|l| l.starts_with("<rect")).is_some_and(|l| l.contains(&paper)), "{stem}");
+                let png = std::fs::read(out.join(format!("{stem}.png")))?;
+                assert_eq!(&png[..8], b"\x89PNG\r\n\x1a\n", "{stem}");
+                assert_eq!(png[16..20], 1600u32.to_be_bytes(), "{stem}: width");
+                assert!(png.len() > 20_000, "{stem} is empty: {} bytes", png.len());
+                wanted.extend([format!("{stem}.png"), format!("{stem}.svg")]);
+            }
+        }
+        wanted.sort();
+        assert_eq!(names(&out)?, wanted, "all of them and nothing half-written");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_ladders_figures_name_everything() -> Any {
+    let dir = draw("ladder", &value("ladder.json")?)?;
+    let common = [
+        "random weights: speed and memory only",
+        "Synthetic-0.5B, 494M parameters",
+        "weights bf16, KV bf16",
+        "synthetic",
+        "prefill chunk 4k",
+        "beyond the trained length (128k): speed and memory only",
+        "× did not fit: bfly stock at 1M (out of memory); transformers sdpa at 1M (out of memory).",
+        "context, tokens",
+    ];
+    let own: [(&str, &[&str]); 4] = [
+        ("ratio", &["end-to-end time", "peak device memory", "KV capacity", "no stock fits", "1 = the better stock"]),
+        ("time", &["Prefill, seconds", "End to end, seconds", "bfly retrofit", "bfly stock", "transformers sdpa"]),
+        ("memory", &["Peak device memory, GiB", "KV cache, GiB", "the device has 32.0 GiB"]),
+        ("decode", &["Median time between tokens, milliseconds", "95th percentile", "did not fit"]),
+    ];
+    for (figure, words) in own {
+        let svg = svg(&dir, &format!("ladder-{figure}-light.svg"))?.replace('\n', " ");
+        for word in common.iter().chain(words) {
+            assert!(svg.contains(word), "{figure} lacks `{word}`");
+        }
+        for ctx in ["32k", "64k", "128k", "256k", "512k", "1M"] {
+            assert!(svg.contains(&format!("> {ctx} <")), "{figure} lacks the label {ctx}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn nothing_measured_is_left_out_of_a_ladders_figures() -> Any {
+    let ladder = value("ladder.json")?;
+    let runs = ladder["runs"].as_array().ok_or("runs")?;
+    let dir = draw("ladder", &ladder)?;
+    let samples = |keep: &dyn Fn(&Value) -> bool| -> usize {
+        runs.iter().filter(|r| keep(r)).filter_map(|r| r["samples"].as_array()).map(Vec::len).sum()
+    };
+    let of = |variant: &str| runs.iter().filter(|r| ok(r) && r["variant"] == variant).count();
+    let (retrofit, others) = (of("retrofit"), of("stock") + of("sdpa"));
+    assert_eq!((samples(&|_| true), retrofit, others), (48, 6, 10));
+    // The legend shows three dots for samples, and each series' marker once.
+    for (figure, panels) in [("time", 2), ("memory", 1), ("decode", 1)] {
+        let svg = svg(&dir, &format!("ladder-{figure}-light.svg"))?;
+        assert_eq!(circles(&svg, SAMPLE), panels * samples(&|_| true) + 3, "{figure}: dots");
+        // KV has a panel in `memory`, with markers and without dots.
+        let kv = if figure == "memory" { (retrofit, others) } else { (0, 0) };
+        assert_eq!(circles(&svg, MARKER), panels * retrofit + kv.0 + 1, "{figure}: the retrofit's markers");
+        assert_eq!(svg.matches("<polygon").count(), panels * others + kv.1 + 2, "{figure}: the stocks' markers");
+    }
+    // Each line has a stroke between neighbours and one in the legend; a run that did not fit is two strokes and a name.
+    let time = svg(&dir, "ladder-time-light.svg")?;
+    for (i, (engine, variant)) in [("bfly", "retrofit"), ("bfly", "stock"), ("transformers", "sdpa")].iter().enumerate()
+    {
+        let (r, g, b) = THEMES[0].rgb(Ink::Series(i));
+        let ink = format!(" stroke=\"#{r:02X}{g:02X}{b:02X}\" stroke-width=\"{}\"", LINE * f64::from(DETAIL));
+        let strokes = time.lines().filter(|l| l.starts_with("<polyline") && l.contains(&ink)).count();
+        let missed = runs.iter().filter(|r| r["variant"] == *variant && !ok(r)).count();
+        assert_eq!(strokes, 2 * (of(variant) - 1 + 2 * missed) + 1, "strokes of {variant}");
+        let named = time.lines().filter(|l| *l == format!("{engine} {variant}")).count();
+        assert_eq!(named, 1 + 2 * missed, "{variant} is named in the legend and beside its crosses");
+    }
+    let ratio = svg(&dir, "ladder-ratio-light.svg")?;
+    let compared = samples(&|r| r["variant"] == "retrofit" && r["ctx"] != 1 << 20);
+    assert_eq!(circles(&ratio, SAMPLE), 2 * compared + 3, "time and memory");
+    assert_eq!(circles(&ratio, MARKER), 5 + 1);
+    assert_eq!(ratio.matches("<polygon").count(), 2 * (5 + 1));
+    Ok(())
+}
+
+#[test]
+fn real_weights_within_the_trained_length_come_without_warnings() -> Any {
+    let mut ladder = value("ladder.json")?;
+    ladder["random_weights"] = Value::Null;
+    ladder["trained_positions"] = json!(1 << 20);
+    let dir = draw("ladder", &ladder)?;
+    for figure in ["ratio", "time", "memory", "decode"] {
+        let svg = svg(&dir, &format!("ladder-{figure}-dark.svg"))?;
+        assert!(!svg.contains("speed and memory only"), "{figure}");
+    }
+    Ok(())
+}
+
+#[test]
+fn variants_have_a_ratio_each_and_ladders_without_stock_say_so() -> Any {
+    let mut ladder = value("ladder.json")?;
+    let runs = ladder["runs"].as_array_mut().ok_or("runs")?;
+    let mut more: Vec<Value> = runs.iter().filter(|r| r["variant"] == "retrofit").cloned().collect();
+    more.iter_mut().for_each(|r| r["variant"] = "retrofit:window=1024".into());
+    runs.extend(more);
+    let dir = draw("ladder", &ladder)?;
+    let second = svg(&dir, "ladder-ratio-2-light.svg")?;
+    assert!(second.contains("bfly retrofit:window=1024: time over the fastest"), "{second}");
+
+    let alone: Vec<Value> = value("ladder.json")?["runs"]
+        .as_array()
+        .ok_or("runs")?
+        .iter()
+        .filter(|r| r["variant"] == "retrofit")
+        .cloned()
+        .collect();
+    ladder["runs"] = alone.into();
+    let file = dir.path().join("alone.json");
+    std::fs::write(&file, ladder.to_string())?;
+    let out = plot().arg(&file).arg("--out").arg(dir.path().join("alone")).output()?;
+    let said = String::from_utf8(out.stderr)?;
+    assert!(out.status.success() && said.contains("no ratios for retrofit"), "{said}");
+    assert!(!dir.path().join("alone/alone-ratio-light.svg").exists());
+    assert!(dir.path().join("alone/alone-time-light.svg").exists());
+    Ok(())
+}
+
+#[test]
+fn what_an_engine_does_not_report_is_said() -> Any {
+    let mut ladder = value("ladder.json")?;
+    for run in ladder["runs"].as_array_mut().ok_or("runs")? {
+        run["kv_bytes"] = Value::Null;
+        run["samples"].as_array_mut().ok_or("samples")?.iter_mut().for_each(|s| s["peak_device_bytes"] = 0.into());
+    }
+    let dir = draw("ladder", &ladder)?;
+    let memory = svg(&dir, "ladder-memory-light.svg")?;
+    assert!(memory.contains("KV cache not reported: transformers sdpa.") && memory.contains("not reported by any run"));
+    assert!(svg(&dir, "ladder-ratio-light.svg")?.contains("No ratio of peak device memory: not reported"));
+    Ok(())
+}
+
+#[test]
+fn a_stock_that_was_given_up_is_marked_where_it_failed_and_beyond() -> Any {
+    let mut ladder = value("ladder.json")?;
+    let runs = ladder["runs"].as_array_mut().ok_or("runs")?;
+    runs.retain(|r| r["ctx"] != 1 << 20 || r["variant"] == "retrofit");
+    for run in runs.iter_mut().filter(|r| r["ctx"] == 1 << 19 && r["variant"] != "retrofit") {
+        (run["status"], run["samples"]) = ("out of memory".into(), json!([]));
+    }
+    let dir = draw("ladder", &ladder)?;
+    let ratio = svg(&dir, "ladder-ratio-light.svg")?;
+    assert!(ratio.contains("bfly stock at 512k (out of memory; not tried beyond)"), "{ratio}");
+    let grey = THEMES[0].rgb(Ink::Series(5));
+    let ink = format!(" stroke=\"#{:02X}{:02X}{:02X}\"", grey.0, grey.1, grey.2);
+    let strokes = ratio.lines().filter(|l| l.starts_with("<polyline") && l.contains(&ink)).count();
+    assert_eq!(strokes, 4, "crosses at 512k and at 1M");
+    Ok(())
+}
+
+#[test]
+fn a_roofline_shows_every_case_and_both_ceilings() -> Any {
+    let report = value("kernels.json")?;
+    let dir = draw("kernels", &report)?;
+    let svg = svg(&dir, "kernels-roofline-light.svg")?;
+    for word in ["copy 4,000 GB/s", "matmul 790 TFLOP/s (bf16, 8192 × 8192)", "FLOP per byte", "TFLOP/s", "100%"] {
+        assert!(svg.contains(word), "lacks `{word}`");
+    }
+    let cases = report["kernels"].as_array().ok_or("kernels")?;
+    let with_flop = cases.iter().filter(|k| k["flop"] != 0.0).count();
+    for case in cases {
+        let name = format!("{} · {}", case["kernel"].as_str().unwrap_or(""), case["case"].as_str().unwrap_or(""));
+        assert!(svg.contains(&name), "lacks `{name}`");
+    }
+    for (i, case) in (1..).zip(cases) {
+        // Once beside the bar, once beside the point; the numbers 1 and 5 are ticks too, so at least.
+        let times = svg.lines().filter(|l| *l == i.to_string()).count();
+        let least = 1 + usize::from(case["flop"] != 0.0);
+        assert!(times >= least, "case {i} is numbered {times} times");
+    }
+    assert_eq!((cases.len(), with_flop), (9, 8));
+    assert!(svg.contains("not on the roofline: 9."), "a case without work is named");
+    Ok(())
+}
+
+#[test]
+fn a_graph_shows_every_stage_and_the_reach() -> Any {
+    let dir = tempfile::tempdir()?;
+    plot().arg("graph").arg("--out").arg(dir.path()).assert().success();
+    let wanted = ["graph-causal_shift-dark.png", "graph-causal_shift-dark.svg", "graph-causal_shift-light.png"];
+    assert_eq!(names(dir.path())?[..3], wanted);
+    let svg = std::fs::read_to_string(dir.path().join("graph-causal_shift-light.svg"))?;
+    for word in ["stage 0: b − 5", "stage 1: b − 10", "stage 2: b − 20", "stage 3: b − 40", "N = 64 blocks of 128"]
+    {
+        assert!(svg.contains(word), "lacks `{word}`");
+    }
+    assert!(svg.replace('\n', " ").contains("Reach: 100% of the 63 earlier blocks"), "the reach");
+    // One square per edge: 59 + 54 + 44 + 24 blocks have a partner at these offsets.
+    let squares = svg.lines().filter(|l| l.starts_with("<rect") && l.contains("#DA6600")).count();
+    assert_eq!(squares, 59 + 54 + 44 + 24 + 1, "edges and the legend");
+    let flags = ["--partner", "xor", "--ctx", "64k", "--window", "0", "--partner-count", "2", "--layers", "3"];
+    plot().arg("graph").args(flags).arg("--out").arg(dir.path()).assert().success();
+    let svg = std::fs::read_to_string(dir.path().join("graph-xor-dark.svg"))?;
+    assert!(svg.contains("stage 8") && svg.contains("2 stages per layer"), "{}", &svg[..600]);
+    Ok(())
+}
+
+/// Runs `args`, which must fail with one line that holds every word.
+fn refused(args: &[&str], words: &[&str]) -> Any {
+    let out = plot().args(args).output()?;
+    let said = String::from_utf8(out.stderr)?;
+    assert_eq!(out.status.code(), Some(2), "{args:?}: {said}");
+    assert!(said.starts_with("error: ") && said.lines().count() == 1, "{args:?}: {said}");
+    assert!(!said.contains("panicked"), "{said}");
+    for word in words {
+        assert!(said.contains(word), "{args:?} should say `{word}`: {said}");
+    }
+    assert!(out.stdout.is_empty(), "nothing is drawn: {}", String::from_utf8_lossy(&out.stdout));
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_drawn_gets_one_clear_error_and_no_figure() -> Any {
+    let dir = tempfile::tempdir()?;
+    let at = |name: &str| dir.path().join(name).to_string_lossy().into_owned();
+    let out = at("out");
+    let whole = std::fs::read_to_string(fixture("ladder.json"))?;
+    let with = |key: &str, v: Value| -> Any<String> {
+        let mut ladder: Value = serde_json::from_str(&whole)?;
+        ladder[key] = v;
+        Ok(ladder.to_string())
+    };
+    let mut kernels = value("kernels.json")?;
+    kernels["kernels"] = json!([]);
+    let mut impossible = value("kernels.json")?;
+    impossible["kernels"][0]["samples_s"] = json!([0.0]);
+    let cases: [(&str, String, &[&str]); 10] = [
+        ("half.json", whole[..whole.len() / 2].into(), &["is not a whole JSON file"]),
+        ("empty.json", String::new(), &["is not a whole JSON file"]),
+        ("version.json", with("schema_version", json!(99))?, &["has schema version 99; this build reads 1"]),
+        (
+            "other.json",
+            with("kind", json!("bfly-quality"))?,
+            &["is of kind `bfly-quality`", "bfly-ladder", "bfly-kernels"],
+        ),
+        ("kindless.json", "{}".into(), &["is of kind `none`"]),
+        ("array.json", "[1]".into(), &["array.json"]),
+        ("runs.json", with("runs", json!([]))?, &["is a ladder without runs"]),
+        ("field.json", with("dtype", json!(7))?, &["expected a string"]),
+        ("none.json", kernels.to_string(), &["is a report without kernels"]),
+        ("zero.json", impossible.to_string(), &["attention_prefill (dense causal)", "not above 0 seconds"]),
+    ];
+    for (name, content, words) in cases {
+        std::fs::write(dir.path().join(name), content)?;
+        refused(&[&at(name), "--out", &out], &[&[name], words].concat())?;
+    }
+    refused(&[&at("absent.json"), "--out", &out], &["absent.json", "No such file"])?;
+    let ladder = fixture("ladder.json").to_string_lossy().into_owned();
+    refused(
+        &["kernels", &ladder, "--out", &out],
+        &["ladder.json", "is of kind `bfly-ladder`; `bfly-kernels` is wanted"],
+    )?;
+    // A bad file among good ones: nothing is drawn at all.
+    refused(&[&ladder, &at("half.json"), "--out", &out], &["half.json"])?;
+    std::fs::copy(fixture("ladder.json"), at("ladder.json"))?;
+    refused(&[&ladder, &at("ladder.json"), "--out", &out], &["another file is also called ladder"])?;
+    refused(&["graph", "--ctx", "1M", "--out", &out], &["--ctx", "8192 blocks of 128"])?;
+    refused(&["graph", "--window", "500", "--out", &out], &["--window", "whole number of blocks"])?;
+    assert!(!Path::new(&out).exists(), "nothing was written");
+    Ok(())
+}
+
+#[test]
+fn places_that_cannot_be_written_to_are_named_and_left_clean() -> Any {
+    let dir = tempfile::tempdir()?;
+    let ladder = fixture("ladder.json").to_string_lossy().into_owned();
+    let file = dir.path().join("a-file");
+    std::fs::write(&file, "")?;
+    let below = file.join("figures").to_string_lossy().into_owned();
+    refused(&[&ladder, "--out", &below], &["--out", "a-file/figures", "cannot be created"])?;
+    // The first figure's place is taken by a directory: its temporary file goes away again.
+    let out = dir.path().join("out");
+    std::fs::create_dir_all(out.join("ladder-ratio-light.svg"))?;
+    refused(&[&ladder, "--out", &out.to_string_lossy()], &["ladder-ratio-light.svg", "cannot be written"])?;
+    assert_eq!(names(&out)?, ["ladder-ratio-light.svg"]);
+    Ok(())
+}
+
+#[test]
+fn help_shows_examples_every_subcommand_and_completions() -> Any {
+    let help = String::from_utf8(plot().arg("--help").output()?.stdout)?;
+    for word in ["Examples:", "ladder", "kernels", "graph", "completions", "--out", "[default: figures]"] {
+        assert!(help.contains(word), "help lacks `{word}`");
+    }
+    let graph = String::from_utf8(plot().args(["graph", "--help"]).output()?.stdout)?;
+    for word in ["--ctx", "--window", "--block", "--partner", "--partner-count", "--layers", "--out", "bit_reversal"] {
+        assert!(graph.contains(word), "help of graph lacks `{word}`");
+    }
+    let script = plot().args(["completions", "bash"]).output()?;
+    assert!(script.status.success() && String::from_utf8(script.stdout)?.contains("bfly-plot"));
+    Ok(())
+}
