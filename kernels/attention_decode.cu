@@ -1,52 +1,64 @@
 // attention_decode: attention of one token, split over its keys, one launch for all heads.
 //
 //   as attention.cuh says, for the position in `state` (or `position`, where `state` is null).
+//   With `qkv`, the token's heads are made first: norm and rotation as `heads` in pointwise.cu; key and value go to their row of
+//   the ring and to the sinks, and are added to the block in progress, whose mean is stored once the block is complete
+//   (summaries.cu). Without, `q`, `own_k` and `own_v` hold them.
 //
-// Shapes  q [H, D] in 16 bits; ring [capacity, G, D]; out [H, D] f32, or 16 bits at out16; D a multiple of 8, up to DIM; at most
-//         16 query heads of a group to a block: grid z covers more.
-// Launch  grid (splits, G, ceil(group / 16)), 128 threads, shared memory 4 * 16 * (DIM + 2) * 4 bytes.
+// Shapes  q [H, D] in 16 bits, or qkv [H + 2 G, D] f32; ring [capacity, G, D]; out [H, D] f32, or 16 bits at out16; D a multiple
+//         of 8, up to DIM; at most 16 query heads of a group to a block: grid z covers more (without `qkv`).
+// Launch  grid (2 <= splits <= 128, G, ceil(group / 16)), 128 threads, shared memory (4 * 16 * (DIM + 2)) * 4 + 18 * DIM * 2 bytes.
 //
 // The heads of a group are the rows of one tensor-core tile, so that a key is read once for all of them. Each warp streams keys
 // and values from memory into registers, 16 at a time, in the layout of the products' operands: a thread's 16 bytes of a key are
 // taken as whatever columns of the tile it must supply, and the query's columns are permuted alike; a value's 16 bytes are
-// spread over eight tiles, which permutes the output's columns. Nothing is staged in shared memory. The last block to finish a
-// group merges all (m, l, o).
+// spread over eight tiles, which permutes the output's columns. Nothing is staged in shared memory. The first block of a group
+// takes the sinks, the summaries and the token itself, the others the ring; the last to finish merges all (m, l, o).
 #include "decode.cuh"
 #include "attention.cuh"
 
-// Mirrors `DecodeAttention` in src/ops/attention/cuda.rs.
+// Mirrors `DecodeAttention` in src/ops/attention/decode.rs.
 struct DecodeAttentionParams {
   const void *q;
-  const void *ring_k, *ring_v;  // position x in row x % capacity
-  const void *own_k, *own_v;    // the token's own key and value, or null where the ring holds them
-  const void *sink_k, *sink_v;  // [sinks, G, D]
-  const void *mean_k, *mean_v;  // [mean_rows, G, D]: block n in row n % mean_rows
+  void *ring_k, *ring_v;        // position x in row x % capacity; the token itself is not read from it
+  const void *own_k, *own_v;    // [G, D]
+  void *sink_k, *sink_v;        // [sinks, G, D]
+  void *mean_k, *mean_v;        // [mean_rows, G, D]: block n in row n % mean_rows
   const int *routes;            // [blocks, route_width]: a block read, or -1
   const float *route_bias;      // of each
   const Extra *extras;          // or a list of rows, instead of sinks and routes
+  const float *qkv;
+  const float *q_norm, *k_norm; // [D] or null
+  const float *cos, *sin;       // [D / 2]
+  float *running;               // [2, G D], or null where nothing is pooled
   const DecodeState *state;
   float *partial;               // [G z, splits, 16, DIM + 2]
   int *counters;                // [G z], zero between launches
   float *out;
   void *out16;
-  int extra_count, position, capacity, sinks, mean_rows, route_width, block;
+  int extra_count, position, capacity, sinks, mean_rows, route_width, block, readable;
   int heads, kv_heads, dim;
   int window_kind, window_size, window_count;
-  float scale;
+  float scale, eps;
 };
 
 template <typename T, int DIM> struct Decode {
   static constexpr int STEPS = DIM / 32, GROUPS = (DIM + 63) / 64, WIDE = DIM + 2, WARPS = 4;
   const DecodeAttentionParams &p;
+  float *shared;
+  T *q_own, *k_own, *v_own;  // the token's heads, in shared memory
   const int lane, warp, quad, row, kv, kv_row;
   int group, heads_here, first_head, position, left;
+  bool stopped;
   uint4 q[2][STEPS];
   float o[GROUPS][8][4], m[2], l[2];
 
-  __device__ Decode(const DecodeAttentionParams &params)
-      : p(params), lane(threadIdx.x % WARP), warp(threadIdx.x / WARP), quad(lane % 4), row(lane / 4), kv(blockIdx.y),
+  __device__ Decode(const DecodeAttentionParams &params, float *memory)
+      : p(params), shared(memory), q_own((T *)(memory + 4 * 16 * WIDE)), k_own(q_own + 16 * DIM), v_own(k_own + DIM),
+        lane(threadIdx.x % WARP), warp(threadIdx.x / WARP), quad(lane % 4), row(lane / 4), kv(blockIdx.y),
         kv_row(params.kv_heads * params.dim), group(params.heads / params.kv_heads) {
     position = p.state ? p.state->position : p.position;
+    stopped = p.state && p.state->stopped;
     if (p.window_kind == 0) left = 0;
     else if (p.window_kind == 1) left = max(0, position + 1 - p.window_size);
     else left = max(0, (position / p.window_size - p.window_count) * p.window_size);
@@ -57,29 +69,111 @@ template <typename T, int DIM> struct Decode {
     for (int g = 0; g < GROUPS; g++)
       for (int t = 0; t < 8; t++)
         for (int c = 0; c < 4; c++) o[g][t][c] = 0.f;
-    for (int half = 0; half < 2; half++)
-      for (int s = 0; s < STEPS; s++) {
-        const int h = row + half * 8, d = s * 32 + quad * 8;
-        q[half][s] = h < heads_here && d < p.dim ? load16((const T *)p.q + (first_head + h) * p.dim + d) : make_uint4(0, 0, 0, 0);
+  }
+
+  // The token's heads into shared memory: its queries of this group, its key and its value.
+  __device__ void own_heads() {
+    if (!p.qkv) {
+      for (int i = threadIdx.x; i < (heads_here + 2) * p.dim; i += blockDim.x) {
+        const int u = i / p.dim, d = i % p.dim, rest = u - heads_here;
+        if (rest < 0) q_own[u * DIM + d] = ((const T *)p.q)[(first_head + u) * p.dim + d];
+        else if (rest == 0) k_own[d] = ((const T *)p.own_k)[kv * p.dim + d];
+        else v_own[d] = ((const T *)p.own_v)[kv * p.dim + d];
+      }
+      __syncthreads();
+      return;
+    }
+    constexpr int PAIRS = DIM / 64;
+    const int half = p.dim / 2;
+#pragma unroll 3
+    for (int u = warp; u < heads_here + 2; u += WARPS) {
+      const int kind = u < heads_here ? 0 : u - heads_here + 1;
+      const float *from = p.qkv + (kind == 0 ? first_head + u : p.heads + (kind - 1) * p.kv_heads + kv) * p.dim;
+      const float *weight = kind == 0 ? p.q_norm : kind == 1 ? p.k_norm : nullptr;
+      T *to = kind == 0 ? q_own + u * DIM : kind == 1 ? k_own : v_own;
+      float a[PAIRS], b[PAIRS], squares = 0.f;
+#pragma unroll
+      for (int j = 0; j < PAIRS; j++) {
+        const int i = lane + j * WARP;
+        a[j] = i < half ? from[i] : 0.f;
+        b[j] = i < half ? from[i + half] : 0.f;
+        squares += a[j] * a[j] + b[j] * b[j];
+      }
+      const float factor = weight ? 1.f / sqrtf(warp_sum(squares) / p.dim + p.eps) : 1.f;
+#pragma unroll
+      for (int j = 0; j < PAIRS; j++) {
+        const int i = lane + j * WARP;
+        if (i >= half) break;
+        if (weight) {
+          a[j] *= factor * weight[i];
+          b[j] *= factor * weight[i + half];
+        }
+        if (kind < 2) {
+          const float c = p.cos[i], s = p.sin[i], first = a[j];
+          a[j] = first * c - b[j] * s;
+          b[j] = b[j] * c + first * s;
+        }
+        to[i] = from_float<T>(a[j]);
+        to[i + half] = from_float<T>(b[j]);
+      }
+    }
+    __syncthreads();
+    // No other block reads these rows: the token's own is taken from shared memory.
+    if (blockIdx.x == 0 && !stopped)
+      for (int i = threadIdx.x; i < 2 * p.dim; i += blockDim.x) {
+        const int d = i % p.dim;
+        const T x = i < p.dim ? k_own[d] : v_own[d];
+        T *ring = (T *)(i < p.dim ? p.ring_k : p.ring_v) + kv * p.dim + d, *sink = (T *)(i < p.dim ? p.sink_k : p.sink_v) + kv * p.dim + d;
+        ring[(int64_t)(position % p.capacity) * kv_row] = x;
+        if (position < p.sinks) sink[(int64_t)position * kv_row] = x;
       }
   }
 
+  __device__ void load_queries() {
+    for (int half = 0; half < 2; half++)
+      for (int s = 0; s < STEPS; s++) {
+        const int h = row + half * 8, d = s * 32 + quad * 8;
+        q[half][s] = h < heads_here && d < p.dim ? load16(q_own + h * DIM + d) : make_uint4(0, 0, 0, 0);
+      }
+  }
+
+  // Adds the token to the block in progress, and stores the mean of a block that it completes. After the summaries were read:
+  // the mean may replace one of them.
+  __device__ void pool() {
+    if (!p.running || stopped || blockIdx.z > 0) return;
+    const int n = position / p.block;
+    for (int i = threadIdx.x; i < 2 * p.dim; i += blockDim.x) {
+      const bool values = i >= p.dim;
+      const int d = i % p.dim, c = kv * p.dim + d;
+      float *running = p.running + (values ? kv_row : 0) + c;
+      float sum = *running + (position >= p.sinks ? to_float(values ? v_own[d] : k_own[d]) : 0.f);
+      if ((position + 1) % p.block == 0) {
+        const int count = max(1, position + 1 - max(n * p.block, min(p.sinks, position + 1)));
+        T *means = (T *)(values ? p.mean_v : p.mean_k);
+        if (means && n < p.readable) means[(int64_t)(n % p.mean_rows) * kv_row + c] = from_float<T>(sum / count);
+        sum = 0.f;
+      }
+      *running = sum;
+    }
+  }
+
   // Sixteen keys: `k` are the rows of keys row and row + 8, `v` of keys 2 quad, 2 quad + 1, + 8, + 9; bias of those four.
-  __device__ void tile(const T *const (&k)[2], const T *const (&v)[4], const float (&bias)[4]) {
+  // STREAM: from global memory.
+  template <bool STREAM> __device__ void tile(const T *const (&k)[2], const T *const (&v)[4], const float (&bias)[4]) {
     uint4 key[2][STEPS], value[4][GROUPS];
 #pragma unroll
     for (int n = 0; n < 2; n++)
 #pragma unroll
       for (int s = 0; s < STEPS; s++) {
         const int d = s * 32 + quad * 8;
-        key[n][s] = d < p.dim ? load16_written(k[n] + d) : make_uint4(0, 0, 0, 0);
+        key[n][s] = d >= p.dim ? make_uint4(0, 0, 0, 0) : STREAM ? load16_written(k[n] + d) : load16(k[n] + d);
       }
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
         const int d = g * 64 + row * 8;
-        value[i][g] = d < p.dim ? load16_written(v[i] + d) : make_uint4(0, 0, 0, 0);
+        value[i][g] = d >= p.dim ? make_uint4(0, 0, 0, 0) : STREAM ? load16_written(v[i] + d) : load16(v[i] + d);
       }
     float s[2][4] = {};
 #pragma unroll
@@ -143,28 +237,28 @@ template <typename T, int DIM> struct Decode {
       if (r >= p.capacity) r -= p.capacity;
       return (int64_t)r * kv_row + kv * p.dim;
     };
-    auto is_own = [&](int i) { return p.own_k && min(i, count - 1) == count - 1; };
     const T *k[2], *v[4];
     float bias[4];
 #pragma unroll
     for (int n = 0; n < 2; n++) {
       const int i = at + row + n * 8;
-      k[n] = is_own(i) ? (const T *)p.own_k + kv * p.dim : (const T *)p.ring_k + ring_row(i);
+      k[n] = (const T *)p.ring_k + ring_row(i);
     }
 #pragma unroll
     for (int c = 0; c < 4; c++) {
       const int i = at + quad * 2 + c % 2 + c / 2 * 8;
-      v[c] = is_own(i) ? (const T *)p.own_v + kv * p.dim : (const T *)p.ring_v + ring_row(i);
+      v[c] = (const T *)p.ring_v + ring_row(i);
       bias[c] = i < count ? 0.f : -INFINITY;
     }
-    tile(k, v, bias);
+    tile<true>(k, v, bias);
   }
 
-  // Extra row `i`: false where it is not seen.
+  // Extra row `i`, the token's own being the first; a bias of -inf where there is none or it is not seen.
   __device__ bool extra(int i, int sinks, const T *&k, const T *&v, float &bias) const {
-    k = (const T *)p.ring_k;  // Any readable row.
-    v = (const T *)p.ring_v;
-    bias = -INFINITY;
+    k = k_own;
+    v = v_own;
+    bias = i == 0 ? 0.f : -INFINITY;
+    if (i-- == 0) return true;
     if (p.extras) {
       if (i >= p.extra_count || position < p.extras[i].from || position >= p.extras[i].until) return false;
       k = (const T *)p.extras[i].k + kv * p.dim;
@@ -192,23 +286,31 @@ template <typename T, int DIM> struct Decode {
   }
 
   __device__ void extras() {
-    const int sinks = min(p.sinks, left), count = p.extras ? p.extra_count : sinks + p.route_width;
+    const int sinks = min(p.sinks, left), count = 1 + (p.extras ? p.extra_count : sinks + p.route_width);
     for (int at = warp * 16; at < count; at += WARPS * 16) {
       const T *k[2], *v[4], *other;
       float bias[4], unused;
       for (int n = 0; n < 2; n++) extra(at + row + n * 8, sinks, k[n], other, unused);
       for (int c = 0; c < 4; c++) extra(at + quad * 2 + c % 2 + c / 2 * 8, sinks, other, v[c], bias[c]);
-      tile(k, v, bias);
+      tile<false>(k, v, bias);
     }
   }
 
   // Output column of element c of tile t of group g.
   __device__ int column(int g, int t, int c) const { return g * 64 + (quad * 2 + c) * 8 + t; }
 
-  __device__ void run(float *shared) {
-    const int count = position - left + 1, tiles = (count + 15) / 16, turn = left % p.capacity;
-    if (blockIdx.x == 0) extras();
-    for (int i = blockIdx.x * WARPS + warp; i < tiles; i += gridDim.x * WARPS) raw(i * 16, count, turn);
+  __device__ void run() {
+    own_heads();
+    load_queries();
+    const int count = position - left, tiles = (count + 15) / 16, turn = left % p.capacity;
+    // One block for the rows that are looked up one by one, the others for the ring.
+    if (blockIdx.x == 0) {
+      extras();
+      __syncthreads();
+      pool();
+    } else {
+      for (int i = (blockIdx.x - 1) * WARPS + warp; i < tiles; i += (gridDim.x - 1) * WARPS) raw(i * 16, count, turn);
+    }
     float *mine = shared + warp * 16 * WIDE;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -231,14 +333,19 @@ template <typename T, int DIM> struct Decode {
     __syncthreads();
     const int lists = blockIdx.y * gridDim.z + blockIdx.z;
     float *partial = p.partial + (int64_t)lists * gridDim.x * 16 * WIDE;
-    merge<false>(shared, 16 * WIDE, WARPS, [&](int r, int d, float x, float top, float sum) {
-      float *to = partial + ((int64_t)blockIdx.x * 16 + r) * WIDE;
-      to[d] = x;
-      if (d == 0) {
-        to[DIM] = top;
-        to[DIM + 1] = sum;
-      }
-    });
+    __shared__ float few[16 * WARPS], top[16], total[16];
+    weigh_parts<false>(shared, WARPS, few, top, total);
+    for (int e = threadIdx.x; e < heads_here * p.dim; e += blockDim.x) {
+      const int r = e / p.dim, d = e % p.dim;
+      float x = 0.f;
+#pragma unroll
+      for (int i = 0; i < WARPS; i++) x += shared[(i * 16 + r) * WIDE + d] * few[r * WARPS + i];
+      partial[((int64_t)blockIdx.x * 16 + r) * WIDE + d] = x;
+    }
+    if (threadIdx.x < heads_here) {
+      partial[((int64_t)blockIdx.x * 16 + threadIdx.x) * WIDE + DIM] = top[threadIdx.x];
+      partial[((int64_t)blockIdx.x * 16 + threadIdx.x) * WIDE + DIM + 1] = total[threadIdx.x];
+    }
     __threadfence();
     __shared__ bool last;
     __syncthreads();
@@ -249,40 +356,53 @@ template <typename T, int DIM> struct Decode {
     __syncthreads();
     if (!last) return;
     __threadfence();
-    merge<true>(partial, 16 * WIDE, gridDim.x, [&](int r, int d, float x, float, float sum) {
-      const int at = (first_head + r) * p.dim + d;
-      if (p.out16) ((T *)p.out16)[at] = from_float<T>(x / sum);
-      else p.out[at] = x / sum;
-    });
-  }
-
-  // Merges `parts` partial results that lie `stride` apart; `put` gets each element before division.
-  template <bool GLOBAL, typename F> __device__ void merge(const float *from, int stride, int parts, F put) {
+    const int parts = gridDim.x;
+    weigh_parts<true>(partial, parts, shared, top, total);
     for (int e = threadIdx.x; e < heads_here * p.dim; e += blockDim.x) {
       const int r = e / p.dim, d = e % p.dim;
-      const float *at = from + r * WIDE;
-      float top = -INFINITY, sum = 0.f, x = 0.f;
-      // What other blocks wrote is in L2.
-      auto read = [](const float *x) { return GLOBAL ? __ldcg(x) : *x; };
-      for (int i = 0; i < parts; i++) top = fmaxf(top, read(at + (int64_t)i * stride + DIM));
-      for (int i = 0; i < parts; i++) {
-        const float *part = at + (int64_t)i * stride;
-        const float scale = top == -INFINITY ? 0.f : exp2f(read(part + DIM) - top);
-        sum += read(part + DIM + 1) * scale;
-        x += read(part + d) * scale;
-      }
-      put(r, d, x, top, sum);
+      float x = 0.f;
+#pragma unroll 8
+      for (int i = 0; i < parts; i++) x += __ldcg(partial + ((int64_t)i * 16 + r) * WIDE + d) * shared[r * parts + i];
+      put(r, d, x / total[r]);
     }
+  }
+
+  __device__ void put(int r, int d, float x) const {
+    const int at = (first_head + r) * p.dim + d;
+    if (p.out16) ((T *)p.out16)[at] = from_float<T>(x);
+    else p.out[at] = x;
+  }
+
+  // For each row: the greatest maximum of `parts` partial results, what each part is multiplied by to come to it, and the sum.
+  template <bool GLOBAL> __device__ void weigh_parts(const float *from, int parts, float *factors, float *top, float *total) {
+    auto read = [](const float *x) { return GLOBAL ? __ldcg(x) : *x; };
+    for (int r = warp; r < heads_here; r += WARPS) {
+      float most = -INFINITY, sum = 0.f;
+      for (int i = lane; i < parts; i += WARP) most = fmaxf(most, read(from + ((int64_t)i * 16 + r) * WIDE + DIM));
+      for (int d = 16; d > 0; d >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+      for (int i = lane; i < parts; i += WARP) {
+        const float *part = from + ((int64_t)i * 16 + r) * WIDE;
+        const float factor = most == -INFINITY ? 0.f : exp2f(read(part + DIM) - most);
+        factors[r * parts + i] = factor;
+        sum += read(part + DIM + 1) * factor;
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) {
+        top[r] = most;
+        total[r] = sum;
+      }
+    }
+    __syncthreads();
   }
 };
 
 #define INSTANCE(NAME, T, DIM)                                                                                           \
   extern "C" __global__ void __launch_bounds__(128) NAME(const __grid_constant__ DecodeAttentionParams p) {              \
-    extern __shared__ float shared[];                                                                                    \
+    extern __shared__ __align__(16) float shared[];                                                                                    \
     release_next();                                                                                                      \
     await_previous();                                                                                                    \
-    Decode<T, DIM> decode(p);                                                                                            \
-    decode.run(shared);                                                                                                  \
+    Decode<T, DIM> decode(p, shared);                                                                                    \
+    decode.run();                                                                                                        \
   }
 // The build compiles each head dim apart, with ONLY_DIM set.
 #define TYPES(DIM)                                                        \

@@ -1,4 +1,5 @@
-// The steps of decoding one token, all but attention: each a pass over some weights, in f32 from 16-bit weights.
+// The steps of decoding one token, all but attention (attention_decode.cu): each a pass over some weights, in f32 from 16-bit
+// weights.
 //
 // decode_embed    x = embedding[token] * scale; cos and sin of the position for every rotary table.
 //                 Grid ceil(N / 256), 256 threads.
@@ -6,10 +7,6 @@
 //                 v = x, or its RMS norm x / sqrt(mean(x^2) + eps) * w. Up to three matrices [rows, N] side by side.
 //                 Grid so that each warp gets ROWS rows at a time, 256 threads, shared memory 4 N bytes. N a multiple of 8.
 //                 Bound by the weights' bytes; the first of them are asked for before v is there.
-// decode_heads    norm and rotation of q and k per head; q to `q`, k and v to their row of the ring and to the sinks.
-//                 Grid ceil((H + 2 G) / 8), 256 threads: one warp per head. D even, at most 512.
-// decode_pool     adds the token to the block in progress and stores the mean of a block that it completes. After attention,
-//                 which may still read the row that the mean replaces. Grid ceil(2 G D / 256), 256 threads.
 // decode_add_norm x += norm(y) * w, for families that norm what they add. One block, 256 threads.
 // decode_finish   notes the token and moves on. One thread.
 #include "decode.cuh"
@@ -92,23 +89,58 @@ template <typename T, int MODE, int ROWS> __device__ void matvec(const MatvecPar
     }
   };
   if (first < total) fetch(0);
+  // Inputs of up to HELD * 1024 elements stay in registers between the two passes of the norm, whose weights are asked for ahead
+  // like the matrix.
+  constexpr int HELD = 4;
+  const int quads = n / 4;
+  const bool held = p.norm && quads <= HELD * 256;
+  const float4 *x4 = (const float4 *)p.x, *norm4 = (const float4 *)p.norm;
+  float4 *v4 = (float4 *)v, weight[HELD], x[HELD];
+  auto square = [](float4 a) { return a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w; };
+  auto scaled = [](float4 a, float f, float4 w) { return make_float4(a.x * f * w.x, a.y * f * w.y, a.z * f * w.z, a.w * f * w.w); };
+  if (held) {
+#pragma unroll
+    for (int j = 0; j < HELD; j++) {
+      const int i = threadIdx.x + j * 256;
+      weight[j] = i < quads ? norm4[i] : make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+  }
   release_next();
   await_previous();
   float squares = 0.f;
-  for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    const float x = p.x[i];
-    v[i] = x;
-    squares += x * x;
-  }
-  if (p.norm) {
-    __shared__ float parts[8];
+  __shared__ float parts[8];
+  auto factor = [&]() {
     squares = warp_sum(squares);
     if (lane == 0) parts[threadIdx.x / WARP] = squares;
     __syncthreads();
     float sum = 0.f;
     for (int i = 0; i < 8; i++) sum += parts[i];
-    const float factor = 1.f / sqrtf(sum / n + p.eps);
-    for (int i = threadIdx.x; i < n; i += blockDim.x) v[i] *= factor * p.norm[i];
+    return 1.f / sqrtf(sum / n + p.eps);
+  };
+  if (held) {
+#pragma unroll
+    for (int j = 0; j < HELD; j++) {
+      const int i = threadIdx.x + j * 256;
+      x[j] = i < quads ? x4[i] : make_float4(0.f, 0.f, 0.f, 0.f);
+      squares += square(x[j]);
+    }
+    const float f = factor();
+#pragma unroll
+    for (int j = 0; j < HELD; j++) {
+      const int i = threadIdx.x + j * 256;
+      if (i < quads) v4[i] = scaled(x[j], f, weight[j]);
+    }
+  } else {
+#pragma unroll 8
+    for (int i = threadIdx.x; i < quads; i += 256) {
+      const float4 a = x4[i];
+      v4[i] = a;
+      squares += square(a);
+    }
+    if (p.norm) {
+      const float f = factor();
+      for (int i = threadIdx.x; i < quads; i += 256) v4[i] = scaled(v4[i], f, norm4[i]);
+    }
   }
   __syncthreads();
   unsigned long long best = 0;
@@ -150,83 +182,6 @@ template <typename T, int MODE, int ROWS> __device__ void matvec(const MatvecPar
   }
 }
 
-// Mirrors `Heads` in src/generate/graph.rs. A layer's caches are [rows, G, D].
-struct HeadsParams {
-  const float *qkv;      // [H + 2 G, D]
-  const float *q_norm;   // [D] or null
-  const float *k_norm;
-  float eps;
-  const float *cos;      // [D / 2]
-  const float *sin;
-  void *q;               // [H, D]
-  void *ring_k, *ring_v;
-  void *sink_k, *sink_v; // or null
-  void *mean_k, *mean_v; // summaries, or null
-  float *running;        // [2, G D]
-  int heads, kv_heads, dim, capacity, sinks, block, mean_rows, readable;
-  DecodeState *state;
-};
-
-template <typename T> __device__ void heads(const HeadsParams &p) {
-  constexpr int PAIRS = 8;
-  const int unit = blockIdx.x * 8 + threadIdx.x / WARP, lane = threadIdx.x % WARP, half = p.dim / 2;
-  release_next();
-  await_previous();
-  if (unit >= p.heads + 2 * p.kv_heads || p.state->stopped) return;
-  const int kind = unit < p.heads ? 0 : unit < p.heads + p.kv_heads ? 1 : 2, position = p.state->position;
-  const float *from = p.qkv + unit * p.dim;
-  const float *weight = kind == 0 ? p.q_norm : kind == 1 ? p.k_norm : nullptr;
-  float a[PAIRS], b[PAIRS], squares = 0.f;
-  for (int j = 0; j < PAIRS; j++) {
-    const int i = lane + j * WARP;
-    if (i >= half) break;
-    a[j] = from[i];
-    b[j] = from[i + half];
-    squares += a[j] * a[j] + b[j] * b[j];
-  }
-  const float factor = weight ? 1.f / sqrtf(warp_sum(squares) / p.dim + p.eps) : 1.f;
-  const int g = unit - p.heads - (kind == 2 ? p.kv_heads : 0), width = p.kv_heads * p.dim;
-  T *to = kind == 0 ? (T *)p.q + unit * p.dim
-                    : (T *)(kind == 1 ? p.ring_k : p.ring_v) + (int64_t)(position % p.capacity) * width + g * p.dim;
-  T *sink = kind > 0 && position < p.sinks ? (T *)(kind == 1 ? p.sink_k : p.sink_v) + position * width + g * p.dim : nullptr;
-  for (int j = 0; j < PAIRS; j++) {
-    const int i = lane + j * WARP;
-    if (i >= half) break;
-    if (weight) {
-      a[j] *= factor * weight[i];
-      b[j] *= factor * weight[i + half];
-    }
-    if (kind < 2) {
-      const float c = p.cos[i], s = p.sin[i], first = a[j];
-      a[j] = first * c - b[j] * s;
-      b[j] = b[j] * c + first * s;
-    }
-    to[i] = from_float<T>(a[j]);
-    to[i + half] = from_float<T>(b[j]);
-    if (sink) {
-      sink[i] = to[i];
-      sink[i + half] = to[i + half];
-    }
-  }
-}
-
-template <typename T> __device__ void pool(const HeadsParams &p) {
-  release_next();
-  await_previous();
-  const int width = p.kv_heads * p.dim, i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= 2 * width || p.state->stopped) return;
-  const int position = p.state->position, n = position / p.block, c = i % width;
-  const T *ring = (const T *)(i < width ? p.ring_k : p.ring_v) + (int64_t)(position % p.capacity) * width;
-  float sum = p.running[i] + (position >= p.sinks ? to_float(ring[c]) : 0.f);
-  if ((position + 1) % p.block == 0) {
-    const int count = max(1, position + 1 - max(n * p.block, min(p.sinks, position + 1)));
-    T *means = (T *)(i < width ? p.mean_k : p.mean_v);
-    if (means && n < p.readable) means[(int64_t)(n % p.mean_rows) * width + c] = from_float<T>(sum / count);
-    sum = 0.f;
-  }
-  p.running[i] = sum;
-}
-
 extern "C" __global__ void decode_add_norm(float *x, const float *y, const float *w, int n, float eps) {
   release_next();
   await_previous();
@@ -264,8 +219,6 @@ extern "C" __global__ void decode_finish(DecodeState *state, uint32_t *tokens, i
                                                  const DecodeState *state) {                                                    \
     embed<T>(table, scale, x, n, frequencies, amplitudes, cos, sin, tables, half, state);                                       \
   }                                                                                                                             \
-  extern "C" __global__ void decode_heads_##NAME(const __grid_constant__ HeadsParams p) { heads<T>(p); }                        \
-  extern "C" __global__ void decode_pool_##NAME(const __grid_constant__ HeadsParams p) { pool<T>(p); }                          \
   MATVEC(decode_store_##NAME##_1, T, STORE, 1)                                                                                  \
   MATVEC(decode_store_##NAME##_4, T, STORE, 4)                                                                                  \
   MATVEC(decode_add_##NAME##_1, T, ADD, 1)                                                                                      \

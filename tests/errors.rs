@@ -236,7 +236,10 @@ fn unknown_and_contradicting_options_are_refused() -> Any {
     s.flags(&["--top-k", "0"], &["--top-k"]);
     s.flags(&["--dtype", "q3"], &["--dtype", "q8_0", "native"]);
     s.flags(&["--device", "tpu"], &["--device", "tpu"]);
+    #[cfg(not(feature = "cuda"))]
     s.flags(&["--device", "cuda:0"], &["--device", "no CUDA support"]);
+    s.flags(&["--device", "cpu", "--memory-budget", "10G"], &["--memory-budget", "counts GPU memory"]);
+    s.flags(&["--memory-budget", "ten"], &["--memory-budget", "is not a size"]);
     s.flags(&["--threads", "0"], &["--threads"]);
     s.flags(&["--logits-out", &s.path("l.safetensors"), "--logits-last", "11"], &["--logits-last", "11"]);
     s.flags(&["--logits-last", "2"], &["--logits-out"]);

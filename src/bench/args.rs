@@ -1,7 +1,7 @@
 //! The flags of `bfly-bench`.
 
 use super::{kernel, ladder};
-use crate::cli::{parse_size, ModelArgs};
+use crate::cli::{parse_bytes, parse_size, ModelArgs};
 use crate::error::{Error, Result};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -37,6 +37,9 @@ Examples:
 
   # HF transformers in the same run, on the same ids
   bfly-bench ladder --model DIR --peer 'python3 integrations/transformers/peer.py --model DIR' --out ladder.json
+
+  # How far each gets in 10 GB
+  bfly-bench ladder --model MODEL --memory-budget 10G --repeats 1 --out budget.json
 
   # A shape whose weights are not at hand
   bfly-bench ladder --model shapes/qwen2.5-7b/config.json --random-weights 1 --ctx 32k,256k --out shape.json";
@@ -95,6 +98,9 @@ pub struct LadderArgs {
     /// Tokens to a prefill chunk.
     #[arg(long, value_name = "TOKENS", default_value = "4096", value_parser = parse_size)]
     pub prefill_chunk: usize,
+    /// Memory that a run may take, such as 10G: prefill chunks shrink to fit, and a run that does not fit is recorded so.
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub memory_budget: Option<u64>,
     /// Documents of the prompt, as scripts/fetch_texts.py lays them out. Not read where the model has no tokenizer: then the
     /// prompt is random ids.
     #[arg(long, value_name = "DIR", default_value = "texts")]

@@ -7,7 +7,7 @@ use super::prompt::hash;
 use super::summary::{kv, read_per_token};
 use super::variant::Variant;
 use crate::error::{Error, ErrorKind, Result};
-use crate::generate::{Generation, Request, Sampler, Sampling, Session};
+use crate::generate::{Generation, Needs, Request, Sampler, Sampling, Session};
 use crate::model::Model;
 use candle_core::Device;
 use std::collections::HashMap;
@@ -19,6 +19,8 @@ pub struct Engine {
     model: Option<Model>,
     device: Device,
     chunk: usize,
+    /// Bytes that a run may take.
+    budget: Option<u64>,
     /// Whether other processes need the device's memory between runs.
     shared: bool,
     /// The highest that a variant needed at a context.
@@ -36,6 +38,8 @@ pub enum Outcome {
 /// What is the same for every run of a variant at a context.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Facts {
+    /// Tokens to a prefill chunk.
+    pub chunk: usize,
     /// The cache.
     pub kv: Option<Kv>,
     /// A peer's cache.
@@ -45,10 +49,10 @@ pub struct Facts {
 }
 
 impl Engine {
-    /// Runs `model` in chunks of `chunk` tokens; `shared` hands memory back after each run.
-    pub fn new(model: Model, chunk: usize, shared: bool) -> Self {
+    /// Runs `model` in chunks of `chunk` tokens, or of fewer where `budget` wants it; `shared` hands memory back after each run.
+    pub fn new(model: Model, chunk: usize, budget: Option<u64>, shared: bool) -> Self {
         let device = model.device().clone();
-        Self { model: Some(model), device, chunk, shared, peaks: HashMap::new() }
+        Self { model: Some(model), device, chunk, budget, shared, peaks: HashMap::new() }
     }
 
     /// Weights as held.
@@ -80,20 +84,25 @@ impl Engine {
             take_memory(&self.device, *peak);
         }
         begin_peak(&self.device);
-        let made = attempt(&model, &prompt, new, self.chunk, on_tokens);
-        let positions = prompt.len()..ctx;
+        let chunk = match self.budget {
+            None => Ok(self.chunk),
+            Some(b) => Needs::of(&model, variant.plan.as_ref(), ctx).and_then(|n| n.chunk_within(b, self.chunk)),
+        };
+        let made = chunk.and_then(|chunk| Ok((chunk, attempt(&model, &prompt, new, chunk, on_tokens)?)));
+        // The last token is made, not read.
+        let positions = prompt.len()..(ctx - 1).max(prompt.len() + 1);
         let read = || {
             let (plan, element) = (variant.plan.as_ref(), model.dtype().size_in_bytes());
             read_per_token(model.spec(), plan, ctx, positions, model.bytes_per_token(), element)
         };
         let outcome = match made {
-            Ok((made, wall, kv)) => {
+            Ok((chunk, (made, wall, kv))) => {
                 let peak = peak(&self.device);
                 self.peaks.insert(key, peak);
                 let sample = sample(&made, wall, peak, prompt_s);
                 Ok(Outcome::Ran(
                     Box::new(sample),
-                    Facts { kv: Some(kv), kv_bytes: None, read_per_token: Some(read()?) },
+                    Facts { chunk, kv: Some(kv), kv_bytes: None, read_per_token: Some(read()?) },
                 ))
             }
             Err(e) if does_not_fit(&e) => Ok(Outcome::Failed(format!("out of memory: {}", one_line(&e.to_string())))),
@@ -143,7 +152,7 @@ fn sample(made: &Generation, wall: Duration, peak_device_bytes: u64, prompt_s: f
 /// Whether memory is what was wanting: refused by the cache before it was asked for, or by an allocator.
 fn does_not_fit(e: &Error) -> bool {
     let text = e.to_string().to_lowercase();
-    e.kind() == ErrorKind::Context
+    matches!(e.kind(), ErrorKind::Context | ErrorKind::Memory)
         || ["out of memory", "out_of_memory", "alloc_failed"].iter().any(|w| text.contains(w))
 }
 

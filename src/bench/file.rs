@@ -89,10 +89,8 @@ impl LadderFile {
             self.ladder.runs.iter().filter(|r| (&r.engine, &r.variant) == (&like.engine, &like.variant));
         let other = same_name.find_map(|r| {
             let version = (r.version != like.version).then(|| ("version", show(&r.version), show(&like.version)));
-            let chunk = (r.prefill_chunk != like.prefill_chunk)
-                .then(|| ("--prefill-chunk", r.prefill_chunk.to_string(), like.prefill_chunk.to_string()));
             let plan = (r.plan != like.plan).then(|| ("plan", show(&r.plan), show(&like.plan)));
-            version.or(chunk).or(plan)
+            version.or(plan)
         });
         match other {
             None => Ok(()),
@@ -107,8 +105,7 @@ impl LadderFile {
     }
 }
 
-/// The first thing that keeps `fresh` from going on where `earlier` stopped: its name, what it was and what it is. Types of
-/// weights are compared once both are known.
+/// The first thing that keeps `fresh` from going on where `earlier` stopped: its name, what it was and what it is.
 fn difference(earlier: &Ladder, fresh: &Ladder) -> Option<(&'static str, String, String)> {
     let pairs = [
         ("build (git_sha)", earlier.git_sha.clone(), fresh.git_sha.clone()),
@@ -120,8 +117,10 @@ fn difference(earlier: &Ladder, fresh: &Ladder) -> Option<(&'static str, String,
         ("--dtype", earlier.dtype.clone(), fresh.dtype.clone()),
         ("type of keys and values", earlier.kv_dtype.clone(), fresh.kv_dtype.clone()),
         ("--decode", earlier.decode_tokens.to_string(), fresh.decode_tokens.to_string()),
+        ("--prefill-chunk", show(&earlier.prefill_chunk), show(&fresh.prefill_chunk)),
+        ("--memory-budget", show(&earlier.memory_budget), show(&fresh.memory_budget)),
     ];
-    pairs.into_iter().find(|(_, was, now)| was != now && !now.is_empty())
+    pairs.into_iter().find(|(_, was, now)| was != now)
 }
 
 fn show(value: &impl serde::Serialize) -> String {

@@ -89,6 +89,12 @@ pub struct Ladder {
     pub kv_dtype: String,
     /// New tokens per run.
     pub decode_tokens: usize,
+    /// Tokens to a prefill chunk as asked; runs tell what they took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefill_chunk: Option<usize>,
+    /// Bytes that a run was allowed to take.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_budget: Option<u64>,
     /// Where the prompts come from, with the hash of their token ids.
     pub prompt: Prompt,
     /// One entry per engine, variant and context.

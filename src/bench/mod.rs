@@ -40,6 +40,7 @@
 
 pub mod args;
 mod cases;
+mod climb;
 pub mod engine;
 pub mod file;
 pub mod format;

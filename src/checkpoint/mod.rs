@@ -259,6 +259,7 @@ impl Checkpoint {
     pub fn held(&self, hold: &HoldAs) -> BTreeMap<String, u64> {
         let mut bytes = BTreeMap::new();
         for (name, shape) in random::tensors(&self.spec).iter().filter(|(_, shape)| shape.len() == 2) {
+            let name = self.name_of(name);
             let stored = self.info(&format!("{}{name}", self.prefix)).and_then(|i| i.dtype.clone().ok());
             let held = hold.resolve(stored.unwrap_or(GgmlDType::F32), shape[1]);
             let blocks = (shape[0] as u64).saturating_mul((shape[1] / held.block_size()) as u64);
@@ -273,12 +274,17 @@ impl Checkpoint {
         self.info(&format!("{}{name}", self.prefix)).is_some()
     }
 
-    /// A matrix `[rows, cols]`, held as `hold` says.
-    pub fn matrix(&self, name: &str, shape: (usize, usize), hold: &HoldAs, device: &Device) -> Result<Weight> {
-        let name = match name {
+    /// The matrix that stands for `name`.
+    fn name_of<'a>(&self, name: &'a str) -> &'a str {
+        match name {
             "model.embed_tokens.weight" if self.embeds_with_output => "lm_head.weight",
             other => other,
-        };
+        }
+    }
+
+    /// A matrix `[rows, cols]`, held as `hold` says.
+    pub fn matrix(&self, name: &str, shape: (usize, usize), hold: &HoldAs, device: &Device) -> Result<Weight> {
+        let name = self.name_of(name);
         let info = self.expect(name, &[shape.0, shape.1])?;
         let interleaved = matches!(self.store, Store::Gguf(_)) && self.family.gguf_interleaved_qk;
         let head_rows = match interleaved && (name.ends_with("q_proj.weight") || name.ends_with("k_proj.weight")) {

@@ -5,7 +5,7 @@
 //! fetches tokens a few at a time. The residual stream and all sums are f32; weights, keys and values are 16 bits.
 
 use super::{Request, Timing};
-use crate::cache::{Cache, LayerState, Ring};
+use crate::cache::{Cache, LayerState, Ring, TwoPool};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mixer::{Butterfly, Mixer};
 use crate::model::{Block, Model};
@@ -19,8 +19,8 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Device, Tensor};
 use std::time::Instant;
 
-/// Thread blocks of a matrix product at most: twice as many as multiprocessors, for any GPU of today.
-const BLOCKS: usize = 264;
+/// Thread blocks of the product with the output matrix: as many as fit any GPU of today at once.
+const BLOCKS: usize = 528;
 /// Tokens fetched at once.
 const BATCH: usize = 8;
 /// Most summaries to a block that a step's table of routes holds; rules that read more (`all`) decode step by step.
@@ -54,40 +54,10 @@ struct Matvec {
     state: u64,
 }
 
-/// `HeadsParams` of kernels/decode.cu.
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C)]
-struct Heads {
-    qkv: u64,
-    q_norm: u64,
-    k_norm: u64,
-    eps: f32,
-    cos: u64,
-    sin: u64,
-    q: u64,
-    ring_k: u64,
-    ring_v: u64,
-    sink_k: u64,
-    sink_v: u64,
-    mean_k: u64,
-    mean_v: u64,
-    running: u64,
-    heads: i32,
-    kv_heads: i32,
-    dim: i32,
-    capacity: i32,
-    sinks: i32,
-    block: i32,
-    mean_rows: i32,
-    readable: i32,
-    state: u64,
-}
-
 // SAFETY: plain numbers in C's layout, of which zeros are valid.
 unsafe impl DeviceRepr for State {}
 unsafe impl ValidAsZeroBits for State {}
 unsafe impl DeviceRepr for Matvec {}
-unsafe impl DeviceRepr for Heads {}
 
 /// What a matrix product does with its result.
 #[derive(Clone, Copy, PartialEq)]
@@ -124,7 +94,6 @@ struct Vectors {
     x: u64,
     y: u64,
     qkv: u64,
-    q: u64,
     attended: u64,
     hidden: u64,
     cos: u64,
@@ -226,7 +195,9 @@ fn has_form(model: &Model) -> bool {
         let reads_as_stored = match &b.mixer {
             Mixer::Butterfly(l) => {
                 let s = l.settings();
-                s.pool == Pool::PostRope && s.far_position == FarPosition::True && widest(l) <= ROUTES
+                // A mean is stored by the one thread block that reads the layer's summaries: of 16 query heads.
+                let one_block = p.heads <= 16 * p.kv_heads;
+                s.pool == Pool::PostRope && s.far_position == FarPosition::True && widest(l) <= ROUTES && one_block
             }
             _ => true,
         };
@@ -251,6 +222,14 @@ fn widest(layer: &Butterfly) -> usize {
 
 fn driver(e: candle_core::cuda_backend::cudarc::driver::DriverError) -> Error {
     Error::new(ErrorKind::Backend, "decode graph", e)
+}
+
+/// Keys, values and capacity; zeros where there is no ring.
+fn rows(ring: Option<&Ring>) -> Result<(u64, u64, i32)> {
+    match ring {
+        Some(ring) => Ok((address(ring.rows().k)?, address(ring.rows().v)?, ring.capacity() as i32)),
+        None => Ok((0, 0, 0)),
+    }
 }
 
 /// Lists a step's launches.
@@ -292,7 +271,6 @@ impl<'a> Builder<'a> {
             x: room(DType::F32, spec.hidden)?,
             y: room(DType::F32, spec.hidden)?,
             qkv: room(DType::F32, q + 2 * kv)?,
-            q: room(model.dtype(), q)?,
             attended: room(DType::F32, q)?,
             hidden: room(DType::F32, most(&|l| l.intermediate))?,
             cos: room(DType::F32, tables * half)?,
@@ -367,14 +345,7 @@ impl<'a> Builder<'a> {
         let (x, y, qkv, hidden, attended) = (vectors.x, vectors.y, vectors.qkv, vectors.hidden, vectors.attended);
         let l = self.matvec(Form::Store, &[&p.q, &p.k, &p.v], x, Some(&b.before_mixer), qkv, None)?;
         self.launches.push(l);
-        let heads = self.heads(&b.mixer, layer)?;
-        let (units, name) = (p.heads + 2 * p.kv_heads, self.name);
-        self.push(&format!("decode_heads_{name}"), units.div_ceil(8), 256, |l| l.with(heads))?;
-        self.attend(&b.mixer, layer, &heads)?;
-        if let LayerState::TwoPool(_) = layer {
-            let grid = (2 * p.kv_heads * p.head_dim).div_ceil(256);
-            self.push(&format!("decode_pool_{name}"), grid, 256, |l| l.with(heads))?;
-        }
+        self.attend(&b.mixer, layer)?;
         self.add(&p.out, attended, &b.after_mixer, (x, y))?;
         let m = &b.mlp;
         let l = self.matvec(Form::Gated, &[&m.gate, &m.up], x, Some(&b.before_mlp), hidden, Some(m.activation))?;
@@ -444,77 +415,45 @@ impl<'a> Builder<'a> {
         };
         let kernel = Kernel::load(self.gpu, Module::Decode, format!("decode_{name}_{}_{rows}", self.name))?
             .shared(4 * p.columns as usize)?;
-        let grid = total.div_ceil(8 * rows).min(BLOCKS);
+        let grid = total.div_ceil(8 * rows).min(if form == Form::Largest { BLOCKS } else { usize::MAX });
         Ok(Launch::new(kernel, (grid, 1, 1), 256).with(p))
     }
 
-    fn heads(&self, mixer: &Mixer, layer: &LayerState) -> Result<Heads> {
+    fn attend(&mut self, mixer: &Mixer, layer: &LayerState) -> Result<()> {
         let p = mixer.projections();
         let norms = p.qk_norm.as_ref().map(|(q, k)| (q.parts(), k.parts()));
-        let half = (p.rope * self.half * 4) as u64;
+        let table = (p.rope * self.half * 4) as u64;
         let ring = match layer {
             LayerState::Dense(ring) | LayerState::Ring(ring) => ring,
             LayerState::TwoPool(pools) => &pools.local,
         };
-        let mut heads = Heads {
+        let (ring_k, ring_v, capacity) = rows(Some(ring))?;
+        let mut launch = DecodeAttention {
             qkv: self.vectors.qkv,
             q_norm: norms.map_or(Ok(0), |(q, _)| address(q.0))?,
             k_norm: norms.map_or(Ok(0), |(_, k)| address(k.0))?,
             eps: norms.map_or(0.0, |(q, _)| q.1),
-            cos: self.vectors.cos + half,
-            sin: self.vectors.sin + half,
-            q: self.vectors.q,
-            ring_k: address(ring.rows().k)?,
-            ring_v: address(ring.rows().v)?,
+            cos: self.vectors.cos + table,
+            sin: self.vectors.sin + table,
+            ring_k,
+            ring_v,
+            capacity,
+            state: self.state,
+            out: self.vectors.attended,
+            block: 1,
+            mean_rows: 1,
             heads: p.heads as i32,
             kv_heads: p.kv_heads as i32,
             dim: p.head_dim as i32,
-            capacity: ring.capacity() as i32,
-            block: 1,
-            mean_rows: 1,
-            state: self.state,
-            ..Heads::default()
-        };
-        if let (LayerState::TwoPool(pools), Mixer::Butterfly(b)) = (layer, mixer) {
-            (heads.block, heads.readable) = (b.settings().block as i32, b.readable() as i32);
-            let pair = |ring: Option<&Ring>| match ring {
-                Some(ring) => {
-                    Ok::<_, Error>((address(ring.rows().k)?, address(ring.rows().v)?, ring.capacity() as i32))
-                }
-                None => Ok((0, 0, 0)),
-            };
-            (heads.sink_k, heads.sink_v, heads.sinks) = pair(pools.sinks())?;
-            let rows;
-            (heads.mean_k, heads.mean_v, rows) = pair(pools.summary_rows())?;
-            heads.mean_rows = rows.max(1);
-            heads.running = address_or_null(pools.running.on_device())?;
-        }
-        Ok(heads)
-    }
-
-    fn attend(&mut self, mixer: &Mixer, layer: &LayerState, heads: &Heads) -> Result<()> {
-        let p = mixer.projections();
-        let mut launch = DecodeAttention {
-            q: heads.q,
-            ring_k: heads.ring_k,
-            ring_v: heads.ring_v,
-            state: self.state,
-            out: self.vectors.attended,
-            capacity: heads.capacity,
-            block: 1,
-            mean_rows: 1,
-            heads: heads.heads,
-            kv_heads: heads.kv_heads,
-            dim: heads.dim,
             scale: p.scale,
             ..DecodeAttention::default()
         };
-        match mixer {
-            Mixer::Full(_) => {}
-            Mixer::Sliding(s) => (launch.window_kind, launch.window_size) = (1, s.window as i32),
-            Mixer::Butterfly(b) => self.far(b, &mut launch, heads)?,
+        match (mixer, layer) {
+            (Mixer::Sliding(s), _) => (launch.window_kind, launch.window_size) = (1, s.window as i32),
+            (Mixer::Butterfly(b), LayerState::TwoPool(pools)) => self.far(b, pools, &mut launch)?,
+            _ => {}
         }
-        let cut = Cut::new(heads.capacity as usize, p.heads, p.kv_heads, p.head_dim);
+        let cut = Cut::new(capacity as usize, p.heads, p.kv_heads, p.head_dim);
         let scratch = match self.held.scratch.iter().position(|(c, _)| *c == cut) {
             Some(i) => i,
             None => {
@@ -523,13 +462,12 @@ impl<'a> Builder<'a> {
             }
         };
         let l = cut.launch(self.gpu, self.model.dtype(), &self.held.scratch[scratch].1, launch)?;
-        let _ = layer;
         self.launches.push(l);
         Ok(())
     }
 
     /// Sinks, window and the table of routes of a swapped layer.
-    fn far(&mut self, b: &Butterfly, launch: &mut DecodeAttention, heads: &Heads) -> Result<()> {
+    fn far(&mut self, b: &Butterfly, pools: &TwoPool, launch: &mut DecodeAttention) -> Result<()> {
         let s = b.settings();
         match s.window_align {
             WindowAlign::Block => {
@@ -538,10 +476,13 @@ impl<'a> Builder<'a> {
             }
             WindowAlign::Token => (launch.window_kind, launch.window_size) = (1, s.window as i32),
         }
-        (launch.sink_k, launch.sink_v, launch.sinks) = (heads.sink_k, heads.sink_v, heads.sinks);
-        launch.block = s.block as i32;
+        (launch.sink_k, launch.sink_v, launch.sinks) = rows(pools.sinks())?;
+        (launch.mean_k, launch.mean_v, launch.mean_rows) = rows(pools.summary_rows())?;
+        launch.mean_rows = launch.mean_rows.max(1);
+        launch.running = address_or_null(pools.running.on_device())?;
+        (launch.block, launch.readable) = (s.block as i32, b.readable() as i32);
         let (routes, width) = (b.routes(), widest(b));
-        if width == 0 || heads.mean_k == 0 {
+        if width == 0 || launch.mean_k == 0 {
             return Ok(());
         }
         let (mut blocks, mut biases) = (vec![], vec![]);
@@ -556,7 +497,6 @@ impl<'a> Builder<'a> {
         launch.routes = uploaded.address;
         self.held.ints.push(uploaded);
         launch.route_bias = self.floats(&biases)?;
-        (launch.mean_k, launch.mean_v, launch.mean_rows) = (heads.mean_k, heads.mean_v, heads.mean_rows);
         launch.route_width = width as i32;
         Ok(())
     }

@@ -146,6 +146,8 @@ impl<'a> Session<'a> {
         let mut timing = Timing::new();
         let begin = Instant::now();
         let prompt_logits = self.prefill(request.prompt, request.chunk, request.logits_last.max(1), on_tokens)?;
+        // A GPU may still be at work on the logits.
+        self.model.device().synchronize()?;
         timing.prefill = begin.elapsed();
         let mut tokens = vec![];
         if request.max_new_tokens == 0 {

@@ -10,8 +10,10 @@ use candle_core::{DType, Tensor};
 const ROWS: usize = 16;
 /// Keys that make a thread block of their own worthwhile.
 const KEYS_PER_BLOCK: usize = 64;
-/// Thread blocks that fill any GPU of today twice.
-const BLOCKS: usize = 264;
+/// Thread blocks that fill any GPU of today three times, which is how many fit.
+const BLOCKS: usize = 396;
+/// Partial results that the last thread block can merge.
+const SPLITS: usize = 128;
 
 /// `DecodeAttentionParams` of kernels/attention_decode.cu.
 #[derive(Debug, Clone, Copy, Default)]
@@ -29,6 +31,12 @@ pub(crate) struct DecodeAttention {
     pub routes: u64,
     pub route_bias: u64,
     pub extras: u64,
+    pub qkv: u64,
+    pub q_norm: u64,
+    pub k_norm: u64,
+    pub cos: u64,
+    pub sin: u64,
+    pub running: u64,
     pub state: u64,
     pub partial: u64,
     pub counters: u64,
@@ -41,6 +49,7 @@ pub(crate) struct DecodeAttention {
     pub mean_rows: i32,
     pub route_width: i32,
     pub block: i32,
+    pub readable: i32,
     pub heads: i32,
     pub kv_heads: i32,
     pub dim: i32,
@@ -48,6 +57,7 @@ pub(crate) struct DecodeAttention {
     pub window_size: i32,
     pub window_count: i32,
     pub scale: f32,
+    pub eps: f32,
 }
 
 // SAFETY: plain numbers in C's layout.
@@ -72,7 +82,8 @@ impl Cut {
     /// For `heads` query heads over `kv_heads`, of `dim`.
     pub fn new(keys: usize, heads: usize, kv_heads: usize, dim: usize) -> Self {
         let lists = kv_heads * (heads / kv_heads).div_ceil(ROWS);
-        let splits = keys.div_ceil(KEYS_PER_BLOCK).clamp(1, (BLOCKS / lists).max(1));
+        // One thread block takes the token itself, sinks and summaries.
+        let splits = 1 + keys.div_ceil(KEYS_PER_BLOCK).clamp(1, (BLOCKS / lists).clamp(2, SPLITS) - 1);
         let dim = [64, 128, 256].into_iter().find(|x| dim <= *x).unwrap_or(256);
         Self { splits, lists, kv_heads, dim }
     }
@@ -90,7 +101,7 @@ impl Cut {
         p.partial = address(&scratch.partial)?;
         p.counters = address(&scratch.counters)?;
         let name = format!("attention_decode_{}_{}", suffix(dtype)?, self.dim);
-        let shared = 4 * ROWS * (self.dim + 2) * 4;
+        let shared = 4 * ROWS * (self.dim + 2) * 4 + (ROWS + 2) * self.dim * 2;
         let kernel = Kernel::load(gpu, Module::AttentionDecode(self.dim), name)?.shared(shared)?;
         Ok(Launch::new(kernel, (self.splits, self.kv_heads, self.lists / self.kv_heads), 128).with(p))
     }
