@@ -15,6 +15,7 @@ usage() { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 pack() {
   local dir=${1:-target/gpu-tests}
   mkdir -p "$dir"
+  git describe --always --dirty --abbrev=12 --exclude '*' >"$dir/commit"
   cargo test --release --features cuda --test cuda --no-run --message-format=json |
     python3 -c 'import json,sys
 for line in sys.stdin:
@@ -33,7 +34,7 @@ run() {
     echo "# GPU tests"
     echo
     echo "- device: $(nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader 2>/dev/null || echo none)"
-    echo "- commit: $(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)"
+    echo "- commit: $(cat "$dir/commit" 2>/dev/null || echo unknown)"
     echo "- date: $(date -u +%F)"
     echo
     echo "| test | result |"
