@@ -107,6 +107,16 @@ impl Model {
         self.weights_bytes
     }
 
+    /// Whether any matrix is held quantised.
+    pub fn has_quantised(&self) -> bool {
+        let quantised = |l: &Linear| matches!(l.weight(), Weight::Quantised(_));
+        let block = |b: &Block| {
+            let (p, m) = (b.mixer.projections(), &b.mlp);
+            [&p.q, &p.k, &p.v, &p.out, &m.gate, &m.up, &m.down].into_iter().any(quantised)
+        };
+        quantised(&self.head) || self.blocks.iter().any(block)
+    }
+
     /// Type of activations, keys and values.
     pub fn dtype(&self) -> DType {
         self.dtype

@@ -2,6 +2,8 @@
 
 mod common;
 
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::Device;
 use common::*;
 
 #[test]
@@ -39,5 +41,40 @@ fn a_sharded_copy_of_a_golden_gives_its_logits() -> Any {
     let model = load(&open(&dir.path().to_string_lossy())?, None, 300)?;
     let off = deviation(&last_logits(&model, &golden.ids("short")?, 300, 64)?, &golden.logits("short")?)?;
     assert!(off < 1e-4, "{off:.2e} standard deviations off");
+    Ok(())
+}
+
+/// GGUF files of tied models may store the one matrix twice, the embedding's copy the coarser.
+#[test]
+fn tied_embeddings_stored_twice_are_read_from_the_output_matrix() -> Any {
+    let (dir, golden) = (tempfile::tempdir()?, Golden::open("qwen2")?);
+    let path = dir.path().join("model.gguf");
+    gguf::write("qwen2", "qwen2", &path, |tensors, _| {
+        let embed = tensors.remove("token_embd.weight").expect("the golden has an embedding");
+        let coarse = embed.dequantize(&Device::Cpu).and_then(|t| QTensor::quantize(&t, GgmlDType::Q4_0));
+        tensors.insert("token_embd.weight".into(), coarse.expect("rows hold whole blocks"));
+        tensors.insert("output.weight".into(), embed);
+    })?;
+    let off = |tie: bool| -> Any<f32> {
+        let mut checkpoint = open(&path.to_string_lossy())?;
+        if tie {
+            checkpoint.tie_embeddings()?;
+        }
+        assert_eq!(checkpoint.spec.tied, tie);
+        let model = load(&checkpoint, None, 300)?;
+        deviation(&last_logits(&model, &golden.ids("short")?, 300, 64)?, &golden.logits("short")?)
+    };
+    assert!(off(true)? < 1e-4, "the coarse copy was read");
+    assert!(off(false)? > 1e-3, "the coarse copy makes no difference: the test shows nothing");
+    Ok(())
+}
+
+#[test]
+fn a_model_that_is_not_tied_is_not_tied_by_force() -> Any {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("model.gguf");
+    gguf::write("qwen3", "qwen3", &path, |_, _| ())?;
+    let error = open(&path.to_string_lossy())?.tie_embeddings().unwrap_err().to_string();
+    assert!(error.contains("--tie-embeddings") && error.contains("not tied"), "{error}");
     Ok(())
 }

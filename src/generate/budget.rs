@@ -34,12 +34,18 @@ impl Needs {
         let attention = 4 * spec.hidden + width + most(&|l| l.heads * l.head_dim);
         let feed_forward = 4 * spec.hidden + 3 * most(&|l| l.intermediate);
         let tables = 4 * most(&|l| l.head_dim) * spec.ropes.len();
+        // Products with quantised matrices pass through f32.
+        let f32s = if model.has_quantised() {
+            4 * (attention - 4 * spec.hidden).max(2 * most(&|l| l.intermediate))
+        } else {
+            0
+        };
         Ok(Self {
             weights: model.weights_bytes(),
             cache: Cache::bytes_for(spec, plan, ctx, model.dtype(), false)?.0,
             // Logits in two types and a copy, and at most this for partial results, routes and vectors of a step.
             fixed: (spec.vocab * 16) as u64 + (16 << 20),
-            token: (size * attention.max(feed_forward) + tables) as u64,
+            token: (size * attention.max(feed_forward) + tables + f32s) as u64,
         })
     }
 

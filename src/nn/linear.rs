@@ -111,7 +111,8 @@ impl Linear {
         Ok(match &self.weight {
             Weight::Dense(w) => x.matmul(&w.t()?)?,
             Weight::Quantised(w) if x.dim(0)? > DOT_ROWS && x.device().is_cpu() => widened_matmul(x, w)?,
-            Weight::Quantised(w) => x.apply_op1_no_bwd(w.as_ref())?,
+            // On a GPU some of candle's kernels answer in f32, whatever they were given.
+            Weight::Quantised(w) => x.apply_op1_no_bwd(w.as_ref())?.to_dtype(x.dtype())?,
         })
     }
 }

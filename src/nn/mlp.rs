@@ -1,6 +1,6 @@
 //! The gated feed-forward: `down(act(gate x) · up x)`.
 
-use super::Linear;
+use super::{Linear, Weight};
 use crate::error::Result;
 use crate::ops;
 use crate::spec::Activation;
@@ -43,9 +43,11 @@ impl Mlp {
         self.down.forward(&ops::gated(&gate, &up, self.activation)?)
     }
 
-    /// Rows whose three intermediate tensors stay within [`BUFFER`].
+    /// Rows whose three intermediate tensors stay within [`BUFFER`]; products with quantised matrices pass through f32.
     fn rows_at_once(&self, dtype: DType) -> Result<usize> {
-        let row = 3 * self.gate.weight().dims()?.0 * dtype.size_in_bytes();
+        let wide = matches!(self.gate.weight(), Weight::Quantised(_));
+        let size = dtype.size_in_bytes() + if wide { DType::F32.size_in_bytes() } else { 0 };
+        let row = 3 * self.gate.weight().dims()?.0 * size;
         Ok((BUFFER / row / 128 * 128).max(128))
     }
 
