@@ -4,7 +4,7 @@
 //! the pool and the chunk's own means; the operator runs; then the chunk's tail enters the local ring and its means the
 //! summary pool. Decode is the same with a chunk of one.
 
-use super::{Projections, Step};
+use super::{Projections, Qkv, Step};
 use crate::cache::TwoPool;
 use crate::error::{Error, ErrorKind, Result};
 use crate::nn::Rope;
@@ -70,21 +70,16 @@ impl Butterfly {
 
     pub(super) fn forward(&self, x: &Tensor, step: &Step, cache: &mut TwoPool) -> Result<Tensor> {
         let p = &self.projections;
-        let qkv = p.project(x)?;
-        let table = &step.tables[p.rope];
-        let (q, k) = (table.apply(&qkv.q)?, table.apply(&qkv.k)?);
-        cache.keep_sinks(&k, &qkv.v, step.start)?;
         let s = &self.settings;
-        let to_pool = match s.pool {
-            Pool::PostRope => &k,
-            Pool::PreRope => &qkv.k,
-        };
-        let pooled = pool_blocks(to_pool, &qkv.v, step.start, s.block, s.sink_tokens, &mut cache.running)?;
+        let Qkv { q, k, v, plain } = p.project(x, &step.tables[p.rope], s.pool == Pool::PreRope)?;
+        cache.keep_sinks(&k, &v, step.start)?;
+        let to_pool = plain.as_ref().map_or(&k, |(_, k)| k);
+        let pooled = pool_blocks(to_pool, &v, step.start, s.block, s.sink_tokens, &mut cache.running)?;
         let far = self.far(step, x.dim(0)?, cache, &pooled, &step.ropes[p.rope])?;
-        let q_far = match &far {
-            Some(_) if s.far_position == FarPosition::Clamp => {
+        let q_far = match (&far, &plain) {
+            (Some(_), Some((plain_q, _))) if s.far_position == FarPosition::Clamp => {
                 let edge = vec![(self.trained - 1) as f32; x.dim(0)?];
-                Some(step.ropes[p.rope].table(edge.into_iter(), x.device())?.apply(&qkv.q)?)
+                Some(step.ropes[p.rope].table(edge.into_iter(), x.device())?.apply(plain_q)?)
             }
             _ => None,
         };
@@ -96,7 +91,7 @@ impl Butterfly {
             q: &q,
             q_far: q_far.as_ref(),
             k: &k,
-            v: &qkv.v,
+            v: &v,
             start: step.start,
             past: Some(cache.local.rows()),
             sinks: cache.sinks().map(|r| (r.rows(), r.capacity())),
@@ -104,7 +99,7 @@ impl Butterfly {
             far: far.as_ref().map(|f| FarArgs { k: &f.k, v: &f.v, block: s.block, routes: &f.routes }),
             scale: p.scale,
         })?;
-        cache.local.write(&k, &qkv.v, step.start)?;
+        cache.local.write(&k, &v, step.start)?;
         cache.keep_summaries(&pooled)?;
         p.output(&out)
     }

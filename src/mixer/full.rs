@@ -20,13 +20,11 @@ impl Full {
 
 /// Attention over the last positions of a ring and the chunk, which then enters the ring.
 pub(super) fn windowed(p: &Projections, window: Window, x: &Tensor, step: &Step, cache: &mut Ring) -> Result<Tensor> {
-    let qkv = p.project(x)?;
-    let table = &step.tables[p.rope];
-    let (q, k) = (table.apply(&qkv.q)?, table.apply(&qkv.k)?);
+    let qkv = p.project(x, &step.tables[p.rope], false)?;
     let out = attend(&AttentionArgs {
-        q: &q,
+        q: &qkv.q,
         q_far: None,
-        k: &k,
+        k: &qkv.k,
         v: &qkv.v,
         start: step.start,
         past: Some(cache.rows()),
@@ -35,6 +33,6 @@ pub(super) fn windowed(p: &Projections, window: Window, x: &Tensor, step: &Step,
         far: None,
         scale: p.scale,
     })?;
-    cache.write(&k, &qkv.v, step.start)?;
+    cache.write(&qkv.k, &qkv.v, step.start)?;
     p.output(&out)
 }

@@ -1,7 +1,7 @@
 //! Queries, keys and values from the residual stream, and back.
 
 use crate::error::Result;
-use crate::nn::{Linear, RmsNorm};
+use crate::nn::{Linear, RmsNorm, RopeTable};
 use crate::ops::prepare_heads;
 use candle_core::Tensor;
 
@@ -29,29 +29,36 @@ pub struct Projections {
     pub rope: usize,
 }
 
-/// A chunk's queries, keys and values, not yet rotated.
+/// A chunk's queries, keys and values.
 pub struct Qkv {
-    /// `[T, H, D]`.
+    /// `[T, H, D]`, rotated.
     pub q: Tensor,
-    /// `[T, G, D]`.
+    /// `[T, G, D]`, rotated.
     pub k: Tensor,
     /// `[T, G, D]`.
     pub v: Tensor,
+    /// Queries and keys before rotation, where they were asked for.
+    pub plain: Option<(Tensor, Tensor)>,
 }
 
 impl Projections {
+    /// Projects and rotates, in one pass over each result unless `keep_plain` asks for what lies between.
+    ///
     /// # Shapes
-    /// `x [T, hidden]`.
-    pub fn project(&self, x: &Tensor) -> Result<Qkv> {
+    /// `x [T, hidden]`, `table` of the chunk's positions.
+    pub fn project(&self, x: &Tensor, table: &RopeTable, keep_plain: bool) -> Result<Qkv> {
         let [q, k, v] = Linear::products([&self.q, &self.k, &self.v], x)?;
         let (q_norm, k_norm) = match &self.qk_norm {
             Some((q, k)) => (Some(q.over_heads()), Some(k.over_heads())),
             None => (None, None),
         };
-        Ok(Qkv {
-            q: prepare_heads(&q, self.heads, self.q.bias(), q_norm, None)?,
-            k: prepare_heads(&k, self.kv_heads, self.k.bias(), k_norm, None)?,
-            v: prepare_heads(&v, self.kv_heads, self.v.bias(), None, None)?,
+        let rotation = (!keep_plain).then(|| table.cos_sin());
+        let q = prepare_heads(&q, self.heads, self.q.bias(), q_norm, rotation)?;
+        let k = prepare_heads(&k, self.kv_heads, self.k.bias(), k_norm, rotation)?;
+        let v = prepare_heads(&v, self.kv_heads, self.v.bias(), None, None)?;
+        Ok(match keep_plain {
+            true => Qkv { q: table.apply(&q)?, k: table.apply(&k)?, v, plain: Some((q, k)) },
+            false => Qkv { q, k, v, plain: None },
         })
     }
 

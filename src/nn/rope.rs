@@ -82,6 +82,11 @@ fn llama3(f: f64, factor: f64, low: f64, high: f64, original: f64) -> f64 {
 }
 
 impl RopeTable {
+    /// cos and sin, each f32 `[T, D / 2]`.
+    pub fn cos_sin(&self) -> (&Tensor, &Tensor) {
+        (&self.cos, &self.sin)
+    }
+
     /// Rotates `x` row by row.
     ///
     /// # Shapes
