@@ -26,7 +26,7 @@ __device__ void embed(const T *table, float scale, float *x, int n, const float 
   }
 }
 
-// Mirrors `Matvec` in src/generate/graph.rs.
+// Mirrors `Matvec` in src/generate/graph/step.rs.
 struct MatvecParams {
   const void *w[3];
   const float *bias[3];

@@ -3,7 +3,7 @@
 #pragma once
 #include "common.cuh"
 
-// Mirrors `State` in src/generate/graph.rs.
+// Mirrors `State` in src/generate/graph/mod.rs.
 struct DecodeState {
   int position;             // of the token being read
   int step;                 // tokens made so far

@@ -1,0 +1,175 @@
+//! Greedy decode on a GPU: one step captured as a CUDA graph and replayed for every token.
+//!
+//! All that changes from token to token (position, token, running sums) lies in device memory, and the cache never grows, so
+//! that the same launches serve every position. The likeliest token is found on the device and read by the next replay; the host
+//! fetches tokens a few at a time. The residual stream and all sums are f32; weights, keys and values are 16 bits.
+
+mod step;
+
+use self::step::{Builder, Held};
+use super::{Request, Timing};
+use crate::cache::Cache;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mixer::{Butterfly, Mixer};
+use crate::model::{Block, Model};
+use crate::nn::Weight;
+use crate::retrofit::{FarPosition, Pool};
+use candle_core::cuda_backend::cudarc::driver::{sys, CudaGraph, CudaSlice, DeviceRepr, ValidAsZeroBits};
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::{DType, Device, Tensor};
+use std::time::Instant;
+
+/// Tokens fetched at once.
+const BATCH: usize = 8;
+/// Most summaries to a block that a step's table of routes holds; rules that read more (`all`) decode step by step.
+const ROUTES: usize = 64;
+
+/// `DecodeState` of kernels/decode.cuh.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+struct State {
+    position: i32,
+    step: i32,
+    token: u32,
+    stopped: u32,
+    best: u64,
+}
+
+// SAFETY: plain numbers in C's layout, of which zeros are valid.
+unsafe impl DeviceRepr for State {}
+unsafe impl ValidAsZeroBits for State {}
+
+/// A captured step, with the memory that it works in.
+pub(super) struct StepGraph {
+    graph: CudaGraph,
+    gpu: CudaDevice,
+    state: CudaSlice<State>,
+    tokens: Tensor,
+    /// f32 `[1, vocab]`, of the last step.
+    logits: Tensor,
+    _held: Held,
+}
+
+impl StepGraph {
+    /// Captures a step of `model` on `cache`; `None` where the model, its settings or its device have no captured form.
+    pub fn capture(model: &Model, cache: &Cache, stop: &[u32]) -> Result<Option<Self>> {
+        let Device::Cuda(gpu) = model.device() else { return Ok(None) };
+        if !has_form(model) {
+            return Ok(None);
+        }
+        let state = gpu.alloc_zeros::<State>(1)?;
+        let tokens = Tensor::zeros(BATCH, DType::U32, model.device())?;
+        let logits = Tensor::zeros((1, model.spec().vocab), DType::F32, model.device())?;
+        let mut builder = Builder::new(model, gpu, &state, (&tokens, &logits))?;
+        builder.step(cache, stop)?;
+        let Builder { launches, held, .. } = builder;
+        let stream = gpu.cuda_stream();
+        stream.synchronize().map_err(driver)?;
+        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(driver)?;
+        // SAFETY: every address belongs to the model, the cache, or `held`, which live as long as the graph is run.
+        let enqueued = launches.iter().enumerate().try_for_each(|(i, l)| unsafe { l.enqueue(i > 0) });
+        let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(driver)?;
+        enqueued?;
+        let graph = graph.ok_or_else(|| Error::new(ErrorKind::Backend, "decode graph", "nothing was captured"))?;
+        graph.upload().map_err(driver)?;
+        Ok(Some(Self { graph, gpu: gpu.clone(), state, tokens, logits, _held: held }))
+    }
+
+    /// Reads `ids` one by one and returns the logits after each, f32 `[ids.len(), vocab]`.
+    pub fn read(mut self, cache: &mut Cache, ids: &[u32]) -> Result<Tensor> {
+        let mut rows = vec![];
+        for id in ids {
+            let begin = State { position: cache.position() as i32, token: *id, ..State::default() };
+            self.gpu.memcpy_htod(&[begin], &mut self.state)?;
+            self.graph.launch().map_err(driver)?;
+            rows.push(self.logits.copy()?);
+            cache.advance(1);
+        }
+        Ok(Tensor::cat(&rows, 0)?)
+    }
+
+    /// Decodes from `first`, which is already delivered, until the request's count, a stop token, or `on_token` says no.
+    pub fn run(
+        mut self,
+        cache: &mut Cache,
+        first: u32,
+        request: &Request,
+        timing: &mut Timing,
+        tokens: &mut Vec<u32>,
+        on_token: &mut dyn FnMut(u32) -> bool,
+    ) -> Result<()> {
+        let begin = State { position: cache.position() as i32, token: first, ..State::default() };
+        self.gpu.memcpy_htod(&[begin], &mut self.state)?;
+        timing.fetched = BATCH;
+        let mut done = 0;
+        while tokens.len() < request.max_new_tokens {
+            let count = BATCH.min(request.max_new_tokens - tokens.len());
+            let start = Instant::now();
+            for _ in 0..count {
+                self.graph.launch().map_err(driver)?;
+            }
+            let made = self.tokens.to_vec1::<u32>()?;
+            let each = start.elapsed() / count as u32;
+            for token in (0..count).map(|i| &made[(done + i) % BATCH]) {
+                if *token == u32::MAX {
+                    let message = "hold NaN or infinity; try --dtype f32, or check the weights";
+                    return Err(Error::new(ErrorKind::NotFinite, "logits", message));
+                }
+                cache.advance(1);
+                timing.steps.push(each);
+                if request.stop.contains(token) {
+                    return Ok(());
+                }
+                tokens.push(*token);
+                if !on_token(*token) {
+                    return Ok(());
+                }
+            }
+            done += count;
+        }
+        Ok(())
+    }
+}
+
+/// Whether every part of the model has a captured form: 16-bit dense matrices, and settings whose summaries are read as stored.
+fn has_form(model: &Model) -> bool {
+    let dense = |w: &Weight| match w {
+        Weight::Dense(w) => {
+            w.dtype() == model.dtype() && w.dims().last().is_some_and(|n| n.is_multiple_of(8)) && w.is_contiguous()
+        }
+        Weight::Quantised(_) => false,
+    };
+    let block = |b: &Block| {
+        let (p, m) = (b.mixer.projections(), &b.mlp);
+        let linear = [&p.q, &p.k, &p.v, &p.out, &m.gate, &m.up, &m.down];
+        let reads_as_stored = match &b.mixer {
+            Mixer::Butterfly(l) => {
+                let s = l.settings();
+                // A mean is stored by the one thread block that reads the layer's summaries: of 16 query heads.
+                let one_block = p.heads <= 16 * p.kv_heads;
+                s.pool == Pool::PostRope && s.far_position == FarPosition::True && widest(l) <= ROUTES && one_block
+            }
+            _ => true,
+        };
+        // A gate with a bias would need it before the activation; no known family has one.
+        let plain_gate = m.gate.bias().is_none() && m.up.bias().is_none();
+        linear.iter().all(|l| dense(l.weight()))
+            && reads_as_stored
+            && plain_gate
+            && p.head_dim.is_multiple_of(8)
+            && p.head_dim <= 256
+    };
+    matches!(model.dtype(), DType::BF16 | DType::F16)
+        && dense(&model.embed)
+        && dense(model.head.weight())
+        && model.blocks.iter().all(block)
+}
+
+/// Most summaries that any block reads.
+fn widest(layer: &Butterfly) -> usize {
+    layer.routes().iter().map(Vec::len).max().unwrap_or(0)
+}
+
+fn driver(e: candle_core::cuda_backend::cudarc::driver::DriverError) -> Error {
+    Error::new(ErrorKind::Backend, "decode graph", e)
+}
