@@ -100,7 +100,7 @@ impl Error {
     /// candle's error at `place`, with memory that ran out told from other failures.
     fn below(place: impl Display, error: &candle_core::Error) -> Self {
         let text = plain(error);
-        match text.contains("OUT_OF_MEMORY") {
+        match text.contains("OUT_OF_MEMORY") || text.contains("ALLOC_FAILED") {
             true => Self::new(ErrorKind::Memory, place, "out of GPU memory"),
             false => Self::new(ErrorKind::Backend, place, text),
         }

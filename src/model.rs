@@ -2,6 +2,7 @@
 
 use crate::cache::{Cache, LayerState};
 use crate::checkpoint::{Checkpoint, HoldAs, OnProgress};
+use crate::cli::human_bytes;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mixer::{Butterfly, Full, Mixer, Projections, Sliding, Step};
 use crate::nn::{Linear, Mlp, RmsNorm, Rope, Weight};
@@ -56,8 +57,26 @@ impl Model {
     /// Loads `checkpoint`, with `plan`'s layers swapped, provisioned for `ctx` positions.
     ///
     /// # Errors
-    /// A missing, misshapen or non-finite tensor, or a plan that does not fit the model.
+    /// A missing, misshapen or non-finite tensor, a plan that does not fit the model, or too little memory.
     pub fn load(
+        checkpoint: &Checkpoint,
+        plan: Option<&RetrofitPlan>,
+        ctx: usize,
+        hold: &HoldAs,
+        device: &Device,
+        progress: OnProgress,
+    ) -> Result<Self> {
+        Self::read(checkpoint, plan, ctx, hold, device, progress).map_err(|e| match e.kind() {
+            ErrorKind::Memory => {
+                let asked = human_bytes(checkpoint.held(hold).values().sum());
+                let message = format!("{e}: the weights ask for {asked} in all; --dtype q8_0 or q4_0 asks for less");
+                Error::new(ErrorKind::Memory, "weights", message)
+            }
+            _ => e,
+        })
+    }
+
+    fn read(
         checkpoint: &Checkpoint,
         plan: Option<&RetrofitPlan>,
         ctx: usize,

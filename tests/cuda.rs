@@ -5,7 +5,7 @@ mod common;
 
 use bfly::checkpoint::{Held, HoldAs};
 use bfly::cli::open_device;
-use bfly::generate::{Request, Sampler, Sampling, Session};
+use bfly::generate::{Needs, Request, Sampler, Sampling, Session};
 use bfly::ops::{self, Window};
 use bfly::retrofit::{FarPosition, Pool, Settings, WindowAlign};
 use bfly::spec::Activation;
@@ -337,5 +337,37 @@ fn quantised_weights_give_the_cpus_logits() -> Any {
             2.0 * theirs
         );
     }
+    Ok(())
+}
+
+#[test]
+fn a_budget_is_kept_and_does_not_change_the_output() -> Any {
+    let Some(device) = gpu("memory budget") else { return Ok(()) };
+    let (checkpoint, prompt) = (open(&golden_dir("qwen3_d128").to_string_lossy())?, text(6000));
+    let ctx = 8192;
+    let model = load_as(&checkpoint, None, ctx, &HoldAs::for_gpu(Held::Auto), &device)?;
+    let needs = Needs::of(&model, None, ctx)?;
+    let golden = Golden::open("qwen3_d128")?;
+    let theirs = deviation(&golden.logits_bf16("long")?, &golden.logits("long")?)?;
+    let run = |chunk: usize| -> Any<(Tensor, u64)> {
+        ops::reset_peak(&device);
+        let request = Request { prompt: &prompt, max_new_tokens: 20, chunk, stop: &[], logits_last: 1 };
+        let mut session = Session::new(&model)?;
+        let made = session.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut |_| (), &mut |_| true)?;
+        Ok((made.prompt_logits.to_device(&Device::Cpu)?, ops::device_memory(&device).ok_or("no figures")?.peak))
+    };
+    // What the process holds besides (other tests' models are gone; libraries keep little).
+    let besides = ops::device_memory(&device).ok_or("no figures")?.used.saturating_sub(needs.weights);
+    for wanted in [4096, 1024, 256] {
+        let budget = needs.total(wanted);
+        let chunk = needs.chunk_within(budget, 1 << 20)?;
+        let (logits, peak) = run(chunk)?;
+        println!("budget {budget}: chunk {chunk}, peak {peak}");
+        assert!(peak <= budget + besides, "{peak} of {budget} with chunks of {chunk}");
+        // Matrix products of other sizes may sum in another order, which bf16 shows.
+        let off = deviation(&logits, &run(4096)?.0)?;
+        assert!(off <= theirs, "chunks of {chunk}: {off:.2e} off, transformers' bf16 run {theirs:.2e}");
+    }
+    assert!(needs.chunk_within(needs.weights, 4096).is_err());
     Ok(())
 }

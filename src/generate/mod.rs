@@ -107,7 +107,7 @@ impl<'a> Session<'a> {
         let mut done = 0;
         for piece in ids.chunks(chunk.max(1)) {
             let want: Vec<usize> = (from.saturating_sub(done)..piece.len()).collect();
-            let logits = self.model.forward(piece, &mut self.cache, &want)?;
+            let logits = self.model.forward(piece, &mut self.cache, &want).map_err(|e| no_room(e, piece.len()))?;
             if !want.is_empty() {
                 parts.push(logits);
             }
@@ -181,5 +181,18 @@ impl<'a> Session<'a> {
         }
         timing.decode = timing.steps.iter().sum();
         Ok(Generation { tokens, timing, prompt_logits })
+    }
+}
+
+/// Says which setting would ask for less where a chunk's activations found no room.
+fn no_room(e: Error, tokens: usize) -> Error {
+    match e.kind() {
+        ErrorKind::Memory => {
+            let message = format!(
+                "{e}: the activations of a chunk of {tokens} tokens found no room; give a smaller --prefill-chunk, or --memory-budget"
+            );
+            Error::new(ErrorKind::Memory, "prefill", message)
+        }
+        _ => e,
     }
 }
