@@ -2,10 +2,10 @@
 
 use crate::cache::{Cache, LayerState};
 use crate::checkpoint::{Checkpoint, HoldAs, OnProgress};
-use crate::cli::human_bytes;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mixer::{Butterfly, Full, Mixer, Projections, Sliding, Step};
 use crate::nn::{Linear, Mlp, RmsNorm, Rope, Weight};
+use crate::ops::human_bytes;
 use crate::retrofit::RetrofitPlan;
 use crate::spec::{AttentionKind, LayerSpec, ModelSpec, Norms};
 use candle_core::{DType, Device, Tensor};

@@ -9,8 +9,8 @@ mod two_pool;
 pub use ring::Ring;
 pub use two_pool::TwoPool;
 
-use crate::cli::human_bytes;
 use crate::error::{Error, ErrorKind, Result};
+use crate::ops::human_bytes;
 use crate::retrofit::RetrofitPlan;
 use crate::selector;
 use crate::spec::{AttentionKind, ModelSpec};

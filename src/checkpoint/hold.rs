@@ -137,13 +137,6 @@ pub(super) fn type_name(t: GgmlDType) -> String {
     }
 }
 
-/// Bytes of memory that the machine has, where that can be read.
-pub fn machine_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -14,7 +14,7 @@ mod rows;
 mod safetensors;
 mod tokenizer;
 
-pub use hold::{machine_memory, Held, HoldAs};
+pub use hold::{Held, HoldAs};
 pub use identity::Identity;
 pub(crate) use random::splitmix;
 pub use tokenizer::{ChatTemplate, Text};

@@ -34,7 +34,7 @@ fn gpu(index: usize) -> Result<Device> {
 /// How `checkpoint`'s weights are held on `device`.
 pub fn hold_as(request: Held, checkpoint: &Checkpoint, device: &Device) -> HoldAs {
     match device.is_cpu() {
-        true => HoldAs::new(request, checkpoint.f32_bytes(), crate::checkpoint::machine_memory()),
+        true => HoldAs::new(request, checkpoint.f32_bytes(), crate::ops::machine_memory()),
         false => HoldAs::for_gpu(request),
     }
 }

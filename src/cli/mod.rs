@@ -9,6 +9,7 @@ mod progress;
 mod retrofit;
 mod size;
 
+pub use crate::ops::human_bytes;
 pub use args::{Cli, Command, ModelArgs, PromptArgs, RetrofitArgs, RunArgs, SamplingArgs};
 pub use device::{describe, hold_as, open_device};
 pub use ledger::{peak_memory, Ledger};
@@ -16,7 +17,7 @@ pub use output::Output;
 pub use patch::Patch;
 pub use progress::Bars;
 pub use retrofit::run;
-pub use size::{human_bytes, parse_bytes, parse_count, parse_size, short_count};
+pub use size::{parse_bytes, parse_count, parse_size, short_count};
 
 /// Runs `f` and turns its error into a message on stderr and exit code 2.
 pub fn main_with(f: impl FnOnce() -> crate::Result<()>) -> std::process::ExitCode {

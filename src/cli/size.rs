@@ -1,4 +1,4 @@
-//! Token counts as people write them, and bytes as they read them.
+//! Token counts and sizes of memory as people write them.
 
 /// As [`parse_count`], but zero is refused.
 pub fn parse_size(text: &str) -> Result<usize, String> {
@@ -47,18 +47,6 @@ pub fn short_count(n: usize) -> String {
     }
 }
 
-/// `1.4 GiB`, `12.5 MiB`, `980 B`.
-pub fn human_bytes(bytes: u64) -> String {
-    let mut value = bytes as f64;
-    for unit in ["B", "KiB", "MiB"] {
-        if value < 1024.0 {
-            return if unit == "B" { format!("{bytes} B") } else { format!("{value:.1} {unit}") };
-        }
-        value /= 1024.0;
-    }
-    format!("{value:.2} GiB")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -89,12 +77,5 @@ mod tests {
         for (n, text) in [(0, "0"), (1000, "1000"), (1 << 15, "32k"), (1 << 20, "1M"), (3 << 19, "1536k")] {
             assert_eq!((short_count(n).as_str(), parse_count(text)), (text, Ok(n)));
         }
-    }
-
-    #[test]
-    fn bytes_read_well() {
-        assert_eq!(human_bytes(980), "980 B");
-        assert_eq!(human_bytes(13_107_200), "12.5 MiB");
-        assert_eq!(human_bytes(3 << 29), "1.50 GiB");
     }
 }

@@ -1,9 +1,9 @@
 //! `--memory-budget`: the largest prefill chunk that fits, which never changes the output.
 
 use crate::cache::Cache;
-use crate::cli::human_bytes;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Model;
+use crate::ops::human_bytes;
 use crate::retrofit::RetrofitPlan;
 
 /// Smallest chunk worth running.

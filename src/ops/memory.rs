@@ -17,9 +17,28 @@ pub struct DeviceMemory {
 /// Bytes of memory of the machine, or of the GPU, where that can be read.
 pub fn memory_of(device: &Device) -> Option<u64> {
     match device.is_cpu() {
-        true => crate::checkpoint::machine_memory(),
+        true => machine_memory(),
         false => device_memory(device).map(|m| m.total),
     }
+}
+
+/// Bytes of memory that the machine has, where that can be read.
+pub fn machine_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+/// `1.4 GiB`, `12.5 MiB`, `980 B`.
+pub fn human_bytes(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "KiB", "MiB"] {
+        if value < 1024.0 {
+            return if unit == "B" { format!("{bytes} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.2} GiB")
 }
 
 /// The state of a GPU's memory; `None` on a CPU.
@@ -72,5 +91,17 @@ pub(super) mod pool {
             // SAFETY: these attributes are 64-bit. A pool that refuses keeps its setting, which costs accuracy alone.
             let _ = unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut value).cast()) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_read_well() {
+        assert_eq!(human_bytes(980), "980 B");
+        assert_eq!(human_bytes(13_107_200), "12.5 MiB");
+        assert_eq!(human_bytes(3 << 29), "1.50 GiB");
     }
 }
