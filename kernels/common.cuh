@@ -41,6 +41,12 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+// Activation of a gate: SiLU (0) or GELU's tanh form (1), as x sigmoid(..).
+__device__ inline float activate(float x, int kind) {
+  const float inner = kind == 0 ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);
+  return x / (1.f + expf(-inner));
+}
+
 __device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 // Asynchronous copy of 16 bytes into shared memory; zeros where not `valid` (the source is then not read).

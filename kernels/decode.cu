@@ -43,11 +43,6 @@ struct MatvecParams {
 
 enum { STORE, ADD, GATED, LARGEST };
 
-__device__ inline float activate(float x, int kind) {
-  const float inner = kind == 0 ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);
-  return x / (1.f + expf(-inner));
-}
-
 template <typename T> __device__ inline float dot8(uint4 w, const float *v) {
   const float4 a = *(const float4 *)v, b = *(const float4 *)(v + 4);
   const float2 w0 = unpack<T>(w.x), w1 = unpack<T>(w.y), w2 = unpack<T>(w.z), w3 = unpack<T>(w.w);

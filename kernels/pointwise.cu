@@ -89,11 +89,6 @@ extern "C" __global__ void rope_table(const float *frequencies, const float *pos
   sin[i] = s * amplitude;
 }
 
-__device__ inline float activate(float x, int kind) {
-  const float inner = kind == 0 ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);
-  return x / (1.f + expf(-inner));
-}
-
 template <typename T> __device__ void gated(const T *gate, const T *up, T *out, int64_t n, int kind) {
   const int64_t first = ((int64_t)blockIdx.x * blockDim.x) * 8 + threadIdx.x;
   for (int j = 0; j < 8; j++) {
