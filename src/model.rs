@@ -215,16 +215,7 @@ impl Model {
                 Mixer::Full(Full { projections }) | Mixer::Sliding(Sliding { projections, .. }) => projections,
                 Mixer::Butterfly(m) => m.projections,
             };
-            let swapped = plan.and_then(|p| p.ordinal(i).map(|j| (&p.settings, j)));
-            let mixer = match (self.spec.layers[i].attention, swapped) {
-                (AttentionKind::Sliding { window }, _) => Mixer::Sliding(Sliding { projections, window }),
-                (AttentionKind::Full, None) => Mixer::Full(Full { projections }),
-                (AttentionKind::Full, Some((settings, ordinal))) => {
-                    let trained = self.spec.max_positions;
-                    Mixer::Butterfly(Box::new(Butterfly::new(projections, settings, ordinal, ctx, trained)?))
-                }
-            };
-            Ok(Block { mixer, ..block })
+            Ok(Block { mixer: mixer(projections, &self.spec, i, plan, ctx)?, ..block })
         };
         self.blocks = std::mem::take(&mut self.blocks).into_iter().enumerate().map(remake).collect::<Result<_>>()?;
         (self.plan, self.ctx) = (plan.cloned(), ctx);
@@ -235,6 +226,24 @@ impl Model {
     pub fn bytes_per_token(&self) -> u64 {
         self.weights_bytes - if self.spec.tied { 0 } else { self.embed.bytes() }
     }
+}
+
+/// What layer `i` mixes with: as it came, or swapped where `plan` names it.
+fn mixer(
+    projections: Projections,
+    spec: &ModelSpec,
+    i: usize,
+    plan: Option<&RetrofitPlan>,
+    ctx: usize,
+) -> Result<Mixer> {
+    let swapped = plan.and_then(|p| p.ordinal(i).map(|j| (&p.settings, j)));
+    Ok(match (spec.layers[i].attention, swapped) {
+        (AttentionKind::Sliding { window }, _) => Mixer::Sliding(Sliding { projections, window }),
+        (AttentionKind::Full, None) => Mixer::Full(Full { projections }),
+        (AttentionKind::Full, Some((settings, ordinal))) => {
+            Mixer::Butterfly(Box::new(Butterfly::new(projections, settings, ordinal, ctx, spec.max_positions)?))
+        }
+    })
 }
 
 /// Names the tensors of a layer.
@@ -278,19 +287,10 @@ impl Loader<'_> {
             scale: l.scale as f32,
             rope: l.rope,
         };
-        let swapped = plan.and_then(|p| p.ordinal(i).map(|j| (&p.settings, j)));
-        let mixer = match (l.attention, swapped) {
-            (AttentionKind::Sliding { window }, _) => Mixer::Sliding(Sliding { projections, window }),
-            (AttentionKind::Full, None) => Mixer::Full(Full { projections }),
-            (AttentionKind::Full, Some((settings, ordinal))) => {
-                let trained = self.spec.max_positions;
-                Mixer::Butterfly(Box::new(Butterfly::new(projections, settings, ordinal, ctx, trained)?))
-            }
-        };
         let sandwich = l.norms == Norms::Sandwich;
         Ok(Block {
             before_mixer: norm("input_layernorm")?,
-            mixer,
+            mixer: mixer(projections, self.spec, i, plan, ctx)?,
             after_mixer: sandwich.then(|| norm("post_attention_layernorm")).transpose()?,
             before_mlp: norm(if sandwich { "pre_feedforward_layernorm" } else { "post_attention_layernorm" })?,
             mlp: Mlp {

@@ -1,6 +1,7 @@
 //! Which layers become butterfly attention, with what settings: plain data, saved as JSON.
 
 use crate::error::{At, Error, Result};
+use crate::ops::Window;
 use crate::selector::{self, Grid};
 use crate::spec::{AttentionKind, ModelSpec};
 use serde::{Deserialize, Serialize};
@@ -122,6 +123,14 @@ impl Settings {
             );
         }
         selector::find(&self.partner).map(|_| ())
+    }
+
+    /// The raw positions that a query reads.
+    pub fn raw_window(&self) -> Window {
+        match self.window_align {
+            WindowAlign::Block => Window::Blocks { block: self.block, count: self.window_blocks() },
+            WindowAlign::Token => Window::Tokens(self.window),
+        }
     }
 
     /// `w`, the window in blocks.

@@ -2,6 +2,7 @@
 
 mod common;
 
+use bfly::checkpoint::{Checkpoint, OpenOptions};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::Device;
 use common::*;
@@ -64,6 +65,9 @@ fn tied_embeddings_stored_twice_are_read_from_the_output_matrix() -> Any {
         let model = load(&checkpoint, None, 300)?;
         deviation(&last_logits(&model, &golden.ids("short")?, 300, 64)?, &golden.logits("short")?)
     };
+    let options = OpenOptions { tie_embeddings: true, ..OpenOptions::default() };
+    let opened = Checkpoint::open(&path.to_string_lossy(), &options, &|_, _, _| ())?;
+    assert!(opened.spec.tied, "--tie-embeddings was not heard");
     assert!(off(true)? < 1e-4, "the coarse copy was read");
     assert!(off(false)? > 1e-3, "the coarse copy makes no difference: the test shows nothing");
     Ok(())

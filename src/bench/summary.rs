@@ -3,8 +3,7 @@
 use super::format::{Kv, ReadBytes, Run, Sample, Summary};
 use crate::cache::Cache;
 use crate::error::Result;
-use crate::ops::Window;
-use crate::retrofit::{RetrofitPlan, WindowAlign};
+use crate::retrofit::RetrofitPlan;
 use crate::selector;
 use crate::spec::{AttentionKind, ModelSpec};
 use std::ops::Range;
@@ -93,10 +92,7 @@ pub fn read_per_token(
 fn butterfly_rows(plan: &RetrofitPlan, ordinal: usize, ctx: usize, positions: Range<usize>) -> Result<usize> {
     let s = &plan.settings;
     let (rule, grid) = (selector::find(&s.partner)?, s.grid(ctx));
-    let window = match s.window_align {
-        WindowAlign::Block => Window::Blocks { block: s.block, count: s.window_blocks() },
-        WindowAlign::Token => Window::Tokens(s.window),
-    };
+    let window = s.raw_window();
     let (mut sum, mut routed) = (0, (usize::MAX, 0));
     for p in positions {
         let block = p / s.block;

@@ -11,7 +11,7 @@ pub use two_pool::TwoPool;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::human_bytes;
-use crate::retrofit::RetrofitPlan;
+use crate::retrofit::{RetrofitPlan, Settings};
 use crate::selector;
 use crate::spec::{AttentionKind, ModelSpec};
 use candle_core::{DType, Device};
@@ -121,13 +121,14 @@ impl Cache {
         let mut layers = Vec::with_capacity(spec.layers.len());
         for (i, l) in spec.layers.iter().enumerate() {
             let row = (l.kv_heads, l.head_dim);
-            let made = match (pools(spec, plan, i, ctx, full)?, l.attention) {
-                (Pools { summaries: Some(rows), .. }, _) => {
-                    let settings = &plan.ok_or_else(|| Error::usage("--plan", "is missing"))?.settings;
-                    TwoPool::new(settings, ctx, rows, row, dtype, device).map(|p| LayerState::TwoPool(Box::new(p)))
+            let pools = pools(spec, plan, i, ctx, full)?;
+            let ring = || Ring::new(pools.local, row, dtype, device);
+            let made = match (pools.swapped, l.attention) {
+                (Some(settings), _) => {
+                    TwoPool::new(settings, ctx, &pools, row, dtype, device).map(|p| LayerState::TwoPool(Box::new(p)))
                 }
-                (pools, AttentionKind::Full) => Ring::new(pools.local, row, dtype, device).map(LayerState::Dense),
-                (pools, _) => Ring::new(pools.local, row, dtype, device).map(LayerState::Ring),
+                (None, AttentionKind::Full) => ring().map(LayerState::Dense),
+                (None, AttentionKind::Sliding { .. }) => ring().map(LayerState::Ring),
             };
             layers.push(made.map_err(|e| no_room(e, i, need, plan.is_some()))?);
         }
@@ -147,9 +148,9 @@ impl Cache {
             let row = (l.kv_heads, l.head_dim);
             let p = pools(spec, plan, i, ctx, full)?;
             let bytes = |rows: usize| if rows == 0 { 0 } else { Ring::bytes_for(rows, row, dtype) };
-            own += bytes(p.local) + bytes(p.sinks) + bytes(p.summaries.unwrap_or(0));
+            own += bytes(p.local) + bytes(p.sinks) + bytes(p.summaries);
             // Running sums: f32 for keys and values.
-            own += if p.summaries.is_some() { 8 * (row.0 * row.1) as u64 } else { 0 };
+            own += if p.swapped.is_some() { 8 * (row.0 * row.1) as u64 } else { 0 };
             dense += bytes(pools(spec, None, i, ctx, false)?.local);
         }
         Ok((own, dense))
@@ -202,15 +203,16 @@ impl Cache {
     }
 }
 
-/// Rows of a layer's pools; `summaries` is set (perhaps to 0) where the layer is swapped.
-struct Pools {
+/// Rows of a layer's pools, none longer than the context, and the settings that it is swapped with, if it is.
+struct Pools<'a> {
     local: usize,
     sinks: usize,
-    summaries: Option<usize>,
+    summaries: usize,
+    swapped: Option<&'a Settings>,
 }
 
-fn pools(spec: &ModelSpec, plan: Option<&RetrofitPlan>, i: usize, ctx: usize, full: bool) -> Result<Pools> {
-    let whole = |local: usize| Ok(Pools { local, sinks: 0, summaries: None });
+fn pools<'a>(spec: &ModelSpec, plan: Option<&'a RetrofitPlan>, i: usize, ctx: usize, full: bool) -> Result<Pools<'a>> {
+    let whole = |local: usize| Ok(Pools { local, sinks: 0, summaries: 0, swapped: None });
     let swapped = plan.and_then(|p| p.ordinal(i).map(|j| (&p.settings, j)));
     match (spec.layers[i].attention, swapped) {
         (AttentionKind::Sliding { window }, _) => whole(window.min(ctx)),
@@ -222,7 +224,7 @@ fn pools(spec: &ModelSpec, plan: Option<&RetrofitPlan>, i: usize, ctx: usize, fu
                 false => selector::rows_needed(rule, &grid, ordinal, s.partner_count),
             };
             let local = (s.window_blocks() + 1) * s.block;
-            Ok(Pools { local: local.min(ctx), sinks: s.sink_tokens.min(ctx), summaries: Some(rows) })
+            Ok(Pools { local: local.min(ctx), sinks: s.sink_tokens.min(ctx), summaries: rows, swapped: Some(s) })
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The two pools of a swapped layer: raw rows (sinks and a local ring) and summary rows, allocated once.
 
-use super::{PoolBytes, Ring};
+use super::{PoolBytes, Pools, Ring};
 use crate::error::Result;
 use crate::ops::{Pooled, RunningMean};
 use crate::retrofit::Settings;
@@ -24,22 +24,21 @@ pub struct TwoPool {
 }
 
 impl TwoPool {
-    /// Allocates for `settings` and `ctx` positions, with `rows` summaries. No pool is longer than the context.
-    pub fn new(
+    /// Allocates `pools` rows for `settings` and `ctx` positions.
+    pub(super) fn new(
         settings: &Settings,
         ctx: usize,
-        rows: usize,
+        pools: &Pools,
         row: (usize, usize),
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
         let pool = |n: usize| (n > 0).then(|| Ring::new(n, row, dtype, device)).transpose();
-        let local = (settings.window_blocks() + 1) * settings.block;
         Ok(Self {
-            local: Ring::new(local.min(ctx), row, dtype, device)?,
-            sinks: pool(settings.sink_tokens.min(ctx))?,
+            local: Ring::new(pools.local, row, dtype, device)?,
+            sinks: pool(pools.sinks)?,
             sink_tokens: settings.sink_tokens,
-            summaries: pool(rows)?,
+            summaries: pool(pools.summaries)?,
             running: RunningMean::new(row.0 * row.1, device)?,
             block: settings.block,
             readable: settings.grid(ctx).readable(),

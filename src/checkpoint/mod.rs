@@ -55,6 +55,8 @@ pub struct OpenOptions {
     pub revision: Option<String>,
     /// Use only what is cached.
     pub offline: bool,
+    /// Embed with the output matrix: [`Checkpoint::tie_embeddings`].
+    pub tie_embeddings: bool,
 }
 
 /// An open checkpoint: configuration read, weights still in their files.
@@ -78,6 +80,14 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Opens `model`: a `.gguf` file, a directory, or a hub id (`owner/name`, or `owner/name/file.gguf`).
     pub fn open(model: &str, options: &OpenOptions, progress: OnProgress) -> Result<Self> {
+        let mut checkpoint = Self::find(model, options, progress)?;
+        if options.tie_embeddings {
+            checkpoint.tie_embeddings()?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn find(model: &str, options: &OpenOptions, progress: OnProgress) -> Result<Self> {
         let path = Path::new(model);
         if path.is_dir() {
             return Self::from_dir(path, Identity::directory(path));

@@ -127,7 +127,7 @@ pub struct ModelArgs {
 impl ModelArgs {
     /// Options for `Checkpoint::open`.
     pub fn open_options(&self) -> OpenOptions {
-        OpenOptions { revision: self.revision.clone(), offline: self.offline }
+        OpenOptions { revision: self.revision.clone(), offline: self.offline, tie_embeddings: self.tie_embeddings }
     }
 
     /// Makes `--threads` hold; before anything runs in parallel.

@@ -133,13 +133,10 @@ impl Inputs {
         let (text_prompt, id_prompt) = (args.prompt.text()?, args.prompt.ids()?);
 
         let options = args.model.open_options();
-        let mut checkpoint = match &patch {
+        let checkpoint = match &patch {
             Some(patch) => patch.base(&options, progress)?,
             None => Checkpoint::open(name, &options, progress)?,
         };
-        if args.model.tie_embeddings {
-            checkpoint.tie_embeddings()?;
-        }
         let spec = &checkpoint.spec;
         if let Some(base) = &base {
             base.check(spec)?;

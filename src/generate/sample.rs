@@ -66,9 +66,13 @@ impl Sampler {
         let last = logits.get(logits.dim(0)? - 1)?;
         // A sum is finite only where every term is.
         if !last.sum_all()?.to_scalar::<f32>()?.is_finite() {
-            let message = "hold NaN or infinity; try --dtype f32, or check the weights";
-            return Err(Error::new(ErrorKind::NotFinite, "logits", message));
+            return Err(not_finite());
         }
         self.processor.sample(&last).at("sampling")
     }
+}
+
+/// Logits that nothing can be chosen from.
+pub(super) fn not_finite() -> Error {
+    Error::new(ErrorKind::NotFinite, "logits", "hold NaN or infinity; try --dtype f32, or check the weights")
 }

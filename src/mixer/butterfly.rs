@@ -8,8 +8,8 @@ use super::{Projections, Qkv, Step};
 use crate::cache::TwoPool;
 use crate::error::{Error, ErrorKind, Result};
 use crate::nn::Rope;
-use crate::ops::{attend, pool_blocks, AttentionArgs, FarArgs, FarRow, Pooled, Window};
-use crate::retrofit::{FarPosition, Pool, Settings, WindowAlign};
+use crate::ops::{attend, pool_blocks, AttentionArgs, FarArgs, FarRow, Pooled};
+use crate::retrofit::{FarPosition, Pool, Settings};
 use crate::selector::{self, Grid, Selector};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
@@ -52,15 +52,15 @@ impl Butterfly {
         &self.settings
     }
 
-    /// The summaries that each block reads, with the bias of each, for all blocks of the provisioned context.
-    pub fn routes(&self) -> Vec<Vec<(usize, f32)>> {
+    /// The summaries that each block of the provisioned context reads, with the bias of each; none for blocks before `first`.
+    pub fn routes(&self, first: usize) -> Vec<Vec<(usize, f32)>> {
         let s = &self.settings;
-        let one = |b| {
+        let one = |b| -> Vec<(usize, f32)> {
             let blocks = selector::route(self.rule, &self.grid, self.ordinal, s.partner_count, b);
             let read = blocks.into_iter().map(|n| (n, s.pooled_count(n))).filter(|(_, count)| *count > 0);
             read.map(|(n, count)| (n, (s.summary_bias * (count as f64).ln()) as f32)).collect()
         };
-        (0..self.grid.blocks).map(one).collect()
+        (0..self.grid.blocks).map(|b| if b < first { vec![] } else { one(b) }).collect()
     }
 
     /// Blocks whose summaries any later block may read.
@@ -83,10 +83,6 @@ impl Butterfly {
             }
             _ => None,
         };
-        let window = match s.window_align {
-            WindowAlign::Block => Window::Blocks { block: s.block, count: s.window_blocks() },
-            WindowAlign::Token => Window::Tokens(s.window),
-        };
         let out = attend(&AttentionArgs {
             q: &q,
             q_far: q_far.as_ref(),
@@ -95,7 +91,7 @@ impl Butterfly {
             start: step.start,
             past: Some(cache.local.rows()),
             sinks: cache.sinks().map(|r| (r.rows(), r.capacity())),
-            window,
+            window: s.raw_window(),
             far: far.as_ref().map(|f| FarArgs { k: &f.k, v: &f.v, block: s.block, routes: &f.routes }),
             scale: p.scale,
         })?;

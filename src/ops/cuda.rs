@@ -84,7 +84,7 @@ impl Kernel {
         Ok(self)
     }
 
-    /// Launches with the arguments that `push` adds.
+    /// Launches with `arguments`.
     ///
     /// # Safety
     /// The arguments must be those of the kernel's signature, in order, and every address must stay allocated, with what the
@@ -208,7 +208,7 @@ pub(crate) fn address_or_null(tensor: Option<&Tensor>) -> Result<u64> {
 pub(crate) fn uninitialised(device: &CudaDevice, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
     let shape = shape.into();
     let n = shape.elem_count();
-    // SAFETY: every kernel writes its whole output before anything reads it (tests poison the memory and look).
+    // SAFETY: every kernel writes its whole output before anything reads it (kernels/check.py poisons outputs and looks).
     let storage = unsafe {
         match dtype {
             DType::BF16 => CudaStorage::wrap_cuda_slice(device.alloc::<half::bf16>(n)?, device.clone()),

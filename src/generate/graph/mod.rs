@@ -7,10 +7,11 @@
 mod step;
 
 use self::step::{Builder, Held};
+use super::sample::not_finite;
 use super::{Request, Timing};
 use crate::cache::Cache;
 use crate::error::{Error, ErrorKind, Result};
-use crate::mixer::{Butterfly, Mixer};
+use crate::mixer::Mixer;
 use crate::model::{Block, Model};
 use crate::nn::Weight;
 use crate::retrofit::{FarPosition, Pool};
@@ -54,14 +55,15 @@ impl StepGraph {
     /// Captures a step of `model` on `cache`; `None` where the model, its settings or its device have no captured form.
     pub fn capture(model: &Model, cache: &Cache, stop: &[u32]) -> Result<Option<Self>> {
         let Device::Cuda(gpu) = model.device() else { return Ok(None) };
-        if !has_form(model) {
+        let routes = routes(model, cache.position());
+        if !has_form(model, &routes) {
             return Ok(None);
         }
         let state = gpu.alloc_zeros::<State>(1)?;
         let tokens = Tensor::zeros(BATCH, DType::U32, model.device())?;
         let logits = Tensor::zeros((1, model.spec().vocab), DType::F32, model.device())?;
         let mut builder = Builder::new(model, gpu, &state, (&tokens, &logits))?;
-        builder.step(cache, stop)?;
+        builder.step(cache, &routes, stop)?;
         let Builder { launches, held, .. } = builder;
         let stream = gpu.cuda_stream();
         stream.synchronize().map_err(driver)?;
@@ -112,8 +114,7 @@ impl StepGraph {
             let each = start.elapsed() / count as u32;
             for token in (0..count).map(|i| &made[(done + i) % BATCH]) {
                 if *token == u32::MAX {
-                    let message = "hold NaN or infinity; try --dtype f32, or check the weights";
-                    return Err(Error::new(ErrorKind::NotFinite, "logits", message));
+                    return Err(not_finite());
                 }
                 cache.advance(1);
                 timing.steps.push(each);
@@ -132,14 +133,14 @@ impl StepGraph {
 }
 
 /// Whether every part of the model has a captured form: 16-bit dense matrices, and settings whose summaries are read as stored.
-fn has_form(model: &Model) -> bool {
+fn has_form(model: &Model, routes: &[Routes]) -> bool {
     let dense = |w: &Weight| match w {
         Weight::Dense(w) => {
             w.dtype() == model.dtype() && w.dims().last().is_some_and(|n| n.is_multiple_of(8)) && w.is_contiguous()
         }
         Weight::Quantised(_) => false,
     };
-    let block = |b: &Block| {
+    let block = |(b, routes): (&Block, &Routes)| {
         let (p, m) = (b.mixer.projections(), &b.mlp);
         let linear = [&p.q, &p.k, &p.v, &p.out, &m.gate, &m.up, &m.down];
         let reads_as_stored = match &b.mixer {
@@ -147,7 +148,7 @@ fn has_form(model: &Model) -> bool {
                 let s = l.settings();
                 // A mean is stored by the one thread block that reads the layer's summaries: of 16 query heads.
                 let one_block = p.heads <= 16 * p.kv_heads;
-                s.pool == Pool::PostRope && s.far_position == FarPosition::True && widest(l) <= ROUTES && one_block
+                s.pool == Pool::PostRope && s.far_position == FarPosition::True && widest(routes) <= ROUTES && one_block
             }
             _ => true,
         };
@@ -162,12 +163,24 @@ fn has_form(model: &Model) -> bool {
     matches!(model.dtype(), DType::BF16 | DType::F16)
         && dense(&model.embed)
         && dense(model.head.weight())
-        && model.blocks.iter().all(block)
+        && model.blocks.iter().zip(routes).all(block)
+}
+
+/// What each block of a layer reads, and the bias of each.
+type Routes = Vec<Vec<(usize, f32)>>;
+
+/// Every layer's routes from `position` on: decode never goes back.
+fn routes(model: &Model, position: usize) -> Vec<Routes> {
+    let of = |b: &Block| match &b.mixer {
+        Mixer::Butterfly(l) => l.routes(position / l.settings().block),
+        _ => vec![],
+    };
+    model.blocks.iter().map(of).collect()
 }
 
 /// Most summaries that any block reads.
-fn widest(layer: &Butterfly) -> usize {
-    layer.routes().iter().map(Vec::len).max().unwrap_or(0)
+fn widest(routes: &Routes) -> usize {
+    routes.iter().map(Vec::len).max().unwrap_or(0)
 }
 
 fn driver(e: candle_core::cuda_backend::cudarc::driver::DriverError) -> Error {

@@ -1,6 +1,6 @@
 //! The launches of one decode step, and the memory that they work in.
 
-use super::{widest, State, BATCH};
+use super::{widest, Routes, State, BATCH};
 use crate::cache::{Cache, LayerState, Ring, TwoPool};
 use crate::error::{Error, Result};
 use crate::mixer::{Butterfly, Mixer};
@@ -8,7 +8,7 @@ use crate::model::{Block, Model};
 use crate::nn::{Linear, RmsNorm, Weight};
 use crate::ops::cuda::{address, address_or_null, suffix, uninitialised, upload, Kernel, Launch, Module, Uploaded};
 use crate::ops::decode::{Cut, DecodeAttention, Scratch};
-use crate::retrofit::WindowAlign;
+use crate::ops::Window;
 use crate::spec::Activation;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
 use candle_core::cuda_backend::CudaDevice;
@@ -143,11 +143,12 @@ impl<'a> Builder<'a> {
         Ok(at)
     }
 
-    pub(super) fn step(&mut self, cache: &Cache, stop: &[u32]) -> Result<()> {
+    /// Lists the launches of a step; `routes` are those of each layer.
+    pub(super) fn step(&mut self, cache: &Cache, routes: &[Routes], stop: &[u32]) -> Result<()> {
         let model = self.model;
         self.embed()?;
-        for (i, (block, layer)) in model.blocks.iter().zip(&cache.layers).enumerate() {
-            self.block(block, layer).map_err(|e| e.within(format!("layer {i}")))?;
+        for (i, ((block, layer), routes)) in model.blocks.iter().zip(&cache.layers).zip(routes).enumerate() {
+            self.block(block, layer, routes).map_err(|e| e.within(format!("layer {i}")))?;
         }
         let largest = self.matvec(Form::Largest, &[&model.head], self.vectors.x, Some(&model.norm), 0, None)?;
         self.launches.push(largest);
@@ -182,12 +183,12 @@ impl<'a> Builder<'a> {
         })
     }
 
-    fn block(&mut self, b: &Block, layer: &LayerState) -> Result<()> {
+    fn block(&mut self, b: &Block, layer: &LayerState, routes: &Routes) -> Result<()> {
         let (p, vectors) = (b.mixer.projections(), &self.vectors);
         let (x, y, qkv, hidden, attended) = (vectors.x, vectors.y, vectors.qkv, vectors.hidden, vectors.attended);
         let l = self.matvec(Form::Store, &[&p.q, &p.k, &p.v], x, Some(&b.before_mixer), qkv, None)?;
         self.launches.push(l);
-        self.attend(&b.mixer, layer)?;
+        self.attend(&b.mixer, layer, routes)?;
         self.add(&p.out, attended, &b.after_mixer, (x, y))?;
         let m = &b.mlp;
         let l = self.matvec(Form::Gated, &[&m.gate, &m.up], x, Some(&b.before_mlp), hidden, Some(m.activation))?;
@@ -261,7 +262,7 @@ impl<'a> Builder<'a> {
         Ok(Launch::new(kernel, (grid, 1, 1), 256).with(p))
     }
 
-    fn attend(&mut self, mixer: &Mixer, layer: &LayerState) -> Result<()> {
+    fn attend(&mut self, mixer: &Mixer, layer: &LayerState, routes: &Routes) -> Result<()> {
         let p = mixer.projections();
         let norms = p.qk_norm.as_ref().map(|(q, k)| (q.parts(), k.parts()));
         let table = (p.rope * self.half * 4) as u64;
@@ -290,10 +291,14 @@ impl<'a> Builder<'a> {
             scale: p.scale,
             ..DecodeAttention::default()
         };
-        match (mixer, layer) {
-            (Mixer::Sliding(s), _) => (launch.window_kind, launch.window_size) = (1, s.window as i32),
-            (Mixer::Butterfly(b), LayerState::TwoPool(pools)) => self.far(b, pools, &mut launch)?,
-            _ => {}
+        let window = match mixer {
+            Mixer::Full(_) => Window::Unbounded,
+            Mixer::Sliding(s) => Window::Tokens(s.window),
+            Mixer::Butterfly(b) => b.settings().raw_window(),
+        };
+        (launch.window_kind, launch.window_size, launch.window_count) = window.numbers();
+        if let (Mixer::Butterfly(b), LayerState::TwoPool(pools)) = (mixer, layer) {
+            self.far(b, pools, routes, &mut launch)?;
         }
         let cut = Cut::new(capacity as usize, p.heads, p.kv_heads, p.head_dim);
         let scratch = match self.held.scratch.iter().position(|(c, _)| *c == cut) {
@@ -308,27 +313,19 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// Sinks, window and the table of routes of a swapped layer.
-    fn far(&mut self, b: &Butterfly, pools: &TwoPool, launch: &mut DecodeAttention) -> Result<()> {
-        let s = b.settings();
-        match s.window_align {
-            WindowAlign::Block => {
-                (launch.window_kind, launch.window_size) = (2, s.block as i32);
-                launch.window_count = s.window_blocks() as i32;
-            }
-            WindowAlign::Token => (launch.window_kind, launch.window_size) = (1, s.window as i32),
-        }
+    /// Sinks, summaries and the table of routes of a swapped layer.
+    fn far(&mut self, b: &Butterfly, pools: &TwoPool, routes: &Routes, launch: &mut DecodeAttention) -> Result<()> {
         (launch.sink_k, launch.sink_v, launch.sinks) = rows(pools.sinks())?;
         (launch.mean_k, launch.mean_v, launch.mean_rows) = rows(pools.summary_rows())?;
         launch.mean_rows = launch.mean_rows.max(1);
         launch.running = address_or_null(pools.running.on_device())?;
-        (launch.block, launch.readable) = (s.block as i32, b.readable() as i32);
-        let (routes, width) = (b.routes(), widest(b));
+        (launch.block, launch.readable) = (b.settings().block as i32, b.readable() as i32);
+        let width = widest(routes);
         if width == 0 || launch.mean_k == 0 {
             return Ok(());
         }
         let (mut blocks, mut biases) = (vec![], vec![]);
-        for route in &routes {
+        for route in routes {
             for i in 0..width {
                 let (n, bias) = route.get(i).map_or((-1, 0.0), |(n, bias)| (*n as i32, *bias));
                 blocks.push(n);

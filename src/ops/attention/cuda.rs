@@ -1,5 +1,5 @@
-//! Launches `kernels/attention_hopper.cu` on compute capability 9.0, `attention_prefill.cu` elsewhere, and `attention_any.cu` for
-//! f32 and head dims that are no multiple of 8.
+//! Launches `kernels/attention_hopper.cu` on compute capability 9.0, `attention_prefill.cu` elsewhere, `attention_decode.cu` for one
+//! token, and `attention_any.cu` for f32 and head dims that are no multiple of 8.
 
 use super::decode::{Cut, DecodeAttention};
 use super::{AttentionArgs, Past, Window};
@@ -125,11 +125,7 @@ pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, u
         true => None,
         false => Some((upload(gpu, &extras.rows)?, upload(gpu, &extras.offsets)?, upload(gpu, &extras.far_offsets)?)),
     };
-    let (window_kind, window_size, window_count) = match args.window {
-        Window::Unbounded => (0, 0, 0),
-        Window::Tokens(n) => (1, n as i32, 0),
-        Window::Blocks { block, count } => (2, block as i32, count as i32),
-    };
+    let (window_kind, window_size, window_count) = args.window.numbers();
     let out = uninitialised(gpu, dtype, (t, h, d))?;
     let params = Params {
         q: address(args.q)?,

@@ -39,6 +39,16 @@ pub enum Window {
 }
 
 impl Window {
+    /// Kind, size and count, as the kernels take a window (kernels/attention.cuh).
+    #[cfg(feature = "cuda")]
+    pub(crate) fn numbers(&self) -> (i32, i32, i32) {
+        match *self {
+            Self::Unbounded => (0, 0, 0),
+            Self::Tokens(n) => (1, n as i32, 0),
+            Self::Blocks { block, count } => (2, block as i32, count as i32),
+        }
+    }
+
     /// The first raw position that query position `p` reads. Never falls as `p` grows.
     pub fn left(&self, p: usize) -> usize {
         match *self {
