@@ -1,7 +1,7 @@
 //! One timed run of this engine.
 
 use super::format::{Kv, ReadBytes, Sample};
-use super::machine::{begin_peak, peak, release_memory, take_memory};
+use super::machine::{begin_peak, peak, take_memory};
 use super::peer::one_line;
 use super::prompt::hash;
 use super::summary::{kv, read_per_token};
@@ -9,6 +9,7 @@ use super::variant::Variant;
 use crate::error::{Error, ErrorKind, Result};
 use crate::generate::{Generation, Needs, Request, Sampler, Sampling, Session};
 use crate::model::Model;
+use crate::ops::release_memory;
 use candle_core::Device;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};

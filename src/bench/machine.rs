@@ -49,24 +49,8 @@ fn compute_capability(device: &Device) -> Option<String> {
     None
 }
 
-/// Hands memory that nothing holds back to the driver, for other processes on the device.
-pub fn release_memory(device: &Device) {
-    #[cfg(feature = "cuda")]
-    if let Device::Cuda(gpu) = device {
-        use candle_core::cuda_backend::cudarc::driver::result;
-        let _ = gpu.cuda_stream().synchronize();
-        // SAFETY: the device is open for as long as `gpu` lives. A pool that refuses keeps what it has.
-        unsafe {
-            if let Ok(pool) = result::device::get_mem_pool(gpu.cuda_stream().context().cu_device()) {
-                let _ = result::mem_pool::trim_to(pool, 0);
-            }
-        }
-    }
-    let _ = device;
-}
-
 /// Takes memory from the driver in one piece until the allocator has `peak` bytes, and keeps it for what comes next: what
-/// [`release_memory`] gave back would otherwise be taken again piece by piece within a timed run.
+/// [`crate::ops::release_memory`] gave back would otherwise be taken again piece by piece within a timed run.
 pub fn take_memory(device: &Device, peak: u64) {
     if let Some(missing) = device_memory(device).and_then(|m| peak.checked_sub(m.used)).filter(|b| *b > 0) {
         // Where it cannot be had in one piece, the run will try in smaller ones.

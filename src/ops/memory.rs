@@ -69,6 +69,16 @@ pub fn reset_peak(device: &Device) {
     let _ = device;
 }
 
+/// Hands memory that nothing holds back to the driver, for other processes on the device.
+pub fn release_memory(device: &Device) {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(gpu) = device {
+        let _ = gpu.cuda_stream().synchronize();
+        pool::trim(gpu);
+    }
+    let _ = device;
+}
+
 #[cfg(feature = "cuda")]
 pub(super) mod pool {
     use candle_core::cuda_backend::cudarc::driver::{result, sys};
@@ -84,6 +94,13 @@ pub(super) mod pool {
         // SAFETY: these attributes are 64-bit.
         unsafe { result::mem_pool::get_attribute(of(gpu)?, attribute, (&raw mut value).cast()) }.ok()?;
         Some(value)
+    }
+
+    pub fn trim(gpu: &CudaDevice) {
+        if let Some(pool) = of(gpu) {
+            // SAFETY: the pool is the open device's. One that refuses keeps what it has.
+            let _ = unsafe { result::mem_pool::trim_to(pool, 0) };
+        }
     }
 
     pub fn set(gpu: &CudaDevice, attribute: sys::CUmemPool_attribute, mut value: u64) {

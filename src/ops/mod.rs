@@ -20,7 +20,7 @@ pub use attention::{attend, reference, AttentionArgs, FarArgs, FarRow, Past, Win
 pub use gated::gated;
 pub use heads::{prepare_heads, rope_table, HeadNorm};
 pub(crate) use matvec::{has_blocks, matvec, widen, Rows};
-pub use memory::{device_memory, human_bytes, machine_memory, memory_of, reset_peak, DeviceMemory};
+pub use memory::{device_memory, human_bytes, machine_memory, memory_of, release_memory, reset_peak, DeviceMemory};
 pub use norm::add_norm;
 pub use summaries::{pool_blocks, Pooled, RunningMean};
 pub(crate) use view::{view, View};
