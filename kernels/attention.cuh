@@ -19,6 +19,19 @@ struct Extra {
   int far_query;  // scored with q_far
 };
 
+// Rows of a piece at most.
+constexpr int PIECE = 16;
+
+// Up to PIECE consecutive rows outside the raw window: a part of a raw block. Mirrors `Piece` in src/ops/attention/cuda.rs.
+struct Piece {
+  const void *k;  // [rows, G, D]
+  const void *v;
+  float bias;     // as in Extra
+  int from;
+  int until;
+  int rows;
+};
+
 // Strides in elements. Mirrors `Params` in src/ops/attention/cuda.rs.
 struct AttentionParams {
   const void *q;       // [T, H, D]
@@ -31,6 +44,8 @@ struct AttentionParams {
   const Extra *extras;
   const int *extra_offsets;  // per tile, first near row; tiles + 1 entries (then the same for far rows, at far_offsets)
   const int *far_offsets;    // per tile, first far-query row
+  const Piece *pieces;       // attention_hopper alone: others find runs of rows among the extras
+  const int *piece_offsets;  // per tile, first piece; tiles + 1 entries
   int64_t q_row, q_head, k_row, k_head, v_row, v_head, past_row, past_head;
   int tokens, start, heads, kv_heads, dim, capacity;
   int window_kind;  // 0 unbounded, 1 tokens, 2 blocks

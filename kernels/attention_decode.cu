@@ -32,7 +32,7 @@ struct DecodeAttentionParams {
   const float *cos, *sin;       // [D / 2]
   float *running;               // [2, G D], or null where nothing is pooled
   const DecodeState *state;
-  float *partial;               // [G z, splits, 16, DIM + 2]
+  float *partial;               // [G z, splits, 16, DIM + 4]: o, m, l, two of padding
   int *counters;                // [G z], zero between launches
   float *out;
   void *out16;
@@ -43,7 +43,7 @@ struct DecodeAttentionParams {
 };
 
 template <typename T, int DIM> struct Decode {
-  static constexpr int STEPS = DIM / 32, GROUPS = (DIM + 63) / 64, WIDE = DIM + 2, WARPS = 4;
+  static constexpr int STEPS = DIM / 32, GROUPS = (DIM + 63) / 64, WIDE = DIM + 2, PART = DIM + 4, WARPS = 4;
   const DecodeAttentionParams &p;
   float *shared;
   T *q_own, *k_own, *v_own;  // the token's heads, in shared memory
@@ -285,9 +285,13 @@ template <typename T, int DIM> struct Decode {
     return true;
   }
 
+  __device__ bool shared_out() const { return p.extras && !p.running; }
+
   __device__ void extras() {
     const int sinks = min(p.sinks, left), count = 1 + (p.extras ? p.extra_count : sinks + p.route_width);
-    for (int at = warp * 16; at < count; at += WARPS * 16) {
+    // Where nothing is pooled, a long list is shared out; else one block must have read all before a mean is replaced.
+    const int first = shared_out() ? blockIdx.x * WARPS + warp : warp, step = shared_out() ? gridDim.x * WARPS : WARPS;
+    for (int at = first * 16; at < count; at += step * 16) {
       const T *k[2], *v[4], *other;
       float bias[4], unused;
       for (int n = 0; n < 2; n++) extra(at + row + n * 8, sinks, k[n], other, unused);
@@ -309,6 +313,7 @@ template <typename T, int DIM> struct Decode {
       __syncthreads();
       pool();
     } else {
+      if (shared_out()) extras();
       for (int i = (blockIdx.x - 1) * WARPS + warp; i < tiles; i += (gridDim.x - 1) * WARPS) raw(i * 16, count, turn);
     }
     float *mine = shared + warp * 16 * WIDE;
@@ -332,20 +337,28 @@ template <typename T, int DIM> struct Decode {
     }
     __syncthreads();
     const int lists = blockIdx.y * gridDim.z + blockIdx.z;
-    float *partial = p.partial + (int64_t)lists * gridDim.x * 16 * WIDE;
+    float *partial = p.partial + (int64_t)lists * gridDim.x * 16 * PART;
     __shared__ float few[16 * WARPS], top[16], total[16];
     weigh_parts<false>(shared, WARPS, few, top, total);
-    for (int e = threadIdx.x; e < heads_here * p.dim; e += blockDim.x) {
-      const int r = e / p.dim, d = e % p.dim;
-      float x = 0.f;
+    // Four columns at a time: the last block of a group reads all parts while the others have ended, so that its loads must be
+    // few and many at once.
+    const int fours = p.dim / 4;
+    for (int e = threadIdx.x; e < heads_here * fours; e += blockDim.x) {
+      const int r = e / fours, d = e % fours * 4;
+      float x[4] = {};
 #pragma unroll
-      for (int i = 0; i < WARPS; i++) x += shared[(i * 16 + r) * WIDE + d] * few[r * WARPS + i];
-      partial[((int64_t)blockIdx.x * 16 + r) * WIDE + d] = x;
+      for (int i = 0; i < WARPS; i++) {
+        const float factor = few[r * WARPS + i];
+        const float2 *o = (const float2 *)(shared + (i * 16 + r) * WIDE + d);
+        x[0] += o[0].x * factor;
+        x[1] += o[0].y * factor;
+        x[2] += o[1].x * factor;
+        x[3] += o[1].y * factor;
+      }
+      *(float4 *)(partial + ((int64_t)blockIdx.x * 16 + r) * PART + d) = make_float4(x[0], x[1], x[2], x[3]);
     }
-    if (threadIdx.x < heads_here) {
-      partial[((int64_t)blockIdx.x * 16 + threadIdx.x) * WIDE + DIM] = top[threadIdx.x];
-      partial[((int64_t)blockIdx.x * 16 + threadIdx.x) * WIDE + DIM + 1] = total[threadIdx.x];
-    }
+    if (threadIdx.x < heads_here)
+      *(float2 *)(partial + ((int64_t)blockIdx.x * 16 + threadIdx.x) * PART + DIM) = make_float2(top[threadIdx.x], total[threadIdx.x]);
     __threadfence();
     __shared__ bool last;
     __syncthreads();
@@ -358,12 +371,23 @@ template <typename T, int DIM> struct Decode {
     __threadfence();
     const int parts = gridDim.x;
     weigh_parts<true>(partial, parts, shared, top, total);
-    for (int e = threadIdx.x; e < heads_here * p.dim; e += blockDim.x) {
-      const int r = e / p.dim, d = e % p.dim;
-      float x = 0.f;
-#pragma unroll 8
-      for (int i = 0; i < parts; i++) x += __ldcg(partial + ((int64_t)i * 16 + r) * WIDE + d) * shared[r * parts + i];
-      put(r, d, x / total[r]);
+    for (int e = threadIdx.x; e < heads_here * fours; e += blockDim.x) {
+      const int r = e / fours, d = e % fours * 4;
+      float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 16
+      for (int i = 0; i < parts; i++) {
+        const float factor = shared[r * parts + i];
+        const float4 o = __ldcg((const float4 *)(partial + ((int64_t)i * 16 + r) * PART + d));
+        x.x += o.x * factor;
+        x.y += o.y * factor;
+        x.z += o.z * factor;
+        x.w += o.w * factor;
+      }
+      const float scale = 1.f / total[r];
+      put(r, d, x.x * scale);
+      put(r, d + 1, x.y * scale);
+      put(r, d + 2, x.z * scale);
+      put(r, d + 3, x.w * scale);
     }
   }
 
@@ -375,16 +399,17 @@ template <typename T, int DIM> struct Decode {
 
   // For each row: the greatest maximum of `parts` partial results, what each part is multiplied by to come to it, and the sum.
   template <bool GLOBAL> __device__ void weigh_parts(const float *from, int parts, float *factors, float *top, float *total) {
-    auto read = [](const float *x) { return GLOBAL ? __ldcg(x) : *x; };
+    constexpr int ROW = GLOBAL ? PART : WIDE;
+    auto read = [](const float *x) { return GLOBAL ? __ldcg((const float2 *)x) : *(const float2 *)x; };
     for (int r = warp; r < heads_here; r += WARPS) {
       float most = -INFINITY, sum = 0.f;
-      for (int i = lane; i < parts; i += WARP) most = fmaxf(most, read(from + ((int64_t)i * 16 + r) * WIDE + DIM));
+      for (int i = lane; i < parts; i += WARP) most = fmaxf(most, read(from + ((int64_t)i * 16 + r) * ROW + DIM).x);
       for (int d = 16; d > 0; d >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
       for (int i = lane; i < parts; i += WARP) {
-        const float *part = from + ((int64_t)i * 16 + r) * WIDE;
-        const float factor = most == -INFINITY ? 0.f : exp2f(read(part + DIM) - most);
+        const float2 part = read(from + ((int64_t)i * 16 + r) * ROW + DIM);
+        const float factor = most == -INFINITY ? 0.f : exp2f(part.x - most);
         factors[r * parts + i] = factor;
-        sum += read(part + DIM + 1) * factor;
+        sum += part.y * factor;
       }
       sum = warp_sum(sum);
       if (lane == 0) {

@@ -7,13 +7,20 @@
 //
 // One warpgroup gathers keys and values (each row from ring or chunk by its own address) into rings of STAGES tiles; two
 // warpgroups own 64 query rows each. While a consumer's products of one tile with V run, it takes the next tile's logits through
-// softmax (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608, section 3.2). Sinks and summaries come first, 16 at a time.
+// softmax (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608, section 3.2). Sinks and summaries come first, 16 at a time; raw blocks fill tiles of their own, ahead of the
+// window's.
 #include "attention.cuh"
 #include "wgmma.cuh"
+
+// Whether runs of rows are taken too: compiled apart (attention_hopper_pieces.cu), since their masks cost registers.
+#ifndef WITH_PIECES
+#define WITH_PIECES 0
+#endif
 
 template <typename T, int DIM, int BN, int STAGES> struct Hopper {
   static constexpr int BM = 128, ROW = DIM <= 64 ? 64 : DIM <= 128 ? 128 : 256, EXTRA = 16, GROUP = 128;
   static constexpr int NT = BN / 8, STEPS = DIM / 16, CHUNKS = ROW / 8, PASS = GROUP / CHUNKS;
+  static constexpr int PIECES = BN / PIECE;
   static constexpr int TILE = BN * ROW * 2, SMALL = EXTRA * ROW * 2;
   static constexpr int Q = 0, K = Q + BM * ROW * 2, V = K + STAGES * TILE, XK = V + STAGES * TILE, XV = XK + SMALL;
   static constexpr int BARRIERS = XV + SMALL, SHARED = BARRIERS + (4 * STAGES + 2) * 8 + 1024;
@@ -22,6 +29,11 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
   const uint32_t base;
   const int head, kv, tile, first, last, begin, lowest, x_first, tiles;
   int extra_from, extra_to;
+#if WITH_PIECES
+  int piece_from, piece_to, listed;
+#else
+  static constexpr int piece_from = 0, piece_to = 0, listed = 0;
+#endif
 
   __device__ Hopper(const AttentionParams &params, uint32_t shared)
       : p(params), base((shared + 1023) & ~1023u), head(blockIdx.x), kv(head / (params.heads / params.kv_heads)),
@@ -33,6 +45,12 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
       extra_from = p.extra_offsets[list];
       extra_to = p.extra_offsets[list + 1];
     }
+#if WITH_PIECES
+    const int list = tile - p.start / EXTRA_TILE;
+    piece_from = p.piece_offsets[list];
+    piece_to = p.piece_offsets[list + 1];
+    listed = (piece_to - piece_from + PIECES - 1) / PIECES;
+#endif
   }
 
   __device__ uint32_t full_k(int s) const { return base + BARRIERS + s * 8; }
@@ -93,6 +111,30 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
     }
   }
 
+  // Keys (or values) of PIECES pieces, PIECE rows to each; zeros where there are fewer.
+  __device__ void gather_pieces(uint32_t to, bool keys, int at) const {
+    const int j = threadIdx.x % CHUNKS;
+    if (DIM < ROW && j * 8 >= DIM) return;
+#pragma unroll 4
+    for (int r = threadIdx.x / CHUNKS; r < BN; r += PASS) {
+      const Piece *piece = p.pieces + at + r / PIECE;
+      const bool valid = at + r / PIECE < piece_to && j * 8 < p.dim && r % PIECE < piece->rows;
+      const T *row = (const T *)p.q;
+      if (valid) row = (const T *)(keys ? piece->k : piece->v) + (r % PIECE * p.kv_heads + kv) * p.dim + j * 8;
+      copy16(to + panel_place(BN, r, j), row, valid);
+    }
+  }
+
+  // Tile `i` of all: the listed pieces, then the raw positions.
+  __device__ void gather_keys(uint32_t to, int i) const {
+    if (i < listed) gather_pieces(to, true, piece_from + i * PIECES);
+    else gather(to, p.past_k, p.k, p.k_row, p.k_head, x_first + (i - listed) * BN);
+  }
+  __device__ void gather_values(uint32_t to, int i) const {
+    if (i < listed) gather_pieces(to, false, piece_from + i * PIECES);
+    else gather(to, p.past_v, p.v, p.v_row, p.v_head, x_first + (i - listed) * BN);
+  }
+
   // Says that everything this warp has copied (but the last LATER groups) can be read.
   template <int LATER> __device__ void publish(uint32_t barrier) const {
     wait<LATER>();
@@ -116,18 +158,19 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
       publish<0>(full_x());
     }
     // Each tile is published once the next one's copies are under way.
-    for (int i = 0; i < tiles; i++) {
+    const int total = listed + tiles;
+    for (int i = 0; i < total; i++) {
       const int s = i % STAGES, round = (i / STAGES) & 1;
       barrier_wait(free_k(s), round ^ 1);
-      gather(base + K + s * TILE, p.past_k, p.k, p.k_row, p.k_head, x_first + i * BN);
+      gather_keys(base + K + s * TILE, i);
       commit();
       if (i > 0) publish<1>(full_v((i - 1) % STAGES));
       barrier_wait(free_v(s), round ^ 1);
-      gather(base + V + s * TILE, p.past_v, p.v, p.v_row, p.v_head, x_first + i * BN);
+      gather_values(base + V + s * TILE, i);
       commit();
       publish<1>(full_k(s));
     }
-    publish<0>(full_v((tiles - 1) % STAGES));
+    publish<0>(full_v((total - 1) % STAGES));
   }
 
   // ---- a consuming warpgroup ----
@@ -229,6 +272,41 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
     }
   }
 
+  __device__ void mask_pieces(float (&s)[BN / 2], int group, int at) const {
+    // Most tiles are whole pieces that all of the group's rows see.
+    const int lane = threadIdx.x % WARP, low = max(first + group * 64, p.start), end = min(first + group * 64 + 63, last);
+    bool plain = true;
+    if (lane < PIECES) {
+      const Piece *piece = p.pieces + at + lane;
+      plain = at + lane < piece_to && piece->bias == 0.f && piece->from <= low && piece->until > end && piece->rows == PIECE;
+    }
+    if (__all_sync(~0u, plain)) return;
+    const int high = position(group, 0);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+      const bool any = at + i < piece_to;
+      const Piece *piece = p.pieces + at + i;
+      const float bias = any ? piece->bias / p.scale : 0.f;
+      const int from = any ? piece->from : 1, until = any ? piece->until : 0, rows = any ? piece->rows : 0;
+#pragma unroll
+      for (int n = 0; n < 2; n++) {
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+          const int x = high + c / 2 * 8, r = n * 8 + (threadIdx.x % 4) * 2 + c % 2;
+          float &logit = s[(i * 2 + n) * 4 + c];
+          logit = x >= from && x < until && r < rows ? logit + bias : -INFINITY;
+        }
+      }
+    }
+  }
+
+  // What group `group` may not see of tile `i` of all. Tiles within the windows of all its rows need no mask.
+  __device__ void mask(float (&s)[BN / 2], int group, int i, int inner, int low) const {
+    const int x0 = x_first + (i - listed) * BN;
+    if (i < listed) mask_pieces(s, group, piece_from + i * PIECES);
+    else if (x0 < inner || x0 + BN - 1 > low) mask_raw(s, group, x0);
+  }
+
   __device__ void release(uint32_t barrier) const {
     if (threadIdx.x % WARP == 0) barrier_arrive(barrier);
   }
@@ -279,7 +357,7 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
     load_queries(group);
     const uint32_t q = base + Q + group * 64 * 128;
     extras(rows, group, q);
-    // Rows of this group: tiles within all of their windows need no mask.
+    const int total = listed + tiles;
     const int low = max(first + group * 64, p.start), inner = left_edge(p, min(first + group * 64 + 63, last));
     float s[BN / 2];
     uint32_t w[BN / 16][4];
@@ -289,14 +367,14 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
     wgmma_commit();
     wgmma_wait<0>();
     release(free_k(0));
-    if (x_first < inner || x_first + BN - 1 > low) mask_raw(s, group, x_first);
+    mask(s, group, 0, inner, low);
     softmax<BN>(s, rows);
     rescale(rows);
     pack_weights<BN>(w, s);
     // Straight-line inside: with a branch around the products the compiler would wait for each of them.
 #pragma unroll 1
-    for (int i = 1; i < tiles; i++) {
-      const int x0 = x_first + i * BN, stage = i % STAGES, before = (i - 1) % STAGES;
+    for (int i = 1; i < total; i++) {
+      const int stage = i % STAGES, before = (i - 1) % STAGES;
       barrier_wait(full_k(stage), (i / STAGES) & 1);
       wgmma_fence();
       logits<BN>(s, q, base + K + stage * TILE);
@@ -306,15 +384,15 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
       wgmma_commit();
       wgmma_wait<1>();
       release(free_k(stage));
-      if (x0 < inner || x0 + BN - 1 > low) mask_raw(s, group, x0);
+      mask(s, group, i, inner, low);
       softmax<BN>(s, rows);
       wgmma_wait<0>();
       release(free_v(before));
       rescale(rows);
       pack_weights<BN>(w, s);
     }
-    const int stage = (tiles - 1) % STAGES;
-    barrier_wait(full_v(stage), ((tiles - 1) / STAGES) & 1);
+    const int stage = (total - 1) % STAGES;
+    barrier_wait(full_v(stage), ((total - 1) / STAGES) & 1);
     wgmma_fence();
     weigh<BN>(rows.o, w, base + V + stage * TILE);
     wgmma_commit();
@@ -364,9 +442,14 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
     }                                                                                                             \
   }
 // The build compiles each head dim apart, with ONLY_DIM set.
-#define TYPES(DIM, BN, STAGES)                                               \
-  INSTANCE(attention_hopper_bf16_##DIM, __nv_bfloat16, DIM, BN, STAGES)      \
-  INSTANCE(attention_hopper_f16_##DIM, __half, DIM, BN, STAGES)
+#if WITH_PIECES
+#define NAME(TYPE, DIM) attention_hopper_pieces_##TYPE##_##DIM
+#else
+#define NAME(TYPE, DIM) attention_hopper_##TYPE##_##DIM
+#endif
+#define TYPES(DIM, BN, STAGES)                               \
+  INSTANCE(NAME(bf16, DIM), __nv_bfloat16, DIM, BN, STAGES)  \
+  INSTANCE(NAME(f16, DIM), __half, DIM, BN, STAGES)
 #if !defined(ONLY_DIM) || ONLY_DIM == 64
 TYPES(64, 128, 2)
 #endif

@@ -12,22 +12,29 @@ const WHOLE: &[&str] = &["attention_any", "decode", "pointwise", "summaries"];
 const BY_DIM: &[(&str, &[u32])] = &[
     ("attention_decode", &[64, 128, 256]),
     ("attention_hopper", &[64, 96, 128, 256]),
+    ("attention_hopper_pieces", &[64, 96, 128, 256]),
     ("attention_prefill", &[64, 96, 128, 256]),
 ];
-const HEADERS: &[&str] = &["common.cuh", "attention.cuh", "decode.cuh", "wgmma.cuh"];
+/// The same per format of weights: a model uses a few of them.
+const BY_FORMAT: &[(&str, &[&str])] =
+    &[("decode_quantised", &["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"])];
+const HEADERS: &[&str] = &["common.cuh", "attention.cuh", "blocks.cuh", "decode.cuh", "matvec.cuh", "wgmma.cuh"];
 
 pub fn compile() {
     let out = PathBuf::from(std::env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
     let here = Path::new(&std::env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR")).join("kernels");
     let mut files: Vec<PathBuf> = WHOLE.iter().map(|name| here.join(format!("{name}.cu"))).collect();
     let mut watched: Vec<PathBuf> = HEADERS.iter().map(|name| here.join(name)).collect();
-    let generated = out.join("by_dim");
+    let generated = out.join("parts");
     std::fs::create_dir_all(&generated).expect("OUT_DIR is writable");
-    for (name, dims) in BY_DIM {
-        let source = here.join(format!("{name}.cu"));
-        for dim in *dims {
-            let file = generated.join(format!("{name}_{dim}.cu"));
-            let text = format!("#define ONLY_DIM {dim}\n#include \"{}\"\n", source.display());
+    let dims = BY_DIM.iter().map(|(name, dims)| (name, "ONLY_DIM", dims.iter().map(u32::to_string).collect()));
+    let formats =
+        BY_FORMAT.iter().map(|(name, all)| (name, "ONLY_FORMAT", all.iter().map(|f| f.to_string()).collect()));
+    for (name, only, parts) in dims.chain(formats) {
+        let (source, parts): (PathBuf, Vec<String>) = (here.join(format!("{name}.cu")), parts);
+        for part in parts {
+            let file = generated.join(format!("{name}_{part}.cu"));
+            let text = format!("#define {only} {part}\n#include \"{}\"\n", source.display());
             std::fs::write(&file, text).expect("OUT_DIR is writable");
             files.push(file);
         }

@@ -20,6 +20,7 @@ import torch
 
 HERE = Path(__file__).parent
 EXTRA_TILE = 128
+PIECE = 16
 QUERIES = 128
 # As in SHAPES of src/ops/attention/cuda.rs: dim -> (keys per tile, threads, row in shared memory).
 SHAPES = {64: (64, 128, 64), 96: (64, 128, 128), 128: (64, 128, 128), 256: (32, 256, 256)}
@@ -34,8 +35,14 @@ class Extra(C.Structure):
                 ("far_query", C.c_int)]
 
 
+class Piece(C.Structure):
+    _fields_ = [("k", C.c_uint64), ("v", C.c_uint64), ("bias", C.c_float), ("from_", C.c_int), ("until", C.c_int),
+                ("rows", C.c_int)]
+
+
 class Params(C.Structure):
-    _fields_ = ([(n, C.c_uint64) for n in "q q_far k v past_k past_v out extras extra_offsets far_offsets".split()]
+    _fields_ = ([(n, C.c_uint64) for n in ("q q_far k v past_k past_v out extras extra_offsets far_offsets "
+                                           "pieces piece_offsets").split()]
                 + [(n, C.c_int64) for n in "q_row q_head k_row k_head v_row v_head past_row past_head".split()]
                 + [(n, C.c_int) for n in ("tokens start heads kv_heads dim capacity window_kind window_size "
                                           "window_count").split()] + [("scale", C.c_float)])
@@ -90,11 +97,13 @@ def left_edge(window, p):
 
 
 class Case:
-    """Random inputs of one shape. `extras` is a list of (row, bias, from, until, far_query)."""
+    """Random inputs of one shape. `extras` is a list of (row, bias, from, until, far_query), `runs` of (row, count, bias, from,
+    until)."""
 
-    def __init__(self, t, start, h, g, d, window, capacity, rows=0, extras=(), far=False, dtype=torch.bfloat16, pad=0):
+    def __init__(self, t, start, h, g, d, window, capacity, rows=0, extras=(), far=False, dtype=torch.bfloat16, pad=0, runs=()):
         self.t, self.start, self.h, self.g, self.d, self.window, self.capacity = t, start, h, g, d, window, max(1, capacity)
-        self.dtype, self.extras = dtype, list(extras)
+        self.dtype, self.single, self.runs = dtype, list(extras), list(runs)
+        self.extras = self.single + [(r + i, bias, a, b, False) for r, n, bias, a, b in self.runs for i in range(n)]
         make = lambda n, heads: torch.randn(n, heads, d + pad, device="cuda", dtype=dtype)[:, :, :d]
         dense = lambda n, heads: torch.randn(n, heads, d, device="cuda", dtype=dtype)
         self.q, self.k, self.v = make(t, h), make(t, g), make(t, g)
@@ -103,14 +112,20 @@ class Case:
         self.rows_k, self.rows_v = dense(max(1, rows), g), dense(max(1, rows), g)
         self.scale = 1 / math.sqrt(d)
         self.out = torch.full((t, h, d), float("nan"), device="cuda", dtype=dtype)
-        self.prepare()
+        self.prepare(True)
 
-    def prepare(self):
+    def prepare(self, pieces):
+        """With `pieces`, runs have a list of their own; else their rows are among the extras."""
         bytes_per_row = self.g * self.d * self.k.element_size()
-        lists, near, far = [], [0], []
+        lists, near, far, parts, ends = [], [0], [], [], [0]
         for tile in range(self.start // EXTRA_TILE, (self.start + self.t - 1) // EXTRA_TILE + 1):
             first, end = tile * EXTRA_TILE, (tile + 1) * EXTRA_TILE
-            seen = [e for e in self.extras if e[2] < end and e[3] > first]
+            if pieces:
+                for row, count, bias, a, b in self.runs:
+                    if a < end and b > first:
+                        parts += [(row + i, bias, a, b, min(PIECE, count - i)) for i in range(0, count, PIECE)]
+            ends.append(len(parts))
+            seen = [e for e in (self.single if pieces else self.extras) if e[2] < end and e[3] > first]
             seen.sort(key=lambda e: e[4])
             far.append(len(lists) + sum(1 for e in seen if not e[4]))
             lists += seen
@@ -121,13 +136,18 @@ class Case:
             array[i] = Extra(self.rows_k.data_ptr() + at, self.rows_v.data_ptr() + at, bias, first, end, int(far_query))
         upload = lambda x: torch.frombuffer(bytearray(x), dtype=torch.uint8).cuda()
         ints = lambda x: torch.tensor(x, dtype=torch.int32, device="cuda")
-        self.held = (upload(array), ints(near), ints(far))
+        runs = (Piece * max(1, len(parts)))()
+        for i, (row, bias, first, end, count) in enumerate(parts):
+            at = row * bytes_per_row
+            runs[i] = Piece(self.rows_k.data_ptr() + at, self.rows_v.data_ptr() + at, bias, first, end, count)
+        self.held = (upload(array), ints(near), ints(far), upload(runs), ints(ends))
         kind, size, count = self.window
-        some = bool(lists)
+        some, self.pieces = bool(lists), bool(parts)
         self.params = Params(
             self.q.data_ptr(), self.q_far.data_ptr() if self.q_far is not None else 0, self.k.data_ptr(), self.v.data_ptr(),
             self.past_k.data_ptr(), self.past_v.data_ptr(), self.out.data_ptr(), self.held[0].data_ptr() if some else 0,
             self.held[1].data_ptr() if some else 0, self.held[2].data_ptr() if some else 0,
+            self.held[3].data_ptr() if parts else 0, self.held[4].data_ptr() if parts else 0,
             *self.q.stride()[:2], *self.k.stride()[:2], *self.v.stride()[:2], *self.past_k.stride()[:2],
             self.t, self.start, self.h, self.g, self.d, self.capacity, kind, size, count, self.scale)
 
@@ -159,7 +179,9 @@ class Attention:
     def __init__(self, driver):
         self.driver = driver
         self.prefill, self.any = driver.load(HERE / "attention_prefill.cu"), driver.load(HERE / "attention_any.cu")
-        self.hopper = driver.load(HERE / "attention_hopper.cu") if torch.cuda.get_device_capability() == (9, 0) else None
+        hopper = torch.cuda.get_device_capability() == (9, 0)
+        self.hopper = driver.load(HERE / "attention_hopper.cu") if hopper else None
+        self.hopper_pieces = driver.load(HERE / "attention_hopper_pieces.cu") if hopper else None
         self.cache = {}
 
     def get(self, module, name, shared=0):
@@ -169,6 +191,8 @@ class Attention:
 
     def run(self, case, form="best"):
         suffix = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[case.dtype]
+        if case.runs and (form != "best" or case.q_far is not None or case.d % 8 or not self.hopper):
+            case.prepare(False)
         if form == "any" or case.dtype == torch.float32 or case.d % 8:
             f = self.get(self.any, f"attention_any_{suffix}")
             self.driver.launch(f, ((case.t + 3) // 4, case.h, 1), 128, 0, case.params)
@@ -178,7 +202,10 @@ class Attention:
         if form == "best" and self.hopper and case.q_far is None:
             keys, stages, row = HOPPER[dim]
             shared = (QUERIES + 2 * stages * keys + 32) * row * 2 + (4 * stages + 2) * 8 + 1024
-            f = self.get(self.hopper, f"attention_hopper_{suffix}_{dim}", shared)
+            if case.runs and not case.pieces:
+                case.prepare(True)
+            module, form = (self.hopper_pieces, "hopper_pieces") if case.pieces else (self.hopper, "hopper")
+            f = self.get(module, f"attention_{form}_{suffix}_{dim}", shared)
             self.driver.launch(f, (case.h, tiles, 1), 384, shared, case.params)
             return case.out
         keys, threads, row = SHAPES[dim]
@@ -207,14 +234,19 @@ def random_case(rng):
     g, group, t, start = rng.randint(1, 3), rng.randint(1, 8), rng.randint(1, 300), rng.choice([0, 0, rng.randint(1, 700), 128, 384])
     window = rng.choice([(0, 0, 0), (1, rng.randint(1, 200), 0), (2, rng.choice([16, 33, 64, 128]), rng.randint(0, 4))])
     reach = start - left_edge(window, start)
-    rows = rng.choice([0, 1, 5, 40])
+    rows, runs = rng.choice([0, 1, 5, 40]), rng.choice([0, 0, 1, 6])
     far = rng.random() < 0.4
     extras = []
     for r in range(rows):
         first = start + rng.randint(-50, t)
         extras.append((r, rng.uniform(-2, 2), first, first + rng.randint(1, 200), far and rng.random() < 0.5))
     dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float16])
-    return Case(t, start, g * group, g, d, window, reach + rng.randint(0, 7), rows, extras, far, dtype, rng.choice([0, 0, 8]))
+    listed = []
+    for r in range(runs):
+        first = start + rng.randint(-50, t)
+        listed.append((rows + r * 9, rng.randint(2, 150), rng.choice([0.0, 1.5]), first, first + rng.randint(1, 300)))
+    held = rows + (runs * 9 + 150 if runs else 0)
+    return Case(t, start, g * group, g, d, window, reach + rng.randint(0, 7), held, extras, far, dtype, rng.choice([0, 0, 8]), listed)
 
 
 def check(attention, count):
@@ -267,6 +299,11 @@ def timings(attention):
     ms = median_ms(lambda: attention.run(case))
     flop = 4 * 14 * 64 * t * (512 + 64 + 5)
     print(f"butterfly chunk D=64 H=14 T={t}: {ms:8.3f} ms {flop / ms / 1e9:6.1f} useful TFLOP/s")
+    runs = [(n * b, b, 0.0, start + i * b, start + (i + 1) * b) for i in range(t // b) for n in range(16)]
+    case = Case(t, start, 32, 8, 128, (2, b, 4), 640, 16 * b, runs=runs)
+    ms = median_ms(lambda: attention.run(case))
+    flop = 4 * 32 * 128 * t * (512 + 64 + 16 * b)
+    print(f"16 raw blocks D=128 H=32 T={t}: {ms:8.3f} ms {flop / ms / 1e9:6.1f} useful TFLOP/s")
     case = Case(t, start, 14, 2, 64, (0, 0, 0), start)
     ms = median_ms(lambda: attention.run(case))
     print(f"dense chunk at {start} D=64 H=14 T={t}: {ms:8.3f} ms {dense_flop(t, start, 14, 64) / ms / 1e9:6.1f} TFLOP/s")

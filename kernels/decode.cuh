@@ -31,6 +31,16 @@ __device__ inline void release_next() {
 #endif
 }
 
+// Entry i of the rotary tables, of `half` entries each, for a position.
+__device__ inline void rotary(int i, const float *frequencies, const float *amplitudes, float *cos, float *sin, int tables, int half,
+                              int position) {
+  if (i >= tables * half) return;
+  float s, c;
+  sincosf(__fmul_rn((float)position, frequencies[i]), &s, &c);
+  cos[i] = c * amplitudes[i / half];
+  sin[i] = s * amplitudes[i / half];
+}
+
 __device__ inline uint4 load16(const void *p) { return *reinterpret_cast<const uint4 *>(p); }
 // Read once, and written by no kernel that may still run (weights): not worth a place in L1.
 __device__ inline uint4 load16_stream(const void *p) {

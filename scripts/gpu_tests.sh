@@ -16,7 +16,7 @@ pack() {
   local dir=${1:-target/gpu-tests}
   mkdir -p "$dir"
   git describe --always --dirty --abbrev=12 --exclude '*' >"$dir/commit"
-  cargo test --release --features cuda --test cuda --no-run --message-format=json |
+  cargo test --release --features cuda --test cuda --test cuda_quantised --no-run --message-format=json |
     python3 -c 'import json,sys
 for line in sys.stdin:
     m = json.loads(line)
@@ -45,7 +45,7 @@ run() {
     local command=("$binary" --test-threads=1 --nocapture)
     # Everything under the checker takes hours: the kernels' own tests are enough.
     [ -n "$sanitize" ] && command=(compute-sanitizer --error-exitcode 9 "$binary" --test-threads=1 --nocapture
-      small_operators block_means attention_of_one captured_decode)
+      small_operators block_means attention_of_one products_of_one_row captured_decode)
     CARGO_MANIFEST_DIR=$root "${command[@]}" >"$log" 2>&1 || failed=1
     cat "$log"
     python3 - "$log" >>"$report" <<'P'

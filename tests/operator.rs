@@ -37,6 +37,7 @@ fn long_decode_is_shared_out_over_the_keys_and_merged_exactly() -> Any {
             window,
             sinks: 4,
             far_rows: 5,
+            far_runs: 3,
             clamp: true,
             seed: 11,
         };
@@ -58,7 +59,7 @@ fn a_window_that_the_cache_does_not_hold_is_refused() -> Any {
         past: Some(Past { k: &x, v: &x }),
         sinks: None,
         window: Window::Unbounded,
-        far: None,
+        far: &[],
         scale: 1.0,
     };
     let error = attend(&args).unwrap_err().to_string();

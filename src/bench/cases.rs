@@ -78,6 +78,7 @@ pub fn cases(small: bool) -> Vec<Case> {
         butterfly: Some(64 << 10),
         ..BLANK
     };
+    let raw = Attention { case: "16 raw blocks", h: 32, g: 8, d: 128, raw: 16, ..butterfly(4096 / s, (60 << 10) / s) };
     let long = Attention { case: "dense, 32k keys", t: 1, h: 32, g: 8, d: 128, start: (32 << 10) / s - 1, ..BLANK };
     let last = (60 << 10) / s;
     vec![
@@ -87,8 +88,10 @@ pub fn cases(small: bool) -> Vec<Case> {
         dense(256, 8).case("attention_prefill"),
         window.case("attention_prefill"),
         butterfly(4096 / s, last).case("attention_prefill"),
+        raw.case("attention_prefill"),
         long.case("attention_decode"),
         butterfly(1, last).case("attention_decode"),
+        Attention { t: 1, ..raw }.case("attention_decode"),
         summaries(4096 / s, 8, 128),
         norm(4096 / s, 3584),
         activation(4096 / s, 18944),
@@ -112,10 +115,15 @@ struct Attention {
     window: Window,
     /// Default settings of a retrofit provisioned for so many positions, instead of the window alone.
     butterfly: Option<usize>,
+    /// Whole earlier blocks that each query block reads besides, row by row.
+    raw: usize,
 }
 
 const BLANK: Attention =
-    Attention { case: "", t: 0, h: 0, g: 0, d: 0, start: 0, window: Window::Unbounded, butterfly: None };
+    Attention { case: "", t: 0, h: 0, g: 0, d: 0, start: 0, window: Window::Unbounded, butterfly: None, raw: 0 };
+
+/// Raw blocks of the store that query blocks read from.
+const STORED: usize = 64;
 
 /// A layer somewhere in the middle: of the stage that reads 40 blocks back.
 const ORDINAL: usize = 3;
@@ -131,12 +139,13 @@ impl Attention {
         let routed = |p: usize| settings.as_ref().map_or(0, |s| routes[p / s.block - self.start / s.block].len());
         let reads = |p: usize| {
             let left = self.window.left(p);
-            p + 1 - left + sinks.min(left) + routed(p)
+            p + 1 - left + sinks.min(left) + routed(p) + self.raw * Settings::default().block
         };
         let pairs: usize = (self.start..self.start + self.t).map(reads).sum();
         let far: BTreeSet<usize> = routes.iter().flatten().copied().collect();
         let past = self.start - self.window.left(self.start).min(self.start);
-        let rows = self.t + past + far.len() + sinks.min(self.window.left(self.start + self.t - 1));
+        let stored = if self.raw > 0 { self.distinct_raw() * Settings::default().block } else { 0 };
+        let rows = self.t + past + far.len() + sinks.min(self.window.left(self.start + self.t - 1)) + stored;
         let mut shape = letters(&[("T", self.t), ("H", self.h), ("G", self.g), ("D", self.d)]);
         shape.insert("keys".into(), reads(self.start + self.t - 1));
         Case {
@@ -159,6 +168,20 @@ impl Attention {
         blocks.map(|b| selector::route(rule, &grid, ORDINAL, s.partner_count, b)).collect()
     }
 
+    /// The raw blocks of the `i`-th query block, spread over the store.
+    fn raw_blocks(&self, i: usize) -> impl Iterator<Item = usize> {
+        (0..self.raw).map(move |j| (i * 5 + j * 11) % STORED)
+    }
+
+    fn query_blocks(&self) -> usize {
+        let block = Settings::default().block;
+        (self.start + self.t - 1) / block - self.start / block + 1
+    }
+
+    fn distinct_raw(&self) -> usize {
+        (0..self.query_blocks()).flat_map(|i| self.raw_blocks(i)).collect::<BTreeSet<_>>().len()
+    }
+
     fn prepare(self, place: &Place, routes: &[Vec<usize>], sinks: usize) -> Result<Launch> {
         let (q, own) = ([self.t, self.h, self.d], [self.t, self.g, self.d]);
         let (q, k, v) = (place.random(q)?, place.random(own)?, place.random(own)?);
@@ -172,14 +195,19 @@ impl Attention {
         };
         let distinct: BTreeSet<usize> = routes.iter().flatten().copied().collect();
         let row = |n: &usize| distinct.range(..n).count();
-        let far_row = |n| FarRow { row: row(n), bias: 0.0, far_query: false, from: 0, until: usize::MAX };
+        let far_row = |n| FarRow::one(row(n));
         let routes: Vec<Vec<FarRow>> = routes.iter().map(|r| r.iter().map(far_row).collect()).collect();
-        let (past, sink_rows, far) = (pair(ring)?, pair(sinks)?, pair(distinct.len())?);
         let block = Settings::default().block;
+        let raw = |i| self.raw_blocks(i).map(|n| FarRow::run(n * block, block)).collect();
+        let raw: Vec<Vec<FarRow>> = (0..self.query_blocks()).map(raw).collect();
+        let (past, sink_rows, far) = (pair(ring)?, pair(sinks)?, pair(distinct.len())?);
+        let stored = pair(if self.raw > 0 { STORED * block } else { 0 })?;
         Ok(Box::new(move || {
             fn rows((k, v): &(Tensor, Tensor)) -> Past<'_> {
                 Past { k, v }
             }
+            let stores = [(&far, &routes), (&stored, &raw)].into_iter();
+            let far = stores.filter_map(|(pair, routes)| pair.as_ref().map(|(k, v)| FarArgs { k, v, block, routes }));
             attend(&AttentionArgs {
                 q: &q,
                 q_far: None,
@@ -189,7 +217,7 @@ impl Attention {
                 past: past.as_ref().map(rows),
                 sinks: sink_rows.as_ref().map(|r| (rows(r), sinks)),
                 window: self.window,
-                far: far.as_ref().map(|(k, v)| FarArgs { k, v, block, routes: &routes }),
+                far: &far.collect::<Vec<_>>(),
                 scale: 1.0 / (self.d as f32).sqrt(),
             })
             .map(drop)

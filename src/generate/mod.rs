@@ -131,6 +131,14 @@ impl<'a> Session<'a> {
         Ok(Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 0)?)
     }
 
+    /// Whether greedy decode goes on from here as a captured CUDA graph; if not, step by step.
+    pub fn captures(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        return graph::captures(self.model, &self.cache);
+        #[cfg(not(feature = "cuda"))]
+        false
+    }
+
     /// Prefills and decodes. `on_token` gets each new token and says whether to go on.
     ///
     /// # Errors

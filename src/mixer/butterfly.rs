@@ -83,6 +83,8 @@ impl Butterfly {
             }
             _ => None,
         };
+        let far: Vec<FarArgs> =
+            far.iter().map(|f| FarArgs { k: &f.k, v: &f.v, block: s.block, routes: &f.routes }).collect();
         let out = attend(&AttentionArgs {
             q: &q,
             q_far: q_far.as_ref(),
@@ -92,7 +94,7 @@ impl Butterfly {
             past: Some(cache.local.rows()),
             sinks: cache.sinks().map(|r| (r.rows(), r.capacity())),
             window: s.raw_window(),
-            far: far.as_ref().map(|f| FarArgs { k: &f.k, v: &f.v, block: s.block, routes: &f.routes }),
+            far: far.as_slice(),
             scale: p.scale,
         })?;
         cache.local.write(&k, &v, step.start)?;
@@ -121,7 +123,7 @@ impl Butterfly {
                     blocks.len() - 1
                 });
                 let bias = (s.summary_bias * (count as f64).ln()) as f32;
-                let near = FarRow { row, bias, far_query: false, from: 0, until: usize::MAX };
+                let near = FarRow { bias, ..FarRow::one(row) };
                 if clamp {
                     // Within the trained distance a summary is read at its own position; from there on at that distance.
                     let edge = s.pooled_position(n).floor() as usize + self.trained;

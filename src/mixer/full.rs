@@ -30,7 +30,7 @@ pub(super) fn windowed(p: &Projections, window: Window, x: &Tensor, step: &Step,
         past: Some(cache.rows()),
         sinks: None,
         window,
-        far: None,
+        far: &[],
         scale: p.scale,
     })?;
     cache.write(&qkv.k, &qkv.v, step.start)?;

@@ -111,10 +111,20 @@ impl Linear {
         Ok(match &self.weight {
             Weight::Dense(w) => x.matmul(&w.t()?)?,
             Weight::Quantised(w) if x.dim(0)? > DOT_ROWS && x.device().is_cpu() => widened_matmul(x, w)?,
-            // On a GPU some of candle's kernels answer in f32, whatever they were given.
-            Weight::Quantised(w) => x.apply_op1_no_bwd(w.as_ref())?.to_dtype(x.dtype())?,
+            #[cfg(feature = "cuda")]
+            Weight::Quantised(w) if x.dim(0)? == 1 && x.device().is_cuda() => match ops::quantised_row(x, w)? {
+                Some(product) => product,
+                None => blocks_matmul(x, w)?,
+            },
+            Weight::Quantised(w) => blocks_matmul(x, w)?,
         })
     }
+}
+
+/// candle's product with blocks, which on a GPU rounds `x` to 8 bits.
+fn blocks_matmul(x: &Tensor, w: &QTensor) -> Result<Tensor> {
+    // On a GPU some of candle's kernels answer in f32, whatever they were given.
+    Ok(x.apply_op1_no_bwd(w)?.to_dtype(x.dtype())?)
 }
 
 /// A weight's memory, locked for reading.

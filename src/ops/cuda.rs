@@ -5,11 +5,11 @@
 
 use crate::error::{At, Error, ErrorKind, Result};
 use candle_core::cuda_backend::cudarc::driver::{
-    sys, sys::CUfunction_attribute, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchArgs,
-    LaunchConfig, PushKernelArg,
+    sys, sys::CUfunction_attribute, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr,
 };
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
 use candle_core::op::BackpropOp;
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Shape, Storage, Tensor};
 use std::sync::Arc;
 
@@ -17,14 +17,16 @@ mod ptx {
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }
 
-/// A compiled source file, or its part for one head dim. One line per file of `kernels/`.
+/// A compiled source file, or its part for one head dim or format. One line per file of `kernels/`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Module {
     AttentionAny,
     AttentionDecode(usize),
     AttentionHopper(usize),
+    AttentionHopperPieces(usize),
     AttentionPrefill(usize),
     Decode,
+    DecodeQuantised(GgmlDType),
     Pointwise,
     Summaries,
 }
@@ -41,21 +43,29 @@ impl Module {
             Self::AttentionHopper(96) => ("bfly_attention_hopper_96", ptx::ATTENTION_HOPPER_96),
             Self::AttentionHopper(128) => ("bfly_attention_hopper_128", ptx::ATTENTION_HOPPER_128),
             Self::AttentionHopper(256) => ("bfly_attention_hopper_256", ptx::ATTENTION_HOPPER_256),
+            Self::AttentionHopperPieces(64) => ("bfly_attention_hopper_pieces_64", ptx::ATTENTION_HOPPER_PIECES_64),
+            Self::AttentionHopperPieces(96) => ("bfly_attention_hopper_pieces_96", ptx::ATTENTION_HOPPER_PIECES_96),
+            Self::AttentionHopperPieces(128) => ("bfly_attention_hopper_pieces_128", ptx::ATTENTION_HOPPER_PIECES_128),
+            Self::AttentionHopperPieces(256) => ("bfly_attention_hopper_pieces_256", ptx::ATTENTION_HOPPER_PIECES_256),
             Self::AttentionPrefill(64) => ("bfly_attention_prefill_64", ptx::ATTENTION_PREFILL_64),
             Self::AttentionPrefill(96) => ("bfly_attention_prefill_96", ptx::ATTENTION_PREFILL_96),
             Self::AttentionPrefill(128) => ("bfly_attention_prefill_128", ptx::ATTENTION_PREFILL_128),
             Self::AttentionPrefill(256) => ("bfly_attention_prefill_256", ptx::ATTENTION_PREFILL_256),
             Self::Decode => ("bfly_decode", ptx::DECODE),
+            Self::DecodeQuantised(GgmlDType::Q4_0) => ("bfly_decode_q4_0", ptx::DECODE_QUANTISED_Q4_0),
+            Self::DecodeQuantised(GgmlDType::Q4_1) => ("bfly_decode_q4_1", ptx::DECODE_QUANTISED_Q4_1),
+            Self::DecodeQuantised(GgmlDType::Q5_0) => ("bfly_decode_q5_0", ptx::DECODE_QUANTISED_Q5_0),
+            Self::DecodeQuantised(GgmlDType::Q5_1) => ("bfly_decode_q5_1", ptx::DECODE_QUANTISED_Q5_1),
+            Self::DecodeQuantised(GgmlDType::Q8_0) => ("bfly_decode_q8_0", ptx::DECODE_QUANTISED_Q8_0),
+            Self::DecodeQuantised(GgmlDType::Q4K) => ("bfly_decode_q4_k", ptx::DECODE_QUANTISED_Q4_K),
+            Self::DecodeQuantised(GgmlDType::Q5K) => ("bfly_decode_q5_k", ptx::DECODE_QUANTISED_Q5_K),
+            Self::DecodeQuantised(GgmlDType::Q6K) => ("bfly_decode_q6_k", ptx::DECODE_QUANTISED_Q6_K),
             Self::Pointwise => ("bfly_pointwise", ptx::POINTWISE),
             Self::Summaries => ("bfly_summaries", ptx::SUMMARIES),
             other => return Err(Error::unsupported("kernel", format!("{other:?} is not compiled"))),
         })
     }
 }
-
-/// A kernel's argument: an address on the device (0 for none), a number, or a struct passed by value.
-pub(crate) trait Argument: DeviceRepr {}
-impl<T: DeviceRepr> Argument for T {}
 
 /// A kernel about to be launched.
 pub(crate) struct Kernel {
@@ -84,37 +94,8 @@ impl Kernel {
         Ok(self)
     }
 
-    /// Launches with `arguments`.
-    ///
-    /// # Safety
-    /// The arguments must be those of the kernel's signature, in order, and every address must stay allocated, with what the
-    /// kernel's header asks for, until the stream has passed this launch.
-    pub unsafe fn launch(&self, grid: (usize, usize, usize), threads: usize, arguments: &[&dyn Push]) -> Result<()> {
-        let mut builder = self.stream.launch_builder(&self.function);
-        for argument in arguments {
-            argument.push(&mut builder);
-        }
-        let config = LaunchConfig {
-            grid_dim: (grid.0 as u32, grid.1 as u32, grid.2 as u32),
-            block_dim: (threads as u32, 1, 1),
-            shared_mem_bytes: self.shared,
-        };
-        builder.launch(config).map_err(|e| self.error(e)).map(|_| ())
-    }
-
     fn error(&self, e: impl std::fmt::Display) -> Error {
         Error::new(ErrorKind::Backend, format!("kernel {}", self.name), e)
-    }
-}
-
-/// Anything that can be pushed on a launch: lets a launch list its arguments in a slice.
-pub(crate) trait Push {
-    fn push<'a>(&'a self, builder: &mut LaunchArgs<'a>);
-}
-
-impl<T: Argument> Push for T {
-    fn push<'a>(&'a self, builder: &mut LaunchArgs<'a>) {
-        builder.arg(self);
     }
 }
 
@@ -240,22 +221,28 @@ pub(crate) struct Launch {
     kernel: Kernel,
     grid: (usize, usize, usize),
     threads: usize,
-    arguments: Vec<Vec<u64>>,
+    /// The arguments' bytes, each from a word of its own on,
+    words: Vec<u64>,
+    /// and where each begins.
+    arguments: Vec<usize>,
 }
 
 impl Launch {
     /// Without arguments yet.
     pub fn new(kernel: Kernel, grid: (usize, usize, usize), threads: usize) -> Self {
-        Self { kernel, grid, threads, arguments: vec![] }
+        Self { kernel, grid, threads, words: vec![], arguments: vec![] }
     }
 
-    /// Adds an argument of the kernel's signature.
+    /// Adds an argument of the kernel's signature: an address on the device (0 for none), a number, or a struct by value.
     pub fn with<T: DeviceRepr + Copy>(mut self, value: T) -> Self {
         let size = std::mem::size_of::<T>();
-        let mut words = vec![0u64; size.div_ceil(8)];
-        // SAFETY: `words` has room for a T's bytes; `DeviceRepr` says that these bytes are what the device expects.
-        unsafe { std::ptr::copy_nonoverlapping((&raw const value).cast::<u8>(), words.as_mut_ptr().cast(), size) };
-        self.arguments.push(words);
+        let at = self.words.len();
+        self.arguments.push(at);
+        self.words.resize(at + size.div_ceil(8), 0);
+        // SAFETY: room for a T's bytes was just made; `DeviceRepr` says that these bytes are what the device expects.
+        unsafe {
+            std::ptr::copy_nonoverlapping((&raw const value).cast::<u8>(), self.words[at..].as_mut_ptr().cast(), size)
+        };
         self
     }
 
@@ -263,10 +250,13 @@ impl Launch {
     /// itself (`await_previous` in kernels/decode.cuh).
     ///
     /// # Safety
-    /// As [`Kernel::launch`].
+    /// The arguments must be those of the kernel's signature, in order, and every address must stay allocated, with what the
+    /// kernel's header asks for, until the stream has passed this launch.
     pub unsafe fn enqueue(&self, overlap: bool) -> Result<()> {
+        let stream = &self.kernel.stream;
+        stream.context().bind_to_thread().map_err(|e| self.kernel.error(e))?;
         let mut pointers: Vec<*mut std::ffi::c_void> =
-            self.arguments.iter().map(|a| a.as_ptr().cast_mut().cast()).collect();
+            self.arguments.iter().map(|at| self.words[*at..].as_ptr().cast_mut().cast()).collect();
         let mut value: sys::CUlaunchAttributeValue = std::mem::zeroed();
         value.programmaticStreamSerializationAllowed = 1;
         let mut attribute = sys::CUlaunchAttribute {
@@ -282,7 +272,7 @@ impl Launch {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: self.kernel.shared,
-            hStream: self.kernel.stream.cu_stream(),
+            hStream: stream.cu_stream(),
             attrs: &mut attribute,
             numAttrs: overlap.into(),
         };

@@ -51,7 +51,7 @@ fn gelu(x: f32, up: f32) -> f32 {
 
 #[cfg(feature = "cuda")]
 fn cuda(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
-    use super::cuda::{address, device, suffix, uninitialised, Kernel, Module};
+    use super::cuda::{address, device, suffix, uninitialised, Kernel, Launch, Module};
     if gate.dims() != up.dims() || !gate.is_contiguous() || !up.is_contiguous() || gate.dtype() != up.dtype() {
         return Err(Error::new(ErrorKind::Backend, "gated", "gate and up differ or are strided"));
     }
@@ -65,8 +65,9 @@ fn cuda(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
     let name = format!("gated_{}{}", if wide { "wide_" } else { "" }, suffix(gate.dtype())?);
     let (a, b, c, count) = (address(gate)?, address(up)?, address(&out)?, n as i64);
     let kernel = Kernel::load(gpu, Module::Pointwise, name)?;
+    let launch = Launch::new(kernel, (n.div_ceil(2048), 1, 1), 256).with(a).with(b).with(c).with(count).with(kind);
     // SAFETY: three tensors of n elements; frees are ordered after the launch on the one stream.
-    unsafe { kernel.launch((n.div_ceil(2048), 1, 1), 256, &[&a, &b, &c, &count, &kind])? };
+    unsafe { launch.enqueue(false)? };
     Ok(out)
 }
 

@@ -81,7 +81,7 @@ fn cuda_table(
     positions: &[f32],
     amplitude: f32,
 ) -> Result<(Tensor, Tensor)> {
-    use super::cuda::{address, uninitialised, upload, Kernel, Module};
+    use super::cuda::{address, uninitialised, upload, Kernel, Launch, Module};
     let (t, n) = (positions.len(), frequencies.len());
     let (f, p) = (upload(gpu, frequencies)?, upload(gpu, positions)?);
     let (cos, sin) =
@@ -89,9 +89,10 @@ fn cuda_table(
     let (c, s) = (address(&cos)?, address(&sin)?);
     let (start, tokens, count) = (0i32, t as i32, n as i32);
     let kernel = Kernel::load(gpu, Module::Pointwise, "rope_table".into())?;
-    let arguments: [&dyn super::cuda::Push; 8] = [&f.address, &p.address, &start, &amplitude, &c, &s, &tokens, &count];
+    let launch = Launch::new(kernel, ((t * n).div_ceil(256), 1, 1), 256).with(f.address).with(p.address).with(start);
+    let launch = launch.with(amplitude).with(c).with(s).with(tokens).with(count);
     // SAFETY: `t` positions, `n` frequencies and two tables of both; frees are ordered after the launch on the one stream.
-    unsafe { kernel.launch(((t * n).div_ceil(256), 1, 1), 256, &arguments)? };
+    unsafe { launch.enqueue(false)? };
     Ok((cos, sin))
 }
 
@@ -103,7 +104,7 @@ fn cuda(
     norm: Option<HeadNorm>,
     table: Option<(&Tensor, &Tensor)>,
 ) -> Result<Tensor> {
-    use super::cuda::{address, address_or_null, device, suffix, uninitialised, Kernel, Module};
+    use super::cuda::{address, address_or_null, device, suffix, uninitialised, Kernel, Launch, Module};
     if bias.is_none() && norm.is_none() && table.is_none() {
         return x.reshape((t, heads, dim)).at("heads");
     }
@@ -118,9 +119,17 @@ fn cuda(
     let (cos, sin) = (address_or_null(table.map(|t| t.0))?, address_or_null(table.map(|t| t.1))?);
     let eps = norm.map_or(0.0, |n| n.eps);
     let (tokens, count, width) = (t as i32, heads as i32, dim as i32);
-    let kernel = Kernel::load(gpu, Module::Pointwise, format!("heads_{}", suffix(x.dtype())?))?;
-    let arguments: [&dyn super::cuda::Push; 11] = [&from, &row, &b, &w, &eps, &cos, &sin, &to, &tokens, &count, &width];
+    // 16 bytes at a time, where heads lie at such addresses and a warp holds whole ones.
+    let aligned = [from, b, w, cos, sin].iter().all(|a| a % 16 == 0) && row % 8 == 0;
+    let shared_out = dim.is_multiple_of(16) && (dim / 16).is_power_of_two() && dim <= 256;
+    let (form, grid) = match x.dtype() != candle_core::DType::F32 && aligned && shared_out {
+        true => ("heads_wide", (t * heads * dim).div_ceil(4096)),
+        false => ("heads", (t * heads).div_ceil(8)),
+    };
+    let kernel = Kernel::load(gpu, Module::Pointwise, format!("{form}_{}", suffix(x.dtype())?))?;
+    let launch = Launch::new(kernel, (grid, 1, 1), 256).with(from).with(row).with(b).with(w).with(eps);
+    let launch = launch.with(cos).with(sin).with(to).with(tokens).with(count).with(width);
     // SAFETY: shapes as the kernel's header asks for; frees are ordered after the launch on the one stream.
-    unsafe { kernel.launch(((t * heads).div_ceil(8), 1, 1), 256, &arguments)? };
+    unsafe { launch.enqueue(false)? };
     Ok(out)
 }

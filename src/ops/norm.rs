@@ -23,7 +23,7 @@ pub fn add_norm(x: &Tensor, y: Option<&Tensor>, weight: &Tensor, eps: f32) -> Re
 
 #[cfg(feature = "cuda")]
 fn cuda(x: &Tensor, y: Option<&Tensor>, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
-    use super::cuda::{address, address_or_null, device, suffix, uninitialised, Kernel, Module};
+    use super::cuda::{address, address_or_null, device, suffix, uninitialised, Kernel, Launch, Module};
     let gpu = device(x)?;
     let (x, y) = (x.contiguous()?, y.map(Tensor::contiguous).transpose()?);
     let n = weight.elem_count();
@@ -37,10 +37,17 @@ fn cuda(x: &Tensor, y: Option<&Tensor>, weight: &Tensor, eps: f32) -> Result<(Te
         Some(_) => uninitialised(gpu, x.dtype(), x.shape())?,
         None => x.clone(),
     };
-    let kernel = Kernel::load(gpu, Module::Pointwise, format!("add_norm_{}", suffix(x.dtype())?))?;
     let (from, to) = ((address(&x)?, address_or_null(y.as_ref())?), (address(&sum)?, address(&normed)?));
-    let (w, count) = (address(weight)?, n as i32);
+    let (w, count, tokens, name) = (address(weight)?, n as i32, rows as i32, suffix(x.dtype())?);
+    // 16 bytes at a time, where rows lie at such addresses and fit in registers.
+    let aligned = [from.0, from.1, to.0, to.1, w].iter().all(|a| a % 16 == 0);
+    let wide = x.dtype() != candle_core::DType::F32 && n.is_multiple_of(8) && n <= 8192 && aligned;
+    let warps = n.div_ceil(1024).next_power_of_two();
+    let (form, grid) = if wide { ("add_norm_wide", (rows * warps).div_ceil(8)) } else { ("add_norm", rows) };
+    let kernel = Kernel::load(gpu, Module::Pointwise, format!("{form}_{name}"))?;
+    let launch = Launch::new(kernel, (grid, 1, 1), 256).with(from.0).with(from.1).with(w).with(to.0).with(to.1);
+    let launch = launch.with(count).with(eps).with(tokens).with(warps as i32);
     // SAFETY: `rows` rows of `n` in every tensor; frees are ordered after the launch on the one stream.
-    unsafe { kernel.launch((rows, 1, 1), 256, &[&from.0, &from.1, &w, &to.0, &to.1, &count, &eps])? };
+    unsafe { launch.enqueue(false)? };
     Ok((sum, normed))
 }

@@ -135,7 +135,7 @@ fn cuda(
     sums: &Tensor,
     count: usize,
 ) -> Result<Pooled> {
-    use super::cuda::{address, device, suffix, uninitialised, Kernel, Module};
+    use super::cuda::{address, device, suffix, uninitialised, Kernel, Launch, Module};
     let (t, g, d) = k.dims3()?;
     let (gpu, dtype) = (device(k)?, k.dtype());
     // Heads side by side within a row, rows at any stride.
@@ -159,14 +159,9 @@ fn cuda(
         width: (g * d) as i32,
     };
     let (name, columns) = (suffix(dtype)?, (g * d).div_ceil(128));
-    let load = |form: &str| Kernel::load(gpu, Module::Summaries, format!("{form}_{name}"));
-    // SAFETY: shapes as the kernel's header asks for; frees are ordered after the launches on the one stream.
-    unsafe {
-        if count > 0 {
-            load("finish")?.launch((count, columns, 2), 128, &[&params])?;
-        }
-        load("carry")?.launch((columns, 2, 1), 128, &[&params])?;
-    }
+    let kernel = Kernel::load(gpu, Module::Summaries, format!("pool_{name}"))?;
+    // SAFETY: shapes as the kernel's header asks for; frees are ordered after the launch on the one stream.
+    unsafe { Launch::new(kernel, (count.max(1), columns, 2), 128).with(params).enqueue(false)? };
     Ok(Pooled { k: mean_k, v: mean_v, first: start / block, count })
 }
 

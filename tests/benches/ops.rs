@@ -23,7 +23,7 @@ impl Chunk {
     fn new(start: usize, tokens: usize) -> candle_core::Result<Self> {
         let (h, g, d) = HEADS;
         let random = |rows: usize, heads: usize| Tensor::randn(0f32, 1.0, (rows, heads, d), &Device::Cpu);
-        let route = vec![FarRow { row: 0, bias: 0.0, far_query: false, from: 0, until: usize::MAX }];
+        let route = vec![FarRow::one(0)];
         let blocks = (start + tokens - 1) / BLOCK - start / BLOCK + 1;
         Ok(Self {
             q: random(tokens, h)?,
@@ -35,10 +35,13 @@ impl Chunk {
         })
     }
 
-    fn args(&self, window: Window) -> AttentionArgs<'_> {
+    fn far(&self) -> [FarArgs<'_>; 1] {
+        [FarArgs { k: &self.small, v: &self.small, block: BLOCK, routes: &self.routes }]
+    }
+
+    fn args<'a>(&'a self, window: Window, far: &'a [FarArgs<'a>]) -> AttentionArgs<'a> {
         let sparse = window != Window::Unbounded;
         let small = Past { k: &self.small, v: &self.small };
-        let far = FarArgs { k: &self.small, v: &self.small, block: BLOCK, routes: &self.routes };
         AttentionArgs {
             q: &self.q,
             q_far: None,
@@ -48,7 +51,7 @@ impl Chunk {
             past: Some(Past { k: &self.past, v: &self.past }),
             sinks: sparse.then_some((small, 4)),
             window,
-            far: sparse.then_some(far),
+            far: if sparse { far } else { &[] },
             scale: 0.125,
         }
     }
@@ -63,7 +66,8 @@ fn against_length(c: &mut Criterion) {
         for start in [512, 2048, 8192 - 512] {
             let Ok(chunk) = Chunk::new(start, tokens) else { continue };
             for (kind, window) in [("dense", Window::Unbounded), ("butterfly", BUTTERFLY)] {
-                let args = chunk.args(window);
+                let far = chunk.far();
+                let args = chunk.args(window, &far);
                 group.bench_function(BenchmarkId::new(kind, start), |b| b.iter(|| attend(&args)));
             }
         }
@@ -75,7 +79,8 @@ fn against_reference(c: &mut Criterion) {
     let mut group = c.benchmark_group("64 queries at 512");
     group.sample_size(10);
     if let Ok(chunk) = Chunk::new(512, 64) {
-        let args = chunk.args(BUTTERFLY);
+        let far = chunk.far();
+        let args = chunk.args(BUTTERFLY, &far);
         group.bench_function("tiled", |b| b.iter(|| attend(&args)));
         group.bench_function("reference", |b| b.iter(|| reference(&args)));
     }

@@ -15,6 +15,8 @@ pub struct Case {
     pub window: Window,
     pub sinks: usize,
     pub far_rows: usize,
+    /// Runs of rows of a second store.
+    pub far_runs: usize,
     pub clamp: bool,
     pub seed: u64,
 }
@@ -37,10 +39,11 @@ prop_compose! {
         window in window(),
         sinks in 0usize..6,
         far_rows in 0usize..20,
+        far_runs in 0usize..6,
         clamp in any::<bool>(),
         seed in any::<u64>(),
     ) -> Case {
-        Case { tokens, start, group, kv_heads, dim, window, sinks, far_rows, clamp, seed }
+        Case { tokens, start, group, kv_heads, dim, window, sinks, far_rows, far_runs, clamp, seed }
     }
 }
 
@@ -78,6 +81,7 @@ pub fn both(c: &Case, dtype: DType, device: &Device) -> Any<(Tensor, Tensor)> {
             let pick = |row: usize| (row as u64 * 7 + b as u64 * 5 + c.seed).is_multiple_of(3);
             let far = |row: usize| FarRow {
                 row,
+                count: 1,
                 bias: (row as f32 - 3.0) / 2.0,
                 far_query: c.clamp && row.is_multiple_of(2),
                 from: if c.clamp { c.start + row * 3 } else { 0 },
@@ -86,6 +90,26 @@ pub fn both(c: &Case, dtype: DType, device: &Device) -> Any<(Tensor, Tensor)> {
             (0..c.far_rows).filter(|r| pick(*r)).map(far).collect()
         })
         .collect();
+    // Raw blocks of any length, also longer than a kernel's tile, at places that overlap.
+    let length = |run: usize| 1 + (c.seed as usize % 61 + run * 37) % 150;
+    let (raw_k, raw_v) = (keys(40 + 150 + 6 * 11, 9)?, keys(40 + 150 + 6 * 11, 10)?);
+    let runs: Vec<Vec<FarRow>> = (0..blocks)
+        .map(|b| {
+            let pick = |run: &usize| (*run as u64 * 3 + b as u64 * 7 + c.seed) % 4 != 1;
+            let row = |run: usize| FarRow {
+                bias: if run % 3 == 2 { 0.75 } else { 0.0 },
+                far_query: c.clamp && run % 2 == 1,
+                until: if run == 4 { c.start + 30 } else { usize::MAX },
+                ..FarRow::run(run * 11, length(run))
+            };
+            (0..c.far_runs).filter(pick).map(row).collect()
+        })
+        .collect();
+    let stores = [
+        (c.far_rows > 0).then_some(FarArgs { k: &far_k, v: &far_v, block, routes: &routes }),
+        (c.far_runs > 0).then_some(FarArgs { k: &raw_k, v: &raw_v, block, routes: &runs }),
+    ];
+    let stores: Vec<FarArgs> = stores.into_iter().flatten().collect();
     let args = AttentionArgs {
         q: &q,
         q_far: c.clamp.then_some(&q_far),
@@ -95,7 +119,7 @@ pub fn both(c: &Case, dtype: DType, device: &Device) -> Any<(Tensor, Tensor)> {
         past: Some(Past { k: &past_k, v: &past_v }),
         sinks: (c.sinks > 0).then_some((Past { k: &sink_k, v: &sink_v }, c.sinks)),
         window: c.window,
-        far: (c.far_rows > 0).then_some(FarArgs { k: &far_k, v: &far_v, block, routes: &routes }),
+        far: &stores,
         scale: 1.0 / (c.dim as f32).sqrt(),
     };
     let got = attend(&args)?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;

@@ -52,6 +52,18 @@ pub fn open(model: &str) -> bfly::Result<Checkpoint> {
     Checkpoint::open(model, &OpenOptions::default(), &|_, _, _| ())
 }
 
+/// The first GPU; `None`, said aloud, where there is none.
+pub fn gpu(test: &str) -> Option<Device> {
+    match bfly::cli::open_device("cuda") {
+        Ok(device) => Some(device),
+        Err(e) => {
+            // scripts/gpu_tests.sh counts these lines.
+            println!("SKIPPED {test}: {e}");
+            None
+        }
+    }
+}
+
 /// Loads in f32 for `ctx` positions, with `settings` on every full layer if given.
 pub fn load(checkpoint: &Checkpoint, settings: Option<&Settings>, ctx: usize) -> bfly::Result<Model> {
     let hold = HoldAs::new(Held::As(candle_core::quantized::GgmlDType::F32), 0, None);

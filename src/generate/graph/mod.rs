@@ -2,10 +2,13 @@
 //!
 //! All that changes from token to token (position, token, running sums) lies in device memory, and the cache never grows, so
 //! that the same launches serve every position. The likeliest token is found on the device and read by the next replay; the host
-//! fetches tokens a few at a time. The residual stream and all sums are f32; weights, keys and values are 16 bits.
+//! fetches tokens a few at a time. The residual stream and all sums are f32; keys and values are 16 bits; weights are 16 bits or
+//! quantised blocks, as they are held.
 
+mod matvec;
 mod step;
 
+use self::matvec::format;
 use self::step::{Builder, Held};
 use super::sample::not_finite;
 use super::{Request, Timing};
@@ -13,7 +16,6 @@ use crate::cache::Cache;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mixer::Mixer;
 use crate::model::{Block, Model};
-use crate::nn::Weight;
 use crate::retrofit::{FarPosition, Pool};
 use candle_core::cuda_backend::cudarc::driver::{sys, CudaGraph, CudaSlice, DeviceRepr, ValidAsZeroBits};
 use candle_core::cuda_backend::CudaDevice;
@@ -132,14 +134,15 @@ impl StepGraph {
     }
 }
 
-/// Whether every part of the model has a captured form: 16-bit dense matrices, and settings whose summaries are read as stored.
+/// Whether a step of `model` after `cache` has a captured form.
+pub(super) fn captures(model: &Model, cache: &Cache) -> bool {
+    model.device().is_cuda() && has_form(model, &routes(model, cache.position()))
+}
+
+/// Whether every part of the model has a captured form: matrices in formats with a kernel (16-bit types, and blocks from q4_0 to q6_k;
+/// they may differ from matrix to matrix, but not between a layer's gate and up, which share a launch), and settings whose
+/// summaries are read as stored.
 fn has_form(model: &Model, routes: &[Routes]) -> bool {
-    let dense = |w: &Weight| match w {
-        Weight::Dense(w) => {
-            w.dtype() == model.dtype() && w.dims().last().is_some_and(|n| n.is_multiple_of(8)) && w.is_contiguous()
-        }
-        Weight::Quantised(_) => false,
-    };
     let block = |(b, routes): (&Block, &Routes)| {
         let (p, m) = (b.mixer.projections(), &b.mlp);
         let linear = [&p.q, &p.k, &p.v, &p.out, &m.gate, &m.up, &m.down];
@@ -154,15 +157,16 @@ fn has_form(model: &Model, routes: &[Routes]) -> bool {
         };
         // A gate with a bias would need it before the activation; no known family has one.
         let plain_gate = m.gate.bias().is_none() && m.up.bias().is_none();
-        linear.iter().all(|l| dense(l.weight()))
+        linear.iter().all(|l| format(l.weight()).is_some())
             && reads_as_stored
             && plain_gate
+            && format(m.gate.weight()) == format(m.up.weight())
             && p.head_dim.is_multiple_of(8)
             && p.head_dim <= 256
     };
     matches!(model.dtype(), DType::BF16 | DType::F16)
-        && dense(&model.embed)
-        && dense(model.head.weight())
+        && format(&model.embed).is_some()
+        && format(model.head.weight()).is_some()
         && model.blocks.iter().zip(routes).all(block)
 }
 

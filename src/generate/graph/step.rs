@@ -1,50 +1,19 @@
 //! The launches of one decode step, and the memory that they work in.
 
+use super::matvec::matrix;
 use super::{widest, Routes, State, BATCH};
 use crate::cache::{Cache, LayerState, Ring, TwoPool};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::mixer::{Butterfly, Mixer};
 use crate::model::{Block, Model};
-use crate::nn::{Linear, RmsNorm, Weight};
-use crate::ops::cuda::{address, address_or_null, suffix, uninitialised, upload, Kernel, Launch, Module, Uploaded};
+use crate::nn::{Linear, RmsNorm};
+use crate::ops::cuda::{address, address_or_null, uninitialised, upload, Kernel, Launch, Module, Uploaded};
 use crate::ops::decode::{Cut, DecodeAttention, Scratch};
+use crate::ops::on_gpu::Form;
 use crate::ops::Window;
-use crate::spec::Activation;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Tensor};
-
-/// Thread blocks of the product with the output matrix: as many as fit any GPU of today at once.
-const BLOCKS: usize = 528;
-
-/// `MatvecParams` of kernels/decode.cu.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-struct Matvec {
-    w: [u64; 3],
-    bias: [u64; 3],
-    rows: [i32; 3],
-    columns: i32,
-    x: u64,
-    norm: u64,
-    eps: f32,
-    activation: i32,
-    out: u64,
-    logits: u64,
-    state: u64,
-}
-
-// SAFETY: plain numbers in C's layout.
-unsafe impl DeviceRepr for Matvec {}
-
-/// What a matrix product does with its result.
-#[derive(Clone, Copy, PartialEq)]
-enum Form {
-    Store,
-    Add,
-    Gated,
-    Largest,
-}
 
 /// Memory that the launches read and write.
 #[derive(Default)]
@@ -78,11 +47,10 @@ fn rows(ring: Option<&Ring>) -> Result<(u64, u64, i32)> {
 /// Lists a step's launches.
 pub(super) struct Builder<'a> {
     model: &'a Model,
-    gpu: &'a CudaDevice,
-    state: u64,
+    pub(super) gpu: &'a CudaDevice,
+    pub(super) state: u64,
     tokens: u64,
-    logits: u64,
-    name: &'static str,
+    pub(super) logits: u64,
     vectors: Vectors,
     tables: usize,
     half: usize,
@@ -119,9 +87,8 @@ impl<'a> Builder<'a> {
             sin: room(DType::F32, tables * half)?,
         };
         let state = state.device_ptr(&gpu.cuda_stream()).0;
-        let name = suffix(model.dtype())?;
         let (tokens, logits) = (address(tokens)?, address(logits)?);
-        Ok(Self { model, gpu, state, tokens, logits, name, vectors, tables, half, launches: vec![], held })
+        Ok(Self { model, gpu, state, tokens, logits, vectors, tables, half, launches: vec![], held })
     }
 
     fn push(
@@ -150,8 +117,7 @@ impl<'a> Builder<'a> {
         for (i, ((block, layer), routes)) in model.blocks.iter().zip(&cache.layers).zip(routes).enumerate() {
             self.block(block, layer, routes).map_err(|e| e.within(format!("layer {i}")))?;
         }
-        let largest = self.matvec(Form::Largest, &[&model.head], self.vectors.x, Some(&model.norm), 0, None)?;
-        self.launches.push(largest);
+        self.matvec(Form::Largest, &[&model.head], self.vectors.x, Some(&model.norm), 0, None)?;
         let stops = upload(self.gpu, if stop.is_empty() { &[0] } else { stop })?;
         let (state, tokens, at, count) = (self.state, self.tokens, stops.address, stop.len() as i32);
         self.held.words.push(stops);
@@ -161,9 +127,6 @@ impl<'a> Builder<'a> {
     /// The token's row, and rotary tables padded to the widest.
     fn embed(&mut self) -> Result<()> {
         let model = self.model;
-        let Weight::Dense(table) = &model.embed else {
-            return Err(Error::unsupported("decode graph", "the embedding is quantised"));
-        };
         let (mut frequencies, mut amplitudes) = (vec![], vec![]);
         for rope in &model.ropes {
             let (f, amplitude) = rope.frequencies();
@@ -174,92 +137,36 @@ impl<'a> Builder<'a> {
         let (frequencies, amplitudes) = (self.floats(&frequencies)?, self.floats(&amplitudes)?);
         let n = model.spec().hidden;
         let grid = n.max(self.tables * self.half).div_ceil(256);
-        let (table, scale) = (address(table)?, model.spec().embed_scale as f32);
+        let (table, scale) = (matrix(&model.embed, 0)?, model.spec().embed_scale as f32);
         let (x, cos, sin) = (self.vectors.x, self.vectors.cos, self.vectors.sin);
         let (tables, half, state) = (self.tables as i32, self.half as i32, self.state);
-        self.push(&format!("decode_embed_{}", self.name), grid, 256, |l| {
-            let l = l.with(table).with(scale).with(x).with(n as i32).with(frequencies).with(amplitudes);
-            l.with(cos).with(sin).with(tables).with(half).with(state)
-        })
+        let kernel = table.format.kernel(self.gpu, "decode_embed", "")?;
+        let l = Launch::new(kernel, (grid, 1, 1), 256).with(table.at).with(scale).with(x).with(n as i32);
+        let l = l.with(frequencies).with(amplitudes).with(cos).with(sin).with(tables).with(half).with(state);
+        self.launches.push(l);
+        Ok(())
     }
 
     fn block(&mut self, b: &Block, layer: &LayerState, routes: &Routes) -> Result<()> {
         let (p, vectors) = (b.mixer.projections(), &self.vectors);
         let (x, y, qkv, hidden, attended) = (vectors.x, vectors.y, vectors.qkv, vectors.hidden, vectors.attended);
-        let l = self.matvec(Form::Store, &[&p.q, &p.k, &p.v], x, Some(&b.before_mixer), qkv, None)?;
-        self.launches.push(l);
+        self.matvec(Form::Store, &[&p.q, &p.k, &p.v], x, Some(&b.before_mixer), qkv, None)?;
         self.attend(&b.mixer, layer, routes)?;
         self.add(&p.out, attended, &b.after_mixer, (x, y))?;
         let m = &b.mlp;
-        let l = self.matvec(Form::Gated, &[&m.gate, &m.up], x, Some(&b.before_mlp), hidden, Some(m.activation))?;
-        self.launches.push(l);
+        self.matvec(Form::Gated, &[&m.gate, &m.up], x, Some(&b.before_mlp), hidden, Some(m.activation))?;
         self.add(&m.down, hidden, &b.after_mlp, (x, y))
     }
 
     /// Adds a layer's output to the residual stream, through its norm where the family has one.
     fn add(&mut self, layer: &Linear, from: u64, norm: &Option<RmsNorm>, (x, y): (u64, u64)) -> Result<()> {
         let Some(norm) = norm else {
-            let l = self.matvec(Form::Add, &[layer], from, None, x, None)?;
-            self.launches.push(l);
-            return Ok(());
+            return self.matvec(Form::Add, &[layer], from, None, x, None);
         };
-        let l = self.matvec(Form::Store, &[layer], from, None, y, None)?;
-        self.launches.push(l);
+        self.matvec(Form::Store, &[layer], from, None, y, None)?;
         let (weight, eps) = norm.parts();
         let (weight, n) = (address(weight)?, weight.elem_count() as i32);
         self.push("decode_add_norm", 1, 256, |l| l.with(x).with(y).with(weight).with(n).with(eps))
-    }
-
-    fn matvec(
-        &self,
-        form: Form,
-        layers: &[&Linear],
-        x: u64,
-        norm: Option<&RmsNorm>,
-        out: u64,
-        activation: Option<Activation>,
-    ) -> Result<Launch> {
-        let mut p = Matvec {
-            w: [0; 3],
-            bias: [0; 3],
-            rows: [0; 3],
-            columns: 0,
-            x,
-            norm: 0,
-            eps: 0.0,
-            activation: matches!(activation, Some(Activation::GeluTanh)).into(),
-            out,
-            logits: self.logits,
-            state: self.state,
-        };
-        for (i, layer) in layers.iter().enumerate() {
-            let Weight::Dense(w) = layer.weight() else {
-                return Err(Error::unsupported("decode graph", "a matrix is quantised"));
-            };
-            let (rows, columns) = w.dims2()?;
-            (p.w[i], p.bias[i]) = (address(w)?, address_or_null(layer.bias())?);
-            (p.rows[i], p.columns) = (rows as i32, columns as i32);
-        }
-        if let Some(norm) = norm {
-            let (weight, eps) = norm.parts();
-            (p.norm, p.eps) = (address(weight)?, eps);
-        }
-        let total: usize =
-            if form == Form::Gated { 2 * p.rows[0] as usize } else { p.rows.iter().map(|r| *r as usize).sum() };
-        // One row per warp while that fills the GPU; more rows per warp, for more bytes in flight, beyond.
-        let (name, rows) = match (form, total > 1 << 13) {
-            (Form::Store, false) => ("store", 1),
-            (Form::Store, true) => ("store", 4),
-            (Form::Add, false) => ("add", 1),
-            (Form::Add, true) => ("add", 4),
-            (Form::Gated, false) => ("gated", 2),
-            (Form::Gated, true) => ("gated", 4),
-            (Form::Largest, _) => ("largest", 4),
-        };
-        let kernel = Kernel::load(self.gpu, Module::Decode, format!("decode_{name}_{}_{rows}", self.name))?
-            .shared(4 * p.columns as usize)?;
-        let grid = total.div_ceil(8 * rows).min(if form == Form::Largest { BLOCKS } else { usize::MAX });
-        Ok(Launch::new(kernel, (grid, 1, 1), 256).with(p))
     }
 
     fn attend(&mut self, mixer: &Mixer, layer: &LayerState, routes: &Routes) -> Result<()> {

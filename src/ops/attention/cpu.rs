@@ -43,7 +43,8 @@ struct Buffers<'a> {
     chunk: (&'a [f32], &'a [f32]),
     past: (&'a [f32], &'a [f32]),
     sinks: (&'a [f32], &'a [f32]),
-    far: (&'a [f32], &'a [f32]),
+    /// Of each store.
+    far: Vec<(&'a [f32], &'a [f32])>,
 }
 
 /// A worker's buffers, reused from task to task.
@@ -82,10 +83,10 @@ pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, u
         (args.past.map(|p| p.v), "past values"),
         (args.sinks.map(|s| s.0.k), "sink keys"),
         (args.sinks.map(|s| s.0.v), "sink values"),
-        (args.far.map(|f| f.k), "far keys"),
-        (args.far.map(|f| f.v), "far values"),
     ];
-    let views: Result<Vec<_>> = tensors.into_iter().map(|(x, what)| x.map(|x| view(x, what)).transpose()).collect();
+    let far = args.far.iter().flat_map(|f| [(Some(f.k), "far keys"), (Some(f.v), "far values")]);
+    let views: Result<Vec<_>> =
+        tensors.into_iter().chain(far).map(|(x, what)| x.map(|x| view(x, what)).transpose()).collect();
     let views = views?;
     let values = |i: usize| views[i].as_ref().map_or(Ok(&[][..]), View::values);
     let buffers = Buffers {
@@ -94,7 +95,7 @@ pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, u
         chunk: (values(2)?, values(3)?),
         past: (values(4)?, values(5)?),
         sinks: (values(6)?, values(7)?),
-        far: (values(8)?, values(9)?),
+        far: (0..args.far.len()).map(|i| Ok((values(8 + 2 * i)?, values(9 + 2 * i)?))).collect::<Result<_>>()?,
     };
     let call = Call { args, buffers, group, kv_heads: g, dim: d };
     let tiles = call.tiles(t);
@@ -132,19 +133,16 @@ impl Call<'_> {
     /// Cuts the chunk into tiles that do not cross a block where routes or the window's edge change.
     fn tiles(&self, t: usize) -> Vec<Tile> {
         let start = self.args.start;
-        let block = match (self.args.window, &self.args.far) {
-            (super::Window::Blocks { block, .. }, _) => block,
-            (_, Some(far)) => far.block,
-            _ => usize::MAX,
+        let window = match self.args.window {
+            super::Window::Blocks { block, .. } => Some(block),
+            _ => None,
         };
+        let blocks: Vec<usize> = window.into_iter().chain(self.args.far.iter().map(|f| f.block)).collect();
         let tokens = (QUERY_ROWS / self.group).max(1);
         let mut tiles = vec![];
         let mut from = 0;
         while from < t {
-            let block_end = match block {
-                usize::MAX => t,
-                _ => ((start + from) / block + 1) * block - start,
-            };
+            let block_end = blocks.iter().map(|b| ((start + from) / b + 1) * b - start).min().unwrap_or(t);
             let to = (from + tokens).min(block_end).min(t);
             tiles.push(Tile { queries: from..to, runs: self.runs(from..to) });
             from = to;
@@ -215,14 +213,18 @@ impl Call<'_> {
         let start = self.args.start;
         let p_last = start + tile.queries.end - 1;
         let sinks = self.args.sinks.map_or(0, |s| s.1.min(self.args.window.left(p_last)));
-        let route: &[FarRow] = match &self.args.far {
-            Some(far) => &far.routes[(start + tile.queries.start) / far.block - start / far.block],
-            None => &[],
+        let rows_of = |far_query: bool| {
+            self.args.far.iter().enumerate().flat_map(move |(store, far)| {
+                let route = &far.routes[(start + tile.queries.start) / far.block - start / far.block];
+                let rows = route.iter().filter(move |r| r.far_query == far_query);
+                rows.flat_map(move |seen| {
+                    (seen.row..seen.row + seen.count).map(move |row| Extra::Far { store, row, seen })
+                })
+            })
         };
-        let sink_rows: Vec<Extra> = (0..sinks).map(Extra::Sink).collect();
-        let near = sink_rows.into_iter().chain(route.iter().filter(|r| !r.far_query).map(Extra::Far));
+        let near = (0..sinks).map(Extra::Sink).chain(rows_of(false));
         self.extra_tiles(near.collect(), tile, kv, false, scratch, partial);
-        let far: Vec<Extra> = route.iter().filter(|r| r.far_query).map(Extra::Far).collect();
+        let far: Vec<Extra> = rows_of(true).collect();
         if !far.is_empty() {
             self.pack_queries(self.buffers.q_far, tile, kv, &mut scratch.q_far);
             self.extra_tiles(far, tile, kv, true, scratch, partial);
@@ -247,7 +249,7 @@ impl Call<'_> {
             for extra in extras {
                 let ((k, v), row) = match extra {
                     Extra::Sink(row) => (self.buffers.sinks, *row),
-                    Extra::Far(r) => (self.buffers.far, r.row),
+                    Extra::Far { store, row, .. } => (self.buffers.far[*store], *row),
                 };
                 let at = row * stride + kv * d;
                 scratch.keys.extend_from_slice(&k[at..at + d]);
@@ -263,8 +265,8 @@ impl Call<'_> {
                 for (x, extra) in row.iter_mut().zip(extras) {
                     match extra {
                         Extra::Sink(s) if *s >= left => *x = f32::NEG_INFINITY,
-                        Extra::Far(f) if !(f.from..f.until).contains(&p) => *x = f32::NEG_INFINITY,
-                        Extra::Far(f) => *x += f.bias,
+                        Extra::Far { seen, .. } if !(seen.from..seen.until).contains(&p) => *x = f32::NEG_INFINITY,
+                        Extra::Far { seen, .. } => *x += seen.bias,
                         Extra::Sink(_) => {}
                     }
                 }
@@ -304,7 +306,7 @@ impl Call<'_> {
 
 enum Extra<'a> {
     Sink(usize),
-    Far(&'a FarRow),
+    Far { store: usize, row: usize, seen: &'a FarRow },
 }
 
 impl Partial {

@@ -2,14 +2,18 @@
 //! token, and `attention_any.cu` for f32 and head dims that are no multiple of 8.
 
 use super::decode::{Cut, DecodeAttention};
-use super::{AttentionArgs, Past, Window};
+use super::{AttentionArgs, FarArgs, Past, Window};
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::cuda::{address, address_or_null, device, is_hopper, suffix, uninitialised, upload, Kernel, Module};
+use crate::ops::cuda::{
+    address, address_or_null, device, is_hopper, suffix, uninitialised, upload, Kernel, Launch, Module,
+};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{DType, Tensor};
 
 /// Positions per list of extra rows: `EXTRA_TILE` in kernels/attention.cuh.
 const EXTRA_TILE: usize = 128;
+/// Rows of a piece at most: `PIECE` in kernels/attention.cuh.
+const PIECE: usize = 16;
 /// Largest head dim of the kernels.
 const LARGEST: usize = 256;
 
@@ -28,6 +32,21 @@ struct Extra {
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for Extra {}
 
+/// `Piece` of kernels/attention.cuh.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[repr(C)]
+struct Piece {
+    k: u64,
+    v: u64,
+    bias: f32,
+    from: i32,
+    until: i32,
+    rows: i32,
+}
+
+// SAFETY: plain numbers in C's layout.
+unsafe impl DeviceRepr for Piece {}
+
 /// `AttentionParams` of kernels/attention.cuh.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -42,6 +61,8 @@ struct Params {
     extras: u64,
     extra_offsets: u64,
     far_offsets: u64,
+    pieces: u64,
+    piece_offsets: u64,
     q_row: i64,
     q_head: i64,
     k_row: i64,
@@ -120,10 +141,23 @@ pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, u
     if args.q_far.is_some_and(|x| rows(x) != (q_row, q_head)) || rows(past.v) != (past_row, past_head) {
         return Err(Error::new(ErrorKind::Backend, "attention", "paired tensors differ in their strides"));
     }
-    let extras = Extras::of(args, t, d)?;
+    let name = suffix(dtype)?;
+    // 16-byte loads need rows and heads at multiples of 8 elements.
+    let strides = [q_row, q_head, k_row, k_head, v_row, v_head, past_row, past_head];
+    let wide = dtype != DType::F32 && d.is_multiple_of(8) && strides.iter().all(|s| s % 8 == 0);
+    let dense = [args.q, args.k, args.v, past.k].iter().all(|x| x.is_contiguous());
+    let one_token = wide && t == 1 && args.q_far.is_none() && dense;
+    let hopper =
+        HOPPER.iter().find(|s| d <= s.dim).filter(|_| wide && !one_token && args.q_far.is_none() && is_hopper(gpu));
+    // Only that kernel takes runs of rows as they are.
+    let extras = Extras::of(args, t, d, hopper.is_some())?;
     let on_device = match extras.rows.is_empty() {
         true => None,
         false => Some((upload(gpu, &extras.rows)?, upload(gpu, &extras.offsets)?, upload(gpu, &extras.far_offsets)?)),
+    };
+    let pieces = match extras.pieces.is_empty() {
+        true => None,
+        false => Some((upload(gpu, &extras.pieces)?, upload(gpu, &extras.piece_offsets)?)),
     };
     let (window_kind, window_size, window_count) = args.window.numbers();
     let out = uninitialised(gpu, dtype, (t, h, d))?;
@@ -138,6 +172,8 @@ pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, u
         extras: on_device.as_ref().map_or(0, |(rows, ..)| rows.address),
         extra_offsets: on_device.as_ref().map_or(0, |(_, near, _)| near.address),
         far_offsets: on_device.as_ref().map_or(0, |(.., far)| far.address),
+        pieces: pieces.as_ref().map_or(0, |(rows, _)| rows.address),
+        piece_offsets: pieces.as_ref().map_or(0, |(_, offsets)| offsets.address),
         q_row,
         q_head,
         k_row,
@@ -157,29 +193,26 @@ pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, u
         window_count,
         scale: args.scale,
     };
-    let name = suffix(dtype)?;
-    // 16-byte loads need rows and heads at multiples of 8 elements.
-    let strides = [q_row, q_head, k_row, k_head, v_row, v_head, past_row, past_head];
-    let wide = dtype != DType::F32 && d.is_multiple_of(8) && strides.iter().all(|s| s % 8 == 0);
     if !wide {
         let kernel = Kernel::load(gpu, Module::AttentionAny, format!("attention_any_{name}"))?;
         // SAFETY: the addresses are those of tensors borrowed here; frees are ordered after the launch on the one stream.
-        unsafe { kernel.launch((t.div_ceil(4), h, 1), 128, &[&params])? };
+        unsafe { Launch::new(kernel, (t.div_ceil(4), h, 1), 128).with(params).enqueue(false)? };
         return Ok(out);
     }
-    let dense = [args.q, args.k, args.v, past.k].iter().all(|x| x.is_contiguous());
-    if t == 1 && args.q_far.is_none() && dense {
+    if one_token {
         let extra_count = extras.rows.len() as i32;
         one(args, (h, g, d), &params, extra_count)?;
         return Ok(out);
     }
     let tiles = (args.start + t - 1) / QUERIES - args.start / QUERIES + 1;
-    if let Some(shape) = HOPPER.iter().find(|s| d <= s.dim).filter(|_| is_hopper(gpu) && args.q_far.is_none()) {
-        let kernel =
-            Kernel::load(gpu, Module::AttentionHopper(shape.dim), format!("attention_hopper_{name}_{}", shape.dim))?
-                .shared(shape.shared())?;
+    if let Some(shape) = hopper {
+        let (module, form) = match pieces.is_some() {
+            true => (Module::AttentionHopperPieces(shape.dim), "attention_hopper_pieces"),
+            false => (Module::AttentionHopper(shape.dim), "attention_hopper"),
+        };
+        let kernel = Kernel::load(gpu, module, format!("{form}_{name}_{}", shape.dim))?.shared(shape.shared())?;
         // SAFETY: as above.
-        unsafe { kernel.launch((h, tiles, 1), 384, &[&params])? };
+        unsafe { Launch::new(kernel, (h, tiles, 1), 384).with(params).enqueue(false)? };
         return Ok(out);
     }
     let shape = SHAPES.iter().find(|s| d <= s.dim).ok_or_else(|| Error::unsupported("attention", "head dim"))?;
@@ -187,15 +220,16 @@ pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, u
         Kernel::load(gpu, Module::AttentionPrefill(shape.dim), format!("attention_prefill_{name}_{}", shape.dim))?
             .shared((QUERIES + 2 * shape.keys) * shape.shared_row * 2)?;
     // SAFETY: as above.
-    unsafe { kernel.launch((tiles, h, 1), shape.threads, &[&params])? };
+    unsafe { Launch::new(kernel, (tiles, h, 1), shape.threads).with(params).enqueue(false)? };
     Ok(out)
 }
 
 /// One token: its keys are shared out over the whole GPU.
 fn one(args: &AttentionArgs, (h, g, d): (usize, usize, usize), p: &Params, extra_count: i32) -> Result<()> {
     let gpu = device(args.q)?;
-    let cut = Cut::new(args.start + 1 - args.window.left(args.start), h, g, d);
-    let scratch = cut.scratch(gpu)?;
+    let raw = args.start + 1 - args.window.left(args.start);
+    let cut = Cut::new(raw + extra_count as usize, h, g, d);
+    let scratch = cut.scratch_of(gpu)?;
     let launch = DecodeAttention {
         q: p.q,
         ring_k: p.past_k,
@@ -221,28 +255,46 @@ fn one(args: &AttentionArgs, (h, g, d): (usize, usize, usize), p: &Params, extra
     unsafe { cut.launch(gpu, args.q.dtype(), &scratch, launch)?.enqueue(false) }
 }
 
-/// Sinks and far rows, listed per tile of positions; far-query rows last in each list.
+/// Sinks and far rows, listed per tile of positions; far-query rows last in each list. With `pieces`, runs of rows have lists of
+/// their own.
+#[derive(Default)]
 struct Extras {
     rows: Vec<Extra>,
     offsets: Vec<i32>,
     far_offsets: Vec<i32>,
+    pieces: Vec<Piece>,
+    piece_offsets: Vec<i32>,
 }
 
 impl Extras {
-    fn of(args: &AttentionArgs, t: usize, d: usize) -> Result<Self> {
+    fn of(args: &AttentionArgs, t: usize, d: usize, pieces: bool) -> Result<Self> {
         let (first, last) = (args.start / EXTRA_TILE, (args.start + t - 1) / EXTRA_TILE);
         let sinks = sinks(args, d)?;
-        let mut lists = Self { rows: vec![], offsets: vec![0], far_offsets: vec![] };
+        let mut lists = Self { offsets: vec![0], piece_offsets: vec![0], ..Self::default() };
         for tile in first..=last {
             let from = (tile * EXTRA_TILE).max(args.start);
             let until = ((tile + 1) * EXTRA_TILE).min(args.start + t);
             let mut rows: Vec<Extra> = sinks.iter().filter(|e| (e.from as usize) < until).copied().collect();
-            rows.extend(far_rows(args, from, until, d)?);
+            for far in args.far {
+                for (row, count, extra) in far_rows(args, far, from, until)? {
+                    let step = (args.k.dims()[1] * d * args.k.dtype().size_in_bytes()) as u64;
+                    let at = |i: usize| ((row + i) as u64 * step + extra.k, (row + i) as u64 * step + extra.v);
+                    if pieces && count > 1 {
+                        lists.pieces.extend((0..count).step_by(PIECE).map(|i| {
+                            let ((k, v), rows) = (at(i), PIECE.min(count - i) as i32);
+                            Piece { k, v, bias: extra.bias, from: extra.from, until: extra.until, rows }
+                        }));
+                        continue;
+                    }
+                    rows.extend((0..count).map(|i| Extra { k: at(i).0, v: at(i).1, ..extra }));
+                }
+            }
             rows.sort_by_key(|e| e.far_query);
             let near = rows.iter().filter(|e| e.far_query == 0).count();
             lists.far_offsets.push((lists.rows.len() + near) as i32);
             lists.rows.extend(rows);
             lists.offsets.push(lists.rows.len() as i32);
+            lists.piece_offsets.push(lists.pieces.len() as i32);
         }
         Ok(lists)
     }
@@ -270,13 +322,12 @@ fn first_seeing(window: Window, sink: usize) -> Option<usize> {
     }
 }
 
-/// Far rows that positions `from..until` read. A row read by neighbouring blocks alike is listed once.
-fn far_rows(args: &AttentionArgs, from: usize, until: usize, d: usize) -> Result<Vec<Extra>> {
-    let Some(far) = args.far else { return Ok(vec![]) };
+/// Rows of one store that positions `from..until` read: first row, count, and an entry with the store's addresses. What
+/// neighbouring blocks read alike is listed once.
+fn far_rows(args: &AttentionArgs, far: &FarArgs, from: usize, until: usize) -> Result<Vec<(usize, usize, Extra)>> {
     let (k, v) = (contiguous(far.k)?, contiguous(far.v)?);
-    let row_bytes = (far.k.dims()[1] * d * far.k.dtype().size_in_bytes()) as u64;
-    let mut rows: Vec<Extra> = vec![];
-    let mut open: std::collections::HashMap<(usize, u32, bool), usize> = Default::default();
+    let mut rows: Vec<(usize, usize, Extra)> = vec![];
+    let mut open: std::collections::HashMap<(usize, usize, u32, bool), usize> = Default::default();
     for block in from / far.block..=(until - 1) / far.block {
         let (begin, end) = ((block * far.block).max(from), ((block + 1) * far.block).min(until));
         for r in &far.routes[block - args.start / far.block] {
@@ -284,21 +335,14 @@ fn far_rows(args: &AttentionArgs, from: usize, until: usize, d: usize) -> Result
             if begin >= end {
                 continue;
             }
-            let key = (r.row, r.bias.to_bits(), r.far_query);
-            if let Some(i) = open.get(&key).filter(|i| rows[**i].until == begin as i32) {
-                rows[*i].until = end as i32;
+            let key = (r.row, r.count, r.bias.to_bits(), r.far_query);
+            if let Some(i) = open.get(&key).filter(|i| rows[**i].2.until == begin as i32) {
+                rows[*i].2.until = end as i32;
                 continue;
             }
-            let at = r.row as u64 * row_bytes;
             open.insert(key, rows.len());
-            rows.push(Extra {
-                k: k + at,
-                v: v + at,
-                bias: r.bias,
-                from: begin as i32,
-                until: end as i32,
-                far_query: r.far_query.into(),
-            });
+            let (from, until) = (begin as i32, end as i32);
+            rows.push((r.row, r.count, Extra { k, v, bias: r.bias, from, until, far_query: r.far_query.into() }));
         }
     }
     Ok(rows)

@@ -5,6 +5,7 @@ use crate::ops::cuda::{suffix, uninitialised, Kernel, Launch, Module};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Tensor};
+use std::sync::Mutex;
 
 /// Query heads of a group to a thread block.
 const ROWS: usize = 16;
@@ -14,6 +15,13 @@ const KEYS_PER_BLOCK: usize = 64;
 const BLOCKS: usize = 396;
 /// Partial results that the last thread block can merge.
 const SPLITS: usize = 128;
+
+/// Counters made at once for a device.
+const LISTS: usize = 1024;
+
+/// Zeros between launches, by device: clearing new ones would be a launch of its own each time. All launches of a device are on
+/// one stream, so that none counts while another does.
+static COUNTERS: Mutex<Vec<(candle_core::cuda_backend::DeviceId, Tensor)>> = Mutex::new(vec![]);
 
 /// `DecodeAttentionParams` of kernels/attention_decode.cu.
 #[derive(Debug, Clone, Copy, Default)]
@@ -88,10 +96,32 @@ impl Cut {
         Self { splits, lists, kv_heads, dim }
     }
 
-    /// Room for the partial results.
+    /// Room for the partial results: `partial` of kernels/attention_decode.cu.
+    fn partial(&self, gpu: &CudaDevice) -> Result<Tensor> {
+        uninitialised(gpu, DType::F32, (self.lists, self.splits, ROWS, self.dim + 4))
+    }
+
+    /// Scratch of its own, for a launch that is captured.
     pub fn scratch(&self, gpu: &CudaDevice) -> Result<Scratch> {
-        let partial = uninitialised(gpu, DType::F32, (self.lists, self.splits, ROWS, self.dim + 2))?;
+        let partial = self.partial(gpu)?;
         let counters = Tensor::zeros(self.lists, DType::U32, &candle_core::Device::Cuda(gpu.clone()))?;
+        Ok(Scratch { partial, counters })
+    }
+
+    /// The same for a launch at once: counters are the device's, cleared when they were made and by every launch since.
+    pub fn scratch_of(&self, gpu: &CudaDevice) -> Result<Scratch> {
+        let partial = self.partial(gpu)?;
+        let mut all = COUNTERS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let known = all.iter().position(|(id, c)| *id == gpu.id() && c.elem_count() >= self.lists);
+        let counters = match known {
+            Some(i) => all[i].1.clone(),
+            None => {
+                let count = self.lists.max(LISTS);
+                let counters = Tensor::zeros(count, DType::U32, &candle_core::Device::Cuda(gpu.clone()))?;
+                all.push((gpu.id(), counters.clone()));
+                counters
+            }
+        };
         Ok(Scratch { partial, counters })
     }
 

@@ -4,7 +4,8 @@
 //!
 //! - raw positions `left(p)..=p`, from the past (positions before `start`) and from the chunk itself;
 //! - sinks `0..S` left of `left(p)`;
-//! - the far rows routed to the query's block, each with a bias, against `q` or against `q_far`.
+//! - the far rows routed to the query's block, each with a bias, against `q` or against `q_far`: summaries one by one, raw blocks
+//!   as runs of rows.
 //!
 //! With an unbounded window this is dense causal attention; with a window alone it is sliding attention. Query head `h` reads
 //! KV head `h / (H / G)`. Tiles carry `(m, l, o)` in f32 and merge exactly, as in FlashAttention (Dao et al. 2022,
@@ -68,12 +69,14 @@ pub struct Past<'a> {
     pub v: &'a Tensor,
 }
 
-/// One far row as a block's queries see it.
+/// Far rows as a block's queries see them: a summary, or the rows of a raw block.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct FarRow {
-    /// Row of [`FarArgs::k`].
+    /// First row of [`FarArgs::k`].
     pub row: usize,
-    /// Added to its logit.
+    /// Rows from there on: 1 for a summary.
+    pub count: usize,
+    /// Added to the logit of each.
     pub bias: f32,
     /// Scored with `q_far` instead of `q`.
     pub far_query: bool,
@@ -83,7 +86,19 @@ pub struct FarRow {
     pub until: usize,
 }
 
-/// Far keys and values, and which of them each query block reads.
+impl FarRow {
+    /// `count` rows from `row` on, seen by every position of the block.
+    pub fn run(row: usize, count: usize) -> Self {
+        Self { row, count, bias: 0.0, far_query: false, from: 0, until: usize::MAX }
+    }
+
+    /// A summary in `row`.
+    pub fn one(row: usize) -> Self {
+        Self::run(row, 1)
+    }
+}
+
+/// A store of far keys and values, and which of them each query block reads.
 #[derive(Debug, Clone, Copy)]
 pub struct FarArgs<'a> {
     /// `[R, G, D]`.
@@ -116,8 +131,8 @@ pub struct AttentionArgs<'a> {
     pub sinks: Option<(Past<'a>, usize)>,
     /// The raw window.
     pub window: Window,
-    /// The far rows.
-    pub far: Option<FarArgs<'a>>,
+    /// The far rows, by the store that holds them: summaries, raw blocks.
+    pub far: &'a [FarArgs<'a>],
     /// Factor on the dot products.
     pub scale: f32,
 }
@@ -134,14 +149,14 @@ impl AttentionArgs<'_> {
         if t == 0 || self.q_far.is_some_and(|q| q.dims() != self.q.dims()) {
             return fail(format!("no queries, or far queries of another shape than {:?}", self.q.dims()));
         }
-        if matches!(self.window, Window::Blocks { block: 0, .. }) || self.far.is_some_and(|f| f.block == 0) {
+        if matches!(self.window, Window::Blocks { block: 0, .. }) || self.far.iter().any(|f| f.block == 0) {
             return fail("blocks of 0".into());
         }
         if let Some((rows, count)) = self.sinks.filter(|(rows, count)| rows.k.dims()[0] < *count) {
             return fail(format!("{count} sinks in {} rows", rows.k.dims()[0]));
         }
-        let pairs = [self.past, self.sinks.map(|s| s.0), self.far.map(|f| Past { k: f.k, v: f.v })];
-        for p in pairs.into_iter().flatten() {
+        let far = self.far.iter().map(|f| Past { k: f.k, v: f.v });
+        for p in self.past.into_iter().chain(self.sinks.map(|s| s.0)).chain(far) {
             if p.k.dims() != p.v.dims() || p.k.dims()[1..] != [g, d] {
                 return fail(format!("stored keys {:?} and values {:?} do not fit", p.k.dims(), p.v.dims()));
             }
@@ -151,10 +166,10 @@ impl AttentionArgs<'_> {
         if left < self.start && self.start - left > held {
             return fail(format!("the window reaches back {} positions, the cache holds {held}", self.start - left));
         }
-        if let Some(far) = &self.far {
+        for far in self.far {
             let blocks = (self.start + t - 1) / far.block - self.start / far.block + 1;
             let rows = far.k.dims()[0];
-            let strange = |r: &FarRow| r.row >= rows || (r.far_query && self.q_far.is_none());
+            let strange = |r: &FarRow| r.row + r.count > rows || (r.far_query && self.q_far.is_none());
             if far.routes.len() != blocks || far.routes.iter().flatten().any(strange) {
                 return fail(format!("{} routes for {blocks} query blocks and {rows} far rows", far.routes.len()));
             }

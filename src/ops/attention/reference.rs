@@ -16,7 +16,8 @@ pub fn reference(args: &AttentionArgs) -> Result<Tensor> {
     let pair = |p: &super::Past| Ok::<_, candle_core::Error>((read(p.k)?, read(p.v)?, p.k.dims()[0]));
     let past = args.past.as_ref().map(pair).transpose()?;
     let sinks = args.sinks.as_ref().map(|s| pair(&s.0)).transpose()?;
-    let far = args.far.map(|f| pair(&super::Past { k: f.k, v: f.v })).transpose()?;
+    let far = args.far.iter().map(|f| Ok((f, pair(&super::Past { k: f.k, v: f.v })?)));
+    let far = far.collect::<candle_core::Result<Vec<_>>>()?;
     let mut out = vec![0f32; t * h * d];
     for i in 0..t {
         let p = args.start + i;
@@ -38,12 +39,12 @@ pub fn reference(args: &AttentionArgs) -> Result<Tensor> {
             }
             let own = (left.max(args.start)..=p).map(|x| x - args.start);
             seen.extend(own.map(|r| (near.clone(), row(&k, r), row(&v, r), 0.0)));
-            if let (Some((fk, fv, _)), Some(far)) = (&far, &args.far) {
-                for r in &far.routes[p / far.block - args.start / far.block] {
-                    if (r.from..r.until).contains(&p) {
-                        let chosen = if r.far_query { query(q_far.as_deref().unwrap_or(&q)) } else { near.clone() };
-                        seen.push((chosen, row(fk, r.row), row(fv, r.row), r.bias as f64));
-                    }
+            for (far, (fk, fv, _)) in &far {
+                let routed = &far.routes[p / far.block - args.start / far.block];
+                for r in routed.iter().filter(|r| (r.from..r.until).contains(&p)) {
+                    let chosen = if r.far_query { query(q_far.as_deref().unwrap_or(&q)) } else { near.clone() };
+                    let rows = r.row..r.row + r.count;
+                    seen.extend(rows.map(|i| (chosen.clone(), row(fk, i), row(fv, i), r.bias as f64)));
                 }
             }
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| *x as f64 * *y as f64).sum::<f64>();

@@ -4,6 +4,9 @@
 //! is the bytes read over the memory's bandwidth. Products are of f32 with f32: a matrix that came quantised gives the result
 //! of its dequantised values, whatever form it is held in.
 
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+
 use super::blocks::{in_format, Block, InFormat};
 use candle_core::quantized::GgmlDType;
 use pulp::{Arch, Simd, WithSimd};

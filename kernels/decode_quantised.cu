@@ -1,0 +1,132 @@
+// decode.cu's passes over weights that are held quantised: f32 arithmetic from the blocks as stored, without rounding the vector.
+// One format to a module (blocks.cuh): a model uses a few of them, and the driver translates only those.
+//
+// decode_embed_FORMAT   x = embedding[token] * scale, and the rotary tables, as decode_embed.
+//                       Grid ceil(max(N, tables * half) / 256), 256 threads.
+// decode_MODE_FORMAT_R  W v and what becomes of it, as decode_matvec: up to three matrices [rows, N] of this format side by side.
+//                       Grid so that each warp gets R rows at a time, 256 threads, shared memory 16 (q + q / 8 + q / 32) bytes with
+//                       q = N / 4. N whole blocks.
+//
+// A lane takes a unit of a block, 32 elements (q8_0: 8), and adds up what the unit's numbers and the vector give before it meets the
+// scale: sum_e (s q_e + m) v_e = s sum_e q_e v_e + m sum_e v_e. Bound by the weights' bytes where rows are many; where they are few,
+// as decode_matvec, by the chain of wait, vector, reduction and store.
+#include "blocks.cuh"
+#include "matvec.cuh"
+
+// Where float4 number i of the vector lies in shared memory: eight lanes that read at once, each from a unit of its own, find
+// eight different groups of banks. Units in a row are 32 elements apart, or, in the formats of 256, in two rows of 64 or 128.
+template <typename F> __device__ inline int place(int i) { return i + i / 8 + (F::GROUPS > 1 ? i / 32 : 0); }
+
+template <typename F> __device__ inline float number(uint32_t w, int i) {
+  return F::SIGNED ? (float)(int8_t)(w >> 8 * i) : (float)(uint8_t)(w >> 8 * i);
+}
+template <typename F> __device__ inline float dot4(uint32_t w, float4 v) {
+  return number<F>(w, 0) * v.x + number<F>(w, 1) * v.y + number<F>(w, 2) * v.z + number<F>(w, 3) * v.w;
+}
+
+template <typename F>
+__device__ void embed(const uint8_t *table, float factor, float *x, int n, const float *frequencies, const float *amplitudes, float *cos,
+                      float *sin, int tables, int half, const DecodeState *state) {
+  constexpr int PER_BLOCK = F::PARTS * F::WORDS;
+  release_next();
+  await_previous();
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  rotary(i, frequencies, amplitudes, cos, sin, tables, half, state->position);
+  if (i >= n / (4 * F::WORDS)) return;
+  const int block = i / F::PARTS, part = i % F::PARTS, blocks = n / (4 * PER_BLOCK);
+  const uint8_t *at = table + ((int64_t)state->token * blocks + block) * F::BYTES;
+  typename F::Raw raw;
+  uint32_t w[F::WORDS];
+  float scale[F::GROUPS], min[F::GROUPS] = {};
+  F::load(raw, at, part);
+  F::widen(raw, at, part, w, scale, min);
+#pragma unroll
+  for (int k = 0; k < F::WORDS; k++) {
+    const int g = k * F::GROUPS / F::WORDS;
+    auto value = [&](int e) { return (number<F>(w[k], e) * scale[g] + min[g]) * factor; };
+    ((float4 *)x)[block * PER_BLOCK + F::quad(part, k)] = make_float4(value(0), value(1), value(2), value(3));
+  }
+}
+
+template <typename F, int MODE, int ROWS> __device__ void matvec(const MatvecParams &p) {
+  extern __shared__ __align__(16) float v[];
+  constexpr int PER_BLOCK = F::PARTS * F::WORDS;  // float4 of the vector
+  constexpr int AHEAD = 32 / F::WORDS / ROWS;     // units in flight per lane and row
+  constexpr int SPAN = F::WORDS / F::GROUPS;      // words of a group
+  const int lane = threadIdx.x % WARP, warp = blockIdx.x * 8 + threadIdx.x / WARP, warps = gridDim.x * 8;
+  const int units = p.columns / (4 * F::WORDS), bytes = units / F::PARTS * F::BYTES, total = all_rows<MODE>(p);
+  typename F::Raw raw[ROWS][AHEAD];
+  int first = warp * ROWS;
+  auto block_of = [&](int r, int unit) { return row_of<MODE>(p, min(first + r, total - 1), bytes) + unit / F::PARTS * F::BYTES; };
+  auto fetch = [&](int c) {
+#pragma unroll
+    for (int a = 0; a < AHEAD; a++) {
+      const int unit = c + a * WARP + lane;
+#pragma unroll
+      for (int r = 0; r < ROWS; r++)
+        if (unit < units) F::load(raw[r][a], block_of(r, unit), unit % F::PARTS);
+    }
+  };
+  if (first < total) fetch(0);
+  stage(p, v, place<F>);
+  const float4 *v4 = (const float4 *)v;
+  Outcome<MODE, ROWS> outcome;
+  for (; first < total; first += warps * ROWS) {
+    float sums[ROWS] = {};
+    for (int c = 0; c < units; c += AHEAD * WARP) {
+      if (c > 0 || first != warp * ROWS) fetch(c);
+#pragma unroll
+      for (int a = 0; a < AHEAD; a++) {
+        const int unit = c + a * WARP + lane, part = unit % F::PARTS;
+        if (unit >= units) break;
+        float4 x[F::WORDS];
+        float totals[F::GROUPS] = {};
+#pragma unroll
+        for (int k = 0; k < F::WORDS; k++) {
+          x[k] = v4[place<F>(unit / F::PARTS * PER_BLOCK + F::quad(part, k))];
+          if (F::MIN) totals[k / SPAN] += (x[k].x + x[k].y) + (x[k].z + x[k].w);
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+          uint32_t w[F::WORDS];
+          float scale[F::GROUPS], min[F::GROUPS];
+          F::widen(raw[r][a], block_of(r, unit), part, w, scale, min);
+#pragma unroll
+          for (int g = 0; g < F::GROUPS; g++) {
+            float sum = 0.f;
+#pragma unroll
+            for (int k = 0; k < SPAN; k++) sum += dot4<F>(w[g * SPAN + k], x[g * SPAN + k]);
+            sums[r] += scale[g] * sum;
+            if (F::MIN) sums[r] += min[g] * totals[g];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) sums[r] = warp_sum(sums[r]);
+    if (lane == 0) outcome.take(p, first, total, sums);
+  }
+  if (lane == 0) outcome.report(p);
+}
+
+#define INSTANCE(FORMAT)                                                                                                        \
+  extern "C" __global__ void decode_embed_##FORMAT(const uint8_t *table, float scale, float *x, int n, const float *frequencies, \
+                                                   const float *amplitudes, float *cos, float *sin, int tables, int half,        \
+                                                   const DecodeState *state) {                                                  \
+    embed<FORMAT>(table, scale, x, n, frequencies, amplitudes, cos, sin, tables, half, state);                                  \
+  }                                                                                                                             \
+  MATVECS(FORMAT, FORMAT, __launch_bounds__(256, 2))
+// The build compiles each format apart, with ONLY_FORMAT set.
+#ifdef ONLY_FORMAT
+#define EXPANDED(FORMAT) INSTANCE(FORMAT)
+EXPANDED(ONLY_FORMAT)
+#else
+INSTANCE(q4_0)
+INSTANCE(q4_1)
+INSTANCE(q5_0)
+INSTANCE(q5_1)
+INSTANCE(q8_0)
+INSTANCE(q4_k)
+INSTANCE(q5_k)
+INSTANCE(q6_k)
+#endif

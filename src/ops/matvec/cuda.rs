@@ -1,0 +1,203 @@
+//! Launches the products of one row with matrices as they are held: `kernels/decode.cu` for 16-bit types,
+//! `kernels/decode_quantised.cu` for blocks.
+
+use crate::error::{At, Error, Result};
+use crate::ops::cuda::{address, device, suffix, uninitialised, Kernel, Launch, Module};
+use crate::spec::Activation;
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Tensor};
+
+/// Thread blocks of the product with the output matrix: as many as fit any GPU of today at once.
+const BLOCKS: usize = 528;
+
+/// `MatvecParams` of kernels/matvec.cuh.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Params {
+    w: [u64; 3],
+    bias: [u64; 3],
+    rows: [i32; 3],
+    columns: i32,
+    x: u64,
+    norm: u64,
+    eps: f32,
+    activation: i32,
+    out: u64,
+    logits: u64,
+    state: u64,
+}
+
+// SAFETY: plain numbers in C's layout.
+unsafe impl DeviceRepr for Params {}
+
+/// What a product does with its result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// Writes it.
+    Store,
+    /// Adds it.
+    Add,
+    /// Writes `act(first matrix's) * second's`.
+    Gated,
+    /// Finds the largest element.
+    Largest,
+}
+
+/// How a matrix is held that has a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Format {
+    /// bf16 or f16.
+    Dense(DType),
+    /// ggml's blocks.
+    Blocks(GgmlDType),
+}
+
+impl Format {
+    /// The format of contiguous rows of `columns` elements, if it has a kernel.
+    pub fn dense(dtype: DType, columns: usize) -> Option<Self> {
+        // A thread loads 16 bytes.
+        (matches!(dtype, DType::BF16 | DType::F16) && columns.is_multiple_of(8)).then_some(Self::Dense(dtype))
+    }
+
+    /// The same of rows of blocks.
+    pub fn blocks(dtype: GgmlDType, columns: usize) -> Option<Self> {
+        (block_name(dtype).is_some() && columns.is_multiple_of(dtype.block_size())).then_some(Self::Blocks(dtype))
+    }
+
+    /// Loads kernel `stem` for this format, with what follows its name.
+    pub fn kernel(self, gpu: &CudaDevice, stem: &str, end: &str) -> Result<Kernel> {
+        let (module, name) = match self {
+            Self::Dense(dtype) => (Module::Decode, suffix(dtype)?),
+            Self::Blocks(dtype) => (Module::DecodeQuantised(dtype), block_name(dtype).unwrap_or_default()),
+        };
+        Kernel::load(gpu, module, format!("{stem}_{name}{end}"))
+    }
+
+    /// Bytes of shared memory for a vector of `n`.
+    fn shared(self, n: usize) -> usize {
+        match self {
+            Self::Dense(_) => 4 * n,
+            // Spread out: `place` in the kernel's source.
+            Self::Blocks(_) => 16 * (n / 4 + n / 32 + n / 128),
+        }
+    }
+}
+
+/// How kernels are named by format; `None` for formats without one.
+fn block_name(dtype: GgmlDType) -> Option<&'static str> {
+    use GgmlDType::*;
+    Some(match dtype {
+        Q4_0 => "q4_0",
+        Q4_1 => "q4_1",
+        Q5_0 => "q5_0",
+        Q5_1 => "q5_1",
+        Q8_0 => "q8_0",
+        Q4K => "q4_k",
+        Q5K => "q5_k",
+        Q6K => "q6_k",
+        _ => return None,
+    })
+}
+
+/// A matrix `[rows, columns]` on the device.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Matrix {
+    pub format: Format,
+    pub rows: usize,
+    pub columns: usize,
+    /// Where it lies; blocks are followed by at least four bytes that may be read.
+    pub at: u64,
+    /// f32 `[rows]`; 0 for none.
+    pub bias: u64,
+}
+
+/// A product of one f32 vector, or of its RMS norm, with up to three matrices side by side. Addresses are 0 for none.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Product {
+    pub form: Form,
+    pub x: u64,
+    /// Weight and epsilon.
+    pub norm: Option<(u64, f32)>,
+    pub activation: Option<Activation>,
+    pub out: u64,
+    pub logits: u64,
+    pub state: u64,
+}
+
+impl Product {
+    /// The launch for `matrices`, of one format and width.
+    ///
+    /// # Errors
+    /// Matrices that differ, more than three, or with [`Form::Gated`] other than two.
+    pub fn launch(&self, gpu: &CudaDevice, matrices: &[Matrix]) -> Result<Launch> {
+        let differ = |m: &Matrix| (m.format, m.columns) != (matrices[0].format, matrices[0].columns);
+        let odd = self.form == Form::Gated && (matrices.len() != 2 || matrices[0].rows != matrices[1].rows);
+        if !(1..=3).contains(&matrices.len()) || odd || matrices.iter().any(differ) {
+            return Err(Error::unsupported("product", format!("{:?} of {matrices:?}", self.form)));
+        }
+        let (format, columns) = (matrices[0].format, matrices[0].columns);
+        let (norm, eps) = self.norm.unwrap_or_default();
+        let mut p = Params {
+            w: [0; 3],
+            bias: [0; 3],
+            rows: [0; 3],
+            columns: columns as i32,
+            x: self.x,
+            norm,
+            eps,
+            activation: matches!(self.activation, Some(Activation::GeluTanh)).into(),
+            out: self.out,
+            logits: self.logits,
+            state: self.state,
+        };
+        for (i, m) in matrices.iter().enumerate() {
+            (p.w[i], p.bias[i], p.rows[i]) = (m.at, m.bias, m.rows as i32);
+        }
+        let total: usize = matrices.iter().map(|m| m.rows).sum();
+        // One row per warp while that fills the GPU; more rows per warp, for more bytes in flight, beyond.
+        let (name, rows) = match (self.form, total > 1 << 13) {
+            (Form::Store, false) => ("decode_store", 1),
+            (Form::Store, true) => ("decode_store", 4),
+            (Form::Add, false) => ("decode_add", 1),
+            (Form::Add, true) => ("decode_add", 4),
+            (Form::Gated, false) => ("decode_gated", 2),
+            (Form::Gated, true) => ("decode_gated", 4),
+            (Form::Largest, _) => ("decode_largest", 4),
+        };
+        let kernel = format.kernel(gpu, name, &format!("_{rows}"))?.shared(format.shared(columns))?;
+        let grid = total.div_ceil(8 * rows).min(if self.form == Form::Largest { BLOCKS } else { usize::MAX });
+        Ok(Launch::new(kernel, (grid, 1, 1), 256).with(p))
+    }
+}
+
+/// Where a quantised matrix's blocks lie: as ggml stores them, one row after the other, padded at the end.
+pub(crate) fn blocks_address(w: &QTensor) -> Result<u64> {
+    Ok(w.device_ptr().at("quantised matrix")? as u64)
+}
+
+/// `x Wᵀ` of one row on a GPU, in f32 from the blocks as stored; `None` where the format has no kernel.
+///
+/// # Shapes
+/// `x [1, cols]`, `w [rows, cols]`; the result `[1, rows]` in `x`'s type.
+pub(crate) fn quantised_row(x: &Tensor, w: &QTensor) -> Result<Option<Tensor>> {
+    let ((tokens, width), (rows, columns)) = (x.dims2()?, w.shape().dims2()?);
+    let Some(format) = Format::blocks(w.dtype(), columns).filter(|_| (tokens, width) == (1, columns)) else {
+        return Ok(None);
+    };
+    let gpu = device(x)?;
+    let mut wide = x.to_dtype(DType::F32)?.contiguous()?;
+    // The kernel reads 16 bytes at a time; a view may begin anywhere.
+    if !address(&wide)?.is_multiple_of(16) {
+        wide = wide.force_contiguous()?;
+    }
+    let out = uninitialised(gpu, DType::F32, (1, rows))?;
+    let (form, norm, activation) = (Form::Store, None, None);
+    let product = Product { form, x: address(&wide)?, norm, activation, out: address(&out)?, logits: 0, state: 0 };
+    let launch = product.launch(gpu, &[Matrix { format, rows, columns, at: blocks_address(w)?, bias: 0 }])?;
+    // SAFETY: `columns` f32 in, `rows` f32 out, and the matrix, which candle pads by 512 elements; frees are ordered after the
+    // launch on the one stream.
+    unsafe { launch.enqueue(false)? };
+    Ok(Some(out.to_dtype(x.dtype())?))
+}

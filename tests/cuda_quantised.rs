@@ -1,0 +1,236 @@
+//! Products with quantised blocks on a GPU, and the captured step made of them. Built with `--features cuda`; without a GPU each
+//! test says that it was skipped.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use bfly::checkpoint::{Held, HoldAs};
+use bfly::generate::{Request, Sampler, Sampling, Session};
+use bfly::model::Model;
+use bfly::nn::{Linear, Weight};
+use candle_core::quantized::gguf_file::Value;
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{DType, Device, Tensor};
+use common::attention::values;
+use common::*;
+use std::path::Path;
+use std::sync::Arc;
+use GgmlDType::*;
+
+/// Every format with a kernel.
+const FORMATS: [GgmlDType; 8] = [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K];
+
+fn norm(x: &Tensor) -> Any<f64> {
+    Ok(x.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt())
+}
+
+/// `|got - want| / |want|`.
+fn error(got: &Tensor, want: &Tensor) -> Any<f64> {
+    let got = got.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+    let want = want.to_dtype(DType::F64)?;
+    Ok(norm(&(got - &want)?)? / norm(&want)?)
+}
+
+fn on_device(q: &QTensor, device: &Device) -> candle_core::Result<Linear> {
+    let storage = QStorage::from_data(q.data()?, device, q.dtype())?;
+    Ok(Linear::new(Weight::Quantised(Arc::new(QTensor::new(storage, q.shape())?)), None))
+}
+
+/// Rows that begin at odd and even multiples of two bytes, fewer units than lanes and many times as many, and more rows than
+/// warps take one by one.
+#[test]
+fn products_of_one_row_are_those_of_the_dequantised_matrix() -> Any {
+    let Some(device) = gpu("quantised products") else { return Ok(()) };
+    for format in FORMATS {
+        let shapes =
+            [(1, 32), (7, 96), (33, 576), (70, 896), (3, 256), (130, 1024), (9, 4864), (5, 18_944), (8200, 256)];
+        for (rows, cols) in shapes.into_iter().filter(|(_, cols)| cols % format.block_size() == 0) {
+            let w = values((1, rows, cols), 7 + rows as u64, 2.0)?.squeeze(0)?;
+            let q = QTensor::quantize(&w, format)?;
+            let wide = q.dequantize(&Device::Cpu)?.to_dtype(DType::F64)?;
+            let layer = on_device(&q, &device)?;
+            let x = values((1, 1, cols + 1), 11 + cols as u64, 2.0)?.squeeze(0)?;
+            // From the first element, and from the second: a view that is not aligned.
+            for from in [0, 1] {
+                let there = x.to_device(&device)?.narrow(1, from, cols)?;
+                let want = x.narrow(1, from, cols)?.to_dtype(DType::F64)?.matmul(&wide.t()?)?;
+                let got = layer.forward(&there)?;
+                assert_eq!((got.dtype(), got.dims()), (DType::F32, &[1, rows][..]));
+                let off = error(&got, &want)?;
+                // Rounding the vector to 8 bits would show as 5e-3.
+                assert!(off < 1e-5, "{format:?}, {rows} x {cols} from {from}: {off:.2e}");
+                let half = there.to_dtype(DType::BF16)?;
+                let want = half.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.matmul(&wide.t()?)?;
+                let rounding = error(&want.to_dtype(DType::BF16)?, &want)?;
+                let got = layer.forward(&half)?;
+                assert_eq!(got.dtype(), DType::BF16);
+                let off = error(&got, &want)?;
+                assert!(off <= 1.5 * rounding + 1e-5, "{format:?} bf16, {rows} x {cols}: {off:.2e}, {rounding:.2e}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Writes golden `name` with every matrix in the format that `format` gives its GGUF name.
+fn write_golden(name: &str, arch: &str, path: &Path, format: impl Fn(&str) -> GgmlDType) -> Any {
+    gguf::write(name, arch, path, |tensors, _| {
+        for (name, tensor) in tensors.iter_mut().filter(|(_, t)| t.shape().rank() == 2) {
+            let blocks = tensor.dequantize(&Device::Cpu).and_then(|t| QTensor::quantize(&t, format(name)));
+            *tensor = blocks.expect("rows hold whole blocks");
+        }
+    })
+}
+
+/// A model of golden `qwen3`'s make whose rows are wide enough for every format, with random weights.
+fn write_wide(path: &Path, format: impl Fn(&str) -> GgmlDType) -> Any {
+    let (hidden, intermediate, dim) = (256, 512, 32);
+    gguf::write("qwen3", "qwen3", path, |tensors, meta| {
+        for (key, value) in [
+            ("embedding_length", hidden),
+            ("feed_forward_length", intermediate),
+            ("attention.key_length", dim),
+            ("attention.value_length", dim),
+        ] {
+            meta.insert(format!("qwen3.{key}"), Value::U32(value as u32));
+        }
+        for (i, (name, tensor)) in tensors.iter_mut().enumerate() {
+            let (rows, cols) = match name.rsplit('.').nth(1).unwrap_or_default() {
+                "token_embd" | "output" => (384, hidden),
+                "attn_q" => (8 * dim, hidden),
+                "attn_k" | "attn_v" => (4 * dim, hidden),
+                "attn_output" => (hidden, 8 * dim),
+                "ffn_gate" | "ffn_up" => (intermediate, hidden),
+                "ffn_down" => (hidden, intermediate),
+                "attn_q_norm" | "attn_k_norm" => (1, dim),
+                _ => (1, hidden),
+            };
+            let made = match tensor.shape().rank() {
+                // Of variance 1 / cols.
+                2 => values((1, rows, cols), 3 + i as u64, (12.0 / cols as f32).sqrt())
+                    .and_then(|w| QTensor::quantize(&w.squeeze(0)?, format(name))),
+                _ => values((1, 1, cols), 3 + i as u64, 0.5)
+                    .and_then(|w| QTensor::quantize(&(w.flatten_all()? + 1.0)?, F32)),
+            };
+            *tensor = made.expect("rows hold whole blocks");
+        }
+    })
+}
+
+fn text(count: usize) -> Vec<u32> {
+    (0..count as u32).map(|i| 4 + (i * i * 31 + i * 7) % 370).collect()
+}
+
+/// As llama.cpp mixes them: one layer's matrices differ, and so do layers.
+fn mixed(name: &str) -> GgmlDType {
+    let first = name.starts_with("blk.0.");
+    match name.rsplit('.').nth(1).unwrap_or_default() {
+        "token_embd" => Q8_0,
+        "output" => Q6K,
+        "attn_q" | "ffn_gate" | "ffn_up" => Q4K,
+        "attn_k" if first => Q5_1,
+        "attn_k" => Q4K,
+        "attn_v" if first => Q6K,
+        // Held in 16 bits beside blocks.
+        "attn_v" => F32,
+        "attn_output" if first => Q5_0,
+        "attn_output" => Q5K,
+        "ffn_down" if first => Q4_1,
+        _ => Q6K,
+    }
+}
+
+/// Logits of a short prefill and of `tail` read one by one after it; `captured`: by a captured step.
+fn read(model: &Model, ids: &[u32], tail: &[u32], captured: bool) -> Any<(Tensor, Tensor)> {
+    let mut session = Session::new(model)?;
+    let prefilled = session.prefill(ids, 200, ids.len().min(32), &mut |_| ())?;
+    assert_eq!(session.captures(), captured);
+    Ok((prefilled.to_device(&Device::Cpu)?, session.read(tail)?.to_device(&Device::Cpu)?))
+}
+
+#[test]
+fn quantised_goldens_give_the_cpus_logits() -> Any {
+    let Some(device) = gpu("quantised goldens") else { return Ok(()) };
+    let (dir, golden) = (tempfile::tempdir()?, Golden::open("qwen2")?);
+    // Biases, one matrix for embedding and output, and a text that tells a wrong weight at once.
+    let theirs = deviation(&golden.logits_bf16("short")?, &golden.logits("short")?)?;
+    for format in [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0] {
+        let path = dir.path().join(format!("{format:?}.gguf"));
+        // Queries and keys in one launch, values in another.
+        let other = if format == Q8_0 { Q4_0 } else { Q8_0 };
+        write_golden("qwen2", "qwen2", &path, |name| if name.contains("attn_v") { other } else { format })?;
+        let checkpoint = open(&path.to_string_lossy())?;
+        let host = load_as(&checkpoint, None, 500, &HoldAs::new(Held::Native, 0, None), &Device::Cpu)?;
+        let model = load_as(&checkpoint, None, 500, &HoldAs::for_gpu(Held::Auto), &device)?;
+        assert!(model.has_quantised() && model.weights_bytes() == host.weights_bytes(), "blocks are held as stored");
+        let ids = text(430);
+        let (want, want_next) = read(&host, &ids, &ids[..20], false)?;
+        let (got, next) = read(&model, &ids, &ids[..20], true)?;
+        // The prefill goes through candle's products, which round activations to 8 bits: held to what bf16 may be off.
+        let (off, next) = (deviation(&got, &want)?, deviation(&next, &want_next)?);
+        let limit = 2.0 * theirs;
+        println!("{format:?}: prefill {off:.2e}, decode {next:.2e}, limit {limit:.2e}");
+        assert!(off <= limit && next <= limit, "{format:?}: {off:.2e}, {next:.2e}, limit {limit:.2e}");
+    }
+    Ok(())
+}
+
+/// Against the same file held in bf16 on the GPU, whose step rounds the weights too.
+#[test]
+fn every_format_and_a_mixture_decode_as_a_captured_step() -> Any {
+    let Some(device) = gpu("captured quantised decode") else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let one = FORMATS.map(|f| (format!("{f:?}"), Box::new(move |_: &str| f) as Box<dyn Fn(&str) -> GgmlDType>));
+    for (name, format) in one.into_iter().chain([("mixed".to_string(), Box::new(mixed) as Box<_>)]) {
+        let path = dir.path().join(format!("{name}.gguf"));
+        write_wide(&path, format)?;
+        let checkpoint = open(&path.to_string_lossy())?;
+        let host = load_as(&checkpoint, None, 300, &HoldAs::new(Held::As(F32), 0, None), &Device::Cpu)?;
+        let model = load_as(&checkpoint, None, 300, &HoldAs::for_gpu(Held::Auto), &device)?;
+        let dense = load_as(&checkpoint, None, 300, &HoldAs::for_gpu(Held::As(BF16)), &device)?;
+        assert!(model.has_quantised() && !dense.has_quantised());
+        // Without a prompt to speak of, so that all keys and values are of captured steps.
+        let (ids, tail) = (text(1), text(120));
+        let (_, want) = read(&host, &ids, &tail, false)?;
+        let off = deviation(&read(&model, &ids, &tail, true)?.1, &want)?;
+        let bf16 = deviation(&read(&dense, &ids, &tail, true)?.1, &want)?;
+        println!("{name}: {off:.2e}, in bf16 {bf16:.2e}");
+        assert!(off <= 2.0 * bf16, "{name}: {off:.2e}, in bf16 {bf16:.2e}");
+    }
+    Ok(())
+}
+
+#[test]
+fn captured_decode_of_a_mixture_takes_the_likeliest_token() -> Any {
+    let Some(device) = gpu("captured greedy decode") else { return Ok(()) };
+    let (dir, prompt) = (tempfile::tempdir()?, text(40));
+    let path = dir.path().join("mixed.gguf");
+    write_wide(&path, mixed)?;
+    let model = load_as(&open(&path.to_string_lossy())?, None, 100, &HoldAs::for_gpu(Held::Auto), &device)?;
+    let request = Request { prompt: &prompt, max_new_tokens: 30, chunk: 128, stop: &[], logits_last: 1 };
+    let mut greedy = Sampler::new(Sampling::GREEDY)?;
+    let made = Session::new(&model)?.generate(&request, &mut greedy, &mut |_| (), &mut |_| true)?;
+    assert!(made.timing.fetched > 1, "tokens of a captured step are fetched together");
+    let mut session = Session::new(&model)?;
+    let first = session.prefill(&prompt, 128, 1, &mut |_| ())?.argmax(1)?.to_vec1::<u32>()?;
+    let next = session.read(&made.tokens[..29])?.argmax(1)?.to_vec1::<u32>()?;
+    assert_eq!(made.tokens, [first, next].concat());
+    Ok(())
+}
+
+#[test]
+fn what_has_no_kernel_decodes_step_by_step() -> Any {
+    let Some(device) = gpu("uncaptured quantised decode") else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    // Gate and up in two formats, and a format without a kernel.
+    for (name, odd) in [("ffn_up", Q5K), ("ffn_down", Q3K)] {
+        let path = dir.path().join(format!("{name}.gguf"));
+        write_wide(&path, |tensor| if tensor.contains(name) { odd } else { Q4K })?;
+        let checkpoint = open(&path.to_string_lossy())?;
+        let model = load_as(&checkpoint, None, 100, &HoldAs::for_gpu(Held::Auto), &device)?;
+        let logits = read(&model, &text(10), &text(5), false)?.1;
+        let largest = logits.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(largest.is_finite() && largest > 0.0, "{name}: {largest}");
+    }
+    Ok(())
+}
