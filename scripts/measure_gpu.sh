@@ -58,10 +58,8 @@ for stage in "${stages[@]}"; do
     budget)
       for shape in qwen3-4b qwen2.5-7b; do
         for dtype in bf16 q4_0; do
-          for budget in 10G 24G; do
-            "$bench" ladder --model "$shapes/$shape" --random-weights 1 --dtype "$dtype" --memory-budget "$budget" --decode 8 --repeats 1 \
-              --ctx 8k,16k,32k,64k,128k,256k,512k,1M --variants stock,retrofit --out "$raw/budget-$shape-$dtype-$budget.json"
-          done
+          "$bench" fit --model "$shapes/$shape" --random-weights 1 --dtype "$dtype" --memory-budget 10G,24G \
+            --variants stock,retrofit --most 1M --read 64k --decode 8 --out "$raw/budget-$shape-$dtype.json"
         done
       done
       ;;

@@ -302,7 +302,7 @@ fn what_cannot_be_drawn_gets_one_clear_error_and_no_figure() -> Any {
     kernels["kernels"] = json!([]);
     let mut impossible = value("kernels.json")?;
     impossible["kernels"][0]["samples_s"] = json!([0.0]);
-    let cases: [(&str, String, &[&str]); 10] = [
+    let cases: [(&str, String, &[&str]); 11] = [
         ("half.json", whole[..whole.len() / 2].into(), &["is not a whole JSON file"]),
         ("empty.json", String::new(), &["is not a whole JSON file"]),
         ("version.json", with("schema_version", json!(99))?, &["has schema version 99; this build reads 1"]),
@@ -311,6 +311,7 @@ fn what_cannot_be_drawn_gets_one_clear_error_and_no_figure() -> Any {
             with("kind", json!("bfly-quality"))?,
             &["is of kind `bfly-quality`", "bfly-ladder", "bfly-kernels"],
         ),
+        ("fit.json", with("kind", json!("bfly-fit"))?, &["is of kind `bfly-fit`; there are figures for `bfly-ladder`"]),
         ("kindless.json", "{}".into(), &["is of kind `none`"]),
         ("array.json", "[1]".into(), &["array.json"]),
         ("runs.json", with("runs", json!([]))?, &["is a ladder without runs"]),

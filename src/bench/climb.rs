@@ -1,7 +1,7 @@
 //! Climbing: who runs next, at which context, and what is written down.
 
 use super::args::LadderArgs;
-use super::engine::{Engine, Facts, Outcome};
+use super::engine::{past_budget, Engine, Facts, Outcome, Task};
 use super::file::{LadderFile, OK};
 use super::format::{Run, Sample};
 use super::peer::{Answer, Peer, Ready};
@@ -83,11 +83,11 @@ impl Climb<'_> {
             }
             self.file.check(&blank(self.args, seat, self.contexts[0], None))?;
             let Player::Peer(_, ready) = &seat.player else { continue };
-            let dtype = &self.file.ladder.kv_dtype;
+            let dtype = &self.file.ladder.header.kv_dtype;
             if let Some(other) = ready.dtype.as_ref().filter(|d| *d != dtype) {
                 self.bars.warn(&format!("{engine} {variant} runs in {other}, bfly in {dtype}: not the same baseline"));
             }
-            if ready.random_weights.is_some() != self.args.random_weights.is_some() {
+            if ready.random_weights.is_some() != self.args.subject.random_weights.is_some() {
                 self.bars.warn(&format!("{engine} {variant} and bfly run one with random weights, one with real ones"));
             }
         }
@@ -160,20 +160,21 @@ impl Climb<'_> {
         let outcome = match &mut self.seats[i].player {
             Player::Own(variant) => {
                 let mut on_tokens = |n: usize| bars.show("ladder", (done + n as u64).min(total - 1), total);
-                self.engine.run(variant, ctx, self.stream, new, &mut on_tokens)?
+                let (prompt, budget) = (&self.stream[..ctx - new], self.args.memory_budget);
+                self.engine.run(variant, &Task { ctx, prompt, new, chunk, budget }, &mut on_tokens)?
             }
             Player::Peer(peer, _) => match peer.run(self.ids, ctx - new, new, chunk)? {
                 Answer::Ran(sample, kv_bytes) => Outcome::Ran(sample, Facts { chunk, kv_bytes, ..Facts::default() }),
                 Answer::Status(why) => Outcome::Failed(why),
             },
         };
-        // A budget is a promise: a run that broke it did not fit.
-        Ok(match (outcome, self.args.memory_budget) {
-            (Outcome::Ran(sample, _), Some(budget)) if sample.peak_device_bytes > budget => {
-                let (took, budget) = (human_bytes(sample.peak_device_bytes), human_bytes(budget));
-                Outcome::Failed(format!("out of memory: the run took {took}, {budget} were allowed"))
-            }
-            (outcome, _) => outcome,
+        let past = |s: &Sample| past_budget(s.peak_device_bytes, self.args.memory_budget?);
+        Ok(match outcome {
+            Outcome::Ran(sample, facts) => match past(&sample) {
+                Some(why) => Outcome::Failed(why),
+                None => Outcome::Ran(sample, facts),
+            },
+            failed => failed,
         })
     }
 

@@ -6,6 +6,7 @@ use super::peer::one_line;
 use super::prompt::hash;
 use super::summary::{kv, read_per_token};
 use super::variant::Variant;
+use crate::cli::human_bytes;
 use crate::error::{Error, ErrorKind, Result};
 use crate::generate::{Generation, Needs, Request, Sampler, Sampling, Session};
 use crate::model::Model;
@@ -19,13 +20,24 @@ pub struct Engine {
     /// Taken out and put back changed: weights are held once, whatever is run.
     model: Option<Model>,
     device: Device,
-    chunk: usize,
-    /// Bytes that a run may take.
-    budget: Option<u64>,
-    /// Whether other processes need the device's memory between runs.
+    /// Whether memory is handed back between runs.
     shared: bool,
     /// The highest that a variant needed at a context.
     peaks: HashMap<(String, usize), u64>,
+}
+
+/// What a variant runs.
+pub struct Task<'a> {
+    /// Positions that the cache is provisioned for: those of the prompt and the new tokens, or more.
+    pub ctx: usize,
+    /// What is read.
+    pub prompt: &'a [u32],
+    /// Tokens that are made after it, whatever they are.
+    pub new: usize,
+    /// Tokens to a prefill chunk, where `budget` does not want fewer.
+    pub chunk: usize,
+    /// Bytes that the run may take.
+    pub budget: Option<u64>,
 }
 
 /// What came of a run.
@@ -50,10 +62,11 @@ pub struct Facts {
 }
 
 impl Engine {
-    /// Runs `model` in chunks of `chunk` tokens, or of fewer where `budget` wants it; `shared` hands memory back after each run.
-    pub fn new(model: Model, chunk: usize, budget: Option<u64>, shared: bool) -> Self {
+    /// Runs `model`; `shared` hands memory back after each run, for other processes on the device or for a run that is to begin
+    /// with the weights alone.
+    pub fn new(model: Model, shared: bool) -> Self {
         let device = model.device().clone();
-        Self { model: Some(model), device, chunk, budget, shared, peaks: HashMap::new() }
+        Self { model: Some(model), device, shared, peaks: HashMap::new() }
     }
 
     /// Weights as held.
@@ -61,37 +74,39 @@ impl Engine {
         self.model.as_ref().map(Model::weights_bytes)
     }
 
-    /// Reads the first `ctx - new` ids of `stream` and makes `new` tokens, whatever they are.
+    /// What `variant` needs when provisioned for `ctx`, by arithmetic.
+    ///
+    /// # Errors
+    /// As [`Needs::of`].
+    pub fn needs(&self, variant: &Variant, ctx: usize) -> Result<Needs> {
+        let model = self.model.as_ref().ok_or_else(|| lost(variant))?;
+        Needs::of(model, variant.plan.as_ref(), ctx)
+    }
+
+    /// Reads the prompt of `task` and makes its new tokens.
     ///
     /// The cache is allocated before the clock starts and dropped after it stops, so that one variant's lives at a time.
     ///
     /// # Errors
     /// Anything but a want of memory, which is an outcome.
-    pub fn run(
-        &mut self,
-        variant: &Variant,
-        ctx: usize,
-        stream: &[u32],
-        new: usize,
-        on_tokens: &mut dyn FnMut(usize),
-    ) -> Result<Outcome> {
+    pub fn run(&mut self, variant: &Variant, task: &Task, on_tokens: &mut dyn FnMut(usize)) -> Result<Outcome> {
+        let (ctx, new) = (task.ctx, task.new);
         let begin = Instant::now();
-        let prompt = stream[..ctx - new].to_vec();
+        let prompt = task.prompt.to_vec();
         let prompt_s = begin.elapsed().as_secs_f64();
-        let lost = || Error::new(ErrorKind::Backend, &variant.name, "the model was lost in an earlier run");
-        let model = self.model.take().ok_or_else(lost)?.with_plan(variant.plan.as_ref(), ctx)?;
+        let model = self.model.take().ok_or_else(|| lost(variant))?.with_plan(variant.plan.as_ref(), ctx)?;
         let key = (variant.name.clone(), ctx);
         if let Some(peak) = self.peaks.get(&key).filter(|_| self.shared) {
             take_memory(&self.device, *peak);
         }
         begin_peak(&self.device);
-        let chunk = match self.budget {
-            None => Ok(self.chunk),
-            Some(b) => Needs::of(&model, variant.plan.as_ref(), ctx).and_then(|n| n.chunk_within(b, self.chunk)),
+        let chunk = match task.budget {
+            None => Ok(task.chunk),
+            Some(b) => Needs::of(&model, variant.plan.as_ref(), ctx).and_then(|n| n.chunk_within(b, task.chunk)),
         };
         let made = chunk.and_then(|chunk| Ok((chunk, attempt(&model, &prompt, new, chunk, on_tokens)?)));
         // The last token is made, not read.
-        let positions = prompt.len()..(ctx - 1).max(prompt.len() + 1);
+        let positions = prompt.len()..prompt.len() + new.saturating_sub(1).max(1);
         let read = || {
             let (plan, element) = (variant.plan.as_ref(), model.dtype().size_in_bytes());
             read_per_token(model.spec(), plan, ctx, positions, model.bytes_per_token(), element)
@@ -106,7 +121,7 @@ impl Engine {
                     Facts { chunk, kv: Some(kv), kv_bytes: None, read_per_token: Some(read()?) },
                 ))
             }
-            Err(e) if does_not_fit(&e) => Ok(Outcome::Failed(format!("out of memory: {}", one_line(&e.to_string())))),
+            Err(e) if does_not_fit(&e) => Ok(Outcome::Failed(out_of_memory(&e))),
             Err(e) => Err(e.within(format!("{} at {ctx}", variant.name))),
         };
         if self.shared || !matches!(outcome, Ok(Outcome::Ran(..))) {
@@ -115,6 +130,21 @@ impl Engine {
         self.model = Some(model);
         outcome
     }
+}
+
+fn lost(variant: &Variant) -> Error {
+    Error::new(ErrorKind::Backend, &variant.name, "the model was lost in an earlier run")
+}
+
+/// `status` of a run that `e` says does not fit.
+pub fn out_of_memory(e: &Error) -> String {
+    format!("out of memory: {}", one_line(&e.to_string()))
+}
+
+/// `status` of a run that took more than it was allowed: a budget is a promise, and a run that broke it did not fit.
+pub fn past_budget(peak: u64, budget: u64) -> Option<String> {
+    let (took, allowed) = (human_bytes(peak), human_bytes(budget));
+    (peak > budget).then(|| format!("out of memory: the run took {took}, {allowed} were allowed"))
 }
 
 fn attempt(

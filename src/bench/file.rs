@@ -1,11 +1,11 @@
-//! The file of a ladder: written whole after every sample, and taken up again where it was cut off.
+//! Files of results: written whole after every sample, and a ladder's taken up again where it was cut off.
 
 use super::format::{read, Ladder, Run, LADDER};
 use crate::cli::Output;
 use crate::error::{Error, Result};
 use std::path::{Path, PathBuf};
 
-/// `status` of a run that gave samples.
+/// `status` of a run that gave samples, or that stayed within its budget.
 pub const OK: &str = "ok";
 /// A run that takes longer is repeated only once.
 const LONG_S: f64 = 30.0;
@@ -17,12 +17,30 @@ pub struct LadderFile {
     pub ladder: Ladder,
 }
 
+/// Refuses a place that cannot be written to, before anything is measured.
+///
+/// # Errors
+/// Which place, and why.
+pub fn prove_writable(path: &Path) -> Result<()> {
+    Output::reserve(path, "--out").map(drop)
+}
+
+/// Puts `results` in place at `path`, whole.
+///
+/// # Errors
+/// No way to write there.
+pub fn save(path: &Path, results: &impl serde::Serialize) -> Result<()> {
+    let mut bytes = serde_json::to_vec(results).map_err(|e| Error::format(path.display(), e))?;
+    bytes.push(b'\n');
+    Output::reserve(path, "--out")?.write(&bytes)
+}
+
 /// Reads what an earlier ladder left at `path`, after proving that the place can be written to.
 ///
 /// # Errors
 /// No way to write there, or a file that is no ladder of this form.
 pub fn earlier(path: &Path) -> Result<Option<Ladder>> {
-    drop(Output::reserve(path, "--out")?);
+    prove_writable(path)?;
     match path.exists() {
         true => read(path, LADDER).map(Some),
         false => Ok(None),
@@ -40,7 +58,7 @@ impl LadderFile {
             let message = format!("was measured with another {what}: {was} there, {now} here; choose another --out");
             return Err(Error::usage(format!("--out {}", path.display()), message));
         }
-        ladder.resumed.push(fresh.started);
+        ladder.resumed.push(fresh.header.started);
         if fresh.prompt.tokens > ladder.prompt.tokens {
             ladder.prompt = fresh.prompt;
         }
@@ -49,9 +67,7 @@ impl LadderFile {
 
     /// Puts the file in place, whole.
     pub fn save(&self) -> Result<()> {
-        let mut bytes = serde_json::to_vec(&self.ladder).map_err(|e| Error::format(self.path.display(), e))?;
-        bytes.push(b'\n');
-        Output::reserve(&self.path, "--out")?.write(&bytes)
+        save(&self.path, &self.ladder)
     }
 
     /// The run of an engine's variant at `ctx`.
@@ -107,15 +123,16 @@ impl LadderFile {
 
 /// The first thing that keeps `fresh` from going on where `earlier` stopped: its name, what it was and what it is.
 fn difference(earlier: &Ladder, fresh: &Ladder) -> Option<(&'static str, String, String)> {
+    let (was, now) = (&earlier.header, &fresh.header);
     let pairs = [
-        ("build (git_sha)", earlier.git_sha.clone(), fresh.git_sha.clone()),
-        ("machine", show(&earlier.machine), show(&fresh.machine)),
-        ("--model", earlier.name.clone(), fresh.name.clone()),
-        ("--random-weights", show(&earlier.random_weights), show(&fresh.random_weights)),
-        ("--model", show(&earlier.model), show(&fresh.model)),
-        ("number of parameters", earlier.parameters.to_string(), fresh.parameters.to_string()),
-        ("--dtype", earlier.dtype.clone(), fresh.dtype.clone()),
-        ("type of keys and values", earlier.kv_dtype.clone(), fresh.kv_dtype.clone()),
+        ("build (git_sha)", was.git_sha.clone(), now.git_sha.clone()),
+        ("machine", show(&was.machine), show(&now.machine)),
+        ("--model", was.name.clone(), now.name.clone()),
+        ("--random-weights", show(&was.random_weights), show(&now.random_weights)),
+        ("--model", show(&was.model), show(&now.model)),
+        ("number of parameters", was.parameters.to_string(), now.parameters.to_string()),
+        ("--dtype", was.dtype.clone(), now.dtype.clone()),
+        ("type of keys and values", was.kv_dtype.clone(), now.kv_dtype.clone()),
         ("--decode", earlier.decode_tokens.to_string(), fresh.decode_tokens.to_string()),
         ("--prefill-chunk", show(&earlier.prefill_chunk), show(&fresh.prefill_chunk)),
         ("--memory-budget", show(&earlier.memory_budget), show(&fresh.memory_budget)),

@@ -1,6 +1,6 @@
 //! The JSON that measurements are written as and figures are drawn from: plain data, every sample kept.
 //!
-//! Two kinds of file exist, told apart by their `kind`. Both carry a `schema_version`; a reader refuses another one. Peers in
+//! Three kinds of file exist, told apart by their `kind`. All carry a `schema_version`; a reader refuses another one. Peers in
 //! other languages (integrations/) hand in [`Sample`]s of the same form.
 
 use crate::checkpoint::Identity;
@@ -17,6 +17,8 @@ pub const SCHEMA_VERSION: u32 = 1;
 pub const LADDER: &str = "bfly-ladder";
 /// `kind` of a kernel report: kernels against the machine's own ceilings.
 pub const KERNELS: &str = "bfly-kernels";
+/// `kind` of a fit: the largest contexts within memory budgets.
+pub const FIT: &str = "bfly-fit";
 
 /// Where it ran.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -50,26 +52,17 @@ pub struct Ceilings {
     pub matmul_tflop_s: f64,
 }
 
-/// A ladder: each variant at each context, interleaved.
+/// What was run, how it was held, and where: the fields that ladders and fits share, at the top level of either.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Ladder {
-    /// [`LADDER`].
-    pub kind: String,
-    /// [`SCHEMA_VERSION`].
-    pub schema_version: u32,
+pub struct Header {
     /// Commit of the build.
     pub git_sha: String,
     /// When it began, RFC 3339 in UTC.
     pub started: String,
-    /// When it was taken up again, if ever.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub resumed: Vec<String>,
     /// The command.
     pub command: Vec<String>,
     /// Where.
     pub machine: Machine,
-    /// What the machine reaches.
-    pub ceilings: Option<Ceilings>,
     /// The checkpoint; null with random weights.
     pub model: Option<Identity>,
     /// The model's name for people.
@@ -87,6 +80,23 @@ pub struct Ladder {
     pub held: BTreeMap<String, u64>,
     /// How keys and values were held.
     pub kv_dtype: String,
+}
+
+/// A ladder: each variant at each context, interleaved.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Ladder {
+    /// [`LADDER`].
+    pub kind: String,
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// Model, machine and build.
+    #[serde(flatten)]
+    pub header: Header,
+    /// When it was taken up again, if ever.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub resumed: Vec<String>,
+    /// What the machine reaches.
+    pub ceilings: Option<Ceilings>,
     /// New tokens per run.
     pub decode_tokens: usize,
     /// Tokens to a prefill chunk as asked; runs tell what they took.
@@ -101,7 +111,7 @@ pub struct Ladder {
     pub runs: Vec<Run>,
 }
 
-/// The text of a ladder's prompts: the first tokens of one stream of documents.
+/// The text of prompts: the first tokens of one stream of documents.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Prompt {
     /// Names of the documents in order, or `random ids` where there is no tokenizer.
@@ -222,6 +232,60 @@ pub struct Summary {
     pub decode_gb_s: Option<f64>,
     /// Highest of all samples.
     pub peak_device_bytes: u64,
+}
+
+/// A fit: the largest context of each variant within each memory budget, found by arithmetic and verified by a run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Fit {
+    /// [`FIT`].
+    pub kind: String,
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// Model, machine and build.
+    #[serde(flatten)]
+    pub header: Header,
+    /// New tokens per run.
+    pub decode_tokens: usize,
+    /// Tokens to a prefill chunk as asked; runs tell what they took.
+    pub prefill_chunk: usize,
+    /// Largest context that was considered.
+    pub most_tokens: usize,
+    /// Where the prompts come from, with the hash of their token ids; `tokens` is the most that a run was to read.
+    pub prompt: Prompt,
+    /// One entry per budget and variant.
+    pub runs: Vec<FitRun>,
+}
+
+/// One variant in one budget.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct FitRun {
+    /// `stock`, `retrofit`, or `retrofit:KEY=VALUE,..`.
+    pub variant: String,
+    /// The plan; null for stock.
+    pub plan: Option<RetrofitPlan>,
+    /// Bytes that the run was allowed to take.
+    pub memory_budget: u64,
+    /// The largest context, in whole multiples of 1024 tokens, that fits by arithmetic, for which the cache was provisioned; null
+    /// where none fits.
+    pub ctx: Option<usize>,
+    /// Whether `ctx` is only the largest that was considered: then the largest that fits is at least that.
+    pub at_most: bool,
+    /// What arithmetic says that a run at `ctx` takes: weights, cache, buffers, and the activations of a chunk.
+    pub needed_bytes: Option<u64>,
+    /// Bytes of weights as held.
+    pub weights_bytes: u64,
+    /// The cache by pool; null where it was not allocated.
+    pub kv: Option<Kv>,
+    /// Tokens to a prefill chunk: as asked, or fewer to fit the budget, or because fewer are read.
+    pub prefill_chunk: Option<usize>,
+    /// Tokens that the run reads: fewer than are provisioned, since what these caches take does not depend on it.
+    pub read_tokens: Option<usize>,
+    /// `ok`, or why `within` is false.
+    pub status: String,
+    /// Whether a run at `ctx` was made and its peak stayed within the budget.
+    pub within: bool,
+    /// The run: its peak and its seconds, nothing warmed up before it; null where it found no memory.
+    pub sample: Option<Sample>,
 }
 
 /// Kernels against ceilings.

@@ -1,9 +1,10 @@
-//! Measurements: end-to-end ladders and single kernels, written as the JSON from which figures are drawn.
+//! Measurements: end-to-end ladders, the largest contexts within memory budgets, and single kernels, written as the JSON from which figures are drawn.
 //!
 //! ```text
 //! args --> ladder --> engine (this one) --> file (whole after every sample) --> table
 //!            |  `---> peer (another one, over a pipe) ---^
 //!            `------> prompt: prefixes of one stream of documents
+//! args --> fit --> engine, for as long as it fits
 //! args --> kernel --> cases --> ops
 //! ```
 //!
@@ -32,6 +33,19 @@
 //!
 //! A run that does not fit is recorded with what its allocator said, and not tried at larger contexts.
 //!
+//! # A fit
+//!
+//! The largest context of a variant within a budget is the largest `ctx`, in whole multiples of 1024 tokens, for which
+//!
+//! ```text
+//! weights + cache(ctx) + buffers + 128 · activations of a token  <=  budget        (bytes; see generate::Needs)
+//! ```
+//!
+//! It is found by bisection, since no cache shrinks as its context grows, and then verified: a cache for exactly that context, as
+//! large a prefill chunk as the rest of the budget has room for, and a run whose peak is compared with the budget. The run may read
+//! fewer tokens than are provisioned. A cache is allocated whole before the first token, and activations depend on the chunk alone, so
+//! its peak is that of a longer run; its seconds are not. Memory is handed back between runs: each begins with the weights alone.
+//!
 //! # Kernels
 //!
 //! A sample is the mean of a batch of launches between two waits for the device; batches take at least 20 ms on a GPU. Inputs
@@ -43,12 +57,14 @@ mod cases;
 mod climb;
 pub mod engine;
 pub mod file;
+pub mod fit;
 pub mod format;
 pub mod kernel;
 pub mod ladder;
 pub mod machine;
 pub mod peer;
 pub mod prompt;
+mod subject;
 pub mod summary;
 mod table;
 pub mod variant;

@@ -115,7 +115,7 @@ fn read(text: &Text, folder: &Path, tokens: usize, progress: OnProgress) -> Resu
     if ids.len() < tokens {
         let message = format!(
             "its {} documents hold {} tokens of the {tokens} that the largest prompt needs: {} are missing. Add documents, or \
-             lower --ctx",
+             read less",
             documents.len(),
             ids.len(),
             tokens - ids.len()

@@ -1,7 +1,8 @@
-//! A ladder as people read it: one row per context and line, ratios to the better stock.
+//! Results as people read them: of a ladder one row per context and line, with ratios to the better stock; of a fit one row per
+//! budget and variant.
 
 use super::file::OK;
-use super::format::{Ladder, Run, Summary};
+use super::format::{Fit, FitRun, Header, Ladder, Run, Summary};
 use crate::cli::{human_bytes, short_count};
 
 const HEAD: [&str; 9] = ["ctx", "", "time", "of stock", "peak", "of stock", "KV of dense", "tokens/s", "GB/s"];
@@ -23,22 +24,30 @@ pub fn table(ladder: &Ladder) -> String {
         };
         rows.push(row(run, best(|s| s.end_to_end_s), best(|s| s.peak_device_bytes as f64)));
     }
-    let widths: Vec<usize> =
-        (0..HEAD.len()).map(|i| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0)).collect();
+    let mut out = columns(&rows);
+    for run in runs.iter().filter(|r| r.status != OK) {
+        out += &format!("{} {} {}: {}\n", short_count(run.ctx), run.engine, run.variant, run.status);
+    }
+    out + &remark(&ladder.header)
+}
+
+/// What a table must not be read without.
+fn remark(header: &Header) -> String {
+    let random = |seed: u64| format!("random weights from seed {seed}: speed and memory only\n");
+    header.random_weights.map_or(String::new(), random)
+}
+
+/// Aligns `rows`: names, in the second column, to the left, figures to the right.
+fn columns<const N: usize>(rows: &[[String; N]]) -> String {
+    let widths: [usize; N] = std::array::from_fn(|i| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0));
     let mut out = String::new();
-    for row in &rows {
+    for row in rows {
         let cell = |(i, text): (usize, &String)| match i {
             1 => format!("{text:<width$}", width = widths[i]),
             _ => format!("{text:>width$}", width = widths[i]),
         };
         out += row.iter().enumerate().map(cell).collect::<Vec<_>>().join("  ").trim_end();
         out.push('\n');
-    }
-    for run in runs.iter().filter(|r| r.status != OK) {
-        out += &format!("{} {} {}: {}\n", short_count(run.ctx), run.engine, run.variant, run.status);
-    }
-    if let Some(seed) = ladder.random_weights {
-        out += &format!("random weights from seed {seed}: speed and memory only\n");
     }
     out
 }
@@ -63,5 +72,35 @@ fn row(run: &Run, fastest: Option<f64>, smallest: Option<f64>) -> [String; 9] {
         run.kv.map_or("-".into(), |kv| format!("{:.4}x", kv.total_bytes as f64 / kv.dense_bytes as f64)),
         format!("{:.1}", s.decode_tok_s),
         s.decode_gb_s.map_or("-".into(), |r| format!("{r:.1}")),
+    ]
+}
+
+const FIT_HEAD: [&str; 9] = ["budget", "", "largest ctx", "needs", "chunk", "KV", "peak", "read", "time"];
+
+/// Renders `fit` in the order in which it was run.
+pub fn fit_table(fit: &Fit) -> String {
+    let mut rows = vec![FIT_HEAD.map(String::from)];
+    rows.extend(fit.runs.iter().map(fit_row));
+    let mut out = columns(&rows);
+    for run in fit.runs.iter().filter(|r| r.status != OK) {
+        out += &format!("{} {}: {}\n", human_bytes(run.memory_budget), run.variant, run.status);
+    }
+    out + &remark(&fit.header)
+}
+
+fn fit_row(run: &FitRun) -> [String; 9] {
+    let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".into());
+    let at_least = if run.at_most { ">= " } else { "" };
+    let sample = run.sample.as_ref();
+    [
+        human_bytes(run.memory_budget),
+        run.variant.clone(),
+        or_none(run.ctx.map(|c| format!("{at_least}{}", short_count(c)))),
+        or_none(run.needed_bytes.map(human_bytes)),
+        or_none(run.prefill_chunk.map(|c| c.to_string())),
+        or_none(run.kv.map(|kv| human_bytes(kv.total_bytes))),
+        or_none(sample.map(|s| human_bytes(s.peak_device_bytes))),
+        or_none(run.read_tokens.map(short_count)),
+        or_none(sample.map(|s| format!("{:.3} s", s.end_to_end_s))),
     ]
 }

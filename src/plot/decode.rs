@@ -21,7 +21,7 @@ pub fn figure(sheet: &Sheet) -> Figure {
         scale: &lines,
         unit: 1e-3,
         contexts: &sheet.runs.contexts(),
-        trained: sheet.ladder.trained_positions,
+        trained: sheet.ladder.header.trained_positions,
         reference: None,
         label_ends: false,
     };

@@ -32,7 +32,7 @@ pub struct Sheet<'a> {
 impl Sheet<'_> {
     /// `title`, with a warning where the weights are random.
     pub fn title(&self, title: &str) -> String {
-        match self.ladder.random_weights {
+        match self.ladder.header.random_weights {
             Some(_) => format!("{title} (random weights: speed and memory only)"),
             None => title.into(),
         }
@@ -40,8 +40,8 @@ impl Sheet<'_> {
 
     /// Model, types, device, chunk.
     pub fn subtitle(&self) -> String {
-        let l = self.ladder;
-        let chunks: BTreeSet<usize> = l.runs.iter().map(|r| r.prefill_chunk).collect();
+        let l = &self.ladder.header;
+        let chunks: BTreeSet<usize> = self.ladder.runs.iter().map(|r| r.prefill_chunk).collect();
         let chunks: Vec<String> = chunks.into_iter().map(tokens).collect();
         format!(
             "{}, {} parameters · weights {}, KV {} · {} · prefill chunk {} · {} new tokens",
@@ -51,7 +51,7 @@ impl Sheet<'_> {
             l.kv_dtype,
             l.machine.device,
             chunks.join(" / "),
-            l.decode_tokens
+            self.ladder.decode_tokens
         )
     }
 
@@ -62,7 +62,7 @@ impl Sheet<'_> {
         if lines.iter().any(|l| !l.missed.is_empty()) {
             keys.push(Key::Missed("did not fit".into()));
         }
-        let trained = self.ladder.trained_positions;
+        let trained = self.ladder.header.trained_positions;
         if self.runs.contexts().iter().any(|c| *c > trained) {
             let text = format!("beyond the trained length ({}): speed and memory only", tokens(trained));
             keys.push(Key::Patch(Ink::Shade, text));

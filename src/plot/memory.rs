@@ -19,7 +19,7 @@ pub fn figure(sheet: &Sheet) -> Figure {
     let mut page = Page::new(&sheet.title("Memory by context"), &[sheet.subtitle(), explained.into()], &keys);
     let (gap, y) = (24.0, page.y);
     let w = (CONTENT - gap) / 2.0;
-    let device = sheet.ladder.machine.memory_bytes as f64;
+    let device = sheet.ladder.header.machine.memory_bytes as f64;
     let limit = (device > 0.0).then(|| (device, format!("the device has {} GiB", brief(device / GIB))));
     let panels = [(Metric::PeakMemory, "Peak device memory, GiB", limit), (Metric::Kv, "KV cache, GiB", None)];
     for (i, (metric, title, reference)) in panels.into_iter().enumerate() {
@@ -31,7 +31,7 @@ pub fn figure(sheet: &Sheet) -> Figure {
             scale: &lines,
             unit: GIB,
             contexts: &sheet.runs.contexts(),
-            trained: sheet.ladder.trained_positions,
+            trained: sheet.ladder.header.trained_positions,
             reference,
             label_ends: false,
         };

@@ -103,8 +103,8 @@ mod tests {
         all.push(("one context", ladder_of(|l| l.runs.truncate(3))));
         all.push(("long names", {
             ladder_of(|l| {
-                l.name = "Some-Organisation/A-Model-With-A-Remarkably-Long-Name-0.5B-Instruct".repeat(3);
-                l.machine.device = "A device whose driver is proud of it, revision 17".into();
+                l.header.name = "Some-Organisation/A-Model-With-A-Remarkably-Long-Name-0.5B-Instruct".repeat(3);
+                l.header.machine.device = "A device whose driver is proud of it, revision 17".into();
                 l.runs.iter_mut().filter(|r| r.variant == "sdpa").for_each(|r| r.variant = "x".repeat(200));
             })
         }));

@@ -72,7 +72,7 @@ fn scene(sheet: &Sheet, variant: &str, lines: &[Line]) -> Scene {
         scale: &drawn,
         unit: 1.0,
         contexts: &sheet.runs.contexts(),
-        trained: sheet.ladder.trained_positions,
+        trained: sheet.ladder.header.trained_positions,
         reference: Some((1.0, "1 = the better stock".into())),
         label_ends: true,
     };

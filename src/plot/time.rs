@@ -25,7 +25,7 @@ pub fn figure(sheet: &Sheet) -> Figure {
             scale: &scale,
             unit: 1.0,
             contexts: &sheet.runs.contexts(),
-            trained: sheet.ladder.trained_positions,
+            trained: sheet.ladder.header.trained_positions,
             reference: None,
             label_ends: false,
         };

@@ -10,14 +10,15 @@ fn a_ladder_holds_every_sample_of_every_variant() -> Any {
     let (stdout, stderr) = (String::from_utf8(out.stdout)?, String::from_utf8(out.stderr)?);
     assert!(out.status.success(), "{stderr}");
     let ladder: Ladder = read(&place.out(), LADDER)?;
-    assert_eq!((ladder.name.as_str(), ladder.dtype.as_str(), ladder.kv_dtype.as_str()), ("qwen2", "f32", "f32"));
-    assert_eq!((ladder.decode_tokens, ladder.trained_positions, ladder.random_weights), (8, 32768, None));
+    let h = &ladder.header;
+    assert_eq!((h.name.as_str(), h.dtype.as_str(), h.kv_dtype.as_str()), ("qwen2", "f32", "f32"));
+    assert_eq!((ladder.decode_tokens, h.trained_positions, h.random_weights), (8, 32768, None));
     assert_eq!(
         (ladder.prompt.documents.as_slice(), ladder.prompt.tokens),
         (["random ids".to_string()].as_slice(), 248)
     );
     assert_eq!(ladder.prompt.sha256, hash(&prompt(248)?));
-    assert!(ladder.ceilings.is_none() && ladder.machine.memory_bytes > 0 && !ladder.git_sha.is_empty());
+    assert!(ladder.ceilings.is_none() && h.machine.memory_bytes > 0 && !h.git_sha.is_empty());
     let order: Vec<_> = ladder.runs.iter().map(|r| (r.ctx, r.variant.as_str())).collect();
     assert_eq!(order, [(128, "stock"), (128, RETROFIT), (256, "stock"), (256, RETROFIT)]);
     for r in &ladder.runs {
@@ -30,7 +31,7 @@ fn a_ladder_holds_every_sample_of_every_variant() -> Any {
         for x in &r.samples {
             assert!(0.0 < x.prefill_s && x.prefill_s <= x.ttft_s && x.ttft_s <= x.end_to_end_s);
             assert_eq!((x.inter_token_s.len(), x.fetched_tokens), (7, 1));
-            assert!(x.peak_device_bytes > ladder.held["f32"], "{}", x.peak_device_bytes);
+            assert!(x.peak_device_bytes > h.held["f32"], "{}", x.peak_device_bytes);
             assert!(x.prompt_s < 0.01 * x.end_to_end_s, "the prompt took {} s", x.prompt_s);
         }
         let mut times: Vec<_> = r.samples.iter().map(|x| x.end_to_end_s).collect();
@@ -181,7 +182,9 @@ fn bad_flags_get_one_error_before_any_work() -> Any {
 fn help_shows_examples_and_every_flag() -> Any {
     let help = |command: &str| -> Any<String> { Ok(String::from_utf8(bench(command).arg("--help").output()?.stdout)?) };
     let flags = "model ctx variants peer repeats decode prefill-chunk texts out random-weights quiet dtype device offline revision threads";
-    for (command, flags) in [("ladder", flags), ("kernel", "kernel small dtype device samples out quiet")] {
+    let fit = "model memory-budget variants most read decode prefill-chunk texts out random-weights quiet dtype device";
+    for (command, flags) in [("ladder", flags), ("fit", fit), ("kernel", "kernel small dtype device samples out quiet")]
+    {
         let text = help(command)?;
         assert!(text.contains("Examples:") && text.contains(&format!("bfly-bench {command}")), "{text}");
         for flag in flags.split_whitespace() {

@@ -1,7 +1,8 @@
-//! bfly-bench: ladders with variants and peers, resuming, random weights, kernels, and bad input.
+//! bfly-bench: ladders with variants and peers, resuming, random weights, fits, kernels, and bad input.
 
 #[path = "../common/mod.rs"]
 mod common;
+mod fit;
 mod kernels;
 mod ladder;
 mod peers;

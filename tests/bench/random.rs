@@ -25,15 +25,16 @@ fn random_weights_need_a_configuration_alone_and_results_say_so() -> Any {
     ] {
         place.model = model.to_string_lossy().into_owned();
         let ladder = place.climb(&[&flags[..], &[seed, "--dtype", dtype]].concat())?;
-        assert_eq!((ladder.random_weights, ladder.model.is_none()), (Some(seed.parse()?), true));
-        assert_eq!(ladder.dtype, if dtype == "auto" { "f32" } else { dtype });
+        let h = &ladder.header;
+        assert_eq!((h.random_weights, h.model.is_none()), (Some(seed.parse()?), true));
+        assert_eq!(h.dtype, if dtype == "auto" { "f32" } else { dtype });
         // 384 x 64 tied, 4 layers of q, k, v, o, gate, up, down, three biases and two norms, and the last norm.
         let layer = 2 * 64 * 64 + 2 * 16 * 64 + 3 * 160 * 64 + 96 + 128;
-        assert_eq!(ladder.parameters, 384 * 64 + 4 * layer + 64);
-        let bytes = ladder.held.values().sum::<u64>() as f64;
+        assert_eq!(h.parameters, 384 * 64 + 4 * layer + 64);
+        let bytes = h.held.values().sum::<u64>() as f64;
         let per_weight =
             [("q8_0", 34.0 / 32.0), ("q4_0", 18.0 / 32.0)].iter().find(|(d, _)| *d == dtype).map_or(4.0, |x| x.1);
-        assert_eq!(bytes, per_weight * (ladder.parameters - 4 * (96 + 128) - 64) as f64);
+        assert_eq!(bytes, per_weight * (h.parameters - 4 * (96 + 128) - 64) as f64);
         seen.push(tokens(&ladder));
         std::fs::remove_file(place.out())?;
     }

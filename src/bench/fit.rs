@@ -1,0 +1,213 @@
+//! How far a memory budget goes: the largest context that fits, found by arithmetic and verified by a run.
+
+use super::args::FitArgs;
+use super::engine::{out_of_memory, past_budget, Engine, Outcome, Task};
+use super::file::{prove_writable, save, OK};
+use super::format::{Fit, FitRun, FIT, SCHEMA_VERSION};
+use super::subject::Subject;
+use super::table::fit_table;
+use super::variant::Variant;
+use crate::cli::{human_bytes, open_device, short_count, Bars};
+use crate::error::Result;
+use std::io::Write;
+
+/// Contexts that are considered are whole multiples of so many tokens.
+pub const STEP: usize = 1 << 10;
+
+/// Fills every budget with every variant, and prints how far each got as a table. Everything that can be refused is refused
+/// before weights are read.
+///
+/// # Errors
+/// Bad flags or files: named. A variant that fits at no context, and a run that breaks its budget, are no errors: they are
+/// recorded.
+pub fn run(args: &FitArgs) -> Result<()> {
+    let bars = Bars::new(args.quiet);
+    let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
+    args.subject.model.set_threads()?;
+    let (most, read) = args.limits()?;
+    let device = open_device(&args.subject.model.device)?;
+    prove_writable(&args.out)?;
+    let subject = Subject::open(&args.subject, device, &progress)?;
+    let variants = subject.variants()?;
+    subject.refuse_too_large()?;
+    let stream = subject.stream(read, &progress)?;
+    let mut fit = Fit {
+        kind: FIT.into(),
+        schema_version: SCHEMA_VERSION,
+        header: subject.header(),
+        decode_tokens: args.decode,
+        prefill_chunk: args.prefill_chunk,
+        most_tokens: most,
+        prompt: stream.describe(read),
+        runs: vec![],
+    };
+    // Each run begins with the weights alone, as it would in a process of its own.
+    let mut engine = Engine::new(subject.load(STEP, &progress)?, true);
+    let mut found = vec![];
+    for budget in args.budgets() {
+        for variant in &variants {
+            let limits = Limits { budget, most, read, decode: args.decode, chunk: args.prefill_chunk };
+            found.push((variant, search(&engine, variant, &limits)?));
+        }
+    }
+    let mut contexts: Vec<usize> = found.iter().filter_map(|(_, run)| run.ctx).collect();
+    contexts.sort_unstable();
+    contexts.dedup();
+    subject.warn_past_training(&bars, &contexts);
+    let total: u64 = found.iter().filter_map(|(_, run)| run.read_tokens).sum::<usize>() as u64;
+    let mut done = 0;
+    for (variant, mut run) in found {
+        let mut on_tokens = |n: usize| bars.show("fit", done + n as u64, total);
+        verify(&mut engine, variant, &mut run, &stream.ids, args.decode, &mut on_tokens)?;
+        done += run.read_tokens.unwrap_or(0) as u64;
+        bars.say(&line(&run));
+        fit.runs.push(run);
+        save(&args.out, &fit)?;
+    }
+    // A closed pipe does not undo the file.
+    let _ = write!(std::io::stdout(), "{}", fit_table(&fit));
+    Ok(())
+}
+
+/// What a search keeps within.
+struct Limits {
+    budget: u64,
+    /// The largest context,
+    most: usize,
+    /// and how much of it a run reads,
+    read: usize,
+    /// and makes.
+    decode: usize,
+    /// Tokens to a chunk, where there is room.
+    chunk: usize,
+}
+
+/// The largest context of `variant` by arithmetic, as a run that is yet to be made.
+///
+/// # Errors
+/// A variant that the model cannot be run as.
+fn search(engine: &Engine, variant: &Variant, limits: &Limits) -> Result<FitRun> {
+    let fits = |ctx| Ok(engine.needs(variant, ctx)?.chunk_within(limits.budget, limits.chunk).is_ok());
+    let ctx = largest(limits.most, fits)?;
+    let needs = engine.needs(variant, ctx.unwrap_or(STEP))?;
+    let read = ctx.map(|ctx| limits.read.min(ctx - limits.decode));
+    // A chunk that is not filled would not be verified.
+    let wanted = read.map_or(limits.chunk, |read| read.min(limits.chunk));
+    let chunk = needs.chunk_within(limits.budget, wanted);
+    Ok(FitRun {
+        variant: variant.name.clone(),
+        plan: variant.plan.clone(),
+        memory_budget: limits.budget,
+        ctx,
+        at_most: ctx == Some(limits.most),
+        needed_bytes: chunk.as_ref().ok().map(|chunk| needs.total(*chunk)),
+        weights_bytes: needs.weights,
+        kv: None,
+        prefill_chunk: chunk.as_ref().ok().copied(),
+        read_tokens: read,
+        status: chunk.map_or_else(|e| out_of_memory(&e), |_| OK.into()),
+        within: false,
+        sample: None,
+    })
+}
+
+/// The largest multiple of [`STEP`] from one to `most` that `fits`, where all smaller ones do and no larger one does.
+fn largest(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Option<usize>> {
+    let (mut last, mut beyond) = (0, most / STEP + 1);
+    while beyond - last > 1 {
+        let middle = last.midpoint(beyond);
+        match fits(middle * STEP)? {
+            true => last = middle,
+            false => beyond = middle,
+        }
+    }
+    Ok((last > 0).then_some(last * STEP))
+}
+
+/// Runs what was found, once, and writes down what came of it.
+///
+/// # Errors
+/// An engine's failure that is no want of memory.
+fn verify(
+    engine: &mut Engine,
+    variant: &Variant,
+    run: &mut FitRun,
+    stream: &[u32],
+    new: usize,
+    on_tokens: &mut dyn FnMut(usize),
+) -> Result<()> {
+    let (Some(ctx), Some(read), Some(chunk)) = (run.ctx, run.read_tokens, run.prefill_chunk) else { return Ok(()) };
+    let task = Task { ctx, prompt: &stream[..read], new, chunk, budget: Some(run.memory_budget) };
+    match engine.run(variant, &task, on_tokens)? {
+        Outcome::Failed(why) => run.status = why,
+        Outcome::Ran(sample, facts) => {
+            let past = past_budget(sample.peak_device_bytes, run.memory_budget);
+            run.within = past.is_none();
+            run.status = past.unwrap_or_else(|| OK.into());
+            (run.kv, run.sample) = (facts.kv, Some(*sample));
+        }
+    }
+    Ok(())
+}
+
+/// What is said of a run when it is done.
+fn line(run: &FitRun) -> String {
+    let what = format!("{:>10}  {}", human_bytes(run.memory_budget), run.variant);
+    match (run.ctx, &run.sample) {
+        (Some(ctx), Some(s)) if run.within => {
+            format!("{what}  {}  {:.3} s  {}", short_count(ctx), s.end_to_end_s, human_bytes(s.peak_device_bytes))
+        }
+        (Some(ctx), _) => format!("{what}  {}  {}", short_count(ctx), run.status),
+        (None, _) => format!("{what}  {}", run.status),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::Cache;
+    use crate::checkpoint::Checkpoint;
+    use crate::retrofit::{RetrofitPlan, Settings};
+    use crate::selector::SELECTORS;
+    use candle_core::DType;
+
+    #[test]
+    fn bisection_finds_the_last_that_fits() -> Result<()> {
+        for (most, limit, want) in [
+            (1 << 20, 0, None),
+            (1 << 20, 1023, None),
+            (1 << 20, 1024, Some(1024)),
+            (1 << 20, 700_000, Some(700_000 / STEP * STEP)),
+            (1 << 20, 1 << 20, Some(1 << 20)),
+            (1 << 20, usize::MAX, Some(1 << 20)),
+            (1024, usize::MAX, Some(1024)),
+            (5000, usize::MAX, Some(4096)),
+        ] {
+            assert_eq!(largest(most, |ctx| Ok(ctx <= limit))?, want, "{limit} of {most}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn no_cache_shrinks_as_its_context_grows() -> Result<()> {
+        // What bisection rests on, also where one more stage makes layers trade theirs.
+        for shape in ["qwen2.5-0.5b", "qwen2.5-7b", "qwen3-4b"] {
+            let spec = Checkpoint::random(&format!("tests/fixtures/shapes/{shape}"), 0)?.spec;
+            for rule in SELECTORS {
+                for (window, partner_count) in [(512, 1), (0, 1), (512, 3)] {
+                    let settings =
+                        Settings { window, partner_count, partner: rule.name().into(), ..Settings::default() };
+                    let plan = RetrofitPlan::new(&spec, None, settings)?;
+                    let bytes = |ctx| Cache::bytes_for(&spec, Some(&plan), ctx, DType::BF16, false).map(|b| b.0);
+                    let mut before = 0;
+                    for ctx in (1..=1024).map(|k| k * STEP) {
+                        let now = bytes(ctx)?;
+                        assert!(now >= before, "{shape}, {} by {partner_count}, window {window}: {ctx}", rule.name());
+                        before = now;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,140 @@
+//! What is measured: a checkpoint that was opened but not yet read, how it will be held, and what results say of both.
+
+use super::args::SubjectArgs;
+use super::format::Header;
+use super::machine::{machine, now};
+use super::prompt::Stream;
+use super::variant::{self, Variant};
+use crate::checkpoint::{Checkpoint, Held, HoldAs, OnProgress};
+use crate::cli::{hold_as, human_bytes, short_count, Bars, Patch};
+use crate::error::{Error, ErrorKind, Result};
+use crate::model::Model;
+use candle_core::Device;
+use std::path::Path;
+
+/// A checkpoint on the device that it is for.
+pub struct Subject<'a> {
+    args: &'a SubjectArgs,
+    checkpoint: Checkpoint,
+    /// Where --model names one.
+    patch: Option<Patch>,
+    hold: HoldAs,
+    /// Where it runs.
+    pub device: Device,
+}
+
+impl<'a> Subject<'a> {
+    /// Opens what `args` name; weights are not read.
+    ///
+    /// # Errors
+    /// A checkpoint that is not there or not understood.
+    pub fn open(args: &'a SubjectArgs, device: Device, progress: OnProgress) -> Result<Self> {
+        let (checkpoint, patch) = open(args, progress)?;
+        let hold = hold_as(args.model.dtype.parse::<Held>()?, &checkpoint, &device);
+        Ok(Self { args, checkpoint, patch, hold, device })
+    }
+
+    /// What it is run as.
+    ///
+    /// # Errors
+    /// Those of [`variant::parse`].
+    pub fn variants(&self) -> Result<Vec<Variant>> {
+        variant::parse(&self.args.variants, self.patch.as_ref().map(|p| &p.plan), &self.checkpoint.spec)
+    }
+
+    /// Refuses weights that cannot be held, before the first allocation fails and ends the process.
+    ///
+    /// # Errors
+    /// Weights that take more than the machine, or the GPU, has.
+    pub fn refuse_too_large(&self) -> Result<()> {
+        let need: u64 = self.checkpoint.held(&self.hold).values().sum();
+        match crate::ops::memory_of(&self.device).filter(|memory| need > *memory) {
+            None => Ok(()),
+            Some(memory) => Err(Error::new(
+                ErrorKind::Unsupported,
+                self.checkpoint.identity.place(),
+                format!("its weights take {}; there are {} of memory", human_bytes(need), human_bytes(memory)),
+            )),
+        }
+    }
+
+    /// At least `tokens` ids to read.
+    ///
+    /// # Errors
+    /// Those of [`Stream::open`].
+    pub fn stream(&self, tokens: usize, progress: OnProgress) -> Result<Stream> {
+        let seed = self.args.random_weights.unwrap_or(0);
+        Stream::open(&self.checkpoint, &self.args.texts, tokens, seed, progress)
+    }
+
+    /// Reads the weights, once for all variants; `ctx` is that of the first one.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn load(&self, ctx: usize, progress: OnProgress) -> Result<Model> {
+        Model::load(&self.checkpoint, None, ctx, &self.hold, &self.device, progress)
+    }
+
+    /// Warns of contexts that the model was not trained for.
+    pub fn warn_past_training(&self, bars: &Bars, contexts: &[usize]) {
+        let trained = self.checkpoint.spec.max_positions;
+        let past: Vec<_> = contexts.iter().filter(|c| **c > trained).map(|c| short_count(*c)).collect();
+        if !past.is_empty() {
+            let (past, trained) = (past.join(", "), short_count(trained));
+            bars.warn(&format!("trained for {trained} positions: at {past} this is speed and memory only"));
+        }
+    }
+
+    /// What results begin with.
+    pub fn header(&self) -> Header {
+        let given = self.args.model.model.as_deref().unwrap_or_default();
+        let held = self.checkpoint.held(&self.hold);
+        let most = held.iter().max_by_key(|(_, bytes)| **bytes).map_or(String::new(), |(name, _)| name.clone());
+        Header {
+            git_sha: env!("BFLY_GIT_SHA").into(),
+            started: now(),
+            command: std::env::args().collect(),
+            machine: machine(&self.device),
+            // A patch is not its base.
+            model: self.args.random_weights.is_none().then(|| match self.patch.is_some() {
+                true => self.checkpoint.identity.clone(),
+                false => self.checkpoint.identity.as_given(given),
+            }),
+            name: display_name(given),
+            random_weights: self.args.random_weights,
+            parameters: self.checkpoint.parameters(),
+            trained_positions: self.checkpoint.spec.max_positions,
+            dtype: most,
+            held,
+            kv_dtype: self.hold.compute().as_str().into(),
+        }
+    }
+}
+
+fn open(args: &SubjectArgs, progress: OnProgress) -> Result<(Checkpoint, Option<Patch>)> {
+    let name = args.model.model.as_deref().unwrap_or_default();
+    if let Some(seed) = args.random_weights {
+        return Ok((Checkpoint::random(name, seed)?, None));
+    }
+    let (patch, options) = (Patch::open(name)?, args.model.open_options());
+    let mut checkpoint = match &patch {
+        Some(patch) => patch.base(&options, progress)?,
+        None => Checkpoint::open(name, &options, progress)?,
+    };
+    if args.model.tie_embeddings {
+        checkpoint.tie_embeddings()?;
+    }
+    Ok((checkpoint, patch))
+}
+
+/// A hub id as it is; of a path its last part without what says only what kind of file it is.
+fn display_name(given: &str) -> String {
+    let path = Path::new(given);
+    if !path.exists() {
+        return given.into();
+    }
+    let path = if path.file_name().is_some_and(|n| n == "config.json") { path.parent().unwrap_or(path) } else { path };
+    let full = std::fs::canonicalize(path).unwrap_or_else(|_| path.into());
+    let name = if full.is_dir() { full.file_name() } else { full.file_stem() };
+    name.map_or_else(|| given.into(), |n| n.to_string_lossy().into_owned())
+}
