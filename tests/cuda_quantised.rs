@@ -140,12 +140,12 @@ fn mixed(name: &str) -> GgmlDType {
     }
 }
 
-/// Logits of a short prefill and of `tail` read one by one after it; `captured`: by a captured step.
-fn read(model: &Model, ids: &[u32], tail: &[u32], captured: bool) -> Any<(Tensor, Tensor)> {
+/// Logits of `tail` read one by one after `ids`; `captured`: by a captured step.
+fn read(model: &Model, ids: &[u32], tail: &[u32], captured: bool) -> Any<Tensor> {
     let mut session = Session::new(model)?;
-    let prefilled = session.prefill(ids, 200, ids.len().min(32), &mut |_| ())?;
+    session.prefill(ids, 200, 1, &mut |_| ())?;
     assert_eq!(session.captures(), captured);
-    Ok((prefilled.to_device(&Device::Cpu)?, session.read(tail)?.to_device(&Device::Cpu)?))
+    Ok(session.read(tail)?.to_device(&Device::Cpu)?)
 }
 
 #[test]
@@ -164,13 +164,15 @@ fn quantised_goldens_give_the_cpus_logits() -> Any {
         let model = load_as(&checkpoint, None, 500, &HoldAs::for_gpu(Held::Auto), &device)?;
         assert!(model.has_quantised() && model.weights_bytes() == host.weights_bytes(), "blocks are held as stored");
         let ids = text(430);
-        let (want, want_next) = read(&host, &ids, &ids[..20], false)?;
-        let (got, next) = read(&model, &ids, &ids[..20], true)?;
-        // The prefill goes through candle's products, which round activations to 8 bits: held to what bf16 may be off.
-        let (off, next) = (deviation(&got, &want)?, deviation(&next, &want_next)?);
-        let limit = 2.0 * theirs;
-        println!("{format:?}: prefill {off:.2e}, decode {next:.2e}, limit {limit:.2e}");
-        assert!(off <= limit && next <= limit, "{format:?}: {off:.2e}, {next:.2e}, limit {limit:.2e}");
+        let prefill = |model: &Model| Session::new(model)?.prefill(&ids, 200, 32, &mut |_| ());
+        let off = deviation(&prefill(&model)?, &prefill(&host)?)?;
+        // All but the first token through decode: a prefill's error would stay in the cache.
+        let next =
+            deviation(&read(&model, &ids[..1], &ids[1..300], true)?, &read(&host, &ids[..1], &ids[1..300], false)?)?;
+        println!("{format:?}: prefill {off:.2e}, decode {next:.2e}, transformers' bf16 run {theirs:.2e}");
+        // candle's products round activations to 8 bits, of the largest of 32; bf16 keeps 8 of each.
+        assert!(off <= 4.0 * theirs, "{format:?}: prefill {off:.2e}, limit {:.2e}", 4.0 * theirs);
+        assert!(next <= 2.0 * theirs, "{format:?}: decode {next:.2e}, limit {:.2e}", 2.0 * theirs);
     }
     Ok(())
 }
@@ -191,9 +193,9 @@ fn every_format_and_a_mixture_decode_as_a_captured_step() -> Any {
         assert!(model.has_quantised() && !dense.has_quantised());
         // Without a prompt to speak of, so that all keys and values are of captured steps.
         let (ids, tail) = (text(1), text(120));
-        let (_, want) = read(&host, &ids, &tail, false)?;
-        let off = deviation(&read(&model, &ids, &tail, true)?.1, &want)?;
-        let bf16 = deviation(&read(&dense, &ids, &tail, true)?.1, &want)?;
+        let want = read(&host, &ids, &tail, false)?;
+        let off = deviation(&read(&model, &ids, &tail, true)?, &want)?;
+        let bf16 = deviation(&read(&dense, &ids, &tail, true)?, &want)?;
         println!("{name}: {off:.2e}, in bf16 {bf16:.2e}");
         assert!(off <= 2.0 * bf16, "{name}: {off:.2e}, in bf16 {bf16:.2e}");
     }
@@ -228,7 +230,7 @@ fn what_has_no_kernel_decodes_step_by_step() -> Any {
         write_wide(&path, |tensor| if tensor.contains(name) { odd } else { Q4K })?;
         let checkpoint = open(&path.to_string_lossy())?;
         let model = load_as(&checkpoint, None, 100, &HoldAs::for_gpu(Held::Auto), &device)?;
-        let logits = read(&model, &text(10), &text(5), false)?.1;
+        let logits = read(&model, &text(10), &text(5), false)?;
         let largest = logits.abs()?.max_all()?.to_scalar::<f32>()?;
         assert!(largest.is_finite() && largest > 0.0, "{name}: {largest}");
     }
