@@ -10,7 +10,15 @@ fn kernels_are_judged_against_ceilings_of_the_same_process() -> Any {
     let stdout = bench("kernel").args(flags).arg(&out).output()?.stdout;
     let report: Kernels = read(&out, KERNELS)?;
     let cases: Vec<_> = report.kernels.iter().map(|k| (k.kernel.as_str(), k.case.as_str())).collect();
-    assert_eq!(cases, [("attention_decode", "dense, 32k keys"), ("attention_decode", "butterfly"), ("gated", "silu")]);
+    assert_eq!(
+        cases,
+        [
+            ("attention_decode", "dense, 32k keys"),
+            ("attention_decode", "butterfly"),
+            ("attention_decode", "16 raw blocks"),
+            ("gated", "silu")
+        ]
+    );
     assert_eq!((report.ceilings.copy_s.len(), report.ceilings.matmul_s.len()), (10, 10));
     let median = |s: &[f64]| bfly::bench::summary::median(s).unwrap_or_default();
     let c = &report.ceilings;
@@ -22,7 +30,7 @@ fn kernels_are_judged_against_ceilings_of_the_same_process() -> Any {
         assert!(String::from_utf8_lossy(&stdout).contains(&k.case));
     }
     // Three tensors of 64 x 18944 in f32.
-    assert_eq!(report.kernels[2].bytes, (3 * 64 * 18944 * 4) as f64);
+    assert_eq!(report.kernels[3].bytes, (3 * 64 * 18944 * 4) as f64);
     refused(
         bench("kernel").args(["--device", "cpu", "--kernel", "matmul"]),
         &["--kernel", "matmul", "attention_prefill"],
