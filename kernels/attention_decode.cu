@@ -13,7 +13,8 @@
 // and values from memory into registers, 16 at a time, in the layout of the products' operands: a thread's 16 bytes of a key are
 // taken as whatever columns of the tile it must supply, and the query's columns are permuted alike; a value's 16 bytes are
 // spread over eight tiles, which permutes the output's columns. Nothing is staged in shared memory. The first block of a group
-// takes the sinks, the summaries and the token itself, the others the ring; the last to finish merges all (m, l, o).
+// takes the sinks, the summaries and the token itself, the others the ring (a list of `extras` is shared out over all of them); the
+// last to finish merges all (m, l, o).
 #include "decode.cuh"
 #include "attention.cuh"
 

@@ -7,8 +7,8 @@
 //
 // One warpgroup gathers keys and values (each row from ring or chunk by its own address) into rings of STAGES tiles; two
 // warpgroups own 64 query rows each. While a consumer's products of one tile with V run, it takes the next tile's logits through
-// softmax (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608, section 3.2). Sinks and summaries come first, 16 at a time; raw blocks fill tiles of their own, ahead of the
-// window's.
+// softmax (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608, section 3.2). Sinks and summaries come first, 16 at a time; raw
+// blocks fill tiles of their own, ahead of the window's.
 #include "attention.cuh"
 #include "wgmma.cuh"
 

@@ -144,7 +144,7 @@ impl Attention {
         let pairs: usize = (self.start..self.start + self.t).map(reads).sum();
         let far: BTreeSet<usize> = routes.iter().flatten().copied().collect();
         let past = self.start - self.window.left(self.start).min(self.start);
-        let stored = if self.raw > 0 { self.distinct_raw() * Settings::default().block } else { 0 };
+        let stored = self.distinct_raw() * Settings::default().block;
         let rows = self.t + past + far.len() + sinks.min(self.window.left(self.start + self.t - 1)) + stored;
         let mut shape = letters(&[("T", self.t), ("H", self.h), ("G", self.g), ("D", self.d)]);
         shape.insert("keys".into(), reads(self.start + self.t - 1));

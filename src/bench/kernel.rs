@@ -2,10 +2,11 @@
 
 use super::args::KernelArgs;
 use super::cases::{cases, Case, Launch, Place};
+use super::file::{prove_writable, save};
 use super::format::{Ceilings, KernelRun, Kernels, KERNELS, SCHEMA_VERSION};
 use super::machine::{ceilings, machine, now, CeilingSizes};
 use super::summary::median;
-use crate::cli::{open_device, Bars, Output};
+use crate::cli::{open_device, Bars};
 use crate::error::{Error, Result};
 use candle_core::DType;
 use std::io::Write;
@@ -27,7 +28,7 @@ const MOST_SETS: usize = 32;
 pub fn run(args: &KernelArgs) -> Result<()> {
     let bars = Bars::new(args.quiet);
     let device = open_device(&args.device)?;
-    let out = args.out.as_deref().map(|path| Output::reserve(path, "--out")).transpose()?;
+    args.out.as_deref().map(prove_writable).transpose()?;
     let dtype = match args.dtype.as_deref() {
         Some("bf16") => DType::BF16,
         Some("f16") => DType::F16,
@@ -60,10 +61,8 @@ pub fn run(args: &KernelArgs) -> Result<()> {
         ceilings,
         kernels,
     };
-    if let Some(out) = out {
-        let mut bytes = serde_json::to_vec(&report).map_err(|e| Error::format("--out", e))?;
-        bytes.push(b'\n');
-        out.write(&bytes)?;
+    if let Some(out) = &args.out {
+        save(out, &report)?;
     }
     // A closed pipe does not undo the file.
     let _ = write!(std::io::stdout(), "{}", table(&report));

@@ -150,7 +150,7 @@ pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, u
     let hopper =
         HOPPER.iter().find(|s| d <= s.dim).filter(|_| wide && !one_token && args.q_far.is_none() && is_hopper(gpu));
     // Only that kernel takes runs of rows as they are.
-    let extras = Extras::of(args, t, d, hopper.is_some())?;
+    let extras = Extras::of(args, t, hopper.is_some())?;
     let on_device = match extras.rows.is_empty() {
         true => None,
         false => Some((upload(gpu, &extras.rows)?, upload(gpu, &extras.offsets)?, upload(gpu, &extras.far_offsets)?)),
@@ -267,26 +267,29 @@ struct Extras {
 }
 
 impl Extras {
-    fn of(args: &AttentionArgs, t: usize, d: usize, pieces: bool) -> Result<Self> {
+    fn of(args: &AttentionArgs, t: usize, pieces: bool) -> Result<Self> {
         let (first, last) = (args.start / EXTRA_TILE, (args.start + t - 1) / EXTRA_TILE);
-        let sinks = sinks(args, d)?;
+        let sinks = sinks(args)?;
         let mut lists = Self { offsets: vec![0], piece_offsets: vec![0], ..Self::default() };
         for tile in first..=last {
             let from = (tile * EXTRA_TILE).max(args.start);
             let until = ((tile + 1) * EXTRA_TILE).min(args.start + t);
             let mut rows: Vec<Extra> = sinks.iter().filter(|e| (e.from as usize) < until).copied().collect();
             for far in args.far {
-                for (row, count, extra) in far_rows(args, far, from, until)? {
-                    let step = (args.k.dims()[1] * d * args.k.dtype().size_in_bytes()) as u64;
-                    let at = |i: usize| ((row + i) as u64 * step + extra.k, (row + i) as u64 * step + extra.v);
+                let step = row_bytes(far.k);
+                for (count, first) in far_rows(args, far, from, until)? {
+                    let nth = |i: usize| {
+                        let at = i as u64 * step;
+                        Extra { k: first.k + at, v: first.v + at, ..first }
+                    };
                     if pieces && count > 1 {
                         lists.pieces.extend((0..count).step_by(PIECE).map(|i| {
-                            let ((k, v), rows) = (at(i), PIECE.min(count - i) as i32);
-                            Piece { k, v, bias: extra.bias, from: extra.from, until: extra.until, rows }
+                            let Extra { k, v, bias, from, until, .. } = nth(i);
+                            Piece { k, v, bias, from, until, rows: PIECE.min(count - i) as i32 }
                         }));
                         continue;
                     }
-                    rows.extend((0..count).map(|i| Extra { k: at(i).0, v: at(i).1, ..extra }));
+                    rows.extend((0..count).map(nth));
                 }
             }
             rows.sort_by_key(|e| e.far_query);
@@ -301,12 +304,12 @@ impl Extras {
 }
 
 /// The sinks: each seen by the positions whose window begins after it.
-fn sinks(args: &AttentionArgs, d: usize) -> Result<Vec<Extra>> {
+fn sinks(args: &AttentionArgs) -> Result<Vec<Extra>> {
     let Some((past, count)) = args.sinks else { return Ok(vec![]) };
     let (k, v) = (contiguous(past.k)?, contiguous(past.v)?);
-    let row_bytes = (past.k.dims()[1] * d * past.k.dtype().size_in_bytes()) as u64;
+    let step = row_bytes(past.k);
     let sink = |i: usize| {
-        let at = i as u64 * row_bytes;
+        let at = i as u64 * step;
         let from = first_seeing(args.window, i).map_or(i32::MAX, |p| p as i32);
         Extra { k: k + at, v: v + at, bias: 0.0, from, until: i32::MAX, far_query: 0 }
     };
@@ -322,11 +325,16 @@ fn first_seeing(window: Window, sink: usize) -> Option<usize> {
     }
 }
 
-/// Rows of one store that positions `from..until` read: first row, count, and an entry with the store's addresses. What
-/// neighbouring blocks read alike is listed once.
-fn far_rows(args: &AttentionArgs, far: &FarArgs, from: usize, until: usize) -> Result<Vec<(usize, usize, Extra)>> {
+/// Bytes from a stored row `[G, D]` to the next.
+fn row_bytes(rows: &Tensor) -> u64 {
+    (rows.dims()[1..].iter().product::<usize>() * rows.dtype().size_in_bytes()) as u64
+}
+
+/// Rows of one store that positions `from..until` read: how many, and the first of them. What neighbouring blocks read alike is
+/// listed once.
+fn far_rows(args: &AttentionArgs, far: &FarArgs, from: usize, until: usize) -> Result<Vec<(usize, Extra)>> {
     let (k, v) = (contiguous(far.k)?, contiguous(far.v)?);
-    let mut rows: Vec<(usize, usize, Extra)> = vec![];
+    let mut rows: Vec<(usize, Extra)> = vec![];
     let mut open: std::collections::HashMap<(usize, usize, u32, bool), usize> = Default::default();
     for block in from / far.block..=(until - 1) / far.block {
         let (begin, end) = ((block * far.block).max(from), ((block + 1) * far.block).min(until));
@@ -336,13 +344,14 @@ fn far_rows(args: &AttentionArgs, far: &FarArgs, from: usize, until: usize) -> R
                 continue;
             }
             let key = (r.row, r.count, r.bias.to_bits(), r.far_query);
-            if let Some(i) = open.get(&key).filter(|i| rows[**i].2.until == begin as i32) {
-                rows[*i].2.until = end as i32;
+            if let Some(i) = open.get(&key).filter(|i| rows[**i].1.until == begin as i32) {
+                rows[*i].1.until = end as i32;
                 continue;
             }
             open.insert(key, rows.len());
-            let (from, until) = (begin as i32, end as i32);
-            rows.push((r.row, r.count, Extra { k, v, bias: r.bias, from, until, far_query: r.far_query.into() }));
+            let (at, from, until) = (r.row as u64 * row_bytes(far.k), begin as i32, end as i32);
+            let first = Extra { k: k + at, v: v + at, bias: r.bias, from, until, far_query: r.far_query.into() };
+            rows.push((r.count, first));
         }
     }
     Ok(rows)
