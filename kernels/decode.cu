@@ -1,5 +1,5 @@
 // The steps of decoding one token, all but attention (attention_decode.cu): each a pass over some weights, in f32 from 16-bit
-// weights; from quantised ones: decode_quantised.cu.
+// weights; from quantised ones: quantised.cu.
 //
 // decode_embed    x = embedding[token] * scale; cos and sin of the position for every rotary table.
 //                 Grid ceil(N / 256), 256 threads.

@@ -126,14 +126,23 @@ impl Model {
         self.weights_bytes
     }
 
+    /// Every matrix that multiplies.
+    fn matrices(&self) -> impl Iterator<Item = &Linear> {
+        fn of_block(b: &Block) -> [&Linear; 7] {
+            let (p, m) = (b.mixer.projections(), &b.mlp);
+            [&p.q, &p.k, &p.v, &p.out, &m.gate, &m.up, &m.down]
+        }
+        self.blocks.iter().flat_map(of_block).chain([&self.head])
+    }
+
     /// Whether any matrix is held quantised.
     pub fn has_quantised(&self) -> bool {
-        let quantised = |l: &Linear| matches!(l.weight(), Weight::Quantised(_));
-        let block = |b: &Block| {
-            let (p, m) = (b.mixer.projections(), &b.mlp);
-            [&p.q, &p.k, &p.v, &p.out, &m.gate, &m.up, &m.down].into_iter().any(quantised)
-        };
-        quantised(&self.head) || self.blocks.iter().any(block)
+        self.matrices().any(|l| matches!(l.weight(), Weight::Quantised(_)))
+    }
+
+    /// Bytes that the largest product takes besides its result.
+    pub fn scratch(&self) -> u64 {
+        self.matrices().map(|l| l.scratch(self.dtype, &self.device)).max().unwrap_or(0)
     }
 
     /// Type of activations, keys and values.

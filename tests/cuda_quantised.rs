@@ -72,6 +72,38 @@ fn products_of_one_row_are_those_of_the_dequantised_matrix() -> Any {
     Ok(())
 }
 
+/// Whole and part units to a warp, and a matrix that is widened in parts.
+#[test]
+fn products_of_many_rows_are_those_of_the_dequantised_matrix() -> Any {
+    let Some(device) = gpu("quantised products of many rows") else { return Ok(()) };
+    for format in FORMATS.into_iter().chain([Q3K]) {
+        let shapes = [(2, 7, 96), (130, 70, 896), (5, 130, 1024), (33, 9, 4864), (3, 2000, 18_944)];
+        for (tokens, rows, cols) in shapes.into_iter().filter(|(.., cols)| cols % format.block_size() == 0) {
+            let w = values((1, rows, cols), 7 + rows as u64, 2.0)?.squeeze(0)?;
+            let q = QTensor::quantize(&w, format)?;
+            let wide = q.dequantize(&Device::Cpu)?;
+            let layer = on_device(&q, &device)?;
+            let x = values((1, tokens, cols + 1), 11 + cols as u64, 2.0)?.squeeze(0)?;
+            for from in [0, 1] {
+                let (x, there) = (x.narrow(1, from, cols)?, x.to_device(&device)?.narrow(1, from, cols)?);
+                for dtype in [DType::F32, DType::BF16, DType::F16] {
+                    // What is left is the order of the sums, and the rounding of the result.
+                    let (w, x) =
+                        (wide.to_dtype(dtype)?.to_dtype(DType::F64)?, x.to_dtype(dtype)?.to_dtype(DType::F64)?);
+                    let want = x.matmul(&w.t()?)?;
+                    let rounding = error(&want.to_dtype(dtype)?, &want)?;
+                    let got = layer.forward(&there.to_dtype(dtype)?)?;
+                    assert_eq!((got.dtype(), got.dims()), (dtype, &[tokens, rows][..]));
+                    let off = error(&got, &want)?;
+                    let shape = format!("{format:?} {dtype:?}, {tokens} by {rows} x {cols} from {from}");
+                    assert!(off <= 1.5 * rounding + 1e-5, "{shape}: {off:.2e}, {rounding:.2e}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Writes golden `name` with every matrix in the format that `format` gives its GGUF name.
 fn write_golden(name: &str, arch: &str, path: &Path, format: impl Fn(&str) -> GgmlDType) -> Any {
     gguf::write(name, arch, path, |tensors, _| {
@@ -170,8 +202,7 @@ fn quantised_goldens_give_the_cpus_logits() -> Any {
         let next =
             deviation(&read(&model, &ids[..1], &ids[1..300], true)?, &read(&host, &ids[..1], &ids[1..300], false)?)?;
         println!("{format:?}: prefill {off:.2e}, decode {next:.2e}, transformers' bf16 run {theirs:.2e}");
-        // candle's products round activations to 8 bits, of the largest of 32; bf16 keeps 8 of each.
-        assert!(off <= 4.0 * theirs, "{format:?}: prefill {off:.2e}, limit {:.2e}", 4.0 * theirs);
+        assert!(off <= 2.0 * theirs, "{format:?}: prefill {off:.2e}, limit {:.2e}", 2.0 * theirs);
         assert!(next <= 2.0 * theirs, "{format:?}: decode {next:.2e}, limit {:.2e}", 2.0 * theirs);
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! The shapes that kernels are timed on, with the work that the definition asks for.
 
 use crate::error::Result;
+use crate::nn::{Linear, Weight};
 use crate::ops::{
     add_norm, attend, gated, pool_blocks, prepare_heads, rope_table, AttentionArgs, FarArgs, FarRow, Past, RunningMean,
     Window,
@@ -8,8 +9,11 @@ use crate::ops::{
 use crate::retrofit::Settings;
 use crate::selector;
 use crate::spec::Activation;
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// One launch on one set of inputs.
 pub type Launch = Box<dyn FnMut() -> Result<()>>;
@@ -96,6 +100,8 @@ pub fn cases(small: bool) -> Vec<Case> {
         norm(4096 / s, 3584),
         activation(4096 / s, 18944),
         heads(4096 / s, 28, 128),
+        quantised("one row", 1, 18944 / s, 3584, GgmlDType::Q4K),
+        quantised("many rows", 4096 / s, 18944 / s, 3584, GgmlDType::Q4K),
     ]
 }
 
@@ -293,6 +299,29 @@ fn heads(t: usize, h: usize, d: usize) -> Case {
         flop: (4 * t * h * d) as f64,
         elements: (2 * t * h * d) as f64,
         tables: (4 * (h * d + t * d)) as f64,
+        prepare: Box::new(prepare),
+    }
+}
+
+fn quantised(case: &str, t: usize, rows: usize, columns: usize, format: GgmlDType) -> Case {
+    let prepare = move |place: &Place| -> Result<Launch> {
+        let x = place.random([t, columns])?;
+        // Quantising takes longer than the product: the same rows over and over, which no product can tell.
+        let few = Tensor::randn(0f32, 1.0, (rows.min(32), columns), &Device::Cpu)?;
+        let few = QTensor::quantize(&few, format)?.data()?.into_owned();
+        let bytes = rows * columns / format.block_size() * format.type_size();
+        let bytes: Vec<u8> = few.iter().copied().cycle().take(bytes).collect();
+        let storage = QStorage::from_data(Cow::Owned(bytes), &place.device, format)?;
+        let layer = Linear::new(Weight::Quantised(Arc::new(QTensor::new(storage, (rows, columns))?)), None);
+        Ok(Box::new(move || layer.forward(&x).map(drop)))
+    };
+    Case {
+        kernel: "quantised",
+        case: format!("{case}, {format:?}"),
+        shape: letters(&[("T", t), ("N", columns), ("rows", rows)]),
+        flop: (2 * t * rows * columns) as f64,
+        elements: (t * (rows + columns)) as f64,
+        tables: (rows * columns / format.block_size() * format.type_size()) as f64,
         prepare: Box::new(prepare),
     }
 }

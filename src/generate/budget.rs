@@ -16,7 +16,7 @@ pub struct Needs {
     pub weights: u64,
     /// The cache.
     pub cache: u64,
-    /// Logits and a decode step's buffers.
+    /// Logits, a decode step's buffers, what the largest product takes besides its result.
     pub fixed: u64,
     /// Activations for each token of a chunk.
     pub token: u64,
@@ -34,18 +34,14 @@ impl Needs {
         let attention = 4 * spec.hidden + width + most(&|l| l.heads * l.head_dim);
         let feed_forward = 4 * spec.hidden + 3 * most(&|l| l.intermediate);
         let tables = 4 * most(&|l| l.head_dim) * spec.ropes.len();
-        // Products with quantised matrices pass through f32.
-        let f32s = if model.has_quantised() {
-            4 * (attention - 4 * spec.hidden).max(2 * most(&|l| l.intermediate))
-        } else {
-            0
-        };
+        // Products with quantised matrices are made of parts.
+        let parts = if model.has_quantised() { size * width.max(most(&|l| l.intermediate)) } else { 0 };
         Ok(Self {
             weights: model.weights_bytes(),
             cache: Cache::bytes_for(spec, plan, ctx, model.dtype(), false)?.0,
-            // Logits in two types and a copy, and at most this for partial results, routes and vectors of a step.
-            fixed: (spec.vocab * 16) as u64 + (16 << 20),
-            token: (size * attention.max(feed_forward) + tables + f32s) as u64,
+            // Logits in two types and a copy; at most this for partial results, routes and vectors of a step; widened weights.
+            fixed: (spec.vocab * 16) as u64 + (16 << 20) + model.scratch(),
+            token: (size * attention.max(feed_forward) + tables + parts) as u64,
         })
     }
 

@@ -107,24 +107,45 @@ impl Linear {
         &self.weight
     }
 
+    /// Bytes that a product of many rows takes besides its result, which is of `dtype` on `device`.
+    pub fn scratch(&self, dtype: DType, device: &Device) -> u64 {
+        let Weight::Quantised(w) = &self.weight else { return 0 };
+        let elements = w.shape().elem_count();
+        match device.is_cpu() {
+            true => 4 * elements.min(WIDEN) as u64,
+            #[cfg(feature = "cuda")]
+            false => ops::widened_bytes(w, dtype).unwrap_or((elements * (4 + dtype.size_in_bytes())) as u64),
+            #[cfg(not(feature = "cuda"))]
+            false => (elements * (4 + dtype.size_in_bytes())) as u64,
+        }
+    }
+
     fn product(&self, x: &Tensor) -> Result<Tensor> {
         Ok(match &self.weight {
             Weight::Dense(w) => x.matmul(&w.t()?)?,
             Weight::Quantised(w) if x.dim(0)? > DOT_ROWS && x.device().is_cpu() => widened_matmul(x, w)?,
             #[cfg(feature = "cuda")]
-            Weight::Quantised(w) if x.dim(0)? == 1 && x.device().is_cuda() => match ops::quantised_row(x, w)? {
-                Some(product) => product,
-                None => blocks_matmul(x, w)?,
-            },
+            Weight::Quantised(w) if x.device().is_cuda() => gpu_matmul(x, w)?,
             Weight::Quantised(w) => blocks_matmul(x, w)?,
         })
     }
 }
 
-/// candle's product with blocks, which on a GPU rounds `x` to 8 bits.
+/// candle's product with blocks, which rounds `x` to 8 bits.
 fn blocks_matmul(x: &Tensor, w: &QTensor) -> Result<Tensor> {
     // On a GPU some of candle's kernels answer in f32, whatever they were given.
     Ok(x.apply_op1_no_bwd(w)?.to_dtype(x.dtype())?)
+}
+
+/// The product on a GPU: of one row as in decode, of more rows with the matrix widened.
+#[cfg(feature = "cuda")]
+fn gpu_matmul(x: &Tensor, w: &QTensor) -> Result<Tensor> {
+    let one = x.dim(0)? == 1;
+    match if one { ops::quantised_row(x, w)? } else { ops::quantised_rows(x, w)? } {
+        Some(product) => Ok(product),
+        None if one => blocks_matmul(x, w),
+        None => Ok(x.matmul(&w.dequantize(x.device())?.to_dtype(x.dtype())?.t()?)?),
+    }
 }
 
 /// A weight's memory, locked for reading.

@@ -20,7 +20,10 @@ pub use attention::{attend, reference, AttentionArgs, FarArgs, FarRow, Past, Win
 pub use gated::gated;
 pub use heads::{prepare_heads, rope_table, HeadNorm};
 #[cfg(feature = "cuda")]
-pub(crate) use matvec::cuda::{self as on_gpu, quantised_row};
+pub(crate) use matvec::{
+    cuda::{self as on_gpu, quantised_row},
+    widen::{quantised_rows, widened_bytes},
+};
 pub(crate) use matvec::{has_blocks, matvec, widen, Rows};
 pub use memory::{device_memory, human_bytes, machine_memory, memory_of, release_memory, reset_peak, DeviceMemory};
 pub use norm::add_norm;

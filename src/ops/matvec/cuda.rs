@@ -1,5 +1,5 @@
 //! Launches the products of one row with matrices as they are held: `kernels/decode.cu` for 16-bit types,
-//! `kernels/decode_quantised.cu` for blocks.
+//! `kernels/quantised.cu` for blocks.
 
 use crate::error::{At, Error, Result};
 use crate::ops::cuda::{address, device, suffix, uninitialised, Kernel, Launch, Module};
@@ -70,9 +70,17 @@ impl Format {
     pub fn kernel(self, gpu: &CudaDevice, stem: &str, end: &str) -> Result<Kernel> {
         let (module, name) = match self {
             Self::Dense(dtype) => (Module::Decode, suffix(dtype)?),
-            Self::Blocks(dtype) => (Module::DecodeQuantised(dtype), block_name(dtype).unwrap_or_default()),
+            Self::Blocks(dtype) => (Module::Quantised(dtype), block_name(dtype).unwrap_or_default()),
         };
         Kernel::load(gpu, module, format!("{stem}_{name}{end}"))
+    }
+
+    /// Elements that a thread takes of a row.
+    pub fn unit(self) -> usize {
+        match self {
+            Self::Dense(_) | Self::Blocks(GgmlDType::Q8_0) => 8,
+            Self::Blocks(_) => 32,
+        }
     }
 
     /// Bytes of shared memory for a vector of `n`.

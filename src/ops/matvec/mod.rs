@@ -6,6 +6,8 @@
 
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+#[cfg(feature = "cuda")]
+pub(crate) mod widen;
 
 use super::blocks::{in_format, Block, InFormat};
 use candle_core::quantized::GgmlDType;

@@ -1,15 +1,18 @@
-// decode.cu's passes over weights that are held quantised: f32 arithmetic from the blocks as stored, without rounding the vector.
-// One format to a module (blocks.cuh): a model uses a few of them, and the driver translates only those.
+// Passes over weights that are held quantised, in f32 arithmetic from the blocks as stored, without rounding what they meet: those of a
+// decode step as in decode.cu, and the widening of a matrix for products of many rows. One format to a module (blocks.cuh): a model
+// uses a few of them, and the driver translates only those.
 //
 // decode_embed_FORMAT   x = embedding[token] * scale, and the rotary tables, as decode_embed.
 //                       Grid ceil(max(N, tables * half) / 256), 256 threads.
 // decode_MODE_FORMAT_R  W v and what becomes of it, as decode_matvec: up to three matrices [rows, N] of this format side by side.
 //                       Grid so that each warp gets R rows at a time, 256 threads, shared memory 16 (q + q / 8 + q / 32) bytes with
 //                       q = N / 4. N whole blocks.
+// widen_FORMAT_T        out = W, each element rounded once to T: `units` units of whole rows that follow one another; out aligned
+//                       to 16 bytes. Grid ceil(units / 256), 256 threads. Bound by the bytes written.
 //
-// A lane takes a unit of a block, 32 elements (q8_0: 8), and adds up what the unit's numbers and the vector give before it meets the
-// scale: sum_e (s q_e + m) v_e = s sum_e q_e v_e + m sum_e v_e. Bound by the weights' bytes where rows are many; where they are few,
-// as decode_matvec, by the chain of wait, vector, reduction and store.
+// A lane takes a unit of a block, 32 elements (q8_0: 8). A product adds up what the unit's numbers and the vector give before it meets
+// the scale: sum_e (s q_e + m) v_e = s sum_e q_e v_e + m sum_e v_e. Bound by the weights' bytes where rows are many; where they are
+// few, as decode_matvec, by the chain of wait, vector, reduction and store.
 #include "blocks.cuh"
 #include "matvec.cuh"
 
@@ -24,6 +27,21 @@ template <typename F> __device__ inline float dot4(uint32_t w, float4 v) {
   return number<F>(w, 0) * v.x + number<F>(w, 1) * v.y + number<F>(w, 2) * v.z + number<F>(w, 3) * v.w;
 }
 
+// Asks for a unit, and gives its elements four at a time: take(place among the float4 of the block, value).
+template <typename F, typename Take> __device__ inline void read_unit(const uint8_t *block, int part, Take take) {
+  typename F::Raw raw;
+  uint32_t w[F::WORDS];
+  float scale[F::GROUPS], min[F::GROUPS] = {};
+  F::load(raw, block, part);
+  F::widen(raw, block, part, w, scale, min);
+#pragma unroll
+  for (int k = 0; k < F::WORDS; k++) {
+    const int g = k * F::GROUPS / F::WORDS;
+    auto value = [&](int e) { return number<F>(w[k], e) * scale[g] + min[g]; };
+    take(F::quad(part, k), make_float4(value(0), value(1), value(2), value(3)));
+  }
+}
+
 template <typename F>
 __device__ void embed(const uint8_t *table, float factor, float *x, int n, const float *frequencies, const float *amplitudes, float *cos,
                       float *sin, int tables, int half, const DecodeState *state) {
@@ -34,18 +52,19 @@ __device__ void embed(const uint8_t *table, float factor, float *x, int n, const
   rotary(i, frequencies, amplitudes, cos, sin, tables, half, state->position);
   if (i >= n / (4 * F::WORDS)) return;
   const int block = i / F::PARTS, part = i % F::PARTS, blocks = n / (4 * PER_BLOCK);
-  const uint8_t *at = table + ((int64_t)state->token * blocks + block) * F::BYTES;
-  typename F::Raw raw;
-  uint32_t w[F::WORDS];
-  float scale[F::GROUPS], min[F::GROUPS] = {};
-  F::load(raw, at, part);
-  F::widen(raw, at, part, w, scale, min);
-#pragma unroll
-  for (int k = 0; k < F::WORDS; k++) {
-    const int g = k * F::GROUPS / F::WORDS;
-    auto value = [&](int e) { return (number<F>(w[k], e) * scale[g] + min[g]) * factor; };
-    ((float4 *)x)[block * PER_BLOCK + F::quad(part, k)] = make_float4(value(0), value(1), value(2), value(3));
-  }
+  read_unit<F>(table + ((int64_t)state->token * blocks + block) * F::BYTES, part, [&](int quad, float4 v) {
+    ((float4 *)x)[block * PER_BLOCK + quad] = make_float4(v.x * factor, v.y * factor, v.z * factor, v.w * factor);
+  });
+}
+
+template <typename T> __device__ inline void store4(T *out, float4 v) { *(uint2 *)out = make_uint2(pack<T>(v.x, v.y), pack<T>(v.z, v.w)); }
+template <> __device__ inline void store4(float *out, float4 v) { *(float4 *)out = v; }
+
+template <typename F, typename T> __device__ void widen(const uint8_t *w, T *out, int64_t units) {
+  const int64_t unit = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, block = unit / F::PARTS;
+  if (unit >= units) return;
+  T *to = out + block * (4 * F::PARTS * F::WORDS);
+  read_unit<F>(w + block * F::BYTES, unit % F::PARTS, [&](int quad, float4 v) { store4(to + 4 * quad, v); });
 }
 
 template <typename F, int MODE, int ROWS> __device__ void matvec(const MatvecParams &p) {
@@ -109,12 +128,19 @@ template <typename F, int MODE, int ROWS> __device__ void matvec(const MatvecPar
   if (lane == 0) outcome.report(p);
 }
 
+#define WIDEN(FORMAT, NAME, T)                                                                            \
+  extern "C" __global__ void widen_##FORMAT##_##NAME(const uint8_t *w, T *out, int64_t units) { \
+    widen<FORMAT>(w, out, units);                                                                         \
+  }
 #define INSTANCE(FORMAT)                                                                                                        \
   extern "C" __global__ void decode_embed_##FORMAT(const uint8_t *table, float scale, float *x, int n, const float *frequencies, \
                                                    const float *amplitudes, float *cos, float *sin, int tables, int half,        \
                                                    const DecodeState *state) {                                                  \
     embed<FORMAT>(table, scale, x, n, frequencies, amplitudes, cos, sin, tables, half, state);                                  \
   }                                                                                                                             \
+  WIDEN(FORMAT, bf16, __nv_bfloat16)                                                                                            \
+  WIDEN(FORMAT, f16, __half)                                                                                                    \
+  WIDEN(FORMAT, f32, float)                                                                                                     \
   MATVECS(FORMAT, FORMAT, __launch_bounds__(256, 2))
 // The build compiles each format apart, with ONLY_FORMAT set.
 #ifdef ONLY_FORMAT
