@@ -24,6 +24,7 @@
 //! | [`generate`] | prefill, decode, sampling, chat template |
 //! | [`cli`] | flags, progress, the memory ledger |
 //! | [`mod@bench`] | measurements and their form |
+//! | [`quality`] | what a retrofit keeps, against stock and against other methods |
 //! | `plot` | figures from measurements (feature `plot`) |
 //!
 //! # Example
@@ -66,6 +67,7 @@ pub mod nn;
 pub mod ops;
 #[cfg(feature = "plot")]
 pub mod plot;
+pub mod quality;
 pub mod retrofit;
 pub mod selector;
 pub mod spec;

@@ -87,7 +87,7 @@ pub enum Command {
 }
 
 /// What is measured.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct SubjectArgs {
     /// What is run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window, sink-tokens,
     /// partner, layers, ...). A KEY=VALUE belongs to the retrofit: before it. May be repeated.
@@ -258,7 +258,8 @@ pub struct KernelArgs {
     pub quiet: bool,
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+/// Parses a whole number from 1 up.
+pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) | Err(_) => Err("not a whole number from 1 up".into()),
         Ok(n) => Ok(n),

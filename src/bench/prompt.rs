@@ -88,28 +88,24 @@ pub fn bytes(ids: &[u32]) -> Vec<u8> {
     ids.iter().flat_map(|id| id.to_le_bytes()).collect()
 }
 
-fn random(tokens: usize, vocab: usize, seed: u64) -> Vec<u32> {
+/// Random ids, of which a shorter stream is a prefix.
+pub(crate) fn random(tokens: usize, vocab: usize, seed: u64) -> Vec<u32> {
     (0..tokens as u64).map(|i| (splitmix(seed, i) % vocab as u64) as u32).collect()
 }
 
 fn read(text: &Text, folder: &Path, tokens: usize, progress: OnProgress) -> Result<(Vec<u32>, Vec<String>)> {
-    let (mut ids, mut documents) = (vec![], vec![]);
+    let (mut ids, mut documents) = (text.encode("", true)?, vec![]);
     for path in files(folder)? {
         if ids.len() >= tokens {
             break;
         }
         let content = std::fs::read_to_string(&path).at(path.display())?;
-        let first = documents.is_empty();
-        for (i, batch) in pieces(&content).chunks(BATCH).enumerate() {
-            let encode = |(j, piece): (usize, &&str)| text.encode(piece, first && i == 0 && j == 0);
-            for part in batch.par_iter().enumerate().map(encode).collect::<Result<Vec<_>>>()? {
-                ids.extend(part);
-            }
-            progress("tokenise", ids.len().min(tokens) as u64, tokens as u64);
-            if ids.len() >= tokens {
-                break;
-            }
-        }
+        let before = ids.len();
+        let mut go_on = |n: usize| {
+            progress("tokenise", (before + n).min(tokens) as u64, tokens as u64);
+            before + n < tokens
+        };
+        ids.extend(encode(text, &content, &mut go_on)?);
         documents.push(path.file_name().unwrap_or_default().to_string_lossy().into_owned());
     }
     if ids.len() < tokens {
@@ -125,8 +121,24 @@ fn read(text: &Text, folder: &Path, tokens: usize, progress: OnProgress) -> Resu
     Ok((ids, documents))
 }
 
+/// Ids of one document, without what begins a text. `go_on` hears how many there are, and says whether more are wanted.
+///
+/// # Errors
+/// A tokenizer that fails.
+pub(crate) fn encode(text: &Text, content: &str, go_on: &mut dyn FnMut(usize) -> bool) -> Result<Vec<u32>> {
+    let mut ids = vec![];
+    for batch in pieces(content).chunks(BATCH) {
+        let parts: Result<Vec<_>> = batch.par_iter().map(|piece| text.encode(piece, false)).collect();
+        ids.extend(parts?.into_iter().flatten());
+        if !go_on(ids.len()) {
+            break;
+        }
+    }
+    Ok(ids)
+}
+
 /// The documents in order.
-fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let manifest = folder.join("manifest.json");
     if !manifest.exists() {
         let message = "holds no manifest.json; fetch the texts with scripts/fetch_texts.py";

@@ -13,8 +13,8 @@ use candle_core::Device;
 use std::path::Path;
 
 /// A checkpoint on the device that it is for.
-pub struct Subject<'a> {
-    args: &'a SubjectArgs,
+pub struct Subject {
+    args: SubjectArgs,
     checkpoint: Checkpoint,
     /// Where --model names one.
     patch: Option<Patch>,
@@ -23,15 +23,20 @@ pub struct Subject<'a> {
     pub device: Device,
 }
 
-impl<'a> Subject<'a> {
+impl Subject {
     /// Opens what `args` name; weights are not read.
     ///
     /// # Errors
     /// A checkpoint that is not there or not understood.
-    pub fn open(args: &'a SubjectArgs, device: Device, progress: OnProgress) -> Result<Self> {
+    pub fn open(args: &SubjectArgs, device: Device, progress: OnProgress) -> Result<Self> {
         let (checkpoint, patch) = open(args, progress)?;
         let hold = hold_as(args.model.dtype.parse::<Held>()?, &checkpoint, &device);
-        Ok(Self { args, checkpoint, patch, hold, device })
+        Ok(Self { args: args.clone(), checkpoint, patch, hold, device })
+    }
+
+    /// What was opened.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
     }
 
     /// What it is run as.

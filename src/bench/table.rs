@@ -37,11 +37,13 @@ fn remark(header: &Header) -> String {
     header.random_weights.map_or(String::new(), random)
 }
 
-/// Aligns `rows`: names, in the second column, to the left, figures to the right.
-fn columns<const N: usize>(rows: &[[String; N]]) -> String {
-    let widths: [usize; N] = std::array::from_fn(|i| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0));
+/// Aligns `rows` of equal length: names, in the second column, to the left, figures to the right.
+pub(crate) fn columns(rows: &[impl AsRef<[String]>]) -> String {
+    let count = rows.first().map_or(0, |r| r.as_ref().len());
+    let width = |i: usize| rows.iter().map(|r| r.as_ref()[i].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..count).map(width).collect();
     let mut out = String::new();
-    for row in rows {
+    for row in rows.iter().map(AsRef::as_ref) {
         let cell = |(i, text): (usize, &String)| match i {
             1 => format!("{text:<width$}", width = widths[i]),
             _ => format!("{text:>width$}", width = widths[i]),

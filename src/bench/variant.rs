@@ -21,6 +21,13 @@ pub struct Variant {
     pub plan: Option<RetrofitPlan>,
 }
 
+impl Variant {
+    /// The model as it came.
+    pub fn stock() -> Self {
+        Self { name: "stock".into(), plan: None }
+    }
+}
+
 /// What a setting does to the plan that it is applied to.
 type Apply = fn(&mut Settings, &str) -> Result<(), String>;
 
@@ -88,7 +95,7 @@ pub fn parse(lists: &[String], base: Option<&RetrofitPlan>, spec: &ModelSpec) ->
 
 fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec) -> Result<Variant> {
     if name == "stock" {
-        return Ok(Variant { name, plan: None });
+        return Ok(Variant::stock());
     }
     let place = || format!("{FLAG} {name}");
     let mut settings = base.map_or_else(Settings::default, |p| p.settings.clone());

@@ -97,7 +97,7 @@ pub struct RunArgs {
 }
 
 /// Where weights come from and how they are held.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
     /// Hub id, directory, GGUF file, or a patch made with --save.

@@ -19,13 +19,14 @@ pub use progress::Bars;
 pub use retrofit::run;
 pub use size::{parse_bytes, parse_count, parse_size, short_count};
 
-/// Runs `f` and turns its error into a message on stderr and exit code 2.
+/// Runs `f` and turns its error into a message on stderr and an exit code: 1 where a figure that was asked for was missed, 2 for the
+/// rest.
 pub fn main_with(f: impl FnOnce() -> crate::Result<()>) -> std::process::ExitCode {
     match f() {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("error: {e}");
-            std::process::ExitCode::from(2)
+            std::process::ExitCode::from(if e.kind() == crate::ErrorKind::Quality { 1 } else { 2 })
         }
     }
 }

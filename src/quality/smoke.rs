@@ -1,0 +1,121 @@
+//! Distributions and greedy text of retrofits against stock, on the same tokens of real text.
+//!
+//! Each text is read twice or more: by stock, then by every variant, each with a cache of its own. Distributions are compared at the
+//! text's last positions, where a retrofit has the most to have lost; greedy text goes on from there through decode.
+
+use super::args::SmokeArgs;
+use super::documents::{Documents, Part};
+use super::format::{DocumentScore, Smoke, SmokeRun, Subject, SMOKE};
+use super::gate::Gate;
+use super::metrics::{compare, TOP};
+use super::runner::Runner;
+use super::table::smoke_table;
+use crate::bench::file::{prove_writable, save};
+use crate::bench::format::{Kv, SCHEMA_VERSION};
+use crate::bench::prompt::hash;
+use crate::bench::summary::kv;
+use crate::bench::variant::Variant;
+use crate::cli::{short_count, Bars};
+use crate::error::{Error, Result};
+use crate::generate::{Request, Sampler, Sampling, Session};
+use crate::model::Model;
+use candle_core::Tensor;
+use std::io::Write;
+
+/// What one reading of a text gives.
+struct Reading {
+    /// `[positions, vocab]`.
+    logits: Tensor,
+    greedy: Vec<u32>,
+    kv: Kv,
+}
+
+/// Compares, prints a table, writes the results, and judges them by the gates that were asked for.
+///
+/// # Errors
+/// Bad flags or files, named, before weights are read; a variant that cannot be run; a gate that was missed.
+pub fn run(args: &SmokeArgs) -> Result<()> {
+    let bars = Bars::new(args.judged.quiet);
+    let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
+    let gates = Gate::parse(&args.fail_below, &args.fail_above)?;
+    args.out.as_deref().map(prove_writable).transpose()?;
+    let contexts = args.contexts()?;
+    let opened = args.judged.open(&progress)?;
+    args.judged.check_trained(&opened, &contexts, &bars)?;
+    let variants = opened.variants()?;
+    let (least, most) = (contexts[0], contexts[contexts.len() - 1]);
+    let documents = Documents::open(opened.checkpoint(), &args.judged.texts, args.documents, (least, most), &progress)?;
+    let mut runner = Runner::new(opened.load(least, &progress)?);
+    let mut smoke = Smoke {
+        kind: SMOKE.into(),
+        schema_version: SCHEMA_VERSION,
+        header: opened.header(),
+        positions: args.positions,
+        greedy_tokens: args.greedy,
+        top: TOP,
+        prefill_chunk: args.judged.prefill_chunk,
+        runs: vec![],
+    };
+    let work: Vec<(usize, Vec<Part>)> = contexts.iter().map(|c| (*c, documents.parts(*c))).collect();
+    if let Some((ctx, _)) = work.iter().find(|(_, parts)| parts.is_empty()) {
+        let message = format!("no document of {} holds {} tokens", args.judged.texts.display(), short_count(*ctx));
+        return Err(Error::usage("--ctx", message));
+    }
+    let total: usize = work.iter().map(|(ctx, parts)| ctx * parts.len() * (1 + variants.len())).sum();
+    let mut done = 0;
+    for (ctx, parts) in &work {
+        for part in parts {
+            let mut read = |variant: &Variant| {
+                let read = runner.run(variant, *ctx, |model| {
+                    let on_tokens = &mut |n: usize| bars.show("smoke", (done + n) as u64, total as u64);
+                    reading(model, part, args, on_tokens)
+                });
+                done += ctx;
+                read
+            };
+            let stock = read(&Variant::stock())?;
+            for variant in &variants {
+                let other = read(variant)?;
+                let from = part.ids.len() - args.greedy - args.positions;
+                let next = &part.ids[from + 1..from + 1 + args.positions];
+                let score = DocumentScore {
+                    document: part.document.clone(),
+                    offset: part.offset,
+                    sha256: hash(&part.ids),
+                    ..DocumentScore::of(&compare(&stock.logits, &other.logits, next)?, &stock.greedy, &other.greedy)
+                };
+                entry(&mut smoke, variant, *ctx, other.kv).documents.push(score);
+            }
+        }
+        // What is measured so far is whole.
+        args.out.as_deref().map(|out| save(out, &smoke)).transpose()?;
+    }
+    bars.show("smoke", total as u64, total as u64);
+    // A closed pipe does not undo the file.
+    let _ = write!(std::io::stdout(), "{}", smoke_table(&smoke));
+    Gate::judge(&gates, &smoke)
+}
+
+/// Reads all of `part` but the room for greedy text, which is then made.
+fn reading(model: &Model, part: &Part, args: &SmokeArgs, on_tokens: &mut dyn FnMut(usize)) -> Result<Reading> {
+    let mut session = Session::new(model)?;
+    let request = Request {
+        prompt: &part.ids[..part.ids.len() - args.greedy],
+        max_new_tokens: args.greedy,
+        chunk: args.judged.prefill_chunk,
+        stop: &[],
+        logits_last: args.positions,
+    };
+    let made = session.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, on_tokens, &mut |_| true)?;
+    Ok(Reading { logits: made.prompt_logits, greedy: made.tokens, kv: kv(session.cache()) })
+}
+
+/// The run of `variant` at `ctx`, put there if it is not.
+fn entry<'a>(smoke: &'a mut Smoke, variant: &Variant, ctx: usize, kv: Kv) -> &'a mut SmokeRun {
+    let same = |r: &SmokeRun| (r.subject.variant.as_str(), r.ctx) == (variant.name.as_str(), ctx);
+    let at = smoke.runs.iter().position(same).unwrap_or_else(|| {
+        smoke.runs.push(SmokeRun { subject: Subject::of(variant, kv), ctx, documents: vec![] });
+        smoke.runs.len() - 1
+    });
+    &mut smoke.runs[at]
+}
