@@ -28,18 +28,28 @@ pub struct Estimate {
 impl Estimate {
     /// Of independent values; `None` of none.
     pub fn of(values: &[f64]) -> Option<Self> {
-        let n = values.len();
+        Self::of_groups(&[values])
+    }
+
+    /// The mean over groups of the mean of each, whose values are drawn again within it; `None` of nothing.
+    pub fn of_groups(groups: &[impl AsRef<[f64]>]) -> Option<Self> {
+        let groups: Vec<&[f64]> = groups.iter().map(AsRef::as_ref).filter(|g| !g.is_empty()).collect();
+        let n: usize = groups.iter().map(|g| g.len()).sum();
         if n == 0 {
             return None;
         }
-        let mean = |draw: &mut dyn FnMut(usize) -> f64| (0..n).map(draw).sum::<f64>() / n as f64;
-        let whole = mean(&mut |i| values[i]);
-        if n == 1 {
+        let mean = |of: &dyn Fn(usize, &[f64]) -> f64| {
+            groups.iter().enumerate().map(|(i, g)| of(i, g) / g.len() as f64).sum::<f64>() / groups.len() as f64
+        };
+        let whole = mean(&|_, g| g.iter().sum());
+        if n == groups.len() {
             return Some(Self { mean: whole, low: None, high: None, n });
         }
-        let mut means: Vec<f64> = (0..DRAWS as u64)
-            .map(|draw| mean(&mut |i| values[(splitmix(draw, i as u64) % n as u64) as usize]))
-            .collect();
+        let drawn = |draw: u64, group: usize, values: &[f64]| -> f64 {
+            let key = draw << 16 | group as u64;
+            (0..values.len()).map(|i| values[(splitmix(key, i as u64) % values.len() as u64) as usize]).sum()
+        };
+        let mut means: Vec<f64> = (0..DRAWS as u64).map(|draw| mean(&|i, g| drawn(draw, i, g))).collect();
         means.sort_by(f64::total_cmp);
         let at = |share: f64| means[((DRAWS - 1) as f64 * share).round() as usize];
         let outside = (1.0 - LEVEL) / 2.0;
@@ -105,6 +115,16 @@ mod tests {
         assert!(d.differs() && (d.mean - 0.555).abs() < 1e-9, "{d:?}");
         assert!(!Estimate::of_differences(&b, &b).unwrap().differs());
         assert_eq!(Estimate::of_differences(&a, &b[1..]), None);
+    }
+
+    #[test]
+    fn groups_have_equal_weight_and_are_drawn_from_apart() {
+        let e = Estimate::of_groups(&[vec![1.0; 30], vec![0.0; 3]]).unwrap();
+        assert_eq!((e.mean, e.low, e.high, e.n), (0.5, Some(0.5), Some(0.5), 33), "nothing varies within a group");
+        // Together they would vary with how often each is drawn.
+        let all = Estimate::of(&[vec![1.0; 30], vec![0.0; 30]].concat()).unwrap();
+        assert!(all.low.unwrap() < 0.4 && all.high.unwrap() > 0.6);
+        assert_eq!(Estimate::of_groups::<Vec<f64>>(&[vec![], vec![]]), None);
     }
 
     #[test]

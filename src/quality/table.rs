@@ -1,10 +1,12 @@
 //! Results as people read them.
 
+use super::answers::{Answers, Cell};
 use super::format::Smoke;
 use super::gate::{Metric, METRICS};
 use super::stats::Estimate;
 use crate::bench::table::columns;
 use crate::cli::short_count;
+use std::collections::BTreeSet;
 
 /// Metrics that a terminal has room for; the rest is in the JSON.
 const SHOWN: [&str; 6] = ["kl", "top1", "overlap", "loss-added", "greedy", "greedy-equal"];
@@ -40,4 +42,91 @@ pub fn smoke_table(smoke: &Smoke) -> String {
         smoke.positions, smoke.top, smoke.greedy_tokens
     );
     columns(&rows) + &about + &remark.unwrap_or_default()
+}
+
+/// Lengths that were asked at, rising.
+fn lengths(answers: &Answers) -> BTreeSet<usize> {
+    answers.cells.iter().map(|c| c.length).collect()
+}
+
+/// Values of `f` in order of first occurrence, each once.
+fn distinct<'a, T: PartialEq>(cells: &[&'a Cell], f: impl Fn(&'a Cell) -> T) -> Vec<T> {
+    let mut found = vec![];
+    for value in cells.iter().map(|c| f(c)) {
+        if !found.contains(&value) {
+            found.push(value);
+        }
+    }
+    found
+}
+
+/// For each length one row per variant: the mean score of every task in percent, and the mean over all with its interval.
+pub fn answers_table(answers: &Answers) -> String {
+    let mut out = String::new();
+    for length in lengths(answers) {
+        let cells: Vec<&Cell> = answers.cells.iter().filter(|c| c.length == length).collect();
+        let tasks = distinct(&cells, |c| c.task.as_str());
+        let mut head = vec![short_count(length), "variant".into(), "KV of dense".into(), "samples".into()];
+        head.extend(tasks.iter().map(|t| t.trim_start_matches("niah_").to_string()));
+        head.push("mean".into());
+        let mut rows = vec![head];
+        for variant in distinct(&cells, |c| c.subject.variant.as_str()) {
+            let own: Vec<&Cell> = cells.iter().copied().filter(|c| c.subject.variant == variant).collect();
+            let kv = own[0].subject.kv;
+            let peak = kv.peak_bytes.unwrap_or(kv.total_bytes);
+            let samples = own.iter().map(|c| c.answers.len());
+            let mut row = vec![
+                String::new(),
+                variant.into(),
+                format!("{:.4}x", peak as f64 / kv.dense_bytes as f64),
+                samples.clone().sum::<usize>().to_string(),
+            ];
+            let of = |task: &str| own.iter().find(|c| c.task == task).and_then(|c| c.score());
+            row.extend(tasks.iter().map(|t| of(t).map_or("-".into(), |e| format!("{:.1}", e.mean))));
+            row.push(mean_score(&own).map_or("-".into(), |e| e.show(1)));
+            rows.push(row);
+        }
+        out += &columns(&rows);
+    }
+    out + "scores in percent; the last column is the mean over tasks with its 95% interval; KV is the most that was allocated at once\n"
+}
+
+/// The mean over tasks, each with the same weight; samples are drawn again within their task.
+fn mean_score(cells: &[&Cell]) -> Option<Estimate> {
+    let groups: Vec<Vec<f64>> =
+        cells.iter().map(|c| c.answers.iter().map(|a| 100.0 * a.score).collect()).collect();
+    Estimate::of_groups(&groups)
+}
+
+/// For each length and variant one row, a column per depth.
+pub fn grid_table(answers: &Answers) -> String {
+    let mut out = String::new();
+    for length in lengths(answers) {
+        let cells: Vec<&Cell> = answers.cells.iter().filter(|c| c.length == length).collect();
+        let mut depths: Vec<f64> = cells.iter().flat_map(|c| c.answers.iter().filter_map(|a| a.depth)).collect();
+        depths.sort_by(f64::total_cmp);
+        depths.dedup();
+        let mut head = vec![short_count(length), "variant".into(), "KV of dense".into()];
+        head.extend(depths.iter().map(|d| format!("{:.0}%", 100.0 * d)));
+        head.push("mean".into());
+        let mut rows = vec![head];
+        for cell in &cells {
+            let kv = cell.subject.kv;
+            let peak = kv.peak_bytes.unwrap_or(kv.total_bytes);
+            let mut row = vec![
+                String::new(),
+                cell.subject.variant.clone(),
+                format!("{:.4}x", peak as f64 / kv.dense_bytes as f64),
+            ];
+            let at = |depth: &f64| {
+                let own = cell.answers.iter().filter(|a| a.depth == Some(*depth));
+                Estimate::of(&own.map(|a| 100.0 * a.score).collect::<Vec<_>>())
+            };
+            row.extend(depths.iter().map(|d| at(d).map_or("-".into(), |e| format!("{:.0}", e.mean))));
+            row.push(cell.score().map_or("-".into(), |e| e.show(1)));
+            rows.push(row);
+        }
+        out += &columns(&rows);
+    }
+    out + "scores in percent by depth of the needle (0% is the context's beginning); the mean with its 95% interval\n"
 }

@@ -1,0 +1,255 @@
+//! Answers of variants to sets of samples: a cell per task, length and variant, each sample kept, taken up again where it was cut off.
+
+use super::asking::{Asking, Prompt};
+use super::format::Subject;
+use super::runner::Runner;
+use super::stats::Estimate;
+use super::tasks::{rule, Rule, Sample};
+use crate::bench::file::{header_difference, prove_writable, save};
+use crate::bench::format::{read, Header, SCHEMA_VERSION};
+use crate::bench::prompt::hash;
+use crate::bench::variant::Variant;
+use crate::cli::{short_count, Bars};
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// `kind` of a file of answers.
+pub const ANSWERS: &str = "bfly-answers";
+
+/// Answers to tasks.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Answers {
+    /// [`ANSWERS`].
+    pub kind: String,
+    /// Version of the form.
+    pub schema_version: u32,
+    /// Model, machine and build.
+    #[serde(flatten)]
+    pub header: Header,
+    /// When it was taken up again, if ever.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub resumed: Vec<String>,
+    /// How samples were made and put.
+    pub asked: Asked,
+    /// One entry per variant, task and length.
+    pub cells: Vec<Cell>,
+}
+
+/// How samples were made and put: the same for all of a file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Asked {
+    /// Seed of the samples; null where they were read from a file.
+    pub seed: Option<u64>,
+    /// The file of samples that was read.
+    pub from: Option<String>,
+    /// Whether prompts went into the model's chat template.
+    pub chat: bool,
+    /// Whether methods that evict did so before they had read the question.
+    pub question_unseen: bool,
+    /// Tokens to a prefill chunk.
+    pub prefill_chunk: usize,
+}
+
+/// A variant on the samples of one task and length.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Cell {
+    /// What was run, and what it held.
+    #[serde(flatten)]
+    pub subject: Subject,
+    /// The task.
+    pub task: String,
+    /// How its answers are scored.
+    pub rule: Rule,
+    /// Tokens of a prompt and its answer, at most; also the positions provisioned.
+    pub length: usize,
+    /// Seconds for all samples, tokens to answers.
+    pub seconds: f64,
+    /// Every sample.
+    pub answers: Vec<Answer>,
+}
+
+/// An answer to a sample.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Answer {
+    /// Number of the sample.
+    pub index: usize,
+    /// Hash of the prompt's ids.
+    pub sha256: String,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Where the needle lies, in a grid.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub depth: Option<f64>,
+    /// The answer's text,
+    pub answer: String,
+    /// its tokens,
+    pub tokens: usize,
+    /// and its score, 0 to 1.
+    pub score: f64,
+}
+
+impl Cell {
+    /// The mean score in percent, with its interval.
+    pub fn score(&self) -> Option<Estimate> {
+        Estimate::of(&self.answers.iter().map(|a| 100.0 * a.score).collect::<Vec<_>>())
+    }
+}
+
+/// Samples of one task and length, ready to be put.
+pub struct Set {
+    /// The task.
+    pub task: String,
+    /// Tokens of a prompt and its answer, at most.
+    pub length: usize,
+    /// The samples with their tokens.
+    pub samples: Vec<(Sample, Prompt)>,
+}
+
+/// A file of answers and where it is kept.
+pub struct AnswersFile {
+    path: Option<PathBuf>,
+    /// What is in it.
+    pub answers: Answers,
+}
+
+impl AnswersFile {
+    /// Begins, or goes on where an earlier run at `path` stopped.
+    ///
+    /// # Errors
+    /// No way to write there; a file that is none of these, or of something else: what differs.
+    pub fn open(path: Option<&Path>, header: Header, asked: Asked) -> Result<Self> {
+        let fresh = Answers {
+            kind: ANSWERS.into(),
+            schema_version: SCHEMA_VERSION,
+            header,
+            resumed: vec![],
+            asked,
+            cells: vec![],
+        };
+        let Some(place) = path else { return Ok(Self { path: None, answers: fresh }) };
+        prove_writable(place)?;
+        if !place.exists() {
+            return Ok(Self { path: path.map(Into::into), answers: fresh });
+        }
+        let mut answers: Answers = read(place, ANSWERS)?;
+        let show = |a: &Asked| serde_json::to_string(a).unwrap_or_default();
+        let other = (answers.asked != fresh.asked).then(|| ("way of asking", show(&answers.asked), show(&fresh.asked)));
+        if let Some((what, was, now)) = header_difference(&answers.header, &fresh.header).or(other) {
+            let message = format!("was measured with another {what}: {was} there, {now} here; choose another --out");
+            return Err(Error::usage(format!("--out {}", place.display()), message));
+        }
+        answers.resumed.push(fresh.header.started);
+        Ok(Self { path: path.map(Into::into), answers })
+    }
+
+    /// The cell of a variant, with the answers that it has.
+    fn find(&self, variant: &Variant, set: &Set) -> Option<usize> {
+        let key = (&variant.name, &set.task, set.length);
+        self.answers.cells.iter().position(|c| (&c.subject.variant, &c.task, c.length) == key)
+    }
+
+    /// Samples of `set` that `variant` has yet to answer.
+    ///
+    /// # Errors
+    /// Answers to other prompts under the same name.
+    pub fn missing<'a>(&self, variant: &Variant, set: &'a Set) -> Result<&'a [(Sample, Prompt)]> {
+        let Some(at) = self.find(variant, set) else { return Ok(&set.samples) };
+        let had = &self.answers.cells[at];
+        let same = had.answers.iter().zip(&set.samples).all(|(a, (_, p))| a.sha256 == hash(&p.ids()));
+        if !same || had.subject.plan != variant.plan {
+            let message = format!(
+                "holds answers of {} to {} at {} with other prompts or another plan; choose another --out",
+                variant.name,
+                set.task,
+                short_count(set.length)
+            );
+            return Err(Error::usage("--out", message));
+        }
+        Ok(&set.samples[had.answers.len().min(set.samples.len())..])
+    }
+
+    /// Puts what is missing of `set` to `variant`, and saves.
+    ///
+    /// # Errors
+    /// A variant that cannot be run; no way to write.
+    pub fn ask(
+        &mut self,
+        runner: &mut Runner,
+        asking: &Asking,
+        (variant, set): (&Variant, &Set),
+        on_tokens: &mut dyn FnMut(usize),
+    ) -> Result<&Cell> {
+        let rule = rule(&set.task)?;
+        let missing = self.missing(variant, set)?;
+        let begin = Instant::now();
+        let (mut done, mut subject, mut made) = (0, None, vec![]);
+        for (sample, prompt) in missing {
+            let room = sample.max_new_tokens;
+            let ctx = set.length.max(prompt.tokens() + room);
+            let (answer, tokens, kv) = runner.run(variant, ctx, |model| {
+                asking.answer(model, prompt, room, &mut |n| on_tokens(done + n))
+            })?;
+            done += prompt.tokens();
+            subject = Some(Subject::of(variant, kv));
+            made.push(Answer {
+                index: sample.index,
+                sha256: hash(&prompt.ids()),
+                prompt_tokens: prompt.tokens(),
+                depth: sample.depth,
+                score: rule.score(&answer, &sample.outputs),
+                answer,
+                tokens,
+            });
+        }
+        let at = match (self.find(variant, set), subject) {
+            (Some(at), _) => at,
+            (None, Some(subject)) => {
+                let (task, length) = (set.task.clone(), set.length);
+                self.answers.cells.push(Cell { subject, task, rule, length, seconds: 0.0, answers: vec![] });
+                self.answers.cells.len() - 1
+            }
+            (None, None) => return Err(Error::usage("--samples", format!("no samples of {}", set.task))),
+        };
+        let cell = &mut self.answers.cells[at];
+        cell.answers.extend(made);
+        cell.seconds += begin.elapsed().as_secs_f64();
+        if let Some(path) = &self.path {
+            save(path, &self.answers)?;
+        }
+        Ok(&self.answers.cells[at])
+    }
+}
+
+/// Puts every set to every variant, and says what came of each.
+///
+/// # Errors
+/// As [`AnswersFile::ask`].
+pub fn ask_all(
+    file: &mut AnswersFile,
+    runner: &mut Runner,
+    asking: &Asking,
+    variants: &[Variant],
+    sets: &[Set],
+    bars: &Bars,
+) -> Result<()> {
+    let tokens = |samples: &[(Sample, Prompt)]| samples.iter().map(|(_, p)| p.tokens()).sum::<usize>();
+    let mut total = 0;
+    for (set, variant) in sets.iter().flat_map(|s| variants.iter().map(move |v| (s, v))) {
+        total += tokens(file.missing(variant, set)?);
+    }
+    let mut done = 0;
+    for set in sets {
+        for variant in variants {
+            let own = tokens(file.missing(variant, set)?);
+            let on_tokens = &mut |n: usize| bars.show("ask", (done + n) as u64, total as u64);
+            let cell = file.ask(runner, asking, (variant, set), on_tokens)?;
+            let score = cell.score().map_or("-".into(), |s| s.show(1));
+            bars.say(&format!("{:>5}  {:<16} {:<40} {score}", short_count(set.length), set.task, variant.name));
+            done += own;
+        }
+    }
+    bars.show("ask", total as u64, total as u64);
+    Ok(())
+}

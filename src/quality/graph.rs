@@ -1,0 +1,135 @@
+//! What a plan's queries read at the measured positions: whether two plans differ there at all, and how many summaries they read.
+
+use crate::error::Result;
+use crate::retrofit::{Pool, RetrofitPlan, Settings};
+use crate::selector;
+use std::ops::Range;
+
+/// What the measured queries of a plan read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Graph {
+    layers: Vec<usize>,
+    /// Window, alignment, sinks, block size: what is read raw.
+    raw: (usize, String, usize, usize),
+    /// Per swapped layer, per measured block: the blocks whose summaries are read.
+    routes: Vec<Vec<Vec<usize>>>,
+    /// How summaries are made and scored; nothing where none is read.
+    summaries: Option<(Pool, String, u64)>,
+}
+
+impl Graph {
+    /// Of `plan`, provisioned for `ctx`, at `positions`.
+    ///
+    /// # Errors
+    /// An unknown rule.
+    pub fn of(plan: &RetrofitPlan, ctx: usize, positions: Range<usize>) -> Result<Self> {
+        let s = &plan.settings;
+        let (rule, grid) = (selector::find(&s.partner)?, s.grid(ctx));
+        let blocks = positions.start / s.block..=positions.end.saturating_sub(1) / s.block;
+        let read = |ordinal: usize, block: usize| -> Vec<usize> {
+            let routed = selector::route(rule, &grid, ordinal, s.partner_count, block);
+            routed.into_iter().filter(|n| s.pooled_count(*n) > 0).collect()
+        };
+        let routes: Vec<Vec<Vec<usize>>> =
+            (0..plan.layers.len()).map(|j| blocks.clone().map(|b| read(j, b)).collect()).collect();
+        let any = routes.iter().flatten().any(|r| !r.is_empty());
+        Ok(Self {
+            layers: plan.layers.clone(),
+            raw: (s.window, format!("{:?}", s.window_align), s.sink_tokens, s.block),
+            summaries: any.then(|| (s.pool, format!("{:?}", s.far_position), s.summary_bias.to_bits())),
+            routes,
+        })
+    }
+
+    /// Summaries that a query reads in a swapped layer, as a mean over layers and measured blocks.
+    pub fn summaries_per_query(&self) -> f64 {
+        let counts: Vec<usize> = self.routes.iter().flatten().map(Vec::len).collect();
+        counts.iter().sum::<usize>() as f64 / counts.len().max(1) as f64
+    }
+}
+
+/// `settings` with the widest window for which `bytes` of the plan are no more than `target`, and those bytes; `None` where not even
+/// a window of one block is that small.
+///
+/// # Errors
+/// Those of `bytes`.
+pub fn widest_window(
+    settings: &Settings,
+    target: u64,
+    most: usize,
+    bytes: impl Fn(&Settings) -> Result<u64>,
+) -> Result<Option<(Settings, u64)>> {
+    let with = |blocks: usize| Settings { window: blocks * settings.block, ..settings.clone() };
+    let (mut fits, mut beyond) = (0, most.div_ceil(settings.block) + 1);
+    while beyond - fits > 1 {
+        let middle = usize::midpoint(fits, beyond);
+        match bytes(&with(middle))? <= target {
+            true => fits = middle,
+            false => beyond = middle,
+        }
+    }
+    match fits {
+        0 => Ok(None),
+        blocks => Ok(Some((with(blocks), bytes(&with(blocks))?))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::Cache;
+    use crate::checkpoint::Checkpoint;
+    use candle_core::DType;
+
+    fn plan(settings: Settings) -> RetrofitPlan {
+        let spec = Checkpoint::random("tests/fixtures/shapes/qwen2.5-0.5b", 0).unwrap().spec;
+        RetrofitPlan::new(&spec, None, settings).unwrap()
+    }
+
+    fn graph(settings: Settings) -> Graph {
+        Graph::of(&plan(settings), 8192, 8000..8192).unwrap()
+    }
+
+    #[test]
+    fn what_is_never_read_makes_no_difference() {
+        let local = Settings { partner: "local".into(), ..Settings::default() };
+        let biased = Settings { summary_bias: 1.0, ..local.clone() };
+        assert_eq!(graph(local.clone()), graph(biased.clone()), "a bias on summaries that no query reads");
+        let read = Settings { partner: "causal_shift".into(), ..biased };
+        assert_ne!(graph(read.clone()), graph(Settings { summary_bias: 0.0, ..read }));
+        // A seed matters to one rule only.
+        let seeded = |partner: &str, seed| Settings { partner: partner.into(), seed, ..Settings::default() };
+        assert_eq!(graph(seeded("xor", 1)), graph(seeded("xor", 2)));
+        assert_ne!(graph(seeded("random", 1)), graph(seeded("random", 2)));
+        assert_ne!(graph(local.clone()), graph(Settings { window: 1024, ..local }));
+    }
+
+    #[test]
+    fn summaries_are_counted_per_layer_and_block() {
+        let count = |partner: &str, partner_count| {
+            graph(Settings { partner: partner.into(), partner_count, ..Settings::default() }).summaries_per_query()
+        };
+        assert_eq!(count("local", 1), 0.0);
+        // Blocks 62 and 63 of 64: 5, 10, 20 and 40 blocks back all exist.
+        assert_eq!((count("causal_shift", 1), count("causal_shift", 2)), (1.0, 2.0));
+        assert_eq!(count("all", 1), 58.5);
+    }
+
+    #[test]
+    fn the_window_takes_what_a_rule_leaves() -> Result<()> {
+        let spec = Checkpoint::random("tests/fixtures/shapes/qwen2.5-0.5b", 0)?.spec;
+        let bytes = |s: &Settings| {
+            let plan = RetrofitPlan::new(&spec, None, s.clone())?;
+            Ok(Cache::bytes_for(&spec, Some(&plan), 8192, DType::BF16, false)?.0)
+        };
+        let base = Settings { block: 16, window: 512, partner_count: 4, ..Settings::default() };
+        let target = bytes(&base)?;
+        let local = Settings { partner: "local".into(), ..base.clone() };
+        let (wide, took) = widest_window(&local, target, 8192, bytes)?.unwrap();
+        assert!(wide.window > base.window && took <= target, "{} tokens, {took} of {target}", wide.window);
+        assert!(bytes(&Settings { window: wide.window + 16, ..local })? > target, "one block more is too much");
+        assert_eq!(widest_window(&base, target, 8192, bytes)?.unwrap().0, base);
+        assert_eq!(widest_window(&base, 1000, 8192, bytes)?, None);
+        Ok(())
+    }
+}

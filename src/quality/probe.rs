@@ -1,0 +1,184 @@
+//! What layers and settings are judged by, together: distributions on text, in prefill and in decode, and the loss on the answers
+//! that needles ask for.
+//!
+//! A score per sample would need hundreds of samples to tell small changes apart; the loss on the expected answer changes smoothly, and
+//! long before a needle is lost.
+
+use super::asking::{Asking, Prompt};
+use super::documents::Part;
+use super::format::Subject;
+use super::metrics::{compare, Position};
+use super::runner::Runner;
+use crate::bench::summary::kv;
+use crate::bench::variant::Variant;
+use crate::error::Result;
+use crate::generate::Session;
+use crate::model::Model;
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+/// What is read.
+pub struct Probe<'a> {
+    /// Texts of one length.
+    pub parts: Vec<Part>,
+    /// Questions, each with the answer that is expected.
+    pub questions: Vec<(Prompt, String)>,
+    /// How they are put.
+    pub asking: &'a Asking,
+    /// Last positions of a text that are compared after prefill,
+    pub prefill: usize,
+    /// and after them, read one by one as decode does.
+    pub decode: usize,
+    /// Tokens to a prefill chunk.
+    pub chunk: usize,
+    /// Positions provisioned.
+    pub ctx: usize,
+}
+
+/// Stock's logits on the texts.
+pub struct Reference(Vec<Tensor>);
+
+/// What a variant is worth.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    /// What was run, and what it held.
+    #[serde(flatten)]
+    pub subject: Subject,
+    /// One entry per text.
+    pub texts: Vec<TextScore>,
+    /// One entry per question.
+    pub answers: Vec<AnswerScore>,
+}
+
+/// A variant against stock on one text; means over positions.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TextScore {
+    /// The document.
+    pub document: String,
+    /// KL from stock after prefill, in nats,
+    pub kl: f64,
+    /// and in decode.
+    pub decode_kl: f64,
+    /// Loss on the next token, in nats,
+    pub loss: f64,
+    /// and in decode.
+    pub decode_loss: f64,
+    /// Share of all positions with stock's likeliest token.
+    pub top1: f64,
+}
+
+/// A variant on one question.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AnswerScore {
+    /// Mean loss on the expected answer's tokens, in nats.
+    pub loss: f64,
+    /// Whether each of them was the likeliest.
+    pub right: bool,
+}
+
+impl Score {
+    /// A figure of every text.
+    pub fn texts(&self, f: impl Fn(&TextScore) -> f64) -> Vec<f64> {
+        self.texts.iter().map(f).collect()
+    }
+
+    /// The loss on every answer.
+    pub fn answer_losses(&self) -> Vec<f64> {
+        self.answers.iter().map(|a| a.loss).collect()
+    }
+}
+
+impl Probe<'_> {
+    /// Tokens that one variant reads.
+    pub fn tokens(&self) -> usize {
+        self.parts.iter().map(|p| p.ids.len()).sum::<usize>()
+            + self.questions.iter().map(|(p, _)| p.tokens()).sum::<usize>()
+    }
+
+    /// Stock's logits and score.
+    ///
+    /// # Errors
+    /// A model that cannot be run.
+    pub fn reference(&self, runner: &mut Runner, on_tokens: &mut dyn FnMut(usize)) -> Result<(Reference, Score)> {
+        let mut done = 0;
+        let logits = self.parts.iter().map(|part| {
+            let read = runner.run(&Variant::stock(), self.ctx, |model| {
+                self.read(model, part, &mut |n| on_tokens(done + n)).map(|(logits, _)| logits)
+            });
+            done += part.ids.len();
+            read
+        });
+        let reference = Reference(logits.collect::<Result<_>>()?);
+        let score = self.judge(runner, &Variant::stock(), &reference, &mut |_| ())?;
+        Ok((reference, score))
+    }
+
+    /// What `variant` is worth.
+    ///
+    /// # Errors
+    /// A variant that cannot be run.
+    pub fn judge(
+        &self,
+        runner: &mut Runner,
+        variant: &Variant,
+        reference: &Reference,
+        on_tokens: &mut dyn FnMut(usize),
+    ) -> Result<Score> {
+        let (mut done, mut held) = (0, None);
+        let mut texts = vec![];
+        for (part, stock) in self.parts.iter().zip(&reference.0) {
+            let (logits, kv) =
+                runner.run(variant, self.ctx, |model| self.read(model, part, &mut |n| on_tokens(done + n)))?;
+            done += part.ids.len();
+            let next = &part.ids[part.ids.len() - self.prefill - self.decode..];
+            texts.push(TextScore::of(part, &compare(stock, &logits, next)?, self.prefill));
+            held = Some(kv);
+        }
+        let mut answers = vec![];
+        for (prompt, wanted) in &self.questions {
+            let (loss, right) = runner.run(variant, self.ctx, |model| {
+                self.asking.loss(model, prompt, wanted, &mut |n| on_tokens(done + n))
+            })?;
+            done += prompt.tokens();
+            answers.push(AnswerScore { loss, right });
+        }
+        let kv = match held {
+            Some(kv) => kv,
+            None => runner.run(variant, self.ctx, |model| Ok(kv(Session::new(model)?.cache())))?,
+        };
+        Ok(Score { subject: Subject::of(variant, kv), texts, answers })
+    }
+
+    /// Logits at the last `prefill + decode` positions that have a next token, and what the cache holds.
+    fn read(
+        &self,
+        model: &Model,
+        part: &Part,
+        on_tokens: &mut dyn FnMut(usize),
+    ) -> Result<(Tensor, crate::bench::format::Kv)> {
+        let mut session = Session::new(model)?;
+        let (whole, _) = part.ids.split_at(part.ids.len() - 1);
+        let (first, tail) = whole.split_at(whole.len() - self.decode);
+        let mut logits = session.prefill(first, self.chunk, self.prefill, on_tokens)?;
+        session.compress()?;
+        if !tail.is_empty() {
+            logits = Tensor::cat(&[&logits, &session.read(tail)?], 0)?;
+        }
+        Ok((logits, kv(session.cache())))
+    }
+}
+
+impl TextScore {
+    fn of(part: &Part, positions: &[Position], prefill: usize) -> Self {
+        let (first, tail) = positions.split_at(prefill);
+        let mean = |of: &[Position], f: fn(&Position) -> f64| of.iter().map(f).sum::<f64>() / of.len().max(1) as f64;
+        Self {
+            document: part.document.clone(),
+            kl: mean(first, |p| p.kl),
+            decode_kl: mean(tail, |p| p.kl),
+            loss: mean(first, |p| p.loss),
+            decode_loss: mean(tail, |p| p.loss),
+            top1: mean(positions, |p| f64::from(u8::from(p.top1))),
+        }
+    }
+}

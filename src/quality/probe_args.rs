@@ -1,0 +1,154 @@
+//! The flags that `layers` and `ablate` share, and the probe that they make.
+
+use super::args::JudgedArgs;
+use super::asking::Asking;
+use super::documents::Documents;
+use super::probe::Probe;
+use super::tasks::{self, Draw, Prose, Sources, Words};
+use crate::bench::args::at_least_one;
+use crate::bench::subject::Subject;
+use crate::cli::{parse_size, Bars};
+use crate::error::{Error, Result};
+use clap::Args;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// What is read.
+#[derive(Debug, Args)]
+pub struct ProbeArgs {
+    /// Tokens of texts and of questions.
+    #[arg(long, value_name = "TOKENS", default_value = "4k", value_parser = parse_size)]
+    pub ctx: usize,
+    /// Documents at most; those too short are left out [default: all]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub documents: Option<usize>,
+    /// Last positions of each text that are compared after prefill.
+    #[arg(long, value_name = "K", default_value_t = 128, value_parser = at_least_one)]
+    pub positions: usize,
+    /// Positions after them that are read one by one, as decode does.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub decode: usize,
+    /// Tasks whose expected answers are judged by their loss; none: text alone.
+    #[arg(long, value_name = "none|LIST", default_value = "niah_single_2,niah_multikey_1", value_delimiter = ',')]
+    pub tasks: Vec<String>,
+    /// Samples of each.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one)]
+    pub samples: usize,
+    /// Seed of the samples.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Word lists, as scripts/fetch_words.py lays them out.
+    #[arg(long, value_name = "DIR", default_value = "words")]
+    pub words: PathBuf,
+    /// Put questions into the model's own chat template.
+    #[arg(long)]
+    pub chat: bool,
+}
+
+/// What was read: told by the results.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Probed {
+    /// Tokens of texts and of questions; also the positions provisioned.
+    pub ctx: usize,
+    /// Last positions of each text that were compared after prefill.
+    pub positions: usize,
+    /// Positions after them that were read one by one.
+    pub decode: usize,
+    /// Tasks whose expected answers were judged.
+    pub tasks: Vec<String>,
+    /// Samples of each.
+    pub samples: usize,
+    /// Seed of the samples.
+    pub seed: u64,
+    /// Whether questions went into the model's chat template.
+    pub chat: bool,
+}
+
+impl ProbeArgs {
+    /// For results.
+    pub fn probed(&self) -> Probed {
+        Probed {
+            ctx: self.ctx,
+            positions: self.positions,
+            decode: self.decode,
+            tasks: self.wanted_tasks().to_vec(),
+            samples: self.samples,
+            seed: self.seed,
+            chat: self.chat,
+        }
+    }
+
+    fn wanted_tasks(&self) -> &[String] {
+        match self.tasks.as_slice() {
+            [one] if one == "none" => &[],
+            all => all,
+        }
+    }
+
+    /// Refuses what cannot be read, before weights are.
+    ///
+    /// # Errors
+    /// Which flag.
+    pub fn check(&self) -> Result<()> {
+        if self.positions + self.decode >= self.ctx {
+            let message = format!(
+                "{} has no room for {} positions and {} after them",
+                self.ctx, self.positions, self.decode
+            );
+            return Err(Error::usage("--ctx", message));
+        }
+        self.wanted_tasks().iter().try_for_each(|t| tasks::find(t).map(drop).map_err(|e| e.within("--tasks")))
+    }
+
+    /// How questions are put.
+    ///
+    /// # Errors
+    /// A checkpoint without a tokenizer where there are questions.
+    pub fn asking(&self, opened: &Subject, judged: &JudgedArgs) -> Result<Asking> {
+        Asking::new(opened.checkpoint().text()?, self.chat, false, judged.prefill_chunk)
+    }
+
+    /// Everything that is read.
+    ///
+    /// # Errors
+    /// Documents that are too short, a task that needs what is not there.
+    pub fn probe<'a>(
+        &self,
+        opened: &Subject,
+        judged: &JudgedArgs,
+        asking: &'a Asking,
+        bars: &Bars,
+    ) -> Result<Probe<'a>> {
+        let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
+        let lengths = (self.ctx, self.ctx);
+        let documents = Documents::open(opened.checkpoint(), &judged.texts, self.documents, lengths, &progress)?;
+        let tasks = self.wanted_tasks();
+        let mut questions = vec![];
+        if !tasks.is_empty() {
+            let sources = Sources {
+                words: Some(Words::open(&self.words)?),
+                prose: Some(Prose::open(&judged.texts)?),
+                ..Sources::default()
+            };
+            for task in tasks {
+                let task = tasks::find(task)?;
+                let one = |index| {
+                    let draw = Draw { length: self.ctx, seed: self.seed, index };
+                    let sample = task.sample(&sources, draw, &|text| asking.count(text))?;
+                    Ok((asking.prompt(&sample)?, format!(" {}", sample.outputs.join(", "))))
+                };
+                questions.extend((0..self.samples).into_par_iter().map(one).collect::<Result<Vec<_>>>()?);
+            }
+        }
+        Ok(Probe {
+            parts: documents.parts(self.ctx),
+            questions,
+            asking,
+            prefill: self.positions,
+            decode: self.decode,
+            chunk: judged.prefill_chunk,
+            ctx: self.ctx,
+        })
+    }
+}
