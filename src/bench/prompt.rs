@@ -125,8 +125,11 @@ fn read(text: &Text, folder: &Path, tokens: usize, progress: OnProgress) -> Resu
     Ok((ids, documents))
 }
 
-/// The documents in order.
-fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+/// The documents of a folder in the order of its manifest.
+///
+/// # Errors
+/// No manifest there, or one that lists a document twice or outside the folder.
+pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let manifest = folder.join("manifest.json");
     if !manifest.exists() {
         let message = "holds no manifest.json; fetch the texts with scripts/fetch_texts.py";
