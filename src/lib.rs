@@ -23,6 +23,7 @@
 //! | [`ops`] | operators, each with a reference |
 //! | [`generate`] | prefill, decode, sampling, chat template |
 //! | [`cli`] | flags, progress, the memory ledger |
+//! | [`quality`] | tasks with answers that can be checked |
 //! | [`mod@bench`] | measurements and their form |
 //! | `plot` | figures from measurements (feature `plot`) |
 //!
@@ -66,6 +67,7 @@ pub mod nn;
 pub mod ops;
 #[cfg(feature = "plot")]
 pub mod plot;
+pub mod quality;
 pub mod retrofit;
 pub mod selector;
 pub mod spec;
