@@ -27,7 +27,8 @@
 //! ```
 //!
 //! A sample depends on task, length, seed and index alone: sample 7 is the same whether 8 or 500 are made. What is hidden, and
-//! where a text begins, does not even depend on the length: it is the same needle in a larger haystack.
+//! where a text begins, does not even depend on the length: it is the same needle in a larger haystack. (Only `cwe` changes its words
+//! where its lists run out.)
 //!
 //! # Lengths
 //!
