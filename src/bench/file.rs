@@ -1,6 +1,6 @@
 //! Files of results: written whole after every sample, and a ladder's taken up again where it was cut off.
 
-use super::format::{read, Ladder, Run, LADDER};
+use super::format::{read, Header, Ladder, Run, LADDER};
 use crate::cli::Output;
 use crate::error::{Error, Result};
 use std::path::{Path, PathBuf};
@@ -122,8 +122,20 @@ impl LadderFile {
 }
 
 /// The first thing that keeps `fresh` from going on where `earlier` stopped: its name, what it was and what it is.
-fn difference(earlier: &Ladder, fresh: &Ladder) -> Option<(&'static str, String, String)> {
-    let (was, now) = (&earlier.header, &fresh.header);
+fn difference(earlier: &Ladder, fresh: &Ladder) -> Option<Difference> {
+    let pairs = [
+        ("--decode", earlier.decode_tokens.to_string(), fresh.decode_tokens.to_string()),
+        ("--prefill-chunk", show(&earlier.prefill_chunk), show(&fresh.prefill_chunk)),
+        ("--memory-budget", show(&earlier.memory_budget), show(&fresh.memory_budget)),
+    ];
+    header_difference(&earlier.header, &fresh.header).or(pairs.into_iter().find(|(_, was, now)| was != now))
+}
+
+/// What differs, what it was, and what it is.
+pub type Difference = (&'static str, String, String);
+
+/// The first thing in which two results are not of the same model, machine and build.
+pub fn header_difference(was: &Header, now: &Header) -> Option<Difference> {
     let pairs = [
         ("build (git_sha)", was.git_sha.clone(), now.git_sha.clone()),
         ("machine", show(&was.machine), show(&now.machine)),
@@ -133,9 +145,6 @@ fn difference(earlier: &Ladder, fresh: &Ladder) -> Option<(&'static str, String,
         ("number of parameters", was.parameters.to_string(), now.parameters.to_string()),
         ("--dtype", was.dtype.clone(), now.dtype.clone()),
         ("type of keys and values", was.kv_dtype.clone(), now.kv_dtype.clone()),
-        ("--decode", earlier.decode_tokens.to_string(), fresh.decode_tokens.to_string()),
-        ("--prefill-chunk", show(&earlier.prefill_chunk), show(&fresh.prefill_chunk)),
-        ("--memory-budget", show(&earlier.memory_budget), show(&fresh.memory_budget)),
     ];
     pairs.into_iter().find(|(_, was, now)| was != now)
 }

@@ -137,7 +137,10 @@ pub(crate) fn encode(text: &Text, content: &str, go_on: &mut dyn FnMut(usize) ->
     Ok(ids)
 }
 
-/// The documents in order.
+/// The documents of a folder in the order of its manifest.
+///
+/// # Errors
+/// No manifest there, or one that lists a document twice or outside the folder.
 pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let manifest = folder.join("manifest.json");
     if !manifest.exists() {

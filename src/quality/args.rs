@@ -1,6 +1,6 @@
 //! The flags of `bfly-quality-smoke`.
 
-use super::smoke;
+use super::{ablate, layers, needle, positions, ruler, smoke};
 use crate::bench::args::{at_least_one, SubjectArgs};
 use crate::bench::subject::Subject;
 use crate::checkpoint::OnProgress;
@@ -42,9 +42,63 @@ Examples:
   # In a CI: ends with 1 where less than nine in ten likeliest tokens are kept
   bfly-quality-smoke --model MODEL --ctx 2k --fail-below top1=0.9 --fail-above kl=0.1";
 
+const RULER_EXAMPLES: &str = "\
+Examples:
+  # The eleven tasks that need no file, stock and two retrofits, taken up again where it was cut off
+  bfly-quality-smoke ruler --model MODEL --ctx 4k,8k --samples 50 --variants stock,retrofit,retrofit:window=1k --out ruler.json
+
+  # Other methods, which must choose what they keep before they know the question
+  bfly-quality-smoke ruler --model MODEL --ctx 8k --question-unseen --variants snapkv:budget=1k,keydiff:budget=1k --out unseen.json
+
+  # The same prompts for another engine
+  bfly-quality-smoke ruler --model MODEL --ctx 4k --tasks niah_single_2 --export niah.jsonl --export-only";
+
+const NEEDLE_EXAMPLES: &str = "\
+Examples:
+  # Eleven depths at four lengths, three needles each
+  bfly-quality-smoke needle --model MODEL --ctx 1k,2k,4k,8k --samples 3 --variants stock,retrofit --out needle.json";
+
+const LAYERS_EXAMPLES: &str = "\
+Examples:
+  # Rank layers by what swapping each does to the answers of needles, and write plans that keep the first of them
+  bfly-quality-smoke layers --model MODEL --ctx 8k --plans plans --out layers.json
+  bfly-retrofit --model MODEL --plan plans/dense-4.json --prompt-file book.txt
+
+  # By text alone
+  bfly-quality-smoke layers --model MODEL --ctx 4k --tasks none --variants retrofit:window=1k";
+
+const ABLATE_EXAMPLES: &str = "\
+Examples:
+  # Everything, from the defaults
+  bfly-quality-smoke ablate --model MODEL --ctx 4k --out ablate.json
+
+  # Partner rules with small blocks, where summaries take a share of the bytes that is worth a window
+  bfly-quality-smoke ablate --model MODEL --ctx 8k --axes partner --variants retrofit:block=16,partner-count=4";
+
+const POSITIONS_EXAMPLES: &str = "\
+Examples:
+  # Does the loss stay what it is beyond 32k?
+  bfly-quality-smoke positions --model MODEL --ctx 128k --allow-extrapolation \\
+      --variants stock,retrofit,retrofit:pool=pre-rope,far-position=clamp --out positions.json";
+
 /// What is measured.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// RULER's tasks, made natively and scored by its rules.
+    #[command(after_help = RULER_EXAMPLES)]
+    Ruler(Box<ruler::RulerArgs>),
+    /// One needle over a grid of lengths and depths.
+    #[command(after_help = NEEDLE_EXAMPLES)]
+    Needle(Box<needle::NeedleArgs>),
+    /// Which layers the model cannot do without; writes plans that keep them.
+    #[command(after_help = LAYERS_EXAMPLES)]
+    Layers(Box<layers::LayersArgs>),
+    /// One setting changed at a time, partner rules at the same allocated bytes, differences paired.
+    #[command(after_help = ABLATE_EXAMPLES)]
+    Ablate(Box<ablate::AblateArgs>),
+    /// The loss on the next token by position, beyond the trained length too.
+    #[command(after_help = POSITIONS_EXAMPLES)]
+    Positions(Box<positions::PositionsArgs>),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -172,10 +226,15 @@ impl SmokeArgs {
 /// Runs it.
 ///
 /// # Errors
-/// See [`smoke::run`].
+/// See [`smoke::run`], [`ruler::run`], [`needle::run`], [`layers::run`], [`ablate::run`] and [`positions::run`].
 pub fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
         None => smoke::run(&cli.smoke),
+        Some(Command::Ruler(args)) => ruler::run(args),
+        Some(Command::Needle(args)) => needle::run(args),
+        Some(Command::Layers(args)) => layers::run(args),
+        Some(Command::Ablate(args)) => ablate::run(args),
+        Some(Command::Positions(args)) => positions::run(args),
         // Needs the command itself, which the binary has.
         Some(Command::Completions { .. }) => Ok(()),
     }

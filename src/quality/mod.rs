@@ -1,27 +1,43 @@
 //! What a retrofit keeps: measured so that it can say no.
 //!
 //! ```text
-//! documents --> runner (stock, then each variant, on the same tokens) --> metrics --> format (JSON, every document)
-//!                                                                                      |--> table, gate (exit code)
-//!                                                                                      `--> plot
+//! documents, tasks --> runner (stock, then each variant, on the same tokens) --> metrics, scores --> JSON, every sample
+//!                                                                                                     |--> table, gate (exit code)
+//!                                                                                                     `--> plot
 //! ```
 //!
 //! | file | owns |
 //! |---|---|
-//! | [`documents`] | which tokens are read |
+//! | [`documents`] | which tokens of real text are read |
+//! | [`tasks`] | prompts whose answer is known, and how answers are scored |
 //! | [`runner`] | one set of weights as one variant after another |
+//! | [`asking`] | one sample put to a model |
 //! | [`metrics`] | distances between distributions, over the whole vocabulary |
 //! | [`stats`] | means with bootstrap intervals, paired differences |
-//! | [`smoke`] | distributions and greedy text against stock |
-//! | [`gate`] | `--fail-below`, `--fail-above` |
+//! | [`smoke`], [`gate`] | distributions and greedy text against stock; `--fail-below` |
+//! | [`ruler`], [`needle`], [`answers`] | tasks and needle grids put to every variant |
+//! | [`probe`], [`layers`], [`ablate`], [`graph`] | which layers and settings matter |
+//! | [`positions`] | the loss by position, beyond the trained length |
 //! | [`format`] | the JSON |
 
+pub mod ablate;
+pub mod answers;
 pub mod args;
+pub mod ask_args;
+pub mod asking;
 pub mod documents;
 pub mod format;
 pub mod gate;
+pub mod graph;
+pub mod layers;
 pub mod metrics;
+pub mod needle;
+pub mod positions;
+pub mod probe;
+pub mod probe_args;
+pub mod ruler;
 pub mod runner;
 pub mod smoke;
 pub mod stats;
 mod table;
+pub mod tasks;

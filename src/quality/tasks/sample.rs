@@ -1,0 +1,219 @@
+//! One prompt with its expected answer, and files of them: JSON, a sample a line, in RULER's field names and ours.
+
+use super::find;
+use crate::cli::Output;
+use crate::error::{At, Error, Result};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// A prompt and what its answer should hold.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// Name of the task.
+    #[serde(default)]
+    pub task: String,
+    /// Which sample of the task. (In files of RULER's own needle tasks: where the answer is, in characters.)
+    pub index: usize,
+    /// What the model reads, without `answer_prefix`.
+    pub input: String,
+    /// Where in `input` the question begins, in bytes: all before it is context, which a method that must not know the question may
+    /// read alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub question_at: Option<usize>,
+    /// How the answer begins; the model goes on from here.
+    #[serde(default)]
+    pub answer_prefix: String,
+    /// What the answer should contain.
+    pub outputs: Vec<String>,
+    /// Tokens of the prompt, and room for the answer.
+    pub length: usize,
+    /// The room: tokens that the answer may have.
+    #[serde(default)]
+    pub max_new_tokens: usize,
+    /// For a grid over lengths and depths: the share of the context before the needle.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub depth: Option<f64>,
+}
+
+/// What a file written by RULER does not say.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Missing<'a> {
+    /// Task of the samples that name none.
+    pub task: Option<&'a str>,
+    /// Room for their answers; the task's own unless given.
+    pub max_new_tokens: Option<usize>,
+}
+
+impl Sample {
+    /// All that the model reads.
+    pub fn prompt(&self) -> String {
+        format!("{}{}", self.input, self.answer_prefix)
+    }
+
+    /// What comes before the question.
+    ///
+    /// # Errors
+    /// A sample that does not say where its question begins.
+    pub fn context(&self) -> Result<&str> {
+        self.split().map(|(context, _)| context)
+    }
+
+    /// The question and how the answer begins: the prompt without [`Self::context`].
+    ///
+    /// # Errors
+    /// A sample that does not say where its question begins.
+    pub fn question(&self) -> Result<String> {
+        self.split().map(|(_, question)| format!("{question}{}", self.answer_prefix))
+    }
+
+    fn split(&self) -> Result<(&str, &str)> {
+        self.question_at.and_then(|at| self.input.split_at_checked(at)).ok_or_else(|| {
+            let place = format!("sample {} of {}", self.index, self.task);
+            Error::format(place, "does not say where its question begins (question_at); make it with this program")
+        })
+    }
+
+    /// What is wrong with it.
+    fn fault(&self) -> Option<String> {
+        if self.outputs.is_empty() {
+            return Some("`outputs` is empty: there is nothing to score an answer by".into());
+        }
+        let at = self.question_at.filter(|at| !self.input.is_char_boundary(*at))?;
+        Some(format!("`question_at` {at} is not the place of a character of `input` ({} bytes)", self.input.len()))
+    }
+}
+
+/// Reads a file of samples, by this program or by RULER.
+///
+/// # Errors
+/// A file that cannot be read or holds no sample; a line that is no sample, with its number.
+pub fn read(path: &Path, missing: Missing) -> Result<Vec<Sample>> {
+    let text = std::fs::read_to_string(path).at(path.display())?;
+    let parse = |(i, line): (usize, &str)| {
+        let wrong = |what: String| Error::format(format!("{}: line {}", path.display(), i + 1), what);
+        let mut sample: Sample = serde_json::from_str(line).map_err(|e| wrong(format!("not a sample: {e}")))?;
+        if sample.task.is_empty() {
+            let task = missing.task.ok_or_else(|| wrong("names no `task`; say which one it is of".into()))?;
+            sample.task = task.into();
+        }
+        if sample.max_new_tokens == 0 {
+            let own = || find(&sample.task).ok().map(|t| t.max_new_tokens);
+            let room = missing.max_new_tokens.or_else(own);
+            sample.max_new_tokens =
+                room.ok_or_else(|| wrong("has no `max_new_tokens`; say how long an answer may be".into()))?;
+        }
+        sample.fault().map_or(Ok(sample), |what| Err(wrong(what)))
+    };
+    let samples = text.lines().enumerate().map(parse).collect::<Result<Vec<_>>>()?;
+    match samples.is_empty() {
+        true => Err(Error::format(path.display(), "is empty: no sample in it")),
+        false => Ok(samples),
+    }
+}
+
+/// Writes samples to `path`, which `flag` named, whole or not at all.
+///
+/// # Errors
+/// No sample, one that could not be read again, or no way to write there.
+pub fn write(path: &Path, samples: &[Sample], flag: &'static str) -> Result<()> {
+    let output = Output::reserve(path, flag)?;
+    let place = || format!("{flag} {}", path.display());
+    let mut bytes = vec![];
+    for sample in samples {
+        if let Some(what) = sample.fault() {
+            return Err(Error::format(format!("{}: sample {}", place(), sample.index), what));
+        }
+        serde_json::to_writer(&mut bytes, sample).map_err(|e| Error::format(place(), e))?;
+        bytes.push(b'\n');
+    }
+    match bytes.is_empty() {
+        true => Err(Error::usage(place(), "no sample to write")),
+        false => output.write(&bytes),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Sample {
+        Sample {
+            task: "vt".into(),
+            index: 3,
+            input: "Ein Stück\nText. Wo?".into(),
+            question_at: Some(17),
+            answer_prefix: " Da:".into(),
+            outputs: vec!["é".into()],
+            length: 40,
+            max_new_tokens: 30,
+            depth: Some(0.25),
+        }
+    }
+
+    #[test]
+    fn a_prompt_falls_into_context_and_question() -> Result<()> {
+        let s = sample();
+        assert_eq!((s.context()?, s.question()?.as_str()), ("Ein Stück\nText. ", "Wo? Da:"));
+        assert_eq!(s.prompt(), "Ein Stück\nText. Wo? Da:");
+        let error = Sample { question_at: None, ..s }.context().expect_err("unknown").to_string();
+        assert!(error.contains("sample 3 of vt") && error.contains("question_at"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn files_come_back_as_they_were_written() -> Result<()> {
+        let dir = tempfile::tempdir().at("temporary folder")?;
+        let path = dir.path().join("samples.jsonl");
+        let samples = [sample(), Sample { depth: None, question_at: None, index: 4, ..sample() }];
+        write(&path, &samples, "--out")?;
+        assert_eq!(read(&path, Missing::default())?, samples);
+        // What cannot be read again is not written, and nothing is left of the attempt.
+        let bad = [sample(), Sample { outputs: vec![], ..sample() }];
+        let error = write(&path, &bad, "--out").expect_err("no outputs").to_string();
+        assert!(error.contains("--out") && error.contains("`outputs` is empty"), "{error}");
+        assert!(write(&path, &[], "--out").is_err());
+        assert_eq!(read(&path, Missing::default())?.len(), 2, "the earlier file stays");
+        assert_eq!(std::fs::read_dir(dir.path()).at("temporary folder")?.count(), 1);
+        Ok(())
+    }
+
+    #[test]
+    fn rulers_own_files_are_read() -> Result<()> {
+        let dir = tempfile::tempdir().at("temporary folder")?;
+        let path = dir.path().join("validation.jsonl");
+        let line = r#"{"index": 17, "input": "caf\u00e9?", "outputs": ["1"], "length": 300, "length_w_model_temp": 300, "answer_prefix": " is", "token_position_answer": 9}"#;
+        std::fs::write(&path, format!("{line}\n")).at("file")?;
+        let error = read(&path, Missing::default()).expect_err("no task").to_string();
+        assert!(error.contains("validation.jsonl: line 1") && error.contains("`task`"), "{error}");
+        let known = read(&path, Missing { task: Some("qa_1"), max_new_tokens: None })?;
+        assert_eq!(
+            (known[0].task.as_str(), known[0].max_new_tokens, known[0].prompt()),
+            ("qa_1", 32, "café? is".into())
+        );
+        let own = Missing { task: Some("mine"), max_new_tokens: None };
+        assert!(read(&path, own).expect_err("no room").to_string().contains("max_new_tokens"));
+        assert_eq!(read(&path, Missing { max_new_tokens: Some(7), ..own })?[0].max_new_tokens, 7);
+        Ok(())
+    }
+
+    #[test]
+    fn bad_lines_are_named() -> Result<()> {
+        let dir = tempfile::tempdir().at("temporary folder")?;
+        let path = dir.path().join("samples.jsonl");
+        let good = serde_json::to_string(&sample()).expect("JSON");
+        let says = |text: String, words: &[&str]| -> Result<()> {
+            std::fs::write(&path, text).at("file")?;
+            let error = read(&path, Missing::default()).expect_err(words[0]).to_string();
+            assert!(words.iter().all(|w| error.contains(w)), "{error} should say {words:?}");
+            Ok(())
+        };
+        says(String::new(), &["samples.jsonl", "empty"])?;
+        says(format!("{good}\n{{\n"), &["samples.jsonl: line 2", "not a sample"])?;
+        says(format!("{good}\n\n{good}\n"), &["line 2", "not a sample"])?;
+        says(good.replace("\"index\":3", "\"index\":-3"), &["line 1", "-3"])?;
+        says(format!("{good}\n{}", good.replace("[\"é\"]", "[]")), &["line 2", "`outputs` is empty"])?;
+        says(good.replace("\"question_at\":17", "\"question_at\":7"), &["line 1", "`question_at` 7", "character"])?;
+        says(good.replace("\"question_at\":17", "\"question_at\":99"), &["line 1", "`question_at` 99", "20 bytes"])?;
+        says(good.replace("\"input\"", "\"in\""), &["line 1", "input"])
+    }
+}
