@@ -53,7 +53,12 @@ pub enum Axis {
 #[derive(Debug, Args)]
 pub struct AblateArgs {
     /// What is changed, one at a time.
-    #[arg(long, value_name = "LIST", default_value = "partner,window,sinks,block,pool,bias,count", value_delimiter = ',')]
+    #[arg(
+        long,
+        value_name = "LIST",
+        default_value = "partner,window,sinks,block,pool,bias,count",
+        value_delimiter = ','
+    )]
     pub axes: Vec<Axis>,
     /// The results, as JSON with every document and sample.
     #[arg(long, value_name = "FILE.json")]
@@ -177,12 +182,7 @@ fn name(axis: Axis) -> &'static str {
 }
 
 /// Every change of `base` along `axes`, but the values that it has.
-fn changes(
-    axes: &[Axis],
-    base: &RetrofitPlan,
-    spec: &ModelSpec,
-    ctx: usize,
-) -> Result<Vec<(Axis, String, Settings)>> {
+fn changes(axes: &[Axis], base: &RetrofitPlan, spec: &ModelSpec, ctx: usize) -> Result<Vec<(Axis, String, Settings)>> {
     let s = &base.settings;
     let bytes = |settings: &Settings| -> Result<u64> {
         let plan = RetrofitPlan::new(spec, Some(base.layers.clone()), settings.clone())?;
@@ -214,7 +214,8 @@ fn changes(
                 all.extend(sinks.map(|n| with(n.to_string(), Settings { sink_tokens: n, ..s.clone() })));
             }
             Axis::Block => {
-                let blocks = [16, 32, 64, 128, 256].into_iter().filter(|b| *b != s.block && s.window.is_multiple_of(*b));
+                let blocks =
+                    [16, 32, 64, 128, 256].into_iter().filter(|b| *b != s.block && s.window.is_multiple_of(*b));
                 all.extend(blocks.map(|b| with(b.to_string(), Settings { block: b, ..s.clone() })));
             }
             Axis::Pool => {
@@ -266,10 +267,16 @@ fn table(results: &Ablation) -> String {
             None => {
                 let why = change.same_as.as_deref().unwrap_or_default();
                 row.extend(["-".into(), format!("{:.2}", change.summaries_per_query)]);
-                row.extend([format!("reads what `{why}` reads: not compared"), String::new(), String::new(), String::new()]);
+                row.extend([
+                    format!("reads what `{why}` reads: not compared"),
+                    String::new(),
+                    String::new(),
+                    String::new(),
+                ]);
             }
             Some(score) => {
-                let by = |f: fn(&super::probe::TextScore) -> f64| Estimate::of_differences(&score.texts(f), &base.texts(f));
+                let by =
+                    |f: fn(&super::probe::TextScore) -> f64| Estimate::of_differences(&score.texts(f), &base.texts(f));
                 row.extend([kv(score), format!("{:.2}", change.summaries_per_query), kl(score)]);
                 row.push(show(by(|t| t.kl), 4));
                 row.push(show(by(|t| t.decode_kl), 4));

@@ -188,9 +188,8 @@ impl AnswersFile {
         for (sample, prompt) in missing {
             let room = sample.max_new_tokens;
             let ctx = set.length.max(prompt.tokens() + room);
-            let (answer, tokens, kv) = runner.run(variant, ctx, |model| {
-                asking.answer(model, prompt, room, &mut |n| on_tokens(done + n))
-            })?;
+            let (answer, tokens, kv) =
+                runner.run(variant, ctx, |model| asking.answer(model, prompt, room, &mut |n| on_tokens(done + n)))?;
             done += prompt.tokens();
             subject = Some(Subject::of(variant, kv));
             made.push(Answer {

@@ -89,11 +89,7 @@ impl AskArgs {
     ///
     /// # Errors
     /// Bad flags or files, named, before weights are read; a variant that cannot be run. `None` where samples were only written.
-    pub fn run(
-        &self,
-        wanted: &[Wanted],
-        read: Option<(&PathBuf, Vec<Sample>)>,
-    ) -> Result<Option<Answers>> {
+    pub fn run(&self, wanted: &[Wanted], read: Option<(&PathBuf, Vec<Sample>)>) -> Result<Option<Answers>> {
         let bars = Bars::new(self.judged.quiet);
         let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
         for path in [&self.out, &self.export].into_iter().flatten() {

@@ -141,12 +141,7 @@ impl Asking {
     }
 
     /// Reads the context and says that it is over; the tokens read.
-    fn read_context(
-        &self,
-        session: &mut Session,
-        prompt: &Prompt,
-        on_tokens: &mut dyn FnMut(usize),
-    ) -> Result<usize> {
+    fn read_context(&self, session: &mut Session, prompt: &Prompt, on_tokens: &mut dyn FnMut(usize)) -> Result<usize> {
         if !prompt.context.is_empty() {
             session.prefill(&prompt.context, self.chunk, 1, on_tokens)?;
             session.compress()?;

@@ -137,7 +137,8 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let mut runner = Runner::new(opened.load(args.probe.ctx, &progress)?);
     let total = probe.tokens() * (1 + base.layers.len() + keep.len());
     let mut study = Study { probe: &probe, runner: &mut runner, bars: &bars, done: 0, total };
-    let (reference, stock) = study.probe.reference(study.runner, &mut |n| bars.show("layers", n as u64, total as u64))?;
+    let (reference, stock) =
+        study.probe.reference(study.runner, &mut |n| bars.show("layers", n as u64, total as u64))?;
     study.done = probe.tokens();
     let mut results = Layers {
         kind: LAYERS.into(),

@@ -92,10 +92,8 @@ impl ProbeArgs {
     /// Which flag.
     pub fn check(&self) -> Result<()> {
         if self.positions + self.decode >= self.ctx {
-            let message = format!(
-                "{} has no room for {} positions and {} after them",
-                self.ctx, self.positions, self.decode
-            );
+            let message =
+                format!("{} has no room for {} positions and {} after them", self.ctx, self.positions, self.decode);
             return Err(Error::usage("--ctx", message));
         }
         self.wanted_tasks().iter().try_for_each(|t| tasks::find(t).map(drop).map_err(|e| e.within("--tasks")))

@@ -124,7 +124,8 @@ mod tests {
         // Together they would vary with how often each is drawn.
         let all = Estimate::of(&[vec![1.0; 30], vec![0.0; 30]].concat()).unwrap();
         assert!(all.low.unwrap() < 0.4 && all.high.unwrap() > 0.6);
-        assert_eq!(Estimate::of_groups::<Vec<f64>>(&[vec![], vec![]]), None);
+        let nothing: [Vec<f64>; 2] = [vec![], vec![]];
+        assert_eq!(Estimate::of_groups(&nothing), None);
     }
 
     #[test]
