@@ -17,8 +17,10 @@
 //! | [`checkpoint`] | where weights come from, how they are held, tokenizers |
 //! | [`spec`], [`family`] | what a configuration says, per model family |
 //! | [`model`], [`nn`] | the decoder and the layers between its mixers |
-//! | [`mixer`] | the seam: full, sliding and butterfly attention |
+//! | [`mixer`] | the seam: full, sliding, butterfly and evicting attention |
 //! | [`retrofit`], [`selector`] | which layers are swapped, which blocks they read |
+//! | [`eviction`] | other methods to compare with: which tokens stay |
+//! | [`method`] | stock, retrofit or eviction: the choice that a model is run by |
 //! | [`cache`] | fixed allocations, bytes by pool |
 //! | [`ops`] | operators, each with a reference |
 //! | [`generate`] | prefill, decode, sampling, chat template |
@@ -59,8 +61,10 @@ pub mod cache;
 pub mod checkpoint;
 pub mod cli;
 mod error;
+pub mod eviction;
 pub mod family;
 pub mod generate;
+pub mod method;
 pub mod mixer;
 pub mod model;
 pub mod nn;

@@ -3,7 +3,9 @@
 use crate::cache::{Cache, LayerState};
 use crate::checkpoint::{Checkpoint, HoldAs, OnProgress};
 use crate::error::{Error, ErrorKind, Result};
-use crate::mixer::{Butterfly, Full, Mixer, Projections, Sliding, Step};
+use crate::eviction::EvictionPlan;
+use crate::method::Method;
+use crate::mixer::{Butterfly, Evict, Full, Mixer, Projections, Sliding, Step};
 use crate::nn::{Linear, Mlp, RmsNorm, Rope, Weight};
 use crate::ops::human_bytes;
 use crate::retrofit::RetrofitPlan;
@@ -38,10 +40,12 @@ impl Block {
     }
 }
 
-/// A loaded decoder, stock or retrofitted for a context.
+/// A loaded decoder, run as it came or by another method, for a context.
 pub struct Model {
     spec: ModelSpec,
     plan: Option<RetrofitPlan>,
+    /// At most one of the two.
+    eviction: Option<EvictionPlan>,
     ctx: usize,
     pub(crate) embed: Weight,
     pub(crate) blocks: Vec<Block>,
@@ -54,19 +58,19 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads `checkpoint`, with `plan`'s layers swapped, provisioned for `ctx` positions.
+    /// Loads `checkpoint` to be run by `method` (a retrofit's plan, if any), provisioned for `ctx` positions.
     ///
     /// # Errors
     /// A missing, misshapen or non-finite tensor, a plan that does not fit the model, or too little memory.
-    pub fn load(
+    pub fn load<'a>(
         checkpoint: &Checkpoint,
-        plan: Option<&RetrofitPlan>,
+        method: impl Into<Method<'a>>,
         ctx: usize,
         hold: &HoldAs,
         device: &Device,
         progress: OnProgress,
     ) -> Result<Self> {
-        Self::read(checkpoint, plan, ctx, hold, device, progress).map_err(|e| match e.kind() {
+        Self::read(checkpoint, method.into(), ctx, hold, device, progress).map_err(|e| match e.kind() {
             ErrorKind::Memory => {
                 let asked = human_bytes(checkpoint.held(hold).values().sum());
                 let message = format!("{e}: the weights ask for {asked} in all; --dtype q8_0 or q4_0 asks for less");
@@ -78,16 +82,14 @@ impl Model {
 
     fn read(
         checkpoint: &Checkpoint,
-        plan: Option<&RetrofitPlan>,
+        method: Method,
         ctx: usize,
         hold: &HoldAs,
         device: &Device,
         progress: OnProgress,
     ) -> Result<Self> {
         let spec = checkpoint.spec.clone();
-        if let Some(plan) = plan {
-            plan.check(&spec)?;
-        }
+        method.check(&spec)?;
         let loader = Loader { checkpoint, hold, device, spec: &spec };
         let total = spec.layers.len() as u64 + 2;
         progress("load", 0, total);
@@ -95,7 +97,7 @@ impl Model {
         progress("load", 1, total);
         let mut blocks = vec![];
         for (i, layer) in spec.layers.iter().enumerate() {
-            blocks.push(loader.block(i, layer, plan, ctx)?);
+            blocks.push(loader.block(i, layer, method, ctx)?);
             progress("load", 2 + i as u64, total);
         }
         let norm = loader.norm("model.norm.weight", spec.hidden)?;
@@ -107,8 +109,9 @@ impl Model {
         let mut weights_bytes = embed.bytes() + if spec.tied { 0 } else { head.bytes() };
         weights_bytes += blocks.iter().map(|b| b.mixer.projections().bytes() + b.mlp.bytes()).sum::<u64>();
         let ropes = spec.ropes.iter().map(Rope::new).collect();
-        let (plan, device, dtype) = (plan.cloned(), device.clone(), hold.compute());
-        Ok(Self { spec, plan, ctx, embed, blocks, norm, head, ropes, device, dtype, weights_bytes })
+        let (plan, eviction) = (method.plan().cloned(), method.eviction().cloned());
+        let (device, dtype) = (device.clone(), hold.compute());
+        Ok(Self { spec, plan, eviction, ctx, embed, blocks, norm, head, ropes, device, dtype, weights_bytes })
     }
 
     /// What it was built from.
@@ -119,6 +122,16 @@ impl Model {
     /// The plan it was built with, if any layer is swapped.
     pub fn plan(&self) -> Option<&RetrofitPlan> {
         self.plan.as_ref()
+    }
+
+    /// The eviction that it was built with, if its layers evict.
+    pub fn eviction(&self) -> Option<&EvictionPlan> {
+        self.eviction.as_ref()
+    }
+
+    /// How it is run.
+    pub fn method(&self) -> Method<'_> {
+        self.eviction.as_ref().map_or_else(|| self.plan.as_ref().into(), Method::Evict)
     }
 
     /// Bytes of weights as held (norms, a few kilobytes, are not counted).
@@ -157,7 +170,7 @@ impl Model {
 
     /// An empty cache for the context that the model was provisioned for.
     pub fn new_cache(&self) -> Result<Cache> {
-        Cache::new(&self.spec, self.plan.as_ref(), self.ctx, self.dtype, &self.device)
+        Cache::new(&self.spec, self.method(), self.ctx, self.dtype, &self.device)
     }
 
     /// Reads `ids` after what `cache` holds and returns the logits at the chunk-local positions `want`.
@@ -213,21 +226,25 @@ impl Model {
 }
 
 impl Model {
-    /// The same weights with `plan`'s layers swapped, provisioned for `ctx` positions: no tensor is read or copied.
+    /// The same weights run by `method` (a plan, or `None` for the model as it came), provisioned for `ctx` positions: no tensor
+    /// is read or copied.
     ///
     /// # Errors
     /// A plan that does not fit the model.
-    pub fn with_plan(mut self, plan: Option<&RetrofitPlan>, ctx: usize) -> Result<Self> {
-        plan.map_or(Ok(()), |p| p.check(&self.spec))?;
+    pub fn with_plan<'a>(mut self, method: impl Into<Method<'a>>, ctx: usize) -> Result<Self> {
+        let method = method.into();
+        method.check(&self.spec)?;
         let remake = |(i, block): (usize, Block)| {
             let projections = match block.mixer {
-                Mixer::Full(Full { projections }) | Mixer::Sliding(Sliding { projections, .. }) => projections,
+                Mixer::Full(Full { projections })
+                | Mixer::Sliding(Sliding { projections, .. })
+                | Mixer::Evict(Evict { projections }) => projections,
                 Mixer::Butterfly(m) => m.projections,
             };
-            Ok(Block { mixer: mixer(projections, &self.spec, i, plan, ctx)?, ..block })
+            Ok(Block { mixer: mixer(projections, &self.spec, i, method, ctx)?, ..block })
         };
         self.blocks = std::mem::take(&mut self.blocks).into_iter().enumerate().map(remake).collect::<Result<_>>()?;
-        (self.plan, self.ctx) = (plan.cloned(), ctx);
+        (self.plan, self.eviction, self.ctx) = (method.plan().cloned(), method.eviction().cloned(), ctx);
         Ok(self)
     }
 
@@ -237,17 +254,11 @@ impl Model {
     }
 }
 
-/// What layer `i` mixes with: as it came, or swapped where `plan` names it.
-fn mixer(
-    projections: Projections,
-    spec: &ModelSpec,
-    i: usize,
-    plan: Option<&RetrofitPlan>,
-    ctx: usize,
-) -> Result<Mixer> {
-    let swapped = plan.and_then(|p| p.ordinal(i).map(|j| (&p.settings, j)));
-    Ok(match (spec.layers[i].attention, swapped) {
+/// What layer `i` mixes with under `method`.
+fn mixer(projections: Projections, spec: &ModelSpec, i: usize, method: Method, ctx: usize) -> Result<Mixer> {
+    Ok(match (spec.layers[i].attention, method.swapped(i)) {
         (AttentionKind::Sliding { window }, _) => Mixer::Sliding(Sliding { projections, window }),
+        (AttentionKind::Full, None) if method.eviction().is_some() => Mixer::Evict(Evict { projections }),
         (AttentionKind::Full, None) => Mixer::Full(Full { projections }),
         (AttentionKind::Full, Some((settings, ordinal))) => {
             Mixer::Butterfly(Box::new(Butterfly::new(projections, settings, ordinal, ctx, spec.max_positions)?))
@@ -274,7 +285,7 @@ impl Loader<'_> {
         Ok(Linear::new(weight, bias))
     }
 
-    fn block(&self, i: usize, l: &LayerSpec, plan: Option<&RetrofitPlan>, ctx: usize) -> Result<Block> {
+    fn block(&self, i: usize, l: &LayerSpec, method: Method, ctx: usize) -> Result<Block> {
         let hidden = self.spec.hidden;
         let name = |part: &str| format!("model.layers.{i}.{part}");
         let norm = |part: &str| self.norm(&name(&format!("{part}.weight")), hidden);
@@ -299,7 +310,7 @@ impl Loader<'_> {
         let sandwich = l.norms == Norms::Sandwich;
         Ok(Block {
             before_mixer: norm("input_layernorm")?,
-            mixer: mixer(projections, self.spec, i, plan, ctx)?,
+            mixer: mixer(projections, self.spec, i, method, ctx)?,
             after_mixer: sandwich.then(|| norm("post_attention_layernorm")).transpose()?,
             before_mlp: norm(if sandwich { "pre_feedforward_layernorm" } else { "post_attention_layernorm" })?,
             mlp: Mlp {

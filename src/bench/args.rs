@@ -90,7 +90,8 @@ pub enum Command {
 #[derive(Debug, Clone, Args)]
 pub struct SubjectArgs {
     /// What is run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window, sink-tokens,
-    /// partner, layers, ...). A KEY=VALUE belongs to the retrofit: before it. May be repeated.
+    /// partner, layers, ...), and to compare with snapkv:budget=1024,window=64,kernel=5 or keydiff:budget=1024,block=128. A
+    /// KEY=VALUE belongs to the name with a colon before it. May be repeated.
     #[arg(long, value_name = "LIST", default_value = "stock,retrofit")]
     pub variants: Vec<String>,
     /// Documents of the prompt, as scripts/fetch_texts.py lays them out. Not read where the model has no tokenizer: then the

@@ -253,14 +253,15 @@ fn peak_text(peak: u64) -> String {
 /// A seat's run before its first sample; `own_weights` as this engine holds them.
 pub fn blank(args: &LadderArgs, seat: &Seat, ctx: usize, own_weights: Option<u64>) -> Run {
     let (engine, variant) = seat.names();
-    let (plan, version, weights_bytes) = match &seat.player {
-        Player::Own(v) => (v.plan.clone(), None, own_weights),
-        Player::Peer(_, ready) => (None, ready.version.clone(), ready.weights_bytes),
+    let (plan, eviction, version, weights_bytes) = match &seat.player {
+        Player::Own(v) => (v.plan.clone(), v.eviction.clone(), None, own_weights),
+        Player::Peer(_, ready) => (None, None, ready.version.clone(), ready.weights_bytes),
     };
     Run {
         engine: engine.into(),
         variant: variant.into(),
         plan,
+        eviction,
         ctx,
         prompt_tokens: ctx - args.decode,
         prefill_chunk: args.prefill_chunk,

@@ -80,7 +80,7 @@ impl Engine {
     /// As [`Needs::of`].
     pub fn needs(&self, variant: &Variant, ctx: usize) -> Result<Needs> {
         let model = self.model.as_ref().ok_or_else(|| lost(variant))?;
-        Needs::of(model, variant.plan.as_ref(), ctx)
+        Needs::of(model, variant.method(), ctx)
     }
 
     /// Reads the prompt of `task` and makes its new tokens.
@@ -94,7 +94,7 @@ impl Engine {
         let begin = Instant::now();
         let prompt = task.prompt.to_vec();
         let prompt_s = begin.elapsed().as_secs_f64();
-        let model = self.model.take().ok_or_else(|| lost(variant))?.with_plan(variant.plan.as_ref(), ctx)?;
+        let model = self.model.take().ok_or_else(|| lost(variant))?.with_plan(variant.method(), ctx)?;
         let key = (variant.name.clone(), ctx);
         if let Some(peak) = self.peaks.get(&key).filter(|_| self.shared) {
             take_memory(&self.device, *peak);
@@ -102,14 +102,14 @@ impl Engine {
         begin_peak(&self.device);
         let chunk = match task.budget {
             None => Ok(task.chunk),
-            Some(b) => Needs::of(&model, variant.plan.as_ref(), ctx).and_then(|n| n.chunk_within(b, task.chunk)),
+            Some(b) => Needs::of(&model, variant.method(), ctx).and_then(|n| n.chunk_within(b, task.chunk)),
         };
         let made = chunk.and_then(|chunk| Ok((chunk, attempt(&model, &prompt, new, chunk, on_tokens)?)));
         // The last token is made, not read.
         let positions = prompt.len()..prompt.len() + new.saturating_sub(1).max(1);
         let read = || {
-            let (plan, element) = (variant.plan.as_ref(), model.dtype().size_in_bytes());
-            read_per_token(model.spec(), plan, ctx, positions, model.bytes_per_token(), element)
+            let (method, element) = (variant.method(), model.dtype().size_in_bytes());
+            read_per_token(model.spec(), method, ctx, positions, model.bytes_per_token(), element)
         };
         let outcome = match made {
             Ok((chunk, (made, wall, kv))) => {

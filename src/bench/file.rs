@@ -106,7 +106,8 @@ impl LadderFile {
         let other = same_name.find_map(|r| {
             let version = (r.version != like.version).then(|| ("version", show(&r.version), show(&like.version)));
             let plan = (r.plan != like.plan).then(|| ("plan", show(&r.plan), show(&like.plan)));
-            version.or(plan)
+            let eviction = (r.eviction != like.eviction).then(|| ("eviction", show(&r.eviction), show(&like.eviction)));
+            version.or(plan).or(eviction)
         });
         match other {
             None => Ok(()),

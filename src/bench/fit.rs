@@ -97,6 +97,7 @@ fn search(engine: &Engine, variant: &Variant, limits: &Limits) -> Result<FitRun>
     Ok(FitRun {
         variant: variant.name.clone(),
         plan: variant.plan.clone(),
+        eviction: variant.eviction.clone(),
         memory_budget: limits.budget,
         ctx,
         at_most: ctx == Some(limits.most),
@@ -167,6 +168,7 @@ mod tests {
     use super::*;
     use crate::cache::Cache;
     use crate::checkpoint::Checkpoint;
+    use crate::eviction::EvictionPlan;
     use crate::retrofit::{RetrofitPlan, Settings};
     use crate::selector::SELECTORS;
     use candle_core::DType;
@@ -184,6 +186,19 @@ mod tests {
             (5000, usize::MAX, Some(4096)),
         ] {
             assert_eq!(largest(most, |ctx| Ok(ctx <= limit))?, want, "{limit} of {most}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn no_cache_that_evicts_shrinks_as_its_context_grows() -> Result<()> {
+        let spec = Checkpoint::random("tests/fixtures/shapes/qwen2.5-0.5b", 0)?.spec;
+        for rule in crate::eviction::RULES {
+            let plan = EvictionPlan::new(rule.name(), 4096, &[])?;
+            let bytes = |k: usize| Cache::bytes_for(&spec, &plan, k * STEP, DType::BF16, false).map(|b| b.0);
+            for k in 1..256 {
+                assert!(bytes(k)? <= bytes(k + 1)?, "{}: {k}k", rule.name());
+            }
         }
         Ok(())
     }

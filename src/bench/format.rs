@@ -5,6 +5,7 @@
 
 use crate::checkpoint::Identity;
 use crate::error::{At, Error, Result};
+use crate::eviction::EvictionPlan;
 use crate::retrofit::RetrofitPlan;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -130,10 +131,13 @@ pub struct Prompt {
 pub struct Run {
     /// `bfly`, or a peer's name (`transformers`).
     pub engine: String,
-    /// `stock`, `retrofit`, or `retrofit:KEY=VALUE,..`; for a peer what it ran (`sdpa`).
+    /// `stock`, `retrofit`, `retrofit:KEY=VALUE,..`, or a rule that evicts (`keydiff:budget=1k`); for a peer what it ran (`sdpa`).
     pub variant: String,
-    /// The plan; null for stock and peers.
+    /// The plan; null for stock, evictions and peers.
     pub plan: Option<RetrofitPlan>,
+    /// What a run that evicts kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eviction: Option<EvictionPlan>,
     /// Provisioned positions: prompt and new tokens together.
     pub ctx: usize,
     /// Tokens read.
@@ -187,6 +191,10 @@ pub struct Kv {
     pub total_bytes: u64,
     /// What the stock model allocates for the same context and element type.
     pub dense_bytes: u64,
+    /// The most that was allocated at once, where that is more than in the end: a rule that evicts once holds the whole context
+    /// before it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_bytes: Option<u64>,
 }
 
 /// One timed run.
@@ -259,10 +267,13 @@ pub struct Fit {
 /// One variant in one budget.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct FitRun {
-    /// `stock`, `retrofit`, or `retrofit:KEY=VALUE,..`.
+    /// `stock`, `retrofit`, `retrofit:KEY=VALUE,..`, or a rule that evicts.
     pub variant: String,
-    /// The plan; null for stock.
+    /// The plan; null for stock and evictions.
     pub plan: Option<RetrofitPlan>,
+    /// What a run that evicts kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eviction: Option<EvictionPlan>,
     /// Bytes that the run was allowed to take.
     pub memory_budget: u64,
     /// The largest context, in whole multiples of 1024 tokens, that fits by arithmetic, for which the cache was provisioned; null

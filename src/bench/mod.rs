@@ -44,7 +44,8 @@
 //! It is found by bisection, since no cache shrinks as its context grows, and then verified: a cache for exactly that context, as
 //! large a prefill chunk as the rest of the budget has room for, and a run whose peak is compared with the budget. The run may read
 //! fewer tokens than are provisioned. A cache is allocated whole before the first token, and activations depend on the chunk alone, so
-//! its peak is that of a longer run; its seconds are not. Memory is handed back between runs: each begins with the weights alone.
+//! its peak is that of a longer run; its seconds are not. (A rule that evicts once copies what it keeps, with room for what may follow:
+//! `cache(ctx)` counts the most that this can be.) Memory is handed back between runs: each begins with the weights alone.
 //!
 //! # Kernels
 //!

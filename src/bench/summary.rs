@@ -3,7 +3,8 @@
 use super::format::{Kv, ReadBytes, Run, Sample, Summary};
 use crate::cache::Cache;
 use crate::error::Result;
-use crate::retrofit::RetrofitPlan;
+use crate::method::Method;
+use crate::retrofit::Settings;
 use crate::selector;
 use crate::spec::{AttentionKind, ModelSpec};
 use std::ops::Range;
@@ -53,35 +54,39 @@ pub fn deterministic(samples: &[Sample]) -> Option<bool> {
 
 /// What a cache holds, by pool.
 pub fn kv(cache: &Cache) -> Kv {
-    let bytes = cache.capacity_bytes();
+    let (bytes, peak) = (cache.capacity_bytes(), cache.peak_bytes().total());
     Kv {
         local_bytes: bytes.local,
         summary_bytes: bytes.summary,
         sink_bytes: bytes.sink,
         total_bytes: bytes.total(),
         dense_bytes: cache.dense_bytes(),
+        peak_bytes: (peak != bytes.total()).then_some(peak),
     }
 }
 
 /// What one new token reads, as a mean over those at `positions`.
 ///
 /// A key or value is counted once per KV head, however many query heads share it: raw positions of the window, sinks left of it,
-/// and routed summaries. `element` is the bytes of a number in the cache.
-pub fn read_per_token(
+/// and routed summaries, or the rows that a rule kept of the context before `positions` and those after. `element` is the bytes of a
+/// number in the cache.
+pub fn read_per_token<'a>(
     spec: &ModelSpec,
-    plan: Option<&RetrofitPlan>,
+    method: impl Into<Method<'a>>,
     ctx: usize,
     positions: Range<usize>,
     weights: u64,
     element: usize,
 ) -> Result<ReadBytes> {
+    let method = method.into();
     let count = positions.len().max(1) as f64;
     let mut kv = 0.0;
     for (i, layer) in spec.layers.iter().enumerate() {
-        let rows: usize = match (layer.attention, plan.and_then(|p| Some((p, p.ordinal(i)?)))) {
-            (AttentionKind::Sliding { window }, _) => positions.clone().map(|p| window.min(p + 1)).sum(),
-            (AttentionKind::Full, None) => positions.clone().map(|p| p + 1).sum(),
-            (AttentionKind::Full, Some((plan, ordinal))) => butterfly_rows(plan, ordinal, ctx, positions.clone())?,
+        let rows: usize = match (layer.attention, method.swapped(i), method) {
+            (AttentionKind::Sliding { window }, ..) => positions.clone().map(|p| window.min(p + 1)).sum(),
+            (AttentionKind::Full, Some((s, ordinal)), _) => butterfly_rows(s, ordinal, ctx, positions.clone())?,
+            (AttentionKind::Full, None, Method::Evict(plan)) => plan.rows_read(positions.clone())?,
+            (AttentionKind::Full, None, _) => positions.clone().map(|p| p + 1).sum(),
         };
         kv += (2 * layer.kv_heads * layer.head_dim * element * rows) as f64 / count;
     }
@@ -89,8 +94,7 @@ pub fn read_per_token(
 }
 
 /// Rows that queries at `positions` read in the `ordinal`-th swapped layer, all together.
-fn butterfly_rows(plan: &RetrofitPlan, ordinal: usize, ctx: usize, positions: Range<usize>) -> Result<usize> {
-    let s = &plan.settings;
+fn butterfly_rows(s: &Settings, ordinal: usize, ctx: usize, positions: Range<usize>) -> Result<usize> {
     let (rule, grid) = (selector::find(&s.partner)?, s.grid(ctx));
     let window = s.raw_window();
     let (mut sum, mut routed) = (0, (usize::MAX, 0));
@@ -110,7 +114,8 @@ fn butterfly_rows(plan: &RetrofitPlan, ordinal: usize, ctx: usize, positions: Ra
 mod tests {
     use super::*;
     use crate::checkpoint::Checkpoint;
-    use crate::retrofit::Settings;
+    use crate::eviction::EvictionPlan;
+    use crate::retrofit::RetrofitPlan;
 
     #[test]
     fn medians_and_percentiles_are_those_of_the_definition() {
@@ -140,5 +145,9 @@ mod tests {
         let settings = Settings { sink_tokens: 16, ..plan.settings };
         let plan = RetrofitPlan::new(&spec, Some(vec![2]), settings).unwrap();
         assert_eq!(read(Some(&plan), 100..101).kv, row as f64 * (3.0 * 101.0 + (37 + 16 + 3) as f64));
+        // All four layers read what was kept of the 100 before, and the new tokens.
+        let plan = EvictionPlan::new("snapkv", 60, &[("window", 8)]).unwrap();
+        let read = read_per_token(&spec, &plan, 1024, 100..102, 99, 4).unwrap();
+        assert_eq!(read.kv, row as f64 * 4.0 * 61.5);
     }
 }

@@ -1,10 +1,12 @@
 //! `--variants`: how the model's attention is run, as one line.
 //!
-//! A list such as `stock,retrofit,retrofit:window=1024,layers=0-3,5,stock`. An item after `retrofit:` that is no variant's name
-//! belongs to it: a further `KEY=VALUE`, or a further part of a list of layers.
+//! A list such as `stock,retrofit,retrofit:window=1024,layers=0-3,5,keydiff:budget=1k,block=64`. An item after `retrofit:` or a rule
+//! of [`crate::eviction`] that is no variant's name belongs to it: a further `KEY=VALUE`, or a further part of a list of layers.
 
 use crate::cli::{parse_count, parse_size};
 use crate::error::{Error, Result};
+use crate::eviction::{self, EvictionPlan, DEFAULT_BUDGET, RULES};
+use crate::method::Method;
 use crate::retrofit::{parse_layers, RetrofitPlan, Settings};
 use crate::spec::ModelSpec;
 use clap::ValueEnum;
@@ -15,16 +17,25 @@ const FLAG: &str = "--variants";
 /// One way to run the model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Variant {
-    /// As given: `stock`, `retrofit`, `retrofit:window=1024`.
+    /// As given: `stock`, `retrofit`, `retrofit:window=1024`, `snapkv:budget=1024`.
     pub name: String,
-    /// What is swapped; `None` for stock.
+    /// What is swapped; `None` for stock and evictions.
     pub plan: Option<RetrofitPlan>,
+    /// What is kept; `None` where nothing is evicted.
+    pub eviction: Option<EvictionPlan>,
+}
+
+impl Variant {
+    /// How the model is run.
+    pub fn method(&self) -> Method<'_> {
+        self.eviction.as_ref().map_or_else(|| self.plan.as_ref().into(), Method::Evict)
+    }
 }
 
 impl Variant {
     /// The model as it came.
     pub fn stock() -> Self {
-        Self { name: "stock".into(), plan: None }
+        Self { name: "stock".into(), plan: None, eviction: None }
     }
 }
 
@@ -65,8 +76,8 @@ pub fn parse(lists: &[String], base: Option<&RetrofitPlan>, spec: &ModelSpec) ->
         let mut open = false;
         for item in list.split(',').map(str::trim) {
             match names.last_mut() {
-                _ if item == "stock" || item == "retrofit" || item.starts_with("retrofit:") => {
-                    open = item.starts_with("retrofit:");
+                _ if item == "stock" || has_settings(item.split(':').next().unwrap_or_default()) => {
+                    open = item.contains(':');
                     names.push(item.into());
                 }
                 Some(last) if open && (item.contains('=') || item.starts_with(|c: char| c.is_ascii_digit())) => {
@@ -80,7 +91,12 @@ pub fn parse(lists: &[String], base: Option<&RetrofitPlan>, spec: &ModelSpec) ->
                     ));
                 }
                 _ => {
-                    return Err(Error::usage(FLAG, format!("`{item}` is not stock, retrofit or retrofit:KEY=VALUE,..")))
+                    let rules: Vec<_> = RULES.iter().map(|r| r.name()).collect();
+                    let message = format!(
+                        "`{item}` is not stock, retrofit, {}, or one of them but stock with :KEY=VALUE,..",
+                        rules.join(", ")
+                    );
+                    return Err(Error::usage(FLAG, message));
                 }
             }
         }
@@ -93,14 +109,24 @@ pub fn parse(lists: &[String], base: Option<&RetrofitPlan>, spec: &ModelSpec) ->
     names.into_iter().map(|name| variant(name, base, spec)).collect()
 }
 
+/// Whether `KEY=VALUE` may follow the name.
+fn has_settings(name: &str) -> bool {
+    name == "retrofit" || RULES.iter().any(|r| r.name() == name)
+}
+
 fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec) -> Result<Variant> {
     if name == "stock" {
         return Ok(Variant::stock());
     }
     let place = || format!("{FLAG} {name}");
+    let (what, given) = name.split_once(':').unwrap_or((&name, ""));
+    if what != "retrofit" {
+        let plan = eviction(what, &pairs(given)).map_err(|e| e.within(place()))?;
+        return Ok(Variant { name, plan: None, eviction: Some(plan) });
+    }
     let mut settings = base.map_or_else(Settings::default, |p| p.settings.clone());
     let mut layers = base.map(|p| p.layers.clone());
-    for (key, value) in pairs(name.strip_prefix("retrofit:").unwrap_or_default()) {
+    for (key, value) in pairs(given) {
         if key == "layers" {
             layers = parse_layers(&value).map_err(|e| e.within(place()))?;
             continue;
@@ -113,7 +139,26 @@ fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec) -> Resul
             .map_err(|why| Error::usage(place(), format!("`{value}` cannot be the {key}: {why}")))?;
     }
     let plan = RetrofitPlan::new(spec, layers, settings).map_err(|e| e.within(place()))?;
-    Ok(Variant { name, plan: Some(plan) })
+    Ok(Variant { name, plan: Some(plan), eviction: None })
+}
+
+/// The plan of `rule` with what is given; the budget is one of the settings here.
+fn eviction(rule: &str, given: &[(String, String)]) -> Result<EvictionPlan> {
+    let (mut budget, mut settings) = (DEFAULT_BUDGET, vec![]);
+    let known = eviction::find(rule)?.settings();
+    for (key, text) in given {
+        // An unknown key is the plan's to refuse, whatever its value.
+        let named = key == "budget" || known.iter().any(|s| s.name == key);
+        let value = match parse_count(text) {
+            Err(why) if named => return Err(Error::usage(key, why)),
+            value => value.unwrap_or_default(),
+        };
+        match key.as_str() {
+            "budget" => budget = value,
+            key => settings.push((key, value)),
+        }
+    }
+    EvictionPlan::new(rule, budget, &settings)
 }
 
 /// `a=1,b=2,3,4` as `(a, 1)` and `(b, 2,3,4)`.
@@ -185,10 +230,27 @@ mod tests {
     }
 
     #[test]
+    fn rules_that_evict_are_variants_with_settings_of_their_own() {
+        let all =
+            parsed("stock,keydiff:budget=1k,block=64,retrofit,snapkv:budget=512,window=32,kernel=7,snapkv").unwrap();
+        let names: Vec<_> = all.iter().map(|v| v.name.as_str()).collect();
+        let want =
+            ["stock", "keydiff:budget=1k,block=64", "retrofit", "snapkv:budget=512,window=32,kernel=7", "snapkv"];
+        assert_eq!(names, want);
+        let plan = |rule, budget, given: &[_]| Some(EvictionPlan::new(rule, budget, given).unwrap());
+        assert_eq!(all[1].eviction, plan("keydiff", 1024, &[("block", 64)]));
+        assert_eq!(all[3].eviction, plan("snapkv", 512, &[("window", 32), ("kernel", 7)]));
+        assert_eq!(all[4].eviction, plan("snapkv", 1024, &[]));
+        assert!(all.iter().all(|v| v.plan.is_some() == (v.name == "retrofit")), "an eviction is no retrofit");
+        assert_eq!((all[0].method(), all[1].method().eviction()), (Method::Stock, all[1].eviction.as_ref()));
+        assert_eq!(all[2].method().plan(), all[2].plan.as_ref());
+    }
+
+    #[test]
     fn mistakes_are_named() {
         for (list, words) in [
             ("", "`` is not stock"),
-            ("stock,sdpa", "`sdpa` is not stock"),
+            ("stock,sdpa", "`sdpa` is not stock, retrofit, snapkv, keydiff, or"),
             ("stock,stock", "`stock` twice"),
             ("stock:window=1", "belongs to no `retrofit:`"),
             ("stock,window=1024", "belongs to no `retrofit:`"),
@@ -200,6 +262,17 @@ mod tests {
             ("retrofit:layers=9", "layer 9 is out of range"),
             ("retrofit:layers=x", "neither `all` nor a list"),
             ("retrofit:5", "`5` is not a setting"),
+            ("retrofits", "`retrofits` is not stock"),
+            ("snapkv2:budget=9", "belongs to no"),
+            ("keydiff:budget=0", "--variants keydiff:budget=0: budget: 0 is not a number of tokens"),
+            ("keydiff:budget=x", "budget: `x` is not a number of tokens such as"),
+            ("keydiff:window=64", "keydiff: `window` is not a setting; settings are budget, block"),
+            ("keydiff:layers=0-3", "keydiff: `layers` is not a setting"),
+            ("snapkv:budget=64", "budget: 64 leaves no token besides the observation window of 64"),
+            ("snapkv:kernel=4", "kernel: 4 is even"),
+            ("snapkv:1024", "snapkv: `1024` is not a setting; settings are budget, window, kernel"),
+            ("snapkv,snapkv", "`snapkv` twice"),
+            ("snapkv,budget=9", "belongs to no"),
         ] {
             let e = parsed(list).unwrap_err().to_string();
             assert!(e.contains("--variants") && e.contains(words), "{list}: {e}");

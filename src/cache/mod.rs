@@ -1,17 +1,21 @@
 //! The KV cache: one fixed allocation per layer, made before the first token.
 //!
 //! Every state reports its bytes by pool, allocated and used, and what a dense cache would have taken. Nothing is allocated
-//! afterwards, and a token past the provisioned context is refused before any work.
+//! afterwards, and a token past the provisioned context is refused before any work. One state is an exception: rows that a rule
+//! keeps when the context is over ([`Cache::compress`]) are copied out of a dense cache, and [`Cache::peak_bytes`] counts both.
 
+mod kept;
 mod ring;
 mod two_pool;
 
+pub use kept::Kept;
 pub use ring::Ring;
 pub use two_pool::TwoPool;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::method::Method;
 use crate::ops::human_bytes;
-use crate::retrofit::{RetrofitPlan, Settings};
+use crate::retrofit::Settings;
 use crate::selector;
 use crate::spec::{AttentionKind, ModelSpec};
 use candle_core::{DType, Device};
@@ -20,7 +24,7 @@ use serde::Serialize;
 /// Bytes by pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct PoolBytes {
-    /// Raw positions: dense caches, sliding rings and local rings.
+    /// Raw positions: dense caches, sliding rings, local rings and kept rows, with the queries that score them.
     pub local: u64,
     /// Summaries and the running sums of blocks in progress.
     pub summary: u64,
@@ -52,6 +56,8 @@ pub enum LayerState {
     Ring(Ring),
     /// A local ring, sinks and summaries.
     TwoPool(Box<TwoPool>),
+    /// The tokens that a rule keeps, other ones in each KV head.
+    Kept(Box<Kept>),
 }
 
 impl LayerState {
@@ -60,6 +66,7 @@ impl LayerState {
         match self {
             Self::Dense(r) | Self::Ring(r) => PoolBytes { local: r.capacity_bytes(), ..PoolBytes::default() },
             Self::TwoPool(t) => t.capacity_bytes(),
+            Self::Kept(k) => PoolBytes { local: k.capacity_bytes(), ..PoolBytes::default() },
         }
     }
 
@@ -68,6 +75,7 @@ impl LayerState {
         match self {
             Self::Dense(r) | Self::Ring(r) => PoolBytes { local: r.used_bytes(position), ..PoolBytes::default() },
             Self::TwoPool(t) => t.used_bytes(position),
+            Self::Kept(k) => PoolBytes { local: k.used_bytes(position), ..PoolBytes::default() },
         }
     }
 }
@@ -80,35 +88,37 @@ pub struct Cache {
     ctx: usize,
     position: usize,
     dense_bytes: u64,
+    /// The most that was allocated at once when layers were cut, a copy beside the rows that it was made from.
+    peak: PoolBytes,
 }
 
 impl Cache {
-    /// Allocates for `ctx` positions of keys and values in `dtype`; layers named by `plan` get two pools.
-    pub fn new(
+    /// Allocates for `ctx` positions of keys and values in `dtype`, as `method` needs them.
+    pub fn new<'a>(
         spec: &ModelSpec,
-        plan: Option<&RetrofitPlan>,
+        method: impl Into<Method<'a>>,
         ctx: usize,
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        Self::build(spec, plan, ctx, (dtype, device), false)
+        Self::build(spec, method.into(), ctx, (dtype, device), false)
     }
 
     /// As [`Cache::new`], but every summary pool holds all that any block could read, instead of what the layer's stage
     /// needs: the same logits for more memory, which is how the stage-sized pools are checked.
-    pub fn with_full_pools(
+    pub fn with_full_pools<'a>(
         spec: &ModelSpec,
-        plan: Option<&RetrofitPlan>,
+        method: impl Into<Method<'a>>,
         ctx: usize,
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        Self::build(spec, plan, ctx, (dtype, device), true)
+        Self::build(spec, method.into(), ctx, (dtype, device), true)
     }
 
     fn build(
         spec: &ModelSpec,
-        plan: Option<&RetrofitPlan>,
+        method: Method,
         ctx: usize,
         (dtype, device): (DType, &Device),
         full: bool,
@@ -116,44 +126,54 @@ impl Cache {
         if ctx == 0 {
             return Err(Error::usage("--ctx", "0 is not a context length"));
         }
-        let (need, dense_bytes) = Self::bytes_for(spec, plan, ctx, dtype, full)?;
+        let (need, dense_bytes) = Self::bytes_for(spec, method, ctx, dtype, full)?;
         refuse_too_large(need, ctx, device)?;
         let mut layers = Vec::with_capacity(spec.layers.len());
         for (i, l) in spec.layers.iter().enumerate() {
             let row = (l.kv_heads, l.head_dim);
-            let pools = pools(spec, plan, i, ctx, full)?;
+            let pools = pools(spec, method, i, ctx, full)?;
             let ring = || Ring::new(pools.local, row, dtype, device);
-            let made = match (pools.swapped, l.attention) {
-                (Some(settings), _) => {
+            let made = match (pools.swapped, l.attention, method) {
+                (Some(settings), ..) => {
                     TwoPool::new(settings, ctx, &pools, row, dtype, device).map(|p| LayerState::TwoPool(Box::new(p)))
                 }
-                (None, AttentionKind::Full) => ring().map(LayerState::Dense),
-                (None, AttentionKind::Sliding { .. }) => ring().map(LayerState::Ring),
+                (None, AttentionKind::Sliding { .. }, _) => ring().map(LayerState::Ring),
+                (None, AttentionKind::Full, Method::Evict(plan)) => {
+                    Kept::new(plan, ctx, l, dtype, device).map(|k| LayerState::Kept(Box::new(k)))
+                }
+                (None, AttentionKind::Full, _) => ring().map(LayerState::Dense),
             };
-            layers.push(made.map_err(|e| no_room(e, i, need, plan.is_some()))?);
+            layers.push(made.map_err(|e| no_room(e, i, need, method))?);
         }
-        Ok(Self { layers, ctx, position: 0, dense_bytes })
+        Ok(Self { layers, ctx, position: 0, dense_bytes, peak: PoolBytes::default() })
     }
 
-    /// What a cache takes, and what a dense one would.
-    pub(crate) fn bytes_for(
+    /// What a cache takes at most at once, and what a dense one would.
+    ///
+    /// Where a rule evicts once, that is all layers before it, and the copy that the largest of them can make.
+    pub(crate) fn bytes_for<'a>(
         spec: &ModelSpec,
-        plan: Option<&RetrofitPlan>,
+        method: impl Into<Method<'a>>,
         ctx: usize,
         dtype: DType,
         full: bool,
     ) -> Result<(u64, u64)> {
-        let (mut own, mut dense) = (0, 0);
+        let method = method.into();
+        let (mut own, mut dense, mut copy) = (0, 0, 0);
         for (i, l) in spec.layers.iter().enumerate() {
             let row = (l.kv_heads, l.head_dim);
-            let p = pools(spec, plan, i, ctx, full)?;
+            let p = pools(spec, method, i, ctx, full)?;
             let bytes = |rows: usize| if rows == 0 { 0 } else { Ring::bytes_for(rows, row, dtype) };
             own += bytes(p.local) + bytes(p.sinks) + bytes(p.summaries);
             // Running sums: f32 for keys and values.
             own += if p.swapped.is_some() { 8 * (row.0 * row.1) as u64 } else { 0 };
-            dense += bytes(pools(spec, None, i, ctx, false)?.local);
+            dense += bytes(pools(spec, Method::Stock, i, ctx, false)?.local);
+            if let (AttentionKind::Full, Method::Evict(plan)) = (l.attention, method) {
+                own += Kept::queries_bytes(plan, ctx, l, dtype)?;
+                copy = copy.max(Kept::copy_bytes(plan, ctx, l, dtype)?);
+            }
         }
-        Ok((own, dense))
+        Ok((own + copy, dense))
     }
 
     /// Tokens seen.
@@ -186,6 +206,36 @@ impl Cache {
         self.sum(LayerState::capacity_bytes)
     }
 
+    /// The most that was ever allocated at once, by pool: what is allocated now, unless evicting took more.
+    pub fn peak_bytes(&self) -> PoolBytes {
+        let now = self.capacity_bytes();
+        if now.total() < self.peak.total() {
+            self.peak
+        } else {
+            now
+        }
+    }
+
+    /// Tells every layer that the context is over: what is read from here on is a question, or new tokens.
+    ///
+    /// Layers whose rule evicts once do it now, the first time they are told; those that evict all the time cut the block in
+    /// progress to their budget; all others change nothing, and neither does a cache that has seen no token.
+    ///
+    /// # Errors
+    /// Too little memory for the rows that stay, or a backend's failure: names the layer, which then holds what it held.
+    pub fn compress(&mut self) -> Result<()> {
+        let room = self.ctx - self.position;
+        for i in 0..self.layers.len() {
+            let mut most = self.capacity_bytes();
+            let LayerState::Kept(kept) = &mut self.layers[i] else { continue };
+            most.local += kept.end_of_context(room).map_err(|e| e.within(format!("cache of layer {i}")))?;
+            if most.total() > self.peak.total() {
+                self.peak = most;
+            }
+        }
+        Ok(())
+    }
+
     /// Bytes in use by pool.
     pub fn used_bytes(&self) -> PoolBytes {
         self.sum(|l| l.used_bytes(self.position))
@@ -211,12 +261,11 @@ struct Pools<'a> {
     swapped: Option<&'a Settings>,
 }
 
-fn pools<'a>(spec: &ModelSpec, plan: Option<&'a RetrofitPlan>, i: usize, ctx: usize, full: bool) -> Result<Pools<'a>> {
+fn pools<'a>(spec: &ModelSpec, method: Method<'a>, i: usize, ctx: usize, full: bool) -> Result<Pools<'a>> {
     let whole = |local: usize| Ok(Pools { local, sinks: 0, summaries: 0, swapped: None });
-    let swapped = plan.and_then(|p| p.ordinal(i).map(|j| (&p.settings, j)));
-    match (spec.layers[i].attention, swapped) {
+    match (spec.layers[i].attention, method.swapped(i)) {
         (AttentionKind::Sliding { window }, _) => whole(window.min(ctx)),
-        (AttentionKind::Full, None) => whole(ctx),
+        (AttentionKind::Full, None) => whole(method.eviction().map_or(Ok(ctx), |plan| plan.rows(ctx))?),
         (AttentionKind::Full, Some((s, ordinal))) => {
             let (rule, grid) = (selector::find(&s.partner)?, s.grid(ctx));
             let rows = match full {
@@ -242,11 +291,15 @@ fn refuse_too_large(need: u64, ctx: usize, device: &Device) -> Result<()> {
 }
 
 /// A failed allocation, with what was asked for and what would ask for less.
-fn no_room(e: Error, layer: usize, need: u64, swapped: bool) -> Error {
+fn no_room(e: Error, layer: usize, need: u64, method: Method) -> Error {
     if e.kind() != ErrorKind::Memory {
         return e;
     }
-    let hint = if swapped { "a smaller --ctx or --window" } else { "a smaller --ctx, or no --stock," };
+    let hint = match method {
+        Method::Stock => "a smaller --ctx, or no --stock,",
+        Method::Butterfly(_) => "a smaller --ctx or --window",
+        Method::Evict(_) => "a smaller --ctx or budget",
+    };
     let message = format!("out of memory: the cache asks for {}; {hint} asks for less", human_bytes(need));
     Error::new(ErrorKind::Memory, format!("cache of layer {layer}"), message)
 }

@@ -52,19 +52,22 @@ impl Ring {
 
     /// Writes positions `start..start + T` of `k`, `v` `[T, G, D]`; of more than the ring holds, the last.
     pub fn write(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
-        let count = k.dims()[0];
-        let capacity = self.capacity();
-        let mut at = count.saturating_sub(capacity);
-        while at < count {
-            let row = (start + at) % capacity;
-            let n = (capacity - row).min(count - at);
-            for (into, from) in [(&self.k, k), (&self.v, v)] {
-                into.slice_set(&from.narrow(0, at, n)?.contiguous()?, 0, row)?;
-            }
-            at += n;
-        }
-        Ok(())
+        put(&self.k, k, start)?;
+        put(&self.v, v, start)
     }
+}
+
+/// Writes positions `start..start + T` of `from [T, ..]` to the rows modulo those of `into`; of more than it holds, the last.
+pub(super) fn put(into: &Tensor, from: &Tensor, start: usize) -> Result<()> {
+    let (count, capacity) = (from.dims()[0], into.dims()[0]);
+    let mut at = count.saturating_sub(capacity);
+    while at < count {
+        let row = (start + at) % capacity;
+        let n = (capacity - row).min(count - at);
+        into.slice_set(&from.narrow(0, at, n)?.contiguous()?, 0, row)?;
+        at += n;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

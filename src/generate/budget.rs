@@ -2,9 +2,10 @@
 
 use crate::cache::Cache;
 use crate::error::{Error, ErrorKind, Result};
+use crate::method::Method;
 use crate::model::Model;
 use crate::ops::human_bytes;
-use crate::retrofit::RetrofitPlan;
+use crate::spec::AttentionKind;
 
 /// Smallest chunk worth running.
 const LEAST: usize = 128;
@@ -14,17 +15,18 @@ const LEAST: usize = 128;
 pub struct Needs {
     /// Weights as held.
     pub weights: u64,
-    /// The cache.
+    /// The cache, at most.
     pub cache: u64,
-    /// Logits, a decode step's buffers, what the largest product takes besides its result.
+    /// Logits, a decode step's buffers, what the largest product takes besides its result, what evicting takes.
     pub fixed: u64,
     /// Activations for each token of a chunk.
     pub token: u64,
 }
 
 impl Needs {
-    /// Of `model` with its plan, provisioned for `ctx`.
-    pub fn of(model: &Model, plan: Option<&RetrofitPlan>, ctx: usize) -> Result<Self> {
+    /// Of `model` run by `method` (a retrofit's plan, if any), provisioned for `ctx`.
+    pub fn of<'a>(model: &Model, method: impl Into<Method<'a>>, ctx: usize) -> Result<Self> {
+        let method = method.into();
         let spec = model.spec();
         let size = model.dtype().size_in_bytes();
         let most = |f: &dyn Fn(&crate::spec::LayerSpec) -> usize| spec.layers.iter().map(f).max().unwrap_or(0);
@@ -36,11 +38,17 @@ impl Needs {
         let tables = 4 * most(&|l| l.head_dim) * spec.ropes.len();
         // Products with quantised matrices are made of parts.
         let parts = if model.has_quantised() { size * width.max(most(&|l| l.intermediate)) } else { 0 };
+        let mut evicting = 0;
+        if let Method::Evict(plan) = method {
+            for l in spec.layers.iter().filter(|l| l.attention == AttentionKind::Full) {
+                evicting = evicting.max(plan.scratch(ctx, l, size)?);
+            }
+        }
         Ok(Self {
             weights: model.weights_bytes(),
-            cache: Cache::bytes_for(spec, plan, ctx, model.dtype(), false)?.0,
+            cache: Cache::bytes_for(spec, method, ctx, model.dtype(), false)?.0,
             // Logits in two types and a copy; at most this for partial results, routes and vectors of a step; widened weights.
-            fixed: (spec.vocab * 16) as u64 + (16 << 20) + model.scratch(),
+            fixed: (spec.vocab * 16) as u64 + (16 << 20) + model.scratch() + evicting,
             token: (size * attention.max(feed_forward) + tables + parts) as u64,
         })
     }

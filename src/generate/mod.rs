@@ -117,6 +117,15 @@ impl<'a> Session<'a> {
         Ok(Tensor::cat(&parts, 0)?)
     }
 
+    /// Tells the cache that the context is over, for methods that evict then ([`Cache::compress`]): what is read afterwards was
+    /// unseen when they chose. [`Session::generate`] does it at the end of its prompt.
+    ///
+    /// # Errors
+    /// Those of [`Cache::compress`].
+    pub fn compress(&mut self) -> Result<()> {
+        self.cache.compress()
+    }
+
     /// Reads `ids` one at a time, as decode does, and returns the logits after each, f32 `[ids.len(), vocab]`.
     ///
     /// # Errors
@@ -139,7 +148,8 @@ impl<'a> Session<'a> {
         false
     }
 
-    /// Prefills and decodes. `on_token` gets each new token and says whether to go on.
+    /// Prefills, tells the cache that the context is over, and decodes. `on_token` gets each new token and says whether to go on.
+    /// What evicting takes counts as prefill.
     ///
     /// # Errors
     /// Before any work where prompt and new tokens do not fit the context.
@@ -154,6 +164,7 @@ impl<'a> Session<'a> {
         let mut timing = Timing::new();
         let begin = Instant::now();
         let prompt_logits = self.prefill(request.prompt, request.chunk, request.logits_last.max(1), on_tokens)?;
+        self.compress()?;
         // A GPU may still be at work on the logits.
         self.model.device().synchronize()?;
         timing.prefill = begin.elapsed();

@@ -4,11 +4,13 @@
 //! Attention variants share [`Projections`] and differ in what they keep and what they let a query read.
 
 mod butterfly;
+mod evict;
 mod full;
 mod projections;
 mod sliding;
 
 pub use butterfly::Butterfly;
+pub use evict::Evict;
 pub use full::Full;
 pub use projections::{Projections, Qkv};
 pub use sliding::Sliding;
@@ -36,6 +38,8 @@ pub enum Mixer {
     Sliding(Sliding),
     /// Compressed butterfly attention.
     Butterfly(Box<Butterfly>),
+    /// Dense attention over what a rule keeps.
+    Evict(Evict),
 }
 
 impl Mixer {
@@ -46,6 +50,7 @@ impl Mixer {
             (Self::Full(m), LayerState::Dense(cache)) => m.forward(x, step, cache),
             (Self::Sliding(m), LayerState::Ring(cache)) => m.forward(x, step, cache),
             (Self::Butterfly(m), LayerState::TwoPool(cache)) => m.forward(x, step, cache),
+            (Self::Evict(m), LayerState::Kept(cache)) => m.forward(x, step, cache),
             _ => Err(Error::new(ErrorKind::Backend, "cache", "was made for another plan than the model")),
         }
     }
@@ -56,6 +61,7 @@ impl Mixer {
             Self::Full(m) => &m.projections,
             Self::Sliding(m) => &m.projections,
             Self::Butterfly(m) => &m.projections,
+            Self::Evict(m) => &m.projections,
         }
     }
 }

@@ -251,10 +251,7 @@ fn table(results: &Ablation) -> String {
     };
     let head = ["", "change", "KV of dense", "summaries", "KL", "KL changes by", "in decode by", "answer loss by"];
     let mut rows = vec![head.map(String::from).to_vec()];
-    let kv = |score: &Score| {
-        let kv = score.subject.kv;
-        format!("{:.4}x", kv.total_bytes as f64 / kv.dense_bytes as f64)
-    };
+    let kv = |score: &Score| format!("{:.4}x", score.subject.share_of_dense());
     let base = &results.base;
     let kl = |score: &Score| Estimate::of(&score.texts(|t| t.kl)).map_or("-".into(), |e| e.show(4));
     let mut first = vec![String::new(), base.subject.variant.clone(), kv(base), String::new(), kl(base)];

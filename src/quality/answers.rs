@@ -158,7 +158,7 @@ impl AnswersFile {
         let Some(at) = self.find(variant, set) else { return Ok(&set.samples) };
         let had = &self.answers.cells[at];
         let same = had.answers.iter().zip(&set.samples).all(|(a, (_, p))| a.sha256 == hash(&p.ids()));
-        if !same || had.subject.plan != variant.plan {
+        if !same || (&had.subject.plan, &had.subject.eviction) != (&variant.plan, &variant.eviction) {
             let message = format!(
                 "holds answers of {} to {} at {} with other prompts or another plan; choose another --out",
                 variant.name,

@@ -50,6 +50,9 @@ pub struct AskArgs {
     pub judged: JudgedArgs,
 }
 
+/// Makes a sample by its number.
+pub type Make<'a> = Box<dyn Fn(usize, tasks::Count) -> Result<Sample> + Sync + 'a>;
+
 /// What makes the samples of a cell.
 pub struct Wanted<'a> {
     /// The task.
@@ -59,7 +62,7 @@ pub struct Wanted<'a> {
     /// Samples.
     pub count: usize,
     /// Makes one of them.
-    pub make: Box<dyn Fn(usize, tasks::Count) -> Result<Sample> + Sync + 'a>,
+    pub make: Make<'a>,
 }
 
 impl AskArgs {

@@ -4,6 +4,7 @@
 use super::metrics::Position;
 use crate::bench::format::{Header, Kv};
 use crate::bench::variant::Variant;
+use crate::eviction::EvictionPlan;
 use crate::retrofit::RetrofitPlan;
 use serde::{Deserialize, Serialize};
 
@@ -13,18 +14,26 @@ pub const SMOKE: &str = "bfly-smoke";
 /// What a variant is, and what it holds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Subject {
-    /// `stock`, or `retrofit:KEY=VALUE,..`.
+    /// `stock`, `retrofit:KEY=VALUE,..`, or a rule that evicts.
     pub variant: String,
-    /// The plan; null for stock.
+    /// The plan; null for stock and evictions.
     pub plan: Option<RetrofitPlan>,
+    /// What a method that evicts keeps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eviction: Option<EvictionPlan>,
     /// The cache as allocated.
     pub kv: Kv,
 }
 
 impl Subject {
+    /// The most that the cache held at once, prefill included, over what a dense one holds.
+    pub fn share_of_dense(&self) -> f64 {
+        self.kv.peak_bytes.unwrap_or(self.kv.total_bytes) as f64 / self.kv.dense_bytes as f64
+    }
+
     /// Of a variant with the cache that it allocated.
     pub fn of(variant: &Variant, kv: Kv) -> Self {
-        Self { variant: variant.name.clone(), plan: variant.plan.clone(), kv }
+        Self { variant: variant.name.clone(), plan: variant.plan.clone(), eviction: variant.eviction.clone(), kv }
     }
 }
 
@@ -113,8 +122,9 @@ impl DocumentScore {
 #[cfg(test)]
 impl Subject {
     pub(super) fn test(variant: &str) -> Self {
-        let kv = Kv { local_bytes: 1, summary_bytes: 0, sink_bytes: 0, total_bytes: 1, dense_bytes: 2 };
-        Self { variant: variant.into(), plan: None, kv }
+        let kv =
+            Kv { local_bytes: 1, summary_bytes: 0, sink_bytes: 0, total_bytes: 1, dense_bytes: 2, peak_bytes: None };
+        Self { variant: variant.into(), plan: None, eviction: None, kv }
     }
 }
 

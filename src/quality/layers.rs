@@ -233,13 +233,12 @@ fn write_plans(dir: &Path, results: &Layers) -> Result<()> {
 /// Layers by harm, then the curve.
 fn table(results: &Layers) -> String {
     let cells = |name: String, score: &Score| {
-        let kv = score.subject.kv;
         let right: Vec<f64> = score.answers.iter().map(|a| 100.0 * f64::from(u8::from(a.right))).collect();
         let show = |e: Option<Estimate>, decimals| e.map_or("-".into(), |e| e.show(decimals));
         vec![
             String::new(),
             name,
-            format!("{:.4}x", kv.total_bytes as f64 / kv.dense_bytes as f64),
+            format!("{:.4}x", score.subject.share_of_dense()),
             show(harm(score, &results.stock, RankBy::Answers).filter(|_| !score.answers.is_empty()), 3),
             show(Estimate::of(&right), 0),
             show(Estimate::of(&score.texts(|t| t.kl)), 4),

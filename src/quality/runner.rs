@@ -23,7 +23,7 @@ impl Runner {
     pub fn run<T>(&mut self, variant: &Variant, ctx: usize, f: impl FnOnce(&Model) -> Result<T>) -> Result<T> {
         let place = || format!("{} at {ctx}", variant.name);
         let lost = || Error::new(ErrorKind::Backend, place(), "the model was lost in an earlier run");
-        let model = self.model.take().ok_or_else(lost)?.with_plan(variant.plan.as_ref(), ctx)?;
+        let model = self.model.take().ok_or_else(lost)?.with_plan(variant.method(), ctx)?;
         let model = self.model.insert(model);
         f(model).map_err(|e| e.within(place()))
     }

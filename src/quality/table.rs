@@ -18,7 +18,6 @@ pub fn smoke_table(smoke: &Smoke) -> String {
     head.extend(shown.iter().map(|(name, ..)| name.to_string()));
     let mut rows = vec![head];
     for run in &smoke.runs {
-        let kv = run.subject.kv;
         let of = |f: &dyn Fn(&super::format::DocumentScore) -> f64| {
             Estimate::of(&run.documents.iter().map(f).collect::<Vec<_>>())
         };
@@ -26,7 +25,7 @@ pub fn smoke_table(smoke: &Smoke) -> String {
             short_count(run.ctx),
             run.subject.variant.clone(),
             run.documents.len().to_string(),
-            format!("{:.4}x", kv.total_bytes as f64 / kv.dense_bytes as f64),
+            format!("{:.4}x", run.subject.share_of_dense()),
             of(&|d| d.stock_loss).map_or("-".into(), |e| format!("{:.2}", e.mean.exp())),
         ];
         row.extend(shown.iter().map(|(_, metric, decimals)| of(metric).map_or("-".into(), |e| e.show(*decimals))));
@@ -72,13 +71,11 @@ pub fn answers_table(answers: &Answers) -> String {
         let mut rows = vec![head];
         for variant in distinct(&cells, |c| c.subject.variant.as_str()) {
             let own: Vec<&Cell> = cells.iter().copied().filter(|c| c.subject.variant == variant).collect();
-            let kv = own[0].subject.kv;
-            let peak = kv.peak_bytes.unwrap_or(kv.total_bytes);
             let samples = own.iter().map(|c| c.answers.len());
             let mut row = vec![
                 String::new(),
                 variant.into(),
-                format!("{:.4}x", peak as f64 / kv.dense_bytes as f64),
+                format!("{:.4}x", own[0].subject.share_of_dense()),
                 samples.clone().sum::<usize>().to_string(),
             ];
             let of = |task: &str| own.iter().find(|c| c.task == task).and_then(|c| c.score());
@@ -110,13 +107,8 @@ pub fn grid_table(answers: &Answers) -> String {
         head.push("mean".into());
         let mut rows = vec![head];
         for cell in &cells {
-            let kv = cell.subject.kv;
-            let peak = kv.peak_bytes.unwrap_or(kv.total_bytes);
-            let mut row = vec![
-                String::new(),
-                cell.subject.variant.clone(),
-                format!("{:.4}x", peak as f64 / kv.dense_bytes as f64),
-            ];
+            let mut row =
+                vec![String::new(), cell.subject.variant.clone(), format!("{:.4}x", cell.subject.share_of_dense())];
             let at = |depth: &f64| {
                 let own = cell.answers.iter().filter(|a| a.depth == Some(*depth));
                 Estimate::of(&own.map(|a| 100.0 * a.score).collect::<Vec<_>>())

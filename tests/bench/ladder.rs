@@ -194,3 +194,27 @@ fn help_shows_examples_and_every_flag() -> Any {
     assert!(String::from_utf8(bench("completions").arg("bash").output()?.stdout)?.contains("bfly-bench"));
     Ok(())
 }
+
+#[test]
+fn rules_that_evict_climb_like_any_variant() -> Any {
+    let place = Place::new()?;
+    let variants = "stock,keydiff:budget=32,block=16,snapkv:budget=32,window=8";
+    let ladder = place.climb(&["--ctx", "128", "--variants", variants, "--repeats", "1"])?;
+    let (stock, keydiff, snapkv) = (
+        run(&ladder, "stock", 128),
+        run(&ladder, "keydiff:budget=32,block=16", 128),
+        run(&ladder, "snapkv:budget=32,window=8", 128),
+    );
+    assert!(stock.eviction.is_none() && keydiff.plan.is_none() && snapkv.plan.is_none());
+    assert_eq!(keydiff.eviction, Some(bfly::eviction::EvictionPlan::new("keydiff", 32, &[("block", 16)])?));
+    let kv = |r: &Run| r.kv.map(|kv| (kv.total_bytes, kv.peak_bytes)).ok_or("no bytes");
+    let (whole, none) = kv(stock)?;
+    assert_eq!((none, kv(keydiff)?), (None, (whole * 48 / 128, None)));
+    // The budget and 8 new tokens in the end; all of the context, a layer's copy and the last queries before.
+    let (now, peak) = kv(snapkv)?;
+    assert_eq!(now, whole * 40 / 128);
+    assert!(peak.is_some_and(|peak| peak > whole + now / 4), "{peak:?}");
+    let written: Value = serde_json::from_str(&std::fs::read_to_string(place.out())?)?;
+    assert!(written["runs"][0].get("eviction").is_none() && written["runs"][0]["kv"].get("peak_bytes").is_none());
+    Ok(())
+}

@@ -153,7 +153,9 @@ fn has_form(model: &Model, routes: &[Routes]) -> bool {
                 let one_block = p.heads <= 16 * p.kv_heads;
                 s.pool == Pool::PostRope && s.far_position == FarPosition::True && widest(routes) <= ROUTES && one_block
             }
-            _ => true,
+            // Which rows it reads is decided on the host.
+            Mixer::Evict(_) => false,
+            Mixer::Full(_) | Mixer::Sliding(_) => true,
         };
         // A gate with a bias would need it before the activation; no known family has one.
         let plain_gate = m.gate.bias().is_none() && m.up.bias().is_none();

@@ -3,7 +3,7 @@
 use super::matvec::matrix;
 use super::{widest, Routes, State, BATCH};
 use crate::cache::{Cache, LayerState, Ring, TwoPool};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::mixer::{Butterfly, Mixer};
 use crate::model::{Block, Model};
 use crate::nn::{Linear, RmsNorm};
@@ -34,6 +34,11 @@ struct Vectors {
     hidden: u64,
     cos: u64,
     sin: u64,
+}
+
+/// A layer that evicts: rows are chosen on the host, which a captured step does not return to.
+fn without_form() -> Error {
+    Error::unsupported("decode graph", "a layer that evicts has no captured form")
 }
 
 /// Keys, values and capacity; zeros where there is no ring.
@@ -176,6 +181,7 @@ impl<'a> Builder<'a> {
         let ring = match layer {
             LayerState::Dense(ring) | LayerState::Ring(ring) => ring,
             LayerState::TwoPool(pools) => &pools.local,
+            LayerState::Kept(_) => return Err(without_form()),
         };
         let (ring_k, ring_v, capacity) = rows(Some(ring))?;
         let mut launch = DecodeAttention {
@@ -202,6 +208,7 @@ impl<'a> Builder<'a> {
             Mixer::Full(_) => Window::Unbounded,
             Mixer::Sliding(s) => Window::Tokens(s.window),
             Mixer::Butterfly(b) => b.settings().raw_window(),
+            Mixer::Evict(_) => return Err(without_form()),
         };
         (launch.window_kind, launch.window_size, launch.window_count) = window.numbers();
         if let (Mixer::Butterfly(b), LayerState::TwoPool(pools)) = (mixer, layer) {
