@@ -4,6 +4,7 @@
 mod common;
 
 use bfly::checkpoint::{Held, HoldAs};
+use bfly::eviction::EvictionPlan;
 use bfly::generate::{Needs, Request, Sampler, Sampling, Session};
 use bfly::ops::{self, Window};
 use bfly::retrofit::{FarPosition, Pool, Settings, WindowAlign};
@@ -249,6 +250,36 @@ fn retrofit_prefill_and_decode_equal_the_cpus() -> Any {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}
+
+/// In f32 alone: rounding to 16 bits changes which tokens stay, and with them everything.
+#[test]
+fn what_evicts_equals_the_cpus() -> Any {
+    let Some(device) = gpu("evictions") else { return Ok(()) };
+    let (ids, tail) = (text(430), text(60));
+    for name in ["llama3_rope", "qwen3_d128", "gemma3"] {
+        let checkpoint = open(&golden_dir(name).to_string_lossy())?;
+        for (rule, set) in [("keydiff", ("block", 64)), ("snapkv", ("window", 40))] {
+            let plan = EvictionPlan::new(rule, 150, &[set])?;
+            let read = |device: &Device, hold: &HoldAs, chunk: usize| -> Any<[Tensor; 2]> {
+                let model = load_as(&checkpoint, None, 500, hold, device)?.with_plan(&plan, 500)?;
+                let mut session = Session::new(&model)?;
+                let prefill = session.prefill(&ids, chunk, 32, &mut |_| ())?;
+                session.compress()?;
+                assert!(!session.captures(), "rows come and go");
+                Ok([prefill, session.read(&tail)?.to_device(&Device::Cpu)?])
+            };
+            let f32s = Held::As(candle_core::quantized::GgmlDType::F32);
+            let want = read(&Device::Cpu, &HoldAs::new(f32s, 0, None), 100)?;
+            let got = read(&device, &HoldAs::for_gpu(f32s), 130)?;
+            for (part, (got, want)) in ["prefill", "decode"].iter().zip(got.iter().zip(&want)) {
+                let off = deviation(got, want)?;
+                println!("{name} {rule}, {part}: {off:.2e}");
+                assert!(off <= 1e-3, "{name} {rule}, {part}: {off:.2e} standard deviations off");
+            }
+        }
+    }
     Ok(())
 }
 

@@ -10,6 +10,7 @@ use crate::method::Method;
 use crate::retrofit::{parse_layers, RetrofitPlan, Settings};
 use crate::spec::ModelSpec;
 use clap::ValueEnum;
+use std::path::Path;
 
 /// The flag, for messages.
 const FLAG: &str = "--variants";
@@ -126,13 +127,22 @@ fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec) -> Resul
     }
     let mut settings = base.map_or_else(Settings::default, |p| p.settings.clone());
     let mut layers = base.map(|p| p.layers.clone());
-    for (key, value) in pairs(given) {
+    let mut given = pairs(given);
+    given.sort_by_key(|(key, _)| key != "plan");
+    for (key, value) in given {
         if key == "layers" {
             layers = parse_layers(&value).map_err(|e| e.within(place()))?;
             continue;
         }
+        if key == "plan" {
+            // What is given besides changes the plan, wherever it stands; a plan of another model is named by its file.
+            let plan = RetrofitPlan::load(Path::new(&value)).map_err(|e| e.within(place()))?;
+            plan.check(spec).map_err(|e| e.within(format!("{}: {value}", place())))?;
+            (settings, layers) = (plan.settings, Some(plan.layers));
+            continue;
+        }
         let known = KEYS.iter().find(|(k, _)| *k == key).ok_or_else(|| {
-            let keys: Vec<_> = KEYS.iter().map(|(k, _)| *k).chain(["layers"]).collect();
+            let keys: Vec<_> = KEYS.iter().map(|(k, _)| *k).chain(["layers", "plan"]).collect();
             Error::usage(place(), format!("`{key}` is not a setting; settings are {}", keys.join(", ")))
         })?;
         (known.1)(&mut settings, &value)
@@ -227,6 +237,28 @@ mod tests {
         assert_eq!(all[0].plan.as_ref(), Some(&base));
         let plan = all[1].plan.as_ref().unwrap();
         assert_eq!((plan.layers.as_slice(), plan.settings.window, plan.settings.sink_tokens), ([1].as_slice(), 256, 8));
+    }
+
+    #[test]
+    fn a_plan_is_read_from_its_file_and_changed_by_what_else_is_given() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("dense-2.json");
+        let settings = Settings { window: 256, ..Settings::default() };
+        let plan = RetrofitPlan::new(&spec(), Some(vec![1, 3]), settings).unwrap();
+        std::fs::write(&path, serde_json::to_vec(&plan).unwrap()).unwrap();
+        let all = parsed(&format!("retrofit:sink-tokens=8,plan={}", path.display())).unwrap();
+        let got = all[0].plan.as_ref().unwrap();
+        assert_eq!((got.layers.as_slice(), got.settings.window), ([1, 3].as_slice(), 256));
+        assert_eq!(got.settings.sink_tokens, 8, "in whatever order");
+        let other = RetrofitPlan { model_layers: 9, ..plan };
+        std::fs::write(&path, serde_json::to_vec(&other).unwrap()).unwrap();
+        let e = parsed(&format!("retrofit:plan={}", path.display())).unwrap_err().to_string();
+        assert!(
+            e.contains("dense-2.json") && e.contains("made for qwen2 with 9 layers; this model is qwen2 with"),
+            "{e}"
+        );
+        let e = parsed("retrofit:plan=nowhere.json").unwrap_err().to_string();
+        assert!(e.contains("--variants") && e.contains("nowhere.json"), "{e}");
     }
 
     #[test]

@@ -74,7 +74,7 @@ mod tests {
         ] {
             let step = part(rows, columns);
             assert_eq!(step, wanted, "{rows} x {columns}");
-            assert!(step == rows || step % ALIGNED == 0);
+            assert!(step == rows || step.is_multiple_of(ALIGNED));
         }
     }
 }

@@ -1,0 +1,192 @@
+//! What `bfly-quality-smoke` measures against what is known beforehand, and what it refuses.
+
+mod common;
+
+use assert_cmd::Command;
+use bfly::quality::answers::{Answers, ANSWERS};
+use bfly::quality::format::{Smoke, SMOKE};
+use bfly::quality::metrics::{compare, TOP};
+use common::*;
+use std::path::Path;
+
+fn quality(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bfly-quality-smoke"));
+    command.current_dir(root()).args(args).args(["--device", "cpu"]);
+    command
+}
+
+fn path(dir: &Path, name: &str) -> String {
+    dir.join(name).to_string_lossy().into_owned()
+}
+
+/// A golden: texts are random ids, since it has no tokenizer.
+fn golden(name: &str) -> String {
+    golden_dir(name).to_string_lossy().into_owned()
+}
+
+/// SmolLM2, which scripts/test.sh fetches.
+fn smollm2() -> String {
+    let path = root().join("models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    assert!(path.exists(), "{} is missing; run scripts/test.sh, which fetches it", path.display());
+    path.to_string_lossy().into_owned()
+}
+
+#[test]
+fn stock_against_stock_is_exactly_the_same() -> Any {
+    let dir = tempfile::tempdir()?;
+    let out = path(dir.path(), "smoke.json");
+    for name in ["qwen2", "gemma3"] {
+        let model = golden(name);
+        let args =
+            ["--model", &model, "--variants", "stock,retrofit:window=128", "--ctx", "400,700", "--documents", "3"];
+        let more = ["--positions", "100", "--greedy", "20", "--prefill-chunk", "150", "--out", &out];
+        let gates = ["--fail-above", "kl=1000", "--fail-below", "overlap=0"];
+        quality(&[&args[..], &more, &gates].concat()).assert().success();
+        let smoke: Smoke = bfly::bench::format::read(Path::new(&out), SMOKE)?;
+        assert_eq!(smoke.runs.len(), 4);
+        for run in &smoke.runs {
+            assert_eq!(run.documents.len(), 3);
+            let stock = run.subject.variant == "stock";
+            for d in &run.documents {
+                if stock {
+                    assert_eq!((d.kl, d.kl_reverse, d.top1, d.overlap), (0.0, 0.0, 1.0, TOP as f64));
+                    assert_eq!((d.greedy_prefix, d.greedy_equal, d.loss), (20, true, d.stock_loss));
+                } else {
+                    assert!(
+                        d.kl > 0.0 && d.kl_reverse > 0.0 && d.overlap < TOP as f64,
+                        "{name}: a window of 128 of {}",
+                        run.ctx
+                    );
+                }
+            }
+            assert_eq!(run.subject.kv.total_bytes < run.subject.kv.dense_bytes, !stock);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn with_transformers_logits_the_same_metrics_come_out() -> Any {
+    for name in GOLDENS {
+        let golden = Golden::open(name)?;
+        for (case, last) in [("short", 64), ("long", 8)] {
+            let ids = golden.ids(case)?;
+            let ours = last_logits(&load_golden(name, None, ids.len())?, &ids, 512, last)?;
+            let theirs = golden.logits(case)?;
+            // Any tokens will do as the next ones.
+            let next: Vec<u32> = ids[ids.len() - last..].iter().map(|id| id / 2).collect();
+            let other = golden.logits_bf16(case)?;
+            // Both against a third set of logits, and against each other.
+            for ((a, b), same) in compare(&ours, &other, &next)?
+                .iter()
+                .zip(compare(&theirs, &other, &next)?)
+                .zip(compare(&theirs, &ours, &next)?)
+            {
+                let close = |x: f64, y: f64| (x - y).abs() <= 1e-3 * y.abs().max(1.0);
+                assert!(close(a.kl, b.kl) && close(a.kl_reverse, b.kl_reverse), "{name}, {case}: {a:?} {b:?}");
+                assert!(close(a.reference_loss, b.reference_loss) && a.loss == b.loss, "{name}, {case}: {a:?} {b:?}");
+                assert!(a.overlap.abs_diff(b.overlap) <= 1, "{name}, {case}: {a:?} {b:?}");
+                assert!(same.kl.abs() < 1e-4 && same.overlap >= TOP - 1, "{name}, {case}: {same:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_missed_gate_ends_with_one_and_says_which() -> Any {
+    let model = golden("qwen2");
+    let args = ["--model", &model, "--ctx", "400", "--documents", "2", "--positions", "50", "--greedy", "4", "-q"];
+    let out = quality(&[&args[..], &["--variants", "retrofit:window=128", "--fail-above", "kl=0.0000001"]].concat())
+        .output()?;
+    let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("kl of retrofit:window=128 at 400 is"), "{stderr}");
+    quality(&[&args[..], &["--variants", "stock", "--fail-above", "kl=0"]].concat()).assert().code(0);
+    Ok(())
+}
+
+/// Runs, and checks that one line names what is wrong.
+fn refused(args: &[&str], says: &[&str]) {
+    let out = quality(args).output().expect("the binary runs");
+    let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(2), "{args:?}: {stderr}");
+    let lines: Vec<_> = stderr.lines().filter(|l| l.starts_with("error:")).collect();
+    assert!(lines.len() == 1 && !stderr.contains("panicked"), "{args:?}: {stderr}");
+    says.iter().for_each(|word| assert!(stderr.contains(word), "{args:?} should say `{word}`: {stderr}"));
+}
+
+#[test]
+fn bad_input_is_named() -> Any {
+    let dir = tempfile::tempdir()?;
+    let (tiny, real) = (golden("qwen2"), smollm2());
+    refused(&["--model", &real, "--ctx", "16k"], &["--ctx: 16k", "trained for 8k", "--allow-extrapolation"]);
+    refused(&["--model", &tiny, "--ctx", "100"], &["--ctx: 100 has no room for 256 positions"]);
+    refused(&["--model", &tiny, "--fail-below", "top3=1"], &["--fail-below", "`top3` is not one of kl"]);
+    refused(&["--model", &tiny, "--variants", "snapkv:budget=0"], &["--variants snapkv:budget=0"]);
+
+    let texts = path(dir.path(), "texts");
+    std::fs::create_dir(&texts)?;
+    std::fs::write(Path::new(&texts).join("a.txt"), "A short text.")?;
+    std::fs::write(Path::new(&texts).join("manifest.json"), r#"{"documents": [{"order": 0, "file": "a.txt"}]}"#)?;
+    refused(
+        &["--model", &real, "--ctx", "1k", "--texts", &texts],
+        &["--texts", "too short for 1k tokens: the longest has"],
+    );
+
+    let ruler = |more: &[&str], says: &[&str]| refused(&[&["ruler", "--model", real.as_str()], more].concat(), says);
+    ruler(&["--tasks", "niah_single_9"], &["--tasks", "`niah_single_9` is not one of niah_single_1"]);
+    ruler(&["--samples", "0"], &["--samples"]);
+    ruler(&["--ctx", "64", "--tasks", "niah_single_1"], &["niah_single_1", "64 tokens are too few"]);
+    ruler(&["--ctx", "16k", "--tasks", "niah_single_1", "--samples", "1"], &["--ctx: 16k", "--allow-extrapolation"]);
+    ruler(&["--words", "nowhere", "--tasks", "cwe"], &["cwe", "scripts/fetch_words.py"]);
+    let broken = path(dir.path(), "broken.jsonl");
+    let line = r#"{"task":"vt","index":0,"input":"a","outputs":["b"],"length":9,"max_new_tokens":3}"#;
+    std::fs::write(&broken, format!("{line}\n{{\"task\":"))?;
+    ruler(&["--import", &broken], &["broken.jsonl: line 2", "not a sample"]);
+
+    let plan = path(dir.path(), "plan.json");
+    let other = r#"{"schema_version":1,"family":"qwen2","model_layers":99,"layers":[3],"settings":{}}"#;
+    std::fs::write(&plan, other)?;
+    let variant = format!("retrofit:plan={plan}");
+    refused(
+        &["--model", &real, "--ctx", "1k", "--variants", &variant],
+        &["plan.json", "made for qwen2 with 99 layers"],
+    );
+    Ok(())
+}
+
+#[test]
+fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
+    let dir = tempfile::tempdir()?;
+    let (real, out, jsonl) = (smollm2(), path(dir.path(), "answers.json"), path(dir.path(), "samples.jsonl"));
+    let ask = |more: &[&str]| {
+        let args = ["ruler", "--model", real.as_str(), "-q", "--variants", "stock,snapkv:budget=256"];
+        quality(&[&args[..], more].concat()).assert().success();
+    };
+    let made = ["--tasks", "niah_single_1,fwe", "--ctx", "600", "--seed", "3", "--out", &out];
+    let read = || bfly::bench::format::read::<Answers>(Path::new(&out), ANSWERS);
+    ask(&[&made[..], &["--samples", "1"]].concat());
+    let first = read()?;
+    ask(&[&made[..], &["--samples", "2", "--export", &jsonl]].concat());
+    let both = read()?;
+    assert_eq!((first.cells.len(), both.cells.len(), both.resumed.len()), (4, 4, 1));
+    for (one, two) in first.cells.iter().zip(&both.cells) {
+        assert_eq!((one.answers.len(), two.answers.len()), (1, 2));
+        assert_eq!(one.answers[0], two.answers[0], "what was answered is not asked again");
+    }
+    // The same samples out of the file give the same answers.
+    let again = path(dir.path(), "again.json");
+    ask(&["--import", &jsonl, "--out", &again]);
+    let again: Answers = bfly::bench::format::read(Path::new(&again), ANSWERS)?;
+    for cell in &again.cells {
+        let key = (&cell.task, &cell.subject.variant);
+        let same = both.cells.iter().find(|c| (&c.task, &c.subject.variant) == key).ok_or("a cell is missing")?;
+        let texts = |c: &bfly::quality::answers::Cell| c.answers.iter().map(|a| a.answer.clone()).collect::<Vec<_>>();
+        assert_eq!(texts(cell), texts(same));
+    }
+    // Another way of asking is another file.
+    let args = ["ruler", "--model", real.as_str(), "-q", "--variants", "stock", "--chat", "--samples", "1"];
+    refused(&[&args[..], &made].concat(), &["--out", "another way of asking"]);
+    Ok(())
+}
