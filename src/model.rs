@@ -15,6 +15,23 @@ use candle_core::{DType, Device, Tensor};
 /// The residual stream, and what is yet to be added to it.
 type Pending = (Tensor, Option<Tensor>);
 
+/// What a layer is about to mix.
+pub struct Observed<'a> {
+    /// Its index.
+    pub layer: usize,
+    /// Its projections.
+    pub projections: &'a Projections,
+    /// The normed residual stream, `[T, hidden]`.
+    pub x: &'a Tensor,
+    /// What all layers share.
+    pub step: &'a Step<'a>,
+    /// What it holds of earlier positions.
+    pub state: &'a LayerState,
+}
+
+/// Looks on.
+pub type Observer<'a> = &'a mut dyn FnMut(&Observed) -> Result<()>;
+
 pub(crate) struct Block {
     pub(crate) before_mixer: RmsNorm,
     pub(crate) mixer: Mixer,
@@ -27,9 +44,18 @@ pub(crate) struct Block {
 impl Block {
     /// Takes the residual stream and what the block before has yet to add to it, and returns the same: additions then share a
     /// pass with the norms that follow them.
-    fn forward(&self, x: Tensor, pending: Option<Tensor>, step: &Step, state: &mut LayerState) -> Result<Pending> {
+    fn forward(
+        &self,
+        (x, pending): Pending,
+        (layer, step): (usize, &Step),
+        state: &mut LayerState,
+        observer: Option<Observer>,
+    ) -> Result<Pending> {
         let (x, normed) = self.before_mixer.add(&x, pending.as_ref())?;
         drop(pending);
+        if let Some(look) = observer {
+            look(&Observed { layer, projections: self.mixer.projections(), x: &normed, step, state })?;
+        }
         let y = self.mixer.forward(&normed, step, state)?;
         let y = self.after_mixer.as_ref().map_or(Ok(y.clone()), |n| n.forward(&y))?;
         let (x, normed) = self.before_mlp.add(&x, Some(&y))?;
@@ -182,6 +208,28 @@ impl Model {
     /// No ids, an id outside the vocabulary, more ids than the context has room for, or a position outside the chunk: all
     /// refused before the cache changes.
     pub fn forward(&self, ids: &[u32], cache: &mut Cache, want: &[usize]) -> Result<Tensor> {
+        self.admit(ids, cache, want)?;
+        // On a worker of the pool, so that each operator's parallel region costs a steal and not a sleep of this thread.
+        rayon::scope(|_| self.run(ids, cache, want, None))
+    }
+
+    /// As [`Model::forward`]; `observer` looks on before each layer mixes.
+    ///
+    /// # Errors
+    /// As [`Model::forward`], and those of `observer`.
+    pub fn forward_observed(
+        &self,
+        ids: &[u32],
+        cache: &mut Cache,
+        want: &[usize],
+        observer: Observer,
+    ) -> Result<Tensor> {
+        self.admit(ids, cache, want)?;
+        self.run(ids, cache, want, Some(observer))
+    }
+
+    /// Refuses what cannot be read.
+    fn admit(&self, ids: &[u32], cache: &Cache, want: &[usize]) -> Result<()> {
         cache.admit(ids.len())?;
         if ids.is_empty() {
             return Err(Error::new(ErrorKind::Usage, "prompt", "holds no tokens"));
@@ -196,11 +244,10 @@ impl Model {
         if let Some(w) = want.iter().find(|w| **w >= ids.len()) {
             return Err(Error::new(ErrorKind::Usage, "logits", format!("position {w} of a chunk of {}", ids.len())));
         }
-        // On a worker of the pool, so that each operator's parallel region costs a steal and not a sleep of this thread.
-        rayon::scope(|_| self.run(ids, cache, want))
+        Ok(())
     }
 
-    fn run(&self, ids: &[u32], cache: &mut Cache, want: &[usize]) -> Result<Tensor> {
+    fn run(&self, ids: &[u32], cache: &mut Cache, want: &[usize], mut observer: Option<Observer>) -> Result<Tensor> {
         let start = cache.position();
         let positions = || (start..start + ids.len()).map(|p| p as f32);
         let tables: Result<Vec<_>> = self.ropes.iter().map(|r| r.table(positions(), &self.device)).collect();
@@ -211,7 +258,13 @@ impl Model {
         }
         let mut pending = None;
         for (i, (block, state)) in self.blocks.iter().zip(&mut cache.layers).enumerate() {
-            (x, pending) = block.forward(x, pending, &step, state).map_err(|e| e.within(format!("layer {i}")))?;
+            // Lent to one layer at a time.
+            let look: Option<Observer> = match &mut observer {
+                Some(look) => Some(&mut **look),
+                None => None,
+            };
+            let made = block.forward((x, pending), (i, &step), state, look);
+            (x, pending) = made.map_err(|e| e.within(format!("layer {i}")))?;
         }
         cache.advance(ids.len());
         let want: Vec<u32> = want.iter().map(|w| *w as u32).collect();

@@ -85,18 +85,18 @@ fn products_of_many_rows_are_those_of_the_dequantised_matrix() -> Any {
             let layer = on_device(&q, &device)?;
             let x = values((1, tokens, cols + 1), 11 + cols as u64, 2.0)?.squeeze(0)?;
             for from in [0, 1] {
-                let (x, there) = (x.narrow(1, from, cols)?, x.to_device(&device)?.narrow(1, from, cols)?);
+                let there = x.to_device(&device)?.narrow(1, from, cols)?;
                 for dtype in [DType::F32, DType::BF16, DType::F16] {
-                    // What is left is the order of the sums, and the rounding of the result.
-                    let (w, x) =
-                        (wide.to_dtype(dtype)?.to_dtype(DType::F64)?, x.to_dtype(dtype)?.to_dtype(DType::F64)?);
-                    let want = x.matmul(&w.t()?)?;
-                    let rounding = error(&want.to_dtype(dtype)?, &want)?;
+                    let x = there.to_dtype(dtype)?.contiguous()?;
+                    let (w, exact) = (wide.to_dtype(dtype)?, x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?);
+                    let want = exact.matmul(&w.to_dtype(DType::F64)?.t()?)?;
+                    // What cuBLAS makes of the same weights held dense: it may add parts of a sum up in 16 bits.
+                    let dense = error(&x.matmul(&w.to_device(&device)?.t()?)?, &want)?;
                     let got = layer.forward(&there.to_dtype(dtype)?)?;
                     assert_eq!((got.dtype(), got.dims()), (dtype, &[tokens, rows][..]));
                     let off = error(&got, &want)?;
                     let shape = format!("{format:?} {dtype:?}, {tokens} by {rows} x {cols} from {from}");
-                    assert!(off <= 1.5 * rounding + 1e-5, "{shape}: {off:.2e}, {rounding:.2e}");
+                    assert!(off <= 1.1 * dense + 1e-5, "{shape}: {off:.2e}, dense {dense:.2e}");
                 }
             }
         }

@@ -5,7 +5,7 @@ mod common;
 use assert_cmd::Command;
 use bfly::quality::answers::{Answers, ANSWERS};
 use bfly::quality::format::{Smoke, SMOKE};
-use bfly::quality::metrics::{compare, TOP};
+use bfly::quality::metrics::{compare, Rows, TOP};
 use common::*;
 use std::path::Path;
 
@@ -71,11 +71,11 @@ fn with_transformers_logits_the_same_metrics_come_out() -> Any {
         let golden = Golden::open(name)?;
         for (case, last) in [("short", 64), ("long", 8)] {
             let ids = golden.ids(case)?;
-            let ours = last_logits(&load_golden(name, None, ids.len())?, &ids, 512, last)?;
-            let theirs = golden.logits(case)?;
+            let ours = Rows::of(&last_logits(&load_golden(name, None, ids.len())?, &ids, 512, last)?)?;
+            let theirs = Rows::of(&golden.logits(case)?)?;
             // Any tokens will do as the next ones.
             let next: Vec<u32> = ids[ids.len() - last..].iter().map(|id| id / 2).collect();
-            let other = golden.logits_bf16(case)?;
+            let other = Rows::of(&golden.logits_bf16(case)?)?;
             // Both against a third set of logits, and against each other.
             for ((a, b), same) in compare(&ours, &other, &next)?
                 .iter()
@@ -188,5 +188,24 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
     // Another way of asking is another file.
     let args = ["ruler", "--model", real.as_str(), "-q", "--variants", "stock", "--chat", "--samples", "1"];
     refused(&[&args[..], &made].concat(), &["--out", "another way of asking"]);
+    Ok(())
+}
+
+#[test]
+fn looking_on_changes_nothing_and_sees_every_layer() -> Any {
+    for name in ["qwen2", "gemma3"] {
+        let model = load_golden(name, None, 64)?;
+        let ids: Vec<u32> = (4..40).collect();
+        let want = model.forward(&ids, &mut model.new_cache()?, &[3, 35])?;
+        let mut seen = vec![];
+        let got = model.forward_observed(&ids, &mut model.new_cache()?, &[3, 35], &mut |o| {
+            seen.push((o.layer, o.x.dims().to_vec(), o.step.start));
+            Ok(())
+        })?;
+        assert_eq!(want.to_vec2::<f32>()?, got.to_vec2::<f32>()?);
+        let hidden = model.spec().hidden;
+        let all: Vec<_> = (0..model.spec().layers.len()).map(|i| (i, vec![36, hidden], 0)).collect();
+        assert_eq!(seen, all);
+    }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! One sample put to a model: its prompt as tokens, the greedy answer, the loss on the expected one.
 
+use super::metrics::{losses, Rows};
 use super::tasks::Sample;
 use crate::checkpoint::Text;
 use crate::error::{Error, Result};
@@ -113,6 +114,14 @@ impl Asking {
         Ok((self.text.decode(&made.tokens)?, made.tokens.len(), crate::bench::summary::kv(session.cache())))
     }
 
+    /// Token ids of an answer.
+    ///
+    /// # Errors
+    /// A tokenizer that fails.
+    pub fn answer_ids(&self, answer: &str) -> Result<Vec<u32>> {
+        self.text.encode(answer, false)
+    }
+
     /// The mean loss of the tokens of `wanted` after the prompt, in nats, and whether each is the likeliest.
     ///
     /// # Errors
@@ -124,7 +133,7 @@ impl Asking {
         wanted: &str,
         on_tokens: &mut dyn FnMut(usize),
     ) -> Result<(f64, bool)> {
-        let answer = self.text.encode(wanted, false)?;
+        let answer = self.answer_ids(wanted)?;
         let Some((_, read)) = answer.split_last() else {
             return Err(Error::usage("samples", "an expected answer is empty"));
         };
@@ -135,9 +144,9 @@ impl Asking {
         if !read.is_empty() {
             logits = candle_core::Tensor::cat(&[&logits, &session.read(read)?], 0)?;
         }
-        let positions = super::metrics::compare(&logits, &logits, &answer)?;
+        let losses = losses(&Rows::of(&logits)?, &answer)?;
         let likeliest = logits.argmax(1)?.to_vec1::<u32>()? == answer;
-        Ok((positions.iter().map(|p| p.loss).sum::<f64>() / positions.len() as f64, likeliest))
+        Ok((losses.iter().sum::<f64>() / losses.len() as f64, likeliest))
     }
 
     /// Reads the context and says that it is over; the tokens read.

@@ -2,6 +2,7 @@
 //! more at a time, and what that costs in bytes is told with what it gives.
 
 use super::args::JudgedArgs;
+use super::heads::{Head, Tally};
 use super::probe::{Probe, Score};
 use super::probe_args::{ProbeArgs, Probed};
 use super::runner::Runner;
@@ -30,6 +31,9 @@ pub enum RankBy {
     /// The KL from stock that swapping it brings on text, after prefill.
     Text,
 }
+
+/// Heads in the table.
+const HEADS: usize = 12;
 
 /// A study of layers.
 #[derive(Debug, Args)]
@@ -70,6 +74,12 @@ pub struct Layers {
     pub rank_by: RankBy,
     /// The model as it came.
     pub stock: Score,
+    /// Heads that copy the answer out of the text, the best first; empty where no tasks were asked.
+    #[serde(default)]
+    pub heads: Vec<Head>,
+    /// Tokens of answers that heads were looked at for.
+    #[serde(default)]
+    pub head_steps: usize,
     /// One layer swapped at a time, in order.
     pub single: Vec<Single>,
     /// All of them, the most sensitive first.
@@ -140,6 +150,7 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let (reference, stock) =
         study.probe.reference(study.runner, &mut |n| bars.show("layers", n as u64, total as u64))?;
     study.done = probe.tokens();
+    let tally = retrieval_heads(&probe, study.runner)?;
     let mut results = Layers {
         kind: LAYERS.into(),
         schema_version: SCHEMA_VERSION,
@@ -147,6 +158,8 @@ pub fn run(args: &LayersArgs) -> Result<()> {
         probed,
         rank_by,
         stock,
+        heads: tally.heads(),
+        head_steps: tally.steps(),
         single: vec![],
         order: vec![],
         curve: vec![],
@@ -175,6 +188,16 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     }
     let _ = write!(std::io::stdout(), "{}", table(&results));
     Ok(())
+}
+
+/// Which heads copy answers, in the model as it came.
+fn retrieval_heads(probe: &Probe, runner: &mut Runner) -> Result<Tally> {
+    let mut tally = Tally::default();
+    for (prompt, wanted) in &probe.questions {
+        let answer = probe.asking.answer_ids(wanted)?;
+        runner.run(&Variant::stock(), probe.ctx, |model| tally.count(model, prompt, &answer, probe.chunk))?;
+    }
+    Ok(tally)
 }
 
 struct Study<'a> {
@@ -260,7 +283,16 @@ fn table(results: &Layers) -> String {
         let name = if point.dense.is_empty() { "none".into() } else { ranges(&point.dense) };
         curve.push(cells(name, &point.score));
     }
-    columns(&rows) + "\n" + &columns(&curve)
+    let head = |h: &Head| format!("{}.{} {:.2}", h.layer, h.head, h.score);
+    let heads: Vec<String> = results.heads.iter().take(HEADS).map(head).collect();
+    let heads = match results.head_steps {
+        0 => String::new(),
+        n => format!(
+            "heads (layer.head, share of {n} answer tokens attended to before they come): {}\n",
+            heads.join(", ")
+        ),
+    };
+    columns(&rows) + "\n" + &columns(&curve) + &heads
 }
 
 #[cfg(test)]

@@ -37,92 +37,121 @@ pub struct Position {
     pub loss: f64,
 }
 
-/// Compares row by row. `next` are the tokens that follow.
-///
-/// # Shapes
-/// `reference` and `judged` f32 `[K, vocab]`, on any device; `next` `[K]`.
+/// Logits on the host, with what every comparison needs of them: made once, however often they are compared.
+pub struct Rows {
+    vocab: usize,
+    values: Vec<f32>,
+    rows: Vec<Row>,
+}
+
+struct Row {
+    /// `ln Σ exp(x)`.
+    log_sum: f64,
+    /// The [`TOP`] likeliest, rising; of equals the first.
+    likeliest: Vec<u32>,
+    /// The first of the largest, as greedy decode chooses.
+    argmax: usize,
+}
+
+impl Rows {
+    /// # Shapes
+    /// `logits` f32 `[K, vocab]`, on any device.
+    ///
+    /// # Errors
+    /// A logit that is not finite.
+    pub fn of(logits: &Tensor) -> Result<Self> {
+        let (_, vocab) = logits.dims2()?;
+        let values: Vec<f32> = logits.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        let rows = values.par_chunks(vocab).map(Row::of).collect::<Result<_>>()?;
+        Ok(Self { vocab, values, rows })
+    }
+
+    fn row(&self, i: usize) -> (&[f32], &Row) {
+        (&self.values[i * self.vocab..][..self.vocab], &self.rows[i])
+    }
+}
+
+impl Row {
+    fn of(x: &[f32]) -> Result<Self> {
+        if !x.iter().all(|v| v.is_finite()) {
+            return Err(Error::new(ErrorKind::Backend, "metrics", "a logit is not a finite number"));
+        }
+        let argmax = (0..x.len()).rev().max_by(|i, j| x[*i].total_cmp(&x[*j])).unwrap_or(0);
+        let most = x.get(argmax).copied().unwrap_or(0.0);
+        let sum: f64 = x.iter().map(|v| (f64::from(*v) - f64::from(most)).exp()).sum();
+        Ok(Self { log_sum: f64::from(most) + sum.ln(), likeliest: likeliest(x), argmax })
+    }
+}
+
+/// Compares row by row. `next` are the tokens that follow, one for each row.
 ///
 /// # Errors
-/// Shapes that differ, a next token outside the vocabulary, or a logit that is not finite.
-pub fn compare(reference: &Tensor, judged: &Tensor, next: &[u32]) -> Result<Vec<Position>> {
-    let ((rows, vocab), other) = (reference.dims2()?, judged.dims2()?);
-    if other != (rows, vocab) || next.len() != rows || next.iter().any(|id| *id as usize >= vocab) {
-        let message = format!("[{rows}, {vocab}] and {other:?} logits and {} next tokens do not fit", next.len());
+/// Shapes that differ, or a next token outside the vocabulary.
+pub fn compare(reference: &Rows, judged: &Rows, next: &[u32]) -> Result<Vec<Position>> {
+    let (a, b) = ((reference.rows.len(), reference.vocab), (judged.rows.len(), judged.vocab));
+    if a != b || next.len() != a.0 || next.iter().any(|id| *id as usize >= a.1) {
+        let message = format!("{a:?} and {b:?} logits and {} next tokens do not fit", next.len());
         return Err(Error::new(ErrorKind::Usage, "metrics", message));
     }
-    let (a, b) = (values(reference)?, values(judged)?);
-    let row = |(i, id): (usize, &u32)| position(&a[i * vocab..][..vocab], &b[i * vocab..][..vocab], *id as usize);
-    next.par_iter().enumerate().map(row).collect()
+    let one = |(i, id): (usize, &u32)| position(reference.row(i), judged.row(i), *id as usize);
+    Ok(next.par_iter().enumerate().map(one).collect())
 }
 
 /// The loss of every row alone.
 ///
 /// # Shapes
-/// `logits` f32 `[K, vocab]`; `next` `[K]`; the result `[K]`, in nats.
+/// `next` `[K]`; the result `[K]`, in nats.
 ///
 /// # Errors
 /// As [`compare`].
-pub fn losses(logits: &Tensor, next: &[u32]) -> Result<Vec<f64>> {
+pub fn losses(logits: &Rows, next: &[u32]) -> Result<Vec<f64>> {
     Ok(compare(logits, logits, next)?.iter().map(|p| p.loss).collect())
 }
 
-fn values(logits: &Tensor) -> Result<Vec<f32>> {
-    Ok(logits.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
-}
-
-fn position(a: &[f32], b: &[f32], next: usize) -> Result<Position> {
-    let (norm_a, norm_b) = (log_sum(a)?, log_sum(b)?);
+fn position((a, of_a): (&[f32], &Row), (b, of_b): (&[f32], &Row), next: usize) -> Position {
     let (mut kl, mut kl_reverse) = (0.0, 0.0);
     for (x, y) in a.iter().zip(b) {
-        let (p, q) = (f64::from(*x) - norm_a, f64::from(*y) - norm_b);
+        let (p, q) = (f64::from(*x) - of_a.log_sum, f64::from(*y) - of_b.log_sum);
         kl += p.exp() * (p - q);
         kl_reverse += q.exp() * (q - p);
     }
-    let (top_a, top_b) = (likeliest(a), likeliest(b));
-    let overlap = top_a.iter().filter(|id| top_b.contains(id)).count();
-    Ok(Position {
+    Position {
         kl,
         kl_reverse,
-        top1: argmax(a) == argmax(b),
-        overlap,
-        reference_loss: norm_a - f64::from(a[next]),
-        loss: norm_b - f64::from(b[next]),
-    })
-}
-
-/// `ln Σ exp(x)`.
-fn log_sum(x: &[f32]) -> Result<f64> {
-    let most = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = x.iter().map(|v| (f64::from(*v) - f64::from(most)).exp()).sum();
-    match x.iter().all(|v| v.is_finite()) {
-        true => Ok(f64::from(most) + sum.ln()),
-        false => Err(Error::new(ErrorKind::Backend, "metrics", "a logit is not a finite number")),
+        top1: of_a.argmax == of_b.argmax,
+        overlap: of_a.likeliest.iter().filter(|id| of_b.likeliest.binary_search(id).is_ok()).count(),
+        reference_loss: of_a.log_sum - f64::from(a[next]),
+        loss: of_b.log_sum - f64::from(b[next]),
     }
 }
 
-/// The first of the largest, as greedy decode chooses.
-fn argmax(x: &[f32]) -> usize {
-    (0..x.len()).rev().max_by(|i, j| x[*i].total_cmp(&x[*j])).unwrap_or(0)
-}
-
-/// The [`TOP`] largest, of equals the first.
-fn likeliest(x: &[f32]) -> Vec<usize> {
-    let mut ids: Vec<usize> = (0..x.len()).collect();
-    let order = |i: &usize, j: &usize| x[*j].total_cmp(&x[*i]).then(i.cmp(j));
-    if TOP < ids.len() {
-        ids.select_nth_unstable_by(TOP, order);
-        ids.truncate(TOP);
+fn likeliest(x: &[f32]) -> Vec<u32> {
+    if x.len() <= TOP {
+        return (0..x.len() as u32).collect();
     }
-    ids
+    let mut sorted = x.to_vec();
+    let (_, least, _) = sorted.select_nth_unstable_by(TOP - 1, |a, b| b.total_cmp(a));
+    let least = *least;
+    let above = x.iter().filter(|v| **v > least).count();
+    // Of those that equal the least, the first.
+    let mut room = TOP - above;
+    let mut taken = vec![];
+    for (i, v) in x.iter().enumerate() {
+        if *v > least || (*v == least && room > 0) {
+            room -= usize::from(*v == least);
+            taken.push(i as u32);
+        }
+    }
+    taken
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn logits(rows: &[&[f32]]) -> Tensor {
+    fn logits(rows: &[&[f32]]) -> Rows {
         let flat: Vec<f32> = rows.concat();
-        Tensor::from_vec(flat, (rows.len(), rows[0].len()), &Device::Cpu).unwrap()
+        Rows::of(&Tensor::from_vec(flat, (rows.len(), rows[0].len()), &Device::Cpu).unwrap()).unwrap()
     }
 
     #[test]
@@ -141,8 +170,8 @@ mod tests {
 
     #[test]
     fn equal_logits_give_exactly_nothing() -> Result<()> {
-        let a = (Tensor::randn(0f32, 9.0, (7, 300), &Device::Cpu)?, [3u32, 299, 0, 17, 5, 5, 100]);
-        for p in compare(&a.0, &a.0, &a.1)? {
+        let a = Rows::of(&Tensor::randn(0f32, 9.0, (7, 300), &Device::Cpu)?)?;
+        for p in compare(&a, &a, &[3, 299, 0, 17, 5, 5, 100])? {
             assert_eq!((p.kl, p.kl_reverse, p.top1, p.overlap), (0.0, 0.0, true, TOP));
             assert_eq!(p.loss, p.reference_loss);
         }
@@ -152,11 +181,11 @@ mod tests {
     #[test]
     fn shifts_change_nothing_and_permutations_do() -> Result<()> {
         let a = Tensor::randn(0f32, 2.0, (3, 400), &Device::Cpu)?;
-        for p in compare(&a, &(&a + 5.0)?, &[1, 2, 3])? {
+        for p in compare(&Rows::of(&a)?, &Rows::of(&(&a + 5.0)?)?, &[1, 2, 3])? {
             assert!(p.kl.abs() < 1e-6 && p.top1 && p.overlap >= TOP - 1, "{p:?}");
         }
         let reversed = Tensor::cat(&[a.narrow(1, 200, 200)?, a.narrow(1, 0, 200)?], 1)?;
-        for p in compare(&a, &reversed, &[1, 2, 3])? {
+        for p in compare(&Rows::of(&a)?, &Rows::of(&reversed)?, &[1, 2, 3])? {
             assert!(p.kl > 1.0 && p.kl_reverse > 1.0 && p.overlap < TOP / 2, "{p:?}");
         }
         Ok(())
@@ -173,9 +202,20 @@ mod tests {
     }
 
     #[test]
+    fn of_equals_the_first_are_the_likeliest() -> Result<()> {
+        let mut x = vec![1.0f32; 120];
+        (x[70], x[110]) = (2.0, 3.0);
+        let got = Row::of(&x)?;
+        let wanted: Vec<u32> = (0..48).chain([70, 110]).collect();
+        assert_eq!((got.likeliest, got.argmax), (wanted, 110));
+        Ok(())
+    }
+
+    #[test]
     fn what_does_not_fit_is_refused() -> Result<()> {
-        let (a, b) = (logits(&[&[0.0, 1.0]]), logits(&[&[0.0, f32::NAN]]));
-        assert!(compare(&a, &b, &[0]).unwrap_err().to_string().contains("not a finite"));
+        let nan = Rows::of(&Tensor::new(&[[0.0, f32::NAN]], &Device::Cpu)?);
+        assert!(nan.err().ok_or("refused").unwrap().to_string().contains("not a finite"));
+        let a = logits(&[&[0.0, 1.0]]);
         assert!(compare(&a, &a, &[2]).is_err() && compare(&a, &a, &[0, 1]).is_err());
         assert!(compare(&a, &logits(&[&[0.0, 1.0, 2.0]]), &[0]).is_err());
         Ok(())

@@ -16,7 +16,7 @@
 //! | [`stats`] | means with bootstrap intervals, paired differences |
 //! | [`smoke`], [`gate`] | distributions and greedy text against stock; `--fail-below` |
 //! | [`ruler`], [`needle`], [`answers`] | tasks and needle grids put to every variant |
-//! | [`probe`], [`layers`], [`ablate`], [`graph`] | which layers and settings matter |
+//! | [`probe`], [`layers`], [`heads`], [`ablate`], [`graph`] | which layers, heads and settings matter |
 //! | [`positions`] | the loss by position, beyond the trained length |
 //! | [`format`] | the JSON |
 
@@ -29,6 +29,7 @@ pub mod documents;
 pub mod format;
 pub mod gate;
 pub mod graph;
+pub mod heads;
 pub mod layers;
 pub mod metrics;
 pub mod needle;

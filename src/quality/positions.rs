@@ -4,7 +4,7 @@
 use super::args::JudgedArgs;
 use super::documents::{Documents, Part};
 use super::format::Subject;
-use super::metrics::losses;
+use super::metrics::{losses, Rows};
 use super::runner::Runner;
 use super::stats::Estimate;
 use crate::bench::args::at_least_one;
@@ -163,7 +163,7 @@ fn by_bucket(
         let logits = model.forward(chunk, &mut cache, &want)?;
         if !want.is_empty() {
             let next: Vec<u32> = want.iter().map(|i| part.ids[start + i + 1]).collect();
-            for (i, loss) in want.iter().zip(losses(&logits, &next)?) {
+            for (i, loss) in want.iter().zip(losses(&Rows::of(&logits)?, &next)?) {
                 sums[(start + i) / args.bucket] += loss;
                 counts[(start + i) / args.bucket] += 1;
             }

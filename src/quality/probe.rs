@@ -7,7 +7,7 @@
 use super::asking::{Asking, Prompt};
 use super::documents::Part;
 use super::format::Subject;
-use super::metrics::{compare, Position};
+use super::metrics::{compare, Position, Rows};
 use super::runner::Runner;
 use crate::bench::summary::kv;
 use crate::bench::variant::Variant;
@@ -36,7 +36,7 @@ pub struct Probe<'a> {
 }
 
 /// Stock's logits on the texts.
-pub struct Reference(Vec<Tensor>);
+pub struct Reference(Vec<Rows>);
 
 /// What a variant is worth.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -103,7 +103,7 @@ impl Probe<'_> {
         let mut done = 0;
         let logits = self.parts.iter().map(|part| {
             let read = runner.run(&Variant::stock(), self.ctx, |model| {
-                self.read(model, part, &mut |n| on_tokens(done + n)).map(|(logits, _)| logits)
+                self.read(model, part, &mut |n| on_tokens(done + n)).and_then(|(logits, _)| Rows::of(&logits))
             });
             done += part.ids.len();
             read
@@ -131,7 +131,7 @@ impl Probe<'_> {
                 runner.run(variant, self.ctx, |model| self.read(model, part, &mut |n| on_tokens(done + n)))?;
             done += part.ids.len();
             let next = &part.ids[part.ids.len() - self.prefill - self.decode..];
-            texts.push(TextScore::of(part, &compare(stock, &logits, next)?, self.prefill));
+            texts.push(TextScore::of(part, &compare(stock, &Rows::of(&logits)?, next)?, self.prefill));
             held = Some(kv);
         }
         let mut answers = vec![];

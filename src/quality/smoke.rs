@@ -7,7 +7,7 @@ use super::args::SmokeArgs;
 use super::documents::{Documents, Part};
 use super::format::{DocumentScore, Smoke, SmokeRun, Subject, SMOKE};
 use super::gate::Gate;
-use super::metrics::{compare, TOP};
+use super::metrics::{compare, Rows, TOP};
 use super::runner::Runner;
 use super::table::smoke_table;
 use crate::bench::file::{prove_writable, save};
@@ -19,13 +19,12 @@ use crate::cli::{short_count, Bars};
 use crate::error::{Error, Result};
 use crate::generate::{Request, Sampler, Sampling, Session};
 use crate::model::Model;
-use candle_core::Tensor;
 use std::io::Write;
 
 /// What one reading of a text gives.
 struct Reading {
-    /// `[positions, vocab]`.
-    logits: Tensor,
+    /// Of the judged positions.
+    logits: Rows,
     greedy: Vec<u32>,
     kv: Kv,
 }
@@ -107,7 +106,7 @@ fn reading(model: &Model, part: &Part, args: &SmokeArgs, on_tokens: &mut dyn FnM
         logits_last: args.positions,
     };
     let made = session.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, on_tokens, &mut |_| true)?;
-    Ok(Reading { logits: made.prompt_logits, greedy: made.tokens, kv: kv(session.cache()) })
+    Ok(Reading { logits: Rows::of(&made.prompt_logits)?, greedy: made.tokens, kv: kv(session.cache()) })
 }
 
 /// The run of `variant` at `ctx`, put there if it is not.
