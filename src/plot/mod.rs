@@ -24,11 +24,13 @@ mod ladder;
 mod memory;
 mod page;
 mod panel;
+mod place;
 mod ratio;
 pub mod render;
 mod save;
 pub mod scene;
 mod series;
+mod subject;
 pub mod theme;
 mod time;
 
