@@ -47,7 +47,8 @@ pub struct Tick {
 /// The range of 1, 2, 5, 10, .. that holds every value with a little room; `None` where there is none to hold.
 pub fn nice_range(values: impl IntoIterator<Item = f64>) -> Option<(f64, f64)> {
     let (mut low, mut high) = (f64::INFINITY, 0.0f64);
-    for v in values.into_iter().filter(|v| v.is_finite() && *v > 0.0) {
+    // Beyond these, powers of ten are no numbers any more.
+    for v in values.into_iter().filter(|v| (1e-300..1e300).contains(v)) {
         (low, high) = (low.min(v), high.max(v));
     }
     if low > high {
@@ -169,7 +170,7 @@ mod tests {
         assert_eq!(nice_range([0.26, 7.58]), Some((0.2, 10.0)));
         assert_eq!(nice_range([3.0]), Some((2.0, 5.0)));
         assert_eq!(nice_range([1.0]), Some((0.5, 2.0)));
-        assert_eq!(nice_range([0.0, f64::NAN, -1.0]), None);
+        assert_eq!(nice_range([0.0, f64::NAN, -1.0, 1e308, 5e-324]), None);
         assert_eq!(nice_range([0.0014, 0.54]), Some((0.001, 1.0)));
     }
 
