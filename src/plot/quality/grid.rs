@@ -29,6 +29,29 @@ struct Frame {
     within: usize,
 }
 
+impl Frame {
+    /// Rows that are labelled: each where they are `h` high enough for it, else where whole tens of percent lie among them.
+    fn rows(&self, h: f64) -> Vec<(f64, String)> {
+        let label = |depth: f64| format!("{depth:.0}%");
+        if h >= TICK.size * 1.3 || self.depths.len() < 2 {
+            return self.depths.iter().enumerate().map(|(row, depth)| (row as f64, label(*depth))).collect();
+        }
+        let place = |depth: f64| {
+            let (row, pair) = self.depths.windows(2).enumerate().find(|(_, p)| p[0] <= depth && depth <= p[1])?;
+            Some((row as f64 + (depth - pair[0]) / (pair[1] - pair[0]), label(depth)))
+        };
+        let mut rows: Vec<(f64, String)> = (0..=10).filter_map(|i| place(10.0 * f64::from(i))).collect();
+        // Depths need not be evenly apart.
+        let mut free = f64::NEG_INFINITY;
+        rows.retain(|(row, _)| {
+            let kept = h * row >= free;
+            free = if kept { h * row + TICK.size * 1.3 } else { free };
+            kept
+        });
+        rows
+    }
+}
+
 /// The scores of a variant by length and depth.
 struct Map<'a> {
     variant: &'a str,
@@ -138,13 +161,8 @@ fn draw(scene: &mut Scene, area: Area, frame: &Frame, map: &Map, h: f64) {
             }
         }
     }
-    let mut free = f64::NEG_INFINITY;
-    for (row, depth) in frame.depths.iter().enumerate() {
-        let y = top + h * (row as f64 + 0.5);
-        if y - TICK.size * 0.6 >= free {
-            scene.text((left - 5.0, y), Anchor::End, TICK, format!("{depth:.0}%"));
-            free = y + TICK.size * 0.6;
-        }
+    for (row, label) in frame.rows(h) {
+        scene.text((left - 5.0, top + h * (row + 0.5)), Anchor::End, TICK, label);
     }
     let bottom = top + h * frame.depths.len() as f64;
     let mut free = f64::NEG_INFINITY;
@@ -158,6 +176,9 @@ fn draw(scene: &mut Scene, area: Area, frame: &Frame, map: &Map, h: f64) {
     }
     if frame.within < frame.lengths.len() {
         let x = left + w * frame.within as f64;
-        scene.dashes(&[(x, top - 4.0), (x, bottom + 3.0)], Ink::Text, 1.5 * THIN);
+        let line = [(x, top - 4.0), (x, bottom + 3.0)];
+        // On paper of its own, since cells may be as light or as dark as it is.
+        scene.line(line[0], line[1], Ink::Paper, 4.0 * THIN);
+        scene.dashes(&line, Ink::Text, 1.5 * THIN);
     }
 }
