@@ -6,7 +6,7 @@ usage() {
   cat <<'TEXT'
 Usage: scripts/reproduce.sh [options]
 
-For each results/<date>-<device>-<subject>/raw/*.json that holds a ladder or a kernel report, draws its figures into
+For each results/<date>-<device>-<subject>/raw/*.json of a kind that bfly-plot knows, draws its figures into
 results/<date>-<device>-<subject>/figures/; other JSON there is left alone. Then draws the default partner rule's graph into
 docs/figures/. Figures are SVG and PNG, for light and dark pages.
 
@@ -55,7 +55,7 @@ for raw in "$results"/*/raw; do
   for file in "$raw"/*.json; do
     [ -e "$file" ] || continue
     # The kind stands near the top of a file; a half-written one is left to bfly-plot, which says so.
-    if head -c 4096 "$file" | grep -qE '"kind"[[:space:]]*:[[:space:]]*"bfly-(ladder|kernels)"'; then
+    if head -c 4096 "$file" | grep -qE '"kind"[[:space:]]*:[[:space:]]*"bfly-(ladder|kernels|smoke|answers|layers|ablation|positions)"'; then
       files+=("$file")
     else
       skipped=$((skipped + 1))

@@ -273,6 +273,76 @@ fn a_graph_shows_every_stage_and_the_reach() -> Any {
     Ok(())
 }
 
+#[test]
+fn quality_is_drawn_from_any_mix_of_files_and_names_everything() -> Any {
+    let dir = tempfile::tempdir()?;
+    let files = ["smoke", "ruler", "needle", "layers", "ablate", "positions"];
+    let files = files.map(|name| format!("tests/fixtures/quality/{name}.json"));
+    plot().args(&files).arg("--out").arg(dir.path()).assert().success();
+    let figures: [(&str, &[&str]); 8] = [
+        ("smoke-smoke", &["KL from stock, nats", "Same likeliest token as stock, %", "Loss added", "context, tokens"]),
+        ("ruler-tasks", &["niah_single_1", "mean", "mean score, %", "stock · KV 1.00× of dense", "samples per task"]),
+        ("ruler-bytes", &["1/64", "sinks + window", "snapkv", "hollow: held after eviction", "share of dense"]),
+        ("needle-needle", &["0%", "50%", "100%", "mean score of a cell", "Down: depth of the needle"]),
+        ("layers-layers", &["Loss added on expected answers, nats", "KL from stock on text, nats", "layer"]),
+        ("layers-curve", &["KV cache, % of dense", "layers kept dense", "Answers wholly right, %"]),
+        (
+            "ablate-ablation",
+            &["partner rule", "KL on text, nats", "Loss on answers, nats", "summaries", "the interval holds 0"],
+        ),
+        ("positions-positions", &["Loss on the next token, nats", "position, tokens", "KV 1.00× of dense"]),
+    ];
+    for (figure, words) in figures {
+        for theme in ["light", "dark"] {
+            let svg = std::fs::read_to_string(dir.path().join(format!("{figure}-{theme}.svg")))?.replace('\n', " ");
+            // Every figure but the needle's shows intervals; that one says them beside its maps.
+            let interval = if figure == "needle-needle" { "% [" } else { "95% interval" };
+            for word in words.iter().chain(&["parameters · weights", interval]) {
+                assert!(svg.contains(word), "{figure} lacks `{word}`");
+            }
+            let png = std::fs::read(dir.path().join(format!("{figure}-{theme}.png")))?;
+            assert_eq!(png[16..20], 1600u32.to_be_bytes(), "{figure}: width");
+        }
+    }
+    assert_eq!(names(dir.path())?.len(), 4 * figures.len(), "all of them and nothing half-written");
+    Ok(())
+}
+
+#[test]
+fn a_needles_cells_and_a_tasks_dots_are_all_drawn() -> Any {
+    let read = |name: &str| -> Any<Value> {
+        Ok(serde_json::from_str(&std::fs::read_to_string(format!("tests/fixtures/quality/{name}.json"))?)?)
+    };
+    let needle = read("needle")?;
+    let depths = |cell: &Value| -> usize {
+        let answers = cell["answers"].as_array().into_iter().flatten();
+        answers.map(|a| a["depth"].to_string()).collect::<std::collections::BTreeSet<_>>().len()
+    };
+    let cells: usize = needle["cells"].as_array().ok_or("cells")?.iter().map(depths).sum();
+    let found = svg(&draw("needle", &needle)?, "needle-needle-light.svg")?;
+    // Every cell of the fixture is wholly found or wholly missed; the legend's scale has an end of each colour.
+    let (none, all) = (THEMES[0].rgb(Ink::Heat(0)), THEMES[0].rgb(Ink::Heat(100)));
+    let filled = |(r, g, b): (u8, u8, u8)| {
+        let ink = format!("#{r:02X}{g:02X}{b:02X}");
+        found.lines().filter(|l| l.starts_with("<rect") && l.contains(&ink)).count()
+    };
+    assert_eq!(filled(none) + filled(all), cells + 2, "cells and the legend");
+
+    let ruler = read("ruler")?;
+    let tasks = svg(&draw("ruler", &ruler)?, "ruler-tasks-light.svg")?;
+    let cells = ruler["cells"].as_array().ok_or("cells")?;
+    let own: Vec<&Value> = cells.iter().filter(|c| c["variant"] == "retrofit").collect();
+    let mut lengths: Vec<u64> = own.iter().filter_map(|c| c["length"].as_u64()).collect();
+    lengths.sort_unstable();
+    lengths.dedup();
+    // One circle per cell of the first retrofit, one per mean over all tasks, one in the legend.
+    let asked: std::collections::BTreeSet<String> = cells.iter().map(|c| c["task"].to_string()).collect();
+    let at = |length: u64| own.iter().filter(|c| c["length"].as_u64() == Some(length)).count();
+    let whole = lengths.iter().filter(|l| at(**l) == asked.len()).count();
+    assert_eq!(circles(&tasks, MARKER), own.len() + whole + 1);
+    Ok(())
+}
+
 /// Runs `args`, which must fail with one line that holds every word.
 fn refused(args: &[&str], words: &[&str]) -> Any {
     let out = plot().args(args).output()?;
@@ -302,20 +372,37 @@ fn what_cannot_be_drawn_gets_one_clear_error_and_no_figure() -> Any {
     kernels["kernels"] = json!([]);
     let mut impossible = value("kernels.json")?;
     impossible["kernels"][0]["samples_s"] = json!([0.0]);
-    let cases: [(&str, String, &[&str]); 11] = [
+    let empty = |kind: &str, list: &str| -> Any<String> {
+        let path = format!("tests/fixtures/quality/{kind}.json");
+        let mut file: Value = serde_json::from_str(&std::fs::read_to_string(path)?)?;
+        file[list] = json!([]);
+        Ok(file.to_string())
+    };
+    let cases: [(&str, String, &[&str]); 15] = [
         ("half.json", whole[..whole.len() / 2].into(), &["is not a whole JSON file"]),
         ("empty.json", String::new(), &["is not a whole JSON file"]),
         ("version.json", with("schema_version", json!(99))?, &["has schema version 99; this build reads 1"]),
         (
             "other.json",
             with("kind", json!("bfly-quality"))?,
-            &["is of kind `bfly-quality`", "bfly-ladder", "bfly-kernels"],
+            &[
+                "is of kind `bfly-quality`",
+                "bfly-ladder",
+                "bfly-smoke",
+                "bfly-layers",
+                "bfly-ablation",
+                "bfly-positions",
+            ],
         ),
         ("fit.json", with("kind", json!("bfly-fit"))?, &["is of kind `bfly-fit`; there are figures for `bfly-ladder`"]),
         ("kindless.json", "{}".into(), &["is of kind `none`"]),
         ("array.json", "[1]".into(), &["array.json"]),
         ("runs.json", with("runs", json!([]))?, &["is a ladder without runs"]),
         ("field.json", with("dtype", json!(7))?, &["expected a string"]),
+        ("smoke.json", empty("smoke", "runs")?, &["is a smoke test without runs"]),
+        ("ruler.json", empty("ruler", "cells")?, &["holds no answers"]),
+        ("ablate.json", empty("ablate", "changes")?, &["without a change that was measured"]),
+        ("positions.json", empty("positions", "runs")?, &["holds no losses"]),
         ("none.json", kernels.to_string(), &["is a report without kernels"]),
         ("zero.json", impossible.to_string(), &["attention_prefill (dense causal)", "not above 0 seconds"]),
     ];
@@ -358,6 +445,9 @@ fn places_that_cannot_be_written_to_are_named_and_left_clean() -> Any {
 #[test]
 fn help_shows_examples_every_subcommand_and_completions() -> Any {
     let help = String::from_utf8(plot().arg("--help").output()?.stdout)?;
+    for kind in ["ladder", "kernels", "smoke", "answers", "layers", "ablation", "positions"] {
+        assert!(help.contains(&format!("  bfly-{kind} ")), "help lacks the kind {kind}");
+    }
     for word in ["Examples:", "ladder", "kernels", "graph", "completions", "--out", "[default: figures]"] {
         assert!(help.contains(word), "help lacks `{word}`");
     }

@@ -1,21 +1,22 @@
 //! The flags of `bfly-plot`, and what they do.
 
+use super::kinds::figures_of;
 use super::save::save;
-use super::{graph, kernels, ladder, Figure};
-use crate::bench::format::{read, KERNELS, LADDER};
+use super::{graph, Figure};
+use crate::bench::format::{KERNELS, LADDER};
 use crate::cli::parse_size;
-use crate::error::{At, Error, Result};
+use crate::error::{Error, Result};
 use crate::retrofit::Settings;
 use crate::selector::{Selector, SELECTORS};
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Draws figures from measurements: nothing but their JSON is needed.
 ///
 /// Every figure is written four times: as SVG and as PNG, for light and for dark pages. What kind of measurement a file holds
-/// is read from it; a subcommand insists on one kind.
+/// is read from it; the subcommands ladder and kernels insist on theirs.
 #[derive(Debug, Parser)]
 #[command(
     name = "bfly-plot",
@@ -35,6 +36,15 @@ pub struct Cli {
 }
 
 const EXAMPLES: &str = "\
+Kinds of files, and what is drawn of each:
+  bfly-ladder     ratio to the better stock, time, memory, decode by context
+  bfly-kernels    a roofline
+  bfly-smoke      distance from stock on text by context
+  bfly-answers    scores by task and against KV bytes; a needle's heat maps
+  bfly-layers     harm of each layer's swap; quality by layers kept dense
+  bfly-ablation   paired differences of every setting from the base
+  bfly-positions  loss by position
+
 Examples:
   # Whatever these files hold, into figures/
   bfly-plot results/2027-01-01-h200-ladder/raw/*.json
@@ -70,7 +80,7 @@ pub enum Command {
 /// Files to draw from.
 #[derive(Debug, Args)]
 pub struct FileArgs {
-    /// JSON as bfly-bench writes it. Figures are named after their file.
+    /// JSON as bfly-bench and bfly-quality-smoke write it. Figures are named after their file.
     #[arg(value_name = "FILE.json", required = true)]
     pub files: Vec<PathBuf>,
     /// Where the figures go; created if need be.
@@ -170,32 +180,6 @@ fn files(args: &FileArgs, wanted: Option<&str>) -> Result<()> {
         print(&save(&args.out, stem, figures)?);
     }
     Ok(())
-}
-
-/// The figures of one file, and remarks on what could not be drawn.
-fn figures_of(path: &Path, wanted: Option<&str>) -> Result<(Vec<Figure>, Vec<String>)> {
-    let found = kind(path)?;
-    match wanted.unwrap_or(&found) {
-        LADDER => ladder::figures(&read(path, LADDER)?, path),
-        KERNELS => Ok((kernels::figures(&read(path, KERNELS)?, path)?, vec![])),
-        _ => Err(Error::format(
-            path.display(),
-            format!("is of kind `{found}`; there are figures for `{LADDER}` and `{KERNELS}`"),
-        )),
-    }
-}
-
-/// What the file says it is. Everything else about it is judged by `read`.
-fn kind(path: &Path) -> Result<String> {
-    #[derive(serde::Deserialize)]
-    struct Head {
-        #[serde(default)]
-        kind: serde_json::Value,
-    }
-    let text = std::fs::read_to_string(path).at(path.display())?;
-    let head: Head = serde_json::from_str(&text)
-        .map_err(|e| Error::format(path.display(), format!("is not a whole JSON file: {e}")))?;
-    Ok(head.kind.as_str().unwrap_or("none").into())
 }
 
 fn print(paths: &[PathBuf]) {

@@ -1,11 +1,12 @@
-//! Logarithmic axes: where values lie, which of them are labelled, how numbers read.
+//! Axes: where values lie, which of them are labelled, how numbers read. Which values an axis spans is chosen by [`super::scale`]
+//! for linear axes, here for logarithmic ones.
 
 use super::scene::{text_width, Anchor, Area, Scene};
 use super::theme::{Ink, HAIR, THIN, TICK};
 
-/// Positive values on `from..to`, `low` at `from`.
+/// Values on `from..to`, `low` at `from`; on a logarithmic axis they are positive.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LogAxis {
+pub struct Axis {
     /// The value at `from`.
     pub low: f64,
     /// The value at `to`.
@@ -14,13 +15,23 @@ pub struct LogAxis {
     pub from: f64,
     /// Where it ends.
     pub to: f64,
+    /// Whether equal ratios are equally long; else equal differences are.
+    pub log: bool,
 }
 
-impl LogAxis {
+impl Axis {
+    /// A logarithmic axis.
+    pub fn log(low: f64, high: f64, from: f64, to: f64) -> Self {
+        Self { low, high, from, to, log: true }
+    }
+
     /// Where `value` lies.
     pub fn at(&self, value: f64) -> f64 {
-        let span = (self.high / self.low).ln();
-        self.from + (self.to - self.from) * (value / self.low).ln() / span
+        let share = match self.log {
+            true => (value / self.low).ln() / (self.high / self.low).ln(),
+            false => (value - self.low) / (self.high - self.low),
+        };
+        self.from + (self.to - self.from) * share
     }
 }
 
@@ -36,7 +47,8 @@ pub struct Tick {
 /// The range of 1, 2, 5, 10, .. that holds every value with a little room; `None` where there is none to hold.
 pub fn nice_range(values: impl IntoIterator<Item = f64>) -> Option<(f64, f64)> {
     let (mut low, mut high) = (f64::INFINITY, 0.0f64);
-    for v in values.into_iter().filter(|v| v.is_finite() && *v > 0.0) {
+    // Beyond these, powers of ten are no numbers any more.
+    for v in values.into_iter().filter(|v| (1e-300..1e300).contains(v)) {
         (low, high) = (low.min(v), high.max(v));
     }
     if low > high {
@@ -120,7 +132,7 @@ pub fn tokens(n: usize) -> String {
 const SUPERSCRIPTS: [char; 10] = ['⁰', '¹', '²', '³', '⁴', '⁵', '⁶', '⁷', '⁸', '⁹'];
 
 /// Draws grid, frame and labels of a plot; a label that would touch the one before it is left out.
-pub fn draw(scene: &mut Scene, plot: Area, x: (&LogAxis, &[Tick]), y: (&LogAxis, &[Tick])) {
+pub fn draw(scene: &mut Scene, plot: Area, x: (&Axis, &[Tick]), y: (&Axis, &[Tick])) {
     for tick in y.1 {
         let at = y.0.at(tick.value);
         scene.line((plot.x, at), (plot.right(), at), Ink::Grid, HAIR);
@@ -145,10 +157,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_lie_evenly_by_their_logarithm() {
-        let axis = LogAxis { low: 1.0, high: 100.0, from: 300.0, to: 100.0 };
+    fn values_lie_evenly_by_their_logarithm_or_by_themselves() {
+        let axis = Axis::log(1.0, 100.0, 300.0, 100.0);
         assert_eq!(axis.at(1.0), 300.0);
         assert!((axis.at(10.0) - 200.0).abs() < 1e-9 && (axis.at(100.0) - 100.0).abs() < 1e-9);
+        let axis = Axis { low: -1.0, high: 1.0, from: 0.0, to: 10.0, log: false };
+        assert_eq!([-1.0, 0.0, 1.0].map(|v| axis.at(v)), [0.0, 5.0, 10.0]);
     }
 
     #[test]
@@ -156,7 +170,7 @@ mod tests {
         assert_eq!(nice_range([0.26, 7.58]), Some((0.2, 10.0)));
         assert_eq!(nice_range([3.0]), Some((2.0, 5.0)));
         assert_eq!(nice_range([1.0]), Some((0.5, 2.0)));
-        assert_eq!(nice_range([0.0, f64::NAN, -1.0]), None);
+        assert_eq!(nice_range([0.0, f64::NAN, -1.0, 1e308, 5e-324]), None);
         assert_eq!(nice_range([0.0014, 0.54]), Some((0.001, 1.0)));
     }
 

@@ -2,8 +2,9 @@
 //!
 //! Cases are numbered; the bars are the roofline's key.
 
-use super::axis::{brief, draw as draw_axes, nice_range, ticks, LogAxis};
+use super::axis::{brief, draw as draw_axes, nice_range, ticks, Axis};
 use super::page::{Page, CONTENT};
+use super::place::{along, around, beside};
 use super::scene::{shorten, text_area, text_width, Anchor, Area, Scene};
 use super::theme::{Ink, Type, HAIR, LABEL, LINE, MARGIN, MARKER, PANEL, THIN, TICK};
 use super::Figure;
@@ -137,8 +138,8 @@ fn roofline(scene: &mut Scene, area: Area, c: &Ceilings, cases: &[Case]) {
     let xs = nice_range(drawn().map(|c| c.intensity).chain([ridge / 4.0, ridge * 4.0]));
     let ys = nice_range(drawn().map(|c| c.tflop_s).chain([c.matmul_tflop_s / 20.0, c.matmul_tflop_s * 1.5]));
     let (Some((x0, x1)), Some((y0, y1))) = (xs, ys) else { return };
-    let x = LogAxis { low: x0, high: x1, from: plot.x, to: plot.right() };
-    let y = LogAxis { low: y0, high: y1, from: plot.bottom(), to: plot.y };
+    let x = Axis::log(x0, x1, plot.x, plot.right());
+    let y = Axis::log(y0, y1, plot.bottom(), plot.y);
     draw_axes(scene, plot, (&x, &ticks(x0, x1)), (&y, &ticks(y0, y1)));
     let name = "arithmetic intensity, FLOP per byte";
     scene.text((plot.x + plot.w / 2.0, plot.bottom() + 27.0), Anchor::Middle, TICK, name);
@@ -150,17 +151,14 @@ fn roofline(scene: &mut Scene, area: Area, c: &Ceilings, cases: &[Case]) {
     let matmul = format!("matmul {} TFLOP/s", brief(c.matmul_tflop_s));
     scene.text_on(Ink::Paper, (plot.right() - 4.0, corners[2].1 - 9.0), Anchor::End, TICK, &matmul);
     let copy = format!("copy {} GB/s", brief(c.copy_gb_s));
-    let along =
+    let at_share =
         |k: f64| (corners[0].0 + (corners[1].0 - corners[0].0) * k, corners[0].1 + (corners[1].1 - corners[0].1) * k);
     // Numbers keep off the roof, and off its names.
-    let mut taken: Vec<Area> = (0..=60)
-        .map(|i| along(f64::from(i) / 60.0))
-        .map(|(x, y)| Area { x: x - 2.0, y: y - 3.0, w: 4.0, h: 6.0 })
-        .collect();
+    let mut taken: Vec<Area> = along(corners[0], corners[1]).collect();
     taken.push(Area { x: corners[1].0, y: corners[1].1 - 16.0, w: plot.right() - corners[1].0, h: 18.0 });
-    let beside = |k: f64| (along(k).0 - 10.0, along(k).1);
+    let left_of = |k: f64| (at_share(k).0 - 10.0, at_share(k).1);
     let fits = |at: &(f64, f64)| at.0 - text_width(&copy, TICK) > plot.x + 4.0 && at.1 > corners[1].1 + 8.0;
-    if let Some(at) = [0.5, 0.6, 0.7, 0.8, 0.9].map(beside).into_iter().find(fits) {
+    if let Some(at) = [0.5, 0.6, 0.7, 0.8, 0.9].map(left_of).into_iter().find(fits) {
         taken.push(text_area(at, Anchor::End, TICK, &copy));
         scene.text_on(Ink::Paper, at, Anchor::End, TICK, &copy);
     }
@@ -168,37 +166,11 @@ fn roofline(scene: &mut Scene, area: Area, c: &Ceilings, cases: &[Case]) {
         (0..).zip(cases).filter(|(_, c)| c.intensity > 0.0).map(|(i, c)| (i, at(c.intensity, c.tflop_s))).collect();
     for (i, place) in &marks {
         scene.marker(cases[*i].style, *place);
-        let r = MARKER + 1.5;
-        taken.push(Area { x: place.0 - r, y: place.1 - r, w: 2.0 * r, h: 2.0 * r });
+        taken.push(around(*place));
     }
     for (i, place) in marks {
-        number(scene, &mut taken, plot, place, i + 1);
+        beside(scene, &mut taken, plot, place, &(i + 1).to_string());
     }
-}
-
-/// Writes `n` beside `mark` where nothing else stands, further off with a leader where it must.
-fn number(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, mark: (f64, f64), n: usize) {
-    let text = n.to_string();
-    let directions =
-        [(1.0, 0.0), (0.7, -0.8), (0.7, 0.8), (0.0, -1.0), (0.0, 1.0), (-0.7, -0.8), (-0.7, 0.8), (-1.0, 0.0)];
-    let places = (0..6).flat_map(|ring| {
-        let reach = 12.0 + 11.0 * f64::from(ring);
-        directions.map(|(dx, dy)| (ring, (mark.0 + dx * reach, mark.1 + dy * reach)))
-    });
-    let inside = |a: &Area| a.x > plot.x && a.right() < plot.right() && a.y > plot.y && a.bottom() < plot.bottom();
-    let free = |at: (f64, f64)| {
-        let area = text_area(at, Anchor::Middle, LABEL, &text);
-        (inside(&area) && !taken.iter().any(|t| t.overlaps(&area))).then_some(area)
-    };
-    let found = places.into_iter().find_map(|(ring, at)| free(at).map(|area| (ring, at, area)));
-    let Some((ring, at, area)) = found else { return };
-    if ring > 0 {
-        let length = (at.0 - mark.0).hypot(at.1 - mark.1);
-        let along = |d: f64| (mark.0 + (at.0 - mark.0) * d / length, mark.1 + (at.1 - mark.1) * d / length);
-        scene.line(along(MARKER), along(length - 7.0), Ink::Axis, HAIR);
-    }
-    taken.push(area);
-    scene.text(at, Anchor::Middle, LABEL, text);
 }
 
 fn shares(scene: &mut Scene, area: Area, cases: &[Case]) {

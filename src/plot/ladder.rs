@@ -1,8 +1,9 @@
 //! What the figures of a ladder have in common: head, legend, notes. Each figure is a file of its own.
 
-use super::axis::{grouped, tokens};
+use super::axis::tokens;
 use super::page::Key;
 use super::series::{ran, Line, Runs};
+use super::subject::subject;
 use super::theme::Ink;
 use super::{decode, memory, ratio, time, Figure};
 use crate::bench::format::{Ladder, Run};
@@ -40,16 +41,11 @@ impl Sheet<'_> {
 
     /// Model, types, device, chunk.
     pub fn subtitle(&self) -> String {
-        let l = &self.ladder.header;
         let chunks: BTreeSet<usize> = self.ladder.runs.iter().map(|r| r.prefill_chunk).collect();
         let chunks: Vec<String> = chunks.into_iter().map(tokens).collect();
         format!(
-            "{}, {} parameters · weights {}, KV {} · {} · prefill chunk {} · {} new tokens",
-            l.name,
-            millions(l.parameters),
-            l.dtype,
-            l.kv_dtype,
-            l.machine.device,
+            "{} · prefill chunk {} · {} new tokens",
+            subject(&self.ladder.header),
             chunks.join(" / "),
             self.ladder.decode_tokens
         )
@@ -94,27 +90,5 @@ impl Sheet<'_> {
             true => vec![],
             false => vec![format!("× did not fit: {}.", all.join("; "))],
         }
-    }
-}
-
-/// `494M`, `1.5B`.
-fn millions(n: u64) -> String {
-    match n as f64 / 1e6 {
-        m if m >= 9995.0 => format!("{}B", grouped(m / 1e3, 0)),
-        m if m >= 999.5 => format!("{}B", grouped(m / 1e3, 1)),
-        m if m >= 9.95 => format!("{}M", grouped(m, 0)),
-        m if m >= 0.1 => format!("{}M", grouped(m, 1)),
-        _ => n.to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn parameters_read_well() {
-        assert_eq!(
-            [494_032_768, 1_543_714_304, 7_000_000, 12_000_000_000, 90].map(super::millions),
-            ["494M", "1.5B", "7.0M", "12B", "90"]
-        );
     }
 }

@@ -11,24 +11,32 @@
 //! | `time`, `memory`, `decode` | what every engine and variant took, by context |
 //! | `kernels` | a roofline with each case's share of its ceiling |
 //! | `graph` | which block reads which, and the reach |
+//! | `quality/` | what a retrofit keeps: answers, distributions, layers, settings, positions |
 //!
 //! A figure is a function from data to a [`scene::Scene`]; it names inks and type sizes of [`theme`] and nothing else about
-//! looks, so a change there changes every figure. `panel` and `page` hold what figures share.
+//! looks, so a change there changes every figure. `page`, `chart`, `panel` and `place` hold what figures share; `kinds` lists
+//! the kinds of files that can be drawn, one line each.
 
 mod args;
 mod axis;
+mod chart;
 mod decode;
 mod graph;
 mod kernels;
+mod kinds;
 mod ladder;
 mod memory;
 mod page;
 mod panel;
+mod place;
+mod quality;
 mod ratio;
 pub mod render;
 mod save;
+mod scale;
 pub mod scene;
 mod series;
+mod subject;
 pub mod theme;
 mod time;
 
@@ -66,7 +74,7 @@ mod tests {
     }
 
     /// Texts overlap neither each other nor the edge of the page; marks stay on the page.
-    fn assert_tidy(what: &str, scene: &Scene) {
+    pub(super) fn assert_tidy(what: &str, scene: &Scene) {
         let page = Area { x: 0.0, y: 0.0, w: theme::WIDTH, h: scene.height };
         let on_page = |x: f64, y: f64| (0.0..=page.w).contains(&x) && (0.0..=page.h).contains(&y);
         let mut texts: Vec<(Area, &str)> = vec![];

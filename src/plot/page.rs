@@ -8,6 +8,14 @@ use super::theme::{self, Ink, Type, LEADING, LEGEND, MARGIN, NOTE, SUBTITLE, TIT
 pub enum Key {
     /// A series by its index.
     Series(usize, String),
+    /// A series whose points are not joined.
+    Marker(usize, String),
+    /// Points that cannot be told from zero.
+    Faint(String),
+    /// A second place of a point, joined to it by dashes.
+    Held(String),
+    /// Intervals of every series.
+    Interval(String),
     /// The dots of single samples.
     Sample(String),
     /// A dashed line.
@@ -16,12 +24,27 @@ pub enum Key {
     Missed(String),
     /// An area of this ink.
     Patch(Ink, String),
+    /// The scale of [`Ink::Heat`].
+    Heat(String),
 }
 
 impl Key {
     fn text(&self) -> &str {
         match self {
-            Self::Series(_, t) | Self::Sample(t) | Self::Dashes(t) | Self::Missed(t) | Self::Patch(_, t) => t,
+            Self::Series(_, t) | Self::Marker(_, t) | Self::Patch(_, t) | Self::Heat(t) => t,
+            Self::Faint(t)
+            | Self::Held(t)
+            | Self::Interval(t)
+            | Self::Sample(t)
+            | Self::Dashes(t)
+            | Self::Missed(t) => t,
+        }
+    }
+
+    fn glyph(&self) -> f64 {
+        match self {
+            Self::Heat(_) => 8.0 * GLYPH,
+            _ => GLYPH,
         }
     }
 
@@ -32,6 +55,13 @@ impl Key {
                 scene.line((x, y), (end, y), Ink::Series(*i), theme::LINE);
                 scene.marker(*i, (middle, y));
             }
+            Self::Marker(i, _) => scene.marker(*i, (middle, y)),
+            Self::Faint(_) => scene.hollow(0, (middle, y), Ink::Muted),
+            Self::Held(_) => {
+                scene.dashes(&[(middle, y), (end, y)], Ink::Muted, theme::THIN);
+                scene.hollow(0, (x + theme::MARKER, y), Ink::Muted);
+            }
+            Self::Interval(_) => scene.whisker((middle, y - 6.0), (middle, y + 6.0), Ink::Muted),
             Self::Sample(_) => {
                 for dy in [-4.0, 0.0, 4.0] {
                     scene.dot((middle, y + dy), theme::SAMPLE, Ink::Muted);
@@ -40,12 +70,24 @@ impl Key {
             Self::Dashes(_) => scene.dashes(&[(x, y), (end, y)], Ink::Muted, theme::THIN),
             Self::Missed(_) => scene.cross(Ink::Muted, (middle, y)),
             Self::Patch(ink, _) => scene.rect(Area { x, y: y - 6.0, w: GLYPH, h: 12.0 }, *ink),
+            Self::Heat(_) => {
+                let part = self.glyph() / f64::from(HEATS);
+                for i in 0..HEATS {
+                    let area = Area { x: x + part * f64::from(i), y: y - 7.5, w: part, h: 15.0 };
+                    scene.rect(area, Ink::Heat(i * (100 / (HEATS - 1))));
+                }
+                let on = |percent| Type { ink: Ink::OnHeat(percent), ..LEGEND };
+                scene.text((x + 4.0, y), Anchor::Start, on(0), "0%");
+                scene.text((x + self.glyph() - 4.0, y), Anchor::End, on(100), "100%");
+            }
         }
     }
 }
 
 /// Width of a legend's glyphs.
 const GLYPH: f64 = 22.0;
+/// Steps of a scale of heat.
+const HEATS: u8 = 21;
 
 /// A figure that grows downwards.
 pub struct Page {
@@ -88,13 +130,14 @@ impl Page {
         let row = LEGEND.size * 1.7;
         let mut x = MARGIN;
         for key in keys {
-            let text = shorten(key.text(), LEGEND, CONTENT - GLYPH - 6.0);
-            let width = GLYPH + 6.0 + text_width(&text, LEGEND);
+            let glyph = key.glyph() + 6.0;
+            let text = shorten(key.text(), LEGEND, CONTENT - glyph);
+            let width = glyph + text_width(&text, LEGEND);
             if x > MARGIN && x + width > WIDTH - MARGIN {
                 (x, self.y) = (MARGIN, self.y + row);
             }
             key.draw(&mut self.scene, x, self.y + row / 2.0);
-            self.scene.text((x + GLYPH + 6.0, self.y + row / 2.0), Anchor::Start, LEGEND, text);
+            self.scene.text((x + glyph, self.y + row / 2.0), Anchor::Start, LEGEND, text);
             x += width + 20.0;
         }
         self.y += row;

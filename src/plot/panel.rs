@@ -1,6 +1,6 @@
 //! One panel of a ladder: lines over contexts on logarithmic axes, the runs that did not end well above them.
 
-use super::axis::{brief, draw as draw_axes, nice_range, ticks, tokens, LogAxis, Tick};
+use super::axis::{brief, draw as draw_axes, nice_range, ticks, tokens, Axis, Tick};
 use super::scene::{shorten, text_width, Anchor, Area, Scene};
 use super::series::Line;
 use super::theme::{Ink, HAIR, LABEL, LINE, PANEL, SAMPLE, SAMPLE_SHIFT, THIN, TICK};
@@ -52,7 +52,7 @@ pub fn draw(scene: &mut Scene, area: Area, panel: &Panel) -> Area {
     let reference = panel.reference.iter().filter(|_| points().count() > 0).flat_map(|(v, _)| [*v, v * 1.5]);
     let range = nice_range(values.chain(reference).map(|v| v / panel.unit));
     let (low, high) = range.unwrap_or((0.1, 10.0));
-    let y = LogAxis { low, high, from: plot.bottom(), to: plot.y };
+    let y = Axis::log(low, high, plot.bottom(), plot.y);
     draw_axes(scene, plot, (&x, &x_ticks), (&y, &range.map_or(vec![], |_| ticks(low, high))));
     scene.text((plot.x + plot.w / 2.0, plot.bottom() + 27.0), Anchor::Middle, TICK, "context, tokens");
     if range.is_none() {
@@ -106,7 +106,7 @@ fn label_ends(scene: &mut Scene, mut ends: Vec<((f64, f64), String)>, plot: Area
 }
 
 /// Every context with room on both sides, on the right also for labels.
-fn x_axis(panel: &Panel, plot: Area) -> LogAxis {
+fn x_axis(panel: &Panel, plot: Area) -> Axis {
     let ends = |i: Option<&usize>| i.map_or(1.0, |c| *c as f64);
     let room = 2f64.powf(0.4);
     let low = ends(panel.contexts.first()) / room;
@@ -117,7 +117,7 @@ fn x_axis(panel: &Panel, plot: Area) -> LogAxis {
             high = high.max(low * (last.ctx as f64 / low).powf(1.0 / share));
         }
     }
-    LogAxis { low, high, from: plot.x, to: plot.right() }
+    Axis::log(low, high, plot.x, plot.right())
 }
 
 /// Medians joined where no run between them is missing, 95th percentiles dashed, every sample a dot.
@@ -147,7 +147,7 @@ fn curve(scene: &mut Scene, line: &Line, at: &dyn Fn(usize, f64) -> (f64, f64)) 
 }
 
 /// A row of crosses for each line that misses runs, named where there is room beside them.
-fn missed(scene: &mut Scene, panel: &Panel, x: &LogAxis, plot: Area, top: f64) {
+fn missed(scene: &mut Scene, panel: &Panel, x: &Axis, plot: Area, top: f64) {
     let missing = panel.lines.iter().filter(|l| !l.missed.is_empty());
     for (row, line) in missing.enumerate() {
         let y = top + ROW * (row as f64 + 0.5);

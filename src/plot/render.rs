@@ -7,7 +7,7 @@ use super::scene::{font, Anchor, Scene, Shape, EM_TO_LINE};
 use super::theme::{Ink, Rgb, Theme, WIDTH};
 use plotters::backend::{BitMapBackend, DrawingBackend, SVGBackend};
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use plotters::style::{RGBColor, ShapeStyle, TextStyle};
+use plotters::style::{Color, RGBColor, ShapeStyle, TextStyle};
 use std::fmt::Display;
 use std::path::Path;
 
@@ -85,7 +85,7 @@ fn play<B: DrawingBackend>(scene: &Scene, theme: &Theme, backend: &mut B, fit: &
     let unit = |v: f64| (v * f64::from(DETAIL)).round() as i32;
     let at = |p: (f64, f64)| (unit(p.0), unit(p.1));
     let rgb = |(r, g, b): Rgb| RGBColor(r, g, b);
-    let color = |ink| rgb(theme.rgb(ink));
+    let color = |ink| rgb(theme.rgb(ink)).mix(theme.alpha(ink));
     let style = |ink, width: f64| ShapeStyle::from(color(ink)).filled().stroke_width(unit(width).max(1) as u32);
     let (w, h) = size(scene);
     backend.draw_rect((0, 0), (w as i32, h as i32), &style(Ink::Paper, 0.0), true).map_err(plain)?;

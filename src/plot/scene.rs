@@ -173,8 +173,17 @@ impl Scene {
     }
 
     /// The marker of series `i`.
-    pub fn marker(&mut self, i: usize, (x, y): At) {
-        let (ink, r) = (Ink::Series(i), theme::MARKER);
+    pub fn marker(&mut self, i: usize, at: At) {
+        self.mark(i, at, theme::MARKER, Ink::Series(i));
+    }
+
+    /// The marker of series `i` as an outline.
+    pub fn hollow(&mut self, i: usize, at: At, ink: Ink) {
+        self.mark(i, at, theme::MARKER, ink);
+        self.mark(i, at, theme::MARKER * 0.55, Ink::Paper);
+    }
+
+    fn mark(&mut self, i: usize, (x, y): At, r: f64, ink: Ink) {
         let round = i / theme::SERIES;
         let corners: &[At] = match (i + round) % theme::SERIES {
             0 => return self.dot((x, y), r, ink),
@@ -185,6 +194,16 @@ impl Scene {
             _ => &[(-1.3, -0.5), (1.3, -0.5), (1.3, 0.5), (-1.3, 0.5)],
         };
         self.polygon(corners.iter().map(|c| (x + c.0 * r, y + c.1 * r)).collect(), ink);
+    }
+
+    /// An interval from `a` to `b`, with caps across it.
+    pub fn whisker(&mut self, a: At, b: At, ink: Ink) {
+        const CAP: f64 = 3.0;
+        let (dx, dy) = if (b.0 - a.0).abs() > (b.1 - a.1).abs() { (0.0, CAP) } else { (CAP, 0.0) };
+        self.line(a, b, ink, theme::THIN);
+        for (x, y) in [a, b] {
+            self.line((x - dx, y - dy), (x + dx, y + dy), ink, theme::THIN);
+        }
     }
 
     /// A small ×: a run that did not end well.

@@ -26,6 +26,12 @@ pub enum Ink {
     Band,
     /// The series of this index; after the last the colours repeat, with other markers.
     Series(usize),
+    /// The interval around that series: its colour, translucent, so that intervals may overlap.
+    Haze(usize),
+    /// A value in percent, on a scale of one hue whose lightness goes away from the paper's.
+    Heat(u8),
+    /// What is written on it.
+    OnHeat(u8),
 }
 
 /// The colours of one background.
@@ -41,6 +47,7 @@ pub struct Theme {
     shade: u32,
     band: u32,
     series: [u32; SERIES],
+    heat: [u32; 6],
 }
 
 /// Distinct series colours.
@@ -58,6 +65,7 @@ pub static THEMES: [Theme; 2] = [
         shade: 0xF1F3F5,
         band: 0xC3D3EE,
         series: [0x094BAE, 0xDA6600, 0x38999E, 0x835265, 0x484411, 0x1E2226],
+        heat: [0xE9EFF9, 0xA6C7FE, 0x6E9FEF, 0x4077D2, 0x1E52A7, 0x083171],
     },
     Theme {
         name: "dark",
@@ -69,6 +77,7 @@ pub static THEMES: [Theme; 2] = [
         shade: 0x1A212B,
         band: 0x233F70,
         series: [0x5B8CF5, 0xEE7F14, 0x7FE9E0, 0xA86C84, 0xF2D27A, 0xA3A8AE],
+        heat: [0x1B2433, 0x234378, 0x3666B4, 0x598CE0, 0x8BB6FB, 0xCBDFFF],
     },
 ];
 
@@ -83,10 +92,57 @@ impl Theme {
             Ink::Grid => self.grid,
             Ink::Shade => self.shade,
             Ink::Band => self.band,
-            Ink::Series(i) => self.series[i % SERIES],
+            Ink::Series(i) | Ink::Haze(i) => self.series[i % SERIES],
+            Ink::Heat(percent) => return self.heat(percent),
+            Ink::OnHeat(percent) => match contrast(self.heat(percent), BLACK) > contrast(self.heat(percent), WHITE) {
+                true => return BLACK,
+                false => return WHITE,
+            },
         };
-        ((hex >> 16) as u8, (hex >> 8) as u8, hex as u8)
+        parts(hex)
     }
+
+    /// How much of what lies behind `ink` it hides, 0 to 1.
+    pub fn alpha(&self, ink: Ink) -> f64 {
+        match ink {
+            Ink::Haze(_) => 0.2,
+            _ => 1.0,
+        }
+    }
+
+    fn heat(&self, percent: u8) -> Rgb {
+        let place = f64::from(percent.min(100)) / 100.0 * (self.heat.len() - 1) as f64;
+        let i = (place as usize).min(self.heat.len() - 2);
+        let (a, b, t) = (parts(self.heat[i]), parts(self.heat[i + 1]), place - i as f64);
+        let mix = |a: u8, b: u8| (f64::from(a) * (1.0 - t) + f64::from(b) * t).round() as u8;
+        (mix(a.0, b.0), mix(a.1, b.1), mix(a.2, b.2))
+    }
+}
+
+const BLACK: Rgb = (0, 0, 0);
+const WHITE: Rgb = (255, 255, 255);
+
+fn parts(hex: u32) -> Rgb {
+    ((hex >> 16) as u8, (hex >> 8) as u8, hex as u8)
+}
+
+/// sRGB to linear light.
+fn linear(c: Rgb) -> [f64; 3] {
+    [c.0, c.1, c.2].map(|v| {
+        let v = f64::from(v) / 255.0;
+        if v <= 0.04045 {
+            v / 12.92
+        } else {
+            ((v + 0.055) / 1.055).powf(2.4)
+        }
+    })
+}
+
+/// Contrast ratio of WCAG 2.
+fn contrast(a: Rgb, b: Rgb) -> f64 {
+    let luminance = |c| linear(c).iter().zip([0.2126, 0.7152, 0.0722]).map(|(v, k)| v * k).sum::<f64>() + 0.05;
+    let (a, b) = (luminance(a), luminance(b));
+    a.max(b) / a.min(b)
 }
 
 /// A kind of text.
@@ -112,6 +168,8 @@ pub const PANEL: Type = Type { size: 12.0, bold: true, ink: Ink::Text };
 pub const TICK: Type = Type { size: 10.0, bold: false, ink: Ink::Muted };
 /// Values and names beside marks.
 pub const LABEL: Type = Type { size: 10.0, bold: false, ink: Ink::Text };
+/// A row's name where it gathers others, or sums them up.
+pub const GROUP: Type = Type { size: 10.0, bold: true, ink: Ink::Text };
 /// Notes at the foot.
 pub const NOTE: Type = Type { size: 10.0, bold: false, ink: Ink::Muted };
 
@@ -141,27 +199,8 @@ pub const FAMILY: &str = "DejaVu Sans, Verdana, sans-serif";
 mod tests {
     use super::*;
 
-    /// sRGB to linear light.
-    fn linear(c: Rgb) -> [f64; 3] {
-        [c.0, c.1, c.2].map(|v| {
-            let v = f64::from(v) / 255.0;
-            if v <= 0.04045 {
-                v / 12.92
-            } else {
-                ((v + 0.055) / 1.055).powf(2.4)
-            }
-        })
-    }
-
     fn times(m: [[f64; 3]; 3], v: [f64; 3]) -> [f64; 3] {
         m.map(|row| row.iter().zip(v).map(|(a, b)| a * b).sum())
-    }
-
-    /// Contrast ratio of WCAG 2.
-    fn contrast(a: Rgb, b: Rgb) -> f64 {
-        let luminance = |c| times([[0.2126, 0.7152, 0.0722]; 3], linear(c))[0] + 0.05;
-        let (a, b) = (luminance(a), luminance(b));
-        a.max(b) / a.min(b)
     }
 
     /// Normal vision, then protanopia, deuteranopia and tritanopia after Machado, Oliveira and Fernandes (2009).
@@ -218,6 +257,24 @@ mod tests {
                     let distance = a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
                     assert!(distance >= 0.12, "{}: series {i} and {j} are {distance:.3} apart", theme.name);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_scale_of_heat_is_even_in_lightness_and_can_be_written_on() {
+        for theme in &THEMES {
+            let lightness = |percent| seen(theme.rgb(Ink::Heat(percent)), EYES[0])[0];
+            let steps: Vec<f64> = (0..20u8).map(|i| lightness(5 * i + 5) - lightness(5 * i)).collect();
+            let mean = steps.iter().sum::<f64>() / steps.len() as f64;
+            for step in &steps {
+                assert!((0.6..1.5).contains(&(step / mean)), "{}: steps of {steps:.3?}", theme.name);
+            }
+            let paper = seen(theme.rgb(Ink::Paper), EYES[0])[0];
+            assert!((lightness(0) - paper).abs() < 0.15 && mean * (lightness(100) - paper) > 0.0, "{}", theme.name);
+            for percent in 0..=100 {
+                let c = contrast(theme.rgb(Ink::Heat(percent)), theme.rgb(Ink::OnHeat(percent)));
+                assert!(c >= 4.5, "{}: a contrast of {c:.2} at {percent}%", theme.name);
             }
         }
     }

@@ -1,0 +1,122 @@
+//! Answers in the order in which figures show them, and which figures there are.
+
+use super::super::Figure;
+use super::{bytes, grid, tasks, variants};
+use crate::error::{Error, Result};
+use crate::quality::answers::{Answers, Cell};
+use crate::quality::format::Subject;
+use crate::quality::stats::Estimate;
+use std::collections::BTreeSet;
+use std::path::Path;
+
+/// Every figure of the answers read from `path`: a needle's grid, and tasks with their scores and bytes.
+///
+/// # Errors
+/// A file without answers, or one that contradicts itself.
+pub fn figures(answers: &Answers, path: &Path) -> Result<Vec<Figure>> {
+    let fail = |message: String| Err(Error::format(path.display(), message));
+    let all: Vec<&Cell> = answers.cells.iter().filter(|c| !c.answers.is_empty()).collect();
+    if all.is_empty() {
+        return fail("holds no answers".into());
+    }
+    let mut seen = BTreeSet::new();
+    for cell in &all {
+        let what = format!("{} of {} at length {}", cell.task, cell.subject.variant, cell.length);
+        if cell.length == 0 {
+            return fail(format!("{what} makes no sense"));
+        }
+        if !seen.insert((&cell.task, &cell.subject.variant, cell.length)) {
+            return fail(format!("has {what} twice"));
+        }
+        if let Some(answer) = cell.answers.iter().find(|a| !(0.0..=1.0).contains(&a.score)) {
+            return fail(format!("{what} has a score of {}, which is not between 0 and 1", answer.score));
+        }
+        if let Some(depth) = cell.answers.iter().filter_map(|a| a.depth).find(|d| !(0.0..=1.0).contains(d)) {
+            return fail(format!("{what} has a needle at depth {depth}, which is not between 0 and 1"));
+        }
+    }
+    let (needles, others): (Vec<&Cell>, Vec<&Cell>) =
+        all.into_iter().partition(|c| c.answers.iter().all(|a| a.depth.is_some()));
+    let mut figures = vec![];
+    if !needles.is_empty() {
+        figures.extend(grid::figures(&Cells { answers, cells: needles }));
+    }
+    if !others.is_empty() {
+        let cells = Cells { answers, cells: others };
+        figures.push(tasks::figure(&cells));
+        figures.extend(bytes::figure(&cells));
+    }
+    Ok(figures)
+}
+
+/// Cells that one figure shows: none without answers.
+pub struct Cells<'a> {
+    /// As read.
+    pub answers: &'a Answers,
+    /// Some of its cells.
+    pub cells: Vec<&'a Cell>,
+}
+
+impl<'a> Cells<'a> {
+    /// Lengths, rising.
+    pub fn lengths(&self) -> Vec<usize> {
+        self.cells.iter().map(|c| c.length).collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// Tasks, in order of first occurrence.
+    pub fn tasks(&self) -> Vec<&'a str> {
+        let mut found: Vec<&str> = vec![];
+        for cell in &self.cells {
+            if !found.contains(&cell.task.as_str()) {
+                found.push(&cell.task);
+            }
+        }
+        found
+    }
+
+    /// Variants with their styles, in order of first occurrence.
+    pub fn variants(&self) -> Vec<(&'a str, usize)> {
+        variants(self.cells.iter().map(|c| &c.subject))
+    }
+
+    /// Cells of a variant, at one length or all.
+    pub fn of<'s>(&'s self, variant: &'s str, length: Option<usize>) -> impl Iterator<Item = &'a Cell> + Clone + 's {
+        let wanted = move |c: &&Cell| c.subject.variant == variant && length.is_none_or(|l| l == c.length);
+        self.cells.iter().copied().filter(wanted)
+    }
+
+    /// What a variant is, and held at a length.
+    pub fn subject(&self, variant: &str, length: usize) -> Option<&'a Subject> {
+        self.of(variant, Some(length)).map(|c| &c.subject).next()
+    }
+
+    /// The score of a variant in a task.
+    pub fn score(&self, variant: &str, task: &str, length: usize) -> Option<Estimate> {
+        self.of(variant, Some(length)).find(|c| c.task == task).and_then(Cell::score)
+    }
+
+    /// The mean over tasks, each with the same weight, in percent; `None` where the variant lacks a task, since means over different
+    /// tasks are not to be compared.
+    pub fn mean(&self, variant: &str, length: usize) -> Option<Estimate> {
+        let scores = |task: &&str| -> Option<Vec<f64>> {
+            let cell = self.of(variant, Some(length)).find(|c| c.task == *task)?;
+            Some(cell.answers.iter().map(|a| 100.0 * a.score).collect())
+        };
+        Estimate::of_groups(&self.tasks().iter().map(scores).collect::<Option<Vec<_>>>()?)
+    }
+
+    /// How questions were put, and how many samples there are of each task.
+    pub fn asked(&self, per: &str, samples: impl IntoIterator<Item = usize>) -> String {
+        let asked = &self.answers.asked;
+        let mut parts = vec![format!("{} per {per}", super::count(samples, "sample"))];
+        if asked.chat {
+            parts.push("put in the chat template".into());
+        }
+        let evicts = self.cells.iter().any(|c| c.subject.eviction.is_some());
+        parts.extend(evicts.then(|| match asked.question_unseen {
+            true => "methods that evict did so before the question was read".into(),
+            false => "methods that evict had read the question".into(),
+        }));
+        parts.join("; ")
+    }
+}

@@ -1,0 +1,115 @@
+//! Figures of quality measurements: what a retrofit keeps, and what it costs in bytes.
+//!
+//! | file | draws | of |
+//! |---|---|---|
+//! | `smoke` | distance from stock on real text, by context | `bfly-smoke` |
+//! | `grid` | where a needle is found: a heat map of lengths and depths for each variant | `bfly-answers` with depths |
+//! | `tasks` | scores by task, with their mean, at each length | `bfly-answers` |
+//! | `bytes` | the mean score against the KV cache's bytes | `bfly-answers` |
+//! | `layers` | what swapping each layer alone does | `bfly-layers` |
+//! | `curve` | what keeping the most sensitive ones dense gives, against its bytes | `bfly-layers` |
+//! | `ablation` | paired differences of every change from the base | `bfly-ablation` |
+//! | `positions` | the loss by position | `bfly-positions` |
+//!
+//! Intervals are those of [`crate::quality::stats`]: bootstrap, 95%, over documents or samples. Where there is one of these, there is no
+//! interval, and none is drawn. `cells` orders answers for the figures that show them.
+
+mod ablation;
+mod bytes;
+mod cells;
+mod curve;
+mod grid;
+mod layers;
+mod positions;
+mod smoke;
+mod tasks;
+#[cfg(test)]
+mod tests;
+
+pub use ablation::figures as ablation;
+pub use cells::figures as answers;
+pub use layers::figures as layers;
+pub use positions::figures as positions;
+pub use smoke::figures as smoke;
+
+use super::axis::{brief, tokens};
+use super::page::Key;
+use super::theme::Ink;
+use crate::bench::format::Header;
+use crate::eviction::RULES;
+use crate::quality::format::Subject;
+
+/// `title`, with a warning where the weights are random.
+fn title(header: &Header, title: &str) -> String {
+    match header.random_weights {
+        Some(_) => format!("{title} (random weights: says nothing about quality)"),
+        None => title.into(),
+    }
+}
+
+/// Each variant once, in order, with its style. Stock always has the same, whatever else was measured.
+fn variants<'a>(subjects: impl IntoIterator<Item = &'a Subject>) -> Vec<(&'a str, usize)> {
+    let mut found: Vec<(&str, usize)> = vec![];
+    let mut free = [0].into_iter().chain(STOCK + 1..);
+    for subject in subjects {
+        let name = subject.variant.as_str();
+        if found.iter().all(|(n, _)| *n != name) {
+            let style = if name == "stock" { Some(STOCK) } else { free.next() };
+            found.push((name, style.unwrap_or_default()));
+        }
+    }
+    found
+}
+
+const STOCK: usize = 1;
+
+/// What kind of method a variant is, and its style.
+fn family(subject: &Subject) -> (String, usize) {
+    match (&subject.eviction, &subject.plan) {
+        (Some(plan), _) => {
+            let place = RULES.iter().position(|r| r.name() == plan.rule).unwrap_or(RULES.len());
+            // The last colour is the window's.
+            (plan.rule.clone(), STOCK + 1 + place + usize::from(STOCK + 1 + place >= WINDOW))
+        }
+        (None, Some(plan)) if plan.settings.partner == "local" => ("sinks + window".into(), WINDOW),
+        (None, Some(_)) => ("retrofit".into(), 0),
+        (None, None) => ("stock".into(), STOCK),
+    }
+}
+
+const WINDOW: usize = 5;
+
+/// `0.063×`, or `0.25× to 0.031×` where it is not the same everywhere.
+fn share_of<'a>(subjects: impl IntoIterator<Item = &'a Subject>) -> Option<String> {
+    let (mut low, mut high) = (f64::INFINITY, 0.0f64);
+    for share in subjects.into_iter().map(Subject::share_of_dense).filter(|s| s.is_finite()) {
+        (low, high) = (low.min(share), high.max(share));
+    }
+    let show = |share: f64| format!("{}×", brief(share));
+    match (low <= high, show(low) == show(high)) {
+        (false, _) => None,
+        (true, true) => Some(show(low)),
+        (true, false) => Some(format!("{} to {}", show(high), show(low))),
+    }
+}
+
+/// `8 texts`, `1 text`, `3 to 8 texts`.
+fn count(numbers: impl IntoIterator<Item = usize>, what: &str) -> String {
+    let (mut low, mut high) = (usize::MAX, 0);
+    for n in numbers {
+        (low, high) = (low.min(n), high.max(n));
+    }
+    match (low, high) {
+        (low, high) if low > high => format!("0 {what}s"),
+        (1, 1) => format!("1 {what}"),
+        (low, high) if low == high => format!("{low} {what}s"),
+        (low, high) => format!("{low} to {high} {what}s"),
+    }
+}
+
+/// The key of the shade beyond the trained length, where an axis to `high` shows it.
+fn trained_key(header: &Header, high: f64) -> Option<Key> {
+    let trained = header.trained_positions;
+    let text = format!("beyond the trained length ({}): extrapolated", tokens(trained));
+    (high > trained as f64).then_some(Key::Patch(Ink::Shade, text))
+}
