@@ -69,7 +69,9 @@ fn stock_against_stock_is_exactly_the_same() -> Any {
 fn with_transformers_logits_the_same_metrics_come_out() -> Any {
     for name in GOLDENS {
         let golden = Golden::open(name)?;
-        for (case, last) in [("short", 64), ("long", 8)] {
+        // tests/golden.rs reads the long ones of all.
+        for (case, last) in [("short", 64), ("long", 8)].into_iter().filter(|(c, _)| *c == "short" || *name == "qwen2")
+        {
             let ids = golden.ids(case)?;
             let ours = Rows::of(&last_logits(&load_golden(name, None, ids.len())?, &ids, 512, last)?)?;
             let theirs = Rows::of(&golden.logits(case)?)?;
@@ -164,7 +166,7 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
         let args = ["ruler", "--model", real.as_str(), "-q", "--variants", "stock,snapkv:budget=256"];
         quality(&[&args[..], more].concat()).assert().success();
     };
-    let made = ["--tasks", "niah_single_1,fwe", "--ctx", "600", "--seed", "3", "--out", &out];
+    let made = ["--tasks", "niah_single_1,fwe", "--ctx", "450", "--seed", "3", "--out", &out];
     let read = || bfly::bench::format::read::<Answers>(Path::new(&out), ANSWERS);
     ask(&[&made[..], &["--samples", "1"]].concat());
     let first = read()?;

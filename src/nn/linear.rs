@@ -144,7 +144,7 @@ fn gpu_matmul(x: &Tensor, w: &QTensor) -> Result<Tensor> {
     match if one { ops::quantised_row(x, w)? } else { ops::quantised_rows(x, w)? } {
         Some(product) => Ok(product),
         None if one => blocks_matmul(x, w),
-        None => Ok(x.matmul(&w.dequantize(x.device())?.to_dtype(x.dtype())?.t()?)?),
+        None => Ok(x.contiguous()?.matmul(&w.dequantize(x.device())?.to_dtype(x.dtype())?.t()?)?),
     }
 }
 
