@@ -54,7 +54,7 @@ run() { local what=$1 file=$2; shift 2; "$quality" $what --model "$model" ${flag
 for stage in "${stages[@]}"; do
   echo "== $stage" >&2
   case "$stage" in
-    smoke) run "" smoke --ctx "1k,$lengths" --variants "stock,retrofit,$published,$local" ;;
+    smoke) run "" smoke --ctx "1k,$lengths" --documents 12 --variants "stock,retrofit,$published,$local" ;;
     layers)
       run layers layers --ctx "$middle" --documents 8 --samples 8 --plans "$plans"
       best=retrofit:plan=$plans/dense-4.json

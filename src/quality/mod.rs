@@ -18,7 +18,7 @@
 //! | [`ruler`], [`needle`], [`answers`] | tasks and needle grids put to every variant |
 //! | [`probe`], [`layers`], [`heads`], [`ablate`], [`graph`] | which layers, heads and settings matter |
 //! | [`positions`] | the loss by position, beyond the trained length |
-//! | [`format`] | the JSON |
+//! | [`mod@format`] | the JSON |
 
 pub mod ablate;
 pub mod answers;

@@ -35,8 +35,8 @@ pub struct ProbeArgs {
     /// Samples of each.
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one)]
     pub samples: usize,
-    /// Seed of the samples.
-    #[arg(long, default_value_t = 0)]
+    /// Seed of the samples: not that of `ruler`, so that no plan is chosen on samples that it is scored on.
+    #[arg(long, default_value_t = 1)]
     pub seed: u64,
     /// Word lists, as scripts/fetch_words.py lays them out.
     #[arg(long, value_name = "DIR", default_value = "words")]
