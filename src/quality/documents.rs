@@ -58,7 +58,7 @@ impl Documents {
         let begin = text.encode("", true)?;
         let (mut all, mut longest) = (vec![], 0);
         for (i, path) in files.iter().enumerate() {
-            progress("tokenise", i as u64, files.len() as u64);
+            progress("documents", i as u64, files.len() as u64);
             if count.is_some_and(|c| all.len() == c) {
                 break;
             }
@@ -70,7 +70,7 @@ impl Documents {
                 all.push(Document { name, ids });
             }
         }
-        progress("tokenise", files.len() as u64, files.len() as u64);
+        progress("documents", files.len() as u64, files.len() as u64);
         if all.is_empty() {
             let message = format!(
                 "its {} documents are too short for {} tokens: the longest has {longest}",

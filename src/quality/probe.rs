@@ -100,17 +100,13 @@ impl Probe<'_> {
     /// # Errors
     /// A model that cannot be run.
     pub fn reference(&self, runner: &mut Runner, on_tokens: &mut dyn FnMut(usize)) -> Result<(Reference, Score)> {
-        let mut done = 0;
-        let logits = self.parts.iter().map(|part| {
-            let read = runner.run(&Variant::stock(), self.ctx, |model| {
-                self.read(model, part, &mut |n| on_tokens(done + n)).and_then(|(logits, _)| Rows::of(&logits))
-            });
-            done += part.ids.len();
-            read
-        });
-        let reference = Reference(logits.collect::<Result<_>>()?);
-        let score = self.judge(runner, &Variant::stock(), &reference, &mut |_| ())?;
-        Ok((reference, score))
+        let mut logits = vec![];
+        let score = self.score(runner, &Variant::stock(), on_tokens, |_, rows, next| {
+            let same = compare(&rows, &rows, next);
+            logits.push(rows);
+            same
+        })?;
+        Ok((Reference(logits), score))
     }
 
     /// What `variant` is worth.
@@ -124,14 +120,25 @@ impl Probe<'_> {
         reference: &Reference,
         on_tokens: &mut dyn FnMut(usize),
     ) -> Result<Score> {
+        self.score(runner, variant, on_tokens, |i, rows, next| compare(&reference.0[i], &rows, next))
+    }
+
+    /// Reads everything as `variant`; `against` compares the logits on a text with those that they are held against.
+    fn score(
+        &self,
+        runner: &mut Runner,
+        variant: &Variant,
+        on_tokens: &mut dyn FnMut(usize),
+        mut against: impl FnMut(usize, Rows, &[u32]) -> Result<Vec<Position>>,
+    ) -> Result<Score> {
         let (mut done, mut held) = (0, None);
         let mut texts = vec![];
-        for (part, stock) in self.parts.iter().zip(&reference.0) {
+        for (i, part) in self.parts.iter().enumerate() {
             let (logits, kv) =
                 runner.run(variant, self.ctx, |model| self.read(model, part, &mut |n| on_tokens(done + n)))?;
             done += part.ids.len();
             let next = &part.ids[part.ids.len() - self.prefill - self.decode..];
-            texts.push(TextScore::of(part, &compare(stock, &Rows::of(&logits)?, next)?, self.prefill));
+            texts.push(TextScore::of(part, &against(i, Rows::of(&logits)?, next)?, self.prefill));
             held = Some(kv);
         }
         let mut answers = vec![];
