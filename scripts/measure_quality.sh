@@ -11,9 +11,9 @@
 #   --samples N     samples per cell                                  [50]
 #   --out DIR       JSON goes to DIR/raw; files of answers there are taken up where they were cut off
 #
-# Stages: smoke, layers (writes DIR/plans), ablate, ruler, unseen (methods that evict, and what they are held against, with the question
-# unseen), needle, positions (to 128k, beyond the trained length). All by default. texts/ and words/ must be there
-# (scripts/fetch_texts.py, scripts/fetch_words.py).
+# Stages: smoke, layers (writes DIR/plans), ruler-LENGTH (such as ruler-4k: every method, the question unseen), bytes (every method from
+# 1/2 to 1/64 of a dense cache, the question unseen), ablate-LENGTH, needle, positions (to 128k, beyond the trained length). All by default;
+# several may run side by side once layers is done. texts/ and words/ must be there (scripts/fetch_texts.py, scripts/fetch_words.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 usage() { sed -n '2,18s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -34,7 +34,6 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$model" ] && [ -n "$out" ] || { echo "measure_quality.sh: --model and --out are needed" >&2; usage; }
 [ -x "$quality" ] || { echo "measure_quality.sh: $quality is missing; build it with: cargo build --release" >&2; exit 2; }
-[ ${#stages[@]} -gt 0 ] || stages=(smoke layers ablate ruler unseen needle positions)
 [ -n "$name" ] || { name=$(basename "$model"); name=${name%.gguf}; }
 raw=$out/raw plans=$out/plans/$name
 mkdir -p "$raw"
@@ -45,41 +44,44 @@ for length in 4k 8k 16k 32k; do
   [ "${length%k}" -le "${ctx%k}" ] && lengths=$lengths${lengths:+,}$length
 done
 middle=8k; [ "${ctx%k}" -ge 8 ] || middle=$ctx
+if [ ${#stages[@]} -eq 0 ]; then
+  stages=(smoke layers)
+  for length in ${lengths//,/ }; do stages+=("ruler-$length"); done
+  stages+=(bytes)
+  for length in 4k 8k 16k; do [ "${length%k}" -gt "${ctx%k}" ] || stages+=("ablate-$length"); done
+  stages+=(needle positions)
+fi
 published=retrofit:window=64,block=64,window-align=token,sink-tokens=0,shift-unit=1
 local=retrofit:partner=local
-# The four layers that `layers` found most sensitive, kept dense; once it was run.
-best=""; [ ! -f "$plans/dense-4.json" ] || best=retrofit:plan=$plans/dense-4.json
 run() { local what=$1 file=$2; shift 2; "$quality" $what --model "$model" ${flags[@]+"${flags[@]}"} --out "$raw/$name-$file.json" "$@"; }
+# Retrofits with the 2, 4 and 8 layers kept dense that `layers` found most sensitive; once it was run.
+kept() { for k in "$@"; do [ ! -f "$plans/dense-$k.json" ] || echo -n ",retrofit:plan=$plans/dense-$k.json"; done; }
 
 for stage in "${stages[@]}"; do
   echo "== $stage" >&2
   case "$stage" in
     smoke) run "" smoke --ctx "1k,$lengths" --documents 12 --variants "stock,retrofit,$published,$local" ;;
-    layers)
-      run layers layers --ctx "$middle" --documents 8 --samples 8 --plans "$plans"
-      best=retrofit:plan=$plans/dense-4.json
-      ;;
-    ablate)
-      for length in 4k 8k 16k; do
-        [ "${length%k}" -le "${ctx%k}" ] || continue
-        run ablate "ablate-$length" --ctx "$length" --documents 12 --samples 8
-        run ablate "ablate-small-blocks-$length" --ctx "$length" --documents 12 --samples 8 --axes partner \
-          --variants retrofit:block=16,partner-count=4
-      done
-      ;;
+    layers) run layers layers --ctx "$middle" --documents 8 --samples 8 --plans "$plans" ;;
     # A file per length: a run that is cut off can only be taken up by the same build.
-    ruler)
-      for length in ${lengths//,/ }; do
-        run ruler "ruler-$length" --ctx "$length" --samples "$samples" --variants "stock,retrofit,$published,$local${best:+,$best}"
-      done
+    ruler-*)
+      run ruler "$stage" --ctx "${stage#ruler-}" --samples "$samples" --question-unseen \
+        --variants "stock,retrofit,$published,$local$(kept 2 4 8),snapkv:kv=1/4,keydiff:kv=1/4"
       ;;
-    unseen)
-      for length in ${lengths//,/ }; do
-        run ruler "unseen-$length" --ctx "$length" --samples "$samples" --question-unseen \
-          --variants "snapkv:budget=644,keydiff:budget=512,block=128,snapkv:budget=2048,keydiff:budget=1536,block=512"
+    # Blocks small enough for the smallest share.
+    bytes)
+      variants=stock$(kept 1 2 4 8 12)
+      for share in 1/2 1/4 1/8 1/16 1/32 1/64; do
+        variants=$variants,retrofit:kv=$share,block=32,$local,kv=$share,block=32,snapkv:kv=$share,keydiff:kv=$share,block=32
       done
+      run ruler bytes --ctx "$middle" --samples "$samples" --question-unseen --variants "$variants"
       ;;
-    needle) run needle needle --ctx "$lengths" --samples 5 --variants "stock,retrofit${best:+,$best}" ;;
+    ablate-*)
+      length=${stage#ablate-}
+      run ablate "$stage" --ctx "$length" --documents 12 --samples 8
+      run ablate "ablate-small-blocks-$length" --ctx "$length" --documents 12 --samples 8 --axes partner \
+        --variants retrofit:block=16,partner-count=4
+      ;;
+    needle) run needle needle --ctx "$lengths" --samples 5 --variants "stock,retrofit$(kept 4)" ;;
     positions)
       run positions positions --ctx 128k --allow-extrapolation --documents 5 \
         --variants "stock,retrofit,retrofit:pool=pre-rope,retrofit:pool=pre-rope,far-position=clamp"

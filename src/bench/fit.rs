@@ -4,6 +4,7 @@ use super::args::FitArgs;
 use super::engine::{out_of_memory, past_budget, Engine, Outcome, Task};
 use super::file::{prove_writable, save, OK};
 use super::format::{Fit, FitRun, FIT, SCHEMA_VERSION};
+use super::share::last_that;
 use super::subject::Subject;
 use super::table::fit_table;
 use super::variant::Variant;
@@ -114,15 +115,7 @@ fn search(engine: &Engine, variant: &Variant, limits: &Limits) -> Result<FitRun>
 
 /// The largest multiple of [`STEP`] from one to `most` that `fits`, where all smaller ones do and no larger one does.
 fn largest(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Option<usize>> {
-    let (mut last, mut beyond) = (0, most / STEP + 1);
-    while beyond - last > 1 {
-        let middle = last.midpoint(beyond);
-        match fits(middle * STEP)? {
-            true => last = middle,
-            false => beyond = middle,
-        }
-    }
-    Ok((last > 0).then_some(last * STEP))
+    Ok(last_that(most / STEP, |k| fits(k * STEP))?.map(|k| k * STEP))
 }
 
 /// Runs what was found, once, and writes down what came of it.

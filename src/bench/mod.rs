@@ -65,6 +65,7 @@ pub mod ladder;
 pub mod machine;
 pub mod peer;
 pub mod prompt;
+pub mod share;
 pub mod subject;
 pub mod summary;
 pub(crate) mod table;

@@ -39,12 +39,24 @@ impl Subject {
         &self.checkpoint
     }
 
-    /// What it is run as.
+    /// What it is run as, whatever the context.
     ///
     /// # Errors
     /// Those of [`variant::parse`].
     pub fn variants(&self) -> Result<Vec<Variant>> {
-        variant::parse(&self.args.variants, self.patch.as_ref().map(|p| &p.plan), &self.checkpoint.spec)
+        self.parse_variants(None)
+    }
+
+    /// What it is run as at `ctx`, where a variant may be a share of a dense cache.
+    ///
+    /// # Errors
+    /// Those of [`variant::parse`].
+    pub fn variants_at(&self, ctx: usize) -> Result<Vec<Variant>> {
+        self.parse_variants(Some(ctx))
+    }
+
+    fn parse_variants(&self, ctx: Option<usize>) -> Result<Vec<Variant>> {
+        variant::parse(&self.args.variants, self.patch.as_ref().map(|p| &p.plan), &self.checkpoint.spec, ctx)
     }
 
     /// Refuses weights that cannot be held, before the first allocation fails and ends the process.

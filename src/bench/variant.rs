@@ -3,6 +3,7 @@
 //! A list such as `stock,retrofit,retrofit:window=1024,layers=0-3,5,keydiff:budget=1k,block=64`. An item after `retrofit:` or a rule
 //! of [`crate::eviction`] that is no variant's name belongs to it: a further `KEY=VALUE`, or a further part of a list of layers.
 
+use super::share::{self, parse_share};
 use crate::cli::{parse_count, parse_size};
 use crate::error::{Error, Result};
 use crate::eviction::{self, EvictionPlan, DEFAULT_BUDGET, RULES};
@@ -12,6 +13,8 @@ use crate::spec::ModelSpec;
 use clap::ValueEnum;
 use std::path::Path;
 
+/// The setting that stands for a window or a budget: the most that may be allocated, over a dense cache.
+const KV: &str = "kv";
 /// The flag, for messages.
 const FLAG: &str = "--variants";
 
@@ -43,7 +46,7 @@ impl Variant {
 /// What a setting does to the plan that it is applied to.
 type Apply = fn(&mut Settings, &str) -> Result<(), String>;
 
-/// Every key but `layers`.
+/// Every key but `layers`, `plan` and `kv`.
 const KEYS: &[(&str, Apply)] = &[
     ("block", |s, v| put(&mut s.block, parse_size(v))),
     ("window", |s, v| put(&mut s.window, parse_count(v))),
@@ -67,11 +70,17 @@ fn number<T: std::str::FromStr>(text: &str) -> Result<T, String> {
     text.parse().map_err(|_| "not a number of that kind".into())
 }
 
-/// Parses the items of one or more flags. `base` is what `retrofit` starts from: a patch's plan, or the defaults.
+/// Parses the items of one or more flags. `base` is what `retrofit` starts from: a patch's plan, or the defaults. `ctx` is the
+/// context that `kv=SHARE` is a share of a dense cache for; `None` where there is not the one.
 ///
 /// # Errors
 /// An unknown variant or key, a value that does not parse or does not fit the model, or the same variant twice.
-pub fn parse(lists: &[String], base: Option<&RetrofitPlan>, spec: &ModelSpec) -> Result<Vec<Variant>> {
+pub fn parse(
+    lists: &[String],
+    base: Option<&RetrofitPlan>,
+    spec: &ModelSpec,
+    ctx: Option<usize>,
+) -> Result<Vec<Variant>> {
     let mut names: Vec<String> = vec![];
     for list in lists {
         let mut open = false;
@@ -107,7 +116,7 @@ pub fn parse(lists: &[String], base: Option<&RetrofitPlan>, spec: &ModelSpec) ->
             return Err(Error::usage(FLAG, format!("names `{name}` twice")));
         }
     }
-    names.into_iter().map(|name| variant(name, base, spec)).collect()
+    names.into_iter().map(|name| variant(name, base, spec, ctx)).collect()
 }
 
 /// Whether `KEY=VALUE` may follow the name.
@@ -115,19 +124,25 @@ fn has_settings(name: &str) -> bool {
     name == "retrofit" || RULES.iter().any(|r| r.name() == name)
 }
 
-fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec) -> Result<Variant> {
+fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec, ctx: Option<usize>) -> Result<Variant> {
     if name == "stock" {
         return Ok(Variant::stock());
     }
     let place = || format!("{FLAG} {name}");
     let (what, given) = name.split_once(':').unwrap_or((&name, ""));
+    let mut given = pairs(given);
+    let size = if what == "retrofit" { "window" } else { "budget" };
+    let share = share_of(&mut given, size, ctx).map_err(|e| e.within(place()))?;
     if what != "retrofit" {
-        let plan = eviction(what, &pairs(given)).map_err(|e| e.within(place()))?;
+        let plan = eviction(what, &given).and_then(|plan| match share {
+            Some((share, ctx)) => share::eviction(&plan, spec, ctx, share),
+            None => Ok(plan),
+        });
+        let plan = plan.map_err(|e| e.within(place()))?;
         return Ok(Variant { name, plan: None, eviction: Some(plan) });
     }
     let mut settings = base.map_or_else(Settings::default, |p| p.settings.clone());
     let mut layers = base.map(|p| p.layers.clone());
-    let mut given = pairs(given);
     given.sort_by_key(|(key, _)| key != "plan");
     for (key, value) in given {
         if key == "layers" {
@@ -142,14 +157,38 @@ fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec) -> Resul
             continue;
         }
         let known = KEYS.iter().find(|(k, _)| *k == key).ok_or_else(|| {
-            let keys: Vec<_> = KEYS.iter().map(|(k, _)| *k).chain(["layers", "plan"]).collect();
+            let keys: Vec<_> = KEYS.iter().map(|(k, _)| *k).chain(["layers", "plan", KV]).collect();
             Error::usage(place(), format!("`{key}` is not a setting; settings are {}", keys.join(", ")))
         })?;
         (known.1)(&mut settings, &value)
             .map_err(|why| Error::usage(place(), format!("`{value}` cannot be the {key}: {why}")))?;
     }
-    let plan = RetrofitPlan::new(spec, layers, settings).map_err(|e| e.within(place()))?;
+    if share.is_some() {
+        // Any window that the block allows; the share sets it.
+        settings.window = settings.block;
+    }
+    let plan = RetrofitPlan::new(spec, layers, settings).and_then(|plan| match share {
+        Some((share, ctx)) => share::retrofit(&plan, spec, ctx, share),
+        None => Ok(plan),
+    });
+    let plan = plan.map_err(|e| e.within(place()))?;
     Ok(Variant { name, plan: Some(plan), eviction: None })
+}
+
+/// Takes `kv=SHARE` out of what is given, with the context that it is for. It sets `size`, which cannot be given besides.
+fn share_of(given: &mut Vec<(String, String)>, size: &str, ctx: Option<usize>) -> Result<Option<(f64, usize)>> {
+    let Some(at) = given.iter().position(|(key, _)| key == KV) else { return Ok(None) };
+    let (_, value) = given.remove(at);
+    let share = parse_share(&value).map_err(|why| Error::usage(KV, format!("`{value}` is {why}")))?;
+    if given.iter().any(|(key, _)| key == size || key == KV) {
+        return Err(Error::usage(KV, format!("sets the {size}: give one of them, once")));
+    }
+    match ctx {
+        Some(ctx) => Ok(Some((share, ctx))),
+        None => {
+            Err(Error::usage(KV, format!("is a share of one context's cache, and contexts vary here; give the {size}")))
+        }
+    }
 }
 
 /// The plan of `rule` with what is given; the budget is one of the settings here.
@@ -197,7 +236,7 @@ mod tests {
     }
 
     fn parsed(list: &str) -> Result<Vec<Variant>> {
-        parse(&[list.into()], None, &spec())
+        parse(&[list.into()], None, &spec(), None)
     }
 
     #[test]
@@ -216,7 +255,7 @@ mod tests {
         assert_eq!((plan(2).settings.window, plan(2).settings.partner.as_str()), (1024, "local"));
         assert_eq!(plan(3).settings, Settings { sink_tokens: 0, ..Settings::default() });
         let flags = ["stock".to_string(), "retrofit:pool=pre-rope,far-position=clamp".to_string()];
-        assert_eq!(parse(&flags, None, &spec()).unwrap().len(), 2);
+        assert_eq!(parse(&flags, None, &spec(), None).unwrap().len(), 2);
     }
 
     #[test]
@@ -233,7 +272,7 @@ mod tests {
     fn a_patch_is_what_retrofit_starts_from() {
         let settings = Settings { window: 256, ..Settings::default() };
         let base = RetrofitPlan::new(&spec(), Some(vec![1]), settings).unwrap();
-        let all = parse(&["retrofit,retrofit:sink-tokens=8".into()], Some(&base), &spec()).unwrap();
+        let all = parse(&["retrofit,retrofit:sink-tokens=8".into()], Some(&base), &spec(), None).unwrap();
         assert_eq!(all[0].plan.as_ref(), Some(&base));
         let plan = all[1].plan.as_ref().unwrap();
         assert_eq!((plan.layers.as_slice(), plan.settings.window, plan.settings.sink_tokens), ([1].as_slice(), 256, 8));
@@ -279,6 +318,29 @@ mod tests {
     }
 
     #[test]
+    fn a_share_of_a_dense_cache_sets_the_window_or_the_budget() {
+        let at = |list: &str, ctx| parse(&[list.into()], None, &spec(), Some(ctx));
+        let list = "retrofit:kv=1/4,block=16,retrofit:kv=0.75,block=16,layers=0-1,snapkv:kv=1/4,window=8,keydiff:block=16,kv=1/4";
+        let (small, large) = (at(list, 1024).unwrap(), at(list, 4096).unwrap());
+        let window = |v: &Variant| v.plan.as_ref().unwrap().settings.window;
+        let budget = |v: &Variant| v.eviction.as_ref().unwrap().budget;
+        assert!((128..256).contains(&window(&small[0])), "a quarter, less a block, sinks and summaries");
+        assert!(window(&large[0]) > 4 * window(&small[0]));
+        assert_eq!(small[1].plan.as_ref().unwrap().layers, [0, 1]);
+        assert_eq!((budget(&small[2]), budget(&small[3])), (256, 240));
+        for (list, words) in [
+            ("retrofit:kv=1/4,window=512", "sets the window: give one of them"),
+            ("retrofit:kv=1/4,kv=1/8", "give one of them, once"),
+            ("snapkv:kv=1/4,budget=9", "sets the budget"),
+            ("retrofit:kv=1/512", "one block of 128 takes"),
+            ("snapkv:kv=1/64", "budget: 16 leaves no token besides"),
+        ] {
+            let e = at(list, 1024).unwrap_err().to_string();
+            assert!(e.contains("--variants") && e.contains(words), "{list}: {e}");
+        }
+    }
+
+    #[test]
     fn mistakes_are_named() {
         for (list, words) in [
             ("", "`` is not stock"),
@@ -303,6 +365,8 @@ mod tests {
             ("snapkv:budget=64", "budget: 64 leaves no token besides the observation window of 64"),
             ("snapkv:kernel=4", "kernel: 4 is even"),
             ("snapkv:1024", "snapkv: `1024` is not a setting; settings are budget, window, kernel"),
+            ("retrofit:kv=1/8", "kv: is a share of one context's cache"),
+            ("retrofit:kv=x", "kv: `x` is not a share of a dense cache"),
             ("snapkv,snapkv", "`snapkv` twice"),
             ("snapkv,budget=9", "belongs to no"),
         ] {

@@ -13,6 +13,7 @@ pub use ring::Ring;
 pub use two_pool::TwoPool;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::eviction::EvictionPlan;
 use crate::method::Method;
 use crate::ops::human_bytes;
 use crate::retrofit::Settings;
@@ -174,6 +175,19 @@ impl Cache {
             }
         }
         Ok((own + copy, dense))
+    }
+
+    /// What a cache holds once `plan` has evicted: the budget in full layers, what sliding layers hold in any case.
+    pub(crate) fn held_bytes_for(spec: &ModelSpec, plan: &EvictionPlan, ctx: usize, dtype: DType) -> Result<u64> {
+        let mut held = 0;
+        for (i, l) in spec.layers.iter().enumerate() {
+            let rows = match l.attention {
+                AttentionKind::Full => plan.budget.min(ctx),
+                AttentionKind::Sliding { .. } => pools(spec, Method::Stock, i, ctx, false)?.local,
+            };
+            held += Ring::bytes_for(rows, (l.kv_heads, l.head_dim), dtype);
+        }
+        Ok(held)
     }
 
     /// Tokens seen.

@@ -5,13 +5,14 @@
 //! finding.
 
 use super::args::JudgedArgs;
-use super::graph::{widest_window, Graph};
+use super::graph::Graph;
 use super::probe::Score;
 use super::probe_args::{ProbeArgs, Probed};
 use super::runner::Runner;
 use super::stats::Estimate;
 use crate::bench::file::{prove_writable, save};
 use crate::bench::format::{Header, SCHEMA_VERSION};
+use crate::bench::share::widest_window;
 use crate::bench::table::columns;
 use crate::bench::variant::Variant;
 use crate::cache::Cache;
@@ -119,7 +120,7 @@ pub fn run(args: &AblateArgs) -> Result<()> {
     let opened = args.judged.open(&progress)?;
     let ctx = args.probe.ctx;
     args.judged.check_trained(&opened, &[ctx], &bars)?;
-    let variants = opened.variants()?;
+    let variants = opened.variants_at(ctx)?;
     let base = match variants.as_slice() {
         [one] => one.plan.clone().map(|plan| (one.clone(), plan)),
         _ => None,

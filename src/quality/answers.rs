@@ -221,7 +221,7 @@ impl AnswersFile {
     }
 }
 
-/// Puts every set to every variant, and says what came of each.
+/// Puts every set to its variants, and says what came of each.
 ///
 /// # Errors
 /// As [`AnswersFile::ask`].
@@ -229,17 +229,17 @@ pub fn ask_all(
     file: &mut AnswersFile,
     runner: &mut Runner,
     asking: &Asking,
-    variants: &[Variant],
+    variants: &[Vec<Variant>],
     sets: &[Set],
     bars: &Bars,
 ) -> Result<()> {
     let tokens = |samples: &[(Sample, Prompt)]| samples.iter().map(|(_, p)| p.tokens()).sum::<usize>();
     let mut total = 0;
-    for (set, variant) in sets.iter().flat_map(|s| variants.iter().map(move |v| (s, v))) {
+    for (set, variant) in sets.iter().zip(variants).flat_map(|(s, all)| all.iter().map(move |v| (s, v))) {
         total += tokens(file.missing(variant, set)?);
     }
     let mut done = 0;
-    for set in sets {
+    for (set, variants) in sets.iter().zip(variants) {
         for variant in variants {
             let own = tokens(file.missing(variant, set)?);
             let on_tokens = &mut |n: usize| bars.show("ask", (done + n) as u64, total as u64);

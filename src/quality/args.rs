@@ -50,6 +50,9 @@ Examples:
   # Other methods, which must choose what they keep before they know the question
   bfly-quality-smoke ruler --model MODEL --ctx 8k --question-unseen --variants snapkv:budget=1k,keydiff:budget=1k --out unseen.json
 
+  # At the same bytes
+  bfly-quality-smoke ruler --model MODEL --ctx 8k --question-unseen --variants retrofit:kv=1/8,keydiff:kv=1/8 --out bytes.json
+
   # The same prompts for another engine
   bfly-quality-smoke ruler --model MODEL --ctx 4k --tasks niah_single_2 --export niah.jsonl --export-only";
 
@@ -110,7 +113,8 @@ pub enum Command {
 #[derive(Debug, Args)]
 pub struct JudgedArgs {
     /// What is run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window, sink-tokens,
-    /// partner, layers, ...). A KEY=VALUE belongs to the retrofit: before it. May be repeated.
+    /// partner, layers, ...), plan=FILE, or kv=1/16 for the window with which the cache takes that share of a dense one; snapkv,
+    /// keydiff with budget=N or kv=1/16. A KEY=VALUE belongs to the method before it. May be repeated.
     #[arg(long, value_name = "LIST", default_value = "retrofit")]
     pub variants: Vec<String>,
     /// Documents, as scripts/fetch_texts.py lays them out. Not read where the model has no tokenizer: then texts are random ids.

@@ -99,7 +99,9 @@ impl AskArgs {
             prove_writable(path)?;
         }
         let opened = self.judged.open(&progress)?;
-        let variants = opened.variants()?;
+        // A mistake is told before samples are made, which can take a while.
+        let asked_for = if read.is_none() { self.lengths() } else { vec![] };
+        asked_for.into_iter().try_for_each(|length| opened.variants_at(length).map(drop))?;
         let text = opened.checkpoint().text()?;
         let asking = Asking::new(text, self.chat, self.question_unseen, self.judged.prefill_chunk)?;
         let from = read.as_ref().map(|(path, _)| path.display().to_string());
@@ -116,6 +118,7 @@ impl AskArgs {
         }
         let lengths: Vec<usize> = sets.iter().map(|s| s.length).collect();
         self.judged.check_trained(&opened, &lengths, &bars)?;
+        let variants = lengths.iter().map(|l| opened.variants_at(*l)).collect::<Result<Vec<_>>>()?;
         let asked = Asked {
             seed: from.is_none().then_some(self.seed),
             from,

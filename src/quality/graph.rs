@@ -1,7 +1,7 @@
 //! What a plan's queries read at the measured positions: whether two plans differ there at all, and how many summaries they read.
 
 use crate::error::Result;
-use crate::retrofit::{Pool, RetrofitPlan, Settings};
+use crate::retrofit::{Pool, RetrofitPlan};
 use crate::selector;
 use std::ops::Range;
 
@@ -48,38 +48,11 @@ impl Graph {
     }
 }
 
-/// `settings` with the widest window for which `bytes` of the plan are no more than `target`, and those bytes; `None` where not even
-/// a window of one block is that small.
-///
-/// # Errors
-/// Those of `bytes`.
-pub fn widest_window(
-    settings: &Settings,
-    target: u64,
-    most: usize,
-    bytes: impl Fn(&Settings) -> Result<u64>,
-) -> Result<Option<(Settings, u64)>> {
-    let with = |blocks: usize| Settings { window: blocks * settings.block, ..settings.clone() };
-    let (mut fits, mut beyond) = (0, most.div_ceil(settings.block) + 1);
-    while beyond - fits > 1 {
-        let middle = usize::midpoint(fits, beyond);
-        match bytes(&with(middle))? <= target {
-            true => fits = middle,
-            false => beyond = middle,
-        }
-    }
-    match fits {
-        0 => Ok(None),
-        blocks => Ok(Some((with(blocks), bytes(&with(blocks))?))),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache::Cache;
     use crate::checkpoint::Checkpoint;
-    use candle_core::DType;
+    use crate::retrofit::Settings;
 
     fn plan(settings: Settings) -> RetrofitPlan {
         let spec = Checkpoint::random("tests/fixtures/shapes/qwen2.5-0.5b", 0).unwrap().spec;
@@ -113,23 +86,5 @@ mod tests {
         // Blocks 62 and 63 of 64: 5, 10, 20 and 40 blocks back all exist.
         assert_eq!((count("causal_shift", 1), count("causal_shift", 2)), (1.0, 2.0));
         assert_eq!(count("all", 1), 58.5);
-    }
-
-    #[test]
-    fn the_window_takes_what_a_rule_leaves() -> Result<()> {
-        let spec = Checkpoint::random("tests/fixtures/shapes/qwen2.5-0.5b", 0)?.spec;
-        let bytes = |s: &Settings| {
-            let plan = RetrofitPlan::new(&spec, None, s.clone())?;
-            Ok(Cache::bytes_for(&spec, Some(&plan), 8192, DType::BF16, false)?.0)
-        };
-        let base = Settings { block: 16, window: 512, partner_count: 4, ..Settings::default() };
-        let target = bytes(&base)?;
-        let local = Settings { partner: "local".into(), ..base.clone() };
-        let (wide, took) = widest_window(&local, target, 8192, bytes)?.unwrap();
-        assert!(wide.window > base.window && took <= target, "{} tokens, {took} of {target}", wide.window);
-        assert!(bytes(&Settings { window: wide.window + 16, ..local })? > target, "one block more is too much");
-        assert_eq!(widest_window(&base, target, 8192, bytes)?.unwrap().0, base);
-        assert_eq!(widest_window(&base, 1000, 8192, bytes)?, None);
-        Ok(())
     }
 }

@@ -134,7 +134,7 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     };
     let opened = args.judged.open(&progress)?;
     args.judged.check_trained(&opened, &[args.probe.ctx], &bars)?;
-    let base = match opened.variants()?.as_slice() {
+    let base = match opened.variants_at(args.probe.ctx)?.as_slice() {
         [one] => one.plan.clone(),
         _ => None,
     };

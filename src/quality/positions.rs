@@ -104,7 +104,7 @@ pub fn run(args: &PositionsArgs) -> Result<()> {
     }
     let opened = args.judged.open(&progress)?;
     args.judged.check_trained(&opened, &[args.ctx], &bars)?;
-    let variants = opened.variants()?;
+    let variants = opened.variants_at(args.ctx)?;
     let (checkpoint, lengths) = (opened.checkpoint(), (args.ctx, args.ctx));
     let parts = Documents::open(checkpoint, &args.judged.texts, args.documents, lengths, &progress)?.parts(args.ctx);
     let mut runner = Runner::new(opened.load(args.ctx, &progress)?);

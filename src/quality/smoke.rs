@@ -41,7 +41,8 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
     let contexts = args.contexts()?;
     let opened = args.judged.open(&progress)?;
     args.judged.check_trained(&opened, &contexts, &bars)?;
-    let variants = opened.variants()?;
+    // All of them now: a mistake is told before weights are read.
+    let variants = contexts.iter().map(|c| opened.variants_at(*c)).collect::<Result<Vec<_>>>()?;
     let (least, most) = (contexts[0], contexts[contexts.len() - 1]);
     let documents = Documents::open(opened.checkpoint(), &args.judged.texts, args.documents, (least, most), &progress)?;
     let mut runner = Runner::new(opened.load(least, &progress)?);
@@ -60,9 +61,9 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
         let message = format!("no document of {} holds {} tokens", args.judged.texts.display(), short_count(*ctx));
         return Err(Error::usage("--ctx", message));
     }
-    let total: usize = work.iter().map(|(ctx, parts)| ctx * parts.len() * (1 + variants.len())).sum();
+    let total: usize = work.iter().map(|(ctx, parts)| ctx * parts.len() * (1 + variants[0].len())).sum();
     let mut done = 0;
-    for (ctx, parts) in &work {
+    for ((ctx, parts), variants) in work.iter().zip(&variants) {
         for part in parts {
             let mut read = |variant: &Variant| {
                 let read = runner.run(variant, *ctx, |model| {
@@ -73,7 +74,7 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
                 read
             };
             let stock = read(&Variant::stock())?;
-            for variant in &variants {
+            for variant in variants {
                 let other = read(variant)?;
                 let from = part.ids.len() - args.greedy - args.positions;
                 let next = &part.ids[from + 1..from + 1 + args.positions];
