@@ -62,16 +62,21 @@ for stage in "${stages[@]}"; do
   case "$stage" in
     smoke) run "" smoke --ctx "1k,$lengths" --documents 12 --variants "stock,retrofit,$published,$local" ;;
     layers) run layers layers --ctx "$middle" --documents 8 --samples 8 --plans "$plans" ;;
-    # A file per length: a run that is cut off can only be taken up by the same build.
+    # A file per length: a run that is cut off can only be taken up by the same build. An eviction is a wait for the host in every
+    # layer: KeyDiff's blocks grow with the text.
     ruler-*)
-      run ruler "$stage" --ctx "${stage#ruler-}" --samples "$samples" --question-unseen \
-        --variants "stock,retrofit,$published,$local$(kept 2 4 8),snapkv:kv=1/4,keydiff:kv=1/4"
+      length=${stage#ruler-}
+      run ruler "$stage" --ctx "$length" --samples "$samples" --question-unseen \
+        --variants "stock,retrofit,$published,$local$(kept 4 8),snapkv:kv=1/4,keydiff:kv=1/4,block=$((${length%k} * 32))"
       ;;
-    # Blocks small enough for the smallest share.
+    # Blocks small enough for the smallest shares.
     bytes)
       variants=stock$(kept 1 2 4 8 12)
-      for share in 1/2 1/4 1/8 1/16 1/32 1/64; do
-        variants=$variants,retrofit:kv=$share,block=32,$local,kv=$share,block=32,snapkv:kv=$share,keydiff:kv=$share,block=32
+      for share in 2 4 8 16 32 64; do
+        evict=$((${middle%k} * 256 / share))
+        evict=$((evict < 64 ? 64 : evict > 256 ? 256 : evict))
+        variants=$variants,retrofit:kv=1/$share,block=32,snapkv:kv=1/$share,keydiff:kv=1/$share,block=$evict
+        case $share in 4|16|64) variants=$variants,$local,kv=1/$share,block=32 ;; esac
       done
       run ruler bytes --ctx "$middle" --samples "$samples" --question-unseen --variants "$variants"
       ;;

@@ -17,7 +17,7 @@ use crate::bench::table::columns;
 use crate::bench::variant::Variant;
 use crate::cache::Cache;
 use crate::cli::{short_count, Bars};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::retrofit::{FarPosition, Pool, RetrofitPlan, Settings};
 use crate::selector::SELECTORS;
 use crate::spec::ModelSpec;
@@ -120,12 +120,7 @@ pub fn run(args: &AblateArgs) -> Result<()> {
     let opened = args.judged.open(&progress)?;
     let ctx = args.probe.ctx;
     args.judged.check_trained(&opened, &[ctx], &bars)?;
-    let variants = opened.variants_at(ctx)?;
-    let base = match variants.as_slice() {
-        [one] => one.plan.clone().map(|plan| (one.clone(), plan)),
-        _ => None,
-    };
-    let (base, plan) = base.ok_or_else(|| Error::usage("--variants", "one retrofit is changed; name one"))?;
+    let (base, plan) = args.judged.one_retrofit(&opened, ctx)?;
     let spec = opened.checkpoint().spec.clone();
     let changes = changes(&args.axes, &plan, &spec, ctx)?;
     let asking = args.probe.asking(&opened, &args.judged)?;

@@ -3,9 +3,11 @@
 use super::{ablate, layers, needle, positions, ruler, smoke};
 use crate::bench::args::{at_least_one, SubjectArgs};
 use crate::bench::subject::Subject;
+use crate::bench::variant::Variant;
 use crate::checkpoint::OnProgress;
 use crate::cli::{open_device, parse_size, short_count, Bars, ModelArgs};
 use crate::error::{Error, Result};
+use crate::retrofit::RetrofitPlan;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
@@ -151,6 +153,17 @@ impl JudgedArgs {
         let subject = Subject::open(&args, device, progress)?;
         subject.refuse_too_large()?;
         Ok(subject)
+    }
+
+    /// The one retrofit that --variants names.
+    ///
+    /// # Errors
+    /// None, several, or a variant of another kind.
+    pub fn one_retrofit(&self, subject: &Subject, ctx: usize) -> Result<(Variant, RetrofitPlan)> {
+        let mut variants = subject.variants_at(ctx)?;
+        let one = variants.pop().filter(|_| variants.is_empty());
+        one.and_then(|v| v.plan.clone().map(|plan| (v, plan)))
+            .ok_or_else(|| Error::usage("--variants", "one retrofit is studied; name one"))
     }
 
     /// Refuses contexts that the model was not trained for, or warns of them where that is allowed.

@@ -134,11 +134,7 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     };
     let opened = args.judged.open(&progress)?;
     args.judged.check_trained(&opened, &[args.probe.ctx], &bars)?;
-    let base = match opened.variants_at(args.probe.ctx)?.as_slice() {
-        [one] => one.plan.clone(),
-        _ => None,
-    };
-    let base = base.ok_or_else(|| Error::usage("--variants", "layers are studied of one retrofit; name one"))?;
+    let (_, base) = args.judged.one_retrofit(&opened, args.probe.ctx)?;
     let spec = opened.checkpoint().spec.clone();
     let keep = counts(&args.keep, base.layers.len())?;
     let plan = |layers: Vec<usize>| RetrofitPlan::new(&spec, Some(layers), base.settings.clone());

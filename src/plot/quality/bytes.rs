@@ -29,6 +29,7 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
     let mut points = vec![];
     let mut families: Vec<(String, usize)> = vec![];
     let mut left_out = vec![];
+    let most = cells.cells.iter().filter_map(|c| c.subject.plan.as_ref()).map(|p| p.layers.len()).max().unwrap_or(0);
     for length in cells.lengths() {
         for (variant, _) in cells.variants() {
             let Some(subject) = cells.subject(variant, length) else { continue };
@@ -37,7 +38,7 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
                 left_out.push(format!("{variant} at {}", tokens(length)));
                 continue;
             };
-            let (family, style) = family(subject);
+            let (family, style) = family(subject, most);
             if families.iter().all(|(f, _)| *f != family) {
                 families.push((family, style));
             }

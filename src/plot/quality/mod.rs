@@ -63,20 +63,22 @@ fn variants<'a>(subjects: impl IntoIterator<Item = &'a Subject>) -> Vec<(&'a str
 
 const STOCK: usize = 1;
 
-/// What kind of method a variant is, and its style.
-fn family(subject: &Subject) -> (String, usize) {
+/// What kind of method a variant is, and its style; `most` is the number of layers that the others swap.
+fn family(subject: &Subject, most: usize) -> (String, usize) {
     match (&subject.eviction, &subject.plan) {
         (Some(plan), _) => {
-            let place = RULES.iter().position(|r| r.name() == plan.rule).unwrap_or(RULES.len());
-            // The last colour is the window's.
-            (plan.rule.clone(), STOCK + 1 + place + usize::from(STOCK + 1 + place >= WINDOW))
+            let place = STOCK + 1 + RULES.iter().position(|r| r.name() == plan.rule).unwrap_or(RULES.len());
+            // The last two colours are taken.
+            (plan.rule.clone(), if place < KEPT { place } else { place + 2 })
         }
+        (None, Some(plan)) if plan.layers.len() < most => ("retrofit, some layers kept dense".into(), KEPT),
         (None, Some(plan)) if plan.settings.partner == "local" => ("sinks + window".into(), WINDOW),
         (None, Some(_)) => ("retrofit".into(), 0),
         (None, None) => ("stock".into(), STOCK),
     }
 }
 
+const KEPT: usize = 4;
 const WINDOW: usize = 5;
 
 /// `0.063×`, or `0.25× to 0.031×` where it is not the same everywhere.
