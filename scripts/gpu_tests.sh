@@ -33,7 +33,7 @@ run() {
   {
     echo "# GPU tests"
     echo
-    echo "- device: $(nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader 2>/dev/null || echo none)"
+    echo "- device: $(nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | grep . || echo none)"
     echo "- commit: $(cat "$dir/commit" 2>/dev/null || echo unknown)"
     echo "- date: $(date -u +%F)"
     echo
