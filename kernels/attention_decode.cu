@@ -37,7 +37,9 @@ struct DecodeAttentionParams {
   int *counters;                // [G z], zero between launches
   float *out;
   void *out16;
-  int extra_count, position, capacity, sinks, mean_rows, route_width, block, readable;
+  int extra_count, position;
+  int shift;                    // positions that have no row: row x of the ring is position x + shift, and windows count rows
+  int capacity, sinks, mean_rows, route_width, block, readable;
   int heads, kv_heads, dim;
   int window_kind, window_size, window_count;
   float scale, eps;
@@ -58,7 +60,7 @@ template <typename T, int DIM> struct Decode {
       : p(params), shared(memory), q_own((T *)(memory + 4 * 16 * WIDE)), k_own(q_own + 16 * DIM), v_own(k_own + DIM),
         lane(threadIdx.x % WARP), warp(threadIdx.x / WARP), quad(lane % 4), row(lane / 4), kv(blockIdx.y),
         kv_row(params.kv_heads * params.dim), group(params.heads / params.kv_heads) {
-    position = p.state ? p.state->position : p.position;
+    position = (p.state ? p.state->position : p.position) - p.shift;
     stopped = p.state && p.state->stopped;
     if (p.window_kind == 0) left = 0;
     else if (p.window_kind == 1) left = max(0, position + 1 - p.window_size);

@@ -6,7 +6,7 @@ use cudaforge::KernelBuilder;
 use std::path::{Path, PathBuf};
 
 /// Sources compiled whole.
-const WHOLE: &[&str] = &["attention_any", "decode", "pointwise", "summaries"];
+const WHOLE: &[&str] = &["attention_any", "decode", "pointwise", "select", "summaries"];
 /// Sources compiled once per head dim: the driver translates a module's PTX when it is first loaded, and all of one takes
 /// seconds.
 const BY_DIM: &[(&str, &[u32])] = &[

@@ -45,7 +45,7 @@ run() {
     local command=("$binary" --test-threads=1 --nocapture)
     # Everything under the checker takes hours: the kernels' own tests are enough.
     [ -n "$sanitize" ] && command=(compute-sanitizer --error-exitcode 9 "$binary" --test-threads=1 --nocapture
-      small_operators block_means attention_of_one products_of captured_decode)
+      small_operators block_means attention_of_one products_of captured_decode highest_scores)
     CARGO_MANIFEST_DIR=$root "${command[@]}" >"$log" 2>&1 || failed=1
     cat "$log"
     python3 - "$log" >>"$report" <<'P'

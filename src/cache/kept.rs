@@ -6,8 +6,8 @@
 use super::ring::put;
 use super::Ring;
 use crate::error::{Error, ErrorKind, Result};
-use crate::eviction::{highest, Eviction, EvictionPlan, Seen, When};
-use crate::ops::Past;
+use crate::eviction::{Eviction, EvictionPlan, Seen, When};
+use crate::ops::{highest_rows, Past};
 use crate::spec::LayerSpec;
 use candle_core::{DType, Device, Tensor};
 
@@ -109,11 +109,23 @@ impl Kept {
         if let Some(queries) = &self.queries {
             put(queries, q, self.position)?;
         }
+        self.took(t)
+    }
+
+    /// Counts rows that are written, and evicts where a block is complete.
+    pub(super) fn took(&mut self, t: usize) -> Result<()> {
         (self.count, self.position) = (self.count + t, self.position + t);
         match self.rule.when(&self.plan) {
             When::EveryBlock(block) if self.position.is_multiple_of(block) => self.evict(),
             _ => Ok(()),
         }
+    }
+
+    /// The rows as a captured step sees them, and how many positions before its token's have none; `None` while the rule must see
+    /// queries, which such a step does not keep.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn captured(&self) -> Option<(&Ring, usize)> {
+        self.queries.is_none().then(|| (&self.rows, self.position - self.count))
     }
 
     /// Evicts for the end of the context, after which at most `room` tokens come; returns the bytes that were allocated for that
@@ -157,13 +169,8 @@ impl Kept {
         let Past { k, v } = self.rows();
         let queries = self.queries.as_ref().map(|q| self.in_order(q)).transpose()?;
         let seen = Seen { keys: &k.narrow(0, 0, self.count)?, queries: queries.as_ref(), scale: self.scale };
-        let scores = self.rule.scores(&self.plan, &seen)?;
-        let stay: Vec<Vec<usize>> = scores.iter().map(|s| highest(s, self.plan.budget)).collect();
+        let index = highest_rows(&self.rule.scores(&self.plan, &seen)?, self.plan.budget)?;
         let (rows, kv_heads, dim) = k.dims3()?;
-        // Row r of head g is row r * G + g of the same memory seen as rows of one head.
-        let index =
-            (0..self.plan.budget).flat_map(|i| stay.iter().enumerate().map(move |(g, s)| (s[i] * kv_heads + g) as u32));
-        let index = Tensor::from_iter(index, k.device())?;
         let take = |x: &Tensor| -> Result<Tensor> {
             let taken = x.reshape((rows * kv_heads, dim))?.index_select(&index, 0)?;
             Ok(taken.reshape((self.plan.budget, kv_heads, dim))?)

@@ -215,6 +215,25 @@ impl Cache {
         self.position += count;
     }
 
+    /// Tokens that may be read before rows change places: all of them where nothing evicts.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn until_eviction(&self) -> usize {
+        let kept = self.layers.iter().filter_map(|l| if let LayerState::Kept(k) = l { Some(k) } else { None });
+        kept.map(|k| k.piece(usize::MAX)).min().unwrap_or(usize::MAX)
+    }
+
+    /// Counts `count` tokens, at most [`Cache::until_eviction`], whose rows a captured step has written; evicts after the last of them.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn took(&mut self, count: usize) -> Result<()> {
+        self.advance(count);
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            if let LayerState::Kept(kept) = layer {
+                kept.took(count).map_err(|e| e.within(format!("cache of layer {i}")))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Allocated bytes by pool.
     pub fn capacity_bytes(&self) -> PoolBytes {
         self.sum(LayerState::capacity_bytes)

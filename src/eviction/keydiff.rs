@@ -15,7 +15,7 @@
 use super::{Eviction, EvictionPlan, Seen, Setting, When};
 use crate::error::Result;
 use crate::spec::LayerSpec;
-use candle_core::{DType, D};
+use candle_core::{DType, Tensor, D};
 
 const BLOCK: Setting = Setting { name: "block", default: 128, about: "positions from one eviction to the next" };
 /// Keeps a key of zeros from dividing by them.
@@ -45,12 +45,16 @@ impl Eviction for KeyDiff {
         When::EveryBlock(plan.setting(&BLOCK))
     }
 
-    fn scores(&self, _: &EvictionPlan, seen: &Seen) -> Result<Vec<Vec<f32>>> {
+    fn scores(&self, _: &EvictionPlan, seen: &Seen) -> Result<Tensor> {
         let keys = seen.keys.to_dtype(DType::F32)?;
+        let (count, kv_heads, dim) = keys.dims3()?;
         let unit = keys.broadcast_div(&(keys.sqr()?.sum_keepdim(D::Minus1)?.sqrt()? + TINY)?)?;
-        let anchor = unit.mean_keepdim(0)?;
+        // A product: candle's own mean over rows goes through an index per element. Its length does not matter.
+        let sum =
+            Tensor::ones((1, count), DType::F32, keys.device())?.matmul(&unit.reshape((count, kv_heads * dim))?)?;
+        let anchor = (sum.reshape((1, kv_heads, dim))? / count as f64)?;
         let anchor = anchor.broadcast_div(&(anchor.sqr()?.sum_keepdim(D::Minus1)?.sqrt()? + TINY)?)?;
-        Ok(unit.broadcast_mul(&anchor)?.sum(D::Minus1)?.neg()?.t()?.contiguous()?.to_vec2()?)
+        Ok(unit.broadcast_mul(&anchor)?.sum(D::Minus1)?.neg()?.t()?.contiguous()?)
     }
 
     fn scratch(&self, _: &EvictionPlan, rows: usize, layer: &LayerSpec) -> u64 {
@@ -62,7 +66,7 @@ impl Eviction for KeyDiff {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{Device, Tensor};
+    use candle_core::Device;
     use proptest::prelude::*;
 
     proptest! {
@@ -74,7 +78,7 @@ mod tests {
         ) {
             let keys = (Tensor::randn(0f32, 1.0, (count, g, d), &Device::Cpu).unwrap() + shift as f64).unwrap();
             let plan = EvictionPlan::new("keydiff", 4, &[]).unwrap();
-            let got = KeyDiff.scores(&plan, &Seen { keys: &keys, queries: None, scale: 1.0 }).unwrap();
+            let got = KeyDiff.scores(&plan, &Seen { keys: &keys, queries: None, scale: 1.0 }).unwrap().to_vec2::<f32>().unwrap();
             let k = keys.to_vec3::<f32>().unwrap();
             prop_assert_eq!(got.len(), g);
             for (head, got) in got.iter().enumerate() {
@@ -101,6 +105,6 @@ mod tests {
         let keys = Tensor::new(&[[[0f32, 0.0]], [[1.0, 0.0]]], &Device::Cpu).unwrap();
         let plan = EvictionPlan::new("keydiff", 1, &[]).unwrap();
         let scores = KeyDiff.scores(&plan, &Seen { keys: &keys, queries: None, scale: 1.0 }).unwrap();
-        assert_eq!(scores, [[0.0, -1.0]]);
+        assert_eq!(scores.to_vec2::<f32>().unwrap(), [[0.0, -1.0]]);
     }
 }

@@ -87,11 +87,11 @@ pub trait Eviction: std::fmt::Debug + Sync {
         0
     }
 
-    /// A score for each token of each KV head; the highest stay, infinity always does.
+    /// A score for each token of each KV head; the highest stay, infinity always does. A GPU should not have to wait for the host.
     ///
     /// # Shapes
-    /// `G` rows of `count`.
-    fn scores(&self, plan: &EvictionPlan, seen: &Seen) -> Result<Vec<Vec<f32>>>;
+    /// f32 `[G, count]`.
+    fn scores(&self, plan: &EvictionPlan, seen: &Seen) -> Result<Tensor>;
 
     /// Bytes that scoring `rows` tokens of `layer` takes.
     fn scratch(&self, plan: &EvictionPlan, rows: usize, layer: &LayerSpec) -> u64;
@@ -215,31 +215,9 @@ impl EvictionPlan {
     }
 }
 
-/// Indices of the `count` highest of `scores`, rising; of equal scores the later token stays.
-pub fn highest(scores: &[f32], count: usize) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..scores.len()).collect();
-    if count < order.len() {
-        order.select_nth_unstable_by(count, |a, b| scores[*b].total_cmp(&scores[*a]).then(b.cmp(a)));
-        order.truncate(count);
-    }
-    order.sort_unstable();
-    order
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_highest_stay_in_order_and_ties_go_to_the_later() {
-        assert_eq!(highest(&[1.0, 5.0, 3.0, 4.0], 2), [1, 3]);
-        assert_eq!(highest(&[2.0, 2.0, 1.0, 2.0], 2), [1, 3]);
-        assert_eq!(highest(&[0.0, f32::INFINITY, -1.0, 0.0], 3), [0, 1, 3]);
-        assert_eq!(highest(&[1.0, 2.0], 2), [0, 1]);
-        assert_eq!(highest(&[1.0, 2.0], 9), [0, 1]);
-        assert_eq!(highest(&[], 0), Vec::<usize>::new());
-        assert_eq!(highest(&[1.0, 2.0], 0), Vec::<usize>::new());
-    }
 
     #[test]
     fn a_plan_is_complete_and_reads_back() {

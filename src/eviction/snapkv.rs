@@ -60,7 +60,7 @@ impl Eviction for SnapKv {
         plan.setting(&WINDOW)
     }
 
-    fn scores(&self, plan: &EvictionPlan, seen: &Seen) -> Result<Vec<Vec<f32>>> {
+    fn scores(&self, plan: &EvictionPlan, seen: &Seen) -> Result<Tensor> {
         let missing = || Error::new(ErrorKind::Backend, "snapkv", "was not shown the last queries");
         let queries = seen.queries.ok_or_else(missing)?;
         let ((count, kv_heads, dim), (window, heads, _)) = (seen.keys.dims3()?, queries.dims3()?);
@@ -71,24 +71,25 @@ impl Eviction for SnapKv {
             let q = queries.narrow(1, head * group, group)?.contiguous()?.to_dtype(DType::F32)?;
             let q = (q.reshape((window * group, dim))? * seen.scale as f64)?;
             let mean = mean_attention(&q, &keys, &mask, SLAB / count)?;
-            let mut scores = pooled(&mean[..before], plan.setting(&KERNEL));
-            scores.resize(count, f32::INFINITY);
-            Ok(scores)
+            pooled(&mean.narrow(0, 0, before)?, plan.setting(&KERNEL))
         };
-        (0..kv_heads).map(of_head).collect()
+        let scores = Tensor::stack(&(0..kv_heads).map(of_head).collect::<Result<Vec<_>>>()?, 0)?;
+        let stays = Tensor::full(f32::INFINITY, (kv_heads, window), scores.device())?;
+        Ok(Tensor::cat(&[scores, stays], 1)?)
     }
 
     fn scratch(&self, plan: &EvictionPlan, rows: usize, layer: &LayerSpec) -> u64 {
         let queries = plan.setting(&WINDOW) * layer.heads / layer.kv_heads;
-        // Logits in two parts, joined, and their softmax; one head's keys in two types; sums.
+        // Logits in two parts, joined, and their softmax; one head's keys in two types; sums; all heads' scores, twice.
         let slab = SLAB.clamp(rows, rows * queries.max(1));
-        4 * (3 * slab + 2 * rows * layer.head_dim + 2 * rows + queries * plan.setting(&WINDOW)) as u64
+        4 * (3 * slab + 2 * rows * layer.head_dim + (6 + 2 * layer.kv_heads) * rows + queries * plan.setting(&WINDOW))
+            as u64
     }
 }
 
 /// The mean over rows of `softmax(q kᵀ + mask)`, where `mask [R, W]` is that of the last `W` keys; `step` rows at a time, which
 /// changes nothing, since a row has its own softmax.
-fn mean_attention(q: &Tensor, keys: &Tensor, mask: &Tensor, step: usize) -> Result<Vec<f32>> {
+fn mean_attention(q: &Tensor, keys: &Tensor, mask: &Tensor, step: usize) -> Result<Tensor> {
     let ((rows, _), (count, _), window) = (q.dims2()?, keys.dims2()?, mask.dim(1)?);
     let before = count - window;
     let (old, own) = (keys.narrow(0, 0, before)?.t()?, keys.narrow(0, before, window)?.t()?);
@@ -102,7 +103,7 @@ fn mean_attention(q: &Tensor, keys: &Tensor, mask: &Tensor, step: usize) -> Resu
         // A product with ones: candle's own sum over rows goes through an index per element.
         sum = (sum + Tensor::ones((1, n), DType::F32, keys.device())?.matmul(&weights)?)?;
     }
-    Ok((sum / rows as f64)?.squeeze(0)?.to_vec1::<f32>()?)
+    Ok((sum / rows as f64)?.squeeze(0)?)
 }
 
 /// 0 where a query of the window sees a key of the window, else minus infinity: `[W · group, W]`, rows by query, then head.
@@ -113,10 +114,14 @@ fn causal(window: usize, group: usize, device: &Device) -> Result<Tensor> {
 }
 
 /// The mean over `kernel` neighbours, zeros beyond the ends.
-fn pooled(scores: &[f32], kernel: usize) -> Vec<f32> {
-    let (half, n) = (kernel / 2, scores.len());
-    let near = |i: usize| &scores[i.saturating_sub(half)..(i + half + 1).min(n)];
-    (0..n).map(|i| near(i).iter().sum::<f32>() / kernel as f32).collect()
+fn pooled(scores: &Tensor, kernel: usize) -> Result<Tensor> {
+    let (half, n) = (kernel / 2, scores.dim(0)?);
+    let wide = scores.pad_with_zeros(0, half, half)?;
+    let mut sum = wide.narrow(0, 0, n)?;
+    for i in 1..kernel {
+        sum = (sum + wide.narrow(0, i, n)?)?;
+    }
+    Ok((sum / kernel as f64)?)
 }
 
 #[cfg(test)]
@@ -126,9 +131,12 @@ mod tests {
 
     #[test]
     fn pooling_counts_zeros_beyond_the_ends() {
-        assert_eq!(pooled(&[3.0, 0.0, 0.0, 6.0], 3), [1.0, 1.0, 2.0, 2.0]);
-        assert_eq!(pooled(&[1.0, 2.0], 1), [1.0, 2.0]);
-        assert_eq!(pooled(&[5.0], 9), [5.0 / 9.0]);
+        let of = |scores: &[f32], kernel| {
+            pooled(&Tensor::new(scores, &Device::Cpu).unwrap(), kernel).unwrap().to_vec1::<f32>().unwrap()
+        };
+        assert_eq!(of(&[3.0, 0.0, 0.0, 6.0], 3), [1.0, 1.0, 2.0, 2.0]);
+        assert_eq!(of(&[1.0, 2.0], 1), [1.0, 2.0]);
+        assert_eq!(of(&[5.0], 9), [5.0 / 9.0]);
     }
 
     /// The definition, token by token, in f64.
@@ -163,7 +171,7 @@ mod tests {
             let (keys, queries) = (normal(before + window, g), normal(window, g * group));
             let (scale, kernel) = (0.5, 2 * half + 1);
             let plan = EvictionPlan::new("snapkv", 99, &[("window", window), ("kernel", kernel)]).unwrap();
-            let got = SnapKv.scores(&plan, &Seen { keys: &keys, queries: Some(&queries), scale }).unwrap();
+            let got = SnapKv.scores(&plan, &Seen { keys: &keys, queries: Some(&queries), scale }).unwrap().to_vec2::<f32>().unwrap();
             prop_assert_eq!(got.len(), g);
             for (head, got) in got.iter().enumerate() {
                 let want = naive(&keys, &queries, scale, kernel, head);
@@ -179,7 +187,7 @@ mod tests {
     fn the_rows_taken_at_a_time_change_nothing() {
         let normal = |rows| Tensor::randn(0f32, 1.0, (rows, 8usize), &Device::Cpu).unwrap();
         let (q, keys, mask) = (normal(12), normal(40), causal(4, 3, &Device::Cpu).unwrap());
-        let mean = |step| mean_attention(&q, &keys, &mask, step).unwrap();
+        let mean = |step| mean_attention(&q, &keys, &mask, step).unwrap().to_vec1::<f32>().unwrap();
         let whole = mean(12);
         assert!((whole.iter().sum::<f32>() - 1.0).abs() < 1e-5, "weights of a query sum to 1");
         for step in [0, 1, 5, 99] {

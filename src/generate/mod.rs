@@ -132,12 +132,20 @@ impl<'a> Session<'a> {
     /// As [`Model::forward`]; before any work where the ids do not fit the context.
     pub fn read(&mut self, ids: &[u32]) -> Result<Tensor> {
         self.cache.admit(ids.len())?;
+        let mut rows = vec![];
+        let mut left = ids;
         #[cfg(feature = "cuda")]
-        if let Some(graph) = graph::StepGraph::capture(self.model, &self.cache, &[])? {
-            return graph.read(&mut self.cache, ids);
+        while !left.is_empty() {
+            let Some(graph) = graph::StepGraph::capture(self.model, &self.cache, &[])? else { break };
+            let (now, later) = left.split_at(left.len().min(self.cache.until_eviction()));
+            rows.push(graph.read(&mut self.cache, now)?);
+            left = later;
         }
-        let rows = ids.iter().map(|id| self.model.forward(&[*id], &mut self.cache, &[0]));
-        Ok(Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 0)?)
+        while let Some((id, later)) = left.split_first() {
+            rows.push(self.model.forward(&[*id], &mut self.cache, &[0])?);
+            left = later;
+        }
+        Ok(Tensor::cat(&rows, 0)?)
     }
 
     /// Whether greedy decode goes on from here as a captured CUDA graph; if not, step by step.
@@ -176,10 +184,21 @@ impl<'a> Session<'a> {
         timing.first_token = begin.elapsed();
         #[cfg(feature = "cuda")]
         if sampler.is_greedy() && !request.stop.contains(&next) && request.max_new_tokens > 1 {
-            if let Some(graph) = graph::StepGraph::capture(self.model, &self.cache, request.stop)? {
+            if let Some(mut graph) = graph::StepGraph::capture(self.model, &self.cache, request.stop)? {
                 tokens.push(next);
-                if on_token(next) {
-                    graph.run(&mut self.cache, next, request, &mut timing, &mut tokens, on_token)?;
+                let mut from = on_token(next).then_some(next);
+                while let Some(first) = from {
+                    from = graph.run(&mut self.cache, first, request, &mut timing, &mut tokens, on_token)?;
+                    if from.is_none() {
+                        break;
+                    }
+                    let begin = Instant::now();
+                    let lost = || Error::new(ErrorKind::Backend, "decode graph", "cannot be captured again");
+                    graph = graph::StepGraph::capture(self.model, &self.cache, request.stop)?.ok_or_else(lost)?;
+                    // The token that completed a block pays for what follows from it.
+                    if let Some(step) = timing.steps.last_mut() {
+                        *step += begin.elapsed();
+                    }
                 }
                 timing.decode = timing.steps.iter().sum();
                 return Ok(Generation { tokens, timing, prompt_logits });

@@ -28,6 +28,7 @@ pub(crate) enum Module {
     Decode,
     Quantised(GgmlDType),
     Pointwise,
+    Select,
     Summaries,
 }
 
@@ -61,6 +62,7 @@ impl Module {
             Self::Quantised(GgmlDType::Q5K) => ("bfly_quantised_q5_k", ptx::QUANTISED_Q5_K),
             Self::Quantised(GgmlDType::Q6K) => ("bfly_quantised_q6_k", ptx::QUANTISED_Q6_K),
             Self::Pointwise => ("bfly_pointwise", ptx::POINTWISE),
+            Self::Select => ("bfly_select", ptx::SELECT),
             Self::Summaries => ("bfly_summaries", ptx::SUMMARIES),
             other => return Err(Error::unsupported("kernel", format!("{other:?} is not compiled"))),
         })

@@ -10,6 +10,7 @@ mod heads;
 mod matvec;
 mod memory;
 mod norm;
+mod select;
 mod simd;
 mod summaries;
 mod view;
@@ -27,5 +28,6 @@ pub(crate) use matvec::{
 pub(crate) use matvec::{has_blocks, matvec, widen, Rows};
 pub use memory::{device_memory, human_bytes, machine_memory, memory_of, release_memory, reset_peak, DeviceMemory};
 pub use norm::add_norm;
+pub use select::highest_rows;
 pub use summaries::{pool_blocks, Pooled, RunningMean};
 pub(crate) use view::{view, View};

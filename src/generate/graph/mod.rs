@@ -2,7 +2,7 @@
 //!
 //! All that changes from token to token (position, token, running sums) lies in device memory, and the cache never grows, so
 //! that the same launches serve every position. The likeliest token is found on the device and read by the next replay; the host
-//! fetches tokens a few at a time. The residual stream and all sums are f32; keys and values are 16 bits; weights are 16 bits or
+//! fetches tokens a few at a time. Where a rule evicts, a step is captured anew whenever rows have changed places. The residual stream and all sums are f32; keys and values are 16 bits; weights are 16 bits or
 //! quantised blocks, as they are held.
 
 mod matvec;
@@ -12,7 +12,7 @@ use self::matvec::format;
 use self::step::{Builder, Held};
 use super::sample::not_finite;
 use super::{Request, Timing};
-use crate::cache::Cache;
+use crate::cache::{Cache, LayerState};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mixer::Mixer;
 use crate::model::{Block, Model};
@@ -58,7 +58,7 @@ impl StepGraph {
     pub fn capture(model: &Model, cache: &Cache, stop: &[u32]) -> Result<Option<Self>> {
         let Device::Cuda(gpu) = model.device() else { return Ok(None) };
         let routes = routes(model, cache.position());
-        if !has_form(model, &routes) {
+        if !has_form(model, cache, &routes) {
             return Ok(None);
         }
         let state = gpu.alloc_zeros::<State>(1)?;
@@ -79,7 +79,7 @@ impl StepGraph {
         Ok(Some(Self { graph, gpu: gpu.clone(), state, tokens, logits, _held: held }))
     }
 
-    /// Reads `ids` one by one and returns the logits after each, f32 `[ids.len(), vocab]`.
+    /// Reads `ids`, at most [`Cache::until_eviction`], one by one and returns the logits after each, f32 `[ids.len(), vocab]`.
     pub fn read(mut self, cache: &mut Cache, ids: &[u32]) -> Result<Tensor> {
         let mut rows = vec![];
         for id in ids {
@@ -87,12 +87,13 @@ impl StepGraph {
             self.gpu.memcpy_htod(&[begin], &mut self.state)?;
             self.graph.launch().map_err(driver)?;
             rows.push(self.logits.copy()?);
-            cache.advance(1);
+            cache.took(1)?;
         }
         Ok(Tensor::cat(&rows, 0)?)
     }
 
-    /// Decodes from `first`, which is already delivered, until the request's count, a stop token, or `on_token` says no.
+    /// Decodes from `first`, which is already delivered, until the request's count, a stop token, or `on_token` says no; or until rows
+    /// have changed places: then it returns the last token, to go on from with a new capture.
     pub fn run(
         mut self,
         cache: &mut Cache,
@@ -101,13 +102,16 @@ impl StepGraph {
         timing: &mut Timing,
         tokens: &mut Vec<u32>,
         on_token: &mut dyn FnMut(u32) -> bool,
-    ) -> Result<()> {
+    ) -> Result<Option<u32>> {
         let begin = State { position: cache.position() as i32, token: first, ..State::default() };
         self.gpu.memcpy_htod(&[begin], &mut self.state)?;
         timing.fetched = BATCH;
-        let mut done = 0;
+        let (mut done, most) = (0, cache.until_eviction());
         while tokens.len() < request.max_new_tokens {
-            let count = BATCH.min(request.max_new_tokens - tokens.len());
+            if done == most {
+                return Ok(tokens.last().copied());
+            }
+            let count = BATCH.min(request.max_new_tokens - tokens.len()).min(most - done);
             let start = Instant::now();
             for _ in 0..count {
                 self.graph.launch().map_err(driver)?;
@@ -118,32 +122,32 @@ impl StepGraph {
                 if *token == u32::MAX {
                     return Err(not_finite());
                 }
-                cache.advance(1);
+                cache.took(1)?;
                 timing.steps.push(each);
                 if request.stop.contains(token) {
-                    return Ok(());
+                    return Ok(None);
                 }
                 tokens.push(*token);
                 if !on_token(*token) {
-                    return Ok(());
+                    return Ok(None);
                 }
             }
             done += count;
         }
-        Ok(())
+        Ok(None)
     }
 }
 
 /// Whether a step of `model` after `cache` has a captured form.
 pub(super) fn captures(model: &Model, cache: &Cache) -> bool {
-    model.device().is_cuda() && has_form(model, &routes(model, cache.position()))
+    model.device().is_cuda() && has_form(model, cache, &routes(model, cache.position()))
 }
 
 /// Whether every part of the model has a captured form: matrices in formats with a kernel (16-bit types, and blocks from q4_0 to q6_k;
-/// they may differ from matrix to matrix, but not between a layer's gate and up, which share a launch), and settings whose
-/// summaries are read as stored.
-fn has_form(model: &Model, routes: &[Routes]) -> bool {
-    let block = |(b, routes): (&Block, &Routes)| {
+/// they may differ from matrix to matrix, but not between a layer's gate and up, which share a launch), settings whose
+/// summaries are read as stored, and no rule that must still see queries.
+fn has_form(model: &Model, cache: &Cache, routes: &[Routes]) -> bool {
+    let block = |((b, routes), layer): ((&Block, &Routes), &LayerState)| {
         let (p, m) = (b.mixer.projections(), &b.mlp);
         let linear = [&p.q, &p.k, &p.v, &p.out, &m.gate, &m.up, &m.down];
         let reads_as_stored = match &b.mixer {
@@ -153,8 +157,7 @@ fn has_form(model: &Model, routes: &[Routes]) -> bool {
                 let one_block = p.heads <= 16 * p.kv_heads;
                 s.pool == Pool::PostRope && s.far_position == FarPosition::True && widest(routes) <= ROUTES && one_block
             }
-            // Which rows it reads is decided on the host.
-            Mixer::Evict(_) => false,
+            Mixer::Evict(_) => matches!(layer, LayerState::Kept(kept) if kept.captured().is_some()),
             Mixer::Full(_) | Mixer::Sliding(_) => true,
         };
         // A gate with a bias would need it before the activation; no known family has one.
@@ -169,7 +172,7 @@ fn has_form(model: &Model, routes: &[Routes]) -> bool {
     matches!(model.dtype(), DType::BF16 | DType::F16)
         && format(&model.embed).is_some()
         && format(model.head.weight()).is_some()
-        && model.blocks.iter().zip(routes).all(block)
+        && model.blocks.iter().zip(routes).zip(&cache.layers).all(block)
 }
 
 /// What each block of a layer reads, and the bias of each.

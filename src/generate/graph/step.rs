@@ -36,9 +36,9 @@ struct Vectors {
     sin: u64,
 }
 
-/// A layer that evicts: rows are chosen on the host, which a captured step does not return to.
+/// A rule that must still see queries, which a captured step does not keep.
 fn without_form() -> Error {
-    Error::unsupported("decode graph", "a layer that evicts has no captured form")
+    Error::unsupported("decode graph", "a layer whose rule waits for the end of the context has no captured form")
 }
 
 /// Keys, values and capacity; zeros where there is no ring.
@@ -178,10 +178,10 @@ impl<'a> Builder<'a> {
         let p = mixer.projections();
         let norms = p.qk_norm.as_ref().map(|(q, k)| (q.parts(), k.parts()));
         let table = (p.rope * self.half * 4) as u64;
-        let ring = match layer {
-            LayerState::Dense(ring) | LayerState::Ring(ring) => ring,
-            LayerState::TwoPool(pools) => &pools.local,
-            LayerState::Kept(_) => return Err(without_form()),
+        let (ring, shift) = match layer {
+            LayerState::Dense(ring) | LayerState::Ring(ring) => (ring, 0),
+            LayerState::TwoPool(pools) => (&pools.local, 0),
+            LayerState::Kept(kept) => kept.captured().ok_or_else(without_form)?,
         };
         let (ring_k, ring_v, capacity) = rows(Some(ring))?;
         let mut launch = DecodeAttention {
@@ -195,6 +195,7 @@ impl<'a> Builder<'a> {
             ring_v,
             capacity,
             state: self.state,
+            shift: shift as i32,
             out: self.vectors.attended,
             block: 1,
             mean_rows: 1,
@@ -205,10 +206,9 @@ impl<'a> Builder<'a> {
             ..DecodeAttention::default()
         };
         let window = match mixer {
-            Mixer::Full(_) => Window::Unbounded,
+            Mixer::Full(_) | Mixer::Evict(_) => Window::Unbounded,
             Mixer::Sliding(s) => Window::Tokens(s.window),
             Mixer::Butterfly(b) => b.settings().raw_window(),
-            Mixer::Evict(_) => return Err(without_form()),
         };
         (launch.window_kind, launch.window_size, launch.window_count) = window.numbers();
         if let (Mixer::Butterfly(b), LayerState::TwoPool(pools)) = (mixer, layer) {

@@ -52,6 +52,7 @@ pub(crate) struct DecodeAttention {
     pub out16: u64,
     pub extra_count: i32,
     pub position: i32,
+    pub shift: i32,
     pub capacity: i32,
     pub sinks: i32,
     pub mean_rows: i32,
