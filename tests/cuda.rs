@@ -335,13 +335,25 @@ fn what_evicts_decodes_captured_as_it_does_step_by_step() -> Any {
         let captured = session.read(&made[..new - 1])?;
         let likeliest = [last.argmax(1)?.to_vec1::<u32>()?, captured.argmax(1)?.to_vec1::<u32>()?].concat();
         assert_eq!(made, likeliest, "{rule}: each token is the likeliest after those before it");
-        let (mut session, _) = begun()?;
-        let steps = made[..new - 1].iter().map(|id| session.prefill(&[*id], 1, 1, &mut |_| ()));
-        let steps = Tensor::cat(&steps.collect::<Result<Vec<_>, _>>()?, 0)?.to_device(&Device::Cpu)?;
-        let off = deviation(&captured, &steps)?;
-        println!("{rule}, captured: {off:.2e}");
-        // Rounding differs between the two, and with it who stays where scores are close.
-        assert!(off <= 0.1, "{rule}: {off:.2e} standard deviations off");
+        // From the same rows on, before and after evictions (at 18, 82 and 146 new tokens for keydiff): rounding alone differs. A text read
+        // both ways from its beginning would differ in who stays, where scores are close.
+        for at in [0, 18, 40, 82, 146 - 4] {
+            let from = || -> Any<Session> {
+                let (mut session, _) = begun()?;
+                if at > 0 {
+                    session.read(&made[..at])?;
+                }
+                Ok(session)
+            };
+            let next = &made[at..at + 4];
+            let captured = from()?.read(next)?;
+            let mut session = from()?;
+            let steps = next.iter().map(|id| session.prefill(&[*id], 1, 1, &mut |_| ()));
+            let steps = Tensor::cat(&steps.collect::<Result<Vec<_>, _>>()?, 0)?.to_device(&Device::Cpu)?;
+            let off = deviation(&captured, &steps)?;
+            println!("{rule} after {at}: {off:.2e}");
+            assert!(off <= 2e-2, "{rule} after {at}: {off:.2e} standard deviations off");
+        }
     }
     Ok(())
 }

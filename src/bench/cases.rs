@@ -3,8 +3,8 @@
 use crate::error::Result;
 use crate::nn::{Linear, Weight};
 use crate::ops::{
-    add_norm, attend, gated, pool_blocks, prepare_heads, rope_table, AttentionArgs, FarArgs, FarRow, Past, RunningMean,
-    Window,
+    add_norm, attend, gated, highest_rows, pool_blocks, prepare_heads, rope_table, AttentionArgs, FarArgs, FarRow,
+    Past, RunningMean, Window,
 };
 use crate::retrofit::Settings;
 use crate::selector;
@@ -97,6 +97,7 @@ pub fn cases(small: bool) -> Vec<Case> {
         butterfly(1, last).case("attention_decode"),
         Attention { t: 1, ..raw }.case("attention_decode"),
         summaries(4096 / s, 8, 128),
+        select(8, (32 << 10) / s, (8 << 10) / s),
         norm(4096 / s, 3584),
         activation(4096 / s, 18944),
         heads(4096 / s, 28, 128),
@@ -263,6 +264,23 @@ fn norm(t: usize, n: usize) -> Case {
         flop: (5 * t * n) as f64,
         elements: (4 * t * n) as f64,
         tables: (4 * n) as f64,
+        prepare: Box::new(prepare),
+    }
+}
+
+fn select(g: usize, n: usize, keep: usize) -> Case {
+    let prepare = move |place: &Place| -> Result<Launch> {
+        let scores = place.random_f32(g * n)?.reshape((g, n))?;
+        Ok(Box::new(move || highest_rows(&scores, keep).map(drop)))
+    };
+    Case {
+        kernel: "select",
+        case: "a quarter".into(),
+        shape: letters(&[("G", g), ("N", n), ("keep", keep)]),
+        // A comparison per score is the least that it takes.
+        flop: (g * n) as f64,
+        elements: 0.0,
+        tables: (4 * g * (n + keep)) as f64,
         prepare: Box::new(prepare),
     }
 }

@@ -13,8 +13,8 @@ use std::io::Write;
 use std::time::Instant;
 
 /// What `--kernel` takes.
-pub const NAMES: [&str; 7] =
-    ["attention_prefill", "attention_decode", "summaries", "add_norm", "gated", "prepare_heads", "quantised"];
+pub const NAMES: [&str; 8] =
+    ["attention_prefill", "attention_decode", "summaries", "select", "add_norm", "gated", "prepare_heads", "quantised"];
 
 /// Bytes that the input sets of a case have together, at least: more than any second-level cache holds.
 const ROTATION: f64 = (256 << 20) as f64;
