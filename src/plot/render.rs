@@ -52,9 +52,16 @@ pub fn png(scene: &Scene, theme: &Theme, path: &Path) -> Result<(), String> {
     drop(backend);
     let by = DETAIL as u32 / PNG_SCALE;
     let small = shrink(&fine, w as usize, by as usize);
-    let mut file = BitMapBackend::new(path, (w / by, h / by));
-    file.blit_bitmap((0, 0), (w / by, h / by), &small).map_err(plain)?;
-    file.present().map_err(plain)
+    let file = std::fs::File::create(path).map_err(plain)?;
+    let mut encoder = png::Encoder::new(std::io::BufWriter::new(file), w / by, h / by);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    // Flat colours repeat as they are; differences between neighbours do not.
+    encoder.set_filter(png::FilterType::NoFilter);
+    encoder.set_compression(png::Compression::Best);
+    let mut writer = encoder.write_header().map_err(plain)?;
+    writer.write_image_data(&small).map_err(plain)?;
+    writer.finish().map_err(plain)
 }
 
 fn size(scene: &Scene) -> (u32, u32) {
