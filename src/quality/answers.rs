@@ -12,6 +12,7 @@ use crate::bench::variant::Variant;
 use crate::cli::{short_count, Bars};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -93,7 +94,21 @@ pub struct Answer {
 impl Cell {
     /// The mean score in percent, with its interval.
     pub fn score(&self) -> Option<Estimate> {
-        Estimate::of(&self.answers.iter().map(|a| 100.0 * a.score).collect::<Vec<_>>())
+        Estimate::of(&self.independent())
+    }
+
+    /// Scores in percent of what varies independently: samples; of a grid needles, each with its mean over the depths that it lay at.
+    pub fn independent(&self) -> Vec<f64> {
+        let mut depths: Vec<f64> = self.answers.iter().filter_map(|a| a.depth).collect();
+        depths.sort_by(f64::total_cmp);
+        depths.dedup();
+        // A grid numbers its samples needle by needle.
+        let mut needles: BTreeMap<usize, (f64, usize)> = BTreeMap::new();
+        for answer in &self.answers {
+            let (sum, count) = needles.entry(answer.index / depths.len().max(1)).or_default();
+            (*sum, *count) = (*sum + 100.0 * answer.score, *count + 1);
+        }
+        needles.into_values().map(|(sum, count)| sum / count as f64).collect()
     }
 }
 
@@ -251,4 +266,36 @@ pub fn ask_all(
     }
     bars.show("ask", total as u64, total as u64);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_needle_counts_once_whatever_its_depths() {
+        let answer = |index: usize, depth: Option<f64>, score: f64| Answer {
+            index,
+            sha256: String::new(),
+            prompt_tokens: 9,
+            depth,
+            answer: String::new(),
+            tokens: 1,
+            score,
+        };
+        let cell = |answers| Cell {
+            subject: Subject::test("stock"),
+            task: "needle".into(),
+            rule: Rule::All,
+            length: 9,
+            seconds: 0.0,
+            answers,
+        };
+        // Two needles at three depths: one always found, one never.
+        let grid: Vec<Answer> =
+            (0..6).map(|i| answer(i, Some((i % 3) as f64 / 2.0), if i < 3 { 1.0 } else { 0.0 })).collect();
+        assert_eq!(cell(grid).independent(), [100.0, 0.0]);
+        let plain = (0..3).map(|i| answer(i, None, 0.5)).collect();
+        assert_eq!(cell(plain).independent(), [50.0; 3]);
+    }
 }

@@ -119,5 +119,5 @@ pub fn grid_table(answers: &Answers) -> String {
         }
         out += &columns(&rows);
     }
-    out + "scores in percent by depth of the needle (0% is the context's beginning); the mean with its 95% interval\n"
+    out + "scores in percent by depth of the needle (0% is the context's beginning); the mean with its 95% interval over needles\n"
 }

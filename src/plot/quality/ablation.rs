@@ -104,7 +104,7 @@ impl<'a> Rows<'a> {
 
 fn name(axis: Axis) -> &'static str {
     match axis {
-        Axis::Partner => "partner rule, at the same bytes",
+        Axis::Partner => "partner rule, at no more bytes",
         Axis::Window => "window, tokens",
         Axis::Sinks => "sinks, tokens",
         Axis::Block => "block, tokens",

@@ -115,7 +115,7 @@ fn scene(cells: &Cells, frame: &Frame, maps: &[Map]) -> Scene {
     let height = HEAD + cell * frame.depths.len() as f64 + 20.0;
     for (area, map) in areas(maps.len(), per_row, (MARGIN, CONTENT), page.y, height).into_iter().zip(maps) {
         let held = share_of(cells.of(map.variant, None).map(|c| &c.subject));
-        let groups: Vec<Vec<f64>> = cells.of(map.variant, None).map(|c| scores(c).map(|(_, s)| s).collect()).collect();
+        let groups: Vec<Vec<f64>> = cells.of(map.variant, None).map(Cell::independent).collect();
         let mean = Estimate::of_groups(&groups).map(|e| e.show(0).replacen(' ', "% ", 1));
         let mean = mean.map(|m| format!("mean {m}{}", if m.contains('%') { "" } else { "%" }));
         let about = [mean, held.map(|h| format!("KV {h} of dense"))];
@@ -127,13 +127,25 @@ fn scene(cells: &Cells, frame: &Frame, maps: &[Map]) -> Scene {
 }
 
 fn head(scene: &mut Scene, area: Area, variant: &str, about: impl Iterator<Item = String>) {
-    // A long name is smaller before it is cut.
+    // A plan's file says enough without its folder; a long name is smaller before it is cut.
+    let variant = &short(variant);
     let kind = if text_width(variant, PANEL) > area.w { GROUP } else { PANEL };
     scene.text((area.x, area.y + 8.0), Anchor::Start, kind, shorten(variant, kind, area.w));
     for (i, line) in about.enumerate() {
         let y = area.y + 24.0 + 14.0 * i as f64;
         scene.text((area.x, y), Anchor::Start, TICK, shorten(&line, TICK, area.w));
     }
+}
+
+/// `retrofit:plan=some/folder/dense-4.json` as `retrofit:plan=dense-4.json`.
+pub(super) fn short(variant: &str) -> String {
+    let item = |item: &str| match item.rsplit_once('/') {
+        Some((before, file)) => {
+            before.split_once("plan=").map_or(item.into(), |(start, _)| format!("{start}plan={file}"))
+        }
+        None => item.to_string(),
+    };
+    variant.split(',').map(item).collect::<Vec<_>>().join(",")
 }
 
 fn draw(scene: &mut Scene, area: Area, frame: &Frame, map: &Map, h: f64) {

@@ -66,7 +66,9 @@ pub fn figures(smoke: &Smoke, path: &Path) -> Result<Vec<Figure>> {
     if runs.iter().any(|r| r.documents.len() > 1) {
         keys.push(Key::Interval("95% interval of the mean".into()));
     }
-    keys.extend(trained_key(&smoke.header, x.high));
+    let farthest = contexts.iter().max().map_or(0.0, |c| *c as f64);
+    let past = farthest > smoke.header.trained_positions as f64;
+    keys.extend(trained_key(&smoke.header, farthest));
     let about = format!(
         "At the last {} positions of each text; {} per context; means over texts, intervals by bootstrap",
         smoke.positions,
@@ -89,7 +91,7 @@ pub fn figures(smoke: &Smoke, path: &Path) -> Result<Vec<Figure>> {
             x: &x,
             x_name: "context, tokens",
             y: &scale,
-            shaded_from: Some(smoke.header.trained_positions as f64),
+            shaded_from: past.then_some(smoke.header.trained_positions as f64),
         };
         let plot = chart.draw(&mut page.scene, *area);
         // Variants stand side by side, within the axis and apart from the next context's.

@@ -75,6 +75,17 @@ fn twelve<T: Clone>(first: &T, set: impl Fn(usize, &mut T)) -> Vec<T> {
 }
 
 #[test]
+fn a_plans_folder_is_left_out() {
+    for (given, want) in [
+        ("retrofit:plan=some/where/dense-4.json,window=1k", "retrofit:plan=dense-4.json,window=1k"),
+        ("retrofit:sink-tokens=8,plan=dense-4.json", "retrofit:sink-tokens=8,plan=dense-4.json"),
+        ("retrofit:kv=1/4,block=32", "retrofit:kv=1/4,block=32"),
+    ] {
+        assert_eq!(grid::short(given), want);
+    }
+}
+
+#[test]
 fn every_kind_has_its_figures() {
     assert_eq!(names(smoke_of(|_| ())), ["smoke"]);
     assert_eq!(names(ruler_of(|_| ())), ["tasks", "bytes"]);
