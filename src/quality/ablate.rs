@@ -122,7 +122,12 @@ pub fn run(args: &AblateArgs) -> Result<()> {
     args.judged.check_trained(&opened, &[ctx], &bars)?;
     let (base, plan) = args.judged.one_retrofit(&opened, ctx)?;
     let spec = opened.checkpoint().spec.clone();
-    let changes = changes(&args.axes, &plan, &spec, ctx)?;
+    let (changes, left_out) = changes(&args.axes, &plan, &spec, ctx)?;
+    for rule in left_out {
+        bars.warn(&format!(
+            "partner {rule}: not even one block of window fits the base's bytes beside its summaries; left out"
+        ));
+    }
     let asking = args.probe.asking(&opened, &args.judged)?;
     let probe = args.probe.probe(&opened, &args.judged, &asking, &bars)?;
     let mut runner = Runner::new(opened.load(ctx, &progress)?);
@@ -177,23 +182,34 @@ fn name(axis: Axis) -> &'static str {
     }
 }
 
-/// Every change of `base` along `axes`, but the values that it has.
-fn changes(axes: &[Axis], base: &RetrofitPlan, spec: &ModelSpec, ctx: usize) -> Result<Vec<(Axis, String, Settings)>> {
+/// A setting, its value, and all settings with it.
+type Changed = (Axis, String, Settings);
+
+/// Every change of `base` along `axes`, but the values that it has; and the partner rules that do not fit its bytes.
+fn changes(
+    axes: &[Axis],
+    base: &RetrofitPlan,
+    spec: &ModelSpec,
+    ctx: usize,
+) -> Result<(Vec<Changed>, Vec<&'static str>)> {
     let s = &base.settings;
     let bytes = |settings: &Settings| -> Result<u64> {
         let plan = RetrofitPlan::new(spec, Some(base.layers.clone()), settings.clone())?;
         Ok(Cache::bytes_for(spec, Some(&plan), ctx, DType::BF16, false)?.0)
     };
     let target = bytes(s)?;
-    let mut all = vec![];
+    let (mut all, mut left_out) = (vec![], vec![]);
     for &axis in axes {
         let with = |value: String, settings: Settings| (axis, value, settings);
         match axis {
             Axis::Partner => {
                 for rule in SELECTORS.iter().filter(|r| r.name() != s.partner) {
                     let other = Settings { partner: rule.name().into(), ..s.clone() };
-                    if let Some((settings, _)) = widest_window(&other, target, ctx, bytes)? {
-                        all.push(with(format!("{}, window {}", rule.name(), settings.window), settings));
+                    match widest_window(&other, target, ctx, bytes)? {
+                        Some((settings, _)) => {
+                            all.push(with(format!("{}, window {}", rule.name(), settings.window), settings));
+                        }
+                        None => left_out.push(rule.name()),
                     }
                 }
             }
@@ -236,7 +252,7 @@ fn changes(axes: &[Axis], base: &RetrofitPlan, spec: &ModelSpec, ctx: usize) -> 
             }
         }
     }
-    Ok(all)
+    Ok((all, left_out))
 }
 
 /// One row per change: its bytes, and its paired differences from the base.
@@ -304,7 +320,8 @@ mod tests {
             Ok(Cache::bytes_for(&spec, Some(&plan), ctx, DType::BF16, false)?.0)
         };
         let target = bytes(&base.settings)?;
-        let partners = changes(&[Axis::Partner], &base, &spec, ctx)?;
+        let (partners, left_out) = changes(&[Axis::Partner], &base, &spec, ctx)?;
+        assert_eq!(left_out, Vec::<&str>::new());
         assert_eq!(partners.len(), SELECTORS.len() - 1, "every rule but the base's");
         for (_, value, settings) in &partners {
             let took = bytes(settings)?;
@@ -313,10 +330,13 @@ mod tests {
             assert!(took <= target && took + block > target, "{value}: {took} of {target}");
         }
         let all = [Axis::Window, Axis::Sinks, Axis::Block, Axis::Pool, Axis::Bias, Axis::Count];
-        for (_, value, settings) in changes(&all, &base, &spec, ctx)? {
+        for (_, value, settings) in changes(&all, &base, &spec, ctx)?.0 {
             assert_ne!(settings, base.settings, "{value}");
             settings.validate()?;
         }
+        // A summary of every 16 tokens takes more than a window of one block leaves.
+        let small = RetrofitPlan::new(&spec, None, Settings { window: 16, ..base.settings })?;
+        assert!(changes(&[Axis::Partner], &small, &spec, ctx)?.1.contains(&"all"));
         Ok(())
     }
 }

@@ -32,10 +32,22 @@ pub struct Answers {
     /// When it was taken up again, if ever.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub resumed: Vec<String>,
+    /// What it was joined from, if it was.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub joined: Vec<Joined>,
     /// How samples were made and put.
     pub asked: Asked,
     /// One entry per variant, task and length.
     pub cells: Vec<Cell>,
+}
+
+/// A process that answered a part.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Joined {
+    /// When it began.
+    pub started: String,
+    /// Its command.
+    pub command: Vec<String>,
 }
 
 /// How samples were made and put: the same for all of a file.
@@ -140,6 +152,7 @@ impl AnswersFile {
             schema_version: SCHEMA_VERSION,
             header,
             resumed: vec![],
+            joined: vec![],
             asked,
             cells: vec![],
         };

@@ -1,6 +1,6 @@
 //! The flags of `bfly-quality-smoke`.
 
-use super::{ablate, layers, needle, positions, ruler, smoke};
+use super::{ablate, join, layers, needle, positions, ruler, smoke};
 use crate::bench::args::{at_least_one, SubjectArgs};
 use crate::bench::subject::Subject;
 use crate::bench::variant::Variant;
@@ -63,6 +63,13 @@ Examples:
   # Eleven depths at four lengths, three needles each
   bfly-quality-smoke needle --model MODEL --ctx 1k,2k,4k,8k --samples 3 --variants stock,retrofit --out needle.json";
 
+const JOIN_EXAMPLES: &str = "\
+Examples:
+  # A GPU for each half of the tasks
+  CUDA_VISIBLE_DEVICES=0 bfly-quality-smoke ruler --model MODEL --ctx 32k --tasks niah_single_1,niah_single_2 --out a.json &
+  CUDA_VISIBLE_DEVICES=1 bfly-quality-smoke ruler --model MODEL --ctx 32k --tasks vt,cwe,fwe --out b.json; wait
+  bfly-quality-smoke join a.json b.json --out ruler.json";
+
 const LAYERS_EXAMPLES: &str = "\
 Examples:
   # Rank layers by what swapping each does to the answers of needles, and write plans that keep the first of them
@@ -95,6 +102,9 @@ pub enum Command {
     /// One needle over a grid of lengths and depths.
     #[command(after_help = NEEDLE_EXAMPLES)]
     Needle(Box<needle::NeedleArgs>),
+    /// Answers that several processes gave side by side, as one file.
+    #[command(after_help = JOIN_EXAMPLES)]
+    Join(join::JoinArgs),
     /// Which layers the model cannot do without; writes plans that keep them.
     #[command(after_help = LAYERS_EXAMPLES)]
     Layers(Box<layers::LayersArgs>),
@@ -243,12 +253,13 @@ impl SmokeArgs {
 /// Runs it.
 ///
 /// # Errors
-/// See [`smoke::run`], [`ruler::run`], [`needle::run`], [`layers::run`], [`ablate::run`] and [`positions::run`].
+/// See [`smoke::run`], [`ruler::run`], [`needle::run`], [`join::run`], [`layers::run`], [`ablate::run`] and [`positions::run`].
 pub fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
         None => smoke::run(&cli.smoke),
         Some(Command::Ruler(args)) => ruler::run(args),
         Some(Command::Needle(args)) => needle::run(args),
+        Some(Command::Join(args)) => join::run(args),
         Some(Command::Layers(args)) => layers::run(args),
         Some(Command::Ablate(args)) => ablate::run(args),
         Some(Command::Positions(args)) => positions::run(args),

@@ -15,7 +15,7 @@
 //! | [`metrics`] | distances between distributions, over the whole vocabulary |
 //! | [`stats`] | means with bootstrap intervals, paired differences |
 //! | [`smoke`], [`gate`] | distributions and greedy text against stock; `--fail-below` |
-//! | [`ruler`], [`needle`], [`answers`] | tasks and needle grids put to every variant |
+//! | [`ruler`], [`needle`], [`answers`], [`join`] | tasks and needle grids put to every variant; answers of several processes as one file |
 //! | [`probe`], [`layers`], [`heads`], [`ablate`], [`graph`] | which layers, heads and settings matter |
 //! | [`positions`] | the loss by position, beyond the trained length |
 //! | [`mod@format`] | the JSON |
@@ -30,6 +30,7 @@ pub mod format;
 pub mod gate;
 pub mod graph;
 pub mod heads;
+pub mod join;
 pub mod layers;
 pub mod metrics;
 pub mod needle;
