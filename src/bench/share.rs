@@ -43,8 +43,8 @@ pub fn last_that(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Op
     Ok((last > 0).then_some(last))
 }
 
-/// `settings` with the widest window for which `bytes` of the plan are no more than `target`, and those bytes; `None` where not even
-/// a window of one block is that small.
+/// `settings` with the widest window for which `bytes` of the plan are no more than `target`; `None` where not even a window of one
+/// block is that small.
 ///
 /// # Errors
 /// Those of `bytes`.
@@ -53,12 +53,9 @@ pub fn widest_window(
     target: u64,
     most: usize,
     bytes: impl Fn(&Settings) -> Result<u64>,
-) -> Result<Option<(Settings, u64)>> {
+) -> Result<Option<Settings>> {
     let with = |blocks: usize| Settings { window: blocks * settings.block, ..settings.clone() };
-    match last_that(most.div_ceil(settings.block), |blocks| Ok(bytes(&with(blocks))? <= target))? {
-        None => Ok(None),
-        Some(blocks) => Ok(Some((with(blocks), bytes(&with(blocks))?))),
-    }
+    Ok(last_that(most.div_ceil(settings.block), |blocks| Ok(bytes(&with(blocks))? <= target))?.map(with))
 }
 
 /// `plan` with the widest window whose cache for `ctx` positions takes no more than `share` of a dense one.
@@ -70,7 +67,7 @@ pub fn retrofit(plan: &RetrofitPlan, spec: &ModelSpec, ctx: usize, share: f64) -
     let bytes = |settings: &Settings| Ok(Cache::bytes_for(spec, Some(&with(settings)?), ctx, DTYPE, false)?.0);
     let target = target(spec, ctx, share)?;
     match widest_window(&plan.settings, target, ctx, bytes)? {
-        Some((settings, _)) => with(&settings),
+        Some(settings) => with(&settings),
         None => {
             let least = bytes(&Settings { window: plan.settings.block, ..plan.settings.clone() })?;
             let what = format!("a window of one block of {}", plan.settings.block);

@@ -206,7 +206,7 @@ fn changes(
                 for rule in SELECTORS.iter().filter(|r| r.name() != s.partner) {
                     let other = Settings { partner: rule.name().into(), ..s.clone() };
                     match widest_window(&other, target, ctx, bytes)? {
-                        Some((settings, _)) => {
+                        Some(settings) => {
                             all.push(with(format!("{}, window {}", rule.name(), settings.window), settings));
                         }
                         None => left_out.push(rule.name()),
