@@ -54,7 +54,7 @@ fi
 published=retrofit:window=64,block=64,window-align=token,sink-tokens=0,shift-unit=1
 local=retrofit:partner=local
 run() { local what=$1 file=$2; shift 2; "$quality" $what --model "$model" ${flags[@]+"${flags[@]}"} --out "$raw/$name-$file.json" "$@"; }
-# Retrofits with the 2, 4 and 8 layers kept dense that `layers` found most sensitive; once it was run.
+# Retrofits with so many layers kept dense, those that `layers` found most sensitive; once it was run.
 kept() { for k in "$@"; do [ ! -f "$plans/dense-$k.json" ] || echo -n ",retrofit:plan=$plans/dense-$k.json"; done; }
 
 for stage in "${stages[@]}"; do
@@ -62,8 +62,8 @@ for stage in "${stages[@]}"; do
   case "$stage" in
     smoke) run "" smoke --ctx "1k,$lengths" --documents 12 --variants "stock,retrofit,$published,$local" ;;
     layers) run layers layers --ctx "$middle" --documents 8 --samples 8 --plans "$plans" ;;
-    # A file per length: a run that is cut off can only be taken up by the same build. An eviction is a wait for the host in every
-    # layer: KeyDiff's blocks grow with the text.
+    # A file per length: a run that is cut off can only be taken up by the same build. An eviction is some thirty launches in
+    # every layer: KeyDiff's blocks grow with the text.
     ruler-*)
       length=${stage#ruler-}
       run ruler "$stage" --ctx "$length" --samples "$samples" --question-unseen \

@@ -9,8 +9,8 @@
 //!
 //! Two things differ from the paper. Blocks lie at multiples of `block` of the text, however it is fed, so that one-shot, chunked
 //! and token-by-token reading give the same; the paper's blocks are its prefill chunks. And decode evicts when a block is complete
-//! too, where the paper evicts after every token: the rows for that are allocated in any case, and a GPU need not wait for the host at
-//! every token. When the context is over, the block in progress is cut to the budget, as the paper's last block is.
+//! too, where the paper evicts after every token: the rows for that are allocated in any case, and a step captured on a GPU serves
+//! until then. When the context is over, the block in progress is cut to the budget, as the paper's last block is.
 
 use super::{Eviction, EvictionPlan, Seen, Setting, When};
 use crate::error::Result;

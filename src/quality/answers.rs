@@ -114,10 +114,13 @@ impl Cell {
         let mut depths: Vec<f64> = self.answers.iter().filter_map(|a| a.depth).collect();
         depths.sort_by(f64::total_cmp);
         depths.dedup();
+        if depths.is_empty() {
+            return self.answers.iter().map(|a| 100.0 * a.score).collect();
+        }
         // A grid numbers its samples needle by needle.
         let mut needles: BTreeMap<usize, (f64, usize)> = BTreeMap::new();
         for answer in &self.answers {
-            let (sum, count) = needles.entry(answer.index / depths.len().max(1)).or_default();
+            let (sum, count) = needles.entry(answer.index / depths.len()).or_default();
             (*sum, *count) = (*sum + 100.0 * answer.score, *count + 1);
         }
         needles.into_values().map(|(sum, count)| sum / count as f64).collect()

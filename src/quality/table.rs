@@ -90,7 +90,7 @@ pub fn answers_table(answers: &Answers) -> String {
 
 /// The mean over tasks, each with the same weight; samples are drawn again within their task.
 fn mean_score(cells: &[&Cell]) -> Option<Estimate> {
-    let groups: Vec<Vec<f64>> = cells.iter().map(|c| c.answers.iter().map(|a| 100.0 * a.score).collect()).collect();
+    let groups: Vec<Vec<f64>> = cells.iter().map(|c| c.independent()).collect();
     Estimate::of_groups(&groups)
 }
 

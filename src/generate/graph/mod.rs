@@ -2,8 +2,8 @@
 //!
 //! All that changes from token to token (position, token, running sums) lies in device memory, and the cache never grows, so
 //! that the same launches serve every position. The likeliest token is found on the device and read by the next replay; the host
-//! fetches tokens a few at a time. Where a rule evicts, a step is captured anew whenever rows have changed places. The residual stream and all sums are f32; keys and values are 16 bits; weights are 16 bits or
-//! quantised blocks, as they are held.
+//! fetches tokens a few at a time. Where a rule evicts, a step is captured anew whenever rows have changed places. The residual
+//! stream and all sums are f32; keys and values are 16 bits; weights are 16 bits or quantised blocks, as they are held.
 
 mod matvec;
 mod step;

@@ -99,8 +99,7 @@ impl<'a> Cells<'a> {
     /// tasks are not to be compared.
     pub fn mean(&self, variant: &str, length: usize) -> Option<Estimate> {
         let scores = |task: &&str| -> Option<Vec<f64>> {
-            let cell = self.of(variant, Some(length)).find(|c| c.task == *task)?;
-            Some(cell.answers.iter().map(|a| 100.0 * a.score).collect())
+            self.of(variant, Some(length)).find(|c| c.task == *task).map(Cell::independent)
         };
         Estimate::of_groups(&self.tasks().iter().map(scores).collect::<Option<Vec<_>>>()?)
     }
