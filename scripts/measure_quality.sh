@@ -9,15 +9,18 @@
 #   --quality FILE  bfly-quality-smoke                                [target/release/bfly-quality-smoke]
 #   --flags FLAGS   for every command, such as '--dtype bf16 --tie-embeddings'
 #   --samples N     samples per cell                                  [50]
+#   --tasks LIST    of the ruler stages and bytes alone: with --part, one process per group of tasks, to be joined afterwards
+#   --part NAME     added to the names of the files
 #   --out DIR       JSON goes to DIR/raw; files of answers there are taken up where they were cut off
 #
 # Stages: smoke, layers (writes DIR/plans), ruler-LENGTH (such as ruler-4k: every method, the question unseen), bytes (every method from
-# 1/2 to 1/64 of a dense cache, the question unseen), ablate-LENGTH, needle, positions (to 128k, beyond the trained length). All by default;
-# several may run side by side once layers is done. texts/ and words/ must be there (scripts/fetch_texts.py, scripts/fetch_words.py).
+# 1/2 to 1/64 of a dense cache, the question unseen), ablate-LENGTH, cumulative (partner rules as layers are swapped, most harmless first),
+# needle, positions (to 128k, beyond the trained length). All by default; several may run side by side once
+# layers is done. texts/ and words/ must be there (scripts/fetch_texts.py, scripts/fetch_words.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-usage() { sed -n '2,18s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-quality=target/release/bfly-quality-smoke model="" out="" name="" ctx=32k samples=50 flags=() stages=()
+usage() { sed -n '2,21s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+quality=target/release/bfly-quality-smoke model="" out="" name="" ctx=32k samples=50 tasks="" part="" flags=() stages=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --model) model=$2; shift 2 ;;
@@ -26,6 +29,8 @@ while [ $# -gt 0 ]; do
     --quality) quality=$2; shift 2 ;;
     --flags) read -ra flags <<<"$2"; shift 2 ;;
     --samples) samples=$2; shift 2 ;;
+    --tasks) tasks=$2; shift 2 ;;
+    --part) part=-$2; shift 2 ;;
     --out) out=$2; shift 2 ;;
     -h|--help) usage ;;
     -*) echo "measure_quality.sh: unknown flag $1" >&2; usage ;;
@@ -49,11 +54,12 @@ if [ ${#stages[@]} -eq 0 ]; then
   for length in ${lengths//,/ }; do stages+=("ruler-$length"); done
   stages+=(bytes)
   for length in 4k 8k 16k; do [ "${length%k}" -gt "${ctx%k}" ] || stages+=("ablate-$length"); done
-  stages+=(needle positions)
+  stages+=(cumulative needle positions)
 fi
 published=retrofit:window=64,block=64,window-align=token,sink-tokens=0,shift-unit=1
 local=retrofit:partner=local
-run() { local what=$1 file=$2; shift 2; "$quality" $what --model "$model" ${flags[@]+"${flags[@]}"} --out "$raw/$name-$file.json" "$@"; }
+run() { local what=$1 file=$2; shift 2; "$quality" $what --model "$model" ${flags[@]+"${flags[@]}"} --out "$raw/$name-$file$part.json" "$@"; }
+answer() { local file=$1; shift; run ruler "$file" --samples "$samples" --question-unseen ${tasks:+--tasks "$tasks"} "$@"; }
 # Retrofits with so many layers kept dense, those that `layers` found most sensitive; once it was run.
 kept() { for k in "$@"; do [ ! -f "$plans/dense-$k.json" ] || echo -n ",retrofit:plan=$plans/dense-$k.json"; done; }
 
@@ -66,7 +72,7 @@ for stage in "${stages[@]}"; do
     # every layer: KeyDiff's blocks grow with the text.
     ruler-*)
       length=${stage#ruler-}
-      run ruler "$stage" --ctx "$length" --samples "$samples" --question-unseen \
+      answer "$stage" --ctx "$length" \
         --variants "stock,retrofit,$published,$local$(kept 4 8),snapkv:kv=1/4,keydiff:kv=1/4,block=$((${length%k} * 32))"
       ;;
     # Blocks small enough for the smallest shares.
@@ -78,13 +84,20 @@ for stage in "${stages[@]}"; do
         variants=$variants,retrofit:kv=1/$share,block=32,snapkv:kv=1/$share,keydiff:kv=1/$share,block=$evict
         case $share in 4|16|64) variants=$variants,$local,kv=1/$share,block=32 ;; esac
       done
-      run ruler bytes --ctx "$middle" --samples "$samples" --question-unseen --variants "$variants"
+      answer bytes --ctx "$middle" --variants "$variants"
       ;;
     ablate-*)
       length=${stage#ablate-}
       run ablate "$stage" --ctx "$length" --documents 12 --samples 8
       run ablate "ablate-small-blocks-$length" --ctx "$length" --documents 12 --samples 8 --axes partner \
         --variants retrofit:block=16,partner-count=4
+      ;;
+    # Summaries that many queries read, and layers that still need them: where a rule could show.
+    cumulative)
+      for k in 16 12 8 4; do
+        [ ! -f "$plans/dense-$k.json" ] || run ablate "cumulative-dense-$k" --ctx "$middle" --documents 12 --samples 8 --axes partner \
+          --variants "retrofit:plan=$plans/dense-$k.json,block=16,partner-count=4"
+      done
       ;;
     needle) run needle needle --ctx "$lengths" --samples 5 --variants "stock,retrofit$(kept 4)" ;;
     positions)
