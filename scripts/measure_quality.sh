@@ -9,18 +9,20 @@
 #   --quality FILE  bfly-quality-smoke                                [target/release/bfly-quality-smoke]
 #   --flags FLAGS   for every command, such as '--dtype bf16 --tie-embeddings'
 #   --samples N     samples per cell                                  [50]
+#   --jobs N        samples side by side on one GPU                   [1]
 #   --tasks LIST    of the ruler stages and bytes alone: with --part, one process per group of tasks, to be joined afterwards
 #   --part NAME     added to the names of the files
 #   --out DIR       JSON goes to DIR/raw; files of answers there are taken up where they were cut off
 #
-# Stages: smoke, layers (writes DIR/plans), ruler-LENGTH (such as ruler-4k: every method, the question unseen), bytes (every method from
-# 1/2 to 1/64 of a dense cache, the question unseen), ablate-LENGTH, cumulative (partner rules as layers are swapped, most harmless first),
-# needle, positions (to 128k, beyond the trained length). All by default; several may run side by side once
-# layers is done. texts/ and words/ must be there (scripts/fetch_texts.py, scripts/fetch_words.py).
+# Stages: smoke, layers (writes DIR/plans/NAME), layers-mixed (the same judged on other tasks too: DIR/plans/NAME-mixed), ruler-LENGTH (such
+# as ruler-4k: every method, the question unseen), bytes (every method from 1/2 to 1/64 of a dense cache, the question unseen),
+# ablate-LENGTH, cumulative (partner rules as layers are swapped, most harmless first), needle, positions (to 128k, beyond the trained
+# length). All by default; several may run side by side once layers is done. texts/ and words/ must be there (scripts/fetch_texts.py,
+# scripts/fetch_words.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-usage() { sed -n '2,21s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-quality=target/release/bfly-quality-smoke model="" out="" name="" ctx=32k samples=50 tasks="" part="" flags=() stages=()
+usage() { sed -n '2,23s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+quality=target/release/bfly-quality-smoke model="" out="" name="" ctx=32k samples=50 jobs=1 tasks="" part="" flags=() stages=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --model) model=$2; shift 2 ;;
@@ -29,6 +31,7 @@ while [ $# -gt 0 ]; do
     --quality) quality=$2; shift 2 ;;
     --flags) read -ra flags <<<"$2"; shift 2 ;;
     --samples) samples=$2; shift 2 ;;
+    --jobs) jobs=$2; shift 2 ;;
     --tasks) tasks=$2; shift 2 ;;
     --part) part=-$2; shift 2 ;;
     --out) out=$2; shift 2 ;;
@@ -50,7 +53,7 @@ for length in 4k 8k 16k 32k; do
 done
 middle=8k; [ "${ctx%k}" -ge 8 ] || middle=$ctx
 if [ ${#stages[@]} -eq 0 ]; then
-  stages=(smoke layers)
+  stages=(smoke layers layers-mixed)
   for length in ${lengths//,/ }; do stages+=("ruler-$length"); done
   stages+=(bytes)
   for length in 4k 8k 16k; do [ "${length%k}" -gt "${ctx%k}" ] || stages+=("ablate-$length"); done
@@ -59,25 +62,29 @@ fi
 published=retrofit:window=64,block=64,window-align=token,sink-tokens=0,shift-unit=1
 local=retrofit:partner=local
 run() { local what=$1 file=$2; shift 2; "$quality" $what --model "$model" ${flags[@]+"${flags[@]}"} --out "$raw/$name-$file$part.json" "$@"; }
-answer() { local file=$1; shift; run ruler "$file" --samples "$samples" --question-unseen ${tasks:+--tasks "$tasks"} "$@"; }
-# Retrofits with so many layers kept dense, those that `layers` found most sensitive; once it was run.
-kept() { for k in "$@"; do [ ! -f "$plans/dense-$k.json" ] || echo -n ",retrofit:plan=$plans/dense-$k.json"; done; }
+answer() { local file=$1; shift; run ruler "$file" --samples "$samples" --jobs "$jobs" --question-unseen ${tasks:+--tasks "$tasks"} "$@"; }
+# Retrofits with so many layers kept dense, those that `layers` (or `layers-mixed`) found most sensitive; once it was run.
+kept() { local dir=$1 k; shift; for k in "$@"; do [ ! -f "$dir/dense-$k.json" ] || echo -n ",retrofit:plan=$dir/dense-$k.json"; done; }
 
 for stage in "${stages[@]}"; do
   echo "== $stage" >&2
   case "$stage" in
     smoke) run "" smoke --ctx "1k,$lengths" --documents 12 --variants "stock,retrofit,$published,$local" ;;
     layers) run layers layers --ctx "$middle" --documents 8 --samples 8 --plans "$plans" ;;
+    # Layers that matter to needles need not be those that matter to chains and counts.
+    layers-mixed)
+      run layers layers-mixed --ctx "$middle" --documents 8 --samples 8 --tasks niah_multikey_1,vt,cwe,fwe --plans "$plans-mixed"
+      ;;
     # A file per length: a run that is cut off can only be taken up by the same build. An eviction is some thirty launches in
     # every layer: KeyDiff's blocks grow with the text.
     ruler-*)
       length=${stage#ruler-}
       answer "$stage" --ctx "$length" \
-        --variants "stock,retrofit,$published,$local$(kept 4 8),snapkv:kv=1/4,keydiff:kv=1/4,block=$((${length%k} * 32))"
+        --variants "stock,retrofit,$published,$local$(kept "$plans" 4 8)$(kept "$plans-mixed" 4 8),snapkv:kv=1/4,keydiff:kv=1/4,block=$((${length%k} * 32))"
       ;;
     # Blocks small enough for the smallest shares.
     bytes)
-      variants=stock$(kept 1 2 4 8 12)
+      variants=stock$(kept "$plans" 1 2 4 8 12)
       for share in 2 4 8 16 32 64; do
         evict=$((${middle%k} * 256 / share))
         evict=$((evict < 64 ? 64 : evict > 256 ? 256 : evict))
@@ -99,7 +106,7 @@ for stage in "${stages[@]}"; do
           --variants "retrofit:plan=$plans/dense-$k.json,block=16,partner-count=4"
       done
       ;;
-    needle) run needle needle --ctx "$lengths" --samples 5 --variants "stock,retrofit$(kept 4)" ;;
+    needle) run needle needle --ctx "$lengths" --samples 5 --jobs "$jobs" --variants "stock,retrofit$(kept "$plans" 4)" ;;
     positions)
       run positions positions --ctx 128k --allow-extrapolation --documents 5 \
         --variants "stock,retrofit,retrofit:pool=pre-rope,retrofit:pool=pre-rope,far-position=clamp"

@@ -30,7 +30,7 @@ pub fn run(args: &FitArgs) -> Result<()> {
     prove_writable(&args.out)?;
     let subject = Subject::open(&args.subject, device, &progress)?;
     let variants = subject.variants()?;
-    subject.refuse_too_large()?;
+    subject.refuse_too_large(1)?;
     let stream = subject.stream(read, &progress)?;
     let mut fit = Fit {
         kind: FIT.into(),

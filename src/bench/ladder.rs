@@ -29,7 +29,7 @@ pub fn run(args: &LadderArgs) -> Result<()> {
     let before = earlier(&args.out)?;
     let subject = Subject::open(&args.subject, device, &progress)?;
     let variants = subject.variants()?;
-    subject.refuse_too_large()?;
+    subject.refuse_too_large(1)?;
 
     let own = contexts.iter().max().map_or(0, |c| c - args.decode);
     let tokens = own.max(before.as_ref().map_or(0, |b| b.prompt.tokens));

@@ -59,18 +59,19 @@ impl Subject {
         variant::parse(&self.args.variants, self.patch.as_ref().map(|p| &p.plan), &self.checkpoint.spec, ctx)
     }
 
-    /// Refuses weights that cannot be held, before the first allocation fails and ends the process.
+    /// Refuses weights that cannot be held so many times over, before the first allocation fails and ends the process.
     ///
     /// # Errors
     /// Weights that take more than the machine, or the GPU, has.
-    pub fn refuse_too_large(&self) -> Result<()> {
-        let need: u64 = self.checkpoint.held(&self.hold).values().sum();
+    pub fn refuse_too_large(&self, copies: usize) -> Result<()> {
+        let need = self.checkpoint.held(&self.hold).values().sum::<u64>() * copies as u64;
+        let times = if copies > 1 { format!(" as {copies} copies") } else { String::new() };
         match crate::ops::memory_of(&self.device).filter(|memory| need > *memory) {
             None => Ok(()),
             Some(memory) => Err(Error::new(
                 ErrorKind::Unsupported,
                 self.checkpoint.identity.place(),
-                format!("its weights take {}; there are {} of memory", human_bytes(need), human_bytes(memory)),
+                format!("its weights{times} take {}; there are {} of memory", human_bytes(need), human_bytes(memory)),
             )),
         }
     }
@@ -89,7 +90,15 @@ impl Subject {
     /// # Errors
     /// As [`Model::load`].
     pub fn load(&self, ctx: usize, progress: OnProgress) -> Result<Model> {
-        Model::load(&self.checkpoint, None, ctx, &self.hold, &self.device, progress)
+        self.load_on(&self.device, ctx, progress)
+    }
+
+    /// The same on another device of the same kind.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn load_on(&self, device: &Device, ctx: usize, progress: OnProgress) -> Result<Model> {
+        Model::load(&self.checkpoint, None, ctx, &self.hold, device, progress)
     }
 
     /// Warns of contexts that the model was not trained for.

@@ -31,6 +31,17 @@ fn gpu(index: usize) -> Result<Device> {
     crate::ops::cuda::open(index)
 }
 
+/// `device` once more, with a stream of its own where it is a GPU.
+///
+/// # Errors
+/// A GPU that cannot be opened again.
+pub fn beside(device: &Device) -> Result<Device> {
+    match device.location() {
+        candle_core::DeviceLocation::Cuda { gpu_id } => gpu(gpu_id),
+        _ => Ok(device.clone()),
+    }
+}
+
 /// How `checkpoint`'s weights are held on `device`.
 pub fn hold_as(request: Held, checkpoint: &Checkpoint, device: &Device) -> HoldAs {
     match device.is_cpu() {

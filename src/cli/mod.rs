@@ -11,7 +11,7 @@ mod size;
 
 pub use crate::ops::human_bytes;
 pub use args::{Cli, Command, ModelArgs, PromptArgs, RetrofitArgs, RunArgs, SamplingArgs};
-pub use device::{describe, hold_as, open_device};
+pub use device::{beside, describe, hold_as, open_device};
 pub use ledger::{peak_memory, Ledger};
 pub use output::Output;
 pub use patch::Patch;

@@ -2,7 +2,7 @@
 
 use super::asking::{Asking, Prompt};
 use super::format::Subject;
-use super::runner::Runner;
+use super::runner::Runners;
 use super::stats::Estimate;
 use super::tasks::{rule, Rule, Sample};
 use crate::bench::file::{header_difference, prove_writable, save};
@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 /// `kind` of a file of answers.
@@ -77,7 +78,7 @@ pub struct Cell {
     pub rule: Rule,
     /// Tokens of a prompt and its answer, at most; also the positions provisioned.
     pub length: usize,
-    /// Seconds for all samples, tokens to answers.
+    /// Seconds for all samples, tokens to answers; with --jobs, of all together.
     pub seconds: f64,
     /// Every sample.
     pub answers: Vec<Answer>,
@@ -207,23 +208,28 @@ impl AnswersFile {
     /// A variant that cannot be run; no way to write.
     pub fn ask(
         &mut self,
-        runner: &mut Runner,
+        runners: &mut Runners,
         asking: &Asking,
         (variant, set): (&Variant, &Set),
-        on_tokens: &mut dyn FnMut(usize),
+        on_tokens: &(dyn Fn(usize) + Sync),
     ) -> Result<&Cell> {
         let rule = rule(&set.task)?;
         let missing = self.missing(variant, set)?;
         let begin = Instant::now();
-        let (mut done, mut subject, mut made) = (0, None, vec![]);
-        for (sample, prompt) in missing {
+        let done = AtomicUsize::new(0);
+        let made = runners.each(missing.len(), |runner, i| {
+            let (sample, prompt) = &missing[i];
             let room = sample.max_new_tokens;
             let ctx = set.length.max(prompt.tokens() + room);
+            let mut read = 0;
+            let mut on_own = |n: usize| {
+                let before = done.fetch_add(n.saturating_sub(read), Ordering::Relaxed);
+                on_tokens(before + n.saturating_sub(read));
+                read = read.max(n);
+            };
             let (answer, tokens, kv) =
-                runner.run(variant, ctx, |model| asking.answer(model, prompt, room, &mut |n| on_tokens(done + n)))?;
-            done += prompt.tokens();
-            subject = Some(Subject::of(variant, kv));
-            made.push(Answer {
+                runner.run(variant, ctx, |model| asking.answer(model, prompt, room, &mut on_own))?;
+            let answer = Answer {
                 index: sample.index,
                 sha256: hash(&prompt.ids()),
                 prompt_tokens: prompt.tokens(),
@@ -231,8 +237,11 @@ impl AnswersFile {
                 score: rule.score(&answer, &sample.outputs),
                 answer,
                 tokens,
-            });
-        }
+            };
+            Ok((answer, kv))
+        })?;
+        let (made, held): (Vec<_>, Vec<_>) = made.into_iter().unzip();
+        let subject = held.into_iter().next_back().map(|kv| Subject::of(variant, kv));
         let at = match (self.find(variant, set), subject) {
             (Some(at), _) => at,
             (None, Some(subject)) => {
@@ -258,7 +267,7 @@ impl AnswersFile {
 /// As [`AnswersFile::ask`].
 pub fn ask_all(
     file: &mut AnswersFile,
-    runner: &mut Runner,
+    runners: &mut Runners,
     asking: &Asking,
     variants: &[Vec<Variant>],
     sets: &[Set],
@@ -273,8 +282,8 @@ pub fn ask_all(
     for (set, variants) in sets.iter().zip(variants) {
         for variant in variants {
             let own = tokens(file.missing(variant, set)?);
-            let on_tokens = &mut |n: usize| bars.show("ask", (done + n) as u64, total as u64);
-            let cell = file.ask(runner, asking, (variant, set), on_tokens)?;
+            let on_tokens = |n: usize| bars.show("ask", (done + n) as u64, total as u64);
+            let cell = file.ask(runners, asking, (variant, set), &on_tokens)?;
             let score = cell.score().map_or("-".into(), |s| s.show(1));
             bars.say(&format!("{:>5}  {:<16} {:<40} {score}", short_count(set.length), set.task, variant.name));
             done += own;

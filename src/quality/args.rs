@@ -55,6 +55,9 @@ Examples:
   # At the same bytes
   bfly-quality-smoke ruler --model MODEL --ctx 8k --question-unseen --variants retrofit:kv=1/8,keydiff:kv=1/8 --out bytes.json
 
+  # Six samples side by side on one GPU
+  bfly-quality-smoke ruler --model MODEL --ctx 32k --samples 50 --jobs 6 --out ruler.json
+
   # The same prompts for another engine
   bfly-quality-smoke ruler --model MODEL --ctx 4k --tasks niah_single_2 --export niah.jsonl --export-only";
 
@@ -161,7 +164,7 @@ impl JudgedArgs {
             random_weights: None,
         };
         let subject = Subject::open(&args, device, progress)?;
-        subject.refuse_too_large()?;
+        subject.refuse_too_large(1)?;
         Ok(subject)
     }
 

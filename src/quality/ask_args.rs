@@ -3,12 +3,12 @@
 use super::answers::{ask_all, Answers, AnswersFile, Asked, Set};
 use super::args::JudgedArgs;
 use super::asking::Asking;
-use super::runner::Runner;
+use super::runner::Runners;
 use super::tasks::{self, Prose, Questions, Sample, Sources, Words};
 use crate::bench::args::at_least_one;
 use crate::bench::file::prove_writable;
 use crate::bench::subject::Subject;
-use crate::cli::{parse_size, Bars};
+use crate::cli::{beside, parse_size, Bars};
 use crate::error::{Error, Result};
 use clap::Args;
 use rayon::prelude::*;
@@ -36,6 +36,9 @@ pub struct AskArgs {
     /// knowing what will be asked.
     #[arg(long)]
     pub question_unseen: bool,
+    /// Samples put side by side, each to a copy of the weights of its own: a GPU that decodes one text of a small model is mostly idle.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
+    pub jobs: usize,
     /// Write the samples, one JSON object a line, for any other engine.
     #[arg(long, value_name = "FILE.jsonl")]
     pub export: Option<PathBuf>,
@@ -99,6 +102,7 @@ impl AskArgs {
             prove_writable(path)?;
         }
         let opened = self.judged.open(&progress)?;
+        opened.refuse_too_large(self.jobs)?;
         // A mistake is told before samples are made, which can take a while.
         let asked_for = if read.is_none() { self.lengths() } else { vec![] };
         asked_for.into_iter().try_for_each(|length| opened.variants_at(length).map(drop))?;
@@ -127,15 +131,21 @@ impl AskArgs {
             prefill_chunk: self.judged.prefill_chunk,
         };
         let mut file = AnswersFile::open(self.out.as_deref(), opened.header(), asked)?;
-        let mut runner = load(&opened, &lengths, &bars)?;
-        ask_all(&mut file, &mut runner, &asking, &variants, &sets, &bars)?;
+        let mut runners = load(&opened, (self.jobs, &lengths), &bars)?;
+        ask_all(&mut file, &mut runners, &asking, &variants, &sets, &bars)?;
         Ok(Some(file.answers))
     }
 }
 
-fn load(opened: &Subject, lengths: &[usize], bars: &Bars) -> Result<Runner> {
+/// The model as often as there are jobs, each on a device of its own.
+fn load(opened: &Subject, (jobs, lengths): (usize, &[usize]), bars: &Bars) -> Result<Runners> {
     let first = lengths.first().copied().unwrap_or(1);
-    Ok(Runner::new(opened.load(first, &|stage, done, total| bars.show(stage, done, total))?))
+    let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
+    let mut models = vec![opened.load(first, &progress)?];
+    for _ in 1..jobs {
+        models.push(opened.load_on(&beside(&opened.device)?, first, &progress)?);
+    }
+    Ok(Runners::new(models))
 }
 
 /// Makes every set; samples of a set in parallel.

@@ -1,8 +1,9 @@
-//! One set of weights, run as one variant after another.
+//! One set of weights, run as one variant after another; and several side by side.
 
 use crate::bench::variant::Variant;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Model;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A loaded model that changes what it is run as without being read again.
 pub struct Runner {
@@ -36,5 +37,101 @@ impl Runner {
         self.model
             .as_ref()
             .ok_or_else(|| Error::new(ErrorKind::Backend, "runner", "the model was lost in an earlier run"))
+    }
+}
+
+/// Copies of one model, each on a device handle of its own: of a GPU, on a stream of its own.
+///
+/// Decode of a small model leaves most of a GPU idle, since a step waits for one small kernel after another; other texts fill it.
+pub struct Runners(Vec<Runner>);
+
+impl Runners {
+    /// Of at least one model.
+    pub fn new(models: Vec<Model>) -> Self {
+        Self(models.into_iter().map(Runner::new).collect())
+    }
+
+    /// `f` of every index below `count`, each given to the first runner that is free, in the order of the indices.
+    ///
+    /// # Errors
+    /// One of `f`, after which no index is begun; a thread that panicked.
+    pub fn each<T: Send>(
+        &mut self,
+        count: usize,
+        f: impl Fn(&mut Runner, usize) -> Result<T> + Sync,
+    ) -> Result<Vec<T>> {
+        side_by_side(&mut self.0, count, &f)
+    }
+}
+
+/// [`Runners::each`], whatever the workers are.
+fn side_by_side<W: Send, T: Send>(
+    workers: &mut [W],
+    count: usize,
+    f: &(impl Fn(&mut W, usize) -> Result<T> + Sync),
+) -> Result<Vec<T>> {
+    if let [one] = workers {
+        return (0..count).map(|i| f(one, i)).collect();
+    }
+    let next = AtomicUsize::new(0);
+    let work = |worker: &mut W| {
+        let mut made = vec![];
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= count {
+                return Ok(made);
+            }
+            match f(worker, i) {
+                Ok(t) => made.push((i, t)),
+                Err(e) => {
+                    next.store(count, Ordering::Relaxed);
+                    return Err(e);
+                }
+            }
+        }
+    };
+    let work = &work;
+    let parts = std::thread::scope(|scope| {
+        let threads: Vec<_> = workers.iter_mut().map(|w| scope.spawn(move || work(w))).collect();
+        let panicked = |_| Err(Error::new(ErrorKind::Backend, "--jobs", "a thread panicked"));
+        threads.into_iter().map(|t| t.join().unwrap_or_else(panicked)).collect::<Result<Vec<_>>>()
+    })?;
+    let mut made: Vec<(usize, T)> = parts.into_iter().flatten().collect();
+    made.sort_by_key(|(i, _)| *i);
+    Ok(made.into_iter().map(|(_, t)| t).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+
+    #[test]
+    fn every_index_once_in_order_by_all_workers() -> Result<()> {
+        let (mut workers, meet) = ([0usize; 3], Barrier::new(3));
+        let made = side_by_side(&mut workers, 50, &|worker: &mut usize, i| {
+            // The first of each waits for the others: all take part.
+            if *worker == 0 {
+                meet.wait();
+            }
+            *worker += 1;
+            Ok(i * i)
+        })?;
+        assert_eq!(made, (0..50).map(|i| i * i).collect::<Vec<_>>());
+        assert!(workers.iter().all(|n| *n > 0) && workers.iter().sum::<usize>() == 50, "{workers:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_failure_is_told_and_so_is_a_panic() {
+        for workers in [1, 4] {
+            let told = side_by_side(&mut vec![(); workers], 100, &|(), i| match i {
+                7 => Err(Error::usage("sample 7", "cannot be read")),
+                _ => Ok(i),
+            });
+            assert_eq!(told.map(drop).map_err(|e| e.to_string()), Err("sample 7: cannot be read".into()));
+        }
+        let told = side_by_side(&mut [(); 2], 9, &|(), i| if i == 3 { panic!("a defect") } else { Ok(i) });
+        assert!(told.is_err_and(|e| e.to_string().contains("a thread panicked")));
     }
 }
