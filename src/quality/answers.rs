@@ -5,7 +5,7 @@ use super::format::Subject;
 use super::runner::Runners;
 use super::stats::Estimate;
 use super::tasks::{rule, Rule, Sample};
-use crate::bench::file::{header_difference, prove_writable, save};
+use crate::bench::file::{header_difference, prove_writable, save, Difference};
 use crate::bench::format::{read, Header, SCHEMA_VERSION};
 use crate::bench::prompt::hash;
 use crate::bench::variant::Variant;
@@ -104,6 +104,15 @@ pub struct Answer {
     pub score: f64,
 }
 
+impl Answers {
+    /// The first thing in which `other` was measured or asked otherwise: what, here, there.
+    pub fn difference(&self, other: &Self) -> Option<Difference> {
+        let show = |a: &Asked| serde_json::to_string(a).unwrap_or_default();
+        header_difference(&self.header, &other.header)
+            .or_else(|| (self.asked != other.asked).then(|| ("way of asking", show(&self.asked), show(&other.asked))))
+    }
+}
+
 impl Cell {
     /// The mean score in percent, with its interval.
     pub fn score(&self) -> Option<Estimate> {
@@ -166,9 +175,7 @@ impl AnswersFile {
             return Ok(Self { path: path.map(Into::into), answers: fresh });
         }
         let mut answers: Answers = read(place, ANSWERS)?;
-        let show = |a: &Asked| serde_json::to_string(a).unwrap_or_default();
-        let other = (answers.asked != fresh.asked).then(|| ("way of asking", show(&answers.asked), show(&fresh.asked)));
-        if let Some((what, was, now)) = header_difference(&answers.header, &fresh.header).or(other) {
+        if let Some((what, was, now)) = answers.difference(&fresh) {
             let message = format!("was measured with another {what}: {was} there, {now} here; choose another --out");
             return Err(Error::usage(format!("--out {}", place.display()), message));
         }

@@ -5,7 +5,7 @@
 
 use super::answers::{Answers, Joined, ANSWERS};
 use super::table::answers_table;
-use crate::bench::file::{header_difference, prove_writable, save};
+use crate::bench::file::{prove_writable, save};
 use crate::bench::format::read;
 use crate::cli::short_count;
 use crate::error::{Error, Result};
@@ -45,9 +45,7 @@ fn join(files: Vec<(&Path, Answers)>) -> Result<Answers> {
         all.joined.push(part(&all));
     }
     for (path, other) in files {
-        let show = |a: &Answers| serde_json::to_string(&a.asked).unwrap_or_default();
-        let asked = (all.asked != other.asked).then(|| ("way of asking", show(&all), show(&other)));
-        if let Some((what, was, now)) = header_difference(&all.header, &other.header).or(asked) {
+        if let Some((what, was, now)) = all.difference(&other) {
             let message = format!("was measured with another {what} than {}: {now}, not {was}", first.display());
             return Err(Error::usage(path.display(), message));
         }
