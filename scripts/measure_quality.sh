@@ -12,6 +12,7 @@
 #   --jobs N        samples side by side on one GPU                   [1]
 #   --tasks LIST    of the ruler stages and bytes alone: with --part, one process per group of tasks, to be joined afterwards
 #   --part NAME     added to the names of the files
+#   --squad FILE    questions for qa_1, in the form of SQuAD 2.0; with --hotpot FILE, in the form of HotpotQA, for qa_2
 #   --out DIR       JSON goes to DIR/raw; files of answers there are taken up where they were cut off
 #
 # Stages: smoke, layers (writes DIR/plans/NAME), layers-mixed (the same judged on other tasks too: DIR/plans/NAME-mixed), ruler-LENGTH (such
@@ -21,8 +22,8 @@
 # scripts/fetch_words.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-usage() { sed -n '2,23s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-quality=target/release/bfly-quality-smoke model="" out="" name="" ctx=32k samples=50 jobs=1 tasks="" part="" flags=() stages=()
+usage() { sed -n '2,24s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+quality=target/release/bfly-quality-smoke model="" out="" name="" ctx=32k samples=50 jobs=1 tasks="" part="" questions=() flags=() stages=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --model) model=$2; shift 2 ;;
@@ -34,6 +35,7 @@ while [ $# -gt 0 ]; do
     --jobs) jobs=$2; shift 2 ;;
     --tasks) tasks=$2; shift 2 ;;
     --part) part=-$2; shift 2 ;;
+    --squad|--hotpot) questions+=("$1" "$2"); shift 2 ;;
     --out) out=$2; shift 2 ;;
     -h|--help) usage ;;
     -*) echo "measure_quality.sh: unknown flag $1" >&2; usage ;;
@@ -62,7 +64,7 @@ fi
 published=retrofit:window=64,block=64,window-align=token,sink-tokens=0,shift-unit=1
 local=retrofit:partner=local
 run() { local what=$1 file=$2; shift 2; "$quality" $what --model "$model" ${flags[@]+"${flags[@]}"} --out "$raw/$name-$file$part.json" "$@"; }
-answer() { local file=$1; shift; run ruler "$file" --samples "$samples" --jobs "$jobs" --question-unseen ${tasks:+--tasks "$tasks"} "$@"; }
+answer() { local file=$1; shift; run ruler "$file" --samples "$samples" --jobs "$jobs" --question-unseen ${tasks:+--tasks "$tasks"} ${questions[@]+"${questions[@]}"} "$@"; }
 # Retrofits with so many layers kept dense, those that `layers` (or `layers-mixed`) found most sensitive; once it was run.
 kept() { local dir=$1 k; shift; for k in "$@"; do [ ! -f "$dir/dense-$k.json" ] || echo -n ",retrofit:plan=$dir/dense-$k.json"; done; }
 
