@@ -5,6 +5,7 @@ mod common;
 use assert_cmd::Command;
 use bfly::quality::answers::{Answers, ANSWERS};
 use bfly::quality::format::{Smoke, SMOKE};
+use bfly::quality::layers::{Layers, LAYERS};
 use bfly::quality::metrics::{compare, Rows, TOP};
 use common::*;
 use std::path::Path;
@@ -208,5 +209,41 @@ fn looking_on_changes_nothing_and_sees_every_layer() -> Any {
         let all: Vec<_> = (0..model.spec().layers.len()).map(|i| (i, vec![36, hidden], 0)).collect();
         assert_eq!(seen, all);
     }
+    Ok(())
+}
+
+#[test]
+fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() -> Any {
+    let dir = tempfile::tempdir()?;
+    let (model, plans) = (golden("qwen3"), path(dir.path(), "plans"));
+    let study = |name: &str, more: &[&str]| -> std::result::Result<Layers, Box<dyn std::error::Error>> {
+        let out = path(dir.path(), name);
+        let args = ["layers", "--model", model.as_str(), "-q", "--tasks", "none", "--ctx", "96", "--documents", "2"];
+        let what = ["--positions", "16", "--decode", "4", "--variants", "retrofit:window=16,block=8", "--out", &out];
+        quality(&[&args[..], &what, more].concat()).assert().success();
+        Ok(bfly::bench::format::read(Path::new(&out), LAYERS)?)
+    };
+    let alone = study("alone.json", &[])?;
+    let rounds = study("rounds.json", &["--rank", "rounds", "--plans", &plans])?;
+    let beside = study("beside.json", &["--rank", "rounds", "--jobs", "3"])?;
+    assert!(alone.rounds.is_empty() && alone.single == rounds.single);
+    assert_eq!((&rounds.order, &rounds.rounds, &rounds.curve), (&beside.order, &beside.rounds, &beside.curve));
+    // Each round tries what the one before it left, but for what was swapped for good.
+    let mut left = rounds.single.len();
+    for round in &rounds.rounds {
+        assert!(round.tried.len() < left && round.swapped.len() + round.tried.len() == rounds.single.len());
+        left = round.tried.len();
+        for single in &round.tried {
+            let plan = single.score.subject.plan.as_ref().ok_or("a round without a plan")?;
+            let mut want = [round.swapped.as_slice(), &[single.layer]].concat();
+            want.sort_unstable();
+            assert_eq!(plan.layers, want);
+        }
+    }
+    assert!(!rounds.rounds.is_empty());
+    // The layer that is kept longest is dense in the plan that keeps one.
+    let plan: bfly::retrofit::RetrofitPlan =
+        serde_json::from_slice(&std::fs::read(path(dir.path(), "plans/dense-1.json"))?)?;
+    assert!(!plan.layers.contains(&rounds.order[0]) && plan.layers.len() + 1 == rounds.order.len());
     Ok(())
 }

@@ -128,8 +128,7 @@ pub fn run(args: &AblateArgs) -> Result<()> {
             "partner {rule}: not even one block of window fits the base's bytes beside its summaries; left out"
         ));
     }
-    let asking = args.probe.asking(&opened, &args.judged)?;
-    let probe = args.probe.probe(&opened, &args.judged, &asking, &bars)?;
+    let probe = args.probe.probe(&opened, &args.judged, &bars)?;
     let mut runner = Runner::new(opened.load(ctx, &progress)?);
     let measured = ctx - 1 - args.probe.positions - args.probe.decode..ctx - 1;
     let mut graphs = vec![(base.name.clone(), Graph::of(&plan, ctx, measured.clone())?)];

@@ -79,6 +79,9 @@ Examples:
   bfly-quality-smoke layers --model MODEL --ctx 8k --plans plans --out layers.json
   bfly-retrofit --model MODEL --plan plans/dense-4.json --prompt-file book.txt
 
+  # Layers can stand in for each other: swap them for good, round by round; four settings at a time on one GPU
+  bfly-quality-smoke layers --model MODEL --ctx 8k --rank rounds --jobs 4 --plans plans --out layers.json
+
   # By text alone
   bfly-quality-smoke layers --model MODEL --ctx 4k --tasks none --variants retrofit:window=1k";
 

@@ -7,8 +7,7 @@ use super::runner::Runners;
 use super::tasks::{self, Prose, Questions, Sample, Sources, Words};
 use crate::bench::args::at_least_one;
 use crate::bench::file::prove_writable;
-use crate::bench::subject::Subject;
-use crate::cli::{beside, parse_size, Bars};
+use crate::cli::{parse_size, Bars};
 use crate::error::{Error, Result};
 use clap::Args;
 use rayon::prelude::*;
@@ -131,21 +130,11 @@ impl AskArgs {
             prefill_chunk: self.judged.prefill_chunk,
         };
         let mut file = AnswersFile::open(self.out.as_deref(), opened.header(), asked)?;
-        let mut runners = load(&opened, (self.jobs, &lengths), &bars)?;
+        let first = lengths.first().copied().unwrap_or(1);
+        let mut runners = Runners::load(&opened, self.jobs, first, &progress)?;
         ask_all(&mut file, &mut runners, &asking, &variants, &sets, &bars)?;
         Ok(Some(file.answers))
     }
-}
-
-/// The model as often as there are jobs, each on a device of its own.
-fn load(opened: &Subject, (jobs, lengths): (usize, &[usize]), bars: &Bars) -> Result<Runners> {
-    let first = lengths.first().copied().unwrap_or(1);
-    let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
-    let mut models = vec![opened.load(first, &progress)?];
-    for _ in 1..jobs {
-        models.push(opened.load_on(&beside(&opened.device)?, first, &progress)?);
-    }
-    Ok(Runners::new(models))
 }
 
 /// Makes every set; samples of a set in parallel.

@@ -101,7 +101,7 @@ impl Asking {
         on_tokens: &mut dyn FnMut(usize),
     ) -> Result<(String, usize, crate::bench::format::Kv)> {
         let mut session = Session::new(model)?;
-        let before = self.read_context(&mut session, prompt, on_tokens)?;
+        let before = read_context(&mut session, prompt, self.chunk, on_tokens)?;
         let request = Request {
             prompt: &prompt.rest,
             max_new_tokens: room,
@@ -121,40 +121,43 @@ impl Asking {
     pub fn answer_ids(&self, answer: &str) -> Result<Vec<u32>> {
         self.text.encode(answer, false)
     }
+}
 
-    /// The mean loss of the tokens of `wanted` after the prompt, in nats, and whether each is the likeliest.
-    ///
-    /// # Errors
-    /// As [`Session::prefill`].
-    pub fn loss(
-        &self,
-        model: &Model,
-        prompt: &Prompt,
-        wanted: &str,
-        on_tokens: &mut dyn FnMut(usize),
-    ) -> Result<(f64, bool)> {
-        let answer = self.answer_ids(wanted)?;
-        let Some((_, read)) = answer.split_last() else {
-            return Err(Error::usage("samples", "an expected answer is empty"));
-        };
-        let mut session = Session::new(model)?;
-        let before = self.read_context(&mut session, prompt, on_tokens)?;
-        let mut logits = session.prefill(&prompt.rest, self.chunk, 1, &mut |n| on_tokens(before + n))?;
+/// The mean loss of the tokens of `answer` after the prompt, in nats, and whether each is the likeliest.
+///
+/// # Errors
+/// As [`Session::prefill`]; an answer without tokens.
+pub fn loss(
+    model: &Model,
+    (prompt, answer): (&Prompt, &[u32]),
+    chunk: usize,
+    on_tokens: &mut dyn FnMut(usize),
+) -> Result<(f64, bool)> {
+    let Some((_, read)) = answer.split_last() else {
+        return Err(Error::usage("samples", "an expected answer is empty"));
+    };
+    let mut session = Session::new(model)?;
+    let before = read_context(&mut session, prompt, chunk, on_tokens)?;
+    let mut logits = session.prefill(&prompt.rest, chunk, 1, &mut |n| on_tokens(before + n))?;
+    session.compress()?;
+    if !read.is_empty() {
+        logits = candle_core::Tensor::cat(&[&logits, &session.read(read)?], 0)?;
+    }
+    let losses = losses(&Rows::of(&logits)?, answer)?;
+    let likeliest = logits.argmax(1)?.to_vec1::<u32>()? == answer;
+    Ok((losses.iter().sum::<f64>() / losses.len() as f64, likeliest))
+}
+
+/// Reads the context and says that it is over; the tokens read.
+fn read_context(
+    session: &mut Session,
+    prompt: &Prompt,
+    chunk: usize,
+    on_tokens: &mut dyn FnMut(usize),
+) -> Result<usize> {
+    if !prompt.context.is_empty() {
+        session.prefill(&prompt.context, chunk, 1, on_tokens)?;
         session.compress()?;
-        if !read.is_empty() {
-            logits = candle_core::Tensor::cat(&[&logits, &session.read(read)?], 0)?;
-        }
-        let losses = losses(&Rows::of(&logits)?, &answer)?;
-        let likeliest = logits.argmax(1)?.to_vec1::<u32>()? == answer;
-        Ok((losses.iter().sum::<f64>() / losses.len() as f64, likeliest))
     }
-
-    /// Reads the context and says that it is over; the tokens read.
-    fn read_context(&self, session: &mut Session, prompt: &Prompt, on_tokens: &mut dyn FnMut(usize)) -> Result<usize> {
-        if !prompt.context.is_empty() {
-            session.prefill(&prompt.context, self.chunk, 1, on_tokens)?;
-            session.compress()?;
-        }
-        Ok(prompt.context.len())
-    }
+    Ok(prompt.context.len())
 }

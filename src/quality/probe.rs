@@ -4,7 +4,7 @@
 //! A score per sample would need hundreds of samples to tell small changes apart; the loss on the expected answer changes smoothly, and
 //! long before a needle is lost.
 
-use super::asking::{Asking, Prompt};
+use super::asking::{loss, Prompt};
 use super::documents::Part;
 use super::format::Subject;
 use super::metrics::{compare, Position, Rows};
@@ -18,13 +18,11 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 /// What is read.
-pub struct Probe<'a> {
+pub struct Probe {
     /// Texts of one length.
     pub parts: Vec<Part>,
-    /// Questions, each with the answer that is expected.
-    pub questions: Vec<(Prompt, String)>,
-    /// How they are put.
-    pub asking: &'a Asking,
+    /// Questions, each with the tokens of the answer that is expected.
+    pub questions: Vec<(Prompt, Vec<u32>)>,
     /// Last positions of a text that are compared after prefill,
     pub prefill: usize,
     /// and after them, read one by one as decode does.
@@ -88,7 +86,16 @@ impl Score {
     }
 }
 
-impl Probe<'_> {
+impl Probe {
+    /// The texts of it alone, or the questions: what a ranking by either needs.
+    pub fn only(&self, texts: bool) -> Self {
+        Self {
+            parts: if texts { self.parts.clone() } else { vec![] },
+            questions: if texts { vec![] } else { self.questions.clone() },
+            ..*self
+        }
+    }
+
     /// Tokens that one variant reads.
     pub fn tokens(&self) -> usize {
         self.parts.iter().map(|p| p.ids.len()).sum::<usize>()
@@ -144,7 +151,7 @@ impl Probe<'_> {
         let mut answers = vec![];
         for (prompt, wanted) in &self.questions {
             let (loss, right) = runner.run(variant, self.ctx, |model| {
-                self.asking.loss(model, prompt, wanted, &mut |n| on_tokens(done + n))
+                loss(model, (prompt, wanted), self.chunk, &mut |n| on_tokens(done + n))
             })?;
             done += prompt.tokens();
             answers.push(AnswerScore { loss, right });

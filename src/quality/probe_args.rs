@@ -99,31 +99,18 @@ impl ProbeArgs {
         self.wanted_tasks().iter().try_for_each(|t| tasks::find(t).map(drop).map_err(|e| e.within("--tasks")))
     }
 
-    /// How questions are put.
-    ///
-    /// # Errors
-    /// A checkpoint without a tokenizer where there are questions.
-    pub fn asking(&self, opened: &Subject, judged: &JudgedArgs) -> Result<Asking> {
-        Asking::new(opened.checkpoint().text()?, self.chat, false, judged.prefill_chunk)
-    }
-
     /// Everything that is read.
     ///
     /// # Errors
-    /// Documents that are too short, a task that needs what is not there.
-    pub fn probe<'a>(
-        &self,
-        opened: &Subject,
-        judged: &JudgedArgs,
-        asking: &'a Asking,
-        bars: &Bars,
-    ) -> Result<Probe<'a>> {
+    /// Documents that are too short; questions for a checkpoint without a tokenizer; a task that needs what is not there.
+    pub fn probe(&self, opened: &Subject, judged: &JudgedArgs, bars: &Bars) -> Result<Probe> {
         let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
         let lengths = (self.ctx, self.ctx);
         let documents = Documents::open(opened.checkpoint(), &judged.texts, self.documents, lengths, &progress)?;
         let tasks = self.wanted_tasks();
         let mut questions = vec![];
         if !tasks.is_empty() {
+            let asking = Asking::new(opened.checkpoint().text()?, self.chat, false, judged.prefill_chunk)?;
             let sources = Sources {
                 words: Some(Words::open(&self.words)?),
                 prose: Some(Prose::open(&judged.texts)?),
@@ -134,7 +121,8 @@ impl ProbeArgs {
                 let one = |index| {
                     let draw = Draw { length: self.ctx, seed: self.seed, index };
                     let sample = task.sample(&sources, draw, &|text| asking.count(text))?;
-                    Ok((asking.prompt(&sample)?, format!(" {}", sample.outputs.join(", "))))
+                    let answer = asking.answer_ids(&format!(" {}", sample.outputs.join(", ")))?;
+                    Ok((asking.prompt(&sample)?, answer))
                 };
                 questions.extend((0..self.samples).into_par_iter().map(one).collect::<Result<Vec<_>>>()?);
             }
@@ -142,7 +130,6 @@ impl ProbeArgs {
         Ok(Probe {
             parts: documents.parts(self.ctx),
             questions,
-            asking,
             prefill: self.positions,
             decode: self.decode,
             chunk: judged.prefill_chunk,

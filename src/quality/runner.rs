@@ -1,6 +1,9 @@
 //! One set of weights, run as one variant after another; and several side by side.
 
+use crate::bench::subject::Subject;
 use crate::bench::variant::Variant;
+use crate::checkpoint::OnProgress;
+use crate::cli::beside;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Model;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -49,6 +52,26 @@ impl Runners {
     /// Of at least one model.
     pub fn new(models: Vec<Model>) -> Self {
         Self(models.into_iter().map(Runner::new).collect())
+    }
+
+    /// Reads the weights `jobs` times, provisioned for `ctx` positions at first.
+    ///
+    /// # Errors
+    /// As [`Subject::load_on`].
+    pub fn load(opened: &Subject, jobs: usize, ctx: usize, progress: OnProgress) -> Result<Self> {
+        let mut models = vec![opened.load(ctx, progress)?];
+        for _ in 1..jobs {
+            models.push(opened.load_on(&beside(&opened.device)?, ctx, progress)?);
+        }
+        Ok(Self::new(models))
+    }
+
+    /// One of them, for what is done once.
+    ///
+    /// # Errors
+    /// No model at all.
+    pub fn first(&mut self) -> Result<&mut Runner> {
+        self.0.first_mut().ok_or_else(|| Error::new(ErrorKind::Backend, "--jobs", "no model was loaded"))
     }
 
     /// `f` of every index below `count`, each given to the first runner that is free, in the order of the indices.

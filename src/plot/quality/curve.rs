@@ -10,7 +10,7 @@ use super::super::theme::{Ink, LINE, MARGIN};
 use super::super::Figure;
 use super::layers::read;
 use super::title;
-use crate::quality::layers::{harm, Kept, Layers, RankBy};
+use crate::quality::layers::{harm, Kept, Layers, Rank, RankBy};
 use crate::quality::probe::Score;
 use crate::quality::stats::Estimate;
 
@@ -28,14 +28,18 @@ pub fn figure(layers: &Layers) -> Option<Figure> {
         return None;
     }
     let by = match layers.rank_by {
-        RankBy::Answers => "the loss that swapping it alone adds on answers",
-        RankBy::Text => "the KL that swapping it alone brings on text",
+        RankBy::Answers => "the loss added on answers",
+        RankBy::Text => "the KL on text",
+    };
+    let ranked = match layers.rank {
+        Rank::Alone => format!("a layer's rank is {by} by swapping it alone"),
+        Rank::Rounds => format!("in each round, those went first whose swap on top of the others did least to {by}"),
     };
     let several = layers.stock.texts.len().max(layers.stock.answers.len()) > 1;
     let mut keys = vec![Key::Series(0, "number beside a point: layers kept dense".into())];
     keys.extend(several.then(|| Key::Interval("95% interval".into())));
     let heading = title(&layers.header, "What keeping the most sensitive layers dense gives, against its bytes");
-    let about = format!("The most sensitive layers stay dense, one more at a time; a layer's rank is {by}");
+    let about = format!("The most sensitive layers stay dense, one more at a time; {ranked}");
     let measured = read(&layers.probed, layers.stock.texts.len(), layers.stock.answers.len());
     let mut page = Page::new(&heading, &[subject(&layers.header), measured, about], &keys);
     let x = Scale::linear(points.iter().map(|p| 100.0 * share(p)).chain([0.0, 100.0]), (0.0, f64::INFINITY))?;

@@ -1,23 +1,28 @@
-//! `layers`: which layers a model cannot do without. One layer is swapped at a time; then the most sensitive ones are kept, one
-//! more at a time, and what that costs in bytes is told with what it gives.
+//! `layers`: which layers a model cannot do without. One layer is swapped at a time, or all are, round by round; then those that
+//! are missed most are kept, one more at a time, and what that costs in bytes is told with what it gives.
+
+mod rounds;
+mod table;
 
 use super::args::JudgedArgs;
 use super::heads::{Head, Tally};
-use super::probe::{Probe, Score};
+use super::probe::{Probe, Reference, Score};
 use super::probe_args::{ProbeArgs, Probed};
-use super::runner::Runner;
+use super::runner::{Runner, Runners};
 use super::stats::Estimate;
+use crate::bench::args::at_least_one;
 use crate::bench::file::{prove_writable, save};
 use crate::bench::format::{Header, SCHEMA_VERSION};
-use crate::bench::table::columns;
 use crate::bench::variant::Variant;
 use crate::cli::{Bars, Output};
 use crate::error::{At, Error, Result};
-use crate::retrofit::{ranges, RetrofitPlan};
+use crate::retrofit::{RetrofitPlan, Settings};
 use clap::{Args, ValueEnum};
+use rounds::Round;
 use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// `kind` of a study of layers.
 pub const LAYERS: &str = "bfly-layers";
@@ -32,18 +37,32 @@ pub enum RankBy {
     Text,
 }
 
-/// Heads in the table.
-const HEADS: usize = 12;
+/// What a layer is swapped on top of when its harm is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Rank {
+    /// Nothing: every other layer stays as it came. Layers that can stand in for each other all look harmless.
+    #[default]
+    Alone,
+    /// What harms least is swapped for good, a quarter of the layers left at a time: about three times the work.
+    Rounds,
+}
 
 /// A study of layers.
 #[derive(Debug, Args)]
 pub struct LayersArgs {
+    /// What a layer is swapped on top of when its harm is measured.
+    #[arg(long, value_enum, default_value_t = Rank::Alone)]
+    pub rank: Rank,
     /// What makes a layer sensitive [default: answers, or text where no tasks are asked]
     #[arg(long)]
     pub rank_by: Option<RankBy>,
     /// Numbers of most sensitive layers that are kept dense on the curve [default: 0, 1, 2, 3, 4, 6, 8, 12, 16, ...]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub keep: Vec<usize>,
+    /// Settings judged side by side, each by a copy of the weights of its own.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
+    pub jobs: usize,
     /// Write the plan of each point as DIR/dense-K.json, for bfly-retrofit --plan.
     #[arg(long, value_name = "DIR")]
     pub plans: Option<PathBuf>,
@@ -70,8 +89,11 @@ pub struct Layers {
     pub header: Header,
     /// What was read.
     pub probed: Probed,
-    /// What makes a layer sensitive here.
+    /// What makes a layer sensitive here,
     pub rank_by: RankBy,
+    /// and what it was swapped on top of.
+    #[serde(default)]
+    pub rank: Rank,
     /// The model as it came.
     pub stock: Score,
     /// Heads that copy the answer out of the text, the best first; empty where no tasks were asked.
@@ -82,6 +104,9 @@ pub struct Layers {
     pub head_steps: usize,
     /// One layer swapped at a time, in order.
     pub single: Vec<Single>,
+    /// The rounds after that, where layers were ranked by rounds: answers alone, or texts, whichever they are ranked by.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rounds: Vec<Round>,
     /// All of them, the most sensitive first.
     pub order: Vec<usize>,
     /// The first of them kept dense, the others swapped.
@@ -114,6 +139,20 @@ pub fn harm(score: &Score, stock: &Score, by: RankBy) -> Option<Estimate> {
     }
 }
 
+impl Layers {
+    /// What swapping a layer did, by what layers are ranked by here.
+    fn harm_of(&self, single: &Single) -> f64 {
+        harm(&single.score, &self.stock, self.rank_by).map_or(0.0, |e| e.mean)
+    }
+}
+
+/// Layers, the one whose swap does most harm first; of equals the earlier.
+fn by_harm(singles: &[Single], harm: impl Fn(&Single) -> f64) -> Vec<usize> {
+    let mut layers: Vec<(f64, usize)> = singles.iter().map(|s| (harm(s), s.layer)).collect();
+    layers.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    layers.into_iter().map(|(_, layer)| layer).collect()
+}
+
 /// Runs it, writes plans and results, and prints a table.
 ///
 /// # Errors
@@ -133,56 +172,56 @@ pub fn run(args: &LayersArgs) -> Result<()> {
         (None, false) => RankBy::Answers,
     };
     let opened = args.judged.open(&progress)?;
+    opened.refuse_too_large(args.jobs)?;
     args.judged.check_trained(&opened, &[args.probe.ctx], &bars)?;
     let (_, base) = args.judged.one_retrofit(&opened, args.probe.ctx)?;
-    let spec = opened.checkpoint().spec.clone();
     let keep = counts(&args.keep, base.layers.len())?;
-    let plan = |layers: Vec<usize>| RetrofitPlan::new(&spec, Some(layers), base.settings.clone());
-    let asking = args.probe.asking(&opened, &args.judged)?;
-    let probe = args.probe.probe(&opened, &args.judged, &asking, &bars)?;
-    let mut runner = Runner::new(opened.load(args.probe.ctx, &progress)?);
-    let total = probe.tokens() * (1 + base.layers.len() + keep.len());
-    let mut study = Study { probe: &probe, runner: &mut runner, bars: &bars, done: 0, total };
-    let (reference, stock) =
-        study.probe.reference(study.runner, &mut |n| bars.show("layers", n as u64, total as u64))?;
-    study.done = probe.tokens();
-    let tally = retrieval_heads(&probe, study.runner)?;
+    let probe = args.probe.probe(&opened, &args.judged, &bars)?;
+    let ranking = probe.only(rank_by == RankBy::Text);
+    let after = if args.rank == Rank::Rounds { rounds::settings(base.layers.len()) } else { 0 };
+    let total = probe.tokens() * (1 + base.layers.len() + keep.len()) + ranking.tokens() * after;
+    let mut runners = Runners::load(&opened, args.jobs, args.probe.ctx, &progress)?;
+    let on_tokens = &mut |n| bars.show("layers", n as u64, total as u64);
+    let (reference, stock) = probe.reference(runners.first()?, on_tokens)?;
+    let tally = retrieval_heads(&probe, runners.first()?)?;
+    let spec = opened.checkpoint().spec.clone();
+    let plan = |layers| RetrofitPlan::new(&spec, Some(layers), Settings::clone(&base.settings));
+    let done = AtomicUsize::new(probe.tokens());
+    let mut study = Study { runners: &mut runners, reference: &reference, plan: &plan, bars: &bars, done, total };
     let mut results = Layers {
         kind: LAYERS.into(),
         schema_version: SCHEMA_VERSION,
         header: opened.header(),
         probed,
         rank_by,
+        rank: args.rank,
         stock,
         heads: tally.heads(),
         head_steps: tally.steps(),
-        single: vec![],
+        single: study.on_top(&probe, &[], &base.layers)?,
+        rounds: vec![],
         order: vec![],
         curve: vec![],
     };
-    for &layer in &base.layers {
-        let variant = Variant { name: format!("layer {layer}"), plan: Some(plan(vec![layer])?), ..Variant::stock() };
-        results.single.push(Single { layer, score: study.judge(&variant, &reference)? });
-    }
-    results.order = order(&results);
-    for &k in &keep {
-        let mut dense = results.order[..k].to_vec();
-        dense.sort_unstable();
-        let swapped: Vec<usize> = base.layers.iter().copied().filter(|l| !dense.contains(l)).collect();
-        let name = format!("{k} dense");
-        let variant = match swapped.is_empty() {
-            true => Variant { name, ..Variant::stock() },
-            false => Variant { name, plan: Some(plan(swapped)?), ..Variant::stock() },
-        };
-        let score = study.judge(&variant, &reference)?;
-        results.curve.push(Kept { dense, score });
-        args.out.as_deref().map(|out| save(out, &results)).transpose()?;
-    }
+    let harm = |s: &Single| results.harm_of(s);
+    (results.order, results.rounds) = match args.rank {
+        Rank::Alone => (by_harm(&results.single, harm), vec![]),
+        Rank::Rounds => {
+            rounds::eliminate(&results.single, harm, |swapped, left| study.on_top(&ranking, swapped, left))?
+        }
+    };
+    args.out.as_deref().map(|out| save(out, &results)).transpose()?;
+    let dense = keep.iter().map(|k| results.order[..*k].to_vec());
+    let dense: Vec<Vec<usize>> = dense.map(|mut d| (d.sort_unstable(), d).1).collect();
+    let swapped = |dense: &Vec<usize>| base.layers.iter().copied().filter(|l| !dense.contains(l)).collect();
+    let scores = study.judge(&probe, &dense.iter().map(swapped).collect::<Vec<_>>())?;
+    results.curve = dense.into_iter().zip(scores).map(|(dense, score)| Kept { dense, score }).collect();
     bars.show("layers", total as u64, total as u64);
+    args.out.as_deref().map(|out| save(out, &results)).transpose()?;
     if let Some(dir) = &args.plans {
         write_plans(dir, &results)?;
     }
-    let _ = write!(std::io::stdout(), "{}", table(&results));
+    let _ = write!(std::io::stdout(), "{}", table::table(&results));
     Ok(())
 }
 
@@ -190,36 +229,53 @@ pub fn run(args: &LayersArgs) -> Result<()> {
 fn retrieval_heads(probe: &Probe, runner: &mut Runner) -> Result<Tally> {
     let mut tally = Tally::default();
     for (prompt, wanted) in &probe.questions {
-        let answer = probe.asking.answer_ids(wanted)?;
-        runner.run(&Variant::stock(), probe.ctx, |model| tally.count(model, prompt, &answer, probe.chunk))?;
+        runner.run(&Variant::stock(), probe.ctx, |model| tally.count(model, prompt, wanted, probe.chunk))?;
     }
     Ok(tally)
 }
 
-struct Study<'a> {
-    probe: &'a Probe<'a>,
-    runner: &'a mut Runner,
+struct Study<'a, P> {
+    runners: &'a mut Runners,
+    reference: &'a Reference,
+    /// The plan that swaps some layers.
+    plan: &'a P,
     bars: &'a Bars,
-    done: usize,
+    done: AtomicUsize,
     total: usize,
 }
 
-impl Study<'_> {
-    fn judge(&mut self, variant: &Variant, reference: &super::probe::Reference) -> Result<Score> {
-        let (bars, done, total) = (self.bars, self.done, self.total as u64);
-        let on_tokens = &mut |n: usize| bars.show("layers", (done + n) as u64, total);
-        let score = self.probe.judge(self.runner, variant, reference, on_tokens)?;
-        self.done += self.probe.tokens();
-        Ok(score)
+impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> Study<'_, P> {
+    /// What is left when each of `layers` is swapped, one at a time, on top of `swapped`.
+    fn on_top(&mut self, probe: &Probe, swapped: &[usize], layers: &[usize]) -> Result<Vec<Single>> {
+        let and = |layer: &usize| {
+            let mut all = [swapped, &[*layer]].concat();
+            all.sort_unstable();
+            all
+        };
+        let scores = self.judge(probe, &layers.iter().map(and).collect::<Vec<_>>())?;
+        Ok(layers.iter().zip(scores).map(|(layer, score)| Single { layer: *layer, score }).collect())
     }
-}
 
-/// Layers, the one whose swap does most harm first; of equals the earlier.
-fn order(results: &Layers) -> Vec<usize> {
-    let harm = |s: &Single| harm(&s.score, &results.stock, results.rank_by).map_or(0.0, |e| e.mean);
-    let mut layers: Vec<(f64, usize)> = results.single.iter().map(|s| (harm(s), s.layer)).collect();
-    layers.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-    layers.into_iter().map(|(_, layer)| layer).collect()
+    /// What is left when these layers are swapped, for each set of them.
+    fn judge(&mut self, probe: &Probe, sets: &[Vec<usize>]) -> Result<Vec<Score>> {
+        let named = |layers: &Vec<usize>| {
+            let (name, plan) = match layers.is_empty() {
+                true => ("stock".into(), None),
+                false => (format!("layers {}", crate::retrofit::ranges(layers)), Some((self.plan)(layers.clone())?)),
+            };
+            Ok(Variant { name, plan, ..Variant::stock() })
+        };
+        let variants = sets.iter().map(named).collect::<Result<Vec<_>>>()?;
+        let (bars, done, total, reference) = (self.bars, &self.done, self.total as u64, self.reference);
+        self.runners.each(variants.len(), |runner, i| {
+            let mut read = 0;
+            probe.judge(runner, &variants[i], reference, &mut |n: usize| {
+                let more = n.saturating_sub(read);
+                bars.show("layers", (done.fetch_add(more, Ordering::Relaxed) + more) as u64, total);
+                read = read.max(n);
+            })
+        })
+    }
 }
 
 /// How many layers are kept at each point of the curve, rising.
@@ -247,48 +303,6 @@ fn write_plans(dir: &Path, results: &Layers) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Layers by harm, then the curve.
-fn table(results: &Layers) -> String {
-    let cells = |name: String, score: &Score| {
-        let right: Vec<f64> = score.answers.iter().map(|a| 100.0 * f64::from(u8::from(a.right))).collect();
-        let show = |e: Option<Estimate>, decimals| e.map_or("-".into(), |e| e.show(decimals));
-        vec![
-            String::new(),
-            name,
-            format!("{:.4}x", score.subject.share_of_dense()),
-            show(harm(score, &results.stock, RankBy::Answers).filter(|_| !score.answers.is_empty()), 3),
-            show(Estimate::of(&right), 0),
-            show(Estimate::of(&score.texts(|t| t.kl)), 4),
-            show(Estimate::of(&score.texts(|t| t.decode_kl)), 4),
-            show(Estimate::of(&score.texts(|t| t.top1)), 3),
-        ]
-    };
-    let head = ["", "swapped", "KV of dense", "answer loss added", "right, %", "KL", "KL in decode", "top1"];
-    let mut rows = vec![head.map(String::from).to_vec(), cells("none".into(), &results.stock)];
-    for layer in &results.order {
-        if let Some(single) = results.single.iter().find(|s| s.layer == *layer) {
-            rows.push(cells(layer.to_string(), &single.score));
-        }
-    }
-    let mut curve = vec![["", "dense", "KV of dense", "answer loss added", "right, %", "KL", "KL in decode", "top1"]
-        .map(String::from)
-        .to_vec()];
-    for point in &results.curve {
-        let name = if point.dense.is_empty() { "none".into() } else { ranges(&point.dense) };
-        curve.push(cells(name, &point.score));
-    }
-    let head = |h: &Head| format!("{}.{} {:.2}", h.layer, h.head, h.score);
-    let heads: Vec<String> = results.heads.iter().take(HEADS).map(head).collect();
-    let heads = match results.head_steps {
-        0 => String::new(),
-        n => format!(
-            "heads (layer.head, share of {n} answer tokens attended to before they come): {}\n",
-            heads.join(", ")
-        ),
-    };
-    columns(&rows) + "\n" + &columns(&curve) + &heads
 }
 
 #[cfg(test)]
