@@ -12,18 +12,20 @@
 #   --jobs N        samples side by side on one GPU                   [1]
 #   --tasks LIST    of the ruler stages and bytes alone: with --part, one process per group of tasks, to be joined afterwards
 #   --part NAME     added to the names of the files
+#   --kept LIST     how the layers were ranked that the ruler stages keep dense: alone, mixed, rounds, rounds-mixed, heads  [alone,mixed]
 #   --squad FILE    questions for qa_1, in the form of SQuAD 2.0; with --hotpot FILE, in the form of HotpotQA, for qa_2
 #   --out DIR       JSON goes to DIR/raw; files of answers there are taken up where they were cut off
 #
-# Stages: smoke, layers (writes DIR/plans/NAME), layers-mixed (the same judged on other tasks too: DIR/plans/NAME-mixed), ruler-LENGTH (such
-# as ruler-4k: every method, the question unseen), bytes (every method from 1/2 to 1/64 of a dense cache, the question unseen),
-# ablate-LENGTH, cumulative (partner rules as layers are swapped, most harmless first), needle, positions (to 128k, beyond the trained
-# length). All by default; several may run side by side once layers is done. texts/ and words/ must be there (scripts/fetch_texts.py,
+# Stages: smoke, layers (swapped alone; writes DIR/plans/NAME), layers-rounds (eliminated round by round: DIR/plans/NAME-rounds),
+# layers-mixed, layers-rounds-mixed (judged on other tasks too), layers-heads (by retrieval heads), ruler-LENGTH (such as ruler-4k: every
+# method, the question unseen), bytes (every method from 1/2 to 1/64 of a dense cache, the question unseen), ablate-LENGTH, cumulative
+# (partner rules as layers are swapped, most harmless first), needle, positions (to 128k, beyond the trained length). All by default;
+# several may run side by side once those of layers are done. texts/ and words/ must be there (scripts/fetch_texts.py,
 # scripts/fetch_words.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-usage() { sed -n '2,24s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-quality=target/release/bfly-quality-smoke model="" out="" name="" ctx=32k samples=50 jobs=1 tasks="" part="" questions=() flags=() stages=()
+usage() { sed -n '2,26s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+quality=target/release/bfly-quality-smoke model="" out="" name="" ctx=32k samples=50 jobs=1 tasks="" part="" kept=alone,mixed questions=() flags=() stages=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --model) model=$2; shift 2 ;;
@@ -35,6 +37,7 @@ while [ $# -gt 0 ]; do
     --jobs) jobs=$2; shift 2 ;;
     --tasks) tasks=$2; shift 2 ;;
     --part) part=-$2; shift 2 ;;
+    --kept) kept=$2; shift 2 ;;
     --squad|--hotpot) questions+=("$1" "$2"); shift 2 ;;
     --out) out=$2; shift 2 ;;
     -h|--help) usage ;;
@@ -55,7 +58,7 @@ for length in 4k 8k 16k 32k; do
 done
 middle=8k; [ "${ctx%k}" -ge 8 ] || middle=$ctx
 if [ ${#stages[@]} -eq 0 ]; then
-  stages=(smoke layers layers-mixed)
+  stages=(smoke layers layers-rounds layers-mixed layers-rounds-mixed layers-heads)
   for length in ${lengths//,/ }; do stages+=("ruler-$length"); done
   stages+=(bytes)
   for length in 4k 8k 16k; do [ "${length%k}" -gt "${ctx%k}" ] || stages+=("ablate-$length"); done
@@ -65,28 +68,34 @@ published=retrofit:window=64,block=64,window-align=token,sink-tokens=0,shift-uni
 local=retrofit:partner=local
 run() { local what=$1 file=$2; shift 2; "$quality" $what --model "$model" ${flags[@]+"${flags[@]}"} --out "$raw/$name-$file$part.json" "$@"; }
 answer() { local file=$1; shift; run ruler "$file" --samples "$samples" --jobs "$jobs" --question-unseen ${tasks:+--tasks "$tasks"} ${questions[@]+"${questions[@]}"} "$@"; }
-# Retrofits with so many layers kept dense, those that `layers` (or `layers-mixed`) found most sensitive; once it was run.
-kept() { local dir=$1 k; shift; for k in "$@"; do [ ! -f "$dir/dense-$k.json" ] || echo -n ",retrofit:plan=$dir/dense-$k.json"; done; }
+# Retrofits with so many layers kept dense, those that a way of ranking found most sensitive; once it was run.
+dense() {
+  local dir=$plans-$1 k; shift
+  dir=${dir%-alone}
+  for k in "$@"; do [ ! -f "$dir/dense-$k.json" ] || echo -n ",retrofit:plan=$dir/dense-$k.json"; done
+}
 
 for stage in "${stages[@]}"; do
   echo "== $stage" >&2
   case "$stage" in
     smoke) run "" smoke --ctx "1k,$lengths" --documents 12 --variants "stock,retrofit,$published,$local" ;;
-    layers) run layers layers --ctx "$middle" --documents 8 --samples 8 --plans "$plans" ;;
     # Layers that matter to needles need not be those that matter to chains and counts.
-    layers-mixed)
-      run layers layers-mixed --ctx "$middle" --documents 8 --samples 8 --tasks niah_multikey_1,vt,cwe,fwe --plans "$plans-mixed"
+    layers|layers-*)
+      how=()
+      case "$stage" in *-rounds*) how=(--rank rounds) ;; *-heads) how=(--rank heads) ;; esac
+      case "$stage" in *-mixed) how+=(--tasks niah_multikey_1,vt,cwe,fwe) ;; esac
+      run layers "$stage" --ctx "$middle" --documents 8 --samples 8 --jobs "$jobs" ${how[@]+"${how[@]}"} --plans "$plans${stage#layers}"
       ;;
     # A file per length: a run that is cut off can only be taken up by the same build. An eviction is some thirty launches in
     # every layer: KeyDiff's blocks grow with the text.
     ruler-*)
       length=${stage#ruler-}
       answer "$stage" --ctx "$length" \
-        --variants "stock,retrofit,$published,$local$(kept "$plans" 4 8)$(kept "$plans-mixed" 4 8),snapkv:kv=1/4,keydiff:kv=1/4,block=$((${length%k} * 32))"
+        --variants "stock,retrofit,$published,$local$(for how in ${kept//,/ }; do dense "$how" 4 8; done),snapkv:kv=1/4,keydiff:kv=1/4,block=$((${length%k} * 32))"
       ;;
     # Blocks small enough for the smallest shares.
     bytes)
-      variants=stock$(kept "$plans" 1 2 4 8 12)
+      variants=stock$(for how in ${kept//,/ }; do dense "$how" 1 2 4 8 12; done)
       for share in 2 4 8 16 32 64; do
         evict=$((${middle%k} * 256 / share))
         evict=$((evict < 64 ? 64 : evict > 256 ? 256 : evict))
@@ -108,7 +117,7 @@ for stage in "${stages[@]}"; do
           --variants "retrofit:plan=$plans/dense-$k.json,block=16,partner-count=4"
       done
       ;;
-    needle) run needle needle --ctx "$lengths" --samples 5 --jobs "$jobs" --variants "stock,retrofit$(kept "$plans" 4)" ;;
+    needle) run needle needle --ctx "$lengths" --samples 5 --jobs "$jobs" --variants "stock,retrofit$(for how in ${kept//,/ }; do dense "$how" 4; done)" ;;
     positions)
       run positions positions --ctx 128k --allow-extrapolation --documents 5 \
         --variants "stock,retrofit,retrofit:pool=pre-rope,retrofit:pool=pre-rope,far-position=clamp"

@@ -148,6 +148,10 @@ fn bad_input_is_named() -> Any {
     std::fs::write(&broken, format!("{line}\n{{\"task\":"))?;
     ruler(&["--import", &broken], &["broken.jsonl: line 2", "not a sample"]);
 
+    let layers = ["layers", "--model", tiny.as_str(), "--tasks", "none"];
+    refused(&[&layers[..], &["--rank", "heads"]].concat(), &["--rank", "give --tasks"]);
+    refused(&[&layers[..], &["--rank-by", "answers"]].concat(), &["--rank-by", "give --tasks"]);
+
     let plan = path(dir.path(), "plan.json");
     let other = r#"{"schema_version":1,"family":"qwen2","model_layers":99,"layers":[3],"settings":{}}"#;
     std::fs::write(&plan, other)?;

@@ -33,6 +33,7 @@ pub fn figure(layers: &Layers) -> Option<Figure> {
     };
     let ranked = match layers.rank {
         Rank::Alone => format!("a layer's rank is {by} by swapping it alone"),
+        Rank::Heads => "a layer's rank is that of its head that copies answers most".into(),
         Rank::Rounds => format!("in each round, those went first whose swap on top of the others did least to {by}"),
     };
     let several = layers.stock.texts.len().max(layers.stock.answers.len()) > 1;

@@ -2,18 +2,18 @@
 //! are missed most are kept, one more at a time, and what that costs in bytes is told with what it gives.
 
 mod rounds;
+mod study;
 mod table;
 
 use super::args::JudgedArgs;
-use super::heads::{Head, Tally};
-use super::probe::{Probe, Reference, Score};
+use super::heads::Head;
+use super::probe::Score;
 use super::probe_args::{ProbeArgs, Probed};
-use super::runner::{Runner, Runners};
+use super::runner::Runners;
 use super::stats::Estimate;
 use crate::bench::args::at_least_one;
 use crate::bench::file::{prove_writable, save};
 use crate::bench::format::{Header, SCHEMA_VERSION};
-use crate::bench::variant::Variant;
 use crate::cli::{Bars, Output};
 use crate::error::{At, Error, Result};
 use crate::retrofit::{RetrofitPlan, Settings};
@@ -22,7 +22,8 @@ use rounds::Round;
 use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
+use study::{retrieval_heads, Study};
 
 /// `kind` of a study of layers.
 pub const LAYERS: &str = "bfly-layers";
@@ -37,7 +38,7 @@ pub enum RankBy {
     Text,
 }
 
-/// What a layer is swapped on top of when its harm is measured.
+/// How layers are ranked: what a layer is swapped on top of when its harm is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Rank {
@@ -46,12 +47,14 @@ pub enum Rank {
     Alone,
     /// What harms least is swapped for good, a quarter of the layers left at a time: about three times the work.
     Rounds,
+    /// Not at all: layers rank by the head of theirs that copies answers most, the others after them by what swapping them alone does.
+    Heads,
 }
 
 /// A study of layers.
 #[derive(Debug, Args)]
 pub struct LayersArgs {
-    /// What a layer is swapped on top of when its harm is measured.
+    /// How layers are ranked: what a layer is swapped on top of when its harm is measured, or by its heads.
     #[arg(long, value_enum, default_value_t = Rank::Alone)]
     pub rank: Rank,
     /// What makes a layer sensitive [default: answers, or text where no tasks are asked]
@@ -91,7 +94,7 @@ pub struct Layers {
     pub probed: Probed,
     /// What makes a layer sensitive here,
     pub rank_by: RankBy,
-    /// and what it was swapped on top of.
+    /// and how layers were ranked.
     #[serde(default)]
     pub rank: Rank,
     /// The model as it came.
@@ -153,6 +156,14 @@ fn by_harm(singles: &[Single], harm: impl Fn(&Single) -> f64) -> Vec<usize> {
     layers.into_iter().map(|(_, layer)| layer).collect()
 }
 
+/// `layers` in order of the best of their `heads`, which come the best first; those without one stay as they were, at the end.
+fn by_heads(heads: &[Head], layers: Vec<usize>) -> Vec<usize> {
+    let best = |layer: &usize| heads.iter().position(|h| h.layer == *layer).unwrap_or(heads.len());
+    let mut layers = layers;
+    layers.sort_by_key(best);
+    layers
+}
+
 /// Runs it, writes plans and results, and prints a table.
 ///
 /// # Errors
@@ -171,6 +182,9 @@ pub fn run(args: &LayersArgs) -> Result<()> {
         (None, true) => RankBy::Text,
         (None, false) => RankBy::Answers,
     };
+    if args.rank == Rank::Heads && probed.tasks.is_empty() {
+        return Err(Error::usage("--rank", "heads are told by answers; give --tasks"));
+    }
     let opened = args.judged.open(&progress)?;
     opened.refuse_too_large(args.jobs)?;
     args.judged.check_trained(&opened, &[args.probe.ctx], &bars)?;
@@ -206,6 +220,7 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let harm = |s: &Single| results.harm_of(s);
     (results.order, results.rounds) = match args.rank {
         Rank::Alone => (by_harm(&results.single, harm), vec![]),
+        Rank::Heads => (by_heads(&results.heads, by_harm(&results.single, harm)), vec![]),
         Rank::Rounds => {
             rounds::eliminate(&results.single, harm, |swapped, left| study.on_top(&ranking, swapped, left))?
         }
@@ -223,59 +238,6 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     }
     let _ = write!(std::io::stdout(), "{}", table::table(&results));
     Ok(())
-}
-
-/// Which heads copy answers, in the model as it came.
-fn retrieval_heads(probe: &Probe, runner: &mut Runner) -> Result<Tally> {
-    let mut tally = Tally::default();
-    for (prompt, wanted) in &probe.questions {
-        runner.run(&Variant::stock(), probe.ctx, |model| tally.count(model, prompt, wanted, probe.chunk))?;
-    }
-    Ok(tally)
-}
-
-struct Study<'a, P> {
-    runners: &'a mut Runners,
-    reference: &'a Reference,
-    /// The plan that swaps some layers.
-    plan: &'a P,
-    bars: &'a Bars,
-    done: AtomicUsize,
-    total: usize,
-}
-
-impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> Study<'_, P> {
-    /// What is left when each of `layers` is swapped, one at a time, on top of `swapped`.
-    fn on_top(&mut self, probe: &Probe, swapped: &[usize], layers: &[usize]) -> Result<Vec<Single>> {
-        let and = |layer: &usize| {
-            let mut all = [swapped, &[*layer]].concat();
-            all.sort_unstable();
-            all
-        };
-        let scores = self.judge(probe, &layers.iter().map(and).collect::<Vec<_>>())?;
-        Ok(layers.iter().zip(scores).map(|(layer, score)| Single { layer: *layer, score }).collect())
-    }
-
-    /// What is left when these layers are swapped, for each set of them.
-    fn judge(&mut self, probe: &Probe, sets: &[Vec<usize>]) -> Result<Vec<Score>> {
-        let named = |layers: &Vec<usize>| {
-            let (name, plan) = match layers.is_empty() {
-                true => ("stock".into(), None),
-                false => (format!("layers {}", crate::retrofit::ranges(layers)), Some((self.plan)(layers.clone())?)),
-            };
-            Ok(Variant { name, plan, ..Variant::stock() })
-        };
-        let variants = sets.iter().map(named).collect::<Result<Vec<_>>>()?;
-        let (bars, done, total, reference) = (self.bars, &self.done, self.total as u64, self.reference);
-        self.runners.each(variants.len(), |runner, i| {
-            let mut read = 0;
-            probe.judge(runner, &variants[i], reference, &mut |n: usize| {
-                let more = n.saturating_sub(read);
-                bars.show("layers", (done.fetch_add(more, Ordering::Relaxed) + more) as u64, total);
-                read = read.max(n);
-            })
-        })
-    }
 }
 
 /// How many layers are kept at each point of the curve, rising.
@@ -308,6 +270,13 @@ fn write_plans(dir: &Path, results: &Layers) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn layers_whose_heads_copy_come_first() {
+        let head = |layer, score| Head { layer, head: 0, score };
+        let heads = [head(7, 0.9), head(2, 0.8), head(7, 0.7), head(5, 0.1)];
+        assert_eq!(by_heads(&heads, vec![0, 5, 2, 9, 7]), [7, 2, 5, 0, 9]);
+    }
 
     #[test]
     fn the_curve_goes_from_none_to_all() -> Result<()> {

@@ -1,0 +1,70 @@
+//! Settings of swapped layers, judged side by side.
+
+use super::Single;
+use crate::bench::variant::Variant;
+use crate::cli::Bars;
+use crate::error::Result;
+use crate::quality::heads::Tally;
+use crate::quality::probe::{Probe, Reference, Score};
+use crate::quality::runner::{Runner, Runners};
+use crate::retrofit::{ranges, RetrofitPlan};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Which heads copy answers, in the model as it came.
+pub fn retrieval_heads(probe: &Probe, runner: &mut Runner) -> Result<Tally> {
+    let mut tally = Tally::default();
+    for (prompt, wanted) in &probe.questions {
+        runner.run(&Variant::stock(), probe.ctx, |model| tally.count(model, prompt, wanted, probe.chunk))?;
+    }
+    Ok(tally)
+}
+
+/// What is run, and how far it is.
+pub struct Study<'a, P> {
+    /// The model, as often as settings are judged side by side.
+    pub runners: &'a mut Runners,
+    /// Stock on the texts.
+    pub reference: &'a Reference,
+    /// The plan that swaps some layers.
+    pub plan: &'a P,
+    /// Progress.
+    pub bars: &'a Bars,
+    /// Tokens read,
+    pub done: AtomicUsize,
+    /// of so many.
+    pub total: usize,
+}
+
+impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> Study<'_, P> {
+    /// What is left when each of `layers` is swapped, one at a time, on top of `swapped`.
+    pub fn on_top(&mut self, probe: &Probe, swapped: &[usize], layers: &[usize]) -> Result<Vec<Single>> {
+        let and = |layer: &usize| {
+            let mut all = [swapped, &[*layer]].concat();
+            all.sort_unstable();
+            all
+        };
+        let scores = self.judge(probe, &layers.iter().map(and).collect::<Vec<_>>())?;
+        Ok(layers.iter().zip(scores).map(|(layer, score)| Single { layer: *layer, score }).collect())
+    }
+
+    /// What is left when these layers are swapped, for each set of them.
+    pub fn judge(&mut self, probe: &Probe, sets: &[Vec<usize>]) -> Result<Vec<Score>> {
+        let named = |layers: &Vec<usize>| {
+            let (name, plan) = match layers.is_empty() {
+                true => ("stock".into(), None),
+                false => (format!("layers {}", ranges(layers)), Some((self.plan)(layers.clone())?)),
+            };
+            Ok(Variant { name, plan, ..Variant::stock() })
+        };
+        let variants = sets.iter().map(named).collect::<Result<Vec<_>>>()?;
+        let (bars, done, total, reference) = (self.bars, &self.done, self.total as u64, self.reference);
+        self.runners.each(variants.len(), |runner, i| {
+            let mut read = 0;
+            probe.judge(runner, &variants[i], reference, &mut |n: usize| {
+                let more = n.saturating_sub(read);
+                bars.show("layers", (done.fetch_add(more, Ordering::Relaxed) + more) as u64, total);
+                read = read.max(n);
+            })
+        })
+    }
+}
