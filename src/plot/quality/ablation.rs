@@ -68,7 +68,8 @@ pub fn figures(ablation: &Ablation, path: &Path) -> Result<Vec<Figure>> {
     for (area, panel) in areas.iter().zip(panels) {
         draw(&mut page.scene, *area, panel, &rows);
     }
-    labels(&mut page.scene, &rows, areas[0], areas[areas.len() - 1].right() + NUMBERS);
+    let right = areas[areas.len() - 1].right() + NUMBERS;
+    labels(&mut page.scene, &rows, &base.subject.variant, (areas[0], right));
     page.y = rows.bottom + 34.0;
     Ok(vec![Figure { name: "ablation".into(), scene: page.finish(&[]) }])
 }
@@ -163,7 +164,7 @@ fn draw(scene: &mut Scene, area: Area, (title, decimals, of): &Panel, rows: &Row
 }
 
 /// What was changed, where nothing was measured and why, and summaries per query at `right`.
-fn labels(scene: &mut Scene, rows: &Rows, first: Area, right: f64) {
+fn labels(scene: &mut Scene, rows: &Rows, base: &str, (first, right): (Area, f64)) {
     let end = MARGIN + CONTENT;
     scene.text((end, rows.top - 24.0), Anchor::End, TICK, "summaries");
     scene.text((end, rows.top - 11.0), Anchor::End, TICK, "per query");
@@ -177,6 +178,7 @@ fn labels(scene: &mut Scene, rows: &Rows, first: Area, right: f64) {
         scene.text((end, *y), Anchor::End, LABEL, format!("{:.2}", change.summaries_per_query));
         if change.score.is_none() {
             let why = match &change.same_as {
+                Some(same) if same == base => "reads the same as the base: not measured".into(),
                 Some(same) => format!("reads the same as “{same}”: not measured"),
                 None => "not measured".into(),
             };
