@@ -2,7 +2,7 @@
 
 use super::asking::{Asking, Prompt};
 use super::format::Subject;
-use super::runner::Runners;
+use super::runner::{together, Runners};
 use super::stats::Estimate;
 use super::tasks::{rule, Rule, Sample};
 use crate::bench::file::{header_difference, prove_writable, save, Difference};
@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
 
 /// `kind` of a file of answers.
@@ -228,12 +228,7 @@ impl AnswersFile {
             let (sample, prompt) = &missing[i];
             let room = sample.max_new_tokens;
             let ctx = set.length.max(prompt.tokens() + room);
-            let mut read = 0;
-            let mut on_own = |n: usize| {
-                let before = done.fetch_add(n.saturating_sub(read), Ordering::Relaxed);
-                on_tokens(before + n.saturating_sub(read));
-                read = read.max(n);
-            };
+            let mut on_own = together(&done, on_tokens);
             let (answer, tokens, kv) =
                 runner.run(variant, ctx, |model| asking.answer(model, prompt, room, &mut on_own))?;
             let answer = Answer {

@@ -218,9 +218,8 @@ pub struct SmokeArgs {
     /// New tokens of greedy text after each.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = at_least_one)]
     pub greedy: usize,
-    /// Fail where the mean of a metric is below a value, such as top1=0.9. May be repeated. Metrics: kl, kl-reverse, top1,
-    /// overlap, loss, loss-added, greedy, greedy-equal.
-    #[arg(long, value_name = "METRIC=VALUE")]
+    /// Bounds from below; the help names the metrics of [`super::gate::METRICS`].
+    #[arg(long, value_name = "METRIC=VALUE", help = super::gate::help())]
     pub fail_below: Vec<String>,
     /// The same for a metric above a value, such as kl=0.1.
     #[arg(long, value_name = "METRIC=VALUE")]

@@ -20,6 +20,15 @@ pub const METRICS: &[(&str, Metric, usize)] = &[
     ("greedy-equal", |d| f64::from(u8::from(d.greedy_equal)), 2),
 ];
 
+/// What `--fail-below` says of itself.
+pub fn help() -> String {
+    format!("Fail where the mean of a metric is below a value, such as top1=0.9. May be repeated. Metrics: {}", names())
+}
+
+fn names() -> String {
+    METRICS.iter().map(|(n, ..)| *n).collect::<Vec<_>>().join(", ")
+}
+
 /// A bound on the mean over documents, for every variant at every context.
 #[derive(Debug, Clone)]
 pub struct Gate {
@@ -47,10 +56,7 @@ impl Gate {
         };
         match METRICS.iter().find(|(n, ..)| *n == name) {
             Some((name, metric, _)) => Ok(Self { name, metric: *metric, bound, below }),
-            None => {
-                let names: Vec<_> = METRICS.iter().map(|(n, ..)| *n).collect();
-                Err(Error::usage(flag, format!("`{name}` is not one of {}", names.join(", "))))
-            }
+            None => Err(Error::usage(flag, format!("`{name}` is not one of {}", names()))),
         }
     }
 

@@ -87,6 +87,16 @@ impl Runners {
     }
 }
 
+/// Progress of one of several workers: it tells how much it has read by itself, `show` is told how much all of them have.
+pub fn together<'a>(all: &'a AtomicUsize, show: impl Fn(usize) + 'a) -> impl FnMut(usize) + 'a {
+    let mut own = 0;
+    move |n: usize| {
+        let more = n.saturating_sub(own);
+        show(all.fetch_add(more, Ordering::Relaxed) + more);
+        own += more;
+    }
+}
+
 /// [`Runners::each`], whatever the workers are.
 fn side_by_side<W: Send, T: Send>(
     workers: &mut [W],
@@ -143,6 +153,19 @@ mod tests {
         assert_eq!(made, (0..50).map(|i| i * i).collect::<Vec<_>>());
         assert!(workers.iter().all(|n| *n > 0) && workers.iter().sum::<usize>() == 50, "{workers:?}");
         Ok(())
+    }
+
+    #[test]
+    fn what_workers_read_is_added_up() {
+        let (all, shown) = (AtomicUsize::new(10), std::cell::RefCell::new(vec![]));
+        let show = |n| shown.borrow_mut().push(n);
+        let (mut one, mut two) = (together(&all, show), together(&all, show));
+        one(5);
+        two(3);
+        one(7);
+        one(7);
+        two(4);
+        assert_eq!(*shown.borrow(), [15, 18, 20, 20, 21]);
     }
 
     #[test]

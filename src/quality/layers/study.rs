@@ -6,9 +6,9 @@ use crate::cli::Bars;
 use crate::error::Result;
 use crate::quality::heads::Tally;
 use crate::quality::probe::{Probe, Reference, Score};
-use crate::quality::runner::{Runner, Runners};
+use crate::quality::runner::{together, Runner, Runners};
 use crate::retrofit::{ranges, RetrofitPlan};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 
 /// Which heads copy answers, in the model as it came.
 pub fn retrieval_heads(probe: &Probe, runner: &mut Runner) -> Result<Tally> {
@@ -59,12 +59,8 @@ impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> Study<'_, P> {
         let variants = sets.iter().map(named).collect::<Result<Vec<_>>>()?;
         let (bars, done, total, reference) = (self.bars, &self.done, self.total as u64, self.reference);
         self.runners.each(variants.len(), |runner, i| {
-            let mut read = 0;
-            probe.judge(runner, &variants[i], reference, &mut |n: usize| {
-                let more = n.saturating_sub(read);
-                bars.show("layers", (done.fetch_add(more, Ordering::Relaxed) + more) as u64, total);
-                read = read.max(n);
-            })
+            let show = |n| bars.show("layers", n as u64, total);
+            probe.judge(runner, &variants[i], reference, &mut together(done, show))
         })
     }
 }
