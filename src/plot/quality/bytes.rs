@@ -5,12 +5,13 @@ use super::super::chart::{grid, Chart};
 use super::super::page::{Key, Page, CONTENT};
 use super::super::scale::Scale;
 use super::super::subject::subject;
-use super::super::theme::{Ink, LINE, MARGIN, THIN};
+use super::super::theme::{Ink, LINE, MARGIN, SERIES, THIN};
 use super::super::Figure;
 use super::cells::Cells;
-use super::{family, title};
+use super::{family, title, KEPT};
 use crate::quality::format::Subject;
 use crate::quality::stats::Estimate;
+use std::path::Path;
 
 /// A variant at one length.
 struct Point<'a> {
@@ -30,6 +31,13 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
     let mut families: Vec<(String, usize)> = vec![];
     let mut left_out = vec![];
     let most = cells.cells.iter().filter_map(|c| c.subject.plan.as_ref()).map(|p| p.layers.len()).max().unwrap_or(0);
+    let mut sets: Vec<Option<&str>> = vec![];
+    for cell in cells.cells.iter().filter(|c| family(&c.subject, most).1 == KEPT) {
+        let set = plans(&cell.subject.variant);
+        if !sets.contains(&set) {
+            sets.push(set);
+        }
+    }
     for length in cells.lengths() {
         for (variant, _) in cells.variants() {
             let Some(subject) = cells.subject(variant, length) else { continue };
@@ -38,7 +46,14 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
                 left_out.push(format!("{variant} at {}", tokens(length)));
                 continue;
             };
-            let (family, style) = family(subject, most);
+            let (mut family, mut style) = family(subject, most);
+            // Layers that were chosen in another way are another method.
+            if let Some(place) = (style == KEPT).then(|| sets.iter().position(|s| *s == plans(variant))).flatten() {
+                style += place * SERIES;
+                if sets.len() > 1 {
+                    family = format!("{family}: {}", plans(variant).unwrap_or("as listed"));
+                }
+            }
             if families.iter().all(|(f, _)| *f != family) {
                 families.push((family, style));
             }
@@ -99,6 +114,12 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
         notes.push(format!("Left out, for want of an answer to every task or of bytes: {}.", left_out.join(", ")));
     }
     Some(Figure { name: "bytes".into(), scene: page.finish(&notes) })
+}
+
+/// The folder of a variant's plan: `needles` of `retrofit:plan=plans/needles/dense-4.json`.
+fn plans(variant: &str) -> Option<&str> {
+    let (_, path) = variant.split_once("plan=")?;
+    Path::new(path.split(',').next()?).parent()?.file_name()?.to_str()
 }
 
 /// What is held in the end, over dense, where that is less than at the peak.

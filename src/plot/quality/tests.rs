@@ -200,6 +200,7 @@ fn no_text_of_answers_overlaps_another() {
         ("the usual grid", grid(8, 11, 6)),
         ("a fine grid", grid(30, 101, 2)),
         ("many maps", grid(3, 5, 20)),
+        ("layers chosen in two ways", ruler_of(two_ways)),
     ];
     assert_eq!(all[12].1.as_ref().map(Vec::len).unwrap(), 3, "9 to a figure");
     tidy(all);
@@ -277,6 +278,27 @@ fn tidy<const N: usize>(all: [(&str, crate::Result<Vec<Figure>>); N]) {
         for figure in figures {
             assert_tidy(&format!("{what}, {}", figure.name), &figure.scene);
         }
+    }
+}
+
+/// Some layers kept, as two folders of plans say, besides all that is there.
+fn two_ways(answers: &mut Answers) {
+    let swaps = |c: &&Cell| c.subject.plan.is_some() && c.subject.eviction.is_none();
+    let all: Vec<Cell> = answers.cells.iter().filter(swaps).cloned().collect();
+    for (folder, cell) in ["alone", "rounds"].iter().flat_map(|f| all.iter().map(move |c| (f, c.clone()))) {
+        let variant = format!("retrofit:plan=plans/{folder}/dense-4.json,{}", cell.subject.variant);
+        let mut cell = Cell { subject: Subject { variant, ..cell.subject.clone() }, ..cell };
+        cell.subject.plan.iter_mut().for_each(|p| p.layers.truncate(4));
+        answers.cells.push(cell);
+    }
+}
+
+#[test]
+fn layers_chosen_in_two_ways_are_two_methods() {
+    let all = ruler_of(two_ways).unwrap();
+    let bytes = all.iter().find(|f| f.name == "bytes").map(|f| format!("{:?}", f.scene)).unwrap_or_default();
+    for key in ["kept dense: alone", "kept dense: rounds"] {
+        assert!(bytes.contains(key), "no {key}");
     }
 }
 
