@@ -131,7 +131,9 @@ impl AskArgs {
         };
         let mut file = AnswersFile::open(self.out.as_deref(), opened.header(), asked)?;
         let first = lengths.first().copied().unwrap_or(1);
-        let mut runners = Runners::load(&opened, self.jobs, first, &progress)?;
+        // No more copies than samples to put side by side.
+        let most = sets.iter().map(|s| s.samples.len()).max().unwrap_or(1);
+        let mut runners = Runners::load(&opened, self.jobs.min(most), first, &progress)?;
         ask_all(&mut file, &mut runners, &asking, &variants, &sets, &bars)?;
         Ok(Some(file.answers))
     }

@@ -194,7 +194,8 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let ranking = probe.only(rank_by == RankBy::Text);
     let after = if args.rank == Rank::Rounds { rounds::settings(base.layers.len()) } else { 0 };
     let total = probe.tokens() * (1 + base.layers.len() + keep.len()) + ranking.tokens() * after;
-    let mut runners = Runners::load(&opened, args.jobs, args.probe.ctx, &progress)?;
+    let jobs = args.jobs.min(base.layers.len().max(keep.len()));
+    let mut runners = Runners::load(&opened, jobs, args.probe.ctx, &progress)?;
     let on_tokens = &mut |n| bars.show("layers", n as u64, total as u64);
     let (reference, stock) = probe.reference(runners.first()?, on_tokens)?;
     let tally = retrieval_heads(&probe, runners.first()?)?;
