@@ -1,6 +1,5 @@
 //! What swapping each layer alone does: which ones a model cannot do without.
 
-use super::super::axis::tokens;
 use super::super::chart::Chart;
 use super::super::page::{Key, Page, CONTENT};
 use super::super::scale::Scale;
@@ -8,10 +7,9 @@ use super::super::scene::Area;
 use super::super::subject::subject;
 use super::super::theme::{Ink, MARGIN, THIN};
 use super::super::Figure;
-use super::{count, curve, title};
+use super::{curve, read, title};
 use crate::error::{Error, Result};
 use crate::quality::layers::{harm, Layers, RankBy};
-use crate::quality::probe_args::Probed;
 use crate::quality::stats::Estimate;
 use std::path::Path;
 
@@ -27,19 +25,6 @@ pub fn figures(layers: &Layers, path: &Path) -> Result<Vec<Figure>> {
         true => Err(Error::format(path.display(), "is a study of layers without one that was measured")),
         false => Ok(figures),
     }
-}
-
-/// `at 4k tokens: 8 texts, 32 questions (niah_single_2, niah_multikey_1; 16 samples of each)`.
-pub fn read(probed: &Probed, texts: usize, questions: usize) -> String {
-    let mut parts = vec![];
-    if texts > 0 {
-        let of = format!("last {} positions of each after prefill", probed.positions);
-        parts.push(format!("{} ({of})", count([texts], "text")));
-    }
-    if questions > 0 {
-        parts.push(format!("{} ({})", count([questions], "question"), probed.tasks.join(", ")));
-    }
-    format!("Read at {} tokens: {}", tokens(probed.ctx), parts.join(" and "))
 }
 
 /// A panel of single layers: its title, and what a swap does by layer.

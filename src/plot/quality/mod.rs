@@ -12,9 +12,10 @@
 //! | `positions` | the loss by position | `bfly-positions` |
 //!
 //! Intervals are those of [`crate::quality::stats`]: bootstrap, 95%, over documents or samples. Where there is one of these, there is no
-//! interval, and none is drawn. `cells` orders answers for the figures that show them.
+//! interval, and none is drawn. `answers` says which figures a file of answers has, and `cells` orders them.
 
 mod ablation;
+mod answers;
 mod bytes;
 mod cells;
 mod curve;
@@ -27,7 +28,7 @@ mod tasks;
 mod tests;
 
 pub use ablation::figures as ablation;
-pub use cells::figures as answers;
+pub use answers::figures as answers;
 pub use layers::figures as layers;
 pub use positions::figures as positions;
 pub use smoke::figures as smoke;
@@ -38,6 +39,7 @@ use super::theme::Ink;
 use crate::bench::format::Header;
 use crate::eviction::RULES;
 use crate::quality::format::Subject;
+use crate::quality::probe_args::Probed;
 
 /// `title`, with a warning where the weights are random.
 fn title(header: &Header, title: &str) -> String {
@@ -93,6 +95,19 @@ fn share_of<'a>(subjects: impl IntoIterator<Item = &'a Subject>) -> Option<Strin
         (true, true) => Some(show(low)),
         (true, false) => Some(format!("{} to {}", show(high), show(low))),
     }
+}
+
+/// `at 4k tokens: 8 texts, 32 questions (niah_single_2, niah_multikey_1; 16 samples of each)`.
+fn read(probed: &Probed, texts: usize, questions: usize) -> String {
+    let mut parts = vec![];
+    if texts > 0 {
+        let of = format!("last {} positions of each after prefill", probed.positions);
+        parts.push(format!("{} ({of})", count([texts], "text")));
+    }
+    if questions > 0 {
+        parts.push(format!("{} ({})", count([questions], "question"), probed.tasks.join(", ")));
+    }
+    format!("Read at {} tokens: {}", tokens(probed.ctx), parts.join(" and "))
 }
 
 /// `8 texts`, `1 text`, `3 to 8 texts`.
