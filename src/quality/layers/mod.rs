@@ -16,7 +16,7 @@ use crate::bench::file::{prove_writable, save};
 use crate::bench::format::{Header, SCHEMA_VERSION};
 use crate::cli::{Bars, Output};
 use crate::error::{At, Error, Result};
-use crate::retrofit::{RetrofitPlan, Settings};
+use crate::retrofit::{ranges, RetrofitPlan, Settings};
 use clap::{Args, ValueEnum};
 use rounds::Round;
 use serde::{Deserialize, Serialize};
@@ -218,22 +218,26 @@ pub fn run(args: &LayersArgs) -> Result<()> {
         order: vec![],
         curve: vec![],
     };
+    // What was measured so far is never lost.
+    let saved = |results: &Layers| args.out.as_deref().map(|out| save(out, results)).transpose();
+    saved(&results)?;
     let harm = |s: &Single| results.harm_of(s);
     (results.order, results.rounds) = match args.rank {
         Rank::Alone => (by_harm(&results.single, harm), vec![]),
         Rank::Heads => (by_heads(&results.heads, by_harm(&results.single, harm)), vec![]),
-        Rank::Rounds => {
-            rounds::eliminate(&results.single, harm, |swapped, left| study.on_top(&ranking, swapped, left))?
-        }
+        Rank::Rounds => rounds::eliminate(&results.single, harm, |swapped, left| {
+            bars.say(&format!("swapped for good: {}; {} layers left", ranges(swapped), left.len()));
+            study.on_top(&ranking, swapped, left)
+        })?,
     };
-    args.out.as_deref().map(|out| save(out, &results)).transpose()?;
+    saved(&results)?;
     let dense = keep.iter().map(|k| results.order[..*k].to_vec());
     let dense: Vec<Vec<usize>> = dense.map(|mut d| (d.sort_unstable(), d).1).collect();
     let swapped = |dense: &Vec<usize>| base.layers.iter().copied().filter(|l| !dense.contains(l)).collect();
     let scores = study.judge(&probe, &dense.iter().map(swapped).collect::<Vec<_>>())?;
     results.curve = dense.into_iter().zip(scores).map(|(dense, score)| Kept { dense, score }).collect();
     bars.show("layers", total as u64, total as u64);
-    args.out.as_deref().map(|out| save(out, &results)).transpose()?;
+    saved(&results)?;
     if let Some(dir) = &args.plans {
         write_plans(dir, &results)?;
     }
