@@ -68,11 +68,13 @@ published=retrofit:window=64,block=64,window-align=token,sink-tokens=0,shift-uni
 local=retrofit:partner=local
 run() { local what=$1 file=$2; shift 2; "$quality" $what --model "$model" ${flags[@]+"${flags[@]}"} --out "$raw/$name-$file$part.json" "$@"; }
 answer() { local file=$1; shift; run ruler "$file" --samples "$samples" --jobs "$jobs" --question-unseen ${tasks:+--tasks "$tasks"} ${questions[@]+"${questions[@]}"} "$@"; }
-# Retrofits with so many layers kept dense, those that a way of ranking found most sensitive; once it was run.
+# Retrofits with so many layers kept dense, those that each way of ranking in --kept found most sensitive; once it was run.
 dense() {
-  local dir=$plans-$1 k; shift
-  dir=${dir%-alone}
-  for k in "$@"; do [ ! -f "$dir/dense-$k.json" ] || echo -n ",retrofit:plan=$dir/dense-$k.json"; done
+  local how dir k
+  for how in ${kept//,/ }; do
+    dir=$plans-$how dir=${dir%-alone}
+    for k in "$@"; do [ ! -f "$dir/dense-$k.json" ] || echo -n ",retrofit:plan=$dir/dense-$k.json"; done
+  done
 }
 
 for stage in "${stages[@]}"; do
@@ -93,11 +95,11 @@ for stage in "${stages[@]}"; do
     ruler-*)
       length=${stage#ruler-}
       answer "$stage" --ctx "$length" \
-        --variants "stock,retrofit,$published,$local$(for how in ${kept//,/ }; do dense "$how" 4 8; done),snapkv:kv=1/4,keydiff:kv=1/4,block=$((${length%k} * 32))"
+        --variants "stock,retrofit,$published,$local$(dense 4 8),snapkv:kv=1/4,keydiff:kv=1/4,block=$((${length%k} * 32))"
       ;;
     # Blocks small enough for the smallest shares.
     bytes)
-      variants=stock$(for how in ${kept//,/ }; do dense "$how" 1 2 4 8 12; done)
+      variants=stock$(dense 1 2 4 8 12)
       for share in 2 4 8 16 32 64; do
         evict=$((${middle%k} * 256 / share))
         evict=$((evict < 64 ? 64 : evict > 256 ? 256 : evict))
@@ -119,7 +121,7 @@ for stage in "${stages[@]}"; do
           --variants "retrofit:plan=$plans/dense-$k.json,block=16,partner-count=4"
       done
       ;;
-    needle) run needle needle --ctx "$lengths" --samples 5 --jobs "$jobs" --variants "stock,retrofit$(for how in ${kept//,/ }; do dense "$how" 4; done)" ;;
+    needle) run needle needle --ctx "$lengths" --samples 5 --jobs "$jobs" --variants "stock,retrofit$(dense 4)" ;;
     positions)
       run positions positions --ctx 128k --allow-extrapolation --documents 5 \
         --variants "stock,retrofit,retrofit:pool=pre-rope,retrofit:pool=pre-rope,far-position=clamp"

@@ -49,21 +49,16 @@ impl Runner {
 pub struct Runners(Vec<Runner>);
 
 impl Runners {
-    /// Of at least one model.
-    pub fn new(models: Vec<Model>) -> Self {
-        Self(models.into_iter().map(Runner::new).collect())
-    }
-
     /// Reads the weights `jobs` times, provisioned for `ctx` positions at first.
     ///
     /// # Errors
     /// As [`Subject::load_on`].
     pub fn load(opened: &Subject, jobs: usize, ctx: usize, progress: OnProgress) -> Result<Self> {
-        let mut models = vec![opened.load(ctx, progress)?];
+        let mut runners = vec![Runner::new(opened.load(ctx, progress)?)];
         for _ in 1..jobs {
-            models.push(opened.load_on(&beside(&opened.device)?, ctx, progress)?);
+            runners.push(Runner::new(opened.load_on(&beside(&opened.device)?, ctx, progress)?));
         }
-        Ok(Self::new(models))
+        Ok(Self(runners))
     }
 
     /// One of them, for what is done once.
