@@ -1,4 +1,4 @@
-//! Backward elimination: layers are swapped for good, round by round, those first that are missed least by what is left.
+//! Backward elimination (sequential backward selection, Marill and Green 1963): layers are swapped for good, round by round, those first that are missed least by what is left.
 //!
 //! Where two layers can stand in for each other, swapping either alone does nothing, and a ranking by single swaps ends with
 //! neither. Here every round judges the layers that are still dense on top of those already swapped:
