@@ -53,6 +53,15 @@ pub(super) struct StepGraph {
     _held: Held,
 }
 
+impl Drop for StepGraph {
+    /// Waits for the last launch. With a thread and a stream to each of several models, graphs that were destroyed while they ran
+    /// have left the GPU at work for good (driver 580.159, four `layers --jobs 4` of four): another thread instantiates its graph meanwhile.
+    fn drop(&mut self) {
+        // Nothing can be said here; a broken stream fails the next call on it.
+        let _ = self.gpu.cuda_stream().synchronize();
+    }
+}
+
 impl StepGraph {
     /// Captures a step of `model` on `cache`; `None` where the model, its settings or its device have no captured form.
     pub fn capture(model: &Model, cache: &Cache, stop: &[u32]) -> Result<Option<Self>> {
