@@ -83,12 +83,12 @@ for stage in "${stages[@]}"; do
     smoke) run "" smoke --ctx "1k,$lengths" --documents 12 --variants "stock,retrofit,$published,$local" ;;
     # Layers that matter to needles need not be those that matter to chains and counts.
     layers|layers-*)
-      how=() each=8
+      how=(--rank alone) each=8
       case "$stage" in *-rounds*) how=(--rank rounds) ;; *-heads) how=(--rank heads) ;; esac
       case "$stage" in *-mixed) how+=(--tasks niah_multikey_1,vt,cwe,fwe) ;; esac
       # As many questions as of two tasks: these have longer answers, and rounds ask them three times as often.
       case "$stage" in *-rounds-mixed) each=4 ;; esac
-      run layers "$stage" --ctx "$middle" --documents 8 --samples "$each" --jobs "$jobs" ${how[@]+"${how[@]}"} --plans "$plans${stage#layers}"
+      run layers "$stage" --ctx "$middle" --documents 8 --samples "$each" --jobs "$jobs" "${how[@]}" --plans "$plans${stage#layers}"
       ;;
     # A file per length: a run that is cut off can only be taken up by the same build. An eviction is some thirty launches in
     # every layer: KeyDiff's blocks grow with the text.

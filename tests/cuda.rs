@@ -311,6 +311,39 @@ fn captured_decode_takes_the_likeliest_token_and_stops_in_the_middle_of_a_batch(
 }
 
 #[test]
+fn models_with_a_thread_and_a_stream_each_read_what_one_reads() -> Any {
+    let Some(device) = gpu("models side by side") else { return Ok(()) };
+    // Captured steps are made and dropped all the time, while others run; their last launch may still be under way.
+    let read = |device: &Device, rounds: usize| -> std::result::Result<Vec<Vec<f32>>, String> {
+        let one = || -> std::result::Result<_, Box<dyn std::error::Error>> {
+            let (checkpoint, prompt) = (open(&golden_dir("llama3_rope").to_string_lossy())?, text(300));
+            let held = HoldAs::for_gpu(Held::As(GgmlDType::F16));
+            let model = load_as(&checkpoint, Some(&small(16, 32, 4)), 400, &held, device)?;
+            let mut made = vec![];
+            for _ in 0..rounds {
+                let mut session = Session::new(&model)?;
+                session.prefill(&prompt[..200], 64, 1, &mut |_| ())?;
+                made = session.read(&prompt[200..212])?.to_vec2::<f32>()?;
+            }
+            Ok(made)
+        };
+        one().map_err(|e| e.to_string())
+    };
+    let want = read(&device, 1)?;
+    let (say, hear) = std::sync::mpsc::channel();
+    for _ in 0..4 {
+        let (say, device) = (say.clone(), bfly::cli::beside(&device)?);
+        std::thread::spawn(move || say.send(read(&device, 250)));
+    }
+    for _ in 0..4 {
+        // A GPU that hangs must not hang the test.
+        let got = hear.recv_timeout(std::time::Duration::from_secs(120)).map_err(|_| "a thread does not end")?;
+        assert_eq!(got?, want);
+    }
+    Ok(())
+}
+
+#[test]
 fn what_evicts_decodes_captured_as_it_does_step_by_step() -> Any {
     let Some(device) = gpu("captured evictions") else { return Ok(()) };
     let (checkpoint, prompt, new) = (open(&golden_dir("llama3_rope").to_string_lossy())?, text(430), 150);

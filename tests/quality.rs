@@ -227,9 +227,9 @@ fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() 
         quality(&[&args[..], &what, more].concat()).assert().success();
         Ok(bfly::bench::format::read(Path::new(&out), LAYERS)?)
     };
-    let alone = study("alone.json", &[])?;
-    let rounds = study("rounds.json", &["--rank", "rounds", "--plans", &plans])?;
-    let beside = study("beside.json", &["--rank", "rounds", "--jobs", "3"])?;
+    let alone = study("alone.json", &["--rank", "alone"])?;
+    let rounds = study("rounds.json", &["--plans", &plans])?;
+    let beside = study("beside.json", &["--jobs", "3"])?;
     assert!(alone.rounds.is_empty() && alone.single == rounds.single);
     assert_eq!((&rounds.order, &rounds.rounds, &rounds.curve), (&beside.order, &beside.rounds, &beside.curve));
     // Each round tries what the one before it left, but for what was swapped for good.
@@ -249,5 +249,27 @@ fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() 
     let plan: bfly::retrofit::RetrofitPlan =
         serde_json::from_slice(&std::fs::read(path(dir.path(), "plans/dense-1.json"))?)?;
     assert!(!plan.layers.contains(&rounds.order[0]) && plan.layers.len() + 1 == rounds.order.len());
+
+    // Cut off: some is judged and put in no order yet. What is there is not judged again, or the mark would go.
+    let mut judged: Vec<_> =
+        rounds.single.iter().skip(1).chain(&rounds.rounds[0].tried).map(|s| s.score.clone()).collect();
+    judged[0].texts[0].decode_kl = 42.5;
+    let cut = Layers { judged, single: vec![], rounds: vec![], order: vec![], curve: vec![], ..rounds.clone() };
+    std::fs::write(path(dir.path(), "cut.json"), serde_json::to_vec(&cut)?)?;
+    let again = study("cut.json", &["--jobs", "2"])?;
+    assert_eq!((&again.header.started, again.resumed.len()), (&rounds.header.started, 1));
+    let mut want = rounds.single.clone();
+    want[1].score.texts[0].decode_kl = 42.5;
+    assert_eq!((&again.single, &again.rounds, &again.curve), (&want, &rounds.rounds, &rounds.curve));
+    assert!(again.judged.is_empty());
+    // The ranking may be another: one layer at a time has been judged.
+    assert_eq!(study("cut.json", &["--rank", "alone"])?.single, want);
+    let other = ["layers", "--model", model.as_str(), "--tasks", "none", "--documents", "2", "--positions", "16"];
+    let what = ["--decode", "4", "--variants", "retrofit:window=16,block=8", "--out", &path(dir.path(), "cut.json")];
+    refused(&[&other[..], &what, &["--ctx", "90"]].concat(), &["cut.json", "another probe", "choose another --out"]);
+    let mut changed = cut;
+    changed.stock.texts[0].loss += 1.0;
+    std::fs::write(path(dir.path(), "cut.json"), serde_json::to_vec(&changed)?)?;
+    refused(&[&other[..], &what, &["--ctx", "96"]].concat(), &["cut.json", "outcome of stock", "nats"]);
     Ok(())
 }

@@ -54,9 +54,8 @@ impl LadderFile {
     /// An earlier ladder that is not of the same thing: what differs.
     pub fn open(path: &Path, earlier: Option<Ladder>, fresh: Ladder) -> Result<Self> {
         let Some(mut ladder) = earlier else { return Ok(Self { path: path.into(), ladder: fresh }) };
-        if let Some((what, was, now)) = difference(&ladder, &fresh) {
-            let message = format!("was measured with another {what}: {was} there, {now} here; choose another --out");
-            return Err(Error::usage(format!("--out {}", path.display()), message));
+        if let Some(differs) = difference(&ladder, &fresh) {
+            return Err(another(path, differs));
         }
         ladder.resumed.push(fresh.header.started);
         if fresh.prompt.tokens > ladder.prompt.tokens {
@@ -134,6 +133,12 @@ fn difference(earlier: &Ladder, fresh: &Ladder) -> Option<Difference> {
 
 /// What differs, what it was, and what it is.
 pub type Difference = (&'static str, String, String);
+
+/// Refuses to go on with the results at `path`, which are of something else.
+pub fn another(path: &Path, (what, was, now): Difference) -> Error {
+    let message = format!("was measured with another {what}: {was} there, {now} here; choose another --out");
+    Error::usage(format!("--out {}", path.display()), message)
+}
 
 /// The first thing in which two results are not of the same model, machine and build.
 pub fn header_difference(was: &Header, now: &Header) -> Option<Difference> {

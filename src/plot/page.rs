@@ -52,7 +52,7 @@ impl Key {
         let (middle, end) = (x + GLYPH / 2.0, x + GLYPH);
         match self {
             Self::Series(i, _) => {
-                scene.line((x, y), (end, y), Ink::Series(*i), theme::LINE);
+                scene.series(*i, &[(x, y), (end, y)]);
                 scene.marker(*i, (middle, y));
             }
             Self::Marker(i, _) => scene.marker(*i, (middle, y)),

@@ -3,7 +3,7 @@
 use super::axis::{brief, draw as draw_axes, nice_range, ticks, tokens, Axis, Tick};
 use super::scene::{shorten, text_width, Anchor, Area, Scene};
 use super::series::Line;
-use super::theme::{Ink, HAIR, LABEL, LINE, PANEL, SAMPLE, SAMPLE_SHIFT, THIN, TICK};
+use super::theme::{Ink, HAIR, LABEL, PANEL, SAMPLE, SAMPLE_SHIFT, THIN, TICK};
 
 /// What a panel shows.
 pub struct Panel<'a> {
@@ -127,7 +127,7 @@ fn curve(scene: &mut Scene, line: &Line, at: &dyn Fn(usize, f64) -> (f64, f64)) 
         if line.missed.iter().any(|m| (pair[0].ctx..pair[1].ctx).contains(m)) {
             continue;
         }
-        scene.line(at(pair[0].ctx, pair[0].value), at(pair[1].ctx, pair[1].value), ink, LINE);
+        scene.series(line.style, &[at(pair[0].ctx, pair[0].value), at(pair[1].ctx, pair[1].value)]);
         if let (Some(a), Some(b)) = (pair[0].p95, pair[1].p95) {
             scene.dashes(&[at(pair[0].ctx, a), at(pair[1].ctx, b)], ink, THIN);
         }

@@ -172,6 +172,14 @@ impl Scene {
         self.text(at, anchor, kind, text);
     }
 
+    /// The line of series `i`: dashed once the colours repeat.
+    pub fn series(&mut self, i: usize, points: &[At]) {
+        match i < theme::SERIES {
+            true => self.path(points.to_vec(), Ink::Series(i), theme::LINE),
+            false => self.dashes(points, Ink::Series(i), theme::LINE),
+        }
+    }
+
     /// The marker of series `i`.
     pub fn marker(&mut self, i: usize, at: At) {
         self.mark(i, at, theme::MARKER, Ink::Series(i));

@@ -24,7 +24,7 @@ pub enum Ink {
     Shade,
     /// The raw window in block diagrams.
     Band,
-    /// The series of this index; after the last the colours repeat, with other markers.
+    /// The series of this index; after the last the colours repeat, with other markers and dashed lines.
     Series(usize),
     /// The interval around that series: its colour, translucent, so that intervals may overlap.
     Haze(usize),

@@ -5,7 +5,7 @@ use super::format::Subject;
 use super::runner::{together, Runners};
 use super::stats::Estimate;
 use super::tasks::{rule, Rule, Sample};
-use crate::bench::file::{header_difference, prove_writable, save, Difference};
+use crate::bench::file::{another, header_difference, prove_writable, save, Difference};
 use crate::bench::format::{read, Header, SCHEMA_VERSION};
 use crate::bench::prompt::hash;
 use crate::bench::variant::Variant;
@@ -175,9 +175,8 @@ impl AnswersFile {
             return Ok(Self { path: path.map(Into::into), answers: fresh });
         }
         let mut answers: Answers = read(place, ANSWERS)?;
-        if let Some((what, was, now)) = answers.difference(&fresh) {
-            let message = format!("was measured with another {what}: {was} there, {now} here; choose another --out");
-            return Err(Error::usage(format!("--out {}", place.display()), message));
+        if let Some(differs) = answers.difference(&fresh) {
+            return Err(another(place, differs));
         }
         answers.resumed.push(fresh.header.started);
         Ok(Self { path: path.map(Into::into), answers })

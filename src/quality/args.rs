@@ -75,12 +75,12 @@ Examples:
 
 const LAYERS_EXAMPLES: &str = "\
 Examples:
-  # Rank layers by what swapping each does to the answers of needles, and write plans that keep the first of them
-  bfly-quality-smoke layers --model MODEL --ctx 8k --plans plans --out layers.json
+  # Which layers do the answers of needles need? Plans that keep the first of them; four settings at a time on one GPU
+  bfly-quality-smoke layers --model MODEL --ctx 8k --jobs 4 --plans plans --out layers.json
   bfly-retrofit --model MODEL --plan plans/dense-4.json --prompt-file book.txt
 
-  # Layers can stand in for each other: swap them for good, round by round; four settings at a time on one GPU
-  bfly-quality-smoke layers --model MODEL --ctx 8k --rank rounds --jobs 4 --plans plans --out layers.json
+  # What does each layer do alone? A third of the time, but layers can stand in for each other, and then all look harmless
+  bfly-quality-smoke layers --model MODEL --ctx 8k --rank alone --out alone.json
 
   # By text alone
   bfly-quality-smoke layers --model MODEL --ctx 4k --tasks none --variants retrofit:window=1k";

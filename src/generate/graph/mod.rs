@@ -54,8 +54,8 @@ pub(super) struct StepGraph {
 }
 
 impl Drop for StepGraph {
-    /// Waits for the last launch. With a thread and a stream to each of several models, graphs that were destroyed while they ran
-    /// have left the GPU at work for good (driver 580.159, four `layers --jobs 4` of four): another thread instantiates its graph meanwhile.
+    /// Waits for the last launch. A graph that is destroyed while it runs can leave the GPU at work for good once another thread
+    /// instantiates one meanwhile (driver 580.159: four of four runs of `layers --jobs 4` never ended).
     fn drop(&mut self) {
         // Nothing can be said here; a broken stream fails the next call on it.
         let _ = self.gpu.cuda_stream().synchronize();

@@ -5,7 +5,7 @@ use super::super::chart::{grid, Chart};
 use super::super::page::{Key, Page, CONTENT};
 use super::super::scale::Scale;
 use super::super::subject::subject;
-use super::super::theme::{Ink, LINE, MARGIN, SERIES, THIN};
+use super::super::theme::{Ink, MARGIN, SERIES, THIN};
 use super::super::Figure;
 use super::cells::Cells;
 use super::{family, title, KEPT};
@@ -96,7 +96,7 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
         for (_, style) in families.iter().rev() {
             let own: Vec<&Point> = points.iter().filter(|p| (p.length, p.style) == (length, *style)).collect();
             let at = |p: &Point| plot.at(p.share, p.score.mean);
-            page.scene.path(own.iter().map(|p| at(p)).collect(), Ink::Series(*style), LINE);
+            page.scene.series(*style, &own.iter().map(|p| at(p)).collect::<Vec<_>>());
             for point in own {
                 if let Some(held) = point.held {
                     let end = plot.at(held, point.score.mean);

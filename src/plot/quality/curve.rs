@@ -6,7 +6,7 @@ use super::super::place::{above, along, around};
 use super::super::scale::Scale;
 use super::super::scene::{Area, Scene};
 use super::super::subject::subject;
-use super::super::theme::{Ink, LINE, MARGIN};
+use super::super::theme::{Ink, MARGIN};
 use super::super::Figure;
 use super::{read, title};
 use crate::quality::layers::{harm, Kept, Layers, Rank, RankBy};
@@ -74,7 +74,7 @@ fn draw(scene: &mut Scene, area: Area, x: &Scale, panel: &Panel, points: &[&Kept
     let chart = Chart { title, x, x_name: "KV cache, % of dense", y: &y, shaded_from: None };
     let plot: Plot = chart.draw(scene, area);
     let at = |(_, share, e): &(usize, f64, Estimate)| plot.at(*share, e.mean);
-    scene.path(values.iter().map(at).collect(), Ink::Series(0), LINE);
+    scene.series(0, &values.iter().map(at).collect::<Vec<_>>());
     let mut taken: Vec<Area> = values.windows(2).flat_map(|pair| along(at(&pair[0]), at(&pair[1]))).collect();
     let mut spans = vec![];
     for value in &values {

@@ -6,7 +6,7 @@ use super::super::page::{Key, Page, CONTENT};
 use super::super::scale::Scale;
 use super::super::scene::{Area, At};
 use super::super::subject::subject;
-use super::super::theme::{Ink, LINE, MARGIN};
+use super::super::theme::{Ink, MARGIN};
 use super::super::Figure;
 use super::{count, share_of, title, trained_key, variants};
 use crate::error::{Error, Result};
@@ -98,7 +98,7 @@ pub fn figures(positions: &Positions, path: &Path) -> Result<Vec<Figure>> {
     for (style, line) in lines.iter().rev() {
         let points: Vec<At> =
             line.iter().enumerate().filter_map(|(b, e)| Some(plot.at(middle(b), (*e)?.mean))).collect();
-        page.scene.path(points.clone(), Ink::Series(*style), LINE);
+        page.scene.series(*style, &points);
         let every = points.len().div_ceil(MARKED).max(1);
         points.into_iter().step_by(every).for_each(|at| page.scene.marker(*style, at));
     }

@@ -1,6 +1,7 @@
 //! `layers`: which layers a model cannot do without. One layer is swapped at a time, or all are, round by round; then those that
 //! are missed most are kept, one more at a time, and what that costs in bytes is told with what it gives.
 
+mod earlier;
 mod rounds;
 mod study;
 mod table;
@@ -13,7 +14,7 @@ use super::runner::Runners;
 use super::stats::Estimate;
 use crate::bench::args::at_least_one;
 use crate::bench::file::{prove_writable, save};
-use crate::bench::format::{Header, SCHEMA_VERSION};
+use crate::bench::format::Header;
 use crate::cli::{Bars, Output};
 use crate::error::{At, Error, Result};
 use crate::retrofit::{ranges, RetrofitPlan, Settings};
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicUsize;
+use std::sync::Mutex;
 use study::{retrieval_heads, Study};
 
 /// `kind` of a study of layers.
@@ -43,9 +45,9 @@ pub enum RankBy {
 #[serde(rename_all = "snake_case")]
 pub enum Rank {
     /// Nothing: every other layer stays as it came. Layers that can stand in for each other all look harmless.
-    #[default]
+    #[default] // Of files that were written before there was a choice.
     Alone,
-    /// What harms least is swapped for good, a quarter of the layers left at a time: about three times the work.
+    /// What harms least is swapped for good, a quarter of the layers left at a time: about three times the work of alone.
     Rounds,
     /// Not at all: layers rank by the head of theirs that copies answers most, the others after them by what swapping them alone does.
     Heads,
@@ -55,7 +57,7 @@ pub enum Rank {
 #[derive(Debug, Args)]
 pub struct LayersArgs {
     /// How layers are ranked: what a layer is swapped on top of when its harm is measured, or by its heads.
-    #[arg(long, value_enum, default_value_t = Rank::Alone)]
+    #[arg(long, value_enum, default_value_t = Rank::Rounds)]
     pub rank: Rank,
     /// What makes a layer sensitive [default: answers, or text where no tasks are asked]
     #[arg(long)]
@@ -69,7 +71,7 @@ pub struct LayersArgs {
     /// Write the plan of each point as DIR/dense-K.json, for bfly-retrofit --plan.
     #[arg(long, value_name = "DIR")]
     pub plans: Option<PathBuf>,
-    /// The results, as JSON with every document and sample.
+    /// The results, as JSON with every document and sample; what the same build has judged there, however it ranked, is taken up.
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
     /// What is read.
@@ -90,6 +92,9 @@ pub struct Layers {
     /// Model, machine and build.
     #[serde(flatten)]
     pub header: Header,
+    /// When it was taken up again, each time.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub resumed: Vec<String>,
     /// What was read.
     pub probed: Probed,
     /// What makes a layer sensitive here,
@@ -114,6 +119,9 @@ pub struct Layers {
     pub order: Vec<usize>,
     /// The first of them kept dense, the others swapped.
     pub curve: Vec<Kept>,
+    /// Everything judged so far, while the study is not over; then it is told above.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub judged: Vec<Score>,
 }
 
 /// One layer alone swapped.
@@ -195,32 +203,40 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let after = if args.rank == Rank::Rounds { rounds::settings(base.layers.len()) } else { 0 };
     let total = probe.tokens() * (1 + base.layers.len() + keep.len()) + ranking.tokens() * after;
     let jobs = args.jobs.min(base.layers.len().max(keep.len()));
+    let earlier =
+        args.out.as_deref().map(|out| earlier::earlier(out, &opened.header(), &probed)).transpose()?.flatten();
     let mut runners = Runners::load(&opened, jobs, args.probe.ctx, &progress)?;
     let on_tokens = &mut |n| bars.show("layers", n as u64, total as u64);
     let (reference, stock) = probe.reference(runners.first()?, on_tokens)?;
+    let mut results = Layers::begun(opened.header(), probed, (rank_by, args.rank), stock);
+    let known = match (earlier, args.out.as_deref()) {
+        (Some(study), Some(out)) => results.take_up(study, out)?,
+        _ => vec![],
+    };
     let tally = retrieval_heads(&probe, runners.first()?)?;
+    (results.heads, results.head_steps) = (tally.heads(), tally.steps());
     let spec = opened.checkpoint().spec.clone();
     let plan = |layers| RetrofitPlan::new(&spec, Some(layers), Settings::clone(&base.settings));
-    let done = AtomicUsize::new(probe.tokens());
-    let mut study = Study { runners: &mut runners, reference: &reference, plan: &plan, bars: &bars, done, total };
-    let mut results = Layers {
-        kind: LAYERS.into(),
-        schema_version: SCHEMA_VERSION,
-        header: opened.header(),
-        probed,
-        rank_by,
-        rank: args.rank,
-        stock,
-        heads: tally.heads(),
-        head_steps: tally.steps(),
-        single: study.on_top(&probe, &[], &base.layers)?,
-        rounds: vec![],
-        order: vec![],
-        curve: vec![],
+    // What is judged is never lost.
+    let unfinished = Mutex::new(Layers { judged: known.clone(), ..results.clone() });
+    let on_judged = |score: &Score| {
+        let Some(out) = &args.out else { return Ok(()) };
+        let mut all = unfinished.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        all.judged.push(score.clone());
+        save(out, &*all)
     };
-    // What was measured so far is never lost.
-    let saved = |results: &Layers| args.out.as_deref().map(|out| save(out, results)).transpose();
-    saved(&results)?;
+    let done = AtomicUsize::new(probe.tokens());
+    let mut study = Study {
+        runners: &mut runners,
+        reference: &reference,
+        plan: &plan,
+        bars: &bars,
+        done,
+        total,
+        known,
+        on_judged: &on_judged,
+    };
+    results.single = study.on_top(&probe, &[], &base.layers)?;
     let harm = |s: &Single| results.harm_of(s);
     (results.order, results.rounds) = match args.rank {
         Rank::Alone => (by_harm(&results.single, harm), vec![]),
@@ -230,14 +246,13 @@ pub fn run(args: &LayersArgs) -> Result<()> {
             study.on_top(&ranking, swapped, left)
         })?,
     };
-    saved(&results)?;
     let dense = keep.iter().map(|k| results.order[..*k].to_vec());
     let dense: Vec<Vec<usize>> = dense.map(|mut d| (d.sort_unstable(), d).1).collect();
     let swapped = |dense: &Vec<usize>| base.layers.iter().copied().filter(|l| !dense.contains(l)).collect();
     let scores = study.judge(&probe, &dense.iter().map(swapped).collect::<Vec<_>>())?;
     results.curve = dense.into_iter().zip(scores).map(|(dense, score)| Kept { dense, score }).collect();
     bars.show("layers", total as u64, total as u64);
-    saved(&results)?;
+    args.out.as_deref().map(|out| save(out, &results)).transpose()?;
     if let Some(dir) = &args.plans {
         write_plans(dir, &results)?;
     }

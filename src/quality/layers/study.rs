@@ -8,7 +8,7 @@ use crate::quality::heads::Tally;
 use crate::quality::probe::{Probe, Reference, Score};
 use crate::quality::runner::{together, Runner, Runners};
 use crate::retrofit::{ranges, RetrofitPlan};
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Which heads copy answers, in the model as it came.
 pub fn retrieval_heads(probe: &Probe, runner: &mut Runner) -> Result<Tally> {
@@ -33,6 +33,10 @@ pub struct Study<'a, P> {
     pub done: AtomicUsize,
     /// of so many.
     pub total: usize,
+    /// What an earlier run judged: not judged again.
+    pub known: Vec<Score>,
+    /// Hears of everything that is judged anew.
+    pub on_judged: &'a (dyn Fn(&Score) -> Result<()> + Sync),
 }
 
 impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> Study<'_, P> {
@@ -58,9 +62,23 @@ impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> Study<'_, P> {
         };
         let variants = sets.iter().map(named).collect::<Result<Vec<_>>>()?;
         let (bars, done, total, reference) = (self.bars, &self.done, self.total as u64, self.reference);
-        self.runners.each(variants.len(), |runner, i| {
+        let mut scores: Vec<Option<Score>> = variants.iter().map(|v| self.known(probe, v)).collect();
+        let missing: Vec<usize> = (0..scores.len()).filter(|i| scores[*i].is_none()).collect();
+        done.fetch_add(probe.tokens() * (scores.len() - missing.len()), Ordering::Relaxed);
+        let made = self.runners.each(missing.len(), |runner, i| {
             let show = |n| bars.show("layers", n as u64, total);
-            probe.judge(runner, &variants[i], reference, &mut together(done, show))
-        })
+            let score = probe.judge(runner, &variants[missing[i]], reference, &mut together(done, show))?;
+            (self.on_judged)(&score)?;
+            Ok(score)
+        })?;
+        missing.into_iter().zip(made).for_each(|(i, score)| scores[i] = Some(score));
+        Ok(scores.into_iter().flatten().collect())
+    }
+
+    /// What an earlier run found `variant` worth, on the same texts and questions.
+    fn known(&self, probe: &Probe, variant: &Variant) -> Option<Score> {
+        let texts = |s: &Score| s.texts.iter().map(|t| &t.document).eq(probe.parts.iter().map(|p| &p.document));
+        let same = |s: &&Score| s.subject.plan == variant.plan && s.answers.len() == probe.questions.len() && texts(s);
+        self.known.iter().find(same).cloned()
     }
 }
