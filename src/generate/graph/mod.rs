@@ -54,8 +54,8 @@ pub(super) struct StepGraph {
 }
 
 impl Drop for StepGraph {
-    /// Waits for the last launch. A graph that is destroyed while it runs can leave the GPU at work for good once another thread
-    /// instantiates one meanwhile (driver 580.159: four of four runs of `layers --jobs 4` never ended).
+    /// Waits for the last launch. Without, four of four runs of `layers --jobs 4` never ended (driver 580.159): a kernel stayed busy,
+    /// while other threads made steps of their own. Since then all have ended, as did every run that fetches tokens before it drops a step.
     fn drop(&mut self) {
         // Nothing can be said here; a broken stream fails the next call on it.
         let _ = self.gpu.cuda_stream().synchronize();
