@@ -2,56 +2,29 @@
 //! are missed most are kept, one more at a time, and what that costs in bytes is told with what it gives.
 
 mod earlier;
+mod results;
 mod rounds;
 mod study;
 mod table;
 
+pub use results::{harm, Kept, Layers, Rank, RankBy, Single, LAYERS};
+
 use super::args::JudgedArgs;
 use super::heads::Head;
 use super::probe::Score;
-use super::probe_args::{ProbeArgs, Probed};
+use super::probe_args::ProbeArgs;
 use super::runner::Runners;
-use super::stats::Estimate;
 use crate::bench::args::at_least_one;
 use crate::bench::file::{prove_writable, save};
-use crate::bench::format::Header;
 use crate::cli::{Bars, Output};
 use crate::error::{At, Error, Result};
 use crate::retrofit::{ranges, RetrofitPlan, Settings};
-use clap::{Args, ValueEnum};
-use rounds::Round;
-use serde::{Deserialize, Serialize};
+use clap::Args;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicUsize;
 use std::sync::Mutex;
 use study::{retrieval_heads, Study};
-
-/// `kind` of a study of layers.
-pub const LAYERS: &str = "bfly-layers";
-
-/// What makes a layer sensitive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum RankBy {
-    /// The loss that swapping it adds on expected answers.
-    Answers,
-    /// The KL from stock that swapping it brings on text, after prefill.
-    Text,
-}
-
-/// How layers are ranked: what a layer is swapped on top of when its harm is measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum Rank {
-    /// Nothing: every other layer stays as it came. Layers that can stand in for each other all look harmless.
-    #[default] // Of files that were written before there was a choice.
-    Alone,
-    /// What harms least is swapped for good, a quarter of the layers left at a time: about three times the work of alone.
-    Rounds,
-    /// Not at all: layers rank by the head of theirs that copies answers most, the others after them by what swapping them alone does.
-    Heads,
-}
 
 /// A study of layers.
 #[derive(Debug, Args)]
@@ -80,81 +53,6 @@ pub struct LayersArgs {
     /// What is judged: --variants names the one retrofit whose layers are studied.
     #[command(flatten)]
     pub judged: JudgedArgs,
-}
-
-/// What was found.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Layers {
-    /// [`LAYERS`].
-    pub kind: String,
-    /// Version of the form.
-    pub schema_version: u32,
-    /// Model, machine and build.
-    #[serde(flatten)]
-    pub header: Header,
-    /// When it was taken up again, each time.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub resumed: Vec<String>,
-    /// What was read.
-    pub probed: Probed,
-    /// What makes a layer sensitive here,
-    pub rank_by: RankBy,
-    /// and how layers were ranked.
-    #[serde(default)]
-    pub rank: Rank,
-    /// The model as it came.
-    pub stock: Score,
-    /// Heads that copy the answer out of the text, the best first; empty where no tasks were asked.
-    #[serde(default)]
-    pub heads: Vec<Head>,
-    /// Tokens of answers that heads were looked at for.
-    #[serde(default)]
-    pub head_steps: usize,
-    /// One layer swapped at a time, in order.
-    pub single: Vec<Single>,
-    /// The rounds after that, where layers were ranked by rounds: answers alone, or texts, whichever they are ranked by.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub rounds: Vec<Round>,
-    /// All of them, the most sensitive first.
-    pub order: Vec<usize>,
-    /// The first of them kept dense, the others swapped.
-    pub curve: Vec<Kept>,
-    /// Everything judged so far, while the study is not over; then it is told above.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub judged: Vec<Score>,
-}
-
-/// One layer alone swapped.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Single {
-    /// Which.
-    pub layer: usize,
-    /// What the model is then worth.
-    pub score: Score,
-}
-
-/// Some layers kept.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Kept {
-    /// Which, rising.
-    pub dense: Vec<usize>,
-    /// What the model is then worth.
-    pub score: Score,
-}
-
-/// What swapping adds to the loss on answers, or brings as KL on text.
-pub fn harm(score: &Score, stock: &Score, by: RankBy) -> Option<Estimate> {
-    match by {
-        RankBy::Answers => Estimate::of_differences(&score.answer_losses(), &stock.answer_losses()),
-        RankBy::Text => Estimate::of(&score.texts(|t| t.kl)),
-    }
-}
-
-impl Layers {
-    /// What swapping a layer did, by what layers are ranked by here.
-    fn harm_of(&self, single: &Single) -> f64 {
-        harm(&single.score, &self.stock, self.rank_by).map_or(0.0, |e| e.mean)
-    }
 }
 
 /// Layers, the one whose swap does most harm first; of equals the earlier.
