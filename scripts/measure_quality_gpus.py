@@ -52,48 +52,49 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def split_by_task(whole: Path, part: Path, task: str) -> None:
-    """Cuts the cells of a task out of a whole file, so that its part can be gone on with."""
-    answers = json.loads(whole.read_text())
-    answers["cells"] = [c for c in answers["cells"] if c["task"] == task]
-    if answers["cells"]:
-        new = part.with_suffix(".new")
-        new.write_text(json.dumps(answers, separators=(",", ":")) + "\n")
-        new.rename(part)
+def part_of(raw: Path, name: str, stage: str, task: str) -> Path:
+    return raw / f"{name}-{stage}-{task}.json"
 
 
-def jobs_of(stages: List[str], rest: List[str], raw: Path, name: str) -> List[Job]:
+def split_by_task(raw: Path, name: str, stage: str) -> None:
+    """Cuts a joined file into the parts that are not there, so that each can be gone on with."""
+    whole = raw / f"{name}-{stage}.json"
+    answers = json.loads(whole.read_text()) if whole.exists() else {"cells": []}
+    for task in TASKS:
+        part, cells = part_of(raw, name, stage, task), [c for c in answers["cells"] if c["task"] == task]
+        if cells and not part.exists():
+            new = part.with_suffix(".new")
+            new.write_text(json.dumps({**answers, "cells": cells}, separators=(",", ":")) + "\n")
+            new.rename(part)
+
+
+def jobs_of(stages: List[str], rest: List[str], kept_by_default: str, raw: Path, name: str) -> List[Job]:
     jobs = []
     for wanted in stages:
         stage, _, kept = wanted.partition("@")
         base = ["bash", str(HERE / "measure_quality.sh"), *rest, *(["--kept", kept] if kept else [])]
-        ranked = [RANKED_BY.get(k) for k in (kept or "alone,mixed").split(",")]
-        needs = [] if stage.startswith("layers") else [r for r in ranked if r]
+        ranked = [] if stage.startswith("layers") else (kept or kept_by_default).split(",")
+        needs = [f"{name}-{RANKED_BY[k]}.json" for k in ranked if k in RANKED_BY]
         if stage.startswith("ruler-") or stage == "bytes":
+            split_by_task(raw, name, stage)
             for task in TASKS:
-                part = raw / f"{name}-{stage}-{task}.json"
-                whole = raw / f"{name}-{stage}.json"
-                if whole.exists() and not part.exists():
-                    split_by_task(whole, part, task)
+                part = part_of(raw, name, stage, task)
                 jobs.append(Job(f"{wanted} {task}", [*base, "--tasks", task, "--part", task, stage], part.name, needs))
         else:
             jobs.append(Job(wanted, [*base, stage], f"{name}-{stage}.json", needs))
     return jobs
 
 
-def run(jobs: List[Job], name: str, slots: List[Optional[str]], logs: Path, until: float) -> Tuple[int, int]:
+def run(jobs: List[Job], slots: List[Optional[str]], logs: Path, until: float) -> Tuple[int, int]:
     """Runs them; how many failed, and how many were cut off or not begun."""
     waiting: List[Job] = list(jobs)
     running: Dict[int, Tuple[Job, subprocess.Popen, float]] = {}
     failed: List[Job] = []
 
-    def rankings(job: Job) -> List[str]:
-        return [f"{name}-{need}.json" for need in job.needs]
-
     def ready(job: Job) -> bool:
         undone = waiting + [j for j, _, _ in running.values()]
         before = jobs[: jobs.index(job)]
-        return not any(j.file in rankings(job) or (j.file == job.file and j in before) for j in undone)
+        return not any(j.file in job.needs or (j.file == job.file and j in before) for j in undone)
 
     def log_of(job: Job) -> Path:
         return logs / f"{job.name.replace(' ', '-')}.log"
@@ -108,7 +109,7 @@ def run(jobs: List[Job], name: str, slots: List[Optional[str]], logs: Path, unti
                     failed.append(job)
                 end = "FAILED, see " + str(log_of(job)) if job in failed else "done"
                 say(f"{job.name}: {end} ({time.time() - begun:.0f} s; {len(waiting) + len(running)} left)")
-            for job in [j for j in waiting if any(f.file in rankings(j) for f in failed)]:
+            for job in [j for j in waiting if any(f.file in j.needs for f in failed)]:
                 waiting.remove(job)
                 failed.append(job)
                 say(f"{job.name}: FAILED, for want of its plans")
@@ -133,7 +134,7 @@ def run(jobs: List[Job], name: str, slots: List[Optional[str]], logs: Path, unti
 
 def join(stages: List[str], quality: str, raw: Path, name: str) -> None:
     for stage in dict.fromkeys(s.partition("@")[0] for s in stages):
-        parts = [raw / f"{name}-{stage}-{task}.json" for task in TASKS]
+        parts = [part_of(raw, name, stage, task) for task in TASKS]
         if all(p.exists() for p in parts):
             whole = raw / f"{name}-{stage}.json"
             subprocess.run([quality, "join", *map(str, parts), "--out", str(whole)], check=True)
@@ -163,6 +164,7 @@ def main() -> int:
     for flag in ("--model", "--out"):
         options.add_argument(flag, required=True)
     options.add_argument("--name")
+    options.add_argument("--kept", default="alone,mixed")
     options.add_argument("--quality", default="target/release/bfly-quality-smoke")
     known, _ = options.parse_known_args(rest)
     if args.each < 1:
@@ -174,8 +176,8 @@ def main() -> int:
     raw, logs = Path(known.out) / "raw", Path(known.out) / "logs"
     raw.mkdir(parents=True, exist_ok=True)
     logs.mkdir(exist_ok=True)
-    jobs = jobs_of(args.stages, rest, raw, name)
-    failed, left = run(jobs, name, [gpu for _ in range(args.each) for gpu in gpus], logs, time.time() + args.seconds)
+    jobs = jobs_of(args.stages, rest, known.kept, raw, name)
+    failed, left = run(jobs, [gpu for _ in range(args.each) for gpu in gpus], logs, time.time() + args.seconds)
     if failed or left:
         say(f"{failed} failed, {left} cut off or not begun of {len(jobs)}; the same command goes on")
         return 1
