@@ -263,7 +263,15 @@ fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() 
     assert_eq!((&again.single, &again.rounds, &again.curve), (&want, &rounds.rounds, &rounds.curve));
     assert!(again.judged.is_empty());
     // The ranking may be another: one layer at a time has been judged.
-    assert_eq!(study("cut.json", &["--rank", "alone"])?.single, want);
+    let ranked = study("cut.json", &["--rank", "alone"])?;
+    assert_eq!(ranked.single, want);
+    // What the rounds judged is still there.
+    let told = |s: &bfly::quality::probe::Score| {
+        ranked.judged.contains(s)
+            || ranked.curve.iter().any(|k| k.score == *s)
+            || ranked.single.iter().any(|l| l.score == *s)
+    };
+    assert!(again.rounds.iter().flat_map(|r| &r.tried).all(|l| told(&l.score)) && !ranked.judged.is_empty());
     let other = ["layers", "--model", model.as_str(), "--tasks", "none", "--documents", "2", "--positions", "16"];
     let what = ["--decode", "4", "--variants", "retrofit:window=16,block=8", "--out", &path(dir.path(), "cut.json")];
     refused(&[&other[..], &what, &["--ctx", "90"]].concat(), &["cut.json", "another probe", "choose another --out"]);

@@ -60,9 +60,9 @@ impl Layers {
             };
             return Err(another(path, ("outcome of stock", show(&study.stock), show(&self.stock))));
         }
+        let known = study.scores().cloned().collect();
         let begun = std::mem::replace(&mut self.header.started, study.header.started);
         self.resumed = [study.resumed, vec![begun]].concat();
-        let single = study.single.into_iter().chain(study.rounds.into_iter().flat_map(|r| r.tried)).map(|s| s.score);
-        Ok(study.judged.into_iter().chain(single).chain(study.curve.into_iter().map(|k| k.score)).collect())
+        Ok(known)
     }
 }

@@ -149,6 +149,8 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let swapped = |dense: &Vec<usize>| base.layers.iter().copied().filter(|l| !dense.contains(l)).collect();
     let scores = study.judge(&probe, &dense.iter().map(swapped).collect::<Vec<_>>())?;
     results.curve = dense.into_iter().zip(scores).map(|(dense, score)| Kept { dense, score }).collect();
+    let unused = |s: &Score| !results.scores().any(|told| told == s);
+    results.judged = study.known.into_iter().filter(unused).collect();
     bars.show("layers", total as u64, total as u64);
     args.out.as_deref().map(|out| save(out, &results)).transpose()?;
     if let Some(dir) = &args.plans {

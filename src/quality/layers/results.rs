@@ -72,7 +72,7 @@ pub struct Layers {
     pub order: Vec<usize>,
     /// The first of them kept dense, the others swapped.
     pub curve: Vec<Kept>,
-    /// Everything judged so far, while the study is not over; then it is told above.
+    /// Everything judged so far, while the study is not over; then what is not told above, since an earlier ranking asked for it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub judged: Vec<Score>,
 }
@@ -104,6 +104,12 @@ pub fn harm(score: &Score, stock: &Score, by: RankBy) -> Option<Estimate> {
 }
 
 impl Layers {
+    /// Everything that is told of swapped layers.
+    pub(super) fn scores(&self) -> impl Iterator<Item = &Score> {
+        let single = self.single.iter().chain(self.rounds.iter().flat_map(|r| &r.tried)).map(|s| &s.score);
+        single.chain(self.curve.iter().map(|k| &k.score)).chain(&self.judged)
+    }
+
     /// What swapping a layer did, by what layers are ranked by here.
     pub(super) fn harm_of(&self, single: &Single) -> f64 {
         harm(&single.score, &self.stock, self.rank_by).map_or(0.0, |e| e.mean)
