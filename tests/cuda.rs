@@ -313,7 +313,8 @@ fn captured_decode_takes_the_likeliest_token_and_stops_in_the_middle_of_a_batch(
 #[test]
 fn models_with_a_thread_and_a_stream_each_read_what_one_reads() -> Any {
     let Some(device) = gpu("models side by side") else { return Ok(()) };
-    // Captured steps are made and dropped all the time, while others run; their last launch may still be under way.
+    // Captured steps are made and dropped all the time, while others run; their last launch may still be under way. That is how `layers
+    // --jobs 4` hung; these models are too small to hang by it (three of three passes without the wait in StepGraph::drop).
     let read = |device: &Device, rounds: usize| -> std::result::Result<Vec<Vec<f32>>, String> {
         let one = || -> std::result::Result<_, Box<dyn std::error::Error>> {
             let (checkpoint, prompt) = (open(&golden_dir("llama3_rope").to_string_lossy())?, text(300));
