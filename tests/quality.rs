@@ -177,7 +177,7 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
     let first = read()?;
     ask(&[&made[..], &["--samples", "2", "--export", &jsonl]].concat());
     let both = read()?;
-    assert_eq!((first.cells.len(), both.cells.len(), both.resumed.len()), (4, 4, 1));
+    assert_eq!((first.cells.len(), both.cells.len(), both.header.resumed.len()), (4, 4, 1));
     for (one, two) in first.cells.iter().zip(&both.cells) {
         assert_eq!((one.answers.len(), two.answers.len()), (1, 2));
         assert_eq!(one.answers[0], two.answers[0], "what was answered is not asked again");
@@ -257,7 +257,7 @@ fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() 
     let cut = Layers { judged, single: vec![], rounds: vec![], order: vec![], curve: vec![], ..rounds.clone() };
     std::fs::write(path(dir.path(), "cut.json"), serde_json::to_vec(&cut)?)?;
     let again = study("cut.json", &["--jobs", "2"])?;
-    assert_eq!((&again.header.started, again.resumed.len()), (&rounds.header.started, 1));
+    assert_eq!((&again.header.started, again.header.resumed.len()), (&rounds.header.started, 1));
     let mut want = rounds.single.clone();
     want[1].score.texts[0].decode_kl = 42.5;
     assert_eq!((&again.single, &again.rounds, &again.curve), (&want, &rounds.rounds, &rounds.curve));

@@ -1,9 +1,9 @@
 //! Climbing: who runs next, at which context, and what is written down.
 
-use super::args::LadderArgs;
 use super::engine::{past_budget, Engine, Facts, Outcome, Task};
 use super::file::{LadderFile, OK};
 use super::format::{Run, Sample};
+use super::ladder_args::LadderArgs;
 use super::peer::{Answer, Peer, Ready};
 use super::summary::{deterministic, summary};
 use super::variant::Variant;

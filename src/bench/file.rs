@@ -57,7 +57,7 @@ impl LadderFile {
         if let Some(differs) = difference(&ladder, &fresh) {
             return Err(another(path, differs));
         }
-        ladder.resumed.push(fresh.header.started);
+        ladder.header.resumed.push(fresh.header.started);
         if fresh.prompt.tokens > ladder.prompt.tokens {
             ladder.prompt = fresh.prompt;
         }

@@ -1,19 +1,93 @@
 //! How far a memory budget goes: the largest context that fits, found by arithmetic and verified by a run.
 
-use super::args::FitArgs;
 use super::engine::{out_of_memory, past_budget, Engine, Outcome, Task};
 use super::file::{prove_writable, save, OK};
-use super::format::{Fit, FitRun, FIT, SCHEMA_VERSION};
+use super::format::{Fit, FitRun, FIT};
 use super::share::last_that;
-use super::subject::Subject;
+use super::subject::{Subject, SubjectArgs};
 use super::table::fit_table;
 use super::variant::Variant;
-use crate::cli::{human_bytes, open_device, short_count, Bars};
-use crate::error::Result;
+use crate::cli::{at_least_one, human_bytes, open_device, parse_bytes, parse_size, short_count, Bars};
+use crate::error::{Error, Result};
+use clap::Args;
 use std::io::Write;
+use std::path::PathBuf;
 
 /// Contexts that are considered are whole multiples of so many tokens.
 pub const STEP: usize = 1 << 10;
+
+/// `--read` where it is not given.
+const DEFAULT_READ: usize = 64 << 10;
+
+/// Budgets to fill.
+#[derive(Debug, Args)]
+pub struct FitArgs {
+    /// Memory that a run may take: weights, cache, activations. One or more, such as 10G,24G.
+    #[arg(long, value_name = "LIST", required = true, value_delimiter = ',', value_parser = parse_bytes)]
+    pub memory_budget: Vec<u64>,
+    /// Largest context that is considered; all are whole multiples of 1k.
+    #[arg(long, value_name = "TOKENS", default_value = "1M", value_parser = parse_size)]
+    pub most: usize,
+    /// Tokens that the verifying run reads, or as many as the context that was found has room for. What the cache takes does
+    /// not depend on it [default: 64k, or what --most has room for]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_size)]
+    pub read: Option<usize>,
+    /// New tokens that it makes after them.
+    #[arg(long, value_name = "TOKENS", default_value_t = 8, value_parser = at_least_one)]
+    pub decode: usize,
+    /// Tokens to a prefill chunk, where the budget has room for as many; 128 are enough to fit.
+    #[arg(long, value_name = "TOKENS", default_value = "4096", value_parser = parse_size)]
+    pub prefill_chunk: usize,
+    /// The results, written anew after every run; an earlier file is replaced.
+    #[arg(long, value_name = "FILE.json")]
+    pub out: PathBuf,
+    /// No progress, only warnings and the table.
+    #[arg(long, short)]
+    pub quiet: bool,
+    /// Model, variants and prompt; last, since the heading of its last group holds for whatever follows.
+    #[command(flatten)]
+    pub subject: SubjectArgs,
+}
+
+impl FitArgs {
+    /// The budgets, rising.
+    pub fn budgets(&self) -> Vec<u64> {
+        let mut budgets = self.memory_budget.clone();
+        budgets.sort_unstable();
+        budgets.dedup();
+        budgets
+    }
+
+    /// The largest context that is considered, and the most tokens that a run reads.
+    ///
+    /// # Errors
+    /// Flags that leave no context to consider, or no room for a prompt or for what is to be read.
+    pub fn limits(&self) -> Result<(usize, usize)> {
+        let (least, most) = (short_count(STEP), self.most / STEP * STEP);
+        if most == 0 {
+            let message = format!("{} is less than {least}, the smallest context that is considered", self.most);
+            return Err(Error::usage("--most", message));
+        }
+        if self.decode >= STEP {
+            let message = format!(
+                "{} tokens leave no room for a prompt in {least}, the smallest context that is considered",
+                self.decode
+            );
+            return Err(Error::usage("--decode", message));
+        }
+        let room = most - self.decode;
+        match self.read.filter(|read| *read > room) {
+            None => Ok((most, self.read.unwrap_or(room.min(DEFAULT_READ)))),
+            Some(read) => {
+                let (decode, most) = (self.decode, short_count(most));
+                Err(Error::usage(
+                    "--read",
+                    format!("{read} tokens and the {decode} of --decode are more than --most {most}"),
+                ))
+            }
+        }
+    }
+}
 
 /// Fills every budget with every variant, and prints how far each got as a table. Everything that can be refused is refused
 /// before weights are read.
@@ -33,9 +107,7 @@ pub fn run(args: &FitArgs) -> Result<()> {
     subject.refuse_too_large(1)?;
     let stream = subject.stream(read, &progress)?;
     let mut fit = Fit {
-        kind: FIT.into(),
-        schema_version: SCHEMA_VERSION,
-        header: subject.header(),
+        header: subject.header(FIT),
         decode_tokens: args.decode,
         prefill_chunk: args.prefill_chunk,
         most_tokens: most,

@@ -53,9 +53,13 @@ pub struct Ceilings {
     pub matmul_tflop_s: f64,
 }
 
-/// What was run, how it was held, and where: the fields that ladders and fits share, at the top level of either.
+/// What a file is, what was run, how it was held, and where: the fields that all results of a model share, at their top level.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Header {
+    /// What the file holds, such as [`LADDER`].
+    pub kind: String,
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
     /// Commit of the build.
     pub git_sha: String,
     /// When it began, RFC 3339 in UTC.
@@ -81,21 +85,17 @@ pub struct Header {
     pub held: BTreeMap<String, u64>,
     /// How keys and values were held.
     pub kv_dtype: String,
+    /// When it was taken up again, each time.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub resumed: Vec<String>,
 }
 
 /// A ladder: each variant at each context, interleaved.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Ladder {
-    /// [`LADDER`].
-    pub kind: String,
-    /// [`SCHEMA_VERSION`].
-    pub schema_version: u32,
-    /// Model, machine and build.
+    /// Of kind [`LADDER`].
     #[serde(flatten)]
     pub header: Header,
-    /// When it was taken up again, if ever.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub resumed: Vec<String>,
     /// What the machine reaches.
     pub ceilings: Option<Ceilings>,
     /// New tokens per run.
@@ -245,11 +245,7 @@ pub struct Summary {
 /// A fit: the largest context of each variant within each memory budget, found by arithmetic and verified by a run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Fit {
-    /// [`FIT`].
-    pub kind: String,
-    /// [`SCHEMA_VERSION`].
-    pub schema_version: u32,
-    /// Model, machine and build.
+    /// Of kind [`FIT`].
     #[serde(flatten)]
     pub header: Header,
     /// New tokens per run.

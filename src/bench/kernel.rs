@@ -1,15 +1,16 @@
 //! Kernels one by one, against what the machine itself reaches.
 
-use super::args::KernelArgs;
 use super::cases::{cases, Case, Launch, Place};
 use super::file::{prove_writable, save};
 use super::format::{Ceilings, KernelRun, Kernels, KERNELS, SCHEMA_VERSION};
 use super::machine::{ceilings, machine, now, CeilingSizes};
 use super::summary::median;
-use crate::cli::{open_device, Bars};
+use crate::cli::{at_least_one, open_device, Bars};
 use crate::error::{Error, Result};
 use candle_core::DType;
+use clap::Args;
 use std::io::Write;
+use std::path::PathBuf;
 use std::time::Instant;
 
 /// What `--kernel` takes.
@@ -20,6 +21,32 @@ pub const NAMES: [&str; 8] =
 const ROTATION: f64 = (256 << 20) as f64;
 /// Sets that this may take.
 const MOST_SETS: usize = 32;
+
+/// Kernels to time.
+#[derive(Debug, Args)]
+pub struct KernelArgs {
+    /// Which [default: all]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(NAMES))]
+    pub kernel: Vec<String>,
+    /// Shapes that a CPU runs in a moment.
+    #[arg(long)]
+    pub small: bool,
+    /// Element type [default: bf16, on a CPU f32]
+    #[arg(long, value_name = "TYPE", value_parser = ["bf16", "f16", "f32"])]
+    pub dtype: Option<String>,
+    /// auto, cpu, cuda or cuda:1.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// Samples of each; one is the mean of a few launches.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = at_least_one)]
+    pub samples: usize,
+    /// Where the results go, as JSON.
+    #[arg(long, value_name = "FILE.json")]
+    pub out: Option<PathBuf>,
+    /// No progress, only the table.
+    #[arg(long, short)]
+    pub quiet: bool,
+}
 
 /// Times the kernels that `args` names, and prints them as a table.
 ///

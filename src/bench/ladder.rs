@@ -1,10 +1,10 @@
 //! The ladder: every variant and peer at rising contexts, taking turns.
 
-use super::args::LadderArgs;
 use super::climb::{blank, Climb, Player, Seat};
 use super::engine::Engine;
 use super::file::{check_prompt, earlier, LadderFile};
-use super::format::{Header, Ladder, Prompt, LADDER, SCHEMA_VERSION};
+use super::format::{Header, Ladder, Prompt, LADDER};
+use super::ladder_args::LadderArgs;
 use super::machine::{ceilings, CeilingSizes};
 use super::peer::Peer;
 use super::prompt::{bytes, hash};
@@ -37,7 +37,7 @@ pub fn run(args: &LadderArgs) -> Result<()> {
     if let Some(before) = &before {
         check_prompt(&args.out, before, |n| hash(&stream.ids[..n]))?;
     }
-    let fresh = ladder(args, subject.header(), stream.describe(tokens));
+    let fresh = ladder(args, subject.header(LADDER), stream.describe(tokens));
     let file = LadderFile::open(&args.out, before, fresh)?;
     subject.warn_past_training(&bars, &contexts);
 
@@ -72,10 +72,7 @@ pub fn run(args: &LadderArgs) -> Result<()> {
 
 fn ladder(args: &LadderArgs, header: Header, prompt: Prompt) -> Ladder {
     Ladder {
-        kind: LADDER.into(),
-        schema_version: SCHEMA_VERSION,
         header,
-        resumed: vec![],
         ceilings: None,
         decode_tokens: args.decode,
         prefill_chunk: Some(args.prefill_chunk),

@@ -62,6 +62,7 @@ pub mod fit;
 pub mod format;
 pub mod kernel;
 pub mod ladder;
+pub mod ladder_args;
 pub mod machine;
 pub mod peer;
 pub mod prompt;

@@ -1,16 +1,37 @@
 //! What is measured: a checkpoint that was opened but not yet read, how it will be held, and what results say of both.
 
-use super::args::SubjectArgs;
-use super::format::Header;
+use super::format::{Header, SCHEMA_VERSION};
 use super::machine::{machine, now};
 use super::prompt::Stream;
 use super::variant::{self, Variant};
 use crate::checkpoint::{Checkpoint, Held, HoldAs, OnProgress};
-use crate::cli::{hold_as, human_bytes, short_count, Bars, Patch};
+use crate::cli::{hold_as, human_bytes, short_count, Bars, ModelArgs, Patch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Model;
 use candle_core::Device;
-use std::path::Path;
+use clap::Args;
+use std::path::{Path, PathBuf};
+
+/// What is measured.
+#[derive(Debug, Clone, Args)]
+pub struct SubjectArgs {
+    /// What is run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window, sink-tokens,
+    /// partner, layers, ...), and to compare with snapkv:budget=1024,window=64,kernel=5 or keydiff:budget=1024,block=128. A
+    /// KEY=VALUE belongs to the name with a colon before it. May be repeated.
+    #[arg(long, value_name = "LIST", default_value = "stock,retrofit")]
+    pub variants: Vec<String>,
+    /// Documents of the prompt, as scripts/fetch_texts.py lays them out. Not read where the model has no tokenizer: then the
+    /// prompt is random ids.
+    #[arg(long, value_name = "DIR", default_value = "texts")]
+    pub texts: PathBuf,
+    /// Where weights come from and how they are held.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Weights drawn from a seed: --model is then a config.json, or a directory with one. Speed and memory only, and the
+    /// results say so.
+    #[arg(long, value_name = "SEED", help_heading = "Model")]
+    pub random_weights: Option<u64>,
+}
 
 /// A checkpoint on the device that it is for.
 pub struct Subject {
@@ -111,12 +132,14 @@ impl Subject {
         }
     }
 
-    /// What results begin with.
-    pub fn header(&self) -> Header {
+    /// What results of a kind begin with.
+    pub fn header(&self, kind: &str) -> Header {
         let given = self.args.model.model.as_deref().unwrap_or_default();
         let held = self.checkpoint.held(&self.hold);
         let most = held.iter().max_by_key(|(_, bytes)| **bytes).map_or(String::new(), |(name, _)| name.clone());
         Header {
+            kind: kind.into(),
+            schema_version: SCHEMA_VERSION,
             git_sha: env!("BFLY_GIT_SHA").into(),
             started: now(),
             command: std::env::args().collect(),
@@ -133,6 +156,7 @@ impl Subject {
             dtype: most,
             held,
             kv_dtype: self.hold.compute().as_str().into(),
+            resumed: vec![],
         }
     }
 }

@@ -17,7 +17,7 @@ pub use output::Output;
 pub use patch::Patch;
 pub use progress::Bars;
 pub use retrofit::run;
-pub use size::{parse_bytes, parse_count, parse_size, short_count};
+pub use size::{at_least_one, parse_bytes, parse_count, parse_size, short_count};
 
 /// Runs `f` and turns its error into a message on stderr and an exit code: 1 where a figure that was asked for was missed, 2 for the
 /// rest.

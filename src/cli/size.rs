@@ -8,6 +8,14 @@ pub fn parse_size(text: &str) -> Result<usize, String> {
     }
 }
 
+/// Parses a whole number from 1 up.
+pub fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("not a whole number from 1 up".into()),
+        Ok(n) => Ok(n),
+    }
+}
+
 /// Parses `8192`, `256k` (k = 1024) or `1M` (M = 1024 k), up to 16M: positions are exact in f32 that far.
 pub fn parse_count(text: &str) -> Result<usize, String> {
     let (digits, unit) = match text.trim() {

@@ -1,10 +1,10 @@
 //! Milliseconds between new tokens by context: median and 95th percentile.
 
-use super::ladder::Sheet;
 use super::page::{Key, Page, CONTENT};
 use super::panel::{draw, Panel};
 use super::scene::Area;
 use super::series::Metric;
+use super::sheet::Sheet;
 use super::theme::MARGIN;
 use super::Figure;
 

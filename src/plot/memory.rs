@@ -1,11 +1,11 @@
 //! Bytes by context: the device's peak and the KV cache, every engine and variant.
 
 use super::axis::brief;
-use super::ladder::Sheet;
 use super::page::{Key, Page, CONTENT};
 use super::panel::{draw, Panel};
 use super::scene::Area;
 use super::series::Metric;
+use super::sheet::Sheet;
 use super::theme::MARGIN;
 use super::Figure;
 

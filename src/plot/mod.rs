@@ -36,6 +36,7 @@ mod save;
 mod scale;
 pub mod scene;
 mod series;
+mod sheet;
 mod subject;
 pub mod theme;
 mod time;

@@ -1,10 +1,10 @@
 //! The headline: the retrofit's time and memory over the better stock's, by context.
 
-use super::ladder::Sheet;
 use super::page::{Key, Page, CONTENT};
 use super::panel::{draw, Panel};
 use super::scene::{Area, Scene};
 use super::series::{Line, Metric};
+use super::sheet::Sheet;
 use super::theme::MARGIN;
 use super::Figure;
 

@@ -1,10 +1,10 @@
 //! Seconds by context: prefill and end to end, every engine and variant.
 
-use super::ladder::Sheet;
 use super::page::{Key, Page, CONTENT};
 use super::panel::{draw, Panel};
 use super::scene::Area;
 use super::series::Metric;
+use super::sheet::Sheet;
 use super::theme::MARGIN;
 use super::Figure;
 

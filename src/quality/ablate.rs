@@ -4,14 +4,14 @@
 //! narrower one. Two variants whose measured queries read the same are not compared: their difference would be noise taken for a
 //! finding.
 
-use super::args::JudgedArgs;
 use super::graph::Graph;
+use super::judged_args::JudgedArgs;
 use super::probe::Score;
 use super::probe_args::{ProbeArgs, Probed};
 use super::runner::Runner;
 use super::stats::Estimate;
 use crate::bench::file::{prove_writable, save};
-use crate::bench::format::{Header, SCHEMA_VERSION};
+use crate::bench::format::Header;
 use crate::bench::share::widest_window;
 use crate::bench::table::columns;
 use crate::bench::variant::Variant;
@@ -75,11 +75,7 @@ pub struct AblateArgs {
 /// What was found.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Ablation {
-    /// [`ABLATION`].
-    pub kind: String,
-    /// Version of the form.
-    pub schema_version: u32,
-    /// Model, machine and build.
+    /// Of kind [`ABLATION`].
     #[serde(flatten)]
     pub header: Header,
     /// What was read.
@@ -141,15 +137,8 @@ pub fn run(args: &AblateArgs) -> Result<()> {
         score
     };
     let base = judge(&mut runner, &base)?;
-    let mut results = Ablation {
-        kind: ABLATION.into(),
-        schema_version: SCHEMA_VERSION,
-        header: opened.header(),
-        probed: args.probe.probed(),
-        stock,
-        base,
-        changes: vec![],
-    };
+    let mut results =
+        Ablation { header: opened.header(ABLATION), probed: args.probe.probed(), stock, base, changes: vec![] };
     for (axis, value, settings) in changes {
         let plan = RetrofitPlan::new(&spec, Some(plan.layers.clone()), settings)?;
         let graph = Graph::of(&plan, ctx, measured.clone())?;

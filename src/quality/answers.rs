@@ -6,7 +6,7 @@ use super::runner::{together, Runners};
 use super::stats::Estimate;
 use super::tasks::{rule, Rule, Sample};
 use crate::bench::file::{another, header_difference, prove_writable, save, Difference};
-use crate::bench::format::{read, Header, SCHEMA_VERSION};
+use crate::bench::format::{read, Header};
 use crate::bench::prompt::hash;
 use crate::bench::variant::Variant;
 use crate::cli::{short_count, Bars};
@@ -23,16 +23,9 @@ pub const ANSWERS: &str = "bfly-answers";
 /// Answers to tasks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Answers {
-    /// [`ANSWERS`].
-    pub kind: String,
-    /// Version of the form.
-    pub schema_version: u32,
-    /// Model, machine and build.
+    /// Of kind [`ANSWERS`].
     #[serde(flatten)]
     pub header: Header,
-    /// When it was taken up again, if ever.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub resumed: Vec<String>,
     /// What it was joined from, if it was.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub joined: Vec<Joined>,
@@ -160,15 +153,7 @@ impl AnswersFile {
     /// # Errors
     /// No way to write there; a file that is none of these, or of something else: what differs.
     pub fn open(path: Option<&Path>, header: Header, asked: Asked) -> Result<Self> {
-        let fresh = Answers {
-            kind: ANSWERS.into(),
-            schema_version: SCHEMA_VERSION,
-            header,
-            resumed: vec![],
-            joined: vec![],
-            asked,
-            cells: vec![],
-        };
+        let fresh = Answers { header, joined: vec![], asked, cells: vec![] };
         let Some(place) = path else { return Ok(Self { path: None, answers: fresh }) };
         prove_writable(place)?;
         if !place.exists() {
@@ -178,7 +163,7 @@ impl AnswersFile {
         if let Some(differs) = answers.difference(&fresh) {
             return Err(another(place, differs));
         }
-        answers.resumed.push(fresh.header.started);
+        answers.header.resumed.push(fresh.header.started);
         Ok(Self { path: path.map(Into::into), answers })
     }
 

@@ -1,15 +1,8 @@
 //! The flags of `bfly-quality-smoke`.
 
 use super::{ablate, join, layers, needle, positions, ruler, smoke};
-use crate::bench::args::{at_least_one, SubjectArgs};
-use crate::bench::subject::Subject;
-use crate::bench::variant::Variant;
-use crate::checkpoint::OnProgress;
-use crate::cli::{open_device, parse_size, short_count, Bars, ModelArgs};
-use crate::error::{Error, Result};
-use crate::retrofit::RetrofitPlan;
-use clap::{Args, Parser, Subcommand};
-use std::path::PathBuf;
+use crate::error::Result;
+use clap::{Parser, Subcommand};
 
 /// Measures what a retrofit keeps: distributions and greedy text against the model as it came, on the same tokens of real text.
 ///
@@ -30,7 +23,7 @@ pub struct Cli {
     pub command: Option<Command>,
     /// The smoke test.
     #[command(flatten)]
-    pub smoke: SmokeArgs,
+    pub smoke: smoke::SmokeArgs,
 }
 
 const EXAMPLES: &str = "\
@@ -125,134 +118,6 @@ pub enum Command {
         /// The shell.
         shell: clap_complete::Shell,
     },
-}
-
-/// What is judged, and on what.
-#[derive(Debug, Args)]
-pub struct JudgedArgs {
-    /// What is run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window, sink-tokens,
-    /// partner, layers, ...), plan=FILE, or kv=1/16 for the window with which the cache takes that share of a dense one; snapkv,
-    /// keydiff with budget=N or kv=1/16. A KEY=VALUE belongs to the method before it. May be repeated.
-    #[arg(long, value_name = "LIST", default_value = "retrofit")]
-    pub variants: Vec<String>,
-    /// Documents, as scripts/fetch_texts.py lays them out. Not read where the model has no tokenizer: then texts are random ids.
-    #[arg(long, value_name = "DIR", default_value = "texts")]
-    pub texts: PathBuf,
-    /// Tokens to a prefill chunk.
-    #[arg(long, value_name = "TOKENS", default_value = "4096", value_parser = parse_size)]
-    pub prefill_chunk: usize,
-    /// Go beyond the positions that the model was trained for; the results say so.
-    #[arg(long)]
-    pub allow_extrapolation: bool,
-    /// No progress, only warnings and the table.
-    #[arg(long, short)]
-    pub quiet: bool,
-    /// Where weights come from and how they are held.
-    #[command(flatten)]
-    pub model: ModelArgs,
-}
-
-impl JudgedArgs {
-    /// Opens the checkpoint; weights are not read.
-    ///
-    /// # Errors
-    /// A device or a checkpoint that is not there, or weights that cannot be held.
-    pub fn open(&self, progress: OnProgress) -> Result<Subject> {
-        self.model.set_threads()?;
-        let device = open_device(&self.model.device)?;
-        let args = SubjectArgs {
-            variants: self.variants.clone(),
-            texts: self.texts.clone(),
-            model: self.model.clone(),
-            random_weights: None,
-        };
-        let subject = Subject::open(&args, device, progress)?;
-        subject.refuse_too_large(1)?;
-        Ok(subject)
-    }
-
-    /// The one retrofit that --variants names.
-    ///
-    /// # Errors
-    /// None, several, or a variant of another kind.
-    pub fn one_retrofit(&self, subject: &Subject, ctx: usize) -> Result<(Variant, RetrofitPlan)> {
-        let mut variants = subject.variants_at(ctx)?;
-        let one = variants.pop().filter(|_| variants.is_empty());
-        one.and_then(|v| v.plan.clone().map(|plan| (v, plan)))
-            .ok_or_else(|| Error::usage("--variants", "one retrofit is studied; name one"))
-    }
-
-    /// Refuses contexts that the model was not trained for, or warns of them where that is allowed.
-    ///
-    /// # Errors
-    /// The first context that is too long.
-    pub fn check_trained(&self, subject: &Subject, contexts: &[usize], bars: &Bars) -> Result<()> {
-        let trained = subject.checkpoint().spec.max_positions;
-        let past: Vec<_> = contexts.iter().filter(|c| **c > trained).map(|c| short_count(*c)).collect();
-        if past.is_empty() {
-            return Ok(());
-        }
-        let (past, trained) = (past.join(", "), short_count(trained));
-        if !self.allow_extrapolation {
-            let message =
-                format!("{past}: the model was trained for {trained} positions; --allow-extrapolation goes beyond");
-            return Err(Error::usage("--ctx", message));
-        }
-        bars.warn(&format!("trained for {trained} positions: {past} is extrapolated"));
-        Ok(())
-    }
-}
-
-/// A smoke test.
-#[derive(Debug, Args)]
-pub struct SmokeArgs {
-    /// Contexts, each of a text and the new tokens after it.
-    #[arg(long, value_name = "LIST", default_value = "1k,4k,8k", value_delimiter = ',', value_parser = parse_size)]
-    pub ctx: Vec<usize>,
-    /// Documents at most; those too short for a context are left out there [default: all]
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
-    pub documents: Option<usize>,
-    /// Last positions of each text that distributions are compared at.
-    #[arg(long, value_name = "K", default_value_t = 256, value_parser = at_least_one)]
-    pub positions: usize,
-    /// New tokens of greedy text after each.
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = at_least_one)]
-    pub greedy: usize,
-    /// Bounds from below; the help names the metrics of [`super::gate::METRICS`].
-    #[arg(long, value_name = "METRIC=VALUE", help = super::gate::help())]
-    pub fail_below: Vec<String>,
-    /// The same for a metric above a value, such as kl=0.1.
-    #[arg(long, value_name = "METRIC=VALUE")]
-    pub fail_above: Vec<String>,
-    /// The results, as JSON with every document.
-    #[arg(long, value_name = "FILE.json")]
-    pub out: Option<PathBuf>,
-    /// What is judged; last, since the heading of its last group holds for whatever follows.
-    #[command(flatten)]
-    pub judged: JudgedArgs,
-}
-
-impl SmokeArgs {
-    /// The contexts, rising.
-    ///
-    /// # Errors
-    /// One that is too short for the positions and the new tokens.
-    pub fn contexts(&self) -> Result<Vec<usize>> {
-        let mut contexts = self.ctx.clone();
-        contexts.sort_unstable();
-        contexts.dedup();
-        let least = self.positions + self.greedy;
-        match contexts.iter().find(|c| **c <= least) {
-            None => Ok(contexts),
-            Some(c) => {
-                let message = format!(
-                    "{c} has no room for {} positions and {} new tokens after them",
-                    self.positions, self.greedy
-                );
-                Err(Error::usage("--ctx", message))
-            }
-        }
-    }
 }
 
 /// Runs it.

@@ -1,13 +1,12 @@
 //! The flags that tasks and needle grids share, and what follows from them.
 
-use super::answers::{ask_all, Answers, AnswersFile, Asked, Set};
-use super::args::JudgedArgs;
+use super::answers::{ask_all, Answers, AnswersFile, Asked, Set, ANSWERS};
 use super::asking::Asking;
+use super::judged_args::JudgedArgs;
 use super::runner::Runners;
 use super::tasks::{self, Prose, Questions, Sample, Sources, Words};
-use crate::bench::args::at_least_one;
 use crate::bench::file::prove_writable;
-use crate::cli::{parse_size, Bars};
+use crate::cli::{at_least_one, parse_size, Bars};
 use crate::error::{Error, Result};
 use clap::Args;
 use rayon::prelude::*;
@@ -129,7 +128,7 @@ impl AskArgs {
             question_unseen: self.question_unseen,
             prefill_chunk: self.judged.prefill_chunk,
         };
-        let mut file = AnswersFile::open(self.out.as_deref(), opened.header(), asked)?;
+        let mut file = AnswersFile::open(self.out.as_deref(), opened.header(ANSWERS), asked)?;
         let first = lengths.first().copied().unwrap_or(1);
         // No more copies than samples to put side by side.
         let most = sets.iter().map(|s| s.samples.len()).max().unwrap_or(1);

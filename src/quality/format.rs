@@ -40,11 +40,7 @@ impl Subject {
 /// A smoke test: variants against stock, on the same tokens.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Smoke {
-    /// [`SMOKE`].
-    pub kind: String,
-    /// Version of the form.
-    pub schema_version: u32,
-    /// Model, machine and build.
+    /// Of kind [`SMOKE`].
     #[serde(flatten)]
     pub header: Header,
     /// Last positions of each text that distributions are compared at.
@@ -135,9 +131,7 @@ impl Smoke {
         let ladder: crate::bench::format::Ladder =
             crate::bench::format::read(path, crate::bench::format::LADDER).expect("a fixture");
         Self {
-            kind: SMOKE.into(),
-            schema_version: crate::bench::format::SCHEMA_VERSION,
-            header: ladder.header,
+            header: crate::bench::format::Header { kind: SMOKE.into(), ..ladder.header },
             positions: 256,
             greedy_tokens: 64,
             top: super::metrics::TOP,

@@ -50,7 +50,7 @@ fn join(files: Vec<(&Path, Answers)>) -> Result<Answers> {
             return Err(Error::usage(path.display(), message));
         }
         all.joined.extend(if other.joined.is_empty() { vec![part(&other)] } else { other.joined });
-        all.resumed.extend(other.resumed);
+        all.header.resumed.extend(other.header.resumed);
         for cell in other.cells {
             let mut same =
                 all.cells.iter().filter(|c| (&c.subject.variant, c.length) == (&cell.subject.variant, cell.length));

@@ -31,6 +31,7 @@ pub mod gate;
 pub mod graph;
 pub mod heads;
 pub mod join;
+pub mod judged_args;
 pub mod layers;
 pub mod metrics;
 pub mod needle;

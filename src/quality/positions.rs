@@ -1,19 +1,18 @@
 //! `positions`: the loss on the next token by position, to any length: whether a model keeps its loss beyond the length that it was
 //! trained for.
 
-use super::args::JudgedArgs;
 use super::documents::{Documents, Part};
 use super::format::Subject;
+use super::judged_args::JudgedArgs;
 use super::metrics::{losses, Rows};
 use super::runner::Runner;
 use super::stats::Estimate;
-use crate::bench::args::at_least_one;
 use crate::bench::file::{prove_writable, save};
-use crate::bench::format::{Header, SCHEMA_VERSION};
+use crate::bench::format::Header;
 use crate::bench::prompt::hash;
 use crate::bench::summary::kv;
 use crate::bench::table::columns;
-use crate::cli::{parse_size, short_count, Bars};
+use crate::cli::{at_least_one, parse_size, short_count, Bars};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use clap::Args;
@@ -50,11 +49,7 @@ pub struct PositionsArgs {
 /// Losses of variants by position.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Positions {
-    /// [`POSITIONS`].
-    pub kind: String,
-    /// Version of the form.
-    pub schema_version: u32,
-    /// Model, machine and build.
+    /// Of kind [`POSITIONS`].
     #[serde(flatten)]
     pub header: Header,
     /// Positions that are read; also those provisioned.
@@ -109,9 +104,7 @@ pub fn run(args: &PositionsArgs) -> Result<()> {
     let parts = Documents::open(checkpoint, &args.judged.texts, args.documents, lengths, &progress)?.parts(args.ctx);
     let mut runner = Runner::new(opened.load(args.ctx, &progress)?);
     let mut results = Positions {
-        kind: POSITIONS.into(),
-        schema_version: SCHEMA_VERSION,
-        header: opened.header(),
+        header: opened.header(POSITIONS),
         ctx: args.ctx,
         stride: args.stride,
         bucket: args.bucket,

@@ -1,13 +1,12 @@
 //! The flags that `layers` and `ablate` share, and the probe that they make.
 
-use super::args::JudgedArgs;
 use super::asking::Asking;
 use super::documents::Documents;
+use super::judged_args::JudgedArgs;
 use super::probe::Probe;
 use super::tasks::{self, Draw, Prose, Sources, Words};
-use crate::bench::args::at_least_one;
 use crate::bench::subject::Subject;
-use crate::cli::{parse_size, Bars};
+use crate::cli::{at_least_one, parse_size, Bars};
 use crate::error::{Error, Result};
 use clap::Args;
 use rayon::prelude::*;

@@ -3,23 +3,77 @@
 //! Each text is read twice or more: by stock, then by every variant, each with a cache of its own. Distributions are compared at the
 //! text's last positions, where a retrofit has the most to have lost; greedy text goes on from there through decode.
 
-use super::args::SmokeArgs;
 use super::documents::{Documents, Part};
 use super::format::{DocumentScore, Smoke, SmokeRun, Subject, SMOKE};
-use super::gate::Gate;
+use super::gate::{self, Gate};
+use super::judged_args::JudgedArgs;
 use super::metrics::{compare, Rows, TOP};
 use super::runner::Runner;
 use super::table::smoke_table;
 use crate::bench::file::{prove_writable, save};
-use crate::bench::format::{Kv, SCHEMA_VERSION};
+use crate::bench::format::Kv;
 use crate::bench::prompt::hash;
 use crate::bench::summary::kv;
 use crate::bench::variant::Variant;
-use crate::cli::{short_count, Bars};
+use crate::cli::{at_least_one, parse_size, short_count, Bars};
 use crate::error::{Error, Result};
 use crate::generate::{Request, Sampler, Sampling, Session};
 use crate::model::Model;
+use clap::Args;
 use std::io::Write;
+use std::path::PathBuf;
+
+/// A smoke test.
+#[derive(Debug, Args)]
+pub struct SmokeArgs {
+    /// Contexts, each of a text and the new tokens after it.
+    #[arg(long, value_name = "LIST", default_value = "1k,4k,8k", value_delimiter = ',', value_parser = parse_size)]
+    pub ctx: Vec<usize>,
+    /// Documents at most; those too short for a context are left out there [default: all]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub documents: Option<usize>,
+    /// Last positions of each text that distributions are compared at.
+    #[arg(long, value_name = "K", default_value_t = 256, value_parser = at_least_one)]
+    pub positions: usize,
+    /// New tokens of greedy text after each.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = at_least_one)]
+    pub greedy: usize,
+    /// Bounds from below; the help names the metrics of [`gate::METRICS`].
+    #[arg(long, value_name = "METRIC=VALUE", help = gate::help())]
+    pub fail_below: Vec<String>,
+    /// The same for a metric above a value, such as kl=0.1.
+    #[arg(long, value_name = "METRIC=VALUE")]
+    pub fail_above: Vec<String>,
+    /// The results, as JSON with every document.
+    #[arg(long, value_name = "FILE.json")]
+    pub out: Option<PathBuf>,
+    /// What is judged; last, since the heading of its last group holds for whatever follows.
+    #[command(flatten)]
+    pub judged: JudgedArgs,
+}
+
+impl SmokeArgs {
+    /// The contexts, rising.
+    ///
+    /// # Errors
+    /// One that is too short for the positions and the new tokens.
+    pub fn contexts(&self) -> Result<Vec<usize>> {
+        let mut contexts = self.ctx.clone();
+        contexts.sort_unstable();
+        contexts.dedup();
+        let least = self.positions + self.greedy;
+        match contexts.iter().find(|c| **c <= least) {
+            None => Ok(contexts),
+            Some(c) => {
+                let message = format!(
+                    "{c} has no room for {} positions and {} new tokens after them",
+                    self.positions, self.greedy
+                );
+                Err(Error::usage("--ctx", message))
+            }
+        }
+    }
+}
 
 /// What one reading of a text gives.
 struct Reading {
@@ -47,9 +101,7 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
     let documents = Documents::open(opened.checkpoint(), &args.judged.texts, args.documents, (least, most), &progress)?;
     let mut runner = Runner::new(opened.load(least, &progress)?);
     let mut smoke = Smoke {
-        kind: SMOKE.into(),
-        schema_version: SCHEMA_VERSION,
-        header: opened.header(),
+        header: opened.header(SMOKE),
         positions: args.positions,
         greedy_tokens: args.greedy,
         top: TOP,

@@ -14,7 +14,7 @@ fn a_ladder_goes_on_where_it_was_cut_off() -> Any {
         runs.pop();
     })?;
     let resumed = place.climb(&flags)?;
-    assert_eq!((resumed.resumed.len(), resumed.header.started.as_str()), (1, whole.header.started.as_str()));
+    assert_eq!((resumed.header.resumed.len(), resumed.header.started.as_str()), (1, whole.header.started.as_str()));
     assert_eq!(resumed.runs.len(), 4);
     for (old, new) in whole.runs.iter().zip(&resumed.runs) {
         assert_eq!((&old.variant, old.ctx, new.samples.len()), (&new.variant, new.ctx, 2));

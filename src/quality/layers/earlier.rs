@@ -2,7 +2,7 @@
 
 use super::{Layers, Rank, RankBy, LAYERS};
 use crate::bench::file::{another, header_difference};
-use crate::bench::format::{read, Header, SCHEMA_VERSION};
+use crate::bench::format::{read, Header};
 use crate::error::Result;
 use crate::quality::probe::Score;
 use crate::quality::probe_args::Probed;
@@ -30,10 +30,7 @@ impl Layers {
     /// Of a model on questions, nothing but stock judged yet.
     pub(super) fn begun(header: Header, probed: Probed, rank: (RankBy, Rank), stock: Score) -> Self {
         Self {
-            kind: LAYERS.into(),
-            schema_version: SCHEMA_VERSION,
             header,
-            resumed: vec![],
             probed,
             rank_by: rank.0,
             rank: rank.1,
@@ -62,7 +59,7 @@ impl Layers {
         }
         let known = study.scores().cloned().collect();
         let begun = std::mem::replace(&mut self.header.started, study.header.started);
-        self.resumed = [study.resumed, vec![begun]].concat();
+        self.header.resumed = [study.header.resumed, vec![begun]].concat();
         Ok(known)
     }
 }

@@ -9,14 +9,13 @@ mod table;
 
 pub use results::{harm, Kept, Layers, Rank, RankBy, Single, LAYERS};
 
-use super::args::JudgedArgs;
 use super::heads::Head;
+use super::judged_args::JudgedArgs;
 use super::probe::Score;
 use super::probe_args::ProbeArgs;
 use super::runner::Runners;
-use crate::bench::args::at_least_one;
 use crate::bench::file::{prove_writable, save};
-use crate::cli::{Bars, Output};
+use crate::cli::{at_least_one, Bars, Output};
 use crate::error::{At, Error, Result};
 use crate::retrofit::{ranges, RetrofitPlan, Settings};
 use clap::Args;
@@ -102,11 +101,11 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let total = probe.tokens() * (1 + base.layers.len() + keep.len()) + ranking.tokens() * after;
     let jobs = args.jobs.min(base.layers.len().max(keep.len()));
     let earlier =
-        args.out.as_deref().map(|out| earlier::earlier(out, &opened.header(), &probed)).transpose()?.flatten();
+        args.out.as_deref().map(|out| earlier::earlier(out, &opened.header(LAYERS), &probed)).transpose()?.flatten();
     let mut runners = Runners::load(&opened, jobs, args.probe.ctx, &progress)?;
     let on_tokens = &mut |n| bars.show("layers", n as u64, total as u64);
     let (reference, stock) = probe.reference(runners.first()?, on_tokens)?;
-    let mut results = Layers::begun(opened.header(), probed, (rank_by, args.rank), stock);
+    let mut results = Layers::begun(opened.header(LAYERS), probed, (rank_by, args.rank), stock);
     let known = match (earlier, args.out.as_deref()) {
         (Some(study), Some(out)) => results.take_up(study, out)?,
         _ => vec![],

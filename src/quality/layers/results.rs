@@ -38,16 +38,9 @@ pub enum Rank {
 /// What was found.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Layers {
-    /// [`LAYERS`].
-    pub kind: String,
-    /// Version of the form.
-    pub schema_version: u32,
-    /// Model, machine and build.
+    /// Of kind [`LAYERS`].
     #[serde(flatten)]
     pub header: Header,
-    /// When it was taken up again, each time.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub resumed: Vec<String>,
     /// What was read.
     pub probed: Probed,
     /// What makes a layer sensitive here,
