@@ -49,8 +49,10 @@ fn join(files: Vec<(&Path, Answers)>) -> Result<Answers> {
             let message = format!("was measured with another {what} than {}: {now}, not {was}", first.display());
             return Err(Error::usage(path.display(), message));
         }
-        all.joined.extend(if other.joined.is_empty() { vec![part(&other)] } else { other.joined });
-        all.header.resumed.extend(other.header.resumed);
+        let parts = if other.joined.is_empty() { vec![part(&other)] } else { other.joined };
+        // Parts cut out of one file tell the same: once is enough.
+        add_new(&mut all.joined, parts);
+        add_new(&mut all.header.resumed, other.header.resumed);
         for cell in other.cells {
             let mut same =
                 all.cells.iter().filter(|c| (&c.subject.variant, c.length) == (&cell.subject.variant, cell.length));
@@ -82,6 +84,14 @@ fn join(files: Vec<(&Path, Answers)>) -> Result<Answers> {
     Ok(all)
 }
 
+fn add_new<T: PartialEq>(all: &mut Vec<T>, more: Vec<T>) {
+    for one in more {
+        if !all.contains(&one) {
+            all.push(one);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,7 +116,8 @@ mod tests {
 
     #[test]
     fn parts_make_the_whole() -> Result<()> {
-        let (one, rest) = parts();
+        let (one, mut rest) = parts();
+        rest.header.started.push_str(", the rest");
         let all = joined(one, rest)?;
         assert_eq!(all.joined.len(), 2);
         let key = |a: &Answers| {
@@ -116,6 +127,13 @@ mod tests {
         };
         assert_eq!(key(&all), key(&ruler()), "every cell once");
         assert!(all.cells.is_sorted_by_key(|c| c.length));
+        // Cut anew and put together again: what it came from is told once.
+        let cut = |first: bool| {
+            let mut part = all.clone();
+            part.cells.retain(|c| (c.task == all.cells[0].task) == first);
+            part
+        };
+        assert_eq!(joined(cut(true), cut(false))?.joined, all.joined);
         Ok(())
     }
 
