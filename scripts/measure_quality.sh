@@ -18,10 +18,10 @@
 #
 # Stages: smoke, layers (swapped alone; writes DIR/plans/NAME), layers-rounds (eliminated round by round: DIR/plans/NAME-rounds),
 # layers-mixed, layers-rounds-mixed (judged on other tasks too), layers-heads (by retrieval heads), ruler-LENGTH (such as ruler-4k: every
-# method, the question unseen), bytes (every method from 1/2 to 1/64 of a dense cache, the question unseen), ablate-LENGTH, cumulative
-# (partner rules as layers are swapped, most harmless first), needle, positions (to 128k, beyond the trained length). All by default;
-# several may run side by side once those of layers are done. texts/ and words/ must be there (scripts/fetch_texts.py,
-# scripts/fetch_words.py).
+# method, the question unseen), bytes (every method from 1/2 to 1/64 of a dense cache, the question unseen), ablate-LENGTH,
+# cumulative-LENGTH (partner rules as layers are swapped, most harmless first), needle, smoke-plans (text again, with layers kept
+# dense), positions (to 128k, beyond the trained length). All by default; several may run side by side once those of layers are done.
+# texts/ and words/ must be there (scripts/fetch_texts.py, scripts/fetch_words.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 usage() { sed -n '2,26s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -62,7 +62,8 @@ if [ ${#stages[@]} -eq 0 ]; then
   for length in ${lengths//,/ }; do stages+=("ruler-$length"); done
   stages+=(bytes)
   for length in 4k 8k 16k; do [ "${length%k}" -gt "${ctx%k}" ] || stages+=("ablate-$length"); done
-  stages+=(cumulative needle positions)
+  for length in 4k 8k 16k; do [ "${length%k}" -gt "${ctx%k}" ] || stages+=("cumulative-$length"); done
+  stages+=(needle smoke-plans positions)
 fi
 published=retrofit:window=64,block=64,window-align=token,sink-tokens=0,shift-unit=1
 local=retrofit:partner=local
@@ -115,13 +116,15 @@ for stage in "${stages[@]}"; do
         --variants retrofit:block=16,partner-count=4
       ;;
     # Summaries that many queries read, and layers that still need them: where a rule could show.
-    cumulative)
+    cumulative-*)
+      length=${stage#cumulative-}
       for k in 16 12 8 4; do
-        [ ! -f "$plans/dense-$k.json" ] || run ablate "cumulative-dense-$k" --ctx "$middle" --documents 12 --samples 8 --axes partner \
+        [ ! -f "$plans/dense-$k.json" ] || run ablate "$stage-dense-$k" --ctx "$length" --documents 12 --samples 8 --axes partner \
           --variants "retrofit:plan=$plans/dense-$k.json,block=16,partner-count=4"
       done
       ;;
     needle) run needle needle --ctx "$lengths" --samples 5 --jobs "$jobs" --variants "stock,retrofit$(dense 4)" ;;
+    smoke-plans) run "" smoke-plans --ctx "1k,$lengths" --documents 12 --variants "stock$(dense 4 8)" ;;
     positions)
       run positions positions --ctx 128k --allow-extrapolation --documents 5 \
         --variants "stock,retrofit,retrofit:pool=pre-rope,retrofit:pool=pre-rope,far-position=clamp"

@@ -87,7 +87,10 @@ fn with_transformers_logits_the_same_metrics_come_out() -> Any {
             {
                 let close = |x: f64, y: f64| (x - y).abs() <= 1e-3 * y.abs().max(1.0);
                 assert!(close(a.kl, b.kl) && close(a.kl_reverse, b.kl_reverse), "{name}, {case}: {a:?} {b:?}");
-                assert!(close(a.reference_loss, b.reference_loss) && a.loss == b.loss, "{name}, {case}: {a:?} {b:?}");
+                assert!(close(a.reference_loss, b.reference_loss), "{name}, {case}: {a:?} {b:?}");
+                assert!(close(same.reference_loss, same.loss), "{name}, {case}: {same:?}");
+                assert!(a.top1 == b.top1 && same.top1, "{name}, {case}: {a:?} {b:?} {same:?}");
+                // A token more or less where two share the fiftieth place to within rounding.
                 assert!(a.overlap.abs_diff(b.overlap) <= 1, "{name}, {case}: {a:?} {b:?}");
                 assert!(same.kl.abs() < 1e-4 && same.overlap >= TOP - 1, "{name}, {case}: {same:?}");
             }
@@ -147,6 +150,42 @@ fn bad_input_is_named() -> Any {
     let line = r#"{"task":"vt","index":0,"input":"a","outputs":["b"],"length":9,"max_new_tokens":3}"#;
     std::fs::write(&broken, format!("{line}\n{{\"task\":"))?;
     ruler(&["--import", &broken], &["broken.jsonl: line 2", "not a sample"]);
+    for (second, says) in [
+        (line.to_string(), "is the sample of line 1 again"),
+        (line.replace("vt", "my_task"), "`my_task` is not one of"),
+        (line.replace(r#"["b"]"#, r#"[""]"#), "nothing to score"),
+    ] {
+        std::fs::write(&broken, format!("{line}\n{second}\n"))?;
+        ruler(&["--import", &broken], &["broken.jsonl: line 2", says]);
+    }
+    std::fs::write(&broken, line)?;
+    ruler(&["--import", &broken, "--tasks", "cwe"], &["--import", "no samples of cwe"]);
+    refused(&["ablate", "--model", &tiny, "--tasks", "vt,vt"], &["--tasks", "names `vt` twice"]);
+
+    // What is no earlier result stays what it is.
+    let (notes, no_dir) = (path(dir.path(), "notes.txt"), path(dir.path(), "no/where.jsonl"));
+    std::fs::write(&notes, "do not lose this")?;
+    let elsewhere = path(dir.path(), "smoke.json");
+    std::fs::write(&elsewhere, r#"{"kind":"bfly-smoke","schema_version":1}"#)?;
+    for command in [&[][..], &["ablate"], &["positions"], &["layers"], &["ruler"], &["needle"]] {
+        refused(&[command, &["--model", &tiny, "--out", &notes]].concat(), &["notes.txt"]);
+    }
+    for command in ["ablate", "positions", "layers", "ruler", "needle"] {
+        refused(&[command, "--model", &tiny, "--out", &elsewhere], &["smoke.json", "is", "bfly-smoke"]);
+    }
+    let joined = Command::new(env!("CARGO_BIN_EXE_bfly-quality-smoke"))
+        .args(["join", &elsewhere, &elsewhere, "--out", &notes])
+        .output()?;
+    let stderr = String::from_utf8_lossy(&joined.stderr).into_owned();
+    assert!(joined.status.code() == Some(2) && stderr.contains("notes.txt: is no file of results"), "{stderr}");
+    ruler(&["--export", &notes, "--export-only"], &["--export", "notes.txt: holds no samples"]);
+    ruler(&["--export", &no_dir, "--export-only"], &["--export", "where.jsonl"]);
+    let both = path(dir.path(), "both.json");
+    ruler(&["--export", &both, "--out", &both], &["--export", "the file of --out too"]);
+    ruler(&["--ctx", "16k", "--export", &both, "--export-only"], &["--ctx: 16k", "--allow-extrapolation"]);
+    assert!(!Path::new(&both).exists(), "refused before samples are written");
+    refused(&["layers", "--model", &tiny, "--tasks", "none", "--plans", &notes], &["--plans", "notes.txt"]);
+    assert_eq!(std::fs::read_to_string(&notes)?, "do not lose this");
 
     let layers = ["layers", "--model", tiny.as_str(), "--tasks", "none"];
     refused(&[&layers[..], &["--rank", "heads"]].concat(), &["--rank", "give --tasks"]);
@@ -189,7 +228,7 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
     for cell in &again.cells {
         let key = (&cell.task, &cell.subject.variant);
         let same = both.cells.iter().find(|c| (&c.task, &c.subject.variant) == key).ok_or("a cell is missing")?;
-        assert_eq!(cell.answers, same.answers);
+        assert_eq!((cell.length, &cell.answers), (450, &same.answers), "{}", cell.task);
     }
     // Another way of asking is another file.
     let args = ["ruler", "--model", real.as_str(), "-q", "--variants", "stock", "--chat", "--samples", "1"];

@@ -1,8 +1,9 @@
 //! Files of results: written whole after every sample, and a ladder's taken up again where it was cut off.
 
-use super::format::{read, Header, Ladder, Run, LADDER};
+use super::format::{kind, read, Header, Ladder, Run, LADDER};
 use crate::cli::Output;
-use crate::error::{Error, Result};
+use crate::error::{At, Error, Result};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// `status` of a run that gave samples, or that stayed within its budget.
@@ -23,6 +24,35 @@ pub struct LadderFile {
 /// Which place, and why.
 pub fn prove_writable(path: &Path) -> Result<()> {
     Output::reserve(path, "--out").map(drop)
+}
+
+/// Refuses a place that cannot be written to, and one that holds anything but earlier results of `kind`: a slip of the pen in `--out`
+/// must not cost a checkpoint.
+///
+/// # Errors
+/// Which place, and why.
+pub fn prove_replaceable(path: &Path, kind: &str) -> Result<()> {
+    prove_writable(path)?;
+    let Some(found) = holds(path)? else { return Ok(()) };
+    match found == kind {
+        true => Ok(()),
+        false => {
+            let message = format!("is {found}; only results of kind `{kind}` are replaced");
+            Err(Error::usage(format!("--out {}", path.display()), message))
+        }
+    }
+}
+
+/// The kind of the results at `path`, or that it is none; nothing where there is no file or an empty one.
+fn holds(path: &Path) -> Result<Option<String>> {
+    if !path.exists() || std::fs::metadata(path).at(path.display())?.len() == 0 {
+        return Ok(None);
+    }
+    // A checkpoint is not read to its end for this.
+    let mut first = [0];
+    std::fs::File::open(path).and_then(|mut f| f.read_exact(&mut first)).at(path.display())?;
+    let kind = if first == *b"{" { kind(path).ok() } else { None };
+    Ok(Some(kind.unwrap_or_else(|| "no file of results".into())))
 }
 
 /// Puts `results` in place at `path`, whole.

@@ -1,7 +1,7 @@
 //! How far a memory budget goes: the largest context that fits, found by arithmetic and verified by a run.
 
 use super::engine::{out_of_memory, past_budget, Engine, Outcome, Task};
-use super::file::{prove_writable, save, OK};
+use super::file::{prove_replaceable, save, OK};
 use super::format::{Fit, FitRun, FIT};
 use super::share::last_that;
 use super::subject::{Subject, SubjectArgs};
@@ -101,7 +101,7 @@ pub fn run(args: &FitArgs) -> Result<()> {
     args.subject.model.set_threads()?;
     let (most, read) = args.limits()?;
     let device = open_device(&args.subject.model.device)?;
-    prove_writable(&args.out)?;
+    prove_replaceable(&args.out, FIT)?;
     let subject = Subject::open(&args.subject, device, &progress)?;
     let variants = subject.variants()?;
     subject.refuse_too_large(1)?;

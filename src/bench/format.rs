@@ -359,3 +359,19 @@ pub fn read<T: DeserializeOwned>(path: &Path, kind: &str) -> Result<T> {
     }
     serde_json::from_value(value).map_err(|e| Error::format(path.display(), e))
 }
+
+/// What the file says it is. Everything else about it is judged by [`read`].
+///
+/// # Errors
+/// A file that cannot be read or is no JSON.
+pub fn kind(path: &Path) -> Result<String> {
+    #[derive(serde::Deserialize)]
+    struct Head {
+        #[serde(default)]
+        kind: serde_json::Value,
+    }
+    let text = std::fs::read_to_string(path).at(path.display())?;
+    let head: Head = serde_json::from_str(&text)
+        .map_err(|e| Error::format(path.display(), format!("is not a whole JSON file: {e}")))?;
+    Ok(head.kind.as_str().unwrap_or("none").into())
+}

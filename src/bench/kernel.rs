@@ -1,7 +1,7 @@
 //! Kernels one by one, against what the machine itself reaches.
 
 use super::cases::{cases, Case, Launch, Place};
-use super::file::{prove_writable, save};
+use super::file::{prove_replaceable, save};
 use super::format::{Ceilings, KernelRun, Kernels, KERNELS, SCHEMA_VERSION};
 use super::machine::{ceilings, machine, now, CeilingSizes};
 use super::summary::median;
@@ -55,7 +55,7 @@ pub struct KernelArgs {
 pub fn run(args: &KernelArgs) -> Result<()> {
     let bars = Bars::new(args.quiet);
     let device = open_device(&args.device)?;
-    args.out.as_deref().map(prove_writable).transpose()?;
+    args.out.as_deref().map(|out| prove_replaceable(out, KERNELS)).transpose()?;
     let dtype = match args.dtype.as_deref() {
         Some("bf16") => DType::BF16,
         Some("f16") => DType::F16,

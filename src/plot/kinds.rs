@@ -1,8 +1,8 @@
 //! Kinds of files that can be drawn: one line each.
 
 use super::{kernels, ladder, quality, Figure};
-use crate::bench::format::{read, KERNELS, LADDER};
-use crate::error::{At, Error, Result};
+use crate::bench::format::{kind, read, KERNELS, LADDER};
+use crate::error::{Error, Result};
 use crate::quality::ablate::ABLATION;
 use crate::quality::answers::ANSWERS;
 use crate::quality::format::SMOKE;
@@ -48,17 +48,4 @@ pub fn figures_of(path: &Path, wanted: Option<&str>) -> Result<Drawn> {
             Err(Error::format(path.display(), message))
         }
     }
-}
-
-/// What the file says it is. Everything else about it is judged by `read`.
-fn kind(path: &Path) -> Result<String> {
-    #[derive(serde::Deserialize)]
-    struct Head {
-        #[serde(default)]
-        kind: serde_json::Value,
-    }
-    let text = std::fs::read_to_string(path).at(path.display())?;
-    let head: Head = serde_json::from_str(&text)
-        .map_err(|e| Error::format(path.display(), format!("is not a whole JSON file: {e}")))?;
-    Ok(head.kind.as_str().unwrap_or("none").into())
 }

@@ -10,7 +10,8 @@ use super::probe::Score;
 use super::probe_args::{ProbeArgs, Probed};
 use super::runner::Runner;
 use super::stats::Estimate;
-use crate::bench::file::{prove_writable, save};
+use super::table::extrapolated;
+use crate::bench::file::{prove_replaceable, save};
 use crate::bench::format::Header;
 use crate::bench::share::widest_window;
 use crate::bench::table::columns;
@@ -84,6 +85,9 @@ pub struct Ablation {
     pub stock: Score,
     /// What everything is changed from.
     pub base: Score,
+    /// Summaries that a measured query of it reads in a swapped layer, as a mean; not told by files of earlier builds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_summaries_per_query: Option<f64>,
     /// Everything that was changed.
     pub changes: Vec<Change>,
 }
@@ -112,7 +116,7 @@ pub fn run(args: &AblateArgs) -> Result<()> {
     let bars = Bars::new(args.judged.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
     args.probe.check()?;
-    args.out.as_deref().map(prove_writable).transpose()?;
+    args.out.as_deref().map(|out| prove_replaceable(out, ABLATION)).transpose()?;
     let opened = args.judged.open(&progress)?;
     let ctx = args.probe.ctx;
     args.judged.check_trained(&opened, &[ctx], &bars)?;
@@ -137,8 +141,14 @@ pub fn run(args: &AblateArgs) -> Result<()> {
         score
     };
     let base = judge(&mut runner, &base)?;
-    let mut results =
-        Ablation { header: opened.header(ABLATION), probed: args.probe.probed(), stock, base, changes: vec![] };
+    let mut results = Ablation {
+        header: opened.header(ABLATION),
+        probed: args.probe.probed(),
+        stock,
+        base,
+        base_summaries_per_query: Some(graphs[0].1.summaries_per_query()),
+        changes: vec![],
+    };
     for (axis, value, settings) in changes {
         let plan = RetrofitPlan::new(&spec, Some(plan.layers.clone()), settings)?;
         let graph = Graph::of(&plan, ctx, measured.clone())?;
@@ -254,7 +264,8 @@ fn table(results: &Ablation) -> String {
     let kv = |score: &Score| format!("{:.4}x", score.subject.share_of_dense());
     let base = &results.base;
     let kl = |score: &Score| Estimate::of(&score.texts(|t| t.kl)).map_or("-".into(), |e| e.show(4));
-    let mut first = vec![String::new(), base.subject.variant.clone(), kv(base), String::new(), kl(base)];
+    let summaries = results.base_summaries_per_query.map_or("-".into(), |n| format!("{n:.2}"));
+    let mut first = vec![String::new(), base.subject.variant.clone(), kv(base), summaries, kl(base)];
     first.extend(["", "", ""].map(String::from));
     rows.push(first);
     for change in &results.changes {
@@ -290,6 +301,7 @@ fn table(results: &Ablation) -> String {
             base.texts.len(),
             base.answers.len()
         )
+        + &extrapolated(&results.header, [results.probed.ctx])
 }
 
 #[cfg(test)]

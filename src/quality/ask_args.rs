@@ -5,7 +5,7 @@ use super::asking::Asking;
 use super::judged_args::JudgedArgs;
 use super::runner::Runners;
 use super::tasks::{self, Prose, Questions, Sample, Sources, Words};
-use crate::bench::file::prove_writable;
+use crate::bench::file::prove_replaceable;
 use crate::cli::{at_least_one, parse_size, Bars};
 use crate::error::{Error, Result};
 use clap::Args;
@@ -96,13 +96,18 @@ impl AskArgs {
     pub fn run(&self, wanted: &[Wanted], read: Option<(&PathBuf, Vec<Sample>)>) -> Result<Option<Answers>> {
         let bars = Bars::new(self.judged.quiet);
         let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
-        for path in [&self.out, &self.export].into_iter().flatten() {
-            prove_writable(path)?;
+        self.out.as_deref().map(|out| prove_replaceable(out, ANSWERS)).transpose()?;
+        if let Some(export) = &self.export {
+            if self.out.as_ref() == Some(export) {
+                return Err(Error::usage("--export", "is the file of --out too; samples and answers need one each"));
+            }
+            tasks::prove_replaceable(export, "--export")?;
         }
         let opened = self.judged.open(&progress)?;
         opened.refuse_too_large(self.jobs)?;
         // A mistake is told before samples are made, which can take a while.
         let asked_for = if read.is_none() { self.lengths() } else { vec![] };
+        self.judged.check_trained(&opened, &asked_for, &bars)?;
         asked_for.into_iter().try_for_each(|length| opened.variants_at(length).map(drop))?;
         let text = opened.checkpoint().text()?;
         let asking = Asking::new(text, self.chat, self.question_unseen, self.judged.prefill_chunk)?;
@@ -119,7 +124,9 @@ impl AskArgs {
             }
         }
         let lengths: Vec<usize> = sets.iter().map(|s| s.length).collect();
-        self.judged.check_trained(&opened, &lengths, &bars)?;
+        if from.is_some() {
+            self.judged.check_trained(&opened, &lengths, &bars)?;
+        }
         let variants = lengths.iter().map(|l| opened.variants_at(*l)).collect::<Result<Vec<_>>>()?;
         let asked = Asked {
             seed: from.is_none().then_some(self.seed),
@@ -160,8 +167,9 @@ fn given(samples: Vec<Sample>, asking: &Asking) -> Result<Vec<Set>> {
     let mut sets: Vec<Set> = vec![];
     for sample in samples {
         let prompt = asking.prompt(&sample)?;
-        // Samples fill their length nearly: the next multiple of 512 is what they were made for.
-        let length = (prompt.tokens() + sample.max_new_tokens).next_multiple_of(512);
+        let tokens = prompt.tokens() + sample.max_new_tokens;
+        // RULER's own files do not tell it; samples fill their length nearly, which is a multiple of 512 as a rule.
+        let length = sample.made_for.filter(|n| *n >= tokens).unwrap_or(tokens.next_multiple_of(512));
         match sets.iter_mut().find(|s| (&s.task, s.length) == (&sample.task, length)) {
             Some(set) => set.samples.push((sample, prompt)),
             None => sets.push(Set { task: sample.task.clone(), length, samples: vec![(sample, prompt)] }),

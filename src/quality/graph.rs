@@ -13,6 +13,8 @@ pub struct Graph {
     raw: (usize, String, usize, usize),
     /// Per swapped layer, per measured block: the blocks whose summaries are read.
     routes: Vec<Vec<Vec<usize>>>,
+    /// Per measured block: its measured queries.
+    queries: Vec<usize>,
     /// How summaries are made and scored; nothing where none is read.
     summaries: Option<(Pool, String, u64)>,
 }
@@ -32,19 +34,25 @@ impl Graph {
         };
         let routes: Vec<Vec<Vec<usize>>> =
             (0..plan.layers.len()).map(|j| blocks.clone().map(|b| read(j, b)).collect()).collect();
+        let within = |b: usize| positions.end.min((b + 1) * s.block) - positions.start.max(b * s.block);
+        let queries = blocks.clone().map(within).collect();
         let any = routes.iter().flatten().any(|r| !r.is_empty());
         Ok(Self {
             layers: plan.layers.clone(),
             raw: (s.window, format!("{:?}", s.window_align), s.sink_tokens, s.block),
             summaries: any.then(|| (s.pool, format!("{:?}", s.far_position), s.summary_bias.to_bits())),
             routes,
+            queries,
         })
     }
 
-    /// Summaries that a query reads in a swapped layer, as a mean over layers and measured blocks.
+    /// Summaries that a query reads in a swapped layer, as a mean over layers and measured queries.
     pub fn summaries_per_query(&self) -> f64 {
-        let counts: Vec<usize> = self.routes.iter().flatten().map(Vec::len).collect();
-        counts.iter().sum::<usize>() as f64 / counts.len().max(1) as f64
+        let of_layer = |blocks: &Vec<Vec<usize>>| -> usize {
+            blocks.iter().zip(&self.queries).map(|(read, queries)| read.len() * queries).sum()
+        };
+        let read: usize = self.routes.iter().map(of_layer).sum();
+        read as f64 / (self.routes.len() * self.queries.iter().sum::<usize>()).max(1) as f64
     }
 }
 
@@ -78,13 +86,14 @@ mod tests {
     }
 
     #[test]
-    fn summaries_are_counted_per_layer_and_block() {
+    fn summaries_are_counted_per_layer_and_query() {
         let count = |partner: &str, partner_count| {
             graph(Settings { partner: partner.into(), partner_count, ..Settings::default() }).summaries_per_query()
         };
         assert_eq!(count("local", 1), 0.0);
         // Blocks 62 and 63 of 64: 5, 10, 20 and 40 blocks back all exist.
         assert_eq!((count("causal_shift", 1), count("causal_shift", 2)), (1.0, 2.0));
-        assert_eq!(count("all", 1), 58.5);
+        // 64 queries in block 62, which has 58 blocks left of its window, and 128 in block 63, which has 59.
+        assert_eq!(count("all", 1), (64.0 * 58.0 + 128.0 * 59.0) / 192.0);
     }
 }

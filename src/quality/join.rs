@@ -5,7 +5,7 @@
 
 use super::answers::{Answers, Joined, ANSWERS};
 use super::table::answers_table;
-use crate::bench::file::{prove_writable, save};
+use crate::bench::file::{prove_replaceable, save};
 use crate::bench::format::read;
 use crate::cli::short_count;
 use crate::error::{Error, Result};
@@ -29,7 +29,7 @@ pub struct JoinArgs {
 /// # Errors
 /// A file that is none of answers; files of different measurements, or with the same cell: names both and what it is.
 pub fn run(args: &JoinArgs) -> Result<()> {
-    prove_writable(&args.out)?;
+    prove_replaceable(&args.out, ANSWERS)?;
     let files = args.files.iter().map(|f| Ok((f.as_path(), read(f, ANSWERS)?))).collect::<Result<Vec<_>>>()?;
     let joined = join(files)?;
     save(&args.out, &joined)?;

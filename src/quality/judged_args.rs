@@ -7,6 +7,7 @@ use crate::cli::{open_device, parse_size, short_count, Bars, ModelArgs};
 use crate::error::{Error, Result};
 use crate::retrofit::RetrofitPlan;
 use clap::Args;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// What is judged, and on what.
@@ -70,7 +71,8 @@ impl JudgedArgs {
     /// The first context that is too long.
     pub fn check_trained(&self, subject: &Subject, contexts: &[usize], bars: &Bars) -> Result<()> {
         let trained = subject.checkpoint().spec.max_positions;
-        let past: Vec<_> = contexts.iter().filter(|c| **c > trained).map(|c| short_count(*c)).collect();
+        let past: BTreeSet<usize> = contexts.iter().copied().filter(|c| *c > trained).collect();
+        let past: Vec<_> = past.into_iter().map(short_count).collect();
         if past.is_empty() {
             return Ok(());
         }

@@ -7,7 +7,7 @@ use super::judged_args::JudgedArgs;
 use super::metrics::{losses, Rows};
 use super::runner::Runner;
 use super::stats::Estimate;
-use crate::bench::file::{prove_writable, save};
+use crate::bench::file::{prove_replaceable, save};
 use crate::bench::format::Header;
 use crate::bench::prompt::hash;
 use crate::bench::summary::kv;
@@ -23,6 +23,9 @@ use std::path::PathBuf;
 /// `kind` of losses by position.
 pub const POSITIONS: &str = "bfly-positions";
 
+/// `--bucket` where it is not given.
+const BUCKET: usize = 2 << 10;
+
 /// Losses by position.
 #[derive(Debug, Args)]
 pub struct PositionsArgs {
@@ -35,9 +38,9 @@ pub struct PositionsArgs {
     /// Every so many positions one is judged.
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one)]
     pub stride: usize,
-    /// Positions to a bucket, whose losses are one mean.
-    #[arg(long, value_name = "TOKENS", default_value = "2k", value_parser = parse_size)]
-    pub bucket: usize,
+    /// Positions to a bucket, whose losses are one mean [default: 2k, or --ctx where that is less]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_size)]
+    pub bucket: Option<usize>,
     /// The results, as JSON with every document.
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
@@ -92,9 +95,10 @@ pub struct PositionLosses {
 pub fn run(args: &PositionsArgs) -> Result<()> {
     let bars = Bars::new(args.judged.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
-    args.out.as_deref().map(prove_writable).transpose()?;
-    if args.bucket > args.ctx || args.stride > args.bucket {
-        let message = format!("{} is not between --stride {} and --ctx {}", args.bucket, args.stride, args.ctx);
+    args.out.as_deref().map(|out| prove_replaceable(out, POSITIONS)).transpose()?;
+    let bucket = args.bucket.unwrap_or(BUCKET.min(args.ctx));
+    if bucket > args.ctx || args.stride > bucket {
+        let message = format!("{bucket} is not between --stride {} and --ctx {}", args.stride, args.ctx);
         return Err(Error::usage("--bucket", message));
     }
     let opened = args.judged.open(&progress)?;
@@ -103,13 +107,8 @@ pub fn run(args: &PositionsArgs) -> Result<()> {
     let (checkpoint, lengths) = (opened.checkpoint(), (args.ctx, args.ctx));
     let parts = Documents::open(checkpoint, &args.judged.texts, args.documents, lengths, &progress)?.parts(args.ctx);
     let mut runner = Runner::new(opened.load(args.ctx, &progress)?);
-    let mut results = Positions {
-        header: opened.header(POSITIONS),
-        ctx: args.ctx,
-        stride: args.stride,
-        bucket: args.bucket,
-        runs: vec![],
-    };
+    let mut results =
+        Positions { header: opened.header(POSITIONS), ctx: args.ctx, stride: args.stride, bucket, runs: vec![] };
     let total = args.ctx * parts.len() * variants.len();
     let mut done = 0;
     for variant in &variants {
@@ -118,7 +117,7 @@ pub fn run(args: &PositionsArgs) -> Result<()> {
         for part in &parts {
             let read = runner.run(variant, args.ctx, |model| {
                 let on_tokens = &mut |n: usize| bars.show("positions", (done + n) as u64, total as u64);
-                by_bucket(model, part, args, on_tokens)
+                by_bucket(model, part, (args, bucket), on_tokens)
             })?;
             done += args.ctx;
             held = Some(read.1);
@@ -143,11 +142,11 @@ pub fn run(args: &PositionsArgs) -> Result<()> {
 fn by_bucket(
     model: &Model,
     part: &Part,
-    args: &PositionsArgs,
+    (args, bucket): (&PositionsArgs, usize),
     on_tokens: &mut dyn FnMut(usize),
 ) -> Result<(Vec<f64>, crate::bench::format::Kv)> {
     let mut cache = model.new_cache()?;
-    let buckets = part.ids.len().div_ceil(args.bucket);
+    let buckets = part.ids.len().div_ceil(bucket);
     let (mut sums, mut counts) = (vec![0.0; buckets], vec![0usize; buckets]);
     let mut start = 0;
     // The last position has no next token.
@@ -157,8 +156,8 @@ fn by_bucket(
         if !want.is_empty() {
             let next: Vec<u32> = want.iter().map(|i| part.ids[start + i + 1]).collect();
             for (i, loss) in want.iter().zip(losses(&Rows::of(&logits)?, &next)?) {
-                sums[(start + i) / args.bucket] += loss;
-                counts[(start + i) / args.bucket] += 1;
+                sums[(start + i) / bucket] += loss;
+                counts[(start + i) / bucket] += 1;
             }
         }
         start += chunk.len();

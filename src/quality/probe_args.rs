@@ -26,7 +26,7 @@ pub struct ProbeArgs {
     #[arg(long, value_name = "K", default_value_t = 128, value_parser = at_least_one)]
     pub positions: usize,
     /// Positions after them that are read one by one, as decode does.
-    #[arg(long, value_name = "N", default_value_t = 32)]
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one)]
     pub decode: usize,
     /// Tasks whose expected answers are judged by their loss; none: text alone.
     #[arg(long, value_name = "none|LIST", default_value = "niah_single_2,niah_multikey_1", value_delimiter = ',')]
@@ -95,7 +95,11 @@ impl ProbeArgs {
                 format!("{} has no room for {} positions and {} after them", self.ctx, self.positions, self.decode);
             return Err(Error::usage("--ctx", message));
         }
-        self.wanted_tasks().iter().try_for_each(|t| tasks::find(t).map(drop).map_err(|e| e.within("--tasks")))
+        let wanted = self.wanted_tasks();
+        if let Some((_, name)) = wanted.iter().enumerate().find(|(i, name)| wanted[..*i].contains(name)) {
+            return Err(Error::usage("--tasks", format!("names `{name}` twice")));
+        }
+        wanted.iter().try_for_each(|t| tasks::find(t).map(drop).map_err(|e| e.within("--tasks")))
     }
 
     /// Everything that is read.

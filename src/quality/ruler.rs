@@ -2,7 +2,7 @@
 
 use super::ask_args::{AskArgs, Wanted};
 use super::table::answers_table;
-use super::tasks::{self, Draw, TASKS};
+use super::tasks::{self, Draw, Sample, TASKS};
 use crate::error::{Error, Result};
 use clap::Args;
 use std::io::Write;
@@ -49,6 +49,17 @@ impl RulerArgs {
         }
         self.tasks.iter().map(|name| tasks::find(name).map_err(|e| e.within("--tasks"))).collect()
     }
+
+    /// Of samples that were read, those of the tasks that are asked for.
+    fn only_asked(&self, mut samples: Vec<Sample>) -> Result<Vec<Sample>> {
+        if self.tasks != ["all"] {
+            samples.retain(|s| self.tasks.contains(&s.task));
+        }
+        match samples.is_empty() {
+            true => Err(Error::usage("--import", format!("holds no samples of {}", self.tasks.join(", ")))),
+            false => Ok(samples),
+        }
+    }
 }
 
 /// Runs it and prints a table.
@@ -63,6 +74,7 @@ pub fn run(args: &RulerArgs) -> Result<()> {
     };
     let missing = tasks::Missing { task: one, max_new_tokens: None };
     let read = args.import.as_ref().map(|f| Ok::<_, Error>((f, tasks::read(f, missing)?))).transpose()?;
+    let read = read.map(|(file, samples)| Ok::<_, Error>((file, args.only_asked(samples)?))).transpose()?;
     let sources = args.ask.sources(args.squad.as_ref(), args.hotpot.as_ref())?;
     let cells = args.ask.lengths().into_iter().flat_map(|length| tasks.iter().map(move |task| (length, *task)));
     let (sources, seed) = (&sources, args.ask.seed);

@@ -10,7 +10,7 @@ use super::judged_args::JudgedArgs;
 use super::metrics::{compare, Rows, TOP};
 use super::runner::Runner;
 use super::table::smoke_table;
-use crate::bench::file::{prove_writable, save};
+use crate::bench::file::{prove_replaceable, save};
 use crate::bench::format::Kv;
 use crate::bench::prompt::hash;
 use crate::bench::summary::kv;
@@ -91,7 +91,7 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
     let bars = Bars::new(args.judged.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
     let gates = Gate::parse(&args.fail_below, &args.fail_above)?;
-    args.out.as_deref().map(prove_writable).transpose()?;
+    args.out.as_deref().map(|out| prove_replaceable(out, SMOKE)).transpose()?;
     let contexts = args.contexts()?;
     let opened = args.judged.open(&progress)?;
     args.judged.check_trained(&opened, &contexts, &bars)?;

@@ -4,6 +4,7 @@ use super::answers::{Answers, Cell};
 use super::format::Smoke;
 use super::gate::{Metric, METRICS};
 use super::stats::Estimate;
+use crate::bench::format::Header;
 use crate::bench::table::columns;
 use crate::cli::short_count;
 use std::collections::BTreeSet;
@@ -31,16 +32,22 @@ pub fn smoke_table(smoke: &Smoke) -> String {
         row.extend(shown.iter().map(|(_, metric, decimals)| of(metric).map_or("-".into(), |e| e.show(*decimals))));
         rows.push(row);
     }
-    let trained = smoke.header.trained_positions;
-    let past = smoke.runs.iter().any(|r| r.ctx > trained);
-    let remark =
-        past.then(|| format!("trained for {} positions: what is beyond is extrapolated\n", short_count(trained)));
+    let remark = extrapolated(&smoke.header, smoke.runs.iter().map(|r| r.ctx));
     let about = format!(
         "last {} positions of each text; KL in nats over the whole vocabulary, overlap of {} tokens, greedy of {} tokens; means over texts \
          with 95% intervals (bootstrap)\n",
         smoke.positions, smoke.top, smoke.greedy_tokens
     );
-    columns(&rows) + &about + &remark.unwrap_or_default()
+    columns(&rows) + &about + &remark
+}
+
+/// A line that says so where a context is beyond what the model was trained for.
+pub fn extrapolated(header: &Header, contexts: impl IntoIterator<Item = usize>) -> String {
+    let trained = header.trained_positions;
+    match contexts.into_iter().any(|c| c > trained) {
+        true => format!("trained for {} positions: what is beyond is extrapolated\n", short_count(trained)),
+        false => String::new(),
+    }
 }
 
 /// Lengths that were asked at, rising.
@@ -86,6 +93,7 @@ pub fn answers_table(answers: &Answers) -> String {
         out += &columns(&rows);
     }
     out + "scores in percent; the last column is the mean over tasks with its 95% interval; KV is the most that was allocated at once\n"
+        + &extrapolated(&answers.header, lengths(answers))
 }
 
 /// The mean over tasks, each with the same weight; samples are drawn again within their task.
@@ -120,4 +128,5 @@ pub fn grid_table(answers: &Answers) -> String {
         out += &columns(&rows);
     }
     out + "scores in percent by depth of the needle (0% is the context's beginning); the mean with its 95% interval over needles\n"
+        + &extrapolated(&answers.header, lengths(answers))
 }

@@ -14,7 +14,7 @@ use super::judged_args::JudgedArgs;
 use super::probe::Score;
 use super::probe_args::ProbeArgs;
 use super::runner::Runners;
-use crate::bench::file::{prove_writable, save};
+use crate::bench::file::{prove_replaceable, save};
 use crate::cli::{at_least_one, Bars, Output};
 use crate::error::{At, Error, Result};
 use crate::retrofit::{ranges, RetrofitPlan, Settings};
@@ -77,7 +77,8 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let bars = Bars::new(args.judged.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
     args.probe.check()?;
-    args.out.as_deref().map(prove_writable).transpose()?;
+    args.out.as_deref().map(|out| prove_replaceable(out, LAYERS)).transpose()?;
+    args.plans.as_deref().map(prove_plans).transpose()?;
     let probed = args.probe.probed();
     let rank_by = match (args.rank_by, probed.tasks.is_empty()) {
         (Some(RankBy::Answers), true) => {
@@ -173,9 +174,14 @@ fn counts(given: &[usize], layers: usize) -> Result<Vec<usize>> {
     Ok(keep)
 }
 
+/// Refuses a directory that plans cannot be written to, before anything is judged.
+fn prove_plans(dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir).at(format!("--plans {}", dir.display()))?;
+    Output::reserve(&dir.join("dense-0.json"), "--plans").map(drop)
+}
+
 /// One plan per point that swaps anything.
 fn write_plans(dir: &Path, results: &Layers) -> Result<()> {
-    std::fs::create_dir_all(dir).at(dir.display())?;
     for point in &results.curve {
         if let Some(plan) = &point.score.subject.plan {
             let path = dir.join(format!("dense-{}.json", point.dense.len()));

@@ -5,6 +5,7 @@ use crate::bench::table::columns;
 use crate::quality::heads::Head;
 use crate::quality::probe::Score;
 use crate::quality::stats::Estimate;
+use crate::quality::table::extrapolated;
 use crate::retrofit::ranges;
 
 /// Heads in the table.
@@ -50,5 +51,6 @@ pub fn table(results: &Layers) -> String {
         ),
     };
     let kept: Vec<String> = results.order.iter().map(usize::to_string).collect();
-    format!("{}\n{}kept in this order: {}\n{heads}", columns(&rows), columns(&curve), kept.join(", "))
+    let remark = extrapolated(&results.header, [results.probed.ctx]);
+    format!("{}\n{}kept in this order: {}\n{heads}{remark}", columns(&rows), columns(&curve), kept.join(", "))
 }

@@ -79,7 +79,7 @@ mod words;
 pub use hay::{Hay, Prose, NOISE};
 pub use qa::Questions;
 pub use rng::Rng;
-pub use sample::{read, write, Missing, Sample};
+pub use sample::{prove_replaceable, read, write, Missing, Sample};
 pub use score::Rule;
 pub use words::Words;
 
@@ -273,6 +273,7 @@ fn finish(call: &Call, maker: &Maker, room: usize) -> Result<Sample> {
         answer_prefix: draft.answer_prefix,
         outputs: draft.outputs,
         length: tokens,
+        made_for: Some(length),
         max_new_tokens: room,
         depth: draft.depth,
     })

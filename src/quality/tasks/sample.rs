@@ -1,9 +1,11 @@
 //! One prompt with its expected answer, and files of them: JSON, a sample a line, in RULER's field names and ours.
 
-use super::find;
+use super::{find, rule};
 use crate::cli::Output;
 use crate::error::{At, Error, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::io::BufRead;
 use std::path::Path;
 
 /// A prompt and what its answer should hold.
@@ -27,6 +29,9 @@ pub struct Sample {
     pub outputs: Vec<String>,
     /// Tokens of the prompt, and room for the answer.
     pub length: usize,
+    /// The length that it was made to fit, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_for: Option<usize>,
     /// The room: tokens that the answer may have.
     #[serde(default)]
     pub max_new_tokens: usize,
@@ -75,11 +80,34 @@ impl Sample {
 
     /// What is wrong with it.
     fn fault(&self) -> Option<String> {
-        if self.outputs.is_empty() {
+        // The empty string occurs in every answer.
+        if self.outputs.is_empty() || self.outputs.iter().any(|o| o.trim().is_empty()) {
             return Some("`outputs` is empty: there is nothing to score an answer by".into());
         }
         let at = self.question_at.filter(|at| !self.input.is_char_boundary(*at))?;
         Some(format!("`question_at` {at} is not the place of a character of `input` ({} bytes)", self.input.len()))
+    }
+}
+
+/// Refuses a place that cannot be written to, and one that holds anything but samples.
+///
+/// # Errors
+/// Which place, and why.
+pub fn prove_replaceable(path: &Path, flag: &'static str) -> Result<()> {
+    Output::reserve(path, flag).map(drop)?;
+    let mut first = vec![];
+    if let Ok(file) = std::fs::File::open(path) {
+        // A line of a checkpoint may be long; samples begin with a brace.
+        let mut reader = std::io::BufReader::new(file);
+        if reader.fill_buf().at(path.display())?.first().is_some_and(|b| *b == b'{') {
+            reader.read_until(b'\n', &mut first).at(path.display())?;
+        } else if !reader.buffer().is_empty() {
+            first.push(b'?');
+        }
+    }
+    match first.is_empty() || serde_json::from_slice::<Sample>(&first).is_ok() {
+        true => Ok(()),
+        false => Err(Error::usage(format!("{flag} {}", path.display()), "holds no samples; only these are replaced")),
     }
 }
 
@@ -102,9 +130,18 @@ pub fn read(path: &Path, missing: Missing) -> Result<Vec<Sample>> {
             sample.max_new_tokens =
                 room.ok_or_else(|| wrong("has no `max_new_tokens`; say how long an answer may be".into()))?;
         }
+        rule(&sample.task).map_err(|e| wrong(e.to_string()))?;
         sample.fault().map_or(Ok(sample), |what| Err(wrong(what)))
     };
     let samples = text.lines().enumerate().map(parse).collect::<Result<Vec<_>>>()?;
+    // Asked twice it would count as two that are independent.
+    let mut seen = HashMap::new();
+    for (i, sample) in samples.iter().enumerate() {
+        if let Some(before) = seen.insert((&sample.task, &sample.input, &sample.answer_prefix), i + 1) {
+            let place = format!("{}: line {}", path.display(), i + 1);
+            return Err(Error::format(place, format!("is the sample of line {before} again")));
+        }
+    }
     match samples.is_empty() {
         true => Err(Error::format(path.display(), "is empty: no sample in it")),
         false => Ok(samples),
@@ -145,6 +182,7 @@ mod tests {
             answer_prefix: " Da:".into(),
             outputs: vec!["é".into()],
             length: 40,
+            made_for: None,
             max_new_tokens: 30,
             depth: Some(0.25),
         }
@@ -164,7 +202,8 @@ mod tests {
     fn files_come_back_as_they_were_written() -> Result<()> {
         let dir = tempfile::tempdir().at("temporary folder")?;
         let path = dir.path().join("samples.jsonl");
-        let samples = [sample(), Sample { depth: None, question_at: None, index: 4, ..sample() }];
+        let samples =
+            [sample(), Sample { depth: None, question_at: None, index: 4, input: "Ein Buch.".into(), ..sample() }];
         write(&path, &samples, "--out")?;
         assert_eq!(read(&path, Missing::default())?, samples);
         // What cannot be read again is not written, and nothing is left of the attempt.
@@ -192,7 +231,10 @@ mod tests {
         );
         let own = Missing { task: Some("mine"), max_new_tokens: None };
         assert!(read(&path, own).expect_err("no room").to_string().contains("max_new_tokens"));
-        assert_eq!(read(&path, Missing { max_new_tokens: Some(7), ..own })?[0].max_new_tokens, 7);
+        let roomy = |task| read(&path, Missing { task: Some(task), max_new_tokens: Some(7) });
+        assert_eq!(roomy("qa_1")?[0].max_new_tokens, 7);
+        let error = roomy("mine").expect_err("no rule to score it by").to_string();
+        assert!(error.contains("validation.jsonl: line 1") && error.contains("`mine` is not one of"), "{error}");
         Ok(())
     }
 
