@@ -51,7 +51,7 @@ fn holds(path: &Path) -> Result<Option<String>> {
     // A checkpoint is not read to its end for this.
     let mut first = [0];
     std::fs::File::open(path).and_then(|mut f| f.read_exact(&mut first)).at(path.display())?;
-    let kind = if first == *b"{" { kind(path).ok() } else { None };
+    let kind = if first == *b"{" { kind(path).ok().filter(|k| k != "none") } else { None };
     Ok(Some(kind.unwrap_or_else(|| "no file of results".into())))
 }
 

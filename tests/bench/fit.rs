@@ -106,7 +106,7 @@ fn what_fits_nowhere_is_recorded_and_the_rest_goes_on() -> Any {
 #[test]
 fn a_fit_reads_64k_or_what_there_is_room_for_and_replaces_the_file() -> Any {
     let place = Place::new()?;
-    std::fs::write(place.out(), "{}")?;
+    std::fs::write(place.out(), r#"{"kind":"bfly-fit"}"#)?;
     let mut command = bench("fit");
     command.args(["--model", &place.model, "--device", "cpu", "--memory-budget", "4G", "--variants", RETROFIT]);
     command.args(["--most", "2k", "--decode", "3", "--prefill-chunk", "1000", "--quiet", "--out"]).arg(place.out());
@@ -116,6 +116,11 @@ fn a_fit_reads_64k_or_what_there_is_room_for_and_replaces_the_file() -> Any {
     let r = of(&fit, RETROFIT, 4 << 30);
     assert_eq!((r.ctx, r.read_tokens, r.prefill_chunk), (Some(2048), Some(2045), Some(1000)));
     assert!(read::<Ladder>(&place.out(), LADDER).is_err(), "a fit is no ladder");
+    // What is no fit is not replaced.
+    std::fs::write(place.out(), "{}")?;
+    command.assert().code(2).stderr(predicates::str::contains("ladder.json: is no file of results"));
+    assert_eq!(std::fs::read_to_string(place.out())?, "{}");
+    std::fs::write(place.out(), serde_json::to_vec(&fit)?)?;
     // Nor does a ladder go on with it.
     place.refuses(&["--ctx", "64"], &["is of kind `bfly-fit`; `bfly-ladder` is wanted"]);
     Ok(())
