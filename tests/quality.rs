@@ -108,7 +108,12 @@ fn a_missed_gate_ends_with_one_and_says_which() -> Any {
     let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
     assert_eq!(out.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("kl of retrofit:window=128 at 400 is"), "{stderr}");
-    quality(&[&args[..], &["--variants", "stock", "--fail-above", "kl=0"]].concat()).assert().code(0);
+    let out = quality(&[&args[..], &["--variants", "stock", "--fail-above", "kl=0"]].concat()).output()?;
+    let stdout = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert_eq!(out.status.code(), Some(0), "{stdout}");
+    // Stock against itself: the perplexities of both are one.
+    let row: Vec<&str> = stdout.lines().nth(1).unwrap_or_default().split_whitespace().collect();
+    assert!(row.len() > 5 && row[4] == row[5] && row[4].parse::<f64>()? > 1.0, "{stdout}");
     Ok(())
 }
 

@@ -14,7 +14,7 @@ const SHOWN: [&str; 6] = ["kl", "top1", "overlap", "loss-added", "greedy", "gree
 
 /// One row per context and variant: means over documents, with 95% intervals.
 pub fn smoke_table(smoke: &Smoke) -> String {
-    let mut head = vec!["ctx".to_string(), "variant".into(), "texts".into(), "KV of dense".into(), "stock ppl".into()];
+    let mut head = ["ctx", "variant", "texts", "KV of dense", "stock ppl", "ppl"].map(String::from).to_vec();
     let shown: Vec<&(&str, Metric, usize)> = METRICS.iter().filter(|(name, ..)| SHOWN.contains(name)).collect();
     head.extend(shown.iter().map(|(name, ..)| name.to_string()));
     let mut rows = vec![head];
@@ -22,12 +22,14 @@ pub fn smoke_table(smoke: &Smoke) -> String {
         let of = |f: &dyn Fn(&super::format::DocumentScore) -> f64| {
             Estimate::of(&run.documents.iter().map(f).collect::<Vec<_>>())
         };
+        let perplexity = |loss: Option<Estimate>| loss.map_or("-".into(), |e| format!("{:.2}", e.mean.exp()));
         let mut row = vec![
             short_count(run.ctx),
             run.subject.variant.clone(),
             run.documents.len().to_string(),
             format!("{:.4}x", run.subject.share_of_dense()),
-            of(&|d| d.stock_loss).map_or("-".into(), |e| format!("{:.2}", e.mean.exp())),
+            perplexity(of(&|d| d.stock_loss)),
+            perplexity(of(&|d| d.loss)),
         ];
         row.extend(shown.iter().map(|(_, metric, decimals)| of(metric).map_or("-".into(), |e| e.show(*decimals))));
         rows.push(row);
