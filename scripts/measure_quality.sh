@@ -61,8 +61,7 @@ if [ ${#stages[@]} -eq 0 ]; then
   stages=(smoke layers layers-rounds layers-mixed layers-rounds-mixed layers-heads)
   for length in ${lengths//,/ }; do stages+=("ruler-$length"); done
   stages+=(bytes)
-  for length in 4k 8k 16k; do [ "${length%k}" -gt "${ctx%k}" ] || stages+=("ablate-$length"); done
-  for length in 4k 8k 16k; do [ "${length%k}" -gt "${ctx%k}" ] || stages+=("cumulative-$length"); done
+  for length in 4k 8k 16k; do [ "${length%k}" -gt "${ctx%k}" ] || stages+=("ablate-$length" "cumulative-$length"); done
   stages+=(needle smoke-plans positions)
 fi
 published=retrofit:window=64,block=64,window-align=token,sink-tokens=0,shift-unit=1

@@ -1,9 +1,8 @@
 //! Files of results: written whole after every sample, and a ladder's taken up again where it was cut off.
 
-use super::format::{kind, read, Header, Ladder, Run, LADDER};
-use crate::cli::Output;
-use crate::error::{At, Error, Result};
-use std::io::Read;
+use super::format::{kind_of, read, Header, Ladder, Run, LADDER};
+use crate::cli::{begins_as_json, Output};
+use crate::error::{Error, Result};
 use std::path::{Path, PathBuf};
 
 /// `status` of a run that gave samples, or that stayed within its budget.
@@ -33,26 +32,14 @@ pub fn prove_writable(path: &Path) -> Result<()> {
 /// Which place, and why.
 pub fn prove_replaceable(path: &Path, kind: &str) -> Result<()> {
     prove_writable(path)?;
-    let Some(found) = holds(path)? else { return Ok(()) };
-    match found == kind {
-        true => Ok(()),
-        false => {
-            let message = format!("is {found}; only results of kind `{kind}` are replaced");
-            Err(Error::usage(format!("--out {}", path.display()), message))
-        }
+    let Some(json) = begins_as_json(path)? else { return Ok(()) };
+    let found = if json { kind_of(path).ok().filter(|k| k != "none") } else { None };
+    if found.as_deref() == Some(kind) {
+        return Ok(());
     }
-}
-
-/// The kind of the results at `path`, or that it is none; nothing where there is no file or an empty one.
-fn holds(path: &Path) -> Result<Option<String>> {
-    if !path.exists() || std::fs::metadata(path).at(path.display())?.len() == 0 {
-        return Ok(None);
-    }
-    // A checkpoint is not read to its end for this.
-    let mut first = [0];
-    std::fs::File::open(path).and_then(|mut f| f.read_exact(&mut first)).at(path.display())?;
-    let kind = if first == *b"{" { kind(path).ok().filter(|k| k != "none") } else { None };
-    Ok(Some(kind.unwrap_or_else(|| "no file of results".into())))
+    let found = found.as_deref().unwrap_or("no file of results");
+    let message = format!("is {found}; only results of kind `{kind}` are replaced");
+    Err(Error::usage(format!("--out {}", path.display()), message))
 }
 
 /// Puts `results` in place at `path`, whole.

@@ -344,9 +344,7 @@ pub struct KernelRun {
 /// # Errors
 /// A file that is not JSON (a half-written one), of another kind, or of another schema version: each named.
 pub fn read<T: DeserializeOwned>(path: &Path, kind: &str) -> Result<T> {
-    let text = std::fs::read_to_string(path).at(path.display())?;
-    let value: serde_json::Value = serde_json::from_str(&text)
-        .map_err(|e| Error::format(path.display(), format!("is not a whole JSON file: {e}")))?;
+    let value: serde_json::Value = parse(path)?;
     let found = value.get("kind").and_then(|k| k.as_str()).unwrap_or("none");
     if found != kind {
         return Err(Error::format(path.display(), format!("is of kind `{found}`; `{kind}` is wanted")));
@@ -364,14 +362,17 @@ pub fn read<T: DeserializeOwned>(path: &Path, kind: &str) -> Result<T> {
 ///
 /// # Errors
 /// A file that cannot be read or is no JSON.
-pub fn kind(path: &Path) -> Result<String> {
+pub fn kind_of(path: &Path) -> Result<String> {
     #[derive(serde::Deserialize)]
     struct Head {
         #[serde(default)]
         kind: serde_json::Value,
     }
-    let text = std::fs::read_to_string(path).at(path.display())?;
-    let head: Head = serde_json::from_str(&text)
-        .map_err(|e| Error::format(path.display(), format!("is not a whole JSON file: {e}")))?;
+    let head: Head = parse(path)?;
     Ok(head.kind.as_str().unwrap_or("none").into())
+}
+
+fn parse<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = std::fs::read_to_string(path).at(path.display())?;
+    serde_json::from_str(&text).map_err(|e| Error::format(path.display(), format!("is not a whole JSON file: {e}")))
 }

@@ -1,6 +1,7 @@
 //! Files that appear whole or not at all.
 
 use crate::error::{At, Error, Result};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// A file to be written at the end, proven writable at the start.
@@ -43,6 +44,20 @@ impl Drop for Output {
         // Gone already where `write` renamed it.
         let _ = std::fs::remove_file(&self.temporary);
     }
+}
+
+/// Whether what is at `path` begins as JSON does; nothing where there is no file or an empty one. A checkpoint is not read to its end
+/// to be told from results.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn begins_as_json(path: &Path) -> Result<Option<bool>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let mut first = vec![];
+    std::fs::File::open(path).and_then(|f| f.take(1).read_to_end(&mut first)).at(path.display())?;
+    Ok(first.first().map(|byte| *byte == b'{'))
 }
 
 /// Creates `dir` whole: fills a temporary directory beside it and renames.

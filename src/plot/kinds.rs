@@ -1,7 +1,7 @@
 //! Kinds of files that can be drawn: one line each.
 
 use super::{kernels, ladder, quality, Figure};
-use crate::bench::format::{kind, read, KERNELS, LADDER};
+use crate::bench::format::{kind_of, read, KERNELS, LADDER};
 use crate::error::{Error, Result};
 use crate::quality::ablate::ABLATION;
 use crate::quality::answers::ANSWERS;
@@ -38,7 +38,7 @@ fn whole<T: DeserializeOwned>(path: &Path, kind: &str, draw: fn(&T, &Path) -> Re
 /// # Errors
 /// A file that cannot be read, has no figures, or contradicts itself: named.
 pub fn figures_of(path: &Path, wanted: Option<&str>) -> Result<Drawn> {
-    let found = kind(path)?;
+    let found = kind_of(path)?;
     let kind = wanted.unwrap_or(&found);
     match KINDS.iter().find(|(name, _)| *name == kind) {
         Some((_, draw)) => draw(path),

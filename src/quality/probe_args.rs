@@ -95,11 +95,7 @@ impl ProbeArgs {
                 format!("{} has no room for {} positions and {} after them", self.ctx, self.positions, self.decode);
             return Err(Error::usage("--ctx", message));
         }
-        let wanted = self.wanted_tasks();
-        if let Some((_, name)) = wanted.iter().enumerate().find(|(i, name)| wanted[..*i].contains(name)) {
-            return Err(Error::usage("--tasks", format!("names `{name}` twice")));
-        }
-        wanted.iter().try_for_each(|t| tasks::find(t).map(drop).map_err(|e| e.within("--tasks")))
+        tasks::named(self.wanted_tasks()).map(drop)
     }
 
     /// Everything that is read.

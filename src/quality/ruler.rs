@@ -42,12 +42,7 @@ impl RulerArgs {
             };
             return Ok(TASKS.iter().filter(|t| has_file(t.name)).collect());
         }
-        for (i, name) in self.tasks.iter().enumerate() {
-            if self.tasks[..i].contains(name) {
-                return Err(Error::usage("--tasks", format!("names `{name}` twice")));
-            }
-        }
-        self.tasks.iter().map(|name| tasks::find(name).map_err(|e| e.within("--tasks"))).collect()
+        tasks::named(&self.tasks)
     }
 
     /// Of samples that were read, those of the tasks that are asked for.

@@ -198,6 +198,17 @@ pub fn find(name: &str) -> Result<&'static Task> {
     })
 }
 
+/// The tasks that `--tasks` names.
+///
+/// # Errors
+/// An unknown name, or one given twice: its samples would count as twice as many.
+pub fn named(names: &[String]) -> Result<Vec<&'static Task>> {
+    if let Some((_, name)) = names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)) {
+        return Err(Error::usage("--tasks", format!("names `{name}` twice")));
+    }
+    names.iter().map(|name| find(name).map_err(|e| e.within("--tasks"))).collect()
+}
+
 /// How answers of a task are scored, [`NEEDLE`] included.
 ///
 /// # Errors

@@ -1,7 +1,7 @@
 //! One prompt with its expected answer, and files of them: JSON, a sample a line, in RULER's field names and ours.
 
 use super::{find, rule};
-use crate::cli::Output;
+use crate::cli::{begins_as_json, Output};
 use crate::error::{At, Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -95,20 +95,15 @@ impl Sample {
 /// Which place, and why.
 pub fn prove_replaceable(path: &Path, flag: &'static str) -> Result<()> {
     Output::reserve(path, flag).map(drop)?;
+    let Some(json) = begins_as_json(path)? else { return Ok(()) };
     let mut first = vec![];
-    if let Ok(file) = std::fs::File::open(path) {
-        // A line of a checkpoint may be long; samples begin with a brace.
-        let mut reader = std::io::BufReader::new(file);
-        if reader.fill_buf().at(path.display())?.first().is_some_and(|b| *b == b'{') {
-            reader.read_until(b'\n', &mut first).at(path.display())?;
-        } else if !reader.buffer().is_empty() {
-            first.push(b'?');
-        }
+    if json {
+        let file = std::fs::File::open(path).at(path.display())?;
+        std::io::BufReader::new(file).read_until(b'\n', &mut first).at(path.display())?;
     }
-    match first.is_empty() || serde_json::from_slice::<Sample>(&first).is_ok() {
-        true => Ok(()),
-        false => Err(Error::usage(format!("{flag} {}", path.display()), "holds no samples; only these are replaced")),
-    }
+    serde_json::from_slice::<Sample>(&first)
+        .map(drop)
+        .map_err(|_| Error::usage(format!("{flag} {}", path.display()), "holds no samples; only these are replaced"))
 }
 
 /// Reads a file of samples, by this program or by RULER.
@@ -117,8 +112,9 @@ pub fn prove_replaceable(path: &Path, flag: &'static str) -> Result<()> {
 /// A file that cannot be read or holds no sample; a line that is no sample, with its number.
 pub fn read(path: &Path, missing: Missing) -> Result<Vec<Sample>> {
     let text = std::fs::read_to_string(path).at(path.display())?;
+    let at_line = |i: usize, what: String| Error::format(format!("{}: line {}", path.display(), i + 1), what);
     let parse = |(i, line): (usize, &str)| {
-        let wrong = |what: String| Error::format(format!("{}: line {}", path.display(), i + 1), what);
+        let wrong = |what| at_line(i, what);
         let mut sample: Sample = serde_json::from_str(line).map_err(|e| wrong(format!("not a sample: {e}")))?;
         if sample.task.is_empty() {
             let task = missing.task.ok_or_else(|| wrong("names no `task`; say which one it is of".into()))?;
@@ -138,8 +134,7 @@ pub fn read(path: &Path, missing: Missing) -> Result<Vec<Sample>> {
     let mut seen = HashMap::new();
     for (i, sample) in samples.iter().enumerate() {
         if let Some(before) = seen.insert((&sample.task, &sample.input, &sample.answer_prefix), i + 1) {
-            let place = format!("{}: line {}", path.display(), i + 1);
-            return Err(Error::format(place, format!("is the sample of line {before} again")));
+            return Err(at_line(i, format!("is the sample of line {before} again")));
         }
     }
     match samples.is_empty() {
