@@ -11,7 +11,7 @@ use super::cells::Cells;
 use super::{share_of, title};
 use crate::quality::answers::Cell;
 use crate::quality::stats::Estimate;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Variants to a figure: more would not be seen at once.
 const AT_ONCE: usize = 9;
@@ -111,6 +111,8 @@ fn scene(cells: &Cells, frame: &Frame, maps: &[Map]) -> Scene {
     let columns = frame.lengths.len() as f64;
     let most = ((CONTENT + 24.0) / (DEPTHS + 26.0 * columns + 24.0)).floor().clamp(1.0, 3.0) as usize;
     let per_row = most.min(maps.len());
+    let variants: Vec<&str> = cells.variants().into_iter().map(|(variant, _)| variant).collect();
+    let folders = folders(&variants);
     let cell = (220.0 / frame.depths.len() as f64).clamp(3.0, 22.0);
     let height = HEAD + cell * frame.depths.len() as f64 + 20.0;
     for (area, map) in areas(maps.len(), per_row, (MARGIN, CONTENT), page.y, height).into_iter().zip(maps) {
@@ -119,7 +121,7 @@ fn scene(cells: &Cells, frame: &Frame, maps: &[Map]) -> Scene {
         let mean = Estimate::of_groups(&groups).map(|e| e.show(0).replacen(' ', "% ", 1));
         let mean = mean.map(|m| format!("mean {m}{}", if m.contains('%') { "" } else { "%" }));
         let about = [mean, held.map(|h| format!("KV {h} of dense"))];
-        head(&mut page.scene, area, map.variant, about.into_iter().flatten());
+        head(&mut page.scene, area, &short(map.variant, folders), about.into_iter().flatten());
         draw(&mut page.scene, area, frame, map, cell);
         page.y = area.bottom();
     }
@@ -127,8 +129,9 @@ fn scene(cells: &Cells, frame: &Frame, maps: &[Map]) -> Scene {
 }
 
 fn head(scene: &mut Scene, area: Area, variant: &str, about: impl Iterator<Item = String>) {
-    // A plan's file says enough without its folder; a long name is smaller before it is cut.
-    let variant = &short(variant);
+    // A long name is smaller, and without what every plan's name begins with, before it is cut.
+    let fits = text_width(variant, GROUP) <= area.w;
+    let variant = variant.strip_prefix("retrofit:plan=").filter(|_| !fits).unwrap_or(variant);
     let kind = if text_width(variant, PANEL) > area.w { GROUP } else { PANEL };
     scene.text((area.x, area.y + 8.0), Anchor::Start, kind, shorten(variant, kind, area.w));
     for (i, line) in about.enumerate() {
@@ -137,11 +140,22 @@ fn head(scene: &mut Scene, area: Area, variant: &str, about: impl Iterator<Item 
     }
 }
 
-/// `retrofit:plan=some/folder/dense-4.json` as `retrofit:plan=dense-4.json`.
-pub(super) fn short(variant: &str) -> String {
-    let item = |item: &str| match item.rsplit_once('/') {
-        Some((before, file)) => {
-            before.split_once("plan=").map_or(item.into(), |(start, _)| format!("{start}plan={file}"))
+/// How many folders of the plans' files tell all variants apart: none where the file alone says enough.
+pub(super) fn folders(variants: &[&str]) -> usize {
+    let deepest = variants.iter().map(|v| v.matches('/').count()).max().unwrap_or(0);
+    let apart = |folders: &usize| {
+        let names: BTreeSet<String> = variants.iter().map(|v| short(v, *folders)).collect();
+        names.len() == variants.len()
+    };
+    (0..deepest).find(apart).unwrap_or(deepest)
+}
+
+/// `retrofit:plan=some/folder/dense-4.json` with so many folders: none leaves `retrofit:plan=dense-4.json`.
+pub(super) fn short(variant: &str, folders: usize) -> String {
+    let item = |item: &str| match item.split_once("plan=") {
+        Some((before, path)) => {
+            let parts: Vec<&str> = path.split('/').collect();
+            format!("{before}plan={}", parts[parts.len().saturating_sub(folders + 1)..].join("/"))
         }
         None => item.to_string(),
     };

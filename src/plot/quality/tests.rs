@@ -81,7 +81,21 @@ fn a_plans_folder_is_left_out() {
         ("retrofit:sink-tokens=8,plan=dense-4.json", "retrofit:sink-tokens=8,plan=dense-4.json"),
         ("retrofit:kv=1/4,block=32", "retrofit:kv=1/4,block=32"),
     ] {
-        assert_eq!(grid::short(given), want);
+        assert_eq!(grid::short(given, 0), want);
+    }
+}
+
+#[test]
+fn folders_of_plans_are_named_where_files_are_alike() {
+    let (rounds, heads) = ("retrofit:plan=plans/rounds/dense-4.json", "retrofit:plan=plans/heads/dense-4.json");
+    for (given, want) in [
+        (vec!["stock", rounds], "retrofit:plan=dense-4.json"),
+        (vec![rounds, heads], "retrofit:plan=rounds/dense-4.json"),
+        (vec![rounds, "retrofit:plan=old/rounds/dense-4.json"], rounds),
+    ] {
+        let at = given.iter().position(|v| *v == rounds).unwrap();
+        let folders = grid::folders(&given);
+        assert_eq!(grid::short(given[at], folders), want);
     }
 }
 
