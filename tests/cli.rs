@@ -137,6 +137,20 @@ fn a_patch_runs_what_was_saved() -> Any {
 }
 
 #[test]
+fn a_report_replaces_an_earlier_one_and_nothing_else() -> Any {
+    let run = Run::new(&[5, 6, 7])?;
+    run.report(&llama(), &["-n", "1"])?;
+    run.report(&llama(), &["-n", "1"])?;
+    let precious = run.path("model.gguf");
+    std::fs::write(&precious, "GGUF and weights")?;
+    let out = bfly().args(["--model", &llama(), "--token-ids", &run.path("ids.json"), "--json", &precious]).output()?;
+    let stderr = String::from_utf8(out.stderr)?;
+    assert!(out.status.code() == Some(2) && stderr.contains("model.gguf: is no JSON"), "{stderr}");
+    assert_eq!(std::fs::read_to_string(&precious)?, "GGUF and weights");
+    Ok(())
+}
+
+#[test]
 fn past_the_trained_positions_a_warning_names_limit_and_scaling() -> Any {
     let run = Run::new(&[5, 6, 7])?;
     let dir = variant("qwen2_yarn", |c| c["max_position_embeddings"] = 1000.into())?;

@@ -3,6 +3,7 @@
 mod common;
 
 use assert_cmd::Command;
+use bfly::quality::ablate::{Ablation, ABLATION};
 use bfly::quality::answers::{Answers, ANSWERS};
 use bfly::quality::format::{Smoke, SMOKE};
 use bfly::quality::layers::{Layers, LAYERS};
@@ -238,6 +239,65 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
     // Another way of asking is another file.
     let args = ["ruler", "--model", real.as_str(), "-q", "--variants", "stock", "--chat", "--samples", "1"];
     refused(&[&args[..], &made].concat(), &["--out", "another way of asking"]);
+    Ok(())
+}
+
+#[test]
+fn a_needle_is_found_where_the_window_still_holds_it() -> Any {
+    let dir = tempfile::tempdir()?;
+    let (real, out) = (smollm2(), path(dir.path(), "needle.json"));
+    let args = ["needle", "--model", &real, "--ctx", "450", "--depths", "2", "--samples", "1", "--out", &out, "-q"];
+    quality(&[&args[..], &["--variants", "stock,retrofit:window=128,block=64"]].concat()).assert().success();
+    let answers: Answers = bfly::bench::format::read(Path::new(&out), ANSWERS)?;
+    for cell in &answers.cells {
+        let got: Vec<_> = cell.answers.iter().map(|a| (a.depth, a.score)).collect();
+        let first = if cell.subject.variant == "stock" { 1.0 } else { 0.0 };
+        assert_eq!(got, [(Some(0.0), first), (Some(1.0), 1.0)], "{}", cell.subject.variant);
+    }
+    assert_eq!(answers.cells.len(), 2);
+    Ok(())
+}
+
+#[test]
+fn rules_are_compared_at_no_more_bytes_and_never_with_themselves() -> Any {
+    let dir = tempfile::tempdir()?;
+    let (model, out) = (golden("qwen2"), path(dir.path(), "ablation.json"));
+    let args =
+        ["ablate", "--model", &model, "--ctx", "700", "--documents", "2", "--tasks", "none", "--axes", "partner"];
+    let base = ["--variants", "retrofit:window=64,block=16,partner-count=2", "--out", &out, "-q"];
+    quality(&[&args[..], &base].concat()).assert().success();
+    let found: Ablation = bfly::bench::format::read(Path::new(&out), ABLATION)?;
+    let change = |rule: &str| {
+        let own = found.changes.iter().find(|c| c.value.starts_with(&format!("{rule}, window ")));
+        own.unwrap_or_else(|| panic!("{rule} is missing"))
+    };
+    assert_eq!(found.changes.len(), 7);
+    for change in &found.changes {
+        let score = change.score.as_ref().ok_or("not measured")?;
+        assert!(score.subject.kv.total_bytes <= found.base.subject.kv.total_bytes, "{}", change.value);
+        assert_ne!(score.texts, found.base.texts, "{}: measured, but nothing moved", change.value);
+    }
+    // What is read is a fact of the graph: 700 tokens are 43 whole blocks of 16.
+    assert_eq!(change("local").summaries_per_query, 0.0);
+    assert_eq!(change("fixed_stride").summaries_per_query, 1.0);
+    assert!((30.0..43.0).contains(&change("all").summaries_per_query));
+    // A rule that does not keep summaries has the wider window.
+    let window = |rule: &str| change(rule).value.rsplit(' ').next().unwrap_or_default().parse::<usize>();
+    assert!(window("local")? > 64 && window("all")? < 64 && window("xor")? == 64);
+
+    // On the last rows alone the three exclusive rules read the same: told, and not measured.
+    let base = "retrofit:window=64,block=16,partner-count=4";
+    let same = ["--variants", base, "--positions", "16", "--decode", "4", "--out", &out, "-q"];
+    quality(&[&args[..], &same].concat()).assert().success();
+    let found: Ablation = bfly::bench::format::read(Path::new(&out), ABLATION)?;
+    let alike: Vec<_> = found.changes.iter().filter(|c| c.same_as.is_some()).collect();
+    assert_eq!(
+        alike.iter().map(|c| c.value.as_str()).collect::<Vec<_>>(),
+        ["bit_reversal, window 64", "benes, window 64"]
+    );
+    for change in alike {
+        assert_eq!((change.same_as.as_deref(), &change.score), (Some("partner xor, window 64"), &None));
+    }
     Ok(())
 }
 

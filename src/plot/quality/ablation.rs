@@ -56,7 +56,7 @@ pub fn figures(ablation: &Ablation, path: &Path) -> Result<Vec<Figure>> {
     let held = share_of([&base.subject]).map_or(String::new(), |h| format!(", KV {h} of dense"));
     let about = [
         subject(&ablation.header),
-        read(&ablation.probed, base.texts.len(), base.answers.len()),
+        read(&ablation.header, &ablation.probed, base.texts.len(), base.answers.len()),
         format!("Base: {}{held}{kl}{loss}", base.subject.variant),
         "One setting is changed at a time. Each difference is paired, text by text and question by question".into(),
     ];

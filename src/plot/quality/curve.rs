@@ -40,7 +40,7 @@ pub fn figure(layers: &Layers) -> Option<Figure> {
     keys.extend(several.then(|| Key::Interval("95% interval".into())));
     let heading = title(&layers.header, "What keeping the most sensitive layers dense gives, against its bytes");
     let about = format!("The most sensitive layers stay dense, one more at a time; {ranked}");
-    let measured = read(&layers.probed, layers.stock.texts.len(), layers.stock.answers.len());
+    let measured = read(&layers.header, &layers.probed, layers.stock.texts.len(), layers.stock.answers.len());
     let mut page = Page::new(&heading, &[subject(&layers.header), measured, about], &keys);
     let x = Scale::linear(points.iter().map(|p| 100.0 * share(p)).chain([0.0, 100.0]), (0.0, f64::INFINITY))?;
     for (area, panel) in grid(panels.len(), 3, (MARGIN, CONTENT), page.y, 300.0).into_iter().zip(&panels) {

@@ -59,7 +59,7 @@ fn figure(layers: &Layers) -> Option<Figure> {
     }
     let heading = title(&layers.header, "Which layers the model cannot do without");
     let about = "One layer at a time is swapped, all others are as they came; differences from stock are paired".into();
-    let measured = read(&layers.probed, layers.stock.texts.len(), layers.stock.answers.len());
+    let measured = read(&layers.header, &layers.probed, layers.stock.texts.len(), layers.stock.answers.len());
     let mut page = Page::new(&heading, &[subject(&layers.header), measured, about], &keys);
     for panel in &panels {
         let ends = panel.harms.iter().flat_map(|(_, e)| [Some(e.mean), e.low, e.high]).flatten();

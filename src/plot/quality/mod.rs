@@ -97,8 +97,9 @@ fn share_of<'a>(subjects: impl IntoIterator<Item = &'a Subject>) -> Option<Strin
     }
 }
 
-/// `at 4k tokens: 8 texts, 32 questions (niah_single_2, niah_multikey_1; 16 samples of each)`.
-fn read(probed: &Probed, texts: usize, questions: usize) -> String {
+/// `Read at 4k tokens: 8 texts (last 128 positions of each after prefill) and 32 questions (niah_single_2, niah_multikey_1)`, and
+/// whether that is beyond the trained length.
+fn read(header: &Header, probed: &Probed, texts: usize, questions: usize) -> String {
     let mut parts = vec![];
     if texts > 0 {
         let of = format!("last {} positions of each after prefill", probed.positions);
@@ -107,7 +108,11 @@ fn read(probed: &Probed, texts: usize, questions: usize) -> String {
     if questions > 0 {
         parts.push(format!("{} ({})", count([questions], "question"), probed.tasks.join(", ")));
     }
-    format!("Read at {} tokens: {}", tokens(probed.ctx), parts.join(" and "))
+    let beyond = match probed.ctx > header.trained_positions {
+        true => format!(", beyond the trained {}: extrapolated", tokens(header.trained_positions)),
+        false => String::new(),
+    };
+    format!("Read at {} tokens{beyond}: {}", tokens(probed.ctx), parts.join(" and "))
 }
 
 /// `8 texts`, `1 text`, `3 to 8 texts`.

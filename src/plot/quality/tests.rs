@@ -1,5 +1,6 @@
 //! Figures of quality measurements, also of odd ones: nothing touches, and what cannot be drawn is one clear error.
 
+use super::super::scene::Shape;
 use super::super::tests::assert_tidy;
 use super::super::Figure;
 use super::*;
@@ -96,6 +97,19 @@ fn folders_of_plans_are_named_where_files_are_alike() {
         let at = given.iter().position(|v| *v == rounds).unwrap();
         let folders = grid::folders(&given);
         assert_eq!(grid::short(given[at], folders), want);
+    }
+}
+
+#[test]
+fn what_was_read_beyond_the_trained_length_says_so() {
+    let says = |figures: crate::Result<Vec<Figure>>| {
+        let shapes = figures.unwrap().into_iter().flat_map(|f| f.scene.shapes);
+        shapes.filter(|s| matches!(s, Shape::Text { text, .. } if text.contains("extrapolated"))).count()
+    };
+    for trained in [1usize, 1 << 20] {
+        let beyond = usize::from(trained == 1);
+        assert_eq!(says(ablation_of(|a| a.header.trained_positions = trained)), beyond);
+        assert_eq!(says(layers_of(|l| l.header.trained_positions = trained)), 2 * beyond);
     }
 }
 
