@@ -99,6 +99,11 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
     let variants = contexts.iter().map(|c| opened.variants_at(*c)).collect::<Result<Vec<_>>>()?;
     let (least, most) = (contexts[0], contexts[contexts.len() - 1]);
     let documents = Documents::open(opened.checkpoint(), &args.judged.texts, args.documents, (least, most), &progress)?;
+    let work: Vec<(usize, Vec<Part>)> = contexts.iter().map(|c| (*c, documents.parts(*c))).collect();
+    if let Some((ctx, _)) = work.iter().find(|(_, parts)| parts.is_empty()) {
+        let message = format!("no document of {} holds {} tokens", args.judged.texts.display(), short_count(*ctx));
+        return Err(Error::usage("--ctx", message));
+    }
     let mut runner = Runner::new(opened.load(least, &progress)?);
     let mut smoke = Smoke {
         header: opened.header(SMOKE),
@@ -108,11 +113,6 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
         prefill_chunk: args.judged.prefill_chunk,
         runs: vec![],
     };
-    let work: Vec<(usize, Vec<Part>)> = contexts.iter().map(|c| (*c, documents.parts(*c))).collect();
-    if let Some((ctx, _)) = work.iter().find(|(_, parts)| parts.is_empty()) {
-        let message = format!("no document of {} holds {} tokens", args.judged.texts.display(), short_count(*ctx));
-        return Err(Error::usage("--ctx", message));
-    }
     let total: usize = work.iter().map(|(ctx, parts)| ctx * parts.len() * (1 + variants[0].len())).sum();
     let mut done = 0;
     for ((ctx, parts), variants) in work.iter().zip(&variants) {
