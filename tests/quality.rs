@@ -248,8 +248,8 @@ fn a_needle_is_found_where_the_window_still_holds_it() -> Any {
     let (real, out) = (smollm2(), path(dir.path(), "needle.json"));
     let args = ["needle", "--model", &real, "--ctx", "450", "--depths", "2", "--samples", "1", "--out", &out, "-q"];
     // Prose would have to be fetched.
-    let args = [&args[..], &["--hay", "noise"]].concat();
-    quality(&[&args[..], &["--variants", "stock,retrofit:window=128,block=64"]].concat()).assert().success();
+    let more = ["--hay", "noise", "--variants", "stock,retrofit:window=128,block=64"];
+    quality(&[&args[..], &more].concat()).assert().success();
     let answers: Answers = bfly::bench::format::read(Path::new(&out), ANSWERS)?;
     for cell in &answers.cells {
         let got: Vec<_> = cell.answers.iter().map(|a| (a.depth, a.score)).collect();

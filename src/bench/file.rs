@@ -1,7 +1,7 @@
 //! Files of results: written whole after every sample, and a ladder's taken up again where it was cut off.
 
 use super::format::{kind_of, read, Header, Ladder, Run, LADDER};
-use crate::cli::{begins_as_json, Output};
+use crate::cli::Output;
 use crate::error::{Error, Result};
 use std::path::{Path, PathBuf};
 
@@ -25,21 +25,17 @@ pub fn prove_writable(path: &Path) -> Result<()> {
     Output::reserve(path, "--out").map(drop)
 }
 
-/// Refuses a place that cannot be written to, and one that holds anything but earlier results of `kind`: a slip of the pen in `--out`
-/// must not cost a checkpoint.
+/// Refuses a place that cannot be written to, and one that holds anything but earlier results of `kind`.
 ///
 /// # Errors
 /// Which place, and why.
 pub fn prove_replaceable(path: &Path, kind: &str) -> Result<()> {
-    prove_writable(path)?;
-    let Some(json) = begins_as_json(path)? else { return Ok(()) };
-    let found = if json { kind_of(path).ok().filter(|k| k != "none") } else { None };
-    if found.as_deref() == Some(kind) {
-        return Ok(());
-    }
-    let found = found.as_deref().unwrap_or("no file of results");
-    let message = format!("is {found}; only results of kind `{kind}` are replaced");
-    Err(Error::usage(format!("--out {}", path.display()), message))
+    let fault = |json: bool| {
+        let found = if json { kind_of(path).ok().filter(|k| k != "none") } else { None };
+        let found = found.as_deref().unwrap_or("no file of results");
+        Ok((found != kind).then(|| format!("is {found}; only results of kind `{kind}` are replaced")))
+    };
+    Output::reserve_over(path, "--out", fault).map(drop)
 }
 
 /// Puts `results` in place at `path`, whole.

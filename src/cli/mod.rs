@@ -13,7 +13,7 @@ pub use crate::ops::human_bytes;
 pub use args::{Cli, Command, ModelArgs, PromptArgs, RetrofitArgs, RunArgs, SamplingArgs};
 pub use device::{beside, describe, hold_as, open_device};
 pub use ledger::{peak_memory, Ledger};
-pub use output::{begins_as_json, Output};
+pub use output::Output;
 pub use patch::Patch;
 pub use progress::Bars;
 pub use retrofit::run;

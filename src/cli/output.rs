@@ -24,6 +24,22 @@ impl Output {
         Ok(output)
     }
 
+    /// As [`Self::reserve`], where only an earlier output is replaced: a slip of the pen must not cost a checkpoint. `fault` is asked
+    /// of what is there, if anything, and told whether it begins as JSON does: a checkpoint is not read to its end to be told
+    /// from results.
+    ///
+    /// # Errors
+    /// A place that cannot be written to, what is there and cannot be read, or the fault of it.
+    pub fn reserve_over(
+        path: &Path,
+        flag: &'static str,
+        fault: impl FnOnce(bool) -> Result<Option<String>>,
+    ) -> Result<Self> {
+        let output = Self::reserve(path, flag)?;
+        let fault = begins_as_json(path)?.map(fault).transpose()?.flatten();
+        fault.map_or(Ok(output), |message| Err(Error::usage(format!("{flag} {}", path.display()), message)))
+    }
+
     /// Writes the content and puts it in place.
     pub fn write(self, content: &[u8]) -> Result<()> {
         std::fs::write(&self.temporary, content).map_err(|e| self.error(e))?;
@@ -46,12 +62,8 @@ impl Drop for Output {
     }
 }
 
-/// Whether what is at `path` begins as JSON does; nothing where there is no file or an empty one. A checkpoint is not read to its end
-/// to be told from results.
-///
-/// # Errors
-/// A file that cannot be read.
-pub fn begins_as_json(path: &Path) -> Result<Option<bool>> {
+/// Whether what is at `path` begins as JSON does; nothing where there is no file or an empty one.
+fn begins_as_json(path: &Path) -> Result<Option<bool>> {
     if !path.exists() {
         return Ok(None);
     }

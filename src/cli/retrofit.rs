@@ -1,9 +1,7 @@
 //! `bfly-retrofit`: one prompt through one model, and what that took.
 
 use super::ledger::{reach_of, KvBytes, LEDGER_VERSION};
-use super::{
-    begins_as_json, describe, hold_as, human_bytes, open_device, peak_memory, Bars, Ledger, Output, Patch, RunArgs,
-};
+use super::{describe, hold_as, human_bytes, open_device, peak_memory, Bars, Ledger, Output, Patch, RunArgs};
 use crate::checkpoint::{Checkpoint, Held, OnProgress, Text};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::generate::{render_chat, Needs, Request, Sampler, Session};
@@ -24,14 +22,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
     args.model.set_threads()?;
     let device = open_device(&args.model.device)?;
     let mut sampler = Sampler::new(args.sampling.sampling())?;
-    let json = args.json.as_deref().map(|p| Output::reserve(p, "--json")).transpose()?;
-    // A slip of the pen must not cost a checkpoint.
-    if let Some(path) = args.json.as_deref().filter(|p| matches!(begins_as_json(p), Ok(Some(false)))) {
-        return Err(Error::usage(
-            format!("--json {}", path.display()),
-            "is no JSON; only an earlier report is replaced",
-        ));
-    }
+    let no_report = |json: bool| Ok((!json).then(|| "is no JSON; only an earlier report is replaced".into()));
+    let json = args.json.as_deref().map(|p| Output::reserve_over(p, "--json", no_report)).transpose()?;
     let logits_out = args.logits_out.as_deref().map(|p| Output::reserve(p, "--logits-out")).transpose()?;
     let Inputs { checkpoint, plan, ctx, ids, text } = Inputs::open(args, &progress)?;
     let spec = &checkpoint.spec;

@@ -68,8 +68,8 @@ pub fn run(args: &RulerArgs) -> Result<()> {
         _ => None,
     };
     let missing = tasks::Missing { task: one, max_new_tokens: None };
-    let read = args.import.as_ref().map(|f| Ok::<_, Error>((f, tasks::read(f, missing)?))).transpose()?;
-    let read = read.map(|(file, samples)| Ok::<_, Error>((file, args.only_asked(samples)?))).transpose()?;
+    let read =
+        args.import.as_ref().map(|f| Ok::<_, Error>((f, args.only_asked(tasks::read(f, missing)?)?))).transpose()?;
     let sources = args.ask.sources(args.squad.as_ref(), args.hotpot.as_ref())?;
     let cells = args.ask.lengths().into_iter().flat_map(|length| tasks.iter().map(move |task| (length, *task)));
     let (sources, seed) = (&sources, args.ask.seed);

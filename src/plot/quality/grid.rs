@@ -55,6 +55,8 @@ impl Frame {
 /// The scores of a variant by length and depth.
 struct Map<'a> {
     variant: &'a str,
+    /// What tells it from the others.
+    name: String,
     /// Mean score and samples by length and the bits of the depth.
     means: BTreeMap<(usize, u64), (f64, usize)>,
 }
@@ -67,7 +69,9 @@ pub fn figures(cells: &Cells) -> Vec<Figure> {
     depths.dedup();
     let within = lengths.iter().filter(|l| **l <= cells.answers.header.trained_positions).count();
     let frame = Frame { lengths, depths, within };
-    let maps: Vec<Map> = cells.variants().into_iter().map(|(variant, _)| Map::of(cells, variant)).collect();
+    let variants: Vec<&str> = cells.variants().into_iter().map(|(variant, _)| variant).collect();
+    let folders = folders(&variants);
+    let maps: Vec<Map> = variants.iter().map(|variant| Map::of(cells, variant, folders)).collect();
     let name = |i: usize| if i == 0 { "needle".into() } else { format!("needle-{}", i + 1) };
     let parts = maps.chunks(AT_ONCE).enumerate();
     parts.map(|(i, part)| Figure { name: name(i), scene: scene(cells, &frame, part) }).collect()
@@ -79,7 +83,7 @@ fn scores(cell: &Cell) -> impl Iterator<Item = (f64, f64)> + '_ {
 }
 
 impl<'a> Map<'a> {
-    fn of(cells: &Cells, variant: &'a str) -> Self {
+    fn of(cells: &Cells, variant: &'a str, folders: usize) -> Self {
         let mut groups: BTreeMap<(usize, u64), Vec<f64>> = BTreeMap::new();
         for cell in cells.of(variant, None) {
             for (depth, score) in scores(cell) {
@@ -87,7 +91,8 @@ impl<'a> Map<'a> {
             }
         }
         let mean = |v: Vec<f64>| (v.iter().sum::<f64>() / v.len() as f64, v.len());
-        Self { variant, means: groups.into_iter().map(|(place, v)| (place, mean(v))).collect() }
+        let means = groups.into_iter().map(|(place, v)| (place, mean(v))).collect();
+        Self { variant, name: short(variant, folders), means }
     }
 
     fn at(&self, length: usize, depth: f64) -> Option<f64> {
@@ -111,8 +116,6 @@ fn scene(cells: &Cells, frame: &Frame, maps: &[Map]) -> Scene {
     let columns = frame.lengths.len() as f64;
     let most = ((CONTENT + 24.0) / (DEPTHS + 26.0 * columns + 24.0)).floor().clamp(1.0, 3.0) as usize;
     let per_row = most.min(maps.len());
-    let variants: Vec<&str> = cells.variants().into_iter().map(|(variant, _)| variant).collect();
-    let folders = folders(&variants);
     let cell = (220.0 / frame.depths.len() as f64).clamp(3.0, 22.0);
     let height = HEAD + cell * frame.depths.len() as f64 + 20.0;
     for (area, map) in areas(maps.len(), per_row, (MARGIN, CONTENT), page.y, height).into_iter().zip(maps) {
@@ -121,7 +124,7 @@ fn scene(cells: &Cells, frame: &Frame, maps: &[Map]) -> Scene {
         let mean = Estimate::of_groups(&groups).map(|e| e.show(0).replacen(' ', "% ", 1));
         let mean = mean.map(|m| format!("mean {m}{}", if m.contains('%') { "" } else { "%" }));
         let about = [mean, held.map(|h| format!("KV {h} of dense"))];
-        head(&mut page.scene, area, &short(map.variant, folders), about.into_iter().flatten());
+        head(&mut page.scene, area, &map.name, about.into_iter().flatten());
         draw(&mut page.scene, area, frame, map, cell);
         page.y = area.bottom();
     }

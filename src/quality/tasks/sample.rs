@@ -1,7 +1,7 @@
 //! One prompt with its expected answer, and files of them: JSON, a sample a line, in RULER's field names and ours.
 
 use super::{find, rule};
-use crate::cli::{begins_as_json, Output};
+use crate::cli::Output;
 use crate::error::{At, Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -94,16 +94,16 @@ impl Sample {
 /// # Errors
 /// Which place, and why.
 pub fn prove_replaceable(path: &Path, flag: &'static str) -> Result<()> {
-    Output::reserve(path, flag).map(drop)?;
-    let Some(json) = begins_as_json(path)? else { return Ok(()) };
-    let mut first = vec![];
-    if json {
-        let file = std::fs::File::open(path).at(path.display())?;
-        std::io::BufReader::new(file).read_until(b'\n', &mut first).at(path.display())?;
-    }
-    serde_json::from_slice::<Sample>(&first)
-        .map(drop)
-        .map_err(|_| Error::usage(format!("{flag} {}", path.display()), "holds no samples; only these are replaced"))
+    let fault = |json: bool| {
+        let mut first = vec![];
+        if json {
+            let file = std::fs::File::open(path).at(path.display())?;
+            std::io::BufReader::new(file).read_until(b'\n', &mut first).at(path.display())?;
+        }
+        let sample = serde_json::from_slice::<Sample>(&first);
+        Ok(sample.is_err().then(|| "holds no samples; only these are replaced".into()))
+    };
+    Output::reserve_over(path, flag, fault).map(drop)
 }
 
 /// Reads a file of samples, by this program or by RULER.
