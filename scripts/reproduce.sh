@@ -6,12 +6,14 @@ usage() {
   cat <<'TEXT'
 Usage: scripts/reproduce.sh [options]
 
-For each results/<date>-<device>-<subject>/raw/*.json of a kind that bfly-plot knows, draws its figures into
-results/<date>-<device>-<subject>/figures/; other JSON there is left alone. Then draws the default partner rule's graph into
-docs/figures/. Figures are SVG and PNG, for light and dark pages.
+Draws the figures of each results/<date>-<device>-<subject>/raw/*.json and *.json.gz of a kind that bfly-plot knows; other JSON
+there is left alone. Then draws the default partner rule's graph. Figures are SVG and PNG, for light and dark pages.
 
-  --results DIR   look there instead of in results/
-  --docs DIR      draw the graph there instead of into docs/figures/
+Git keeps only the figures that a page shows: results/*/figures/ and docs/figures/. All others are made here.
+
+  --out DIR       draw into DIR/<date>-<device>-<subject>/, and the graph into DIR/docs/ [target/figures]
+  --in-place      redraw the figures that are in results/*/figures/ and docs/figures/, where they are, and add no others
+  --results DIR   read the measurements of DIR instead of results/
   --binary FILE   a bfly-plot that is already built; else it is built with cargo
   -h, --help      this text
 
@@ -21,23 +23,29 @@ TEXT
 fail() { echo "reproduce.sh: $*" >&2; exit 2; }
 say() { printf '%s\n' "$*" >&2; }
 
-results="" docs="" binary=""
+results="" out="" in_place="" binary=""
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) usage; exit 0 ;;
-    --results | --docs | --binary) [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value; see --help" ;;
+    --in-place) in_place=yes; shift; continue ;;
+    --results | --out | --binary) [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value; see --help" ;;
     *) fail "unknown argument '$1'; see --help" ;;
   esac
   case "$1" in
     --results) results=$(cd "$2" 2>/dev/null && pwd) || fail "--results $2: no such directory" ;;
-    --docs) mkdir -p "$2" || fail "--docs $2: cannot be created"; docs=$(cd "$2" && pwd) ;;
+    --out) mkdir -p "$2" || fail "--out $2: cannot be created"; out=$(cd "$2" && pwd) ;;
     --binary) [ -x "$2" ] || fail "--binary $2: no such program"; binary=$(cd "$(dirname "$2")" && pwd)/$(basename "$2") ;;
   esac
   shift 2
 done
+[ -z "$in_place" ] || [ -z "$out" ] || fail "--in-place and --out exclude each other"
 cd "$(dirname "$0")/.."
 results=${results:-results}
-docs=${docs:-docs/figures}
+if [ -n "$in_place" ]; then
+  out=$(mktemp -d)
+  trap 'rm -rf "$out"' EXIT
+fi
+out=${out:-target/figures}
 
 if [ -n "$binary" ]; then
   plot() { "$binary" "$@"; }
@@ -48,25 +56,51 @@ else
   cargo build --release --features plot --bin bfly-plot || fail "the build failed; see above"
 fi
 
+# Whether a file, plain or gzipped, is of a kind that bfly-plot draws. The kind stands near the top; a half-written file is left to
+# bfly-plot, which names it.
+is_drawn() {
+  local top
+  top=$(gzip -cdf -- "$1" 2>/dev/null | head -c 4096) || true # head closes the pipe early
+  [[ $top =~ \"kind\"[[:space:]]*:[[:space:]]*\"bfly-(ladder|kernels|smoke|answers|layers|ablation|positions)\" ]]
+}
+count() { printf '%s\n' "$1" | wc -l | tr -d ' '; }
+# Replaces each figure in directory $2 by the one of the same name in $1.
+refresh() {
+  local figure new=$1 shown=$2 refreshed=0
+  [ -d "$shown" ] || return 0
+  for figure in "$shown"/*; do
+    [ -e "$figure" ] || continue
+    [ -e "$new/$(basename "$figure")" ] || fail "$figure: no measurement draws it any more"
+    cp -- "$new/$(basename "$figure")" "$figure"
+    refreshed=$((refreshed + 1))
+  done
+  say "$shown: $refreshed figures drawn again"
+}
+
 drawn=0 skipped=0
 for raw in "$results"/*/raw; do
   [ -d "$raw" ] || continue
   files=()
-  for file in "$raw"/*.json; do
+  for file in "$raw"/*.json "$raw"/*.json.gz; do
     [ -e "$file" ] || continue
-    # The kind stands near the top of a file; a half-written one is left to bfly-plot, which says so.
-    if head -c 4096 "$file" | grep -qE '"kind"[[:space:]]*:[[:space:]]*"bfly-(ladder|kernels|smoke|answers|layers|ablation|positions)"'; then
-      files+=("$file")
-    else
-      skipped=$((skipped + 1))
-    fi
+    case "$file" in *.gz) [ ! -e "${file%.gz}" ] || fail "$file: ${file%.gz} is there too; remove one of them" ;; esac
+    if is_drawn "$file"; then files+=("$file"); else skipped=$((skipped + 1)); fi
   done
   [ ${#files[@]} -gt 0 ] || continue
-  figures=${raw%/raw}/figures
+  run=${raw%/raw}
+  figures=$out/$(basename "$run")
   written=$(plot "${files[@]}" --out "$figures") || fail "$raw: not every figure could be drawn; see above"
-  say "$figures: $(printf '%s\n' "$written" | wc -l | tr -d ' ') files from ${#files[@]} of $raw"
+  if [ -n "$in_place" ]; then
+    refresh "$figures" "$run/figures"
+  else
+    say "$figures: $(count "$written") files from ${#files[@]} of $raw"
+  fi
   drawn=$((drawn + ${#files[@]}))
 done
-written=$(plot graph --out "$docs") || fail "the graph could not be drawn; see above"
-say "$docs: $(printf '%s\n' "$written" | wc -l | tr -d ' ') files from the selector"
+written=$(plot graph --out "$out/docs") || fail "the graph could not be drawn; see above"
+if [ -n "$in_place" ]; then
+  refresh "$out/docs" docs/figures
+else
+  say "$out/docs: $(count "$written") files from the selector"
+fi
 say "done: $drawn result files drawn, $skipped of other kinds left alone"
