@@ -460,7 +460,8 @@ def write_report(bench, runs, failed, took):
     text = f"""# {s['model']} on a CPU
 
 {host['cpu']}, {host['cores']} cores ({vectors}), {memory} GiB, {host['kernel']}; {s['threads']} threads.
-bfly-retrofit built from {', '.join(builds) or 'unknown'}; checkout {sha}. Model SHA-256 {s['model_sha256']}.
+bfly-retrofit built from {', '.join(builds) or 'unknown'}; checkout {sha}.
+Model SHA-256 {s['model_sha256']}.
 {len(rows)} runs, {wall / 60:.1f} minutes together; {bench.made} of them by this call, which took {took / 60:.1f} minutes:
 
     {command}

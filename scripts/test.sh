@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need, then formats, lints, documents and tests.
+# Checks the pages, installs what the tests need, then formats, lints, documents and tests.
 #
 #   scripts/test.sh                what CI runs
 #   scripts/test.sh --all-models   also the tests that read three larger checkpoints (1.9 GB, some minutes more)
@@ -20,6 +20,8 @@ case "${1:-}" in
   *) echo "test.sh: unknown argument '$1'; try no argument or --all-models" >&2; exit 2 ;;
 esac
 
+say "pages"
+python3 scripts/check_links.py
 say "checkpoints"
 python3 scripts/fetch_models.py "${models[@]}" >/dev/null
 say "words"
