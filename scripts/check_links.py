@@ -97,7 +97,8 @@ def check_page(page: str, texts: Dict[str, str], tracked: Set[str]) -> Tuple[Lis
 
 
 def check_results(files: List[str], linked: Set[str]) -> List[str]:
-    faults = [f"{file}: no page shows or links this figure" for file in files if FIGURE.match(file) and file not in linked]
+    unseen = [file for file in files if FIGURE.match(file) and file not in linked]
+    faults = [f"{file}: no page shows or links this figure" for file in unseen]
     sizes = {file: (ROOT / file).stat().st_size for file in files if file.startswith("results/")}
     faults += [
         f"{file}: {size:,} bytes of JSON; gzip -9 -n what is over {LARGEST_PLAIN_JSON:,}"

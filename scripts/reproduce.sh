@@ -6,8 +6,9 @@ usage() {
   cat <<'TEXT'
 Usage: scripts/reproduce.sh [options]
 
-Draws the figures of each results/<date>-<device>-<subject>/raw/*.json and *.json.gz of a kind that bfly-plot knows; other JSON
-there is left alone. Then draws the default partner rule's graph. Figures are SVG and PNG, for light and dark pages.
+Draws the figures of each results/<date>-<device>-<subject>/raw/*.json and *.json.gz of a kind that bfly-plot knows;
+other JSON there is left alone. Then draws the default partner rule's graph. Figures are SVG and PNG, for light and dark
+pages.
 
 Git keeps only the figures that a page shows: results/*/figures/ and docs/figures/. All others are made here.
 
@@ -56,8 +57,8 @@ else
   cargo build --release --features plot --bin bfly-plot || fail "the build failed; see above"
 fi
 
-# Whether a file, plain or gzipped, is of a kind that bfly-plot draws. The kind stands near the top; a half-written file is left to
-# bfly-plot, which names it.
+# Whether a file, plain or gzipped, is of a kind that bfly-plot draws. The kind stands near the top; a half-written file
+# is left to bfly-plot, which names it.
 is_drawn() {
   local top
   top=$(gzip -cdf -- "$1" 2>/dev/null | head -c 4096) || true # head closes the pipe early

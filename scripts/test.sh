@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks the pages, installs what the tests need, then formats, lints, documents and tests.
+# Checks the pages, installs what the tests need, then formats, lints, documents and tests, and plans the measurements of
+# quality in a dry run.
 #
 #   scripts/test.sh                what CI runs
 #   scripts/test.sh --all-models   also the tests that read three larger checkpoints (1.9 GB, some minutes more)
@@ -35,3 +36,12 @@ say "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 say "tests"
 cargo test ${arguments[@]+"${arguments[@]}"}
+say "workflow"
+target=${CARGO_TARGET_DIR:-target}
+if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  say "workflow not checked: Snakemake needs Python 3.11 or later, this is $(python3 --version)"
+elif ! python3 -m venv "$target/venv" || ! "$target/venv/bin/pip" install --quiet -r workflow/requirements.txt; then
+  say "workflow not checked: Snakemake could not be installed, see above"
+else
+  python3 workflow/check.py --snakemake "$target/venv/bin/snakemake" --quality "$target/debug/bfly-quality-smoke"
+fi
