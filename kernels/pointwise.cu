@@ -10,6 +10,7 @@
 // rope_table cos and sin of position * frequency, times an amplitude: positions start + i, or f32 positions[i].
 //            Grid ceil(T F / 256), 256 threads.
 // gated      act(gate) * up, elementwise, SiLU or GELU's tanh form. Grid ceil(n / 2048), 256 threads, 8 elements each.
+// gather     out[i] = table[ids[i]]: table [.., N] with its own row stride, ids u32 [n] below its rows, out [n, N]. Grid n, 256 threads.
 //
 // All arithmetic is f32; each result is rounded once.
 #include "common.cuh"
@@ -228,6 +229,11 @@ template <typename T> __device__ void gated_wide(const uint4 *gate, const uint4 
   }                                                                                                                        \
   extern "C" __global__ void gated_##NAME(const T *gate, const T *up, T *out, int64_t n, int kind) {                        \
     gated<T>(gate, up, out, n, kind);                                                                                      \
+  }                                                                                                                        \
+  extern "C" __global__ void gather_##NAME(const T *table, int64_t row, const uint32_t *ids, T *out, int n) {               \
+    const T *from = table + (int64_t)ids[blockIdx.x] * row;                                                                \
+    T *to = out + (int64_t)blockIdx.x * n;                                                                                 \
+    for (int i = threadIdx.x; i < n; i += blockDim.x) to[i] = from[i];                                                     \
   }
 INSTANCE(f32, float)
 INSTANCE(bf16, __nv_bfloat16)

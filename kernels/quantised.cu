@@ -9,6 +9,8 @@
 //                       q = N / 4. N whole blocks.
 // widen_FORMAT_T        out = W, each element rounded once to T: `units` units of whole rows that follow one another; out aligned
 //                       to 16 bytes. Grid ceil(units / 256), 256 threads. Bound by the bytes written.
+// gather_FORMAT_T       out[i] = W[ids[i]], each element rounded once to T: ids u32 [n] below W's rows, `units` units in all, `per_row` to
+//                       a row; out aligned to 16 bytes. Grid ceil(units / 256), 256 threads.
 //
 // A lane takes a unit of a block, 32 elements (q8_0: 8). A product adds up what the unit's numbers and the vector give before it meets
 // the scale: sum_e (s q_e + m) v_e = s sum_e q_e v_e + m sum_e v_e. Bound by the weights' bytes where rows are many; where they are
@@ -65,6 +67,18 @@ template <typename F, typename T> __device__ void widen(const uint8_t *w, T *out
   if (unit >= units) return;
   T *to = out + block * (4 * F::PARTS * F::WORDS);
   read_unit<F>(w + block * F::BYTES, unit % F::PARTS, [&](int quad, float4 v) { store4(to + 4 * quad, v); });
+}
+
+template <typename F, typename T>
+__device__ void gather(const uint8_t *table, const uint32_t *ids, T *out, int64_t units, int per_row) {
+  const int64_t unit = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+  if (unit >= units) return;
+  const int64_t row = unit / per_row;
+  const int within = unit % per_row, block = within / F::PARTS, blocks = per_row / F::PARTS;
+  constexpr int ELEMENTS = 4 * F::PARTS * F::WORDS;
+  T *to = out + (row * blocks + block) * ELEMENTS;
+  read_unit<F>(table + ((int64_t)ids[row] * blocks + block) * F::BYTES, within % F::PARTS,
+               [&](int quad, float4 v) { store4(to + 4 * quad, v); });
 }
 
 template <typename F, int MODE, int ROWS> __device__ void matvec(const MatvecParams &p) {
@@ -132,6 +146,10 @@ template <typename F, int MODE, int ROWS> __device__ void matvec(const MatvecPar
   extern "C" __global__ void widen_##FORMAT##_##NAME(const uint8_t *w, T *out, int64_t units) { \
     widen<FORMAT>(w, out, units);                                                                         \
   }
+#define GATHER(FORMAT, NAME, T)                                                                           \
+  extern "C" __global__ void gather_##FORMAT##_##NAME(const uint8_t *table, const uint32_t *ids, T *out, int64_t units, int per_row) { \
+    gather<FORMAT>(table, ids, out, units, per_row);                                                      \
+  }
 #define INSTANCE(FORMAT)                                                                                                        \
   extern "C" __global__ void decode_embed_##FORMAT(const uint8_t *table, float scale, float *x, int n, const float *frequencies, \
                                                    const float *amplitudes, float *cos, float *sin, int tables, int half,        \
@@ -141,6 +159,9 @@ template <typename F, int MODE, int ROWS> __device__ void matvec(const MatvecPar
   WIDEN(FORMAT, bf16, __nv_bfloat16)                                                                                            \
   WIDEN(FORMAT, f16, __half)                                                                                                    \
   WIDEN(FORMAT, f32, float)                                                                                                     \
+  GATHER(FORMAT, bf16, __nv_bfloat16)                                                                                           \
+  GATHER(FORMAT, f16, __half)                                                                                                   \
+  GATHER(FORMAT, f32, float)                                                                                                    \
   MATVECS(FORMAT, FORMAT, __launch_bounds__(256, 2))
 // The build compiles each format apart, with ONLY_FORMAT set.
 #ifdef ONLY_FORMAT

@@ -26,6 +26,8 @@ pub enum ErrorKind {
     Context,
     /// The device has too little memory.
     Memory,
+    /// The caller cancelled.
+    Cancelled,
     /// A figure that was asked for was missed.
     Quality,
     /// candle failed below us.

@@ -5,76 +5,77 @@
 //! and backed by a **two-pool KV cache of fixed size**. No training.
 //!
 //! ```text
-//! checkpoint --> spec --> model (mixer seam) --> generate --> text, logits, ledger
-//!     hub          |          ^      |
-//!     safetensors  |          |      v
-//!     gguf         +--> retrofit   cache (local ring + summary pool) --> selector --> ops
-//!                       (which layers)
+//! checkpoint --> spec --+--> layout (which mixer, which state, which bytes: decided once)
+//! hub, safetensors,     |       |
+//! gguf                  +--> weights (immutable, shared) --> run = layout + weights + cache + stream
+//!                               |                              |
+//!                               v                              v
+//!                      mixer --> selector | eviction --> ops --> kernels/*.cu
+//!                                                              |
+//!                     generate (prefill, decode) --------------+--> eval: bench, quality --> JSON --> plot
 //! ```
 //!
 //! | module | owns |
 //! |---|---|
-//! | [`checkpoint`] | where weights come from, how they are held, tokenizers |
+//! | [`checkpoint`] | where weights come from, in what form they are held, tokenizers |
 //! | [`spec`], [`family`] | what a configuration says, per model family |
-//! | [`model`], [`nn`] | the decoder and the layers between its mixers |
-//! | [`mixer`] | the seam: full, sliding, butterfly and evicting attention |
-//! | [`retrofit`], [`selector`] | which layers are swapped, which blocks they read |
-//! | [`eviction`] | other methods to compare with: which tokens stay |
-//! | [`method`] | stock, retrofit or eviction: the choice that a model is run by |
+//! | [`tensors`] | the one schema of tensor names |
+//! | [`method`], [`retrofit`], [`eviction`] | stock, retrofit or eviction: the plans a model is run by |
+//! | [`selector`] | which blocks a block reads |
+//! | [`layout`] | what each layer becomes under a method: mixer, state, bytes, rows read |
+//! | [`weights`], [`run`] | immutable weights, shared; one text read by one method, with cache and stream |
+//! | [`mixer`], [`nn`], [`ops`] | attention per layer kind; the layers between; operators, each with a reference |
 //! | [`cache`] | fixed allocations, bytes by pool |
-//! | [`ops`] | operators, each with a reference |
 //! | [`generate`] | prefill, decode, sampling, chat template |
+//! | [`eval`] | benchmarks, quality, figures |
 //! | [`cli`] | flags, progress, the memory ledger |
-//! | [`mod@bench`] | measurements and their form |
-//! | [`quality`] | what a retrofit keeps, against stock and against other methods |
-//! | `plot` | figures from measurements (feature `plot`) |
 //!
 //! # Example
 //!
 //! Greedy continuation of a few token ids with every full-attention layer swapped:
 //!
 //! ```
-//! use bfly::checkpoint::{Checkpoint, Held, HoldAs, OpenOptions};
-//! use bfly::generate::{Request, Sampler, Sampling, Session};
-//! use bfly::{model::Model, retrofit::{RetrofitPlan, Settings}};
+//! use bfly::checkpoint::{Checkpoint, OpenOptions, WeightDtype, WeightFormat};
+//! use bfly::generate::{watch, Request, Sampler, Sampling};
+//! use bfly::{retrofit::{RetrofitPlan, Settings}, run::Run, weights::Weights};
 //!
 //! # fn main() -> bfly::Result<()> {
 //! let quiet = &|_: &str, _, _| ();
 //! let checkpoint = Checkpoint::open("tests/fixtures/goldens/qwen2", &OpenOptions::default(), quiet)?;
-//! let plan = RetrofitPlan::new(&checkpoint.spec, None, Settings::default())?;
-//! let hold = HoldAs::new(Held::Auto, checkpoint.f32_bytes(), None);
-//! let model = Model::load(&checkpoint, Some(&plan), 8192, &hold, &candle_core::Device::Cpu, quiet)?;
+//! let format = WeightFormat::new(WeightDtype::Auto, checkpoint.f32_bytes(), None);
+//! let weights = Weights::load(&checkpoint, &format, &candle_core::Device::Cpu, quiet)?;
 //!
+//! let plan = RetrofitPlan::new(&checkpoint.spec, None, Settings::default())?;
+//! let mut run = Run::new(&weights, &plan, 8192)?;
 //! let prompt: Vec<u32> = (5..300).collect();
 //! let request = Request { prompt: &prompt, max_new_tokens: 8, chunk: 128, stop: &[], logits_last: 1 };
-//! let mut session = Session::new(&model)?;
-//! let made = session.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut |_| (), &mut |_| true)?;
+//! let greedy = &mut Sampler::new(Sampling::GREEDY)?;
+//! let made = run.generate(&request, greedy, &mut watch(|_| ()), &mut watch(|_| ()))?;
 //! assert_eq!(made.tokens.len(), 8);
-//! let cache = session.cache();
-//! assert!(cache.capacity_bytes().total() < cache.dense_bytes() / 10);
+//! assert!(run.cache().capacity_bytes().total() < run.cache().dense_bytes() / 10);
 //! # Ok(())
 //! # }
 //! ```
 
-pub mod bench;
 pub mod cache;
 pub mod checkpoint;
 pub mod cli;
 mod error;
+pub mod eval;
 pub mod eviction;
 pub mod family;
 pub mod generate;
+pub mod layout;
 pub mod method;
 pub mod mixer;
-pub mod model;
 pub mod nn;
 pub mod ops;
-#[cfg(feature = "plot")]
-pub mod plot;
-pub mod quality;
 pub mod retrofit;
+pub mod run;
 pub mod selector;
 pub mod spec;
+pub mod tensors;
+pub mod weights;
 
 pub(crate) use error::plain;
 pub use error::{At, Error, ErrorKind, Result};

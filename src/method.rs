@@ -1,24 +1,25 @@
-//! How a model's full-attention layers are run: the one choice that cache, mixers and budgets are made from.
+//! How a model's full-attention layers are run: stock, retrofit or eviction.
 
 use crate::error::Result;
 use crate::eviction::EvictionPlan;
-use crate::retrofit::{RetrofitPlan, Settings};
+use crate::retrofit::RetrofitPlan;
 use crate::spec::ModelSpec;
 
 /// A way to run the full-attention layers; sliding layers are the same under each.
 ///
 /// Functions that take `impl Into<Method>` accept a plan as it is: `Some(&plan)` or `None` of a retrofit, `&plan` of an eviction.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Method<'a> {
+#[derive(Debug, Clone, PartialEq, Default)]
+pub enum Method {
     /// As the model came.
+    #[default]
     Stock,
     /// Butterfly attention in the layers that the plan names, the others as they came.
-    Butterfly(&'a RetrofitPlan),
+    Butterfly(RetrofitPlan),
     /// Dense attention over the tokens that a rule keeps, in every layer.
-    Evict(&'a EvictionPlan),
+    Evict(EvictionPlan),
 }
 
-impl<'a> Method<'a> {
+impl Method {
     /// Whether it can run `spec`.
     ///
     /// # Errors
@@ -32,7 +33,7 @@ impl<'a> Method<'a> {
     }
 
     /// The retrofit, if it is one.
-    pub fn plan(&self) -> Option<&'a RetrofitPlan> {
+    pub fn plan(&self) -> Option<&RetrofitPlan> {
         match self {
             Self::Butterfly(plan) => Some(plan),
             _ => None,
@@ -40,28 +41,34 @@ impl<'a> Method<'a> {
     }
 
     /// The eviction, if it is one.
-    pub fn eviction(&self) -> Option<&'a EvictionPlan> {
+    pub fn eviction(&self) -> Option<&EvictionPlan> {
         match self {
             Self::Evict(plan) => Some(plan),
             _ => None,
         }
     }
+}
 
-    /// Settings of layer `i` and its ordinal among the layers with butterfly attention, if it has that.
-    pub(crate) fn swapped(&self, i: usize) -> Option<(&'a Settings, usize)> {
-        let plan = self.plan()?;
-        plan.ordinal(i).map(|j| (&plan.settings, j))
+impl From<Option<&RetrofitPlan>> for Method {
+    fn from(plan: Option<&RetrofitPlan>) -> Self {
+        plan.map_or(Self::Stock, Self::from)
     }
 }
 
-impl<'a> From<Option<&'a RetrofitPlan>> for Method<'a> {
-    fn from(plan: Option<&'a RetrofitPlan>) -> Self {
-        plan.map_or(Self::Stock, Self::Butterfly)
+impl From<&RetrofitPlan> for Method {
+    fn from(plan: &RetrofitPlan) -> Self {
+        Self::Butterfly(plan.clone())
     }
 }
 
-impl<'a> From<&'a EvictionPlan> for Method<'a> {
-    fn from(plan: &'a EvictionPlan) -> Self {
-        Self::Evict(plan)
+impl From<&EvictionPlan> for Method {
+    fn from(plan: &EvictionPlan) -> Self {
+        Self::Evict(plan.clone())
+    }
+}
+
+impl From<&Self> for Method {
+    fn from(method: &Self) -> Self {
+        method.clone()
     }
 }

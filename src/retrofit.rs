@@ -218,7 +218,7 @@ impl RetrofitPlan {
         match self.layers.iter().find(|l| !full.contains(l)) {
             None => Ok(()),
             Some(l) => {
-                let why = match spec.layers.get(*l).map(|s| s.attention) {
+                let why = match spec.attention().find(|(i, _)| i == l).map(|(_, a)| a.kind) {
                     Some(AttentionKind::Sliding { .. }) => "is a sliding-window layer and stays as it is",
                     _ => "is out of range",
                 };

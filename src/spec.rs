@@ -134,11 +134,30 @@ pub enum Norms {
     Sandwich,
 }
 
-/// One decoder layer.
+/// One decoder layer: what mixes positions, what follows it, and where the norms stand.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LayerSpec {
-    /// Which keys its attention reads.
-    pub attention: AttentionKind,
+    /// How the layer mixes information across positions.
+    pub mixer: MixerSpec,
+    /// The gated feed-forward after it.
+    pub feed_forward: FeedForwardSpec,
+    /// Where the norms stand.
+    pub norms: Norms,
+}
+
+/// How a layer mixes information across positions.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MixerSpec {
+    /// Softmax attention with grouped KV heads.
+    Attention(AttentionSpec),
+}
+
+/// An attention layer as it was trained.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct AttentionSpec {
+    /// Which keys a query reads.
+    pub kind: AttentionKind,
     /// Query heads, `H`.
     pub heads: usize,
     /// Key and value heads, `G`.
@@ -155,14 +174,29 @@ pub struct LayerSpec {
     pub out_bias: bool,
     /// Whether q and k are normed per head before rotation.
     pub qk_norm: bool,
-    /// Feed-forward width.
-    pub intermediate: usize,
-    /// Feed-forward activation.
+}
+
+impl AttentionSpec {
+    /// Width of the query projection, `H D`.
+    pub fn q_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Width of the key projection and of the value projection, `G D`.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+}
+
+/// The gated feed-forward of a layer.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct FeedForwardSpec {
+    /// Width of gate and up.
+    pub width: usize,
+    /// Activation of the gate.
     pub activation: Activation,
-    /// Whether the feed-forward's projections have biases.
-    pub mlp_bias: bool,
-    /// Where the norms stand.
-    pub norms: Norms,
+    /// Whether its projections have biases.
+    pub bias: bool,
 }
 
 /// How rotary frequencies are changed to reach past the pretrained length.
@@ -257,15 +291,30 @@ pub struct ModelSpec {
 }
 
 impl ModelSpec {
+    /// The attention layers, each with its index.
+    pub fn attention(&self) -> impl Iterator<Item = (usize, &AttentionSpec)> {
+        self.layers.iter().enumerate().map(|(i, l)| {
+            let MixerSpec::Attention(a) = &l.mixer;
+            (i, a)
+        })
+    }
+
+    /// The attention layers, to be changed by a family.
+    pub fn attention_mut(&mut self) -> impl Iterator<Item = &mut AttentionSpec> {
+        self.layers.iter_mut().map(|l| {
+            let MixerSpec::Attention(a) = &mut l.mixer;
+            a
+        })
+    }
+
     /// Indices of the layers that attend to everything: what a retrofit may swap.
     pub fn full_layers(&self) -> Vec<usize> {
-        let full = |l: &LayerSpec| l.attention == AttentionKind::Full;
-        self.layers.iter().enumerate().filter(|(_, l)| full(l)).map(|(i, _)| i).collect()
+        self.attention().filter(|(_, a)| a.kind == AttentionKind::Full).map(|(i, _)| i).collect()
     }
 
     /// Checks what no family may break: divisible head groups, even rotary dimensions, valid rope indices.
     pub fn validate(self, origin: &str) -> Result<Self> {
-        for (i, l) in self.layers.iter().enumerate() {
+        for (i, l) in self.attention() {
             let fail = |message: String| Err(Error::format(origin, format!("layer {i}: {message}")));
             if !l.heads.is_multiple_of(l.kv_heads) {
                 return fail(format!("{} query heads cannot share {} KV heads", l.heads, l.kv_heads));

@@ -3,11 +3,12 @@
 
 mod common;
 
-use bfly::checkpoint::{Held, HoldAs};
+use bfly::checkpoint::{WeightDtype, WeightFormat};
 use bfly::eviction::EvictionPlan;
-use bfly::generate::{Needs, Request, Sampler, Sampling, Session};
+use bfly::generate::{watch, Needs, Request, Sampler, Sampling};
 use bfly::ops::{self, Window};
 use bfly::retrofit::{FarPosition, Pool, Settings, WindowAlign};
+use bfly::run::Run;
 use bfly::spec::Activation;
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
@@ -177,7 +178,8 @@ fn stock_logits_equal_transformers() -> Any {
             let (ids, want) = (golden.ids(case)?, golden.logits(case)?);
             let theirs = deviation(&golden.logits_bf16(case)?, &want)?;
             for (dtype, held) in TYPES {
-                let model = load_as(&checkpoint, None, ids.len(), &HoldAs::for_gpu(Held::As(held)), &device)?;
+                let model =
+                    load_as(&checkpoint, None, ids.len(), &WeightFormat::for_gpu(WeightDtype::As(held)), &device)?;
                 let off = deviation(&last_logits(&model, &ids, 1000, last)?, &want)?;
                 let limit = if dtype == DType::F32 { exact } else { 2.0 * theirs };
                 println!("{name} {case} {dtype:?}: {off:.2e}, limit {limit:.2e}");
@@ -222,13 +224,14 @@ fn retrofit_prefill_and_decode_equal_the_cpus() -> Any {
         let stock = std::iter::once(None);
         for s in stock.chain(settings().into_iter().map(Some)) {
             let host = load(&checkpoint, s.as_ref(), 500)?;
-            let mut session = Session::new(&host)?;
-            let want = session.prefill(&ids, 100, 32, &mut |_| ())?;
+            let mut session = host.run()?;
+            let want = session.prefill(&ids, 100, 32, &mut watch(|_| ()))?;
             let want_next = session.read(&tail)?;
             for (dtype, held) in TYPES {
-                let model = load_as(&checkpoint, s.as_ref(), 500, &HoldAs::for_gpu(Held::As(held)), &device)?;
-                let mut session = Session::new(&model)?;
-                let off = deviation(&session.prefill(&ids, 130, 32, &mut |_| ())?, &want)?;
+                let model =
+                    load_as(&checkpoint, s.as_ref(), 500, &WeightFormat::for_gpu(WeightDtype::As(held)), &device)?;
+                let mut session = model.run()?;
+                let off = deviation(&session.prefill(&ids, 130, 32, &mut watch(|_| ()))?, &want)?;
                 let read = session.read(&tail)?.to_device(&Device::Cpu)?;
                 let next = deviation(&read, &want_next)?;
                 let limit = match dtype {
@@ -262,16 +265,16 @@ fn what_evicts_equals_the_cpus() -> Any {
         let checkpoint = open(&golden_dir(name).to_string_lossy())?;
         for (rule, set) in [("keydiff", ("block", 64)), ("snapkv", ("window", 40))] {
             let plan = EvictionPlan::new(rule, 150, &[set])?;
-            let read = |device: &Device, hold: &HoldAs, chunk: usize| -> Any<[Tensor; 2]> {
-                let model = load_as(&checkpoint, None, 500, hold, device)?.with_plan(&plan, 500)?;
-                let mut session = Session::new(&model)?;
-                let prefill = session.prefill(&ids, chunk, 32, &mut |_| ())?;
+            let read = |device: &Device, hold: &WeightFormat, chunk: usize| -> Any<[Tensor; 2]> {
+                let model = load_as(&checkpoint, None, 500, hold, device)?.by(&plan, 500);
+                let mut session = model.run()?;
+                let prefill = session.prefill(&ids, chunk, 32, &mut watch(|_| ()))?;
                 session.compress()?;
                 Ok([prefill, session.read(&tail)?.to_device(&Device::Cpu)?])
             };
-            let f32s = Held::As(candle_core::quantized::GgmlDType::F32);
-            let want = read(&Device::Cpu, &HoldAs::new(f32s, 0, None), 100)?;
-            let got = read(&device, &HoldAs::for_gpu(f32s), 130)?;
+            let f32s = WeightDtype::As(candle_core::quantized::GgmlDType::F32);
+            let want = read(&Device::Cpu, &WeightFormat::new(f32s, 0, None), 100)?;
+            let got = read(&device, &WeightFormat::for_gpu(f32s), 130)?;
             for (part, (got, want)) in ["prefill", "decode"].iter().zip(got.iter().zip(&want)) {
                 let off = deviation(got, want)?;
                 println!("{name} {rule}, {part}: {off:.2e}");
@@ -287,17 +290,18 @@ fn captured_decode_takes_the_likeliest_token_and_stops_in_the_middle_of_a_batch(
     let Some(device) = gpu("captured decode") else { return Ok(()) };
     let (checkpoint, prompt) = (open(&golden_dir("llama3_rope").to_string_lossy())?, text(300));
     let s = small(16, 32, 4);
-    let model = load_as(&checkpoint, Some(&s), 400, &HoldAs::for_gpu(Held::As(GgmlDType::F16)), &device)?;
+    let model = load_as(&checkpoint, Some(&s), 400, &WeightFormat::for_gpu(WeightDtype::As(GgmlDType::F16)), &device)?;
     let generate = |stop: &[u32]| -> Any<(Vec<u32>, usize)> {
         let request = Request { prompt: &prompt, max_new_tokens: 45, chunk: 128, stop, logits_last: 1 };
-        let mut session = Session::new(&model)?;
-        let made = session.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut |_| (), &mut |_| true)?;
+        let mut session = model.run()?;
+        let made =
+            session.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut watch(|_| ()), &mut watch(|_| ()))?;
         Ok((made.tokens, session.cache().position()))
     };
     let (tokens, position) = generate(&[])?;
     assert_eq!((tokens.len(), position), (45, 300 + 44), "the last token is not read");
-    let mut session = Session::new(&model)?;
-    let first = session.prefill(&prompt, 128, 1, &mut |_| ())?.argmax(1)?.to_vec1::<u32>()?;
+    let mut session = model.run()?;
+    let first = session.prefill(&prompt, 128, 1, &mut watch(|_| ()))?.argmax(1)?.to_vec1::<u32>()?;
     let next = session.read(&tokens[..44])?.argmax(1)?.to_vec1::<u32>()?;
     assert_eq!(tokens, [first, next].concat(), "each token is the likeliest after those before it");
     let distinct: std::collections::HashSet<_> = tokens.iter().collect();
@@ -310,31 +314,27 @@ fn captured_decode_takes_the_likeliest_token_and_stops_in_the_middle_of_a_batch(
     Ok(())
 }
 
+/// Captured steps are made and dropped all the time, while others run; their last launch may still be under way.
 #[test]
-fn models_with_a_thread_and_a_stream_each_read_what_one_reads() -> Any {
-    let Some(device) = gpu("models side by side") else { return Ok(()) };
-    // Captured steps are made and dropped all the time, while others run; their last launch may still be under way. That is how `layers
-    // --jobs 4` hung; these models are too small to hang by it (three of three passes without the wait in StepGraph::drop).
-    let read = |device: &Device, rounds: usize| -> std::result::Result<Vec<Vec<f32>>, String> {
-        let one = || -> std::result::Result<_, Box<dyn std::error::Error>> {
-            let (checkpoint, prompt) = (open(&golden_dir("llama3_rope").to_string_lossy())?, text(300));
-            let held = HoldAs::for_gpu(Held::As(GgmlDType::F16));
-            let model = load_as(&checkpoint, Some(&small(16, 32, 4)), 400, &held, device)?;
-            let mut made = vec![];
-            for _ in 0..rounds {
-                let mut session = Session::new(&model)?;
-                session.prefill(&prompt[..200], 64, 1, &mut |_| ())?;
-                made = session.read(&prompt[200..212])?.to_vec2::<f32>()?;
-            }
-            Ok(made)
-        };
-        one().map_err(|e| e.to_string())
+fn runs_with_a_thread_and_a_stream_each_over_shared_weights_read_what_one_reads() -> Any {
+    let Some(device) = gpu("runs side by side") else { return Ok(()) };
+    let checkpoint = open(&golden_dir("llama3_rope").to_string_lossy())?;
+    let (held, prompt) = (WeightFormat::for_gpu(WeightDtype::As(GgmlDType::F16)), text(300));
+    let model = load_as(&checkpoint, Some(&small(16, 32, 4)), 400, &held, &device)?;
+    let read = move |model: &Model, rounds: usize| -> bfly::Result<Vec<Vec<f32>>> {
+        let mut made = vec![];
+        for _ in 0..rounds {
+            let mut run = model.run()?;
+            run.prefill(&prompt[..200], 64, 1, &mut watch(|_| ()))?;
+            made = run.read(&prompt[200..212])?.to_vec2::<f32>()?;
+        }
+        Ok(made)
     };
-    let want = read(&device, 1)?;
+    let want = read(&model, 1)?;
     let (say, hear) = std::sync::mpsc::channel();
     for _ in 0..4 {
-        let (say, device) = (say.clone(), bfly::cli::beside(&device)?);
-        std::thread::spawn(move || say.send(read(&device, 250)));
+        let (say, model, read) = (say.clone(), model.clone(), read.clone());
+        std::thread::spawn(move || say.send(read(&model, 250).map_err(|e| e.to_string())));
     }
     for _ in 0..4 {
         // A GPU that hangs must not hang the test.
@@ -350,11 +350,11 @@ fn what_evicts_decodes_captured_as_it_does_step_by_step() -> Any {
     let (checkpoint, prompt, new) = (open(&golden_dir("llama3_rope").to_string_lossy())?, text(430), 150);
     for (rule, set) in [("keydiff", ("block", 64)), ("snapkv", ("window", 40))] {
         let plan = EvictionPlan::new(rule, 150, &[set])?;
-        let held = HoldAs::for_gpu(Held::As(GgmlDType::F16));
-        let model = load_as(&checkpoint, None, 600, &held, &device)?.with_plan(&plan, 600)?;
-        let begun = || -> Any<(Session, Tensor)> {
-            let mut session = Session::new(&model)?;
-            let last = session.prefill(&prompt, 100, 1, &mut |_| ())?;
+        let held = WeightFormat::for_gpu(WeightDtype::As(GgmlDType::F16));
+        let model = load_as(&checkpoint, None, 600, &held, &device)?.by(&plan, 600);
+        let begun = || -> Any<(Run, Tensor)> {
+            let mut session = model.run()?;
+            let last = session.prefill(&prompt, 100, 1, &mut watch(|_| ()))?;
             assert_eq!(session.captures(), rule == "keydiff", "snapkv must see the last queries first");
             session.compress()?;
             assert!(session.captures(), "{rule}");
@@ -362,8 +362,10 @@ fn what_evicts_decodes_captured_as_it_does_step_by_step() -> Any {
         };
         // Two or three evictions of keydiff lie among the new tokens.
         let request = Request { prompt: &prompt, max_new_tokens: new, chunk: 100, stop: &[], logits_last: 1 };
-        let mut session = Session::new(&model)?;
-        let made = session.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut |_| (), &mut |_| true)?.tokens;
+        let mut session = model.run()?;
+        let made = session
+            .generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut watch(|_| ()), &mut watch(|_| ()))?
+            .tokens;
         assert_eq!((made.len(), session.cache().position()), (new, 430 + new - 1), "{rule}");
         let (mut session, last) = begun()?;
         let captured = session.read(&made[..new - 1])?;
@@ -372,7 +374,7 @@ fn what_evicts_decodes_captured_as_it_does_step_by_step() -> Any {
         // From the same rows on, before and after evictions (at 18, 82 and 146 new tokens for keydiff): rounding alone differs. A text read
         // both ways from its beginning would differ in who stays, where scores are close.
         for at in [0, 18, 40, 82, 146 - 4] {
-            let from = || -> Any<Session> {
+            let from = || -> Any<Run> {
                 let (mut session, _) = begun()?;
                 if at > 0 {
                     session.read(&made[..at])?;
@@ -382,7 +384,7 @@ fn what_evicts_decodes_captured_as_it_does_step_by_step() -> Any {
             let next = &made[at..at + 4];
             let captured = from()?.read(next)?;
             let mut session = from()?;
-            let steps = next.iter().map(|id| session.prefill(&[*id], 1, 1, &mut |_| ()));
+            let steps = next.iter().map(|id| session.prefill(&[*id], 1, 1, &mut watch(|_| ())));
             let steps = Tensor::cat(&steps.collect::<Result<Vec<_>, _>>()?, 0)?.to_device(&Device::Cpu)?;
             let off = deviation(&captured, &steps)?;
             println!("{rule} after {at}: {off:.2e}");
@@ -426,12 +428,13 @@ fn the_highest_scores_are_the_cpus() -> Any {
 fn a_run_allocates_nothing_that_grows_with_the_text() -> Any {
     let Some(device) = gpu("constant memory") else { return Ok(()) };
     let checkpoint = open(&golden_dir("qwen2").to_string_lossy())?;
-    let model = load_as(&checkpoint, Some(&small(128, 512, 4)), 1 << 16, &HoldAs::for_gpu(Held::Auto), &device)?;
+    let model =
+        load_as(&checkpoint, Some(&small(128, 512, 4)), 1 << 16, &WeightFormat::for_gpu(WeightDtype::Auto), &device)?;
     let mut peaks = vec![];
     for length in [4096, 4096, 40_000] {
         ops::reset_peak(&device);
-        let mut session = Session::new(&model)?;
-        session.prefill(&text(length), 1024, 1, &mut |_| ())?;
+        let mut session = model.run()?;
+        session.prefill(&text(length), 1024, 1, &mut watch(|_| ()))?;
         peaks.push(ops::device_memory(&device).ok_or("no figures")?.peak);
     }
     // The first run also loads what libraries keep.
@@ -444,15 +447,16 @@ fn a_budget_is_kept_and_does_not_change_the_output() -> Any {
     let Some(device) = gpu("memory budget") else { return Ok(()) };
     let (checkpoint, prompt) = (open(&golden_dir("qwen3_d128").to_string_lossy())?, text(6000));
     let ctx = 8192;
-    let model = load_as(&checkpoint, None, ctx, &HoldAs::for_gpu(Held::Auto), &device)?;
-    let needs = Needs::of(&model, None, ctx)?;
+    let model = load_as(&checkpoint, None, ctx, &WeightFormat::for_gpu(WeightDtype::Auto), &device)?;
+    let needs = Needs::of(&model.weights, model.run()?.layout())?;
     let golden = Golden::open("qwen3_d128")?;
     let theirs = deviation(&golden.logits_bf16("long")?, &golden.logits("long")?)?;
     let run = |chunk: usize| -> Any<(Tensor, u64)> {
         ops::reset_peak(&device);
         let request = Request { prompt: &prompt, max_new_tokens: 20, chunk, stop: &[], logits_last: 1 };
-        let mut session = Session::new(&model)?;
-        let made = session.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut |_| (), &mut |_| true)?;
+        let mut session = model.run()?;
+        let made =
+            session.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut watch(|_| ()), &mut watch(|_| ()))?;
         Ok((made.prompt_logits.to_device(&Device::Cpu)?, ops::device_memory(&device).ok_or("no figures")?.peak))
     };
     // What the process holds besides (other tests' models are gone; libraries keep little).

@@ -4,9 +4,8 @@
 
 mod common;
 
-use bfly::checkpoint::{Held, HoldAs};
-use bfly::generate::{Request, Sampler, Sampling, Session};
-use bfly::model::Model;
+use bfly::checkpoint::{WeightDtype, WeightFormat};
+use bfly::generate::{watch, Request, Sampler, Sampling};
 use bfly::nn::{Linear, Weight};
 use candle_core::quantized::gguf_file::Value;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
@@ -174,8 +173,8 @@ fn mixed(name: &str) -> GgmlDType {
 
 /// Logits of `tail` read one by one after `ids`; `captured`: by a captured step.
 fn read(model: &Model, ids: &[u32], tail: &[u32], captured: bool) -> Any<Tensor> {
-    let mut session = Session::new(model)?;
-    session.prefill(ids, 200, 1, &mut |_| ())?;
+    let mut session = model.run()?;
+    session.prefill(ids, 200, 1, &mut watch(|_| ()))?;
     assert_eq!(session.captures(), captured);
     Ok(session.read(tail)?.to_device(&Device::Cpu)?)
 }
@@ -192,11 +191,14 @@ fn quantised_goldens_give_the_cpus_logits() -> Any {
         let other = if format == Q8_0 { Q4_0 } else { Q8_0 };
         write_golden("qwen2", "qwen2", &path, |name| if name.contains("attn_v") { other } else { format })?;
         let checkpoint = open(&path.to_string_lossy())?;
-        let host = load_as(&checkpoint, None, 500, &HoldAs::new(Held::Native, 0, None), &Device::Cpu)?;
-        let model = load_as(&checkpoint, None, 500, &HoldAs::for_gpu(Held::Auto), &device)?;
-        assert!(model.has_quantised() && model.weights_bytes() == host.weights_bytes(), "blocks are held as stored");
+        let host = load_as(&checkpoint, None, 500, &WeightFormat::new(WeightDtype::Native, 0, None), &Device::Cpu)?;
+        let model = load_as(&checkpoint, None, 500, &WeightFormat::for_gpu(WeightDtype::Auto), &device)?;
+        assert!(
+            model.weights.has_quantised() && model.weights.bytes() == host.weights.bytes(),
+            "blocks are held as stored"
+        );
         let ids = text(430);
-        let prefill = |model: &Model| Session::new(model)?.prefill(&ids, 200, 32, &mut |_| ());
+        let prefill = |model: &Model| model.run()?.prefill(&ids, 200, 32, &mut watch(|_| ()));
         let off = deviation(&prefill(&model)?, &prefill(&host)?)?;
         // All but the first token through decode: a prefill's error would stay in the cache.
         let next =
@@ -218,10 +220,10 @@ fn every_format_and_a_mixture_decode_as_a_captured_step() -> Any {
         let path = dir.path().join(format!("{name}.gguf"));
         write_wide(&path, format)?;
         let checkpoint = open(&path.to_string_lossy())?;
-        let host = load_as(&checkpoint, None, 300, &HoldAs::new(Held::As(F32), 0, None), &Device::Cpu)?;
-        let model = load_as(&checkpoint, None, 300, &HoldAs::for_gpu(Held::Auto), &device)?;
-        let dense = load_as(&checkpoint, None, 300, &HoldAs::for_gpu(Held::As(BF16)), &device)?;
-        assert!(model.has_quantised() && !dense.has_quantised());
+        let host = load_as(&checkpoint, None, 300, &WeightFormat::new(WeightDtype::As(F32), 0, None), &Device::Cpu)?;
+        let model = load_as(&checkpoint, None, 300, &WeightFormat::for_gpu(WeightDtype::Auto), &device)?;
+        let dense = load_as(&checkpoint, None, 300, &WeightFormat::for_gpu(WeightDtype::As(BF16)), &device)?;
+        assert!(model.weights.has_quantised() && !dense.weights.has_quantised());
         // Without a prompt to speak of, so that all keys and values are of captured steps.
         let (ids, tail) = (text(1), text(120));
         let want = read(&host, &ids, &tail, false)?;
@@ -239,13 +241,14 @@ fn captured_decode_of_a_mixture_takes_the_likeliest_token() -> Any {
     let (dir, prompt) = (tempfile::tempdir()?, text(40));
     let path = dir.path().join("mixed.gguf");
     write_wide(&path, mixed)?;
-    let model = load_as(&open(&path.to_string_lossy())?, None, 100, &HoldAs::for_gpu(Held::Auto), &device)?;
+    let model =
+        load_as(&open(&path.to_string_lossy())?, None, 100, &WeightFormat::for_gpu(WeightDtype::Auto), &device)?;
     let request = Request { prompt: &prompt, max_new_tokens: 30, chunk: 128, stop: &[], logits_last: 1 };
     let mut greedy = Sampler::new(Sampling::GREEDY)?;
-    let made = Session::new(&model)?.generate(&request, &mut greedy, &mut |_| (), &mut |_| true)?;
+    let made = model.run()?.generate(&request, &mut greedy, &mut watch(|_| ()), &mut watch(|_| ()))?;
     assert!(made.timing.fetched > 1, "tokens of a captured step are fetched together");
-    let mut session = Session::new(&model)?;
-    let first = session.prefill(&prompt, 128, 1, &mut |_| ())?.argmax(1)?.to_vec1::<u32>()?;
+    let mut session = model.run()?;
+    let first = session.prefill(&prompt, 128, 1, &mut watch(|_| ()))?.argmax(1)?.to_vec1::<u32>()?;
     let next = session.read(&made.tokens[..29])?.argmax(1)?.to_vec1::<u32>()?;
     assert_eq!(made.tokens, [first, next].concat());
     Ok(())
@@ -260,7 +263,7 @@ fn what_has_no_kernel_decodes_step_by_step() -> Any {
         let path = dir.path().join(format!("{name}.gguf"));
         write_wide(&path, |tensor| if tensor.contains(name) { odd } else { Q4K })?;
         let checkpoint = open(&path.to_string_lossy())?;
-        let model = load_as(&checkpoint, None, 100, &HoldAs::for_gpu(Held::Auto), &device)?;
+        let model = load_as(&checkpoint, None, 100, &WeightFormat::for_gpu(WeightDtype::Auto), &device)?;
         let logits = read(&model, &text(10), &text(5), false)?;
         let largest = logits.abs()?.max_all()?.to_scalar::<f32>()?;
         assert!(largest.is_finite() && largest > 0.0, "{name}: {largest}");

@@ -2,12 +2,12 @@
 
 mod common;
 
-use bfly::cache::Cache;
-use bfly::generate::Session;
-use bfly::model::Model;
+use bfly::generate::watch;
+use bfly::layout::Layout;
 use bfly::retrofit::{FarPosition, Pool, Settings, WindowAlign};
+use bfly::run::Run;
 use bfly::selector::SELECTORS;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use common::*;
 use proptest::prelude::*;
 
@@ -105,9 +105,9 @@ prop_compose! {
 /// The last 4 logits with an ordinary cache, and with one whose summary pools hold everything.
 fn both_pools(model: &Model, settings: &Settings, ctx: usize, text: &[u32], chunk: usize) -> Any<(Tensor, Tensor)> {
     let plan = bfly::retrofit::RetrofitPlan::new(model.spec(), None, settings.clone())?;
-    let full = Cache::with_full_pools(model.spec(), Some(&plan), ctx, candle_core::DType::F32, &Device::Cpu)?;
-    let own = Session::new(model)?.prefill(text, chunk, 4, &mut |_| ())?;
-    Ok((own, Session::with_cache(model, full).prefill(text, chunk, 4, &mut |_| ())?))
+    let full = Layout::with_full_pools(model.spec(), &plan, ctx)?;
+    let own = model.run()?.prefill(text, chunk, 4, &mut watch(|_| ()))?;
+    Ok((own, Run::with_layout(&model.weights, full)?.prefill(text, chunk, 4, &mut watch(|_| ()))?))
 }
 
 proptest! {

@@ -2,13 +2,15 @@
 
 mod common;
 
-use bfly::cache::{Cache, Kept, LayerState};
+use bfly::cache::{Cache, LayerState};
 use bfly::eviction::EvictionPlan;
-use bfly::generate::{Needs, Request, Sampler, Sampling, Session};
-use bfly::mixer::{Evict, Mixer, Projections, Step};
-use bfly::model::Model;
+use bfly::generate::{watch, Needs, Request, Sampler, Sampling};
+use bfly::layout::Layout;
+use bfly::method::Method;
+use bfly::mixer::{mix, Projections, Step};
 use bfly::nn::{Linear, Rope, Weight};
-use bfly::spec::{ModelSpec, RopeScaling, RopeSpec};
+use bfly::run::Run;
+use bfly::spec::{MixerSpec, ModelSpec, RopeScaling, RopeSpec};
 use candle_core::{DType, Device, Tensor};
 use common::attention::values;
 use common::*;
@@ -22,7 +24,7 @@ fn snapkv(budget: usize, window: usize) -> bfly::Result<EvictionPlan> {
 }
 
 fn evicting(name: &str, plan: &EvictionPlan, ctx: usize) -> bfly::Result<Model> {
-    load_golden(name, None, ctx)?.with_plan(plan, ctx)
+    Ok(load_golden(name, None, ctx)?.by(plan, ctx))
 }
 
 fn ids(count: usize) -> Vec<u32> {
@@ -32,15 +34,15 @@ fn ids(count: usize) -> Vec<u32> {
 /// Logits after each of the last `last` ids: all but those by prefill in chunks, with the context over at `end`, the others one
 /// by one.
 fn logits(model: &Model, ids: &[u32], chunk: usize, end: Option<usize>, last: usize) -> bfly::Result<Tensor> {
-    let mut session = Session::new(model)?;
+    let mut session = model.run()?;
     let (read, decoded) = ids.split_at(ids.len() - last);
     let (context, question) = read.split_at(end.unwrap_or(0));
     if !context.is_empty() {
-        session.prefill(context, chunk, 1, &mut |_| ())?;
+        session.prefill(context, chunk, 1, &mut watch(|_| ()))?;
         session.compress()?;
     }
     if !question.is_empty() {
-        session.prefill(question, chunk, 1, &mut |_| ())?;
+        session.prefill(question, chunk, 1, &mut watch(|_| ()))?;
     }
     session.read(decoded)
 }
@@ -98,13 +100,13 @@ fn generation_compresses_at_the_end_of_its_prompt() -> Any {
     let (text, new) = (ids(200), 12);
     for plan in [keydiff(40, 16)?, snapkv(40, 8)?] {
         let model = evicting("qwen2", &plan, 256)?;
-        let mut session = Session::new(&model)?;
+        let mut session = model.run()?;
         assert!(!session.captures());
         let request = Request { prompt: &text, max_new_tokens: new, chunk: 64, stop: &[], logits_last: 1 };
         let mut sampler = Sampler::new(Sampling::GREEDY)?;
-        let made = session.generate(&request, &mut sampler, &mut |_| (), &mut |_| true)?.tokens;
-        let mut by_hand = Session::new(&model)?;
-        let mut last = by_hand.prefill(&text, 64, 1, &mut |_| ())?;
+        let made = session.generate(&request, &mut sampler, &mut watch(|_| ()), &mut watch(|_| ()))?.tokens;
+        let mut by_hand = model.run()?;
+        let mut last = by_hand.prefill(&text, 64, 1, &mut watch(|_| ()))?;
         by_hand.compress()?;
         let mut want = vec![];
         for _ in 0..new {
@@ -117,7 +119,7 @@ fn generation_compresses_at_the_end_of_its_prompt() -> Any {
 }
 
 /// A layer of `heads` query heads over `kv_heads`, with the identity for an output projection.
-fn layer(heads: usize, kv_heads: usize, dim: usize, seed: u64) -> Any<(Mixer, Rope)> {
+fn layer(heads: usize, kv_heads: usize, dim: usize, seed: u64) -> Any<(Projections, Rope)> {
     let hidden = heads * dim;
     let linear = |rows: usize, salt: u64| -> candle_core::Result<Linear> {
         Ok(Linear::new(Weight::Dense(values((1, rows, hidden), seed ^ salt, 1.0)?.squeeze(0)?), None))
@@ -134,21 +136,23 @@ fn layer(heads: usize, kv_heads: usize, dim: usize, seed: u64) -> Any<(Mixer, Ro
         scale: 1.0 / (dim as f32).sqrt(),
         rope: 0,
     };
-    Ok((Mixer::Evict(Evict { projections }), Rope::new(&RopeSpec { theta: 100.0, dim, scaling: RopeScaling::None })))
+    Ok((projections, Rope::new(&RopeSpec { theta: 100.0, dim, scaling: RopeScaling::None })))
 }
 
-/// A cache whose first layer is that of [`layer`].
+/// A layout of one layer, that of [`layer`], and its cache.
 fn cache(
     spec: &ModelSpec,
     plan: &EvictionPlan,
     (heads, kv_heads, dim): (usize, usize, usize),
     ctx: usize,
-) -> Any<Cache> {
+) -> Any<(Layout, Cache)> {
     let mut spec = spec.clone();
     spec.layers.truncate(1);
-    let l = &mut spec.layers[0];
-    (l.heads, l.kv_heads, l.head_dim, l.scale) = (heads, kv_heads, dim, 1.0 / (dim as f64).sqrt());
-    Ok(Cache::new(&spec, plan, ctx, DType::F32, &Device::Cpu)?)
+    let MixerSpec::Attention(a) = &mut spec.layers[0].mixer;
+    (a.heads, a.kv_heads, a.head_dim, a.scale) = (heads, kv_heads, dim, 1.0 / (dim as f64).sqrt());
+    let layout = Layout::new(&spec, plan, ctx)?;
+    let cache = Cache::new(&layout, DType::F32, &Device::Cpu)?;
+    Ok((layout, cache))
 }
 
 /// Rows by position and head.
@@ -247,24 +251,25 @@ fn a_layer_keeps_what_the_scores_say_and_attends_to_exactly_that() -> Any {
     for seed in 0..10usize {
         let (kv_heads, group, dim) = (1 + seed % 3, 1 + seed % 4, [8, 10, 16][seed % 3]);
         let (heads, tokens) = (kv_heads * group, 60 + 7 * seed);
-        let (mixer, rope) = layer(heads, kv_heads, dim, seed as u64)?;
+        let (projections, rope) = layer(heads, kv_heads, dim, seed as u64)?;
         let x = values((1, tokens, heads * dim), 77 + seed as u64, 4.0)?.squeeze(0)?;
         let table = |from: usize, n: usize| rope.table((from..from + n).map(|p| p as f32), &Device::Cpu);
-        let whole = mixer.projections().project(&x, &table(0, tokens)?, false)?;
+        let whole = projections.project(&x, &table(0, tokens)?, false)?;
         let rows = |x: &Tensor| x.to_vec3::<f32>();
         let (q, k, v) = (rows(&whole.q)?, rows(&whole.k)?, rows(&whole.v)?);
         for plan in [keydiff(9 + seed, 3 + seed)?, snapkv(12 + seed, 2 + seed)?] {
             let end = tokens / 2 + seed;
             let (want, held) = definition(&plan, (&q, &k, &v), end, 1.0 / (dim as f64).sqrt());
             for chunk in [1, 13, tokens] {
-                let mut cache = cache(&spec, &plan, (heads, kv_heads, dim), tokens)?;
+                let (layout, mut cache) = cache(&spec, &plan, (heads, kv_heads, dim), tokens)?;
                 let mut got: Vec<f32> = vec![];
                 for (from, until) in [(0, end), (end, tokens)] {
                     for start in (from..until).step_by(chunk) {
                         let n = chunk.min(until - start);
                         let (ropes, tables) = (std::slice::from_ref(&rope), [table(start, n)?]);
                         let step = Step { start, ropes, tables: &tables };
-                        let y = mixer.forward(&x.narrow(0, start, n)?, &step, &mut cache.layers[0])?;
+                        let x = x.narrow(0, start, n)?;
+                        let y = mix(&layout.layers[0], &projections, &x, &step, &mut cache.layers[0])?;
                         got.extend(y.flatten_all()?.to_vec1::<f32>()?);
                     }
                     if until == end {
@@ -274,7 +279,7 @@ fn a_layer_keeps_what_the_scores_say_and_attends_to_exactly_that() -> Any {
                 let what = format!("seed {seed}, chunks of {chunk}, {plan:?}");
                 let off = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                 assert!(off < 1e-3, "{what}: {off:.1e} off");
-                let LayerState::Kept(kept) = &cache.layers[0] else { panic!("{what}: another state") };
+                let LayerState::CompressedKv(kept) = &cache.layers[0] else { panic!("{what}: another state") };
                 assert_eq!(kept.count(), held[0].len(), "{what}");
                 let (stored_k, stored_v) = (rows(kept.rows().k)?, rows(kept.rows().v)?);
                 for (head, held) in held.iter().enumerate() {
@@ -294,11 +299,9 @@ fn a_layer_keeps_what_the_scores_say_and_attends_to_exactly_that() -> Any {
 #[test]
 fn rows_are_the_marked_tokens_of_the_highest_scores_in_each_head() -> Any {
     // Two heads; in each, keys are alike but for some, which are other ones in either head. Values tell position and head.
-    let mut spec = open(&golden_dir("llama").to_string_lossy())?.spec;
-    let l = &mut spec.layers[0];
-    (l.heads, l.kv_heads, l.head_dim) = (2, 2, 8);
-    let plan = keydiff(3, 10)?;
-    let mut kept = Kept::new(&plan, 64, &spec.layers[0], DType::F32, &Device::Cpu)?;
+    let spec = open(&golden_dir("llama").to_string_lossy())?.spec;
+    let (_, mut cache) = cache(&spec, &keydiff(3, 10)?, (2, 2, 8), 64)?;
+    let LayerState::CompressedKv(kept) = &mut cache.layers[0] else { return Err("another state".into()) };
     let apart = [[2usize, 5, 9], [0, 1, 7]];
     let mut keys = vec![];
     for p in 0..10 {
@@ -333,20 +336,20 @@ fn keydiff_allocates_once_whatever_the_text() -> Any {
     // Four full layers of 2 KV heads of 8, keys and values, f32.
     let row = 4 * 2 * 2 * 8 * 4;
     let model = evicting("qwen2", &keydiff(40, 16)?, 4096)?;
-    let mut session = Session::new(&model)?;
+    let mut session = model.run()?;
     let empty = session.cache().capacity_bytes();
     assert_eq!(empty.total(), (40 + 16) * row);
-    assert_eq!(Needs::of(&model, model.method(), 4096)?.cache, empty.total());
+    assert_eq!(Needs::of(&model.weights, session.layout())?.cache, empty.total());
     for read in [300, 512, 1000] {
-        session.prefill(&vec![7; read], 512, 1, &mut |_| ())?;
+        session.prefill(&vec![7; read], 512, 1, &mut watch(|_| ()))?;
         session.compress()?;
         let cache = session.cache();
         assert_eq!((cache.capacity_bytes(), cache.peak_bytes()), (empty, empty), "after {} tokens", cache.position());
         assert_eq!(cache.used_bytes().total(), 40 * row);
     }
     assert_eq!(session.cache().dense_bytes(), 4096 * row);
-    let short = evicting("qwen2", &keydiff(40, 16)?, 50)?.new_cache()?;
-    assert_eq!(short.capacity_bytes().total(), 50 * row, "no more rows than the context has positions");
+    let short = evicting("qwen2", &keydiff(40, 16)?, 50)?.run()?;
+    assert_eq!(short.cache().capacity_bytes().total(), 50 * row, "no more rows than the context has positions");
     Ok(())
 }
 
@@ -354,12 +357,12 @@ fn keydiff_allocates_once_whatever_the_text() -> Any {
 fn snapkv_is_dense_until_the_context_is_over_and_its_peak_says_so() -> Any {
     let (row, ctx) = (2 * 2 * 8 * 4, 1000);
     let model = evicting("qwen2", &snapkv(100, 20)?, ctx)?;
-    let heads = model.spec().layers[0].heads as u64;
+    let heads = model.run()?.layout().layers[0].heads as u64;
     let queries = 4 * 20 * heads * 8 * 4;
-    let mut session = Session::new(&model)?;
+    let mut session = model.run()?;
     session.compress()?;
     assert_eq!(session.cache().capacity_bytes().total(), 4 * ctx as u64 * row + queries, "no token, no context");
-    session.prefill(&ids(600), 128, 1, &mut |_| ())?;
+    session.prefill(&ids(600), 128, 1, &mut watch(|_| ()))?;
     let before = session.cache().capacity_bytes().total();
     assert_eq!(before, 4 * ctx as u64 * row + queries);
     assert_eq!(session.cache().used_bytes().total(), 4 * 600 * row + queries);
@@ -369,9 +372,9 @@ fn snapkv_is_dense_until_the_context_is_over_and_its_peak_says_so() -> Any {
     assert_eq!(now, 4 * copy, "the budget, and what is left of the context");
     assert_eq!(session.cache().used_bytes().total(), 4 * 100 * row);
     assert_eq!(session.cache().peak_bytes().total(), before + copy, "all layers dense, and one's copy");
-    assert!(session.cache().peak_bytes().total() <= Needs::of(&model, model.method(), ctx)?.cache);
+    assert!(session.cache().peak_bytes().total() <= Needs::of(&model.weights, session.layout())?.cache);
     // Once is once: a question stays whole, to the last position that was provisioned.
-    session.prefill(&ids(390), 128, 1, &mut |_| ())?;
+    session.prefill(&ids(390), 128, 1, &mut watch(|_| ()))?;
     session.compress()?;
     session.read(&ids(10))?;
     assert_eq!(session.cache().used_bytes().total(), 4 * 500 * row);
@@ -382,27 +385,27 @@ fn snapkv_is_dense_until_the_context_is_over_and_its_peak_says_so() -> Any {
 
 #[test]
 fn sliding_layers_stay_as_they_are() -> Any {
-    let cache = evicting("gemma3", &keydiff(40, 16)?, 1000)?.new_cache()?;
+    let run = evicting("gemma3", &keydiff(40, 16)?, 1000)?.run()?;
+    let cache = run.cache();
     // One full layer of 56 rows, five sliding ones of 64; one KV head of 32, keys and values, f32.
     assert_eq!(cache.capacity_bytes().total(), (56 + 5 * 64) * 32 * 2 * 4);
     Ok(())
 }
 
 #[test]
-fn a_model_changes_its_method_and_comes_back() -> Any {
+fn weights_are_run_by_one_method_after_another() -> Any {
     let (text, plan) = (ids(200), keydiff(32, 8)?);
     let stock = load_golden("qwen3", None, 256)?;
     let want: Vec<f32> = last_logits(&stock, &text, 64, 2)?.flatten_all()?.to_vec1()?;
-    let other_cache = stock.new_cache()?;
-    let model = stock.with_plan(&plan, 256)?;
-    assert_eq!((model.eviction(), model.plan()), (Some(&plan), None));
-    let error = Session::with_cache(&model, other_cache).prefill(&text, 64, 1, &mut |_| ()).unwrap_err().to_string();
-    assert!(error.contains("made for another plan than the model"), "{error}");
-    let model = model.with_plan(None, 256)?;
-    assert_eq!((model.eviction(), model.plan()), (None, None));
-    assert_eq!(last_logits(&model, &text, 64, 2)?.flatten_all()?.to_vec1::<f32>()?, want);
+    let evicting = stock.by(&plan, 256);
+    assert_eq!(evicting.run()?.layout().method(), &Method::Evict(plan.clone()));
+    assert_ne!(last_logits(&evicting, &text, 64, 2)?.flatten_all()?.to_vec1::<f32>()?, want);
+    assert_eq!(last_logits(&stock, &text, 64, 2)?.flatten_all()?.to_vec1::<f32>()?, want, "nothing stays behind");
     let bad = EvictionPlan { budget: 0, ..plan };
-    let error = model.with_plan(&bad, 256).err().ok_or("took a budget of 0")?.to_string();
+    let error = stock.by(&bad, 256).run().err().ok_or("took a budget of 0")?.to_string();
     assert_eq!(error, "budget: 0 is not a number of tokens from 1 to 16M");
+    let other = Layout::new(load_golden("gemma3", None, 256)?.spec(), None, 256)?;
+    let error = Run::with_layout(&stock.weights, other).err().ok_or("took another model's layout")?.to_string();
+    assert_eq!(error, "layout: was made for another model");
     Ok(())
 }

@@ -2,8 +2,7 @@
 
 mod common;
 
-use bfly::checkpoint::{Held, HoldAs};
-use bfly::model::Model;
+use bfly::checkpoint::{WeightDtype, WeightFormat};
 use candle_core::quantized::GgmlDType;
 use candle_core::Device;
 use common::*;
@@ -34,13 +33,13 @@ fn stock_logits_equal_transformers_past_8k_positions() -> Any {
 /// own bf16 run is off, and should be off by less, since that rounds activations too.
 #[test]
 fn weights_in_bf16_are_within_twice_transformers_own_bf16_error() -> Any {
-    let hold = || HoldAs::new(Held::As(GgmlDType::BF16), 0, None);
+    let hold = || WeightFormat::new(WeightDtype::As(GgmlDType::BF16), 0, None);
     for name in GOLDENS {
         let golden = Golden::open(name)?;
         let checkpoint = open(&golden_dir(name).to_string_lossy())?;
         for (case, last) in [("short", 64), ("long", 8)] {
             let (ids, want) = (golden.ids(case)?, golden.logits(case)?);
-            let model = Model::load(&checkpoint, None, ids.len(), &hold(), &Device::Cpu, &|_, _, _| ())?;
+            let model = load_as(&checkpoint, None, ids.len(), &hold(), &Device::Cpu)?;
             let ours = deviation(&last_logits(&model, &ids, 512, last)?, &want)?;
             let theirs = deviation(&golden.logits_bf16(case)?, &want)?;
             println!("{name} {case}: {ours:.3} against transformers' {theirs:.3} standard deviations");

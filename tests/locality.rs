@@ -4,7 +4,6 @@
 
 mod common;
 
-use bfly::model::Model;
 use bfly::retrofit::Settings;
 use candle_core::Tensor;
 use common::*;

@@ -3,7 +3,8 @@
 mod common;
 
 use bfly::cache::Cache;
-use bfly::generate::Session;
+use bfly::generate::watch;
+use bfly::layout::Layout;
 use bfly::retrofit::{RetrofitPlan, Settings};
 use bfly::selector::{find, reach, rows_needed, stages_of};
 use candle_core::Device;
@@ -15,7 +16,7 @@ fn ratio(settings: &Settings, ctx: usize) -> Any<f64> {
     let dir = variant("llama", |c| c["num_hidden_layers"] = 24.into())?;
     let spec = open(&dir.path().to_string_lossy())?.spec;
     let plan = RetrofitPlan::new(&spec, None, settings.clone())?;
-    let cache = Cache::new(&spec, Some(&plan), ctx, candle_core::DType::F32, &Device::Cpu)?;
+    let cache = Cache::new(&Layout::new(&spec, &plan, ctx)?, candle_core::DType::F32, &Device::Cpu)?;
     Ok(cache.capacity_bytes().total() as f64 / cache.dense_bytes() as f64)
 }
 
@@ -33,16 +34,16 @@ fn default_caches_are_as_small_as_promised() -> Any {
 fn capacity_does_not_depend_on_the_text() -> Any {
     let settings = Settings { block: 16, window: 64, ..Settings::default() };
     let model = load_golden("llama", Some(&settings), 8 << 10)?;
-    let mut session = Session::new(&model)?;
+    let mut session = model.run()?;
     let (empty, mut used) = (session.cache().capacity_bytes(), 0);
     for _ in 0..8 {
-        session.prefill(&vec![7; 1 << 10], 512, 1, &mut |_| ())?;
+        session.prefill(&vec![7; 1 << 10], 512, 1, &mut watch(|_| ()))?;
         assert_eq!(session.cache().capacity_bytes(), empty, "after {} tokens", session.cache().position());
         let now = session.cache().used_bytes().total();
         assert!(now >= used && now <= empty.total(), "{now} bytes used of {}", empty.total());
         used = now;
     }
-    let error = session.prefill(&[7], 512, 1, &mut |_| ()).unwrap_err().to_string();
+    let error = session.prefill(&[7], 512, 1, &mut watch(|_| ())).unwrap_err().to_string();
     assert!(error.contains("8193 tokens do not fit the 8192 provisioned"), "{error}");
     assert_eq!(session.cache().position(), 8 << 10, "a refused token must change nothing");
     Ok(())
@@ -51,7 +52,8 @@ fn capacity_does_not_depend_on_the_text() -> Any {
 #[test]
 fn stock_caches_hold_the_whole_context_and_sliding_layers_their_window() -> Any {
     let model = load_golden("gemma3", None, 1000)?;
-    let cache = model.new_cache()?;
+    let run = model.run()?;
+    let cache = run.cache();
     // One full layer of 1000 positions, five sliding ones of 64; one KV head of 32, keys and values, f32.
     assert_eq!(cache.capacity_bytes().total(), (1000 + 5 * 64) * 32 * 2 * 4);
     assert_eq!(cache.dense_bytes(), cache.capacity_bytes().total());
@@ -129,9 +131,9 @@ proptest! {
         let fail = |e: bfly::Error| TestCaseError::fail(e.to_string());
         let settings = Settings { block, window: window_blocks * block, sink_tokens, ..Settings::default() };
         let model = load_golden("llama", Some(&settings), 600).map_err(fail)?;
-        let mut session = Session::new(&model).map_err(fail)?;
+        let mut session = model.run().map_err(fail)?;
         let empty = session.cache().capacity_bytes();
-        session.prefill(&vec![9; length], chunk, 1, &mut |_| ()).map_err(fail)?;
+        session.prefill(&vec![9; length], chunk, 1, &mut watch(|_| ())).map_err(fail)?;
         prop_assert_eq!(session.cache().capacity_bytes(), empty);
         prop_assert!(session.cache().used_bytes().total() <= empty.total());
     }

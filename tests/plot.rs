@@ -4,8 +4,8 @@
 mod common;
 
 use assert_cmd::Command;
-use bfly::plot::render::DETAIL;
-use bfly::plot::theme::{Ink, LINE, MARKER, SAMPLE, THEMES};
+use bfly::eval::plot::render::DETAIL;
+use bfly::eval::plot::theme::{Ink, LINE, MARKER, SAMPLE, THEMES};
 use common::Any;
 use serde_json::{json, Value};
 use std::path::{Path, PathBuf};

@@ -3,11 +3,11 @@
 mod common;
 
 use assert_cmd::Command;
-use bfly::quality::ablate::{Ablation, ABLATION};
-use bfly::quality::answers::{Answers, ANSWERS};
-use bfly::quality::format::{Smoke, SMOKE};
-use bfly::quality::layers::{Layers, LAYERS};
-use bfly::quality::metrics::{compare, Rows, TOP};
+use bfly::eval::quality::ablate::{Ablation, ABLATION};
+use bfly::eval::quality::answers::{Answers, ANSWERS};
+use bfly::eval::quality::format::{Smoke, SMOKE};
+use bfly::eval::quality::layers::{Layers, LAYERS};
+use bfly::eval::quality::metrics::{compare, Rows, TOP};
 use common::*;
 use std::path::Path;
 
@@ -44,11 +44,11 @@ fn stock_against_stock_is_exactly_the_same() -> Any {
         let more = ["--positions", "100", "--greedy", "20", "--prefill-chunk", "150", "--out", &out];
         let gates = ["--fail-above", "kl=1000", "--fail-below", "overlap=0"];
         quality(&[&args[..], &more, &gates].concat()).assert().success();
-        let smoke: Smoke = bfly::bench::format::read(Path::new(&out), SMOKE)?;
+        let smoke: Smoke = bfly::eval::bench::format::read(Path::new(&out), SMOKE)?;
         assert_eq!(smoke.runs.len(), 4);
         for run in &smoke.runs {
             assert_eq!(run.documents.len(), 3);
-            let stock = run.subject.variant == "stock";
+            let stock = run.record.variant == "stock";
             for d in &run.documents {
                 if stock {
                     assert_eq!((d.kl, d.kl_reverse, d.top1, d.overlap), (0.0, 0.0, 1.0, TOP as f64));
@@ -61,7 +61,7 @@ fn stock_against_stock_is_exactly_the_same() -> Any {
                     );
                 }
             }
-            assert_eq!(run.subject.kv.total_bytes < run.subject.kv.dense_bytes, !stock);
+            assert_eq!(run.record.kv.total_bytes < run.record.kv.dense_bytes, !stock);
         }
     }
     Ok(())
@@ -217,7 +217,7 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
         quality(&[&args[..], more].concat()).assert().success();
     };
     let made = ["--tasks", "niah_single_1,fwe", "--ctx", "450", "--seed", "3", "--out", &out];
-    let read = || bfly::bench::format::read::<Answers>(Path::new(&out), ANSWERS);
+    let read = || bfly::eval::bench::format::read::<Answers>(Path::new(&out), ANSWERS);
     ask(&[&made[..], &["--samples", "1"]].concat());
     let first = read()?;
     ask(&[&made[..], &["--samples", "2", "--export", &jsonl]].concat());
@@ -230,10 +230,10 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
     // The same samples out of the file, two side by side, give the same answers in the same order.
     let again = path(dir.path(), "again.json");
     ask(&["--import", &jsonl, "--jobs", "2", "--out", &again]);
-    let again: Answers = bfly::bench::format::read(Path::new(&again), ANSWERS)?;
+    let again: Answers = bfly::eval::bench::format::read(Path::new(&again), ANSWERS)?;
     for cell in &again.cells {
-        let key = (&cell.task, &cell.subject.variant);
-        let same = both.cells.iter().find(|c| (&c.task, &c.subject.variant) == key).ok_or("a cell is missing")?;
+        let key = (&cell.task, &cell.record.variant);
+        let same = both.cells.iter().find(|c| (&c.task, &c.record.variant) == key).ok_or("a cell is missing")?;
         assert_eq!((cell.length, &cell.answers), (450, &same.answers), "{}", cell.task);
     }
     // Another way of asking is another file.
@@ -250,11 +250,11 @@ fn a_needle_is_found_where_the_window_still_holds_it() -> Any {
     // Prose would have to be fetched.
     let more = ["--hay", "noise", "--variants", "stock,retrofit:window=128,block=64"];
     quality(&[&args[..], &more].concat()).assert().success();
-    let answers: Answers = bfly::bench::format::read(Path::new(&out), ANSWERS)?;
+    let answers: Answers = bfly::eval::bench::format::read(Path::new(&out), ANSWERS)?;
     for cell in &answers.cells {
         let got: Vec<_> = cell.answers.iter().map(|a| (a.depth, a.score)).collect();
-        let first = if cell.subject.variant == "stock" { 1.0 } else { 0.0 };
-        assert_eq!(got, [(Some(0.0), first), (Some(1.0), 1.0)], "{}", cell.subject.variant);
+        let first = if cell.record.variant == "stock" { 1.0 } else { 0.0 };
+        assert_eq!(got, [(Some(0.0), first), (Some(1.0), 1.0)], "{}", cell.record.variant);
     }
     assert_eq!(answers.cells.len(), 2);
     Ok(())
@@ -268,7 +268,7 @@ fn rules_are_compared_at_no_more_bytes_and_never_with_themselves() -> Any {
         ["ablate", "--model", &model, "--ctx", "700", "--documents", "2", "--tasks", "none", "--axes", "partner"];
     let base = ["--variants", "retrofit:window=64,block=16,partner-count=2", "--out", &out, "-q"];
     quality(&[&args[..], &base].concat()).assert().success();
-    let found: Ablation = bfly::bench::format::read(Path::new(&out), ABLATION)?;
+    let found: Ablation = bfly::eval::bench::format::read(Path::new(&out), ABLATION)?;
     let change = |rule: &str| {
         let own = found.changes.iter().find(|c| c.value.starts_with(&format!("{rule}, window ")));
         own.unwrap_or_else(|| panic!("{rule} is missing"))
@@ -276,7 +276,7 @@ fn rules_are_compared_at_no_more_bytes_and_never_with_themselves() -> Any {
     assert_eq!(found.changes.len(), 7);
     for change in &found.changes {
         let score = change.score.as_ref().ok_or("not measured")?;
-        assert!(score.subject.kv.total_bytes <= found.base.subject.kv.total_bytes, "{}", change.value);
+        assert!(score.record.kv.total_bytes <= found.base.record.kv.total_bytes, "{}", change.value);
         assert_ne!(score.texts, found.base.texts, "{}: measured, but nothing moved", change.value);
     }
     // What is read is a fact of the graph: 700 tokens are 43 whole blocks of 16.
@@ -291,7 +291,7 @@ fn rules_are_compared_at_no_more_bytes_and_never_with_themselves() -> Any {
     let base = "retrofit:window=64,block=16,partner-count=4";
     let same = ["--variants", base, "--positions", "16", "--decode", "4", "--out", &out, "-q"];
     quality(&[&args[..], &same].concat()).assert().success();
-    let found: Ablation = bfly::bench::format::read(Path::new(&out), ABLATION)?;
+    let found: Ablation = bfly::eval::bench::format::read(Path::new(&out), ABLATION)?;
     let alike: Vec<_> = found.changes.iter().filter(|c| c.same_as.is_some()).collect();
     assert_eq!(
         alike.iter().map(|c| c.value.as_str()).collect::<Vec<_>>(),
@@ -308,9 +308,9 @@ fn looking_on_changes_nothing_and_sees_every_layer() -> Any {
     for name in ["qwen2", "gemma3"] {
         let model = load_golden(name, None, 64)?;
         let ids: Vec<u32> = (4..40).collect();
-        let want = model.forward(&ids, &mut model.new_cache()?, &[3, 35])?;
+        let want = model.run()?.forward(&ids, &[3, 35])?;
         let mut seen = vec![];
-        let got = model.forward_observed(&ids, &mut model.new_cache()?, &[3, 35], &mut |o| {
+        let got = model.run()?.forward_observed(&ids, &[3, 35], &mut |o| {
             seen.push((o.layer, o.x.dims().to_vec(), o.step.start));
             Ok(())
         })?;
@@ -331,7 +331,7 @@ fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() 
         let args = ["layers", "--model", model.as_str(), "-q", "--tasks", "none", "--ctx", "96", "--documents", "2"];
         let what = ["--positions", "16", "--decode", "4", "--variants", "retrofit:window=16,block=8", "--out", &out];
         quality(&[&args[..], &what, more].concat()).assert().success();
-        Ok(bfly::bench::format::read(Path::new(&out), LAYERS)?)
+        Ok(bfly::eval::bench::format::read(Path::new(&out), LAYERS)?)
     };
     let alone = study("alone.json", &["--rank", "alone"])?;
     let rounds = study("rounds.json", &["--plans", &plans])?;
@@ -344,7 +344,7 @@ fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() 
         assert!(round.tried.len() < left && round.swapped.len() + round.tried.len() == rounds.single.len());
         left = round.tried.len();
         for single in &round.tried {
-            let plan = single.score.subject.plan.as_ref().ok_or("a round without a plan")?;
+            let plan = single.score.record.plan.as_ref().ok_or("a round without a plan")?;
             let mut want = [round.swapped.as_slice(), &[single.layer]].concat();
             want.sort_unstable();
             assert_eq!(plan.layers, want);
@@ -372,7 +372,7 @@ fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() 
     let ranked = study("cut.json", &["--rank", "alone"])?;
     assert_eq!(ranked.single, want);
     // What the rounds judged is still there.
-    let told = |s: &bfly::quality::probe::Score| {
+    let told = |s: &bfly::eval::quality::eval_set::Score| {
         ranked.judged.contains(s)
             || ranked.curve.iter().any(|k| k.score == *s)
             || ranked.single.iter().any(|l| l.score == *s)

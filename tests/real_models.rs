@@ -4,7 +4,7 @@
 
 mod common;
 
-use bfly::generate::{Request, Sampler, Sampling, Session};
+use bfly::generate::{watch, Request, Sampler, Sampling};
 use bfly::retrofit::Settings;
 use common::*;
 
@@ -14,7 +14,7 @@ fn greedy(name: &str, settings: Option<&Settings>) -> Any {
     let model = load(&open(&real_model(name)?)?, settings, prompt.len() + want.len())?;
     let request = Request { prompt: &prompt, max_new_tokens: want.len(), chunk: 200, stop: &[], logits_last: 1 };
     let mut sampler = Sampler::new(Sampling::GREEDY)?;
-    let got = Session::new(&model)?.generate(&request, &mut sampler, &mut |_| (), &mut |_| true)?;
+    let got = model.run()?.generate(&request, &mut sampler, &mut watch(|_| ()), &mut watch(|_| ()))?;
     assert_eq!(got.tokens, want, "{name}, {settings:?}");
     Ok(())
 }

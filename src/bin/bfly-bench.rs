@@ -1,7 +1,7 @@
 //! See `bfly-bench --help`.
 
-use bfly::bench::args::{run, Cli, Command};
 use bfly::cli::main_with;
+use bfly::eval::bench::args::{run, Cli, Command};
 use clap::{CommandFactory, Parser};
 
 fn main() -> std::process::ExitCode {

@@ -1,7 +1,7 @@
 //! See `bfly-plot --help`.
 
 use bfly::cli::main_with;
-use bfly::plot::{run, Cli, Command};
+use bfly::eval::plot::{run, Cli, Command};
 use clap::{CommandFactory, Parser};
 
 fn main() -> std::process::ExitCode {

@@ -1,7 +1,7 @@
 //! See `bfly-quality-smoke --help`.
 
 use bfly::cli::main_with;
-use bfly::quality::args::{run, Cli, Command};
+use bfly::eval::quality::args::{run, Cli, Command};
 use clap::{CommandFactory, Parser};
 
 fn main() -> std::process::ExitCode {

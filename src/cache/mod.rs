@@ -4,21 +4,18 @@
 //! afterwards, and a token past the provisioned context is refused before any work. One state is an exception: rows that a rule
 //! keeps when the context is over ([`Cache::compress`]) are copied out of a dense cache, and [`Cache::peak_bytes`] counts both.
 
-mod kept;
+mod compressed_kv;
 mod ring;
 mod two_pool;
 
-pub use kept::Kept;
+pub use compressed_kv::CompressedKv;
 pub use ring::Ring;
 pub use two_pool::TwoPool;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::eviction::EvictionPlan;
+use crate::layout::{CacheBytes, LayerKind, LayerPlan, Layout};
 use crate::method::Method;
 use crate::ops::human_bytes;
-use crate::retrofit::Settings;
-use crate::selector;
-use crate::spec::{AttentionKind, ModelSpec};
 use candle_core::{DType, Device};
 use serde::Serialize;
 
@@ -58,16 +55,26 @@ pub enum LayerState {
     /// A local ring, sinks and summaries.
     TwoPool(Box<TwoPool>),
     /// The tokens that a rule keeps, other ones in each KV head.
-    Kept(Box<Kept>),
+    CompressedKv(Box<CompressedKv>),
 }
 
 impl LayerState {
+    fn new(plan: &LayerPlan, dtype: DType, device: &Device) -> Result<Self> {
+        let ring = || Ring::new(plan.raw_rows, plan.row(), dtype, device);
+        Ok(match &plan.kind {
+            LayerKind::Full => Self::Dense(ring()?),
+            LayerKind::Sliding { .. } => Self::Ring(ring()?),
+            LayerKind::Butterfly(b) => Self::TwoPool(Box::new(TwoPool::new(b, ring()?, plan.row(), dtype, device)?)),
+            LayerKind::Evict(e) => Self::CompressedKv(Box::new(CompressedKv::new(e, ring()?, plan.heads, device)?)),
+        })
+    }
+
     /// Allocated bytes by pool.
     pub fn capacity_bytes(&self) -> PoolBytes {
         match self {
             Self::Dense(r) | Self::Ring(r) => PoolBytes { local: r.capacity_bytes(), ..PoolBytes::default() },
             Self::TwoPool(t) => t.capacity_bytes(),
-            Self::Kept(k) => PoolBytes { local: k.capacity_bytes(), ..PoolBytes::default() },
+            Self::CompressedKv(k) => PoolBytes { local: k.capacity_bytes(), ..PoolBytes::default() },
         }
     }
 
@@ -76,7 +83,7 @@ impl LayerState {
         match self {
             Self::Dense(r) | Self::Ring(r) => PoolBytes { local: r.used_bytes(position), ..PoolBytes::default() },
             Self::TwoPool(t) => t.used_bytes(position),
-            Self::Kept(k) => PoolBytes { local: k.used_bytes(position), ..PoolBytes::default() },
+            Self::CompressedKv(k) => PoolBytes { local: k.used_bytes(position), ..PoolBytes::default() },
         }
     }
 }
@@ -94,100 +101,18 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Allocates for `ctx` positions of keys and values in `dtype`, as `method` needs them.
-    pub fn new<'a>(
-        spec: &ModelSpec,
-        method: impl Into<Method<'a>>,
-        ctx: usize,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Self> {
-        Self::build(spec, method.into(), ctx, (dtype, device), false)
-    }
-
-    /// As [`Cache::new`], but every summary pool holds all that any block could read, instead of what the layer's stage
-    /// needs: the same logits for more memory, which is how the stage-sized pools are checked.
-    pub fn with_full_pools<'a>(
-        spec: &ModelSpec,
-        method: impl Into<Method<'a>>,
-        ctx: usize,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Self> {
-        Self::build(spec, method.into(), ctx, (dtype, device), true)
-    }
-
-    fn build(
-        spec: &ModelSpec,
-        method: Method,
-        ctx: usize,
-        (dtype, device): (DType, &Device),
-        full: bool,
-    ) -> Result<Self> {
-        if ctx == 0 {
-            return Err(Error::usage("--ctx", "0 is not a context length"));
-        }
-        let (need, dense_bytes) = Self::bytes_for(spec, method, ctx, dtype, full)?;
-        refuse_too_large(need, ctx, device)?;
-        let mut layers = Vec::with_capacity(spec.layers.len());
-        for (i, l) in spec.layers.iter().enumerate() {
-            let row = (l.kv_heads, l.head_dim);
-            let pools = pools(spec, method, i, ctx, full)?;
-            let ring = || Ring::new(pools.local, row, dtype, device);
-            let made = match (pools.swapped, l.attention, method) {
-                (Some(settings), ..) => {
-                    TwoPool::new(settings, ctx, &pools, row, dtype, device).map(|p| LayerState::TwoPool(Box::new(p)))
-                }
-                (None, AttentionKind::Sliding { .. }, _) => ring().map(LayerState::Ring),
-                (None, AttentionKind::Full, Method::Evict(plan)) => {
-                    Kept::new(plan, ctx, l, dtype, device).map(|k| LayerState::Kept(Box::new(k)))
-                }
-                (None, AttentionKind::Full, _) => ring().map(LayerState::Dense),
-            };
-            layers.push(made.map_err(|e| no_room(e, i, need, method))?);
-        }
-        Ok(Self { layers, ctx, position: 0, dense_bytes, peak: PoolBytes::default() })
-    }
-
-    /// What a cache takes at most at once, and what a dense one would.
+    /// Allocates what `layout` plans, with keys and values in `dtype`.
     ///
-    /// Where a rule evicts once, that is all layers before it, and the copy that the largest of them can make.
-    pub(crate) fn bytes_for<'a>(
-        spec: &ModelSpec,
-        method: impl Into<Method<'a>>,
-        ctx: usize,
-        dtype: DType,
-        full: bool,
-    ) -> Result<(u64, u64)> {
-        let method = method.into();
-        let (mut own, mut dense, mut copy) = (0, 0, 0);
-        for (i, l) in spec.layers.iter().enumerate() {
-            let row = (l.kv_heads, l.head_dim);
-            let p = pools(spec, method, i, ctx, full)?;
-            let bytes = |rows: usize| if rows == 0 { 0 } else { Ring::bytes_for(rows, row, dtype) };
-            own += bytes(p.local) + bytes(p.sinks) + bytes(p.summaries);
-            // Running sums: f32 for keys and values.
-            own += if p.swapped.is_some() { 8 * (row.0 * row.1) as u64 } else { 0 };
-            dense += bytes(pools(spec, Method::Stock, i, ctx, false)?.local);
-            if let (AttentionKind::Full, Method::Evict(plan)) = (l.attention, method) {
-                own += Kept::queries_bytes(plan, ctx, l, dtype)?;
-                copy = copy.max(Kept::copy_bytes(plan, ctx, l, dtype)?);
-            }
-        }
-        Ok((own + copy, dense))
-    }
-
-    /// What a cache holds once `plan` has evicted: the budget in full layers, what sliding layers hold in any case.
-    pub(crate) fn held_bytes_for(spec: &ModelSpec, plan: &EvictionPlan, ctx: usize, dtype: DType) -> Result<u64> {
-        let mut held = 0;
-        for (i, l) in spec.layers.iter().enumerate() {
-            let rows = match l.attention {
-                AttentionKind::Full => plan.budget.min(ctx),
-                AttentionKind::Sliding { .. } => pools(spec, Method::Stock, i, ctx, false)?.local,
-            };
-            held += Ring::bytes_for(rows, (l.kv_heads, l.head_dim), dtype);
-        }
-        Ok(held)
+    /// # Errors
+    /// A cache that the device cannot hold, refused before the first allocation; an allocation that fails.
+    pub fn new(layout: &Layout, dtype: DType, device: &Device) -> Result<Self> {
+        let CacheBytes { peak, dense, .. } = layout.bytes(dtype);
+        refuse_too_large(peak, layout.ctx(), device)?;
+        let state = |(i, plan): (usize, &LayerPlan)| {
+            LayerState::new(plan, dtype, device).map_err(|e| no_room(e, i, peak, layout.method()))
+        };
+        let layers = layout.layers.iter().enumerate().map(state).collect::<Result<_>>()?;
+        Ok(Self { layers, ctx: layout.ctx(), position: 0, dense_bytes: dense, peak: PoolBytes::default() })
     }
 
     /// Tokens seen.
@@ -218,7 +143,7 @@ impl Cache {
     /// Tokens that may be read before rows change places: all of them where nothing evicts.
     #[cfg(feature = "cuda")]
     pub(crate) fn until_eviction(&self) -> usize {
-        let kept = self.layers.iter().filter_map(|l| if let LayerState::Kept(k) = l { Some(k) } else { None });
+        let kept = self.layers.iter().filter_map(|l| if let LayerState::CompressedKv(k) = l { Some(k) } else { None });
         kept.map(|k| k.piece(usize::MAX)).min().unwrap_or(usize::MAX)
     }
 
@@ -227,7 +152,7 @@ impl Cache {
     pub(crate) fn took(&mut self, count: usize) -> Result<()> {
         self.advance(count);
         for (i, layer) in self.layers.iter_mut().enumerate() {
-            if let LayerState::Kept(kept) = layer {
+            if let LayerState::CompressedKv(kept) = layer {
                 kept.took(count).map_err(|e| e.within(format!("cache of layer {i}")))?;
             }
         }
@@ -260,7 +185,7 @@ impl Cache {
         let room = self.ctx - self.position;
         for i in 0..self.layers.len() {
             let mut most = self.capacity_bytes();
-            let LayerState::Kept(kept) = &mut self.layers[i] else { continue };
+            let LayerState::CompressedKv(kept) = &mut self.layers[i] else { continue };
             most.local += kept.end_of_context(room).map_err(|e| e.within(format!("cache of layer {i}")))?;
             if most.total() > self.peak.total() {
                 self.peak = most;
@@ -286,31 +211,6 @@ impl Cache {
     }
 }
 
-/// Rows of a layer's pools, none longer than the context, and the settings that it is swapped with, if it is.
-struct Pools<'a> {
-    local: usize,
-    sinks: usize,
-    summaries: usize,
-    swapped: Option<&'a Settings>,
-}
-
-fn pools<'a>(spec: &ModelSpec, method: Method<'a>, i: usize, ctx: usize, full: bool) -> Result<Pools<'a>> {
-    let whole = |local: usize| Ok(Pools { local, sinks: 0, summaries: 0, swapped: None });
-    match (spec.layers[i].attention, method.swapped(i)) {
-        (AttentionKind::Sliding { window }, _) => whole(window.min(ctx)),
-        (AttentionKind::Full, None) => whole(method.eviction().map_or(Ok(ctx), |plan| plan.rows(ctx))?),
-        (AttentionKind::Full, Some((s, ordinal))) => {
-            let (rule, grid) = (selector::find(&s.partner)?, s.grid(ctx));
-            let rows = match full {
-                true => grid.readable(),
-                false => selector::rows_needed(rule, &grid, ordinal, s.partner_count),
-            };
-            let local = (s.window_blocks() + 1) * s.block;
-            Ok(Pools { local: local.min(ctx), sinks: s.sink_tokens.min(ctx), summaries: rows, swapped: Some(s) })
-        }
-    }
-}
-
 /// Refuses a cache that the device cannot hold, before the first allocation fails and (on a CPU) ends the process.
 fn refuse_too_large(need: u64, ctx: usize, device: &Device) -> Result<()> {
     let Some(memory) = crate::ops::memory_of(device) else { return Ok(()) };
@@ -324,7 +224,7 @@ fn refuse_too_large(need: u64, ctx: usize, device: &Device) -> Result<()> {
 }
 
 /// A failed allocation, with what was asked for and what would ask for less.
-fn no_room(e: Error, layer: usize, need: u64, method: Method) -> Error {
+fn no_room(e: Error, layer: usize, need: u64, method: &Method) -> Error {
     if e.kind() != ErrorKind::Memory {
         return e;
     }

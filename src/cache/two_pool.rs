@@ -1,9 +1,9 @@
 //! The two pools of a swapped layer: raw rows (sinks and a local ring) and summary rows, allocated once.
 
-use super::{PoolBytes, Pools, Ring};
+use super::{PoolBytes, Ring};
 use crate::error::Result;
+use crate::layout::ButterflyLayer;
 use crate::ops::{Pooled, RunningMean};
-use crate::retrofit::Settings;
 use candle_core::{DType, Device, Tensor};
 
 /// A swapped layer's state.
@@ -24,24 +24,23 @@ pub struct TwoPool {
 }
 
 impl TwoPool {
-    /// Allocates `pools` rows for `settings` and `ctx` positions.
+    /// Allocates the rows that `layer` plans besides the ring `local`.
     pub(super) fn new(
-        settings: &Settings,
-        ctx: usize,
-        pools: &Pools,
+        layer: &ButterflyLayer,
+        local: Ring,
         row: (usize, usize),
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
         let pool = |n: usize| (n > 0).then(|| Ring::new(n, row, dtype, device)).transpose();
         Ok(Self {
-            local: Ring::new(pools.local, row, dtype, device)?,
-            sinks: pool(pools.sinks)?,
-            sink_tokens: settings.sink_tokens,
-            summaries: pool(pools.summaries)?,
+            local,
+            sinks: pool(layer.sink_rows)?,
+            sink_tokens: layer.settings.sink_tokens,
+            summaries: pool(layer.summary_rows)?,
             running: RunningMean::new(row.0 * row.1, device)?,
-            block: settings.block,
-            readable: settings.grid(ctx).readable(),
+            block: layer.settings.block,
+            readable: layer.grid.readable(),
         })
     }
 

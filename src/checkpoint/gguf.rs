@@ -1,11 +1,12 @@
-//! GGUF files: candle's bounded header reader, the metadata brought into `config.json`'s form, and the tensor names into
-//! Hugging Face's, so that a family is written once.
+//! GGUF files: candle's bounded header reader, the metadata brought into `config.json`'s form, so that a family is
+//! written once. Tensor names are those of [`crate::tensors`].
 //!
 //! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>
 
 use super::TensorInfo;
 use crate::error::{At, Error, Result};
 use crate::spec::Config;
+use crate::tensors;
 use candle_core::quantized::gguf_file::{Content, Value};
 use serde_json::{json, Map};
 use std::fs::File;
@@ -20,29 +21,6 @@ pub struct Gguf {
     content: Content,
     infos: std::collections::BTreeMap<String, TensorInfo>,
 }
-
-/// (Hugging Face, GGUF) names of the tensors outside the layers.
-const GLOBAL_NAMES: &[(&str, &str)] = &[
-    ("model.embed_tokens.weight", "token_embd.weight"),
-    ("model.norm.weight", "output_norm.weight"),
-    ("lm_head.weight", "output.weight"),
-];
-
-/// (Hugging Face, GGUF) names of a layer's parts; `.weight` or `.bias` follows.
-const LAYER_NAMES: &[(&str, &str)] = &[
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("self_attn.q_norm", "attn_q_norm"),
-    ("self_attn.k_norm", "attn_k_norm"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-    ("input_layernorm", "attn_norm"),
-    ("pre_feedforward_layernorm", "ffn_norm"),
-    ("post_feedforward_layernorm", "post_ffw_norm"),
-];
 
 /// Types that candle reads but no checkpoint stores, and those it does not know, as ggml numbers them.
 const TYPE_NAMES: &[(u32, &str)] = &[
@@ -109,9 +87,9 @@ impl Gguf {
         &self.path
     }
 
-    /// What is stored under the GGUF name of `name` (a Hugging Face name).
+    /// What is stored under `name`.
     pub fn info(&self, name: &str) -> Option<&TensorInfo> {
-        self.infos.get(&self.gguf_name(name)?)
+        self.infos.get(name)
     }
 
     /// Copies `length` bytes of `name` (a GGUF name) from `start` on.
@@ -123,26 +101,6 @@ impl Gguf {
         file.seek(SeekFrom::Start(self.content.tensor_data_offset + entry.offset + start)).at(&place)?;
         file.read_exact(&mut bytes).at(&place)?;
         Ok(bytes)
-    }
-
-    /// The GGUF name of a Hugging Face name, if it has one.
-    pub fn gguf_name(&self, name: &str) -> Option<String> {
-        if let Some((_, gguf)) = GLOBAL_NAMES.iter().find(|(hf, _)| *hf == name) {
-            return Some(gguf.to_string());
-        }
-        if name == "rope_freqs.weight" {
-            return Some(name.into());
-        }
-        let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
-        let (part, kind) = rest.rsplit_once('.')?;
-        // Only Gemma norms after attention; elsewhere this Hugging Face name is the norm before the feed-forward.
-        let after =
-            if self.string("general.architecture") == Some("gemma3") { "post_attention_norm" } else { "ffn_norm" };
-        let part = match part {
-            "post_attention_layernorm" => after,
-            _ => LAYER_NAMES.iter().find(|(hf, _)| *hf == part)?.1,
-        };
-        Some(format!("blk.{layer}.{part}.{kind}"))
     }
 
     /// The metadata in `config.json`'s form.
@@ -187,10 +145,10 @@ impl Gguf {
             out.insert("rope_scaling".into(), scaling.into());
         }
         let embed = self
-            .info("model.embed_tokens.weight")
-            .ok_or_else(|| Error::tensor(&place, "token_embd.weight is missing"))?;
+            .info(tensors::EMBED.1)
+            .ok_or_else(|| Error::tensor(&place, format!("{} is missing", tensors::EMBED.1)))?;
         out.insert("vocab_size".into(), json!(embed.shape.first()));
-        out.insert("tie_word_embeddings".into(), json!(self.info("lm_head.weight").is_none()));
+        out.insert("tie_word_embeddings".into(), json!(self.info(tensors::HEAD.1).is_none()));
         Config::new(place, out.into())
     }
 }

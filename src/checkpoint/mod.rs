@@ -1,11 +1,10 @@
 //! Where weights come from: a hub id, a Hugging Face directory, a GGUF file, or a seed; all read as named tensors.
 //!
 //! Names are Hugging Face's throughout; `gguf` translates. A tensor is read in row chunks, checked for NaN, brought into
-//! the form it is held in ([`HoldAs`]) and only then is the next one touched.
+//! the form it is held in ([`WeightFormat`]) and only then is the next one touched.
 
 mod gguf;
 mod gguf_tokenizer;
-mod hold;
 #[cfg(feature = "hub")]
 mod hub;
 mod identity;
@@ -13,16 +12,18 @@ mod random;
 mod rows;
 mod safetensors;
 mod tokenizer;
+mod weight_format;
 
-pub use hold::{Held, HoldAs};
 pub use identity::Identity;
 pub(crate) use random::splitmix;
 pub use tokenizer::{ChatTemplate, Text};
+pub use weight_format::{WeightDtype, WeightFormat};
 
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::family::{self, Family};
 use crate::nn::Weight;
 use crate::spec::{Config, ModelSpec, RopeScaling};
+use crate::tensors::{Role, Schema, TensorSpec};
 use candle_core::quantized::GgmlDType;
 use candle_core::{Device, Tensor};
 use std::collections::BTreeMap;
@@ -67,14 +68,14 @@ pub struct Checkpoint {
     pub config: Config,
     /// What the model is built from.
     pub spec: ModelSpec,
+    /// Every tensor that the model asks for.
+    pub schema: Schema,
     /// The family that reads it.
     pub family: &'static Family,
     store: Store,
     /// The prefix that this file puts before every tensor name.
     prefix: &'static str,
     dir: PathBuf,
-    /// The output matrix also embeds.
-    embeds_with_output: bool,
 }
 
 impl Checkpoint {
@@ -146,7 +147,7 @@ impl Checkpoint {
         let dir: PathBuf = path.parent().unwrap_or(Path::new(".")).into();
         let identity = Identity::directory(&dir);
         let spec = (family_of(&config)?.spec)(&config)?;
-        let store = Store::Random(random::Random::new(&path, &config, &spec, seed)?);
+        let store = Store::Random(random::Random::new(&path, &config, &Schema::new(&spec), seed)?);
         Self::assemble(config, store, dir, identity)
     }
 
@@ -161,14 +162,16 @@ impl Checkpoint {
         let origin = config.origin().to_string();
         let family = family_of(&config)?;
         let spec = (family.spec)(&config)?.validate(&origin)?;
-        let mut checkpoint = Self { identity, config, spec, family, store, prefix: "", dir, embeds_with_output: false };
+        let schema = Schema::new(&spec);
+        let mut checkpoint = Self { identity, config, spec, schema, family, store, prefix: "", dir };
         checkpoint.find_prefix();
         checkpoint.read_rope_factors()?;
         Ok(checkpoint)
     }
 
     fn find_prefix(&mut self) {
-        let present = |p: &&&str| self.info(&format!("{p}model.embed_tokens.weight")).is_some();
+        let Store::Shards(shards) = &self.store else { return };
+        let present = |p: &&&str| shards.info(&format!("{p}{}", self.schema.embed.name)).is_some();
         if let Some(prefix) = self.family.prefixes.iter().find(present) {
             self.prefix = prefix;
         }
@@ -176,9 +179,9 @@ impl Checkpoint {
 
     /// GGUF files keep Llama 3's scaling as one divisor per frequency, in a tensor.
     fn read_rope_factors(&mut self) -> Result<()> {
-        if matches!(self.store, Store::Gguf(_)) && self.info("rope_freqs.weight").is_some() {
-            let half = self.spec.ropes[0].dim / 2;
-            let divisors = self.vector("rope_freqs.weight", half, &Device::Cpu)?.to_vec1::<f32>()?;
+        let factors = TensorSpec::rope_factors(self.spec.ropes[0].dim / 2);
+        if matches!(self.store, Store::Gguf(_)) && self.info(&factors).is_some() {
+            let divisors = self.vector(&factors, &Device::Cpu)?.to_vec1::<f32>()?;
             self.spec.ropes[0].scaling = RopeScaling::Factors { divisors };
         }
         Ok(())
@@ -190,13 +193,10 @@ impl Checkpoint {
     /// # Errors
     /// Matrices that are not copies of one another: the model is not a tied one.
     pub fn tie_embeddings(&mut self) -> Result<()> {
-        if self.spec.tied {
-            return Ok(());
-        }
-        let shape = [self.spec.vocab, self.spec.hidden];
-        let rows = 0..shape[0].min(64);
-        let sample = |name: &str| rows::decode(self, self.expect(name, &shape)?, rows.clone(), shape[1]);
-        let (output, embed) = (sample("lm_head.weight")?, sample("model.embed_tokens.weight")?);
+        let Some(head) = self.schema.head.clone() else { return Ok(()) };
+        let rows = 0..self.spec.vocab.min(64);
+        let sample = |t: &TensorSpec| rows::decode(self, self.expect(t)?, rows.clone(), self.spec.hidden);
+        let (output, embed) = (sample(&head)?, sample(&self.schema.embed)?);
         let square = |x: f32| x as f64 * x as f64;
         let apart: f64 = output.iter().zip(&embed).map(|(a, b)| square(a - b)).sum();
         let size: f64 = output.iter().map(|a| square(*a)).sum();
@@ -205,7 +205,7 @@ impl Checkpoint {
             return Err(Error::usage("--tie-embeddings", message));
         }
         self.spec.tied = true;
-        self.embeds_with_output = true;
+        self.schema = Schema { embed: head, head: None, ..self.schema.clone() };
         Ok(())
     }
 
@@ -230,9 +230,7 @@ impl Checkpoint {
 
     /// Parameters that the configuration asks for.
     pub fn parameters(&self) -> u64 {
-        random::tensors(&self.spec)
-            .iter()
-            .fold(0, |sum: u64, (_, s)| sum.saturating_add(s.iter().product::<usize>() as u64))
+        self.schema.iter().fold(0, |sum: u64, t| sum.saturating_add(t.elements()))
     }
 
     /// Files whose bytes identify the weights.
@@ -246,94 +244,82 @@ impl Checkpoint {
         }
     }
 
-    /// Bytes of parameters if all were f32.
+    /// Bytes of the matrices if all were f32.
     pub fn f32_bytes(&self) -> u64 {
-        let count = |n: &str| self.info(n).map_or(0, |i| i.shape.iter().product::<usize>());
-        let layers = (0..self.spec.layers.len()).flat_map(|i| {
-            [
-                "self_attn.q_proj",
-                "self_attn.k_proj",
-                "self_attn.v_proj",
-                "self_attn.o_proj",
-                "mlp.gate_proj",
-                "mlp.up_proj",
-                "mlp.down_proj",
-            ]
-            .map(|p| count(&format!("{}model.layers.{i}.{p}.weight", self.prefix)))
-        });
-        let ends = ["model.embed_tokens.weight", "lm_head.weight"].map(|n| count(&format!("{}{n}", self.prefix)));
-        4 * layers.chain(ends).map(|n| n as u64).sum::<u64>()
+        self.schema.matrices().filter(|t| self.info(t).is_some()).map(|t| 4 * t.elements()).sum()
     }
 
-    /// Bytes of all matrices by the type that `hold` would hold them in.
-    pub fn held(&self, hold: &HoldAs) -> BTreeMap<String, u64> {
+    /// Bytes of all matrices by the type that `format` would hold them in.
+    pub fn held(&self, format: &WeightFormat) -> BTreeMap<String, u64> {
         let mut bytes = BTreeMap::new();
-        for (name, shape) in random::tensors(&self.spec).iter().filter(|(_, shape)| shape.len() == 2) {
-            let name = self.name_of(name);
-            let stored = self.info(&format!("{}{name}", self.prefix)).and_then(|i| i.dtype.clone().ok());
-            let held = hold.resolve(stored.unwrap_or(GgmlDType::F32), shape[1]);
-            let blocks = (shape[0] as u64).saturating_mul((shape[1] / held.block_size()) as u64);
-            let sum: &mut u64 = bytes.entry(hold::type_name(held)).or_default();
+        for t in self.schema.matrices() {
+            let stored = self.info(t).and_then(|i| i.dtype.clone().ok());
+            let held = format.resolve(stored.unwrap_or(GgmlDType::F32), t.shape[1]);
+            let blocks = (t.shape[0] as u64).saturating_mul((t.shape[1] / held.block_size()) as u64);
+            let sum: &mut u64 = bytes.entry(weight_format::type_name(held)).or_default();
             *sum = sum.saturating_add(blocks.saturating_mul(held.type_size() as u64));
         }
         bytes
     }
 
-    /// Whether `name` is stored.
-    pub fn has(&self, name: &str) -> bool {
-        self.info(&format!("{}{name}", self.prefix)).is_some()
-    }
-
-    /// The matrix that stands for `name`.
-    fn name_of<'a>(&self, name: &'a str) -> &'a str {
-        match name {
-            "model.embed_tokens.weight" if self.embeds_with_output => "lm_head.weight",
-            other => other,
-        }
-    }
-
-    /// A matrix `[rows, cols]`, held as `hold` says.
-    pub fn matrix(&self, name: &str, shape: (usize, usize), hold: &HoldAs, device: &Device) -> Result<Weight> {
-        let name = self.name_of(name);
-        let info = self.expect(name, &[shape.0, shape.1])?;
-        let interleaved = matches!(self.store, Store::Gguf(_)) && self.family.gguf_interleaved_qk;
-        let head_rows = match interleaved && (name.ends_with("q_proj.weight") || name.ends_with("k_proj.weight")) {
-            true => Some(self.spec.layers[0].head_dim),
-            false => None,
-        };
+    /// A matrix in the form that `format` says.
+    ///
+    /// # Errors
+    /// A tensor that is missing, of another shape, of an unknown type, or holds NaN or infinity.
+    pub fn matrix(&self, tensor: &TensorSpec, format: &WeightFormat, device: &Device) -> Result<Weight> {
+        let info = self.expect(tensor)?;
         match &self.store {
-            Store::Random(random) => random.matrix(self, info, hold, device),
-            _ => rows::load_matrix(self, info, head_rows, hold, device),
+            Store::Random(random) => random.matrix(self, info, format, device),
+            _ => rows::load_matrix(self, info, self.interleaved_rows(tensor), format, device),
         }
     }
 
-    /// A vector `[len]` in f32.
-    pub fn vector(&self, name: &str, len: usize, device: &Device) -> Result<Tensor> {
-        let info = self.expect(name, &[len])?;
+    /// A vector in f32.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::matrix`].
+    pub fn vector(&self, tensor: &TensorSpec, device: &Device) -> Result<Tensor> {
+        let info = self.expect(tensor)?;
+        let len = tensor.shape[0];
         if let Store::Random(random) = &self.store {
-            return Tensor::from_vec(random.vector(name, len), len, device).at(name);
+            return Tensor::from_vec(random.vector(tensor), len, device).at(&tensor.name);
         }
         let mut values = rows::decode(self, info, 0..1, len)?;
         let stores_difference = self.family.norm_plus_one && matches!(self.store, Store::Shards(_));
-        if stores_difference && name.ends_with("norm.weight") {
+        if stores_difference && tensor.role == Role::Norm {
             values.iter_mut().for_each(|v| *v += 1.0);
         }
-        Tensor::from_vec(values, len, device).at(name)
+        let values = rows::in_order(values, self.interleaved_rows(tensor));
+        Tensor::from_vec(values, len, device).at(&tensor.name)
     }
 
-    fn expect(&self, name: &str, shape: &[usize]) -> Result<&TensorInfo> {
-        let full = format!("{}{name}", self.prefix);
-        let Some(info) = self.info(&full) else {
+    /// Rows per head where the file interleaves the halves of each.
+    fn interleaved_rows(&self, tensor: &TensorSpec) -> Option<usize> {
+        let interleaves = matches!(self.store, Store::Gguf(_)) && self.family.gguf_interleaved_qk;
+        tensor.rotary_rows.filter(|_| interleaves)
+    }
+
+    fn expect(&self, tensor: &TensorSpec) -> Result<&TensorInfo> {
+        let full = self.stored_name(tensor);
+        let Some(info) = self.info(tensor) else {
             let near = self.nearest(&full).map_or(String::new(), |n| format!("; the file has `{n}`"));
             return Err(Error::tensor(self.identity.place(), format!("tensor `{full}` is missing{near}")));
         };
-        if info.shape != shape {
+        if info.shape != tensor.shape {
             return Err(Error::tensor(
                 self.identity.place(),
-                format!("tensor `{full}` has shape {:?}; the configuration asks for {shape:?}", info.shape),
+                format!("tensor `{full}` has shape {:?}; the configuration asks for {:?}", info.shape, tensor.shape),
             ));
         }
         Ok(info)
+    }
+
+    /// The name that the file has for it.
+    fn stored_name(&self, tensor: &TensorSpec) -> String {
+        match &self.store {
+            Store::Gguf(_) => tensor.gguf.clone(),
+            _ => format!("{}{}", self.prefix, tensor.name),
+        }
     }
 
     /// The stored name with the longest common end, if that holds at least the last three parts: points at a misnaming.
@@ -343,11 +329,12 @@ impl Checkpoint {
         shards.names().max_by_key(|n| common(n)).filter(|n| common(n) >= 3).map(String::from)
     }
 
-    fn info(&self, name: &str) -> Option<&TensorInfo> {
+    fn info(&self, tensor: &TensorSpec) -> Option<&TensorInfo> {
+        let name = self.stored_name(tensor);
         match &self.store {
-            Store::Shards(s) => s.info(name),
-            Store::Gguf(g) => g.info(name),
-            Store::Random(r) => r.info(name),
+            Store::Shards(s) => s.info(&name),
+            Store::Gguf(g) => g.info(&name),
+            Store::Random(r) => r.info(&name),
         }
     }
 

@@ -4,10 +4,11 @@
 //! an integer function of the seed, the matrix's name and `i`: the same on every machine, and any part of it can be made alone.
 //! On a GPU dense matrices are drawn by the device, seeded by the same two.
 
-use super::{rows, Checkpoint, HoldAs, TensorInfo};
+use super::{rows, Checkpoint, TensorInfo, WeightFormat};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::nn::Weight;
-use crate::spec::{Config, ModelSpec, Norms};
+use crate::spec::Config;
+use crate::tensors::{Role, Schema, TensorSpec};
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor};
 use sha2::{Digest, Sha256};
@@ -34,18 +35,18 @@ pub struct Random {
 
 impl Random {
     /// For the configuration at `path`, stored as if in the type that it names (bf16 if none).
-    pub fn new(path: &Path, config: &Config, spec: &ModelSpec, seed: u64) -> Result<Self> {
+    pub fn new(path: &Path, config: &Config, schema: &Schema, seed: u64) -> Result<Self> {
         let named = config.opt_str("dtype")?.or(config.opt_str("torch_dtype")?);
         let dtype = match named {
             Some("float32") => GgmlDType::F32,
             Some("float16") => GgmlDType::F16,
             _ => GgmlDType::BF16,
         };
-        let entry = |(name, shape): (String, Vec<usize>)| {
-            let info = TensorInfo { name: name.clone(), shape, dtype: Ok(dtype) };
-            (name, info)
+        let entry = |t: &TensorSpec| {
+            let info = TensorInfo { name: t.name.clone(), shape: t.shape.clone(), dtype: Ok(dtype) };
+            (t.name.clone(), info)
         };
-        let entries = tensors(spec).into_iter().map(entry).collect();
+        let entries = schema.iter().map(entry).collect();
         Ok(Self { seed, path: path.into(), entries, quantised: Mutex::default() })
     }
 
@@ -74,16 +75,22 @@ impl Random {
         })
     }
 
-    /// Vector `name` of `len` elements.
-    pub fn vector(&self, name: &str, len: usize) -> Vec<f32> {
-        vec![if name.ends_with("norm.weight") { 1.0 } else { 0.0 }; len]
+    /// The values of a vector.
+    pub fn vector(&self, tensor: &TensorSpec) -> Vec<f32> {
+        vec![if tensor.role == Role::Norm { 1.0 } else { 0.0 }; tensor.shape[0]]
     }
 
-    /// The matrix of `info`, held as `hold` says.
-    pub fn matrix(&self, from: &Checkpoint, info: &TensorInfo, hold: &HoldAs, device: &Device) -> Result<Weight> {
+    /// The matrix of `info`, held as `format` says.
+    pub fn matrix(
+        &self,
+        from: &Checkpoint,
+        info: &TensorInfo,
+        format: &WeightFormat,
+        device: &Device,
+    ) -> Result<Weight> {
         let (rows, cols) = (info.shape[0], info.shape[1]);
         let held = match &info.dtype {
-            Ok(stored) => hold.resolve(*stored, cols),
+            Ok(stored) => format.resolve(*stored, cols),
             Err(_) => GgmlDType::F32,
         };
         let dense = match held {
@@ -94,11 +101,11 @@ impl Random {
         };
         match dense {
             Some(dtype) if !device.is_cpu() => {
-                hold.count(held, rows * cols * dtype.size_in_bytes());
+                format.count(held, rows * cols * dtype.size_in_bytes());
                 Ok(Weight::Dense(self.draw(&info.name, (rows, cols), dtype, device).at(&info.name)?))
             }
-            Some(_) => rows::load_matrix(from, info, None, hold, device),
-            None => self.copy_of_shape(from, info, held, hold, device),
+            Some(_) => rows::load_matrix(from, info, None, format, device),
+            None => self.copy_of_shape(from, info, held, format, device),
         }
     }
 
@@ -121,7 +128,7 @@ impl Random {
         from: &Checkpoint,
         info: &TensorInfo,
         held: GgmlDType,
-        hold: &HoldAs,
+        format: &WeightFormat,
         device: &Device,
     ) -> Result<Weight> {
         let shape = (info.shape[0], info.shape[1]);
@@ -130,10 +137,10 @@ impl Random {
         let mut kept = self.quantised.lock().map_err(|_| poisoned())?;
         let first = match kept.get(&key) {
             Some(first) => {
-                hold.count(held, first.storage_size_in_bytes());
+                format.count(held, first.storage_size_in_bytes());
                 first.clone()
             }
-            None => match rows::load_matrix(from, info, None, hold, &Device::Cpu)? {
+            None => match rows::load_matrix(from, info, None, format, &Device::Cpu)? {
                 Weight::Quantised(first) => kept.entry(key).or_insert(first).clone(),
                 dense => return Ok(dense),
             },
@@ -163,46 +170,6 @@ fn normal(key: u64, i: u64) -> f32 {
     let quarters = |x: u64| (x & 0xffff) + (x >> 16 & 0xffff) + (x >> 32 & 0xffff) + (x >> 48);
     let sum: u64 = (0..3).map(|j| quarters(splitmix(key, 3 * i + j))).sum();
     (sum as i64 - 6 * 0xffff) as f32 / 65536.0
-}
-
-/// Every tensor of a model, in Hugging Face's names.
-pub(super) fn tensors(spec: &ModelSpec) -> Vec<(String, Vec<usize>)> {
-    let hidden = spec.hidden;
-    let mut all = vec![
-        ("model.embed_tokens.weight".to_string(), vec![spec.vocab, hidden]),
-        ("model.norm.weight".to_string(), vec![hidden]),
-    ];
-    if !spec.tied {
-        all.push(("lm_head.weight".into(), vec![spec.vocab, hidden]));
-    }
-    for (i, l) in spec.layers.iter().enumerate() {
-        let (q, kv) = (l.heads * l.head_dim, l.kv_heads * l.head_dim);
-        let mut linear = |name: &str, out: usize, input: usize, bias: bool| {
-            all.push((format!("model.layers.{i}.{name}.weight"), vec![out, input]));
-            if bias {
-                all.push((format!("model.layers.{i}.{name}.bias"), vec![out]));
-            }
-        };
-        linear("self_attn.q_proj", q, hidden, l.qkv_bias);
-        linear("self_attn.k_proj", kv, hidden, l.qkv_bias);
-        linear("self_attn.v_proj", kv, hidden, l.qkv_bias);
-        linear("self_attn.o_proj", hidden, q, l.out_bias);
-        linear("mlp.gate_proj", l.intermediate, hidden, l.mlp_bias);
-        linear("mlp.up_proj", l.intermediate, hidden, l.mlp_bias);
-        linear("mlp.down_proj", hidden, l.intermediate, l.mlp_bias);
-        let mut norm = |name: &str, len: usize| all.push((format!("model.layers.{i}.{name}.weight"), vec![len]));
-        norm("input_layernorm", hidden);
-        norm("post_attention_layernorm", hidden);
-        if l.norms == Norms::Sandwich {
-            norm("pre_feedforward_layernorm", hidden);
-            norm("post_feedforward_layernorm", hidden);
-        }
-        if l.qk_norm {
-            norm("self_attn.q_norm", l.head_dim);
-            norm("self_attn.k_norm", l.head_dim);
-        }
-    }
-    all
 }
 
 #[cfg(test)]

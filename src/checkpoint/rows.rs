@@ -1,6 +1,6 @@
 //! From stored bytes to held weights, a few megabytes of rows at a time, spread over the cores.
 
-use super::{Checkpoint, HoldAs, TensorInfo};
+use super::{Checkpoint, TensorInfo, WeightFormat};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::nn::Weight;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
@@ -33,16 +33,16 @@ pub fn load_matrix(
     from: &Checkpoint,
     info: &TensorInfo,
     head_rows: Option<usize>,
-    hold: &HoldAs,
+    format: &WeightFormat,
     device: &Device,
 ) -> Result<Weight> {
     let (rows, cols) = (info.shape[0], info.shape[1]);
     let dtype = stored(info)?;
-    let held = hold.resolve(dtype, cols);
+    let held = format.resolve(dtype, cols);
     let unit = head_rows.unwrap_or(1);
     let chunk = (CHUNK / cols).max(1).div_ceil(unit) * unit;
     let row_bytes = cols / held.block_size() * held.type_size();
-    hold.count(held, rows * row_bytes);
+    format.count(held, rows * row_bytes);
     let range = |i: usize| i * chunk..rows.min((i + 1) * chunk);
     if held == GgmlDType::F32 {
         let mut out = vec![0f32; rows * cols];
@@ -100,6 +100,14 @@ fn read_rows(
     }
     let row_bytes = cols / dtype.block_size() * dtype.type_size();
     from.read(info, (rows.start * row_bytes) as u64, rows.len() * row_bytes)
+}
+
+/// Puts the elements of a vector in order, where `head_rows` of each head are stored as [`load_matrix`] says.
+pub fn in_order(values: Vec<f32>, head_rows: Option<usize>) -> Vec<f32> {
+    match head_rows {
+        None => values,
+        Some(_) => (0..values.len()).map(|r| values[source_row(r, head_rows)]).collect(),
+    }
 }
 
 fn source_row(row: usize, head_rows: Option<usize>) -> usize {

@@ -61,7 +61,7 @@ impl Shards {
             let info = TensorInfo {
                 name: name.clone(),
                 shape: tensor.shape.clone(),
-                // Kept as a reason to refuse only when this tensor is asked for: checkpoints may hold unused buffers.
+                // A reason to refuse only when this tensor is asked for: checkpoints may hold unused buffers.
                 dtype: stored(tensor.dtype).ok_or_else(|| format!("dtype {:?}", tensor.dtype)),
             };
             let offset = start + tensor.data_offsets.0 as u64;

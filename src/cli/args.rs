@@ -1,7 +1,7 @@
 //! The flags of `bfly-retrofit`, in groups that other binaries share.
 
 use super::{parse_bytes, parse_count, parse_size};
-use crate::checkpoint::{Held, OpenOptions};
+use crate::checkpoint::{OpenOptions, WeightDtype};
 use crate::error::{Error, Result};
 use crate::generate::Sampling;
 use crate::retrofit::{FarPosition, Pool, Settings, WindowAlign};
@@ -111,7 +111,7 @@ pub struct ModelArgs {
     pub offline: bool,
     /// How weights are held. auto: quantised types as stored; the rest bf16 on a GPU, f32 on a CPU, or
     /// q8_0 where f32 would take more than half the memory.
-    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = clap::builder::PossibleValuesParser::new(Held::NAMES))]
+    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = clap::builder::PossibleValuesParser::new(WeightDtype::NAMES))]
     pub dtype: String,
     /// Use the output matrix for the embedding too, where a GGUF file stores a tied model's one matrix twice.
     #[arg(long)]

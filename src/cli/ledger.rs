@@ -5,7 +5,6 @@ use crate::cache::Cache;
 use crate::checkpoint::Identity;
 use crate::generate::Timing;
 use crate::retrofit::{ranges, RetrofitPlan};
-use crate::selector;
 use crate::spec::ModelSpec;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -103,7 +102,7 @@ pub struct Ledger {
 }
 
 /// The form that this build writes.
-pub const LEDGER_VERSION: u32 = 1;
+pub const LEDGER_VERSION: u32 = 2;
 
 impl Ledger {
     /// Fills in what a generation took.
@@ -166,13 +165,6 @@ impl Ledger {
         rows.push(("decode", format!("{} tokens, {:.1} tokens/s", self.generated_tokens, self.decode_tok_s)));
         rows.iter().map(|(name, value)| format!("{name:>12}  {value}\n")).collect()
     }
-}
-
-/// Reach of a plan at `ctx` positions.
-pub(super) fn reach_of(plan: &RetrofitPlan, ctx: usize) -> crate::Result<f64> {
-    let s = &plan.settings;
-    let rule = selector::find(&s.partner)?;
-    Ok(selector::reach(rule, &s.grid(ctx), plan.layers.len(), s.partner_count))
 }
 
 /// Peak resident memory of this process, where the system tells.

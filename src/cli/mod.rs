@@ -9,9 +9,9 @@ mod progress;
 mod retrofit;
 mod size;
 
-pub use crate::ops::human_bytes;
+pub use crate::ops::{describe, human_bytes};
 pub use args::{Cli, Command, ModelArgs, PromptArgs, RetrofitArgs, RunArgs, SamplingArgs};
-pub use device::{beside, describe, hold_as, open_device};
+pub use device::{open_device, weight_format};
 pub use ledger::{peak_memory, Ledger};
 pub use output::Output;
 pub use patch::Patch;

@@ -1,17 +1,20 @@
 //! `bfly-retrofit`: one prompt through one model, and what that took.
 
-use super::ledger::{reach_of, KvBytes, LEDGER_VERSION};
-use super::{describe, hold_as, human_bytes, open_device, peak_memory, Bars, Ledger, Output, Patch, RunArgs};
-use crate::checkpoint::{Checkpoint, Held, OnProgress, Text};
+use super::ledger::{KvBytes, LEDGER_VERSION};
+use super::{describe, human_bytes, open_device, peak_memory, weight_format, Bars, Ledger, Output, Patch, RunArgs};
+use crate::checkpoint::{Checkpoint, OnProgress, Text, WeightDtype};
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::generate::{render_chat, Needs, Request, Sampler, Session};
-use crate::model::Model;
+use crate::generate::{render_chat, watch, Needs, Request, Sampler};
+use crate::layout::Layout;
 use crate::ops::device_memory;
 use crate::retrofit::{parse_layers, RetrofitPlan, Settings};
+use crate::run::Run;
 use crate::spec::{AttentionKind, ModelSpec};
+use crate::weights::Weights;
 use candle_core::{Device, Tensor};
 use std::collections::HashMap;
 use std::io::Write;
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
@@ -34,18 +37,19 @@ pub fn run(args: &RunArgs) -> Result<()> {
     }
 
     let name = args.model.model.as_deref().unwrap_or_default();
-    let request: Held = args.model.dtype.parse()?;
-    let hold = hold_as(request, &checkpoint, &device);
-    let model = Model::load(&checkpoint, plan.as_ref(), ctx, &hold, &device, &progress)?;
-    let chunk = chunk(args, &model, plan.as_ref(), ctx)?;
-    let mut session = Session::new(&model)?;
+    let request: WeightDtype = args.model.dtype.parse()?;
+    let hold = weight_format(request, &checkpoint, &device);
+    let layout = Layout::new(spec, plan.as_ref(), ctx)?;
+    let weights = Weights::load(&checkpoint, &hold, &device, &progress)?;
+    let chunk = chunk(args, &weights, &layout)?;
+    let mut run = Run::with_layout(&weights, layout)?;
     let decoding = Arc::new(AtomicBool::new(false));
     let interrupted = Arc::new(AtomicBool::new(false));
     on_ctrl_c(&decoding, &interrupted);
     let mut stream = text.as_ref().map(|t| t.tokenizer.decode_stream(true));
     let mut stdout = std::io::stdout().lock();
     let mut write_failed = None;
-    let made = session.generate(
+    let made = run.generate(
         &Request {
             prompt: &ids,
             max_new_tokens: args.sampling.max_new_tokens,
@@ -54,7 +58,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
             stop: text.as_ref().filter(|_| !args.sampling.ignore_eos).map_or(&[], |t| &t.stop),
         },
         &mut sampler,
-        &mut |n| bars.show("prefill", n as u64, ids.len() as u64),
+        &mut watch(|n| bars.show("prefill", n as u64, ids.len() as u64)),
         &mut |id| {
             decoding.store(true, Ordering::Relaxed);
             let piece = stream.as_mut().and_then(|s| s.step(id).ok().flatten());
@@ -64,7 +68,10 @@ pub fn run(args: &RunArgs) -> Result<()> {
                     write_failed = Some(e);
                 }
             }
-            write_failed.is_none() && !interrupted.load(Ordering::Relaxed)
+            match write_failed.is_none() && !interrupted.load(Ordering::Relaxed) {
+                true => ControlFlow::Continue(()),
+                false => ControlFlow::Break(()),
+            }
         },
     )?;
     if text.is_some() && write_failed.is_none() {
@@ -79,7 +86,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         git_sha: env!("BFLY_GIT_SHA"),
         model: checkpoint.identity.as_given(name),
         spec: spec.clone(),
-        reach: plan.as_ref().map(|p| reach_of(p, ctx)).transpose()?,
+        reach: run.layout().reach(),
         plan,
         ctx,
         device: describe(&device),
@@ -97,8 +104,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
         decode_steps_s: vec![],
         peak_memory_bytes: peak_memory(),
         peak_device_bytes: device_memory(&device).map(|m| m.peak),
-        weights_bytes: model.weights_bytes(),
-        kv: KvBytes::of(session.cache()),
+        weights_bytes: weights.bytes(),
+        kv: KvBytes::of(run.cache()),
         text: text.as_ref().map(|t| t.decode(&made.tokens)).transpose()?,
         token_ids: made.tokens,
     };
@@ -194,16 +201,16 @@ fn prompt_ids(
 }
 
 /// Tokens to a prefill chunk: as asked, or the device's usual; fewer where `--memory-budget` wants it.
-fn chunk(args: &RunArgs, model: &Model, plan: Option<&RetrofitPlan>, ctx: usize) -> Result<usize> {
-    let usual = if model.device().is_cpu() { 512 } else { 4096 };
+fn chunk(args: &RunArgs, weights: &Weights, layout: &Layout) -> Result<usize> {
+    let usual = if weights.device().is_cpu() { 512 } else { 4096 };
     let wanted = args.prefill_chunk.unwrap_or(usual);
     match args.memory_budget {
         None => Ok(wanted),
-        Some(_) if model.device().is_cpu() => {
+        Some(_) if weights.device().is_cpu() => {
             let message = "counts GPU memory, and this run is on a CPU; give --prefill-chunk instead";
             Err(Error::unsupported("--memory-budget", message))
         }
-        Some(budget) => Needs::of(model, plan, ctx)?.chunk_within(budget, wanted),
+        Some(budget) => Needs::of(weights, layout)?.chunk_within(budget, wanted),
     }
 }
 
@@ -220,8 +227,8 @@ fn stay_within(budget: Option<u64>, device: &Device) -> Result<()> {
 
 fn warn_past_training(bars: &Bars, spec: &ModelSpec, ctx: usize) {
     if ctx > spec.max_positions {
-        let full = spec.layers.iter().find(|l| l.attention == AttentionKind::Full);
-        let scaling = full.map_or("none".into(), |l| spec.ropes[l.rope].scaling.describe());
+        let full = spec.attention().find(|(_, a)| a.kind == AttentionKind::Full);
+        let scaling = full.map_or("none".into(), |(_, a)| spec.ropes[a.rope].scaling.describe());
         bars.warn(&format!(
             "--ctx {ctx} is past the {} positions this model was trained for (rope scaling in force: {scaling}); expect speed and \
              memory to hold, quality not to",

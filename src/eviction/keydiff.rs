@@ -14,7 +14,7 @@
 
 use super::{Eviction, EvictionPlan, Seen, Setting, When};
 use crate::error::Result;
-use crate::spec::LayerSpec;
+use crate::layout::LayerPlan;
 use candle_core::{DType, Tensor, D};
 
 const BLOCK: Setting = Setting { name: "block", default: 128, about: "positions from one eviction to the next" };
@@ -57,7 +57,7 @@ impl Eviction for KeyDiff {
         Ok(unit.broadcast_mul(&anchor)?.sum(D::Minus1)?.neg()?.t()?.contiguous()?)
     }
 
-    fn scratch(&self, _: &EvictionPlan, rows: usize, layer: &LayerSpec) -> u64 {
+    fn scratch(&self, _: &EvictionPlan, rows: usize, layer: &LayerPlan) -> u64 {
         // In f32 at most: keys, their squares or directions, the products.
         3 * 4 * (rows * layer.kv_heads * layer.head_dim) as u64
     }

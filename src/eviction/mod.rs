@@ -3,7 +3,7 @@
 //! A rule scores the tokens that a full-attention layer holds, for each KV head on its own, and the `budget` highest stay: after an
 //! eviction one row of the cache holds different positions in different heads. Keys are stored rotated at their true positions,
 //! so attention over what is left is dense attention over fewer rows. Sliding layers stay as they are. The cache does the rest
-//! ([`crate::cache::Kept`]): a rule is one file with one [`Eviction`] and one line in [`RULES`].
+//! ([`crate::cache::CompressedKv`]): a rule is one file with one [`Eviction`] and one line in [`RULES`].
 //!
 //! | rule | scores by | evicts | most rows at once |
 //! |---|---|---|---|
@@ -18,7 +18,7 @@ mod keydiff;
 mod snapkv;
 
 use crate::error::{Error, Result};
-use crate::spec::LayerSpec;
+use crate::layout::LayerPlan;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -94,7 +94,7 @@ pub trait Eviction: std::fmt::Debug + Sync {
     fn scores(&self, plan: &EvictionPlan, seen: &Seen) -> Result<Tensor>;
 
     /// Bytes that scoring `rows` tokens of `layer` takes.
-    fn scratch(&self, plan: &EvictionPlan, rows: usize, layer: &LayerSpec) -> u64;
+    fn scratch(&self, plan: &EvictionPlan, rows: usize, layer: &LayerPlan) -> u64;
 }
 
 /// Finds a rule by name.
@@ -205,7 +205,7 @@ impl EvictionPlan {
     ///
     /// # Errors
     /// An unknown rule.
-    pub(crate) fn scratch(&self, ctx: usize, layer: &LayerSpec, element: usize) -> Result<u64> {
+    pub(crate) fn scratch(&self, ctx: usize, layer: &LayerPlan, element: usize) -> Result<u64> {
         let (rows, rule) = (self.rows(ctx)?, self.find()?);
         if rows <= self.budget {
             return Ok(0);

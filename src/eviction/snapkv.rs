@@ -15,7 +15,7 @@
 
 use super::{Eviction, EvictionPlan, Seen, Setting, When};
 use crate::error::{Error, ErrorKind, Result};
-use crate::spec::LayerSpec;
+use crate::layout::LayerPlan;
 use candle_core::{DType, Device, Tensor};
 
 const WINDOW: Setting =
@@ -78,7 +78,7 @@ impl Eviction for SnapKv {
         Ok(Tensor::cat(&[scores, stays], 1)?)
     }
 
-    fn scratch(&self, plan: &EvictionPlan, rows: usize, layer: &LayerSpec) -> u64 {
+    fn scratch(&self, plan: &EvictionPlan, rows: usize, layer: &LayerPlan) -> u64 {
         let queries = plan.setting(&WINDOW) * layer.heads / layer.kv_heads;
         // Logits in two parts, joined, and their softmax; one head's keys in two types; sums; all heads' scores, twice.
         let slab = SLAB.clamp(rows, rows * queries.max(1));

@@ -23,7 +23,7 @@ fn spec(config: &Config) -> Result<ModelSpec> {
         }
     }
     let mut spec = decoder(config, "gemma3_text")?;
-    let head_dim = spec.layers[0].head_dim;
+    let head_dim = spec.attention().next().map_or(0, |(_, a)| a.head_dim);
     // GGUF files lack the local rope base and the layer pattern: 10,000 and every sixth layer are the family's.
     let global = rope(config, Some("full_attention"), head_dim, 1_000_000.0)?;
     let mut local = match config.section("rope_parameters")? {
@@ -40,14 +40,16 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     let scalar = config.number_or("query_pre_attn_scalar", head_dim as f64)?;
     let window = config.opt_size("sliding_window")?.unwrap_or(4096);
     let kinds = layer_kinds(config, spec.layers.len())?;
-    for (layer, full) in spec.layers.iter_mut().zip(kinds) {
-        layer.activation = Activation::GeluTanh;
-        layer.qk_norm = true;
+    for layer in &mut spec.layers {
+        layer.feed_forward.activation = Activation::GeluTanh;
         layer.norms = Norms::Sandwich;
-        layer.scale = 1.0 / scalar.sqrt();
+    }
+    for (attention, full) in spec.attention_mut().zip(kinds) {
+        attention.qk_norm = true;
+        attention.scale = 1.0 / scalar.sqrt();
         if !full {
-            layer.attention = AttentionKind::Sliding { window };
-            layer.rope = 1;
+            attention.kind = AttentionKind::Sliding { window };
+            attention.rope = 1;
         }
     }
     Ok(spec)

@@ -17,10 +17,11 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     let mut spec = decoder(config, "llama")?;
     let bias = config.bool_or("attention_bias", false)?;
     let mlp_bias = config.bool_or("mlp_bias", false)?;
+    for attention in spec.attention_mut() {
+        (attention.qkv_bias, attention.out_bias) = (bias, bias);
+    }
     for layer in &mut spec.layers {
-        layer.qkv_bias = bias;
-        layer.out_bias = bias;
-        layer.mlp_bias = mlp_bias;
+        layer.feed_forward.bias = mlp_bias;
     }
     Ok(spec)
 }

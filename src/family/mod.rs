@@ -9,7 +9,10 @@ mod qwen2;
 mod qwen3;
 
 use crate::error::{Error, Result};
-use crate::spec::{Activation, AttentionKind, Config, LayerSpec, ModelSpec, Norms, RopeScaling, RopeSpec};
+use crate::spec::{
+    Activation, AttentionKind, AttentionSpec, Config, FeedForwardSpec, LayerSpec, MixerSpec, ModelSpec, Norms,
+    RopeScaling, RopeSpec,
+};
 
 /// Every family this build knows.
 pub static FAMILIES: &[&Family] = &[&qwen2::FAMILY, &qwen3::FAMILY, &llama::FAMILY, &gemma3::FAMILY];
@@ -55,8 +58,8 @@ fn decoder(config: &Config, family: &str) -> Result<ModelSpec> {
         Some("gelu_pytorch_tanh" | "gelu_new") => Activation::GeluTanh,
         Some(other) => return Err(Error::unsupported(config.origin(), format!("activation `{other}`"))),
     };
-    let layer = LayerSpec {
-        attention: AttentionKind::Full,
+    let attention = AttentionSpec {
+        kind: AttentionKind::Full,
         heads,
         kv_heads,
         head_dim,
@@ -65,11 +68,9 @@ fn decoder(config: &Config, family: &str) -> Result<ModelSpec> {
         qkv_bias: false,
         out_bias: false,
         qk_norm: false,
-        intermediate: config.size("intermediate_size")?,
-        activation,
-        mlp_bias: false,
-        norms: Norms::Pre,
     };
+    let feed_forward = FeedForwardSpec { width: config.size("intermediate_size")?, activation, bias: false };
+    let layer = LayerSpec { mixer: MixerSpec::Attention(attention), feed_forward, norms: Norms::Pre };
     Ok(ModelSpec {
         family: family.into(),
         vocab: config.size("vocab_size")?,

@@ -18,8 +18,8 @@ fn spec(config: &Config) -> Result<ModelSpec> {
         return Err(Error::unsupported(config.origin(), "`use_sliding_window` for qwen2"));
     }
     let mut spec = decoder(config, "qwen2")?;
-    for layer in &mut spec.layers {
-        layer.qkv_bias = true;
+    for attention in spec.attention_mut() {
+        attention.qkv_bias = true;
     }
     Ok(spec)
 }

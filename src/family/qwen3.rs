@@ -19,10 +19,9 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     }
     let mut spec = decoder(config, "qwen3")?;
     let bias = config.bool_or("attention_bias", false)?;
-    for layer in &mut spec.layers {
-        layer.qk_norm = true;
-        layer.qkv_bias = bias;
-        layer.out_bias = bias;
+    for attention in spec.attention_mut() {
+        attention.qk_norm = true;
+        (attention.qkv_bias, attention.out_bias) = (bias, bias);
     }
     Ok(spec)
 }

@@ -1,11 +1,10 @@
 //! `--memory-budget`: the largest prefill chunk that fits, which never changes the output.
 
-use crate::cache::Cache;
 use crate::error::{Error, ErrorKind, Result};
-use crate::method::Method;
-use crate::model::Model;
+use crate::layout::Layout;
 use crate::ops::human_bytes;
-use crate::spec::AttentionKind;
+use crate::spec::AttentionSpec;
+use crate::weights::Weights;
 
 /// Smallest chunk worth running.
 const LEAST: usize = 128;
@@ -24,31 +23,30 @@ pub struct Needs {
 }
 
 impl Needs {
-    /// Of `model` run by `method` (a retrofit's plan, if any), provisioned for `ctx`.
-    pub fn of<'a>(model: &Model, method: impl Into<Method<'a>>, ctx: usize) -> Result<Self> {
-        let method = method.into();
-        let spec = model.spec();
-        let size = model.dtype().size_in_bytes();
-        let most = |f: &dyn Fn(&crate::spec::LayerSpec) -> usize| spec.layers.iter().map(f).max().unwrap_or(0);
+    /// Of `weights` run as `layout` plans.
+    ///
+    /// # Errors
+    /// An unknown rule.
+    pub fn of(weights: &Weights, layout: &Layout) -> Result<Self> {
+        let spec = weights.spec();
+        let size = weights.dtype().size_in_bytes();
+        let attention_most =
+            |f: &dyn Fn(&AttentionSpec) -> usize| spec.attention().map(|(_, a)| f(a)).max().unwrap_or(0);
+        let wide = spec.layers.iter().map(|l| l.feed_forward.width).max().unwrap_or(0);
         // Attention holds x, its norm, q, k and v (projected and rotated) and the output at once; the feed-forward x, its norm,
         // gate, up and their product. Rotary tables are f32.
-        let width = most(&|l| (2 * l.heads + 4 * l.kv_heads) * l.head_dim);
-        let attention = 4 * spec.hidden + width + most(&|l| l.heads * l.head_dim);
-        let feed_forward = 4 * spec.hidden + 3 * most(&|l| l.intermediate);
-        let tables = 4 * most(&|l| l.head_dim) * spec.ropes.len();
+        let width = attention_most(&|a| 2 * a.q_width() + 4 * a.kv_width());
+        let attention = 4 * spec.hidden + width + attention_most(&|a| a.q_width());
+        let feed_forward = 4 * spec.hidden + 3 * wide;
+        let tables = 4 * attention_most(&|a| a.head_dim) * spec.ropes.len();
         // Products with quantised matrices are made of parts.
-        let parts = if model.has_quantised() { size * width.max(most(&|l| l.intermediate)) } else { 0 };
-        let mut evicting = 0;
-        if let Method::Evict(plan) = method {
-            for l in spec.layers.iter().filter(|l| l.attention == AttentionKind::Full) {
-                evicting = evicting.max(plan.scratch(ctx, l, size)?);
-            }
-        }
+        let parts = if weights.has_quantised() { size * width.max(wide) } else { 0 };
+        let evicting = layout.layers.iter().map(|l| l.scratch(size)).try_fold(0, |most, b| b.map(|b| b.max(most)))?;
         Ok(Self {
-            weights: model.weights_bytes(),
-            cache: Cache::bytes_for(spec, method, ctx, model.dtype(), false)?.0,
+            weights: weights.bytes(),
+            cache: layout.bytes(weights.dtype()).peak,
             // Logits in two types and a copy; at most this for partial results, routes and vectors of a step; widened weights.
-            fixed: (spec.vocab * 16) as u64 + (16 << 20) + model.scratch() + evicting,
+            fixed: (spec.vocab * 16) as u64 + (16 << 20) + weights.scratch() + evicting,
             token: (size * attention.max(feed_forward) + tables + parts) as u64,
         })
     }

@@ -10,16 +10,23 @@ pub use budget::Needs;
 pub use chat::render_chat;
 pub use sample::{Sampler, Sampling};
 
-use crate::cache::Cache;
 use crate::error::{Error, ErrorKind, Result};
-use crate::model::Model;
+use crate::run::Run;
 use candle_core::Tensor;
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-/// A model reading one text.
-pub struct Session<'a> {
-    model: &'a Model,
-    cache: Cache,
+/// Called after each prefill chunk with the tokens read so far; `Break` cancels.
+pub type OnTokens<'a> = &'a mut dyn FnMut(usize) -> ControlFlow<()>;
+/// Called with each new token; `Break` ends the text.
+pub type OnToken<'a> = &'a mut dyn FnMut(u32) -> ControlFlow<()>;
+
+/// A callback that never cancels.
+pub fn watch<T>(mut f: impl FnMut(T)) -> impl FnMut(T) -> ControlFlow<()> {
+    move |x| {
+        f(x);
+        ControlFlow::Continue(())
+    }
 }
 
 /// What a generation took.
@@ -31,9 +38,9 @@ pub struct Timing {
     pub first_token: Duration,
     /// All tokens after the first.
     pub decode: Duration,
-    /// Each of them.
+    /// Each token after the first.
     pub steps: Vec<Duration>,
-    /// Tokens that were told apart together: each has the mean of their time.
+    /// Tokens fetched per host synchronisation; each gets the batch's mean latency.
     pub fetched: usize,
 }
 
@@ -68,33 +75,14 @@ pub struct Generation {
     pub prompt_logits: Tensor,
 }
 
-impl<'a> Session<'a> {
-    /// Allocates the cache.
-    pub fn new(model: &'a Model) -> Result<Self> {
-        Ok(Self { model, cache: model.new_cache()? })
-    }
-
-    /// Goes on with a cache made by hand for this model.
-    pub fn with_cache(model: &'a Model, cache: Cache) -> Self {
-        Self { model, cache }
-    }
-
-    /// The cache, for its figures.
-    pub fn cache(&self) -> &Cache {
-        &self.cache
-    }
-
+impl Run {
     /// Reads `ids` in chunks and returns the logits of the last `last` positions, `[last, vocab]`.
     ///
-    /// `on_tokens` hears how many tokens are done.
-    pub fn prefill(
-        &mut self,
-        ids: &[u32],
-        chunk: usize,
-        last: usize,
-        on_tokens: &mut dyn FnMut(usize),
-    ) -> Result<Tensor> {
-        self.cache.admit(ids.len())?;
+    /// # Errors
+    /// As [`Run::forward`], before any work where the ids do not fit the context. [`ErrorKind::Cancelled`] where `on_tokens` breaks:
+    /// the run then holds exactly the chunks read, and can go on.
+    pub fn prefill(&mut self, ids: &[u32], chunk: usize, last: usize, on_tokens: OnTokens) -> Result<Tensor> {
+        self.admit(ids.len())?;
         if last == 0 || last > ids.len() {
             return Err(Error::new(
                 ErrorKind::Usage,
@@ -107,42 +95,36 @@ impl<'a> Session<'a> {
         let mut done = 0;
         for piece in ids.chunks(chunk.max(1)) {
             let want: Vec<usize> = (from.saturating_sub(done)..piece.len()).collect();
-            let logits = self.model.forward(piece, &mut self.cache, &want).map_err(|e| no_room(e, piece.len()))?;
+            let logits = self.forward(piece, &want).map_err(|e| no_room(e, piece.len()))?;
             if !want.is_empty() {
                 parts.push(logits);
             }
             done += piece.len();
-            on_tokens(done);
+            if on_tokens(done).is_break() && done < ids.len() {
+                let message = format!("cancelled after {done} of {} tokens", ids.len());
+                return Err(Error::new(ErrorKind::Cancelled, "prefill", message));
+            }
         }
         Ok(Tensor::cat(&parts, 0)?)
-    }
-
-    /// Tells the cache that the context is over, for methods that evict then ([`Cache::compress`]): what is read afterwards was
-    /// unseen when they chose. [`Session::generate`] does it at the end of its prompt.
-    ///
-    /// # Errors
-    /// Those of [`Cache::compress`].
-    pub fn compress(&mut self) -> Result<()> {
-        self.cache.compress()
     }
 
     /// Reads `ids` one at a time, as decode does, and returns the logits after each, f32 `[ids.len(), vocab]`.
     ///
     /// # Errors
-    /// As [`Model::forward`]; before any work where the ids do not fit the context.
+    /// As [`Run::forward`]; before any work where the ids do not fit the context.
     pub fn read(&mut self, ids: &[u32]) -> Result<Tensor> {
-        self.cache.admit(ids.len())?;
+        self.admit(ids.len())?;
         let mut rows = vec![];
         let mut left = ids;
         #[cfg(feature = "cuda")]
         while !left.is_empty() {
-            let Some(graph) = graph::StepGraph::capture(self.model, &self.cache, &[])? else { break };
-            let (now, later) = left.split_at(left.len().min(self.cache.until_eviction()));
-            rows.push(graph.read(&mut self.cache, now)?);
+            let Some(graph) = graph::StepGraph::capture(self, &[])? else { break };
+            let (now, later) = left.split_at(left.len().min(self.cache().until_eviction()));
+            rows.push(graph.read(self, now)?);
             left = later;
         }
         while let Some((id, later)) = left.split_first() {
-            rows.push(self.model.forward(&[*id], &mut self.cache, &[0])?);
+            rows.push(self.forward(&[*id], &[0])?);
             left = later;
         }
         Ok(Tensor::cat(&rows, 0)?)
@@ -151,74 +133,112 @@ impl<'a> Session<'a> {
     /// Whether greedy decode goes on from here as a captured CUDA graph; if not, step by step.
     pub fn captures(&self) -> bool {
         #[cfg(feature = "cuda")]
-        return graph::captures(self.model, &self.cache);
+        return graph::captures(self);
         #[cfg(not(feature = "cuda"))]
         false
     }
 
-    /// Prefills, tells the cache that the context is over, and decodes. `on_token` gets each new token and says whether to go on.
-    /// What evicting takes counts as prefill.
+    /// Prefills, tells the cache that the context is over, and decodes. What evicting takes counts as prefill.
+    ///
+    /// The last new token is made and not read: the run holds the prompt and the new tokens before it, wherever decode stops.
     ///
     /// # Errors
-    /// Before any work where prompt and new tokens do not fit the context.
+    /// As [`Run::prefill`]; before any work where prompt and new tokens do not fit the context.
     pub fn generate(
         &mut self,
         request: &Request,
         sampler: &mut Sampler,
-        on_tokens: &mut dyn FnMut(usize),
-        on_token: &mut dyn FnMut(u32) -> bool,
+        on_tokens: OnTokens,
+        on_token: OnToken,
     ) -> Result<Generation> {
-        self.cache.admit(request.prompt.len() + request.max_new_tokens)?;
+        let total = request.prompt.len().checked_add(request.max_new_tokens);
+        let overflow =
+            || Error::new(ErrorKind::Context, "-n", format!("{} new tokens fit no context", request.max_new_tokens));
+        self.admit(total.ok_or_else(overflow)?)?;
         let mut timing = Timing::new();
         let begin = Instant::now();
         let prompt_logits = self.prefill(request.prompt, request.chunk, request.logits_last.max(1), on_tokens)?;
         self.compress()?;
         // A GPU may still be at work on the logits.
-        self.model.device().synchronize()?;
+        self.device().synchronize()?;
         timing.prefill = begin.elapsed();
         let mut tokens = vec![];
         if request.max_new_tokens == 0 {
             return Ok(Generation { tokens, timing, prompt_logits });
         }
-        let mut next = sampler.sample(&prompt_logits)?;
+        let next = sampler.sample(&prompt_logits)?;
         timing.first_token = begin.elapsed();
-        #[cfg(feature = "cuda")]
-        if sampler.is_greedy() && !request.stop.contains(&next) && request.max_new_tokens > 1 {
-            if let Some(mut graph) = graph::StepGraph::capture(self.model, &self.cache, request.stop)? {
-                tokens.push(next);
-                let mut from = on_token(next).then_some(next);
-                while let Some(first) = from {
-                    from = graph.run(&mut self.cache, first, request, &mut timing, &mut tokens, on_token)?;
-                    if from.is_none() {
-                        break;
-                    }
-                    let begin = Instant::now();
-                    let lost = || Error::new(ErrorKind::Backend, "decode graph", "cannot be captured again");
-                    graph = graph::StepGraph::capture(self.model, &self.cache, request.stop)?.ok_or_else(lost)?;
-                    // The token that completed a block pays for what follows from it.
-                    if let Some(step) = timing.steps.last_mut() {
-                        *step += begin.elapsed();
-                    }
-                }
-                timing.decode = timing.steps.iter().sum();
-                return Ok(Generation { tokens, timing, prompt_logits });
-            }
-        }
-        loop {
-            if request.stop.contains(&next) {
-                break;
-            }
-            tokens.push(next);
-            if !on_token(next) || tokens.len() == request.max_new_tokens {
-                break;
-            }
-            let step = Instant::now();
-            let logits = self.model.forward(&[next], &mut self.cache, &[0])?;
-            next = sampler.sample(&logits)?;
-            timing.steps.push(step.elapsed());
+        if !self.decode_captured(next, request, sampler, (&mut timing, &mut tokens), on_token)? {
+            self.decode(next, request, sampler, (&mut timing, &mut tokens), on_token)?;
         }
         timing.decode = timing.steps.iter().sum();
         Ok(Generation { tokens, timing, prompt_logits })
+    }
+
+    /// Decodes from `next`, step by step.
+    fn decode(
+        &mut self,
+        mut next: u32,
+        request: &Request,
+        sampler: &mut Sampler,
+        (timing, tokens): (&mut Timing, &mut Vec<u32>),
+        on_token: OnToken,
+    ) -> Result<()> {
+        while !request.stop.contains(&next) {
+            tokens.push(next);
+            if on_token(next).is_break() || tokens.len() == request.max_new_tokens {
+                break;
+            }
+            let step = Instant::now();
+            let logits = self.forward(&[next], &[0])?;
+            next = sampler.sample(&logits)?;
+            timing.steps.push(step.elapsed());
+        }
+        Ok(())
+    }
+
+    /// As [`Run::decode`], by a captured step; `false` where there is none, and nothing was done.
+    #[cfg(feature = "cuda")]
+    fn decode_captured(
+        &mut self,
+        next: u32,
+        request: &Request,
+        sampler: &Sampler,
+        (timing, tokens): (&mut Timing, &mut Vec<u32>),
+        on_token: OnToken,
+    ) -> Result<bool> {
+        if !sampler.is_greedy() || request.stop.contains(&next) || request.max_new_tokens < 2 {
+            return Ok(false);
+        }
+        let Some(mut graph) = graph::StepGraph::capture(self, request.stop)? else { return Ok(false) };
+        tokens.push(next);
+        let mut from = on_token(next).is_continue().then_some(next);
+        while let Some(first) = from {
+            from = graph.run(self, first, request, timing, tokens, on_token)?;
+            if from.is_none() {
+                break;
+            }
+            let begin = Instant::now();
+            let lost = || Error::new(ErrorKind::Backend, "decode graph", "cannot be captured again");
+            graph = graph::StepGraph::capture(self, request.stop)?.ok_or_else(lost)?;
+            // The token that completed a block pays for what follows from it.
+            if let Some(step) = timing.steps.last_mut() {
+                *step += begin.elapsed();
+            }
+        }
+        Ok(true)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn decode_captured(
+        &mut self,
+        _: u32,
+        _: &Request,
+        _: &Sampler,
+        _: (&mut Timing, &mut Vec<u32>),
+        _: OnToken,
+    ) -> Result<bool> {
+        Ok(false)
     }
 }
 

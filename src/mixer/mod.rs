@@ -1,22 +1,18 @@
-//! The seam: how a layer mixes information across positions.
+//! How a layer mixes information across positions.
 //!
-//! Every variant takes the normed residual stream of a chunk and the layer's state and returns what is added to the stream.
-//! Attention variants share [`Projections`] and differ in what they keep and what they let a query read.
+//! [`mix`] takes the normed residual stream of a chunk, the layer's plan, weights and state, and returns what is added to the stream.
+//! Attention mixers share [`Projections`] and differ in what they keep and what they let a query read.
 
 mod butterfly;
 mod evict;
-mod full;
 mod projections;
-mod sliding;
+mod windowed;
 
-pub use butterfly::Butterfly;
-pub use evict::Evict;
-pub use full::Full;
 pub use projections::{Projections, Qkv};
-pub use sliding::Sliding;
 
 use crate::cache::LayerState;
 use crate::error::{Error, ErrorKind, Result};
+use crate::layout::{LayerKind, LayerPlan};
 use crate::nn::{Rope, RopeTable};
 use candle_core::Tensor;
 
@@ -24,44 +20,26 @@ use candle_core::Tensor;
 pub struct Step<'a> {
     /// Position of the chunk's first token.
     pub start: usize,
-    /// The model's rotary embeddings,
+    /// The model's rotary embeddings.
     pub ropes: &'a [Rope],
-    /// and each one's table for the chunk's positions.
+    /// Each rotary embedding's table for the chunk's positions.
     pub tables: &'a [RopeTable],
 }
 
-/// A layer's mixer.
-pub enum Mixer {
-    /// Dense causal attention.
-    Full(Full),
-    /// Causal attention over a sliding window.
-    Sliding(Sliding),
-    /// Compressed butterfly attention.
-    Butterfly(Box<Butterfly>),
-    /// Dense attention over what a rule keeps.
-    Evict(Evict),
-}
-
-impl Mixer {
-    /// # Shapes
-    /// `x [T, hidden]` to the same.
-    pub fn forward(&self, x: &Tensor, step: &Step, state: &mut LayerState) -> Result<Tensor> {
-        match (self, state) {
-            (Self::Full(m), LayerState::Dense(cache)) => m.forward(x, step, cache),
-            (Self::Sliding(m), LayerState::Ring(cache)) => m.forward(x, step, cache),
-            (Self::Butterfly(m), LayerState::TwoPool(cache)) => m.forward(x, step, cache),
-            (Self::Evict(m), LayerState::Kept(cache)) => m.forward(x, step, cache),
-            _ => Err(Error::new(ErrorKind::Backend, "cache", "was made for another plan than the model")),
+/// Mixes a chunk in a layer that was planned as `plan`.
+///
+/// # Shapes
+/// `x [T, hidden]` to the same.
+///
+/// # Errors
+/// A state that was made for another plan; a backend's failure.
+pub fn mix(plan: &LayerPlan, p: &Projections, x: &Tensor, step: &Step, state: &mut LayerState) -> Result<Tensor> {
+    match (&plan.kind, state) {
+        (LayerKind::Full, LayerState::Dense(cache)) | (LayerKind::Sliding { .. }, LayerState::Ring(cache)) => {
+            windowed::forward(p, plan.window(), x, step, cache)
         }
-    }
-
-    /// The shared projections.
-    pub fn projections(&self) -> &Projections {
-        match self {
-            Self::Full(m) => &m.projections,
-            Self::Sliding(m) => &m.projections,
-            Self::Butterfly(m) => &m.projections,
-            Self::Evict(m) => &m.projections,
-        }
+        (LayerKind::Butterfly(layer), LayerState::TwoPool(cache)) => butterfly::forward(layer, p, x, step, cache),
+        (LayerKind::Evict(_), LayerState::CompressedKv(cache)) => evict::forward(p, x, step, cache),
+        _ => Err(Error::new(ErrorKind::Backend, "cache", "was made for another layout")),
     }
 }

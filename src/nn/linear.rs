@@ -41,8 +41,22 @@ impl Weight {
         }
     }
 
+    /// Whether products and look-ups run on the stream of their input; candle's, for block formats without a kernel here, run on the
+    /// stream that holds the matrix.
+    pub(crate) fn on_any_stream(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        if let (Self::Quantised(w), Ok((_, columns))) = (self, self.dims()) {
+            return !w.device().is_cuda() || ops::on_gpu::Format::blocks(w.dtype(), columns).is_some();
+        }
+        true
+    }
+
     /// Rows `ids` (u32 `[n]`), `[n, in]` in `dtype`.
     pub fn rows(&self, ids: &Tensor, dtype: DType) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(rows) = gpu_rows(self, ids, dtype)? {
+            return Ok(rows);
+        }
         match self {
             Self::Dense(w) => w.index_select(ids, 0)?.to_dtype(dtype),
             Self::Quantised(w) => w.embedding(ids)?.to_dtype(dtype),
@@ -56,12 +70,23 @@ impl Weight {
 pub struct Linear {
     weight: Weight,
     bias: Option<Tensor>,
+    /// The bias in the type of the activations, where products add it in that.
+    cast_bias: Option<Tensor>,
 }
 
 impl Linear {
     /// `bias` is f32 `[out]`.
     pub fn new(weight: Weight, bias: Option<Tensor>) -> Self {
-        Self { weight, bias }
+        Self { weight, bias, cast_bias: None }
+    }
+
+    /// Keeps the bias in `dtype` too: casting it in [`Linear::forward_all`] would run on the stream that holds it.
+    ///
+    /// # Errors
+    /// A backend's failure.
+    pub fn with_bias_in(mut self, dtype: DType) -> Result<Self> {
+        self.cast_bias = self.bias.as_ref().map(|b| b.to_dtype(dtype)).transpose()?;
+        Ok(self)
     }
 
     /// Bytes held.
@@ -80,8 +105,10 @@ impl Linear {
     pub fn forward_all<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
         let mut products = Self::products(layers, x)?;
         for (l, y) in layers.iter().zip(&mut products) {
-            if let Some(b) = &l.bias {
-                *y = y.broadcast_add(&b.to_dtype(y.dtype())?)?;
+            match (&l.cast_bias, &l.bias) {
+                (Some(b), _) if b.dtype() == y.dtype() => *y = y.broadcast_add(b)?,
+                (_, Some(b)) => *y = y.broadcast_add(&b.to_dtype(y.dtype())?)?,
+                (_, None) => {}
             }
         }
         Ok(products)
@@ -135,6 +162,16 @@ impl Linear {
 fn blocks_matmul(x: &Tensor, w: &QTensor) -> Result<Tensor> {
     // On a GPU some of candle's kernels answer in f32, whatever they were given.
     Ok(x.apply_op1_no_bwd(w)?.to_dtype(x.dtype())?)
+}
+
+/// Rows of a matrix on a GPU, on the stream of `ids`; `None` where the form has no kernel.
+#[cfg(feature = "cuda")]
+fn gpu_rows(w: &Weight, ids: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
+    match w {
+        _ if !ids.device().is_cuda() => Ok(None),
+        Weight::Dense(w) => Ok(Some(ops::on_gpu::gather(w, ids)?.to_dtype(dtype)?)),
+        Weight::Quantised(w) => ops::on_gpu::gather_blocks(w, ids, dtype),
+    }
 }
 
 /// The product on a GPU: of one row as in decode, of more rows with the matrix widened.

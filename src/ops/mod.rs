@@ -4,6 +4,7 @@ mod attention;
 mod blocks;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+mod device;
 mod gated;
 mod gemm;
 mod heads;
@@ -18,6 +19,7 @@ mod view;
 #[cfg(feature = "cuda")]
 pub(crate) use attention::decode;
 pub use attention::{attend, reference, AttentionArgs, FarArgs, FarRow, Past, Window};
+pub use device::{beside, describe, open_gpu};
 pub use gated::gated;
 pub use heads::{prepare_heads, rope_table, HeadNorm};
 #[cfg(feature = "cuda")]

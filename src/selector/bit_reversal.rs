@@ -2,6 +2,7 @@
 
 use super::{xor, Grid, Selector};
 
+#[derive(Debug)]
 pub(super) struct BitReversal;
 
 fn bit(grid: &Grid, stage: usize) -> usize {

@@ -5,6 +5,7 @@
 
 use super::{Grid, Selector};
 
+#[derive(Debug)]
 pub(super) struct CausalShift;
 
 impl Selector for CausalShift {

@@ -2,6 +2,7 @@
 
 use super::{Grid, Selector};
 
+#[derive(Debug)]
 pub(super) struct Local;
 
 impl Selector for Local {

@@ -60,7 +60,7 @@ impl Grid {
 }
 
 /// A rule that proposes blocks for block `b` of the `layer`-th swapped layer at `stage`.
-pub trait Selector: Sync {
+pub trait Selector: std::fmt::Debug + Sync {
     /// The name `--partner` takes.
     fn name(&self) -> &'static str;
 

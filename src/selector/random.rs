@@ -2,6 +2,7 @@
 
 use super::{Grid, Selector};
 
+#[derive(Debug)]
 pub(super) struct Random;
 
 /// SplitMix64 (Steele, Lea and Flood 2014): one well-mixed word per input, no state to carry.

@@ -2,6 +2,7 @@
 
 use super::{Grid, Selector};
 
+#[derive(Debug)]
 pub(super) struct Xor;
 
 /// The block in the same place of the unit whose index differs in bit `stage`.

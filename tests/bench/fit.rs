@@ -1,8 +1,9 @@
 //! Fits: the largest context within a budget, what the run that verifies it says, flags.
 
 use super::*;
-use bfly::bench::format::{Fit, FitRun, FIT};
+use bfly::eval::bench::format::{Fit, FitRun, FIT};
 use bfly::generate::Needs;
+use bfly::layout::Layout;
 
 /// Half of the tiny model's layers swapped: its cache grows half as fast.
 const HALF: &str = "retrofit:block=16,window=32,layers=0-1";
@@ -28,7 +29,7 @@ fn of<'a>(fit: &'a Fit, variant: &str, budget: u64) -> &'a FitRun {
 fn no_larger_context_fits_and_the_run_is_provisioned_for_it() -> Any {
     let place = Place::new()?;
     let model = load_golden("qwen2", None, 64)?;
-    let needs = |plan: Option<&_>, ctx| Needs::of(&model, plan, ctx);
+    let needs = |plan: Option<&_>, ctx| Needs::of(&model.weights, &Layout::new(model.spec(), plan, ctx)?);
     // Room for 20k positions of the stock model and not for 21k: exactly, and all but a byte.
     let exact = needs(None, 20 << 10)?.total(128);
     let short = needs(None, 21 << 10)?.total(128) - 1;
@@ -51,7 +52,7 @@ fn no_larger_context_fits_and_the_run_is_provisioned_for_it() -> Any {
         assert_eq!(r.at_most, ctx == 65 << 10, "{r:?}");
         let chunk = r.prefill_chunk.ok_or("no chunk")?;
         assert_eq!(chunk, at(ctx)?.chunk_within(r.memory_budget, READ)?);
-        assert_eq!((r.needed_bytes, r.weights_bytes), (Some(at(ctx)?.total(chunk)), model.weights_bytes()));
+        assert_eq!((r.needed_bytes, r.weights_bytes), (Some(at(ctx)?.total(chunk)), model.weights.bytes()));
         // Provisioned whole, read in part: a position of the stock model takes 512 bytes.
         let (kv, sample) = (r.kv.ok_or("no kv")?, r.sample.as_ref().ok_or("no sample")?);
         assert_eq!((kv.total_bytes, kv.dense_bytes), (at(ctx)?.cache, 512 * ctx as u64));

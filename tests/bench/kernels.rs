@@ -20,7 +20,7 @@ fn kernels_are_judged_against_ceilings_of_the_same_process() -> Any {
         ]
     );
     assert_eq!((report.ceilings.copy_s.len(), report.ceilings.matmul_s.len()), (10, 10));
-    let median = |s: &[f64]| bfly::bench::summary::median(s).unwrap_or_default();
+    let median = |s: &[f64]| bfly::eval::bench::summary::median(s).unwrap_or_default();
     let c = &report.ceilings;
     assert!((c.copy_gb_s - 2.0 * c.copy_bytes as f64 / median(&c.copy_s) / 1e9).abs() < 1e-9 * c.copy_gb_s);
     for k in &report.kernels {

@@ -67,12 +67,17 @@ fn variants_give_the_tokens_of_a_model_loaded_for_them() -> Any {
         };
         assert_eq!(r.plan.as_ref().map(|p| (&p.settings, &p.layers)), settings.as_ref().map(|s| (s, &layers)));
         let checkpoint = open(&place.model)?;
-        let hold = HoldAs::new(Held::Auto, 0, None);
+        let hold = WeightFormat::new(WeightDtype::Auto, 0, None);
         let quiet: bfly::checkpoint::OnProgress = &|_, _, _| ();
-        let model = bfly::model::Model::load(&checkpoint, r.plan.as_ref(), r.ctx, &hold, &Device::Cpu, quiet)?;
+        let weights = Weights::load(&checkpoint, &hold, &Device::Cpu, quiet)?;
         let request = Request { prompt: &ids[..r.ctx - 8], max_new_tokens: 8, chunk: 50, stop: &[], logits_last: 1 };
         let mut sampler = Sampler::new(Sampling::GREEDY)?;
-        let made = Session::new(&model)?.generate(&request, &mut sampler, &mut |_| (), &mut |_| true)?;
+        let made = bfly::run::Run::new(&weights, r.plan.as_ref(), r.ctx)?.generate(
+            &request,
+            &mut sampler,
+            &mut watch(|_| ()),
+            &mut watch(|_| ()),
+        )?;
         assert_eq!(r.samples[0].tokens_sha256, hash(&made.tokens), "{} at {}", r.variant, r.ctx);
         seen.insert(hash(&made.tokens));
     }
@@ -81,13 +86,11 @@ fn variants_give_the_tokens_of_a_model_loaded_for_them() -> Any {
 }
 
 #[test]
-fn a_model_given_another_plan_is_the_one_loaded_for_it() -> Any {
+fn weights_run_by_another_plan_give_what_weights_loaded_for_it_give() -> Any {
     let checkpoint = open(&golden_dir("llama3_rope").to_string_lossy())?;
     let ids: Vec<u32> = (0..400).map(|i| 5 + i * 7 % 300).collect();
-    let logits = |model: &bfly::model::Model| -> Any<Vec<f32>> {
-        Ok(last_logits(model, &ids, 64, 3)?.flatten_all()?.to_vec1()?)
-    };
-    let mut model = load(&checkpoint, None, 64)?;
+    let logits = |model: &Model| -> Any<Vec<f32>> { Ok(last_logits(model, &ids, 64, 3)?.flatten_all()?.to_vec1()?) };
+    let shared = load(&checkpoint, None, 64)?;
     let settings = |window| Settings { block: 16, window, sink_tokens: 2, ..Settings::default() };
     let mut seen = vec![];
     // 400 positions are two stages for a window of 128, 2048 are four: the third layer reads another block.
@@ -95,16 +98,16 @@ fn a_model_given_another_plan_is_the_one_loaded_for_it() -> Any {
         [(Some(settings(128)), 400), (Some(settings(32)), 2048), (None, 400), (Some(settings(128)), 2048)]
     {
         let fresh = load(&checkpoint, settings.as_ref(), ctx)?;
-        model = model.with_plan(fresh.plan(), ctx)?;
-        assert_eq!(model.plan(), fresh.plan());
-        assert_eq!((model.weights_bytes(), model.new_cache()?.ctx()), (fresh.weights_bytes(), ctx));
+        let model = shared.by(&fresh.method, ctx);
+        assert_eq!(model.run()?.layout().method(), &fresh.method);
+        assert_eq!((model.weights.bytes(), model.run()?.cache().ctx()), (fresh.weights.bytes(), ctx));
         let (got, want) = (logits(&model)?, logits(&fresh)?);
         assert_eq!(got, want, "{settings:?} for {ctx}");
         assert!(!seen.contains(&want), "logits that are all the same would prove nothing");
         seen.push(want);
     }
     let other = load_golden("qwen2", Some(&settings(16)), 64)?;
-    let error = model.with_plan(other.plan(), 64).err().ok_or("took another model's plan")?.to_string();
+    let error = shared.by(&other.method, 64).run().err().ok_or("took another model's plan")?.to_string();
     assert!(error.contains("made for qwen2 with 4 layers"), "{error}");
     Ok(())
 }

@@ -51,33 +51,36 @@ fn drawn_matrices_are_close_to_normal_norms_are_one_and_shapes_share_what_is_qua
     let model = dir.path().to_string_lossy().into_owned();
     let checkpoint = Checkpoint::random(&model, 3)?;
     let device = Device::Cpu;
-    let values = |name: &str, shape, held: GgmlDType| -> Any<Vec<f32>> {
-        let hold = HoldAs::new(Held::As(held), 0, None);
+    let values = |tensor: &TensorSpec, held: GgmlDType| -> Any<Vec<f32>> {
+        let hold = WeightFormat::new(WeightDtype::As(held), 0, None);
         let ids = candle_core::Tensor::arange(0u32, 64, &device)?;
-        let rows = checkpoint.matrix(name, shape, &hold, &device)?.rows(&ids, candle_core::DType::F32)?;
+        let rows = checkpoint.matrix(tensor, &hold, &device)?.rows(&ids, candle_core::DType::F32)?;
         Ok(rows.flatten_all()?.to_vec1()?)
     };
-    let (q, o) = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.o_proj.weight");
-    let x = values(q, (64, 64), GgmlDType::F32)?;
+    let layers = &checkpoint.schema.layers;
+    let (q, o) = (&layers[0].attention.q.weight, &layers[1].attention.out.weight);
+    let x = values(q, GgmlDType::F32)?;
     let spread = (x.iter().map(|v| f64::from(v * v)).sum::<f64>() / x.len() as f64).sqrt();
     assert!((spread / 0.02 - 1.0).abs() < 0.05, "a deviation of {spread}");
     assert!(x.iter().all(|v| half::bf16::from_f32(*v).to_f32() == *v), "stored in the configuration's type");
-    assert_ne!(x, values(o, (64, 64), GgmlDType::F32)?, "matrices differ");
-    assert_eq!(x, values(q, (64, 64), GgmlDType::F32)?, "and stay");
-    let hold = HoldAs::new(Held::As(GgmlDType::F32), 0, None);
-    let other = match Checkpoint::random(&model, 4)?.matrix(q, (64, 64), &hold, &device)? {
+    assert_ne!(x, values(o, GgmlDType::F32)?, "matrices differ");
+    assert_eq!(x, values(q, GgmlDType::F32)?, "and stay");
+    let hold = WeightFormat::new(WeightDtype::As(GgmlDType::F32), 0, None);
+    let other = match Checkpoint::random(&model, 4)?.matrix(q, &hold, &device)? {
         bfly::nn::Weight::Dense(w) => w.flatten_all()?.to_vec1::<f32>()?,
         quantised => panic!("{quantised:?}"),
     };
     assert_ne!(x, other, "another seed draws another matrix");
     let off = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    let eight = values(q, (64, 64), GgmlDType::Q8_0)?;
+    let eight = values(q, GgmlDType::Q8_0)?;
     assert!(off(&x, &eight) < 0.08 / 127.0, "off by {}", off(&x, &eight));
-    assert_eq!(eight, values(o, (64, 64), GgmlDType::Q8_0)?, "quantised once per shape");
-    let one = checkpoint.vector("model.layers.2.post_attention_layernorm.weight", 64, &device)?.to_vec1::<f32>()?;
-    let bias = checkpoint.vector("model.layers.2.self_attn.k_proj.bias", 16, &device)?.to_vec1::<f32>()?;
+    assert_eq!(eight, values(o, GgmlDType::Q8_0)?, "quantised once per shape");
+    let one = checkpoint.vector(&layers[2].before_mlp, &device)?.to_vec1::<f32>()?;
+    let bias = layers[2].attention.k.bias.as_ref().ok_or("qwen2 has biases")?;
+    let bias = checkpoint.vector(bias, &device)?.to_vec1::<f32>()?;
     assert!(one.iter().all(|v| *v == 1.0) && bias.iter().all(|v| *v == 0.0));
-    let missing = checkpoint.vector("model.layers.9.input_layernorm.weight", 64, &device).unwrap_err().to_string();
+    let absent = TensorSpec { name: "model.layers.9.input_layernorm.weight".into(), ..layers[0].before_mixer.clone() };
+    let missing = checkpoint.vector(&absent, &device).unwrap_err().to_string();
     assert!(missing.contains("`model.layers.9.input_layernorm.weight` is missing"), "{missing}");
     let text = checkpoint.text().err().ok_or("has text")?.to_string();
     assert!(text.contains("random weights come without a tokenizer"), "{text}");

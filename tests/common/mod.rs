@@ -4,12 +4,17 @@
 pub mod attention;
 pub mod gguf;
 
-use bfly::checkpoint::{Checkpoint, Held, HoldAs, OpenOptions};
-use bfly::model::Model;
+use bfly::checkpoint::{Checkpoint, OpenOptions, WeightDtype, WeightFormat};
+use bfly::generate::watch;
+use bfly::method::Method;
 use bfly::retrofit::{RetrofitPlan, Settings};
+use bfly::run::Run;
+use bfly::spec::ModelSpec;
+use bfly::weights::Weights;
 use candle_core::{DType, Device, Tensor};
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 pub type Any<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
@@ -52,6 +57,30 @@ pub fn open(model: &str) -> bfly::Result<Checkpoint> {
     Checkpoint::open(model, &OpenOptions::default(), &|_, _, _| ())
 }
 
+/// Weights, and how they are to be run.
+#[derive(Clone)]
+pub struct Model {
+    pub weights: Arc<Weights>,
+    pub method: Method,
+    pub ctx: usize,
+}
+
+impl Model {
+    /// A fresh run.
+    pub fn run(&self) -> bfly::Result<Run> {
+        Run::new(&self.weights, &self.method, self.ctx)
+    }
+
+    pub fn spec(&self) -> &ModelSpec {
+        self.weights.spec()
+    }
+
+    /// The same weights by another method.
+    pub fn by(&self, method: impl Into<Method>, ctx: usize) -> Self {
+        Self { method: method.into(), ctx, ..self.clone() }
+    }
+}
+
 /// The first GPU; `None`, said aloud, where there is none.
 pub fn gpu(test: &str) -> Option<Device> {
     match bfly::cli::open_device("cuda") {
@@ -66,7 +95,7 @@ pub fn gpu(test: &str) -> Option<Device> {
 
 /// Loads in f32 for `ctx` positions, with `settings` on every full layer if given.
 pub fn load(checkpoint: &Checkpoint, settings: Option<&Settings>, ctx: usize) -> bfly::Result<Model> {
-    let hold = HoldAs::new(Held::As(candle_core::quantized::GgmlDType::F32), 0, None);
+    let hold = WeightFormat::new(WeightDtype::As(candle_core::quantized::GgmlDType::F32), 0, None);
     load_as(checkpoint, settings, ctx, &hold, &Device::Cpu)
 }
 
@@ -75,11 +104,12 @@ pub fn load_as(
     checkpoint: &Checkpoint,
     settings: Option<&Settings>,
     ctx: usize,
-    hold: &HoldAs,
+    hold: &WeightFormat,
     device: &Device,
 ) -> bfly::Result<Model> {
     let plan = settings.map(|s| RetrofitPlan::new(&checkpoint.spec, None, s.clone())).transpose()?;
-    Model::load(checkpoint, plan.as_ref(), ctx, hold, device, &|_, _, _| ())
+    let weights = Weights::load(checkpoint, hold, device, &|_, _, _| ())?;
+    Ok(Model { weights, method: plan.as_ref().into(), ctx })
 }
 
 pub fn load_golden(name: &str, settings: Option<&Settings>, ctx: usize) -> bfly::Result<Model> {
@@ -89,7 +119,7 @@ pub fn load_golden(name: &str, settings: Option<&Settings>, ctx: usize) -> bfly:
 
 /// Logits of the last `last` positions, prefilled in chunks of `chunk`.
 pub fn last_logits(model: &Model, ids: &[u32], chunk: usize, last: usize) -> bfly::Result<Tensor> {
-    bfly::generate::Session::new(model)?.prefill(ids, chunk, last, &mut |_| ())
+    model.run()?.prefill(ids, chunk, last, &mut watch(|_| ()))
 }
 
 /// Largest difference, in standard deviations of `want`.

@@ -9,14 +9,16 @@ mod matvec;
 mod step;
 
 use self::matvec::format;
-use self::step::{Builder, Held};
+use self::step::{Builder, StepBuffers};
 use super::sample::not_finite;
+use super::OnToken;
 use super::{Request, Timing};
-use crate::cache::{Cache, LayerState};
+use crate::cache::LayerState;
 use crate::error::{Error, ErrorKind, Result};
-use crate::mixer::Mixer;
-use crate::model::{Block, Model};
+use crate::layout::{LayerKind, LayerPlan};
 use crate::retrofit::{FarPosition, Pool};
+use crate::run::Run;
+use crate::weights::Block;
 use candle_core::cuda_backend::cudarc::driver::{sys, CudaGraph, CudaSlice, DeviceRepr, ValidAsZeroBits};
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Device, Tensor};
@@ -50,7 +52,7 @@ pub(super) struct StepGraph {
     tokens: Tensor,
     /// f32 `[1, vocab]`, of the last step.
     logits: Tensor,
-    _held: Held,
+    _held: StepBuffers,
 }
 
 impl Drop for StepGraph {
@@ -63,23 +65,23 @@ impl Drop for StepGraph {
 }
 
 impl StepGraph {
-    /// Captures a step of `model` on `cache`; `None` where the model, its settings or its device have no captured form.
-    pub fn capture(model: &Model, cache: &Cache, stop: &[u32]) -> Result<Option<Self>> {
-        let Device::Cuda(gpu) = model.device() else { return Ok(None) };
-        let routes = routes(model, cache.position());
-        if !has_form(model, cache, &routes) {
+    /// Captures a step of `run`; `None` where the model, its settings or its device have no captured form.
+    pub fn capture(run: &Run, stop: &[u32]) -> Result<Option<Self>> {
+        let Device::Cuda(gpu) = run.device() else { return Ok(None) };
+        let routes = routes(run);
+        if !has_form(run, &routes) {
             return Ok(None);
         }
         let state = gpu.alloc_zeros::<State>(1)?;
-        let tokens = Tensor::zeros(BATCH, DType::U32, model.device())?;
-        let logits = Tensor::zeros((1, model.spec().vocab), DType::F32, model.device())?;
-        let mut builder = Builder::new(model, gpu, &state, (&tokens, &logits))?;
-        builder.step(cache, &routes, stop)?;
+        let tokens = Tensor::zeros(BATCH, DType::U32, run.device())?;
+        let logits = Tensor::zeros((1, run.weights().spec().vocab), DType::F32, run.device())?;
+        let mut builder = Builder::new(run.weights(), gpu, &state, (&tokens, &logits))?;
+        builder.step(run, &routes, stop)?;
         let Builder { launches, held, .. } = builder;
         let stream = gpu.cuda_stream();
         stream.synchronize().map_err(driver)?;
         stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(driver)?;
-        // SAFETY: every address belongs to the model, the cache, or `held`, which live as long as the graph is run.
+        // SAFETY: every address belongs to the weights, the run's cache, or `held`, which live as long as the graph is run.
         let enqueued = launches.iter().enumerate().try_for_each(|(i, l)| unsafe { l.enqueue(i > 0) });
         let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(driver)?;
         enqueued?;
@@ -89,14 +91,14 @@ impl StepGraph {
     }
 
     /// Reads `ids`, at most [`Cache::until_eviction`], one by one and returns the logits after each, f32 `[ids.len(), vocab]`.
-    pub fn read(mut self, cache: &mut Cache, ids: &[u32]) -> Result<Tensor> {
+    pub fn read(mut self, run: &mut Run, ids: &[u32]) -> Result<Tensor> {
         let mut rows = vec![];
         for id in ids {
-            let begin = State { position: cache.position() as i32, token: *id, ..State::default() };
+            let begin = State { position: run.cache().position() as i32, token: *id, ..State::default() };
             self.gpu.memcpy_htod(&[begin], &mut self.state)?;
             self.graph.launch().map_err(driver)?;
             rows.push(self.logits.copy()?);
-            cache.took(1)?;
+            run.cache_mut().took(1)?;
         }
         Ok(Tensor::cat(&rows, 0)?)
     }
@@ -105,17 +107,17 @@ impl StepGraph {
     /// have changed places: then it returns the last token, to go on from with a new capture.
     pub fn run(
         mut self,
-        cache: &mut Cache,
+        run: &mut Run,
         first: u32,
         request: &Request,
         timing: &mut Timing,
         tokens: &mut Vec<u32>,
-        on_token: &mut dyn FnMut(u32) -> bool,
+        on_token: OnToken,
     ) -> Result<Option<u32>> {
-        let begin = State { position: cache.position() as i32, token: first, ..State::default() };
+        let begin = State { position: run.cache().position() as i32, token: first, ..State::default() };
         self.gpu.memcpy_htod(&[begin], &mut self.state)?;
         timing.fetched = BATCH;
-        let (mut done, most) = (0, cache.until_eviction());
+        let (mut done, most) = (0, run.cache().until_eviction());
         while tokens.len() < request.max_new_tokens {
             if done == most {
                 return Ok(tokens.last().copied());
@@ -127,18 +129,19 @@ impl StepGraph {
             }
             let made = self.tokens.to_vec1::<u32>()?;
             let each = start.elapsed() / count as u32;
-            for token in (0..count).map(|i| &made[(done + i) % BATCH]) {
+            for i in 0..count {
+                let token = &made[(done + i) % BATCH];
                 if *token == u32::MAX {
                     return Err(not_finite());
                 }
-                cache.took(1)?;
+                run.cache_mut().took(1)?;
                 timing.steps.push(each);
-                if request.stop.contains(token) {
-                    return Ok(None);
+                let stop = request.stop.contains(token);
+                if !stop {
+                    tokens.push(*token);
                 }
-                tokens.push(*token);
-                if !on_token(*token) {
-                    return Ok(None);
+                if stop || on_token(*token).is_break() {
+                    return self.stop_at(run, i + 1, count);
                 }
             }
             done += count;
@@ -147,27 +150,39 @@ impl StepGraph {
     }
 }
 
-/// Whether a step of `model` after `cache` has a captured form.
-pub(super) fn captures(model: &Model, cache: &Cache) -> bool {
-    model.device().is_cuda() && has_form(model, cache, &routes(model, cache.position()))
+impl StepGraph {
+    /// Ends decode after `delivered` of a batch of `launched` steps. Steps beyond have entered rings and sums that earlier positions
+    /// still need, so that a run that was cut off inside a batch refuses further use.
+    fn stop_at(&self, run: &mut Run, delivered: usize, launched: usize) -> Result<Option<u32>> {
+        if delivered < launched {
+            run.break_off("decode was stopped inside a batch of captured steps");
+        }
+        Ok(None)
+    }
+}
+
+/// Whether the next step of `run` has a captured form.
+pub(super) fn captures(run: &Run) -> bool {
+    run.device().is_cuda() && has_form(run, &routes(run))
 }
 
 /// Whether every part of the model has a captured form: matrices in formats with a kernel (16-bit types, and blocks from q4_0 to q6_k;
 /// they may differ from matrix to matrix, but not between a layer's gate and up, which share a launch), settings whose
 /// summaries are read as stored, and no rule that must still see queries.
-fn has_form(model: &Model, cache: &Cache, routes: &[Routes]) -> bool {
-    let block = |((b, routes), layer): ((&Block, &Routes), &LayerState)| {
+fn has_form(run: &Run, routes: &[Routes]) -> bool {
+    let weights = run.weights();
+    let block = |(((b, routes), plan), layer): (((&Block, &Routes), &LayerPlan), &LayerState)| {
         let (p, m) = (b.mixer.projections(), &b.mlp);
         let linear = [&p.q, &p.k, &p.v, &p.out, &m.gate, &m.up, &m.down];
-        let reads_as_stored = match &b.mixer {
-            Mixer::Butterfly(l) => {
-                let s = l.settings();
+        let reads_as_stored = match &plan.kind {
+            LayerKind::Butterfly(l) => {
+                let s = &l.settings;
                 // A mean is stored by the one thread block that reads the layer's summaries: of 16 query heads.
                 let one_block = p.heads <= 16 * p.kv_heads;
                 s.pool == Pool::PostRope && s.far_position == FarPosition::True && widest(routes) <= ROUTES && one_block
             }
-            Mixer::Evict(_) => matches!(layer, LayerState::Kept(kept) if kept.captured().is_some()),
-            Mixer::Full(_) | Mixer::Sliding(_) => true,
+            LayerKind::Evict(_) => matches!(layer, LayerState::CompressedKv(kept) if kept.captured().is_some()),
+            LayerKind::Full | LayerKind::Sliding { .. } => true,
         };
         // A gate with a bias would need it before the activation; no known family has one.
         let plain_gate = m.gate.bias().is_none() && m.up.bias().is_none();
@@ -178,22 +193,24 @@ fn has_form(model: &Model, cache: &Cache, routes: &[Routes]) -> bool {
             && p.head_dim.is_multiple_of(8)
             && p.head_dim <= 256
     };
-    matches!(model.dtype(), DType::BF16 | DType::F16)
-        && format(&model.embed).is_some()
-        && format(model.head.weight()).is_some()
-        && model.blocks.iter().zip(routes).zip(&cache.layers).all(block)
+    matches!(weights.dtype(), DType::BF16 | DType::F16)
+        && format(&weights.embed).is_some()
+        && format(weights.head.weight()).is_some()
+        && weights.blocks.iter().zip(routes).zip(&run.layout().layers).zip(&run.cache().layers).all(block)
 }
 
 /// What each block of a layer reads, and the bias of each.
 type Routes = Vec<Vec<(usize, f32)>>;
 
-/// Every layer's routes from `position` on: decode never goes back.
-fn routes(model: &Model, position: usize) -> Vec<Routes> {
-    let of = |b: &Block| match &b.mixer {
-        Mixer::Butterfly(l) => l.routes(position / l.settings().block),
-        _ => vec![],
+/// Every layer's routes from the run's position on: decode never goes back.
+fn routes(run: &Run) -> Vec<Routes> {
+    let of = |plan: &LayerPlan| {
+        let Some(l) = plan.butterfly() else { return vec![] };
+        let first = run.cache().position() / l.settings.block;
+        let read = |b| l.route(b).into_iter().map(|n| (n, l.bias(n))).collect();
+        (0..l.grid.blocks).map(|b| if b < first { vec![] } else { read(b) }).collect()
     };
-    model.blocks.iter().map(of).collect()
+    run.layout().layers.iter().map(of).collect()
 }
 
 /// Most summaries that any block reads.

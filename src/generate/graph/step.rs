@@ -2,22 +2,24 @@
 
 use super::matvec::matrix;
 use super::{widest, Routes, State, BATCH};
-use crate::cache::{Cache, LayerState, Ring, TwoPool};
+use crate::cache::{LayerState, Ring, TwoPool};
 use crate::error::{Error, Result};
-use crate::mixer::{Butterfly, Mixer};
-use crate::model::{Block, Model};
+use crate::layout::{ButterflyLayer, LayerPlan};
+use crate::mixer::Projections;
 use crate::nn::{Linear, RmsNorm};
 use crate::ops::cuda::{address, address_or_null, uninitialised, upload, Kernel, Launch, Module, Uploaded};
 use crate::ops::decode::{Cut, DecodeAttention, Scratch};
 use crate::ops::on_gpu::Form;
-use crate::ops::Window;
+use crate::run::Run;
+use crate::spec::AttentionSpec;
+use crate::weights::{Block, Weights};
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Tensor};
 
 /// Memory that the launches read and write.
 #[derive(Default)]
-pub(super) struct Held {
+pub(super) struct StepBuffers {
     tensors: Vec<Tensor>,
     floats: Vec<Uploaded<f32>>,
     ints: Vec<Uploaded<i32>>,
@@ -51,7 +53,7 @@ fn rows(ring: Option<&Ring>) -> Result<(u64, u64, i32)> {
 
 /// Lists a step's launches.
 pub(super) struct Builder<'a> {
-    model: &'a Model,
+    weights: &'a Weights,
     pub(super) gpu: &'a CudaDevice,
     pub(super) state: u64,
     tokens: u64,
@@ -60,22 +62,23 @@ pub(super) struct Builder<'a> {
     tables: usize,
     half: usize,
     pub(super) launches: Vec<Launch>,
-    pub(super) held: Held,
+    pub(super) held: StepBuffers,
 }
 
 impl<'a> Builder<'a> {
     pub(super) fn new(
-        model: &'a Model,
+        weights: &'a Weights,
         gpu: &'a CudaDevice,
         state: &CudaSlice<State>,
         (tokens, logits): (&Tensor, &Tensor),
     ) -> Result<Self> {
-        let spec = model.spec();
-        let most = |f: &dyn Fn(&crate::spec::LayerSpec) -> usize| spec.layers.iter().map(f).max().unwrap_or(0);
-        let (q, kv) = (most(&|l| l.heads * l.head_dim), most(&|l| l.kv_heads * l.head_dim));
-        let half = model.ropes.iter().map(|r| r.frequencies().0.len()).max().unwrap_or(0);
-        let tables = model.ropes.len();
-        let mut held = Held::default();
+        let spec = weights.spec();
+        let most = |f: fn(&AttentionSpec) -> usize| spec.attention().map(|(_, a)| f(a)).max().unwrap_or(0);
+        let (q, kv) = (most(AttentionSpec::q_width), most(AttentionSpec::kv_width));
+        let wide = spec.layers.iter().map(|l| l.feed_forward.width).max().unwrap_or(0);
+        let half = weights.ropes.iter().map(|r| r.frequencies().0.len()).max().unwrap_or(0);
+        let tables = weights.ropes.len();
+        let mut held = StepBuffers::default();
         let mut room = |dtype: DType, n: usize| -> Result<u64> {
             let tensor = uninitialised(gpu, dtype, n.max(1))?;
             let at = address(&tensor)?;
@@ -87,13 +90,13 @@ impl<'a> Builder<'a> {
             y: room(DType::F32, spec.hidden)?,
             qkv: room(DType::F32, q + 2 * kv)?,
             attended: room(DType::F32, q)?,
-            hidden: room(DType::F32, most(&|l| l.intermediate))?,
+            hidden: room(DType::F32, wide)?,
             cos: room(DType::F32, tables * half)?,
             sin: room(DType::F32, tables * half)?,
         };
         let state = state.device_ptr(&gpu.cuda_stream()).0;
         let (tokens, logits) = (address(tokens)?, address(logits)?);
-        Ok(Self { model, gpu, state, tokens, logits, vectors, tables, half, launches: vec![], held })
+        Ok(Self { weights, gpu, state, tokens, logits, vectors, tables, half, launches: vec![], held })
     }
 
     fn push(
@@ -116,13 +119,14 @@ impl<'a> Builder<'a> {
     }
 
     /// Lists the launches of a step; `routes` are those of each layer.
-    pub(super) fn step(&mut self, cache: &Cache, routes: &[Routes], stop: &[u32]) -> Result<()> {
-        let model = self.model;
+    pub(super) fn step(&mut self, run: &Run, routes: &[Routes], stop: &[u32]) -> Result<()> {
+        let weights = self.weights;
         self.embed()?;
-        for (i, ((block, layer), routes)) in model.blocks.iter().zip(&cache.layers).zip(routes).enumerate() {
-            self.block(block, layer, routes).map_err(|e| e.within(format!("layer {i}")))?;
+        let layers = run.layout().layers.iter().zip(&run.cache().layers).zip(routes);
+        for (i, (block, ((plan, layer), routes))) in weights.blocks.iter().zip(layers).enumerate() {
+            self.block(block, plan, layer, routes).map_err(|e| e.within(format!("layer {i}")))?;
         }
-        self.matvec(Form::Largest, &[&model.head], self.vectors.x, Some(&model.norm), 0, None)?;
+        self.matvec(Form::Largest, &[&weights.head], self.vectors.x, Some(&weights.norm), 0, None)?;
         let stops = upload(self.gpu, if stop.is_empty() { &[0] } else { stop })?;
         let (state, tokens, at, count) = (self.state, self.tokens, stops.address, stop.len() as i32);
         self.held.words.push(stops);
@@ -131,18 +135,18 @@ impl<'a> Builder<'a> {
 
     /// The token's row, and rotary tables padded to the widest.
     fn embed(&mut self) -> Result<()> {
-        let model = self.model;
+        let weights = self.weights;
         let (mut frequencies, mut amplitudes) = (vec![], vec![]);
-        for rope in &model.ropes {
+        for rope in &weights.ropes {
             let (f, amplitude) = rope.frequencies();
             frequencies.extend_from_slice(f);
             frequencies.resize(frequencies.len().next_multiple_of(self.half), 0.0);
             amplitudes.push(amplitude);
         }
         let (frequencies, amplitudes) = (self.floats(&frequencies)?, self.floats(&amplitudes)?);
-        let n = model.spec().hidden;
+        let n = weights.spec().hidden;
         let grid = n.max(self.tables * self.half).div_ceil(256);
-        let (table, scale) = (matrix(&model.embed, 0)?, model.spec().embed_scale as f32);
+        let (table, scale) = (matrix(&weights.embed, 0)?, weights.spec().embed_scale as f32);
         let (x, cos, sin) = (self.vectors.x, self.vectors.cos, self.vectors.sin);
         let (tables, half, state) = (self.tables as i32, self.half as i32, self.state);
         let kernel = table.format.kernel(self.gpu, "decode_embed", "")?;
@@ -152,11 +156,11 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn block(&mut self, b: &Block, layer: &LayerState, routes: &Routes) -> Result<()> {
+    fn block(&mut self, b: &Block, plan: &LayerPlan, layer: &LayerState, routes: &Routes) -> Result<()> {
         let (p, vectors) = (b.mixer.projections(), &self.vectors);
         let (x, y, qkv, hidden, attended) = (vectors.x, vectors.y, vectors.qkv, vectors.hidden, vectors.attended);
         self.matvec(Form::Store, &[&p.q, &p.k, &p.v], x, Some(&b.before_mixer), qkv, None)?;
-        self.attend(&b.mixer, layer, routes)?;
+        self.attend(p, plan, layer, routes)?;
         self.add(&p.out, attended, &b.after_mixer, (x, y))?;
         let m = &b.mlp;
         self.matvec(Form::Gated, &[&m.gate, &m.up], x, Some(&b.before_mlp), hidden, Some(m.activation))?;
@@ -174,14 +178,13 @@ impl<'a> Builder<'a> {
         self.push("decode_add_norm", 1, 256, |l| l.with(x).with(y).with(weight).with(n).with(eps))
     }
 
-    fn attend(&mut self, mixer: &Mixer, layer: &LayerState, routes: &Routes) -> Result<()> {
-        let p = mixer.projections();
+    fn attend(&mut self, p: &Projections, plan: &LayerPlan, layer: &LayerState, routes: &Routes) -> Result<()> {
         let norms = p.qk_norm.as_ref().map(|(q, k)| (q.parts(), k.parts()));
         let table = (p.rope * self.half * 4) as u64;
         let (ring, shift) = match layer {
             LayerState::Dense(ring) | LayerState::Ring(ring) => (ring, 0),
             LayerState::TwoPool(pools) => (&pools.local, 0),
-            LayerState::Kept(kept) => kept.captured().ok_or_else(without_form)?,
+            LayerState::CompressedKv(kept) => kept.captured().ok_or_else(without_form)?,
         };
         let (ring_k, ring_v, capacity) = rows(Some(ring))?;
         let mut launch = DecodeAttention {
@@ -205,13 +208,8 @@ impl<'a> Builder<'a> {
             scale: p.scale,
             ..DecodeAttention::default()
         };
-        let window = match mixer {
-            Mixer::Full(_) | Mixer::Evict(_) => Window::Unbounded,
-            Mixer::Sliding(s) => Window::Tokens(s.window),
-            Mixer::Butterfly(b) => b.settings().raw_window(),
-        };
-        (launch.window_kind, launch.window_size, launch.window_count) = window.numbers();
-        if let (Mixer::Butterfly(b), LayerState::TwoPool(pools)) = (mixer, layer) {
+        (launch.window_kind, launch.window_size, launch.window_count) = plan.window().numbers();
+        if let (Some(b), LayerState::TwoPool(pools)) = (plan.butterfly(), layer) {
             self.far(b, pools, routes, &mut launch)?;
         }
         let cut = Cut::new(capacity as usize, p.heads, p.kv_heads, p.head_dim);
@@ -222,18 +220,24 @@ impl<'a> Builder<'a> {
                 self.held.scratch.len() - 1
             }
         };
-        let l = cut.launch(self.gpu, self.model.dtype(), &self.held.scratch[scratch].1, launch)?;
+        let l = cut.launch(self.gpu, self.weights.dtype(), &self.held.scratch[scratch].1, launch)?;
         self.launches.push(l);
         Ok(())
     }
 
     /// Sinks, summaries and the table of routes of a swapped layer.
-    fn far(&mut self, b: &Butterfly, pools: &TwoPool, routes: &Routes, launch: &mut DecodeAttention) -> Result<()> {
+    fn far(
+        &mut self,
+        b: &ButterflyLayer,
+        pools: &TwoPool,
+        routes: &Routes,
+        launch: &mut DecodeAttention,
+    ) -> Result<()> {
         (launch.sink_k, launch.sink_v, launch.sinks) = rows(pools.sinks())?;
         (launch.mean_k, launch.mean_v, launch.mean_rows) = rows(pools.summary_rows())?;
         launch.mean_rows = launch.mean_rows.max(1);
         launch.running = address_or_null(pools.running.on_device())?;
-        (launch.block, launch.readable) = (b.settings().block as i32, b.readable() as i32);
+        (launch.block, launch.readable) = (b.settings.block as i32, b.grid.readable() as i32);
         let width = widest(routes);
         if width == 0 || launch.mean_k == 0 {
             return Ok(());

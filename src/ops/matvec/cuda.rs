@@ -185,6 +185,38 @@ pub(crate) fn blocks_address(w: &QTensor) -> Result<u64> {
     Ok(w.device_ptr().at("quantised matrix")? as u64)
 }
 
+/// Rows `ids` of a dense matrix, on the stream of `ids`.
+///
+/// # Shapes
+/// `w [rows, cols]`, `ids` u32 `[n]`; the result `[n, cols]` in `w`'s type.
+pub(crate) fn gather(w: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let (gpu, (_, columns), n) = (device(ids)?, w.dims2()?, ids.dim(0)?);
+    let out = uninitialised(gpu, w.dtype(), (n, columns))?;
+    let kernel = Kernel::load(gpu, Module::Pointwise, format!("gather_{}", suffix(w.dtype())?))?;
+    let launch = Launch::new(kernel, (n, 1, 1), 256).with(address(w)?).with(w.stride()[0] as i64);
+    let launch = launch.with(address(ids)?).with(address(&out)?).with(columns as i32);
+    // SAFETY: `ids` are below `rows`, as the run checks before any launch; frees are ordered after the launch on the one stream.
+    unsafe { launch.enqueue(false)? };
+    Ok(out)
+}
+
+/// Rows `ids` of a matrix held as blocks, on the stream of `ids`; `None` where the format has no kernel.
+///
+/// # Shapes
+/// `w [rows, cols]`, `ids` u32 `[n]`; the result `[n, cols]` in `dtype`.
+pub(crate) fn gather_blocks(w: &QTensor, ids: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
+    let (gpu, (_, columns), n) = (device(ids)?, w.shape().dims2()?, ids.dim(0)?);
+    let Some(format) = Format::blocks(w.dtype(), columns) else { return Ok(None) };
+    let out = uninitialised(gpu, dtype, (n, columns))?;
+    let kernel = format.kernel(gpu, "gather", &format!("_{}", suffix(dtype)?))?;
+    let units = columns / format.unit();
+    let launch = Launch::new(kernel, ((n * units).div_ceil(256), 1, 1), 256).with(blocks_address(w)?);
+    let launch = launch.with(address(ids)?).with(address(&out)?).with((n * units) as i64).with(units as i32);
+    // SAFETY: as in `gather`; candle pads the matrix by 512 elements.
+    unsafe { launch.enqueue(false)? };
+    Ok(Some(out))
+}
+
 /// `x Wᵀ` of one row on a GPU, in f32 from the blocks as stored; `None` where the format has no kernel.
 ///
 /// # Shapes

@@ -1,0 +1,102 @@
+//! The flags of `bfly-bench`.
+
+use super::kernel::{self, KernelArgs};
+use super::ladder;
+use super::ladder_args::LadderArgs;
+use super::max_context::{self, FitArgs};
+use crate::error::Result;
+use clap::{Parser, Subcommand};
+
+/// Measures: the same prompts through stock and retrofit (and other engines) in turns, how far each gets in so much memory, and
+/// kernels against what the machine itself reaches.
+#[derive(Debug, Parser)]
+#[command(name = "bfly-bench", version, arg_required_else_help = true, after_help = EXAMPLES)]
+pub struct Cli {
+    /// What is measured.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  # Stock and retrofit side by side from 32k to 1M tokens; taken up again where it was cut off
+  bfly-bench ladder --model qwen2.5-coder-0.5b.gguf --dtype bf16 --out ladder.json
+
+  # The largest context of each in 10 and in 24 GB
+  bfly-bench fit --model qwen2.5-coder-0.5b.gguf --dtype bf16 --memory-budget 10G,24G --out fit.json
+
+  # Every kernel against the machine's own copy and matmul
+  bfly-bench kernel --out kernels.json
+
+  # Figures of a ladder and of kernels
+  bfly-plot ladder.json kernels.json";
+
+const LADDER_EXAMPLES: &str = "\
+Examples:
+  # The ladder as published: stock and retrofit, 32k to 1M, five runs each
+  bfly-bench ladder --model qwen2.5-coder-0.5b.gguf --dtype bf16 --out ladder.json
+
+  # Other settings beside the defaults
+  bfly-bench ladder --model MODEL --variants stock,retrofit,retrofit:window=1024,layers=0-3,7 --out ladder.json
+
+  # HF transformers in the same run, on the same ids
+  bfly-bench ladder --model DIR --peer 'python3 integrations/transformers/peer.py --model DIR' --out ladder.json
+
+  # What 10 GB cost in speed: prefill chunks shrink to fit
+  bfly-bench ladder --model MODEL --memory-budget 10G --out budget.json
+
+  # A shape whose weights are not at hand
+  bfly-bench ladder --model shapes/qwen2.5-7b/config.json --random-weights 1 --ctx 32k,256k --out shape.json";
+
+const FIT_EXAMPLES: &str = "\
+Examples:
+  # The largest contexts of stock and retrofit in 10 and in 24 GB, each verified by a run that reads 64k tokens
+  bfly-bench fit --model MODEL --memory-budget 10G,24G --out fit.json
+
+  # A shape whose weights are not at hand, in 4 bits
+  bfly-bench fit --model shapes/qwen3-4b --random-weights 1 --dtype q4_0 --memory-budget 10G,24G --out fit.json
+
+  # Other settings, searched up to 4M tokens, each read to its end
+  bfly-bench fit --model MODEL --memory-budget 24G --variants retrofit,retrofit:window=4k --most 4M --read 4194296 \
+      --out fit.json";
+
+const KERNEL_EXAMPLES: &str = "\
+Examples:
+  # All of them
+  bfly-bench kernel --out kernels.json
+
+  # Two of them, on a CPU, on small shapes
+  bfly-bench kernel --kernel attention_prefill,gated --device cpu --small";
+
+/// What is measured.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// End-to-end runs over rising contexts: every variant and peer in turns, every sample kept.
+    #[command(after_help = LADDER_EXAMPLES)]
+    Ladder(Box<LadderArgs>),
+    /// The largest context of every variant within memory budgets: found by arithmetic, then verified by a run.
+    #[command(after_help = FIT_EXAMPLES)]
+    Fit(Box<FitArgs>),
+    /// Single kernels: TFLOP/s and GB/s against ceilings measured in the same process.
+    #[command(after_help = KERNEL_EXAMPLES)]
+    Kernel(KernelArgs),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Runs it.
+///
+/// # Errors
+/// See [`ladder::run`], [`fit::run`] and [`kernel::run`].
+pub fn run(cli: &Cli) -> Result<()> {
+    match &cli.command {
+        Command::Ladder(args) => ladder::run(args),
+        Command::Fit(args) => max_context::run(args),
+        Command::Kernel(args) => kernel::run(args),
+        // Needs the command itself, which the binary has.
+        Command::Completions { .. } => Ok(()),
+    }
+}

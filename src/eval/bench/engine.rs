@@ -1,0 +1,205 @@
+//! One timed run of this engine.
+
+use super::format::{Kv, ReadBytes, Sample};
+use super::machine::{begin_peak, peak, take_memory};
+use super::peer::one_line;
+use super::prompt::hash;
+use super::summary::{kv, read_per_token};
+use crate::cli::human_bytes;
+use crate::error::{Error, ErrorKind, Result};
+use crate::eval::variant::Variant;
+use crate::generate::{watch, Generation, Needs, Request, Sampler, Sampling};
+use crate::layout::Layout;
+use crate::ops::release_memory;
+use crate::run::Run;
+use crate::weights::Weights;
+use candle_core::Device;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Weights that are run as one variant after another, at one context after another.
+pub struct BflyEngine {
+    weights: Arc<Weights>,
+    device: Device,
+    /// Whether memory is handed back between runs.
+    shared: bool,
+    /// The highest that a variant needed at a context.
+    peaks: HashMap<(String, usize), u64>,
+}
+
+/// What a variant runs.
+pub struct Task<'a> {
+    /// Positions that the cache is provisioned for: those of the prompt and the new tokens, or more.
+    pub ctx: usize,
+    /// What is read.
+    pub prompt: &'a [u32],
+    /// Tokens that are made after it, whatever they are.
+    pub new: usize,
+    /// Tokens to a prefill chunk, where `budget` does not want fewer.
+    pub chunk: usize,
+    /// Bytes that the run may take.
+    pub budget: Option<u64>,
+}
+
+/// What came of a run.
+pub enum Outcome {
+    /// A sample, and what does not change from run to run.
+    Ran(Box<Sample>, Facts),
+    /// Why there is none, on one line.
+    Failed(String),
+}
+
+/// What is the same for every run of a variant at a context.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Facts {
+    /// Tokens to a prefill chunk.
+    pub chunk: usize,
+    /// The cache.
+    pub kv: Option<Kv>,
+    /// A peer's cache.
+    pub kv_bytes: Option<u64>,
+    /// What a new token reads.
+    pub read_per_token: Option<ReadBytes>,
+}
+
+impl BflyEngine {
+    /// Runs over `weights`; `shared` hands memory back after each run, for other processes on the device or for a run that is to begin
+    /// with the weights alone.
+    pub fn new(weights: Arc<Weights>, shared: bool) -> Self {
+        let device = weights.device().clone();
+        Self { weights, device, shared, peaks: HashMap::new() }
+    }
+
+    /// Weights as held.
+    pub fn weights_bytes(&self) -> u64 {
+        self.weights.bytes()
+    }
+
+    /// What `variant` needs when provisioned for `ctx`, by arithmetic.
+    ///
+    /// # Errors
+    /// As [`Needs::of`].
+    pub fn needs(&self, variant: &Variant, ctx: usize) -> Result<Needs> {
+        Needs::of(&self.weights, &self.layout(variant, ctx)?)
+    }
+
+    fn layout(&self, variant: &Variant, ctx: usize) -> Result<Layout> {
+        Layout::new(self.weights.spec(), &variant.method, ctx)
+    }
+
+    /// Reads the prompt of `task` and makes its new tokens.
+    ///
+    /// The cache is allocated before the clock starts and dropped after it stops, so that one variant's lives at a time.
+    ///
+    /// # Errors
+    /// Anything but a want of memory, which is an outcome.
+    pub fn run(&mut self, variant: &Variant, task: &Task, on_tokens: &mut dyn FnMut(usize)) -> Result<Outcome> {
+        let (ctx, new) = (task.ctx, task.new);
+        let begin = Instant::now();
+        let prompt = task.prompt.to_vec();
+        let prompt_s = begin.elapsed().as_secs_f64();
+        let layout = self.layout(variant, ctx)?;
+        let key = (variant.name.clone(), ctx);
+        if let Some(peak) = self.peaks.get(&key).filter(|_| self.shared) {
+            take_memory(&self.device, *peak);
+        }
+        begin_peak(&self.device);
+        let chunk = match task.budget {
+            None => Ok(task.chunk),
+            Some(b) => Needs::of(&self.weights, &layout).and_then(|n| n.chunk_within(b, task.chunk)),
+        };
+        let made = chunk.and_then(|chunk| {
+            let run = Run::with_layout(&self.weights, layout.clone())?;
+            Ok((chunk, attempt(run, &prompt, new, chunk, on_tokens)?))
+        });
+        // The last token is made, not read.
+        let positions = prompt.len()..prompt.len() + new.saturating_sub(1).max(1);
+        let read = || read_per_token(&layout, positions, self.weights.bytes_per_token(), self.weights.dtype());
+        let outcome = match made {
+            Ok((chunk, (made, wall, kv))) => {
+                let peak = peak(&self.device);
+                self.peaks.insert(key, peak);
+                let sample = sample(&made, wall, peak, prompt_s);
+                Ok(Outcome::Ran(
+                    Box::new(sample),
+                    Facts { chunk, kv: Some(kv), kv_bytes: None, read_per_token: Some(read()?) },
+                ))
+            }
+            Err(e) if does_not_fit(&e) => Ok(Outcome::Failed(out_of_memory(&e))),
+            Err(e) => Err(e.within(format!("{} at {ctx}", variant.name))),
+        };
+        if self.shared || !matches!(outcome, Ok(Outcome::Ran(..))) {
+            release_memory(&self.device);
+        }
+        outcome
+    }
+}
+
+/// `status` of a run that `e` says does not fit.
+pub fn out_of_memory(e: &Error) -> String {
+    format!("out of memory: {}", one_line(&e.to_string()))
+}
+
+/// `status` of a run that took more than it was allowed: a budget is a promise, and a run that broke it did not fit.
+pub fn past_budget(peak: u64, budget: u64) -> Option<String> {
+    let (took, allowed) = (human_bytes(peak), human_bytes(budget));
+    (peak > budget).then(|| format!("out of memory: the run took {took}, {allowed} were allowed"))
+}
+
+fn attempt(
+    mut run: Run,
+    prompt: &[u32],
+    new: usize,
+    chunk: usize,
+    on_tokens: &mut dyn FnMut(usize),
+) -> Result<(Generation, Duration, Kv)> {
+    // Allocating may still be under way.
+    run.device().synchronize()?;
+    let request = Request { prompt, max_new_tokens: new, chunk, stop: &[], logits_last: 1 };
+    let mut sampler = Sampler::new(Sampling::GREEDY)?;
+    let begin = Instant::now();
+    let made = run.generate(&request, &mut sampler, &mut watch(on_tokens), &mut watch(|_| ()))?;
+    Ok((made, begin.elapsed(), kv(run.cache())))
+}
+
+/// `wall` is the whole generation's: what lies between its parts counts too.
+fn sample(made: &Generation, wall: Duration, peak_device_bytes: u64, prompt_s: f64) -> Sample {
+    let timing = &made.timing;
+    let mean = |batch: &[Duration]| batch.iter().sum::<Duration>().as_secs_f64() / batch.len() as f64;
+    Sample {
+        prefill_s: timing.prefill.as_secs_f64(),
+        ttft_s: timing.first_token.as_secs_f64(),
+        end_to_end_s: wall.as_secs_f64(),
+        inter_token_s: timing.steps.chunks(timing.fetched.max(1)).map(mean).collect(),
+        fetched_tokens: timing.fetched.max(1),
+        peak_device_bytes,
+        prompt_s,
+        tokens_sha256: hash(&made.tokens),
+    }
+}
+
+/// Whether memory is what was wanting: refused by the cache before it was asked for, or by an allocator.
+fn does_not_fit(e: &Error) -> bool {
+    let text = e.to_string().to_lowercase();
+    matches!(e.kind(), ErrorKind::Context | ErrorKind::Memory)
+        || ["out of memory", "out_of_memory", "alloc_failed"].iter().any(|w| text.contains(w))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_want_of_memory_is_an_outcome() {
+        let backend = |m: &str| Error::new(ErrorKind::Backend, "candle", m);
+        assert!(does_not_fit(&backend("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")")));
+        assert!(does_not_fit(&backend("CublasError(CUBLAS_STATUS_ALLOC_FAILED)")));
+        assert!(does_not_fit(&Error::new(
+            ErrorKind::Context,
+            "--ctx",
+            "a cache for 8 tokens takes 1 GiB; this machine has 0.5"
+        )));
+        assert!(!does_not_fit(&backend("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access\")")));
+    }
+}

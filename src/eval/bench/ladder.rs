@@ -1,0 +1,108 @@
+//! The ladder: every variant and peer at rising contexts, taking turns.
+
+use super::engine::BflyEngine;
+use super::file::{check_prompt, earlier, LadderFile};
+use super::format::{Header, Ladder, Prompt, LADDER};
+use super::ladder_args::LadderArgs;
+use super::machine::{ceilings, CeilingSizes};
+use super::peer::Peer;
+use super::prompt::{bytes, hash};
+use super::schedule::{blank, Engine, Entry, Schedule};
+use super::table::table;
+use crate::cli::{open_device, Bars};
+use crate::error::{Error, Result};
+use crate::eval::target::Target;
+use crate::ops::release_memory;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Climbs the ladder, and prints it as a table. Everything that can be refused is refused before weights are read.
+///
+/// # Errors
+/// Bad flags, files or peers: named. A run that does not fit is no error: it is recorded, and the ladder goes on.
+pub fn run(args: &LadderArgs) -> Result<()> {
+    let bars = Bars::new(args.quiet);
+    let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
+    args.target.model.set_threads()?;
+    let contexts = args.contexts()?;
+    let device = open_device(&args.target.model.device)?;
+    let before = earlier(&args.out)?;
+    let target = Target::open(&args.target, device, &progress)?;
+    let variants = target.variants()?;
+    target.refuse_too_large()?;
+
+    let own = contexts.iter().max().map_or(0, |c| c - args.decode);
+    let tokens = own.max(before.as_ref().map_or(0, |b| b.prompt.tokens));
+    let stream = target.stream(tokens, &progress)?;
+    if let Some(before) = &before {
+        check_prompt(&args.out, before, |n| hash(&stream.ids[..n]))?;
+    }
+    let fresh = ladder(args, target.header(LADDER), stream.describe(tokens));
+    let file = LadderFile::open(&args.out, before, fresh)?;
+    target.warn_past_training(&bars, &contexts);
+
+    let mut entries: Vec<Entry> = variants.into_iter().map(|v| Entry::new(Engine::Own(v))).collect();
+    entries.iter().try_for_each(|s| file.check(&blank(args, s, contexts[0], None)))?;
+    let complete = |s: &Entry| contexts.iter().all(|c| file.missing(s.names(), *c, args.repeats) == 0);
+    if args.peers.is_empty() && entries.iter().all(complete) {
+        bars.say(&format!("{} is complete", args.out.display()));
+        let _ = write!(std::io::stdout(), "{}", table(&file.ladder));
+        return Ok(());
+    }
+    let ids = (!args.peers.is_empty()).then(|| IdFile::write(&stream.ids[..tokens])).transpose()?;
+    // Peers load while this engine does.
+    let mut peers = args.peers.iter().map(|c| Peer::start(c)).collect::<Result<Vec<_>>>()?;
+    let engine = BflyEngine::new(target.load(&progress)?, !peers.is_empty());
+    for mut peer in peers.drain(..) {
+        let ready = peer.ready()?;
+        entries.push(Entry::new(Engine::Peer(Box::new(peer), ready)));
+    }
+    let ids = ids.as_ref().map_or(Path::new(""), |f| f.0.as_path());
+    let mut schedule =
+        Schedule { args, contexts, bars: &bars, engine, stream: &stream.ids, ids, entries, file, done: 0 };
+    schedule.check()?;
+    if schedule.file.ladder.ceilings.is_none() && !target.device.is_cpu() {
+        schedule.file.ladder.ceilings = Some(ceilings(&target.device, &CeilingSizes::of(&target.device, false))?);
+        release_memory(&target.device);
+    }
+    schedule.all()?;
+    // A closed pipe does not undo the file.
+    let _ = write!(std::io::stdout(), "{}", table(&schedule.file.ladder));
+    Ok(())
+}
+
+fn ladder(args: &LadderArgs, header: Header, prompt: Prompt) -> Ladder {
+    Ladder {
+        header,
+        ceilings: None,
+        decode_tokens: args.decode,
+        prefill_chunk: Some(args.prefill_chunk),
+        memory_budget: args.memory_budget,
+        prompt,
+        runs: vec![],
+    }
+}
+
+/// The prompt's ids where peers can read them, for as long as this lives.
+struct IdFile(PathBuf);
+
+impl IdFile {
+    fn write(ids: &[u32]) -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("bfly-bench-{}.ids", std::process::id()));
+        let interrupted = path.clone();
+        // Fails only where a handler is already set: then the file stays behind when interrupted.
+        let _ = ctrlc::set_handler(move || {
+            let _ = std::fs::remove_file(&interrupted);
+            std::process::exit(130);
+        });
+        let file = Self(path);
+        std::fs::write(&file.0, bytes(ids)).map_err(|e| Error::io(&file.0, e))?;
+        Ok(file)
+    }
+}
+
+impl Drop for IdFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}

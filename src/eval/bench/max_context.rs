@@ -1,0 +1,293 @@
+//! How far a memory budget goes: the largest context that fits, found by arithmetic and verified by a run.
+
+use super::engine::{out_of_memory, past_budget, BflyEngine, Outcome, Task};
+use super::file::{prove_replaceable, save, OK};
+use super::format::{Fit, FitRun, FIT};
+use super::table::fit_table;
+use crate::cli::{at_least_one, human_bytes, open_device, parse_bytes, parse_size, short_count, Bars};
+use crate::error::{Error, Result};
+use crate::eval::kv_budget::last_that;
+use crate::eval::target::{Target, TargetArgs};
+use crate::eval::variant::Variant;
+use clap::Args;
+use std::io::Write;
+use std::path::PathBuf;
+
+/// Contexts that are considered are whole multiples of so many tokens.
+pub const STEP: usize = 1 << 10;
+
+/// `--read` where it is not given.
+const DEFAULT_READ: usize = 64 << 10;
+
+/// Budgets to fill.
+#[derive(Debug, Args)]
+pub struct FitArgs {
+    /// Memory that a run may take: weights, cache, activations. One or more, such as 10G,24G.
+    #[arg(long, value_name = "LIST", required = true, value_delimiter = ',', value_parser = parse_bytes)]
+    pub memory_budget: Vec<u64>,
+    /// Largest context that is considered; all are whole multiples of 1k.
+    #[arg(long, value_name = "TOKENS", default_value = "1M", value_parser = parse_size)]
+    pub most: usize,
+    /// Tokens that the verifying run reads, or as many as the context that was found has room for. What the cache takes does
+    /// not depend on it [default: 64k, or what --most has room for]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_size)]
+    pub read: Option<usize>,
+    /// New tokens that it makes after them.
+    #[arg(long, value_name = "TOKENS", default_value_t = 8, value_parser = at_least_one)]
+    pub decode: usize,
+    /// Tokens to a prefill chunk, where the budget has room for as many; 128 are enough to fit.
+    #[arg(long, value_name = "TOKENS", default_value = "4096", value_parser = parse_size)]
+    pub prefill_chunk: usize,
+    /// The results, written anew after every run; an earlier file is replaced.
+    #[arg(long, value_name = "FILE.json")]
+    pub out: PathBuf,
+    /// No progress, only warnings and the table.
+    #[arg(long, short)]
+    pub quiet: bool,
+    /// Model, variants and prompt; last, since the heading of its last group holds for whatever follows.
+    #[command(flatten)]
+    pub target: TargetArgs,
+}
+
+impl FitArgs {
+    /// The budgets, rising.
+    pub fn budgets(&self) -> Vec<u64> {
+        let mut budgets = self.memory_budget.clone();
+        budgets.sort_unstable();
+        budgets.dedup();
+        budgets
+    }
+
+    /// The largest context that is considered, and the most tokens that a run reads.
+    ///
+    /// # Errors
+    /// Flags that leave no context to consider, or no room for a prompt or for what is to be read.
+    pub fn limits(&self) -> Result<(usize, usize)> {
+        let (least, most) = (short_count(STEP), self.most / STEP * STEP);
+        if most == 0 {
+            let message = format!("{} is less than {least}, the smallest context that is considered", self.most);
+            return Err(Error::usage("--most", message));
+        }
+        if self.decode >= STEP {
+            let message = format!(
+                "{} tokens leave no room for a prompt in {least}, the smallest context that is considered",
+                self.decode
+            );
+            return Err(Error::usage("--decode", message));
+        }
+        let room = most - self.decode;
+        match self.read.filter(|read| *read > room) {
+            None => Ok((most, self.read.unwrap_or(room.min(DEFAULT_READ)))),
+            Some(read) => {
+                let (decode, most) = (self.decode, short_count(most));
+                Err(Error::usage(
+                    "--read",
+                    format!("{read} tokens and the {decode} of --decode are more than --most {most}"),
+                ))
+            }
+        }
+    }
+}
+
+/// Fills every budget with every variant, and prints how far each got as a table. Everything that can be refused is refused
+/// before weights are read.
+///
+/// # Errors
+/// Bad flags or files: named. A variant that fits at no context, and a run that breaks its budget, are no errors: they are
+/// recorded.
+pub fn run(args: &FitArgs) -> Result<()> {
+    let bars = Bars::new(args.quiet);
+    let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
+    args.target.model.set_threads()?;
+    let (most, read) = args.limits()?;
+    let device = open_device(&args.target.model.device)?;
+    prove_replaceable(&args.out, FIT)?;
+    let target = Target::open(&args.target, device, &progress)?;
+    let variants = target.variants()?;
+    target.refuse_too_large()?;
+    let stream = target.stream(read, &progress)?;
+    let mut fit = Fit {
+        header: target.header(FIT),
+        decode_tokens: args.decode,
+        prefill_chunk: args.prefill_chunk,
+        most_tokens: most,
+        prompt: stream.describe(read),
+        runs: vec![],
+    };
+    // Each run begins with the weights alone, as it would in a process of its own.
+    let mut engine = BflyEngine::new(target.load(&progress)?, true);
+    let mut found = vec![];
+    for budget in args.budgets() {
+        for variant in &variants {
+            let limits = Limits { budget, most, read, decode: args.decode, chunk: args.prefill_chunk };
+            found.push((variant, search(&engine, variant, &limits)?));
+        }
+    }
+    let mut contexts: Vec<usize> = found.iter().filter_map(|(_, run)| run.ctx).collect();
+    contexts.sort_unstable();
+    contexts.dedup();
+    target.warn_past_training(&bars, &contexts);
+    let total: u64 = found.iter().filter_map(|(_, run)| run.read_tokens).sum::<usize>() as u64;
+    let mut done = 0;
+    for (variant, mut run) in found {
+        let mut on_tokens = |n: usize| bars.show("fit", done + n as u64, total);
+        verify(&mut engine, variant, &mut run, &stream.ids, args.decode, &mut on_tokens)?;
+        done += run.read_tokens.unwrap_or(0) as u64;
+        bars.say(&line(&run));
+        fit.runs.push(run);
+        save(&args.out, &fit)?;
+    }
+    // A closed pipe does not undo the file.
+    let _ = write!(std::io::stdout(), "{}", fit_table(&fit));
+    Ok(())
+}
+
+/// What a search keeps within.
+struct Limits {
+    budget: u64,
+    /// The largest context,
+    most: usize,
+    /// and how much of it a run reads,
+    read: usize,
+    /// and makes.
+    decode: usize,
+    /// Tokens to a chunk, where there is room.
+    chunk: usize,
+}
+
+/// The largest context of `variant` by arithmetic, as a run that is yet to be made.
+///
+/// # Errors
+/// A variant that the model cannot be run as.
+fn search(engine: &BflyEngine, variant: &Variant, limits: &Limits) -> Result<FitRun> {
+    let fits = |ctx| Ok(engine.needs(variant, ctx)?.chunk_within(limits.budget, limits.chunk).is_ok());
+    let ctx = largest(limits.most, fits)?;
+    let needs = engine.needs(variant, ctx.unwrap_or(STEP))?;
+    let read = ctx.map(|ctx| limits.read.min(ctx - limits.decode));
+    // A chunk that is not filled would not be verified.
+    let wanted = read.map_or(limits.chunk, |read| read.min(limits.chunk));
+    let chunk = needs.chunk_within(limits.budget, wanted);
+    Ok(FitRun {
+        variant: variant.name.clone(),
+        plan: variant.method.plan().cloned(),
+        eviction: variant.method.eviction().cloned(),
+        memory_budget: limits.budget,
+        ctx,
+        at_most: ctx == Some(limits.most),
+        needed_bytes: chunk.as_ref().ok().map(|chunk| needs.total(*chunk)),
+        weights_bytes: needs.weights,
+        kv: None,
+        prefill_chunk: chunk.as_ref().ok().copied(),
+        read_tokens: read,
+        status: chunk.map_or_else(|e| out_of_memory(&e), |_| OK.into()),
+        within: false,
+        sample: None,
+    })
+}
+
+/// The largest multiple of [`STEP`] from one to `most` that `fits`, where all smaller ones do and no larger one does.
+fn largest(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Option<usize>> {
+    Ok(last_that(most / STEP, |k| fits(k * STEP))?.map(|k| k * STEP))
+}
+
+/// Runs what was found, once, and writes down what came of it.
+///
+/// # Errors
+/// An engine's failure that is no want of memory.
+fn verify(
+    engine: &mut BflyEngine,
+    variant: &Variant,
+    run: &mut FitRun,
+    stream: &[u32],
+    new: usize,
+    on_tokens: &mut dyn FnMut(usize),
+) -> Result<()> {
+    let (Some(ctx), Some(read), Some(chunk)) = (run.ctx, run.read_tokens, run.prefill_chunk) else { return Ok(()) };
+    let task = Task { ctx, prompt: &stream[..read], new, chunk, budget: Some(run.memory_budget) };
+    match engine.run(variant, &task, on_tokens)? {
+        Outcome::Failed(why) => run.status = why,
+        Outcome::Ran(sample, facts) => {
+            let past = past_budget(sample.peak_device_bytes, run.memory_budget);
+            run.within = past.is_none();
+            run.status = past.unwrap_or_else(|| OK.into());
+            (run.kv, run.sample) = (facts.kv, Some(*sample));
+        }
+    }
+    Ok(())
+}
+
+/// What is said of a run when it is done.
+fn line(run: &FitRun) -> String {
+    let what = format!("{:>10}  {}", human_bytes(run.memory_budget), run.variant);
+    match (run.ctx, &run.sample) {
+        (Some(ctx), Some(s)) if run.within => {
+            format!("{what}  {}  {:.3} s  {}", short_count(ctx), s.end_to_end_s, human_bytes(s.peak_device_bytes))
+        }
+        (Some(ctx), _) => format!("{what}  {}  {}", short_count(ctx), run.status),
+        (None, _) => format!("{what}  {}", run.status),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::eviction::EvictionPlan;
+    use crate::layout::Layout;
+    use crate::retrofit::{RetrofitPlan, Settings};
+    use crate::selector::SELECTORS;
+    use candle_core::DType;
+
+    #[test]
+    fn bisection_finds_the_last_that_fits() -> Result<()> {
+        for (most, limit, want) in [
+            (1 << 20, 0, None),
+            (1 << 20, 1023, None),
+            (1 << 20, 1024, Some(1024)),
+            (1 << 20, 700_000, Some(700_000 / STEP * STEP)),
+            (1 << 20, 1 << 20, Some(1 << 20)),
+            (1 << 20, usize::MAX, Some(1 << 20)),
+            (1024, usize::MAX, Some(1024)),
+            (5000, usize::MAX, Some(4096)),
+        ] {
+            assert_eq!(largest(most, |ctx| Ok(ctx <= limit))?, want, "{limit} of {most}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn no_cache_that_evicts_shrinks_as_its_context_grows() -> Result<()> {
+        let spec = Checkpoint::random("tests/fixtures/shapes/qwen2.5-0.5b", 0)?.spec;
+        for rule in crate::eviction::RULES {
+            let plan = EvictionPlan::new(rule.name(), 4096, &[])?;
+            let bytes = |k: usize| Layout::new(&spec, &plan, k * STEP).map(|l| l.bytes(DType::BF16).peak);
+            for k in 1..256 {
+                assert!(bytes(k)? <= bytes(k + 1)?, "{}: {k}k", rule.name());
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn no_cache_shrinks_as_its_context_grows() -> Result<()> {
+        // What bisection rests on, also where one more stage makes layers trade theirs.
+        for shape in ["qwen2.5-0.5b", "qwen2.5-7b", "qwen3-4b"] {
+            let spec = Checkpoint::random(&format!("tests/fixtures/shapes/{shape}"), 0)?.spec;
+            for rule in SELECTORS {
+                for (window, partner_count) in [(512, 1), (0, 1), (512, 3)] {
+                    let settings =
+                        Settings { window, partner_count, partner: rule.name().into(), ..Settings::default() };
+                    let plan = RetrofitPlan::new(&spec, None, settings)?;
+                    let bytes = |ctx| Layout::new(&spec, &plan, ctx).map(|l| l.bytes(DType::BF16).peak);
+                    let mut before = 0;
+                    for ctx in (1..=1024).map(|k| k * STEP) {
+                        let now = bytes(ctx)?;
+                        assert!(now >= before, "{shape}, {} by {partner_count}, window {window}: {ctx}", rule.name());
+                        before = now;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

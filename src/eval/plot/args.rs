@@ -1,0 +1,190 @@
+//! The flags of `bfly-plot`, and what they do.
+
+use super::kinds::figures_of;
+use super::save::save;
+use super::{graph, Figure};
+use crate::cli::parse_size;
+use crate::error::{Error, Result};
+use crate::eval::bench::format::{KERNELS, LADDER};
+use crate::retrofit::Settings;
+use crate::selector::{Selector, SELECTORS};
+use clap::builder::{PossibleValue, PossibleValuesParser};
+use clap::{Args, Parser, Subcommand};
+use std::io::Write;
+use std::path::PathBuf;
+
+/// Draws figures from measurements: nothing but their JSON is needed.
+///
+/// Every figure is written four times: as SVG and as PNG, for light and for dark pages. What kind of measurement a file holds
+/// is read from it; the subcommands ladder and kernels insist on theirs.
+#[derive(Debug, Parser)]
+#[command(
+    name = "bfly-plot",
+    version,
+    arg_required_else_help = true,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    after_help = EXAMPLES
+)]
+pub struct Cli {
+    /// A kind of figure.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Files of any kind.
+    #[command(flatten)]
+    pub files: FileArgs,
+}
+
+const EXAMPLES: &str = "\
+Kinds of files, and what is drawn of each:
+  bfly-ladder     ratio to the better stock, time, memory, decode by context
+  bfly-kernels    a roofline
+  bfly-smoke      distance from stock on text by context
+  bfly-answers    scores by task and against KV bytes; a needle's heat maps
+  bfly-layers     harm of each layer's swap; quality by layers kept dense
+  bfly-ablation   paired differences of every setting from the base
+  bfly-positions  loss by position
+
+Examples:
+  # Whatever these files hold, into figures/
+  bfly-plot results/2027-01-01-h200-ladder/raw/*.json
+
+  # Time, memory and decode of a ladder by context, and its ratios to the better stock
+  bfly-plot ladder ladder.json --out figures
+
+  # The roofline of a kernel report
+  bfly-plot kernels kernels.json
+
+  # Which block reads which, and how far that reaches through 24 layers
+  bfly-plot graph --ctx 8k --window 512 --block 128 --partner causal_shift";
+
+/// What is drawn.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// End-to-end runs over rising contexts: ratios to the better stock, time, memory, decode.
+    #[command(after_help = "Example:\n  bfly-plot ladder ladder.json --out figures")]
+    Ladder(FileArgs),
+    /// Kernels against the machine's own ceilings: a roofline with each case's share.
+    #[command(after_help = "Example:\n  bfly-plot kernels kernels.json --out figures")]
+    Kernels(FileArgs),
+    /// The graph of a partner rule, stage by stage, and its reach; needs no file.
+    #[command(after_help = "Example:\n  bfly-plot graph --ctx 8k --partner xor --layers 30 --out docs/figures")]
+    Graph(GraphArgs),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Files to draw from.
+#[derive(Debug, Args)]
+pub struct FileArgs {
+    /// JSON as bfly-bench and bfly-quality-smoke write it. Figures are named after their file.
+    #[arg(value_name = "FILE.json", required = true)]
+    pub files: Vec<PathBuf>,
+    /// Where the figures go; created if need be.
+    #[arg(long, value_name = "DIR", default_value = "figures")]
+    pub out: PathBuf,
+}
+
+fn partner_names() -> PossibleValuesParser {
+    let value = |s: &&dyn Selector| PossibleValue::new(s.name()).help(s.about());
+    SELECTORS.iter().map(value).collect::<Vec<_>>().into()
+}
+
+/// A graph to draw.
+#[derive(Debug, Args)]
+pub struct GraphArgs {
+    /// Positions: 8192, 16k. At most 512 blocks can be drawn; 64 are easy to read.
+    #[arg(long, value_name = "TOKENS", default_value = "8k", value_parser = parse_size)]
+    pub ctx: usize,
+    /// Exact window in tokens, a whole number of blocks.
+    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = crate::cli::parse_count)]
+    pub window: usize,
+    /// Tokens to a block.
+    #[arg(long, value_name = "TOKENS", default_value = "128", value_parser = parse_size)]
+    pub block: usize,
+    /// First tokens that are always read exactly.
+    #[arg(long, value_name = "TOKENS", default_value = "4", value_parser = crate::cli::parse_count)]
+    pub sink_tokens: usize,
+    /// Which earlier block's summary is read.
+    #[arg(long, value_name = "RULE", default_value = SELECTORS[0].name(), value_parser = partner_names())]
+    pub partner: String,
+    /// Stages read at once.
+    #[arg(long, value_name = "K", default_value_t = 1)]
+    pub partner_count: usize,
+    /// Distance of stage 0 in blocks [default: window blocks + 1]
+    #[arg(long, value_name = "BLOCKS")]
+    pub shift_unit: Option<usize>,
+    /// Seed of the random rule.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Swapped layers that information travels through.
+    #[arg(long, value_name = "N", default_value_t = 24, value_parser = clap::value_parser!(u16).range(1..=512))]
+    pub layers: u16,
+    /// Where the figure goes; created if need be.
+    #[arg(long, value_name = "DIR", default_value = "figures")]
+    pub out: PathBuf,
+}
+
+impl GraphArgs {
+    fn settings(&self) -> Settings {
+        Settings {
+            block: self.block,
+            window: self.window,
+            sink_tokens: self.sink_tokens,
+            partner: self.partner.clone(),
+            partner_count: self.partner_count,
+            shift_unit: self.shift_unit,
+            seed: self.seed,
+            ..Settings::default()
+        }
+    }
+}
+
+/// Runs it: every file is read and drawn before the first figure is written. Paths go to stdout, remarks to stderr.
+///
+/// # Errors
+/// A file that cannot be read or drawn, or a place that cannot be written to: named.
+pub fn run(cli: &Cli) -> Result<()> {
+    match &cli.command {
+        None => files(&cli.files, None),
+        Some(Command::Ladder(args)) => files(args, Some(LADDER)),
+        Some(Command::Kernels(args)) => files(args, Some(KERNELS)),
+        Some(Command::Graph(args)) => {
+            let figure = graph::figure(&args.settings(), args.ctx, args.layers.into())?;
+            print(&save(&args.out, "graph", &[figure])?);
+            Ok(())
+        }
+        // Needs the command itself, which the binary has.
+        Some(Command::Completions { .. }) => Ok(()),
+    }
+}
+
+fn files(args: &FileArgs, wanted: Option<&str>) -> Result<()> {
+    let mut drawn: Vec<(String, Vec<Figure>)> = vec![];
+    for path in &args.files {
+        let stem = path.file_stem().map_or("figure".into(), |s| s.to_string_lossy().into_owned());
+        if drawn.iter().any(|(other, _)| *other == stem) {
+            let message = format!("another file is also called {stem}; draw them into different --out directories");
+            return Err(Error::usage(path.display(), message));
+        }
+        let (figures, remarks) = figures_of(path, wanted)?;
+        for remark in remarks {
+            eprintln!("note: {}: {remark}", path.display());
+        }
+        drawn.push((stem, figures));
+    }
+    for (stem, figures) in &drawn {
+        print(&save(&args.out, stem, figures)?);
+    }
+    Ok(())
+}
+
+fn print(paths: &[PathBuf]) {
+    for path in paths {
+        // A reader that went away does not undo the figures.
+        let _ = writeln!(std::io::stdout(), "{}", path.display());
+    }
+}

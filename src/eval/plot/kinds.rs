@@ -1,0 +1,51 @@
+//! Kinds of files that can be drawn: one line each.
+
+use super::{kernels, ladder, quality, Figure};
+use crate::error::{Error, Result};
+use crate::eval::bench::format::{kind_of, read, KERNELS, LADDER};
+use crate::eval::quality::ablate::ABLATION;
+use crate::eval::quality::answers::ANSWERS;
+use crate::eval::quality::format::SMOKE;
+use crate::eval::quality::layers::LAYERS;
+use crate::eval::quality::positions::POSITIONS;
+use serde::de::DeserializeOwned;
+use std::path::Path;
+
+/// Figures, and remarks on what could not be drawn.
+pub type Drawn = (Vec<Figure>, Vec<String>);
+
+/// A kind's name in files, and what draws such a file.
+type Kind = (&'static str, fn(&Path) -> Result<Drawn>);
+
+/// Every kind that there are figures for.
+pub static KINDS: &[Kind] = &[
+    (LADDER, |path| ladder::figures(&read(path, LADDER)?, path)),
+    (KERNELS, |path| whole(path, KERNELS, kernels::figures)),
+    (SMOKE, |path| whole(path, SMOKE, quality::smoke)),
+    (ANSWERS, |path| whole(path, ANSWERS, quality::answers)),
+    (LAYERS, |path| whole(path, LAYERS, quality::layers)),
+    (ABLATION, |path| whole(path, ABLATION, quality::ablation)),
+    (POSITIONS, |path| whole(path, POSITIONS, quality::positions)),
+];
+
+/// Of a kind that is drawn whole or not at all.
+fn whole<T: DeserializeOwned>(path: &Path, kind: &str, draw: fn(&T, &Path) -> Result<Vec<Figure>>) -> Result<Drawn> {
+    Ok((draw(&read(path, kind)?, path)?, vec![]))
+}
+
+/// The figures of one file, which must be of the `wanted` kind where one is.
+///
+/// # Errors
+/// A file that cannot be read, has no figures, or contradicts itself: named.
+pub fn figures_of(path: &Path, wanted: Option<&str>) -> Result<Drawn> {
+    let found = kind_of(path)?;
+    let kind = wanted.unwrap_or(&found);
+    match KINDS.iter().find(|(name, _)| *name == kind) {
+        Some((_, draw)) => draw(path),
+        None => {
+            let names: Vec<String> = KINDS.iter().map(|(name, _)| format!("`{name}`")).collect();
+            let message = format!("is of kind `{found}`; there are figures for {}", names.join(", "));
+            Err(Error::format(path.display(), message))
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! What each setting is worth: paired differences of every change from the base, with their intervals.
+
+use super::super::axis::grouped;
+use super::super::page::{Key, Page, CONTENT};
+use super::super::scale::Scale;
+use super::super::scene::{shorten, text_width, Anchor, Area, Scene};
+use super::super::target::target;
+use super::super::theme::{Ink, GROUP, HAIR, LABEL, MARGIN, PANEL, THIN, TICK};
+use super::super::Figure;
+use super::{read, share_of, title};
+use crate::error::{Error, Result};
+use crate::eval::quality::ablate::{Ablation, Axis, Change};
+use crate::eval::quality::eval_set::Score;
+use crate::eval::quality::stats::Estimate;
+use std::path::Path;
+
+/// Height of a row.
+const ROW: f64 = 19.0;
+/// Room left for what is changed.
+const NAMES: f64 = 176.0;
+/// Room right for summaries per query.
+const SUMMARIES: f64 = 66.0;
+/// Room right of each panel for its numbers.
+const NUMBERS: f64 = 62.0;
+/// Room between panels.
+const GAP: f64 = 14.0;
+
+/// A panel: its title, the decimals of its numbers, and the difference of a score from the base.
+type Panel<'a> = (&'static str, usize, Box<dyn Fn(&Score) -> Option<Estimate> + 'a>);
+
+/// The figure of the ablation read from `path`.
+///
+/// # Errors
+/// An ablation in which no change was measured.
+pub fn figures(ablation: &Ablation, path: &Path) -> Result<Vec<Figure>> {
+    let base = &ablation.base;
+    let all: [Panel; 2] = [
+        ("KL on text, nats", 4, Box::new(|s| Estimate::of_differences(&s.texts(|t| t.kl), &base.texts(|t| t.kl)))),
+        ("Loss on answers, nats", 3, Box::new(|s| Estimate::of_differences(&s.answer_losses(), &base.answer_losses()))),
+    ];
+    let scores = || ablation.changes.iter().filter_map(|c| c.score.as_ref());
+    let panels: Vec<&Panel> = all.iter().filter(|(_, _, of)| scores().any(|s| of(s).is_some())).collect();
+    if panels.is_empty() {
+        return Err(Error::format(path.display(), "is an ablation without a change that was measured"));
+    }
+    let differences = || panels.iter().flat_map(|(_, _, of)| scores().filter_map(of).collect::<Vec<_>>());
+    let mut keys = vec![
+        Key::Marker(0, "better than the base".into()),
+        Key::Marker(1, "worse than the base".into()),
+        Key::Faint("not told apart: the interval holds 0".into()),
+    ];
+    keys.extend(differences().any(|e| e.low.is_some()).then(|| Key::Interval("95% interval".into())));
+    let kl = Estimate::of(&base.texts(|t| t.kl)).map_or(String::new(), |e| format!(", KL {}", e.show(4)));
+    let loss =
+        Estimate::of(&base.answer_losses()).map_or(String::new(), |e| format!(", loss on answers {}", e.show(3)));
+    let held = share_of([&base.record]).map_or(String::new(), |h| format!(", KV {h} of dense"));
+    let about = [
+        target(&ablation.header),
+        read(&ablation.header, &ablation.probed, base.texts.len(), base.answers.len()),
+        format!("Base: {}{held}{kl}{loss}", base.record.variant),
+        "One setting is changed at a time. Each difference is paired, text by text and question by question".into(),
+    ];
+    let heading = title(&ablation.header, "What each setting is worth: differences from the base");
+    let mut page = Page::new(&heading, &about, &keys);
+    let rows = Rows::of(&ablation.changes, page.y + 40.0);
+    let areas = columns(panels.len(), rows.top, rows.bottom);
+    for (area, panel) in areas.iter().zip(panels) {
+        draw(&mut page.scene, *area, panel, &rows);
+    }
+    let right = areas[areas.len() - 1].right() + NUMBERS;
+    labels(&mut page.scene, &rows, &base.record.variant, (areas[0], right));
+    page.y = rows.bottom + 34.0;
+    Ok(vec![Figure { name: "ablation".into(), scene: page.finish(&[]) }])
+}
+
+/// Changes with where they lie, and the headings of their axes.
+struct Rows<'a> {
+    changes: Vec<(&'a Change, f64)>,
+    headings: Vec<(&'static str, f64)>,
+    top: f64,
+    bottom: f64,
+}
+
+impl<'a> Rows<'a> {
+    fn of(changes: &'a [Change], top: f64) -> Self {
+        let mut rows = Self { changes: vec![], headings: vec![], top, bottom: top };
+        let mut axes: Vec<Axis> = vec![];
+        for change in changes {
+            if !axes.contains(&change.axis) {
+                axes.push(change.axis);
+            }
+        }
+        for axis in axes {
+            rows.headings.push((name(axis), rows.bottom + ROW / 2.0));
+            rows.bottom += ROW;
+            for change in changes.iter().filter(|c| c.axis == axis) {
+                rows.changes.push((change, rows.bottom + ROW / 2.0));
+                rows.bottom += ROW;
+            }
+        }
+        rows
+    }
+}
+
+fn name(axis: Axis) -> &'static str {
+    match axis {
+        Axis::Partner => "partner rule, at no more bytes",
+        Axis::Window => "window, tokens",
+        Axis::Sinks => "sinks, tokens",
+        Axis::Block => "block, tokens",
+        Axis::Pool => "pooling of keys",
+        Axis::Bias => "bias on summaries, β",
+        Axis::Count => "stages read at once",
+    }
+}
+
+/// Where the panels' plots lie.
+fn columns(count: usize, top: f64, bottom: f64) -> Vec<Area> {
+    let each = (CONTENT - NAMES - SUMMARIES) / count as f64;
+    let left = |i: usize| MARGIN + NAMES + each * i as f64 + GAP;
+    (0..count).map(|i| Area { x: left(i), y: top, w: each - NUMBERS - GAP, h: bottom - top }).collect()
+}
+
+fn draw(scene: &mut Scene, area: Area, (title, decimals, of): &Panel, rows: &Rows) {
+    let values: Vec<(f64, Estimate)> =
+        rows.changes.iter().filter_map(|(c, y)| Some((*y, of(c.score.as_ref()?)?))).collect();
+    let ends = values.iter().flat_map(|(_, e)| [Some(e.mean), e.low, e.high]).flatten();
+    let Some(scale) = Scale::linear(ends.chain([0.0]), (f64::NEG_INFINITY, f64::INFINITY)) else { return };
+    let axis = scale.on(area.x, area.right());
+    scene.text((area.x, area.y - 24.0), Anchor::Start, PANEL, *title);
+    let mut free = f64::NEG_INFINITY;
+    for tick in &scale.ticks {
+        let x = axis.at(tick.value);
+        let (ink, width) = if tick.value == 0.0 { (Ink::Text, THIN) } else { (Ink::Grid, HAIR) };
+        scene.line((x, area.y), (x, area.bottom()), ink, width);
+        let half = text_width(&tick.label, TICK) / 2.0;
+        if x - half >= free {
+            scene.text((x, area.bottom() + 10.0), Anchor::Middle, TICK, &tick.label);
+            free = x + half + 5.0;
+        }
+    }
+    let middle = area.x + area.w / 2.0;
+    scene.text((middle, area.bottom() + 25.0), Anchor::Middle, TICK, "change from the base");
+    for (y, e) in values {
+        let ink = match e.differs() {
+            true if e.mean < 0.0 => Ink::Series(0),
+            true => Ink::Series(1),
+            false => Ink::Muted,
+        };
+        if let (Some(low), Some(high)) = (e.low, e.high) {
+            scene.whisker((axis.at(low), y), (axis.at(high), y), ink);
+        }
+        let at = (axis.at(e.mean), y);
+        match ink {
+            Ink::Series(style) => scene.marker(style, at),
+            ink => scene.hollow(0, at, ink),
+        }
+        let sign = if e.mean > 0.0 { "+" } else { "" };
+        let number = format!("{sign}{}", grouped(e.mean, *decimals)).replace('-', "−");
+        let kind = if e.differs() { LABEL } else { TICK };
+        scene.text((area.right() + NUMBERS - 8.0, y), Anchor::End, kind, number);
+    }
+}
+
+/// What was changed, where nothing was measured and why, and summaries per query at `right`.
+fn labels(scene: &mut Scene, rows: &Rows, base: &str, (first, right): (Area, f64)) {
+    let end = MARGIN + CONTENT;
+    scene.text((end, rows.top - 24.0), Anchor::End, TICK, "summaries");
+    scene.text((end, rows.top - 11.0), Anchor::End, TICK, "per query");
+    for (heading, y) in &rows.headings {
+        scene.line((MARGIN, y - ROW / 2.0), (end, y - ROW / 2.0), Ink::Grid, HAIR);
+        scene.text((MARGIN, *y), Anchor::Start, GROUP, *heading);
+    }
+    for (change, y) in &rows.changes {
+        let name = shorten(&change.value, LABEL, NAMES - 12.0);
+        scene.text((MARGIN + 10.0, *y), Anchor::Start, LABEL, name);
+        scene.text((end, *y), Anchor::End, LABEL, format!("{:.2}", change.summaries_per_query));
+        if change.score.is_none() {
+            let why = match &change.same_as {
+                Some(same) if same == base => "reads the same as the base: not measured".into(),
+                Some(same) => format!("reads the same as “{same}”: not measured"),
+                None => "not measured".into(),
+            };
+            let text = shorten(&why, TICK, right - first.x - 16.0);
+            scene.text_on(Ink::Paper, (first.x + 6.0, *y), Anchor::Start, TICK, &text);
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! Which figures answers have.
+
+use super::super::Figure;
+use super::cells::Cells;
+use super::{bytes, grid, tasks};
+use crate::error::{Error, Result};
+use crate::eval::quality::answers::{Answers, Cell};
+use std::collections::BTreeSet;
+use std::path::Path;
+
+/// Every figure of the answers read from `path`: a needle's grid, and tasks with their scores and bytes.
+///
+/// # Errors
+/// A file without answers, or one that contradicts itself.
+pub fn figures(answers: &Answers, path: &Path) -> Result<Vec<Figure>> {
+    let fail = |message: String| Err(Error::format(path.display(), message));
+    let all: Vec<&Cell> = answers.cells.iter().filter(|c| !c.answers.is_empty()).collect();
+    if all.is_empty() {
+        return fail("holds no answers".into());
+    }
+    let mut seen = BTreeSet::new();
+    for cell in &all {
+        let what = format!("{} of {} at length {}", cell.task, cell.record.variant, cell.length);
+        if cell.length == 0 {
+            return fail(format!("{what} makes no sense"));
+        }
+        if !seen.insert((&cell.task, &cell.record.variant, cell.length)) {
+            return fail(format!("has {what} twice"));
+        }
+        if let Some(answer) = cell.answers.iter().find(|a| !(0.0..=1.0).contains(&a.score)) {
+            return fail(format!("{what} has a score of {}, which is not between 0 and 1", answer.score));
+        }
+        if let Some(depth) = cell.answers.iter().filter_map(|a| a.depth).find(|d| !(0.0..=1.0).contains(d)) {
+            return fail(format!("{what} has a needle at depth {depth}, which is not between 0 and 1"));
+        }
+    }
+    let (needles, others): (Vec<&Cell>, Vec<&Cell>) =
+        all.into_iter().partition(|c| c.answers.iter().all(|a| a.depth.is_some()));
+    let mut figures = vec![];
+    if !needles.is_empty() {
+        figures.extend(grid::figures(&Cells { answers, cells: needles }));
+    }
+    if !others.is_empty() {
+        let cells = Cells { answers, cells: others };
+        figures.push(tasks::figure(&cells));
+        figures.extend(bytes::figure(&cells));
+    }
+    Ok(figures)
+}

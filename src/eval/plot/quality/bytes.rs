@@ -1,0 +1,144 @@
+//! The mean score against the KV cache's bytes: what each method gives for what it holds.
+
+use super::super::axis::tokens;
+use super::super::chart::{grid, Chart};
+use super::super::page::{Key, Page, CONTENT};
+use super::super::scale::Scale;
+use super::super::target::target;
+use super::super::theme::{Ink, MARGIN, SERIES, THIN};
+use super::super::Figure;
+use super::cells::Cells;
+use super::{family, title, KEPT};
+use crate::eval::quality::format::VariantRecord;
+use crate::eval::quality::stats::Estimate;
+use std::path::Path;
+
+/// A variant at one length.
+struct Point<'a> {
+    variant: &'a str,
+    style: usize,
+    length: usize,
+    /// The most that it held, over a dense cache.
+    share: f64,
+    /// What it held in the end, where that is less.
+    held: Option<f64>,
+    score: Estimate,
+}
+
+/// The figure; none where no variant answered every task at any length.
+pub fn figure(cells: &Cells) -> Option<Figure> {
+    let mut points = vec![];
+    let mut families: Vec<(String, usize)> = vec![];
+    let mut left_out = vec![];
+    let most = cells.cells.iter().filter_map(|c| c.record.plan.as_ref()).map(|p| p.layers.len()).max().unwrap_or(0);
+    let mut sets: Vec<Option<&str>> = vec![];
+    for cell in cells.cells.iter().filter(|c| family(&c.record, most).1 == KEPT) {
+        let set = plans(&cell.record.variant);
+        if !sets.contains(&set) {
+            sets.push(set);
+        }
+    }
+    for length in cells.lengths() {
+        for (variant, _) in cells.variants() {
+            let Some(record) = cells.record(variant, length) else { continue };
+            let share = record.share_of_dense();
+            let Some(score) = cells.mean(variant, length).filter(|_| share.is_finite() && share > 0.0) else {
+                left_out.push(format!("{variant} at {}", tokens(length)));
+                continue;
+            };
+            let (mut family, mut style) = family(record, most);
+            // Layers that were chosen in another way are another method.
+            if let Some(place) = (style == KEPT).then(|| sets.iter().position(|s| *s == plans(variant))).flatten() {
+                style += place * SERIES;
+                if sets.len() > 1 {
+                    family = format!("{family}: {}", plans(variant).unwrap_or("as listed"));
+                }
+            }
+            if families.iter().all(|(f, _)| *f != family) {
+                families.push((family, style));
+            }
+            points.push(Point { variant, style, length, share, held: held(record), score });
+        }
+    }
+    if points.is_empty() {
+        return None;
+    }
+    points.sort_by(|a, b| a.share.total_cmp(&b.share));
+    let mut keys: Vec<Key> = families.iter().map(|(name, style)| Key::Series(*style, name.clone())).collect();
+    if points.iter().any(|p| p.held.is_some()) {
+        keys.push(Key::Held("hollow: held after eviction; dashes lead to the peak".into()));
+    }
+    if points.iter().any(|p| p.score.low.is_some()) {
+        keys.push(Key::Interval("95% interval".into()));
+    }
+    let tasks = cells.tasks();
+    let what = if tasks.len() > 1 { format!("the {} tasks' mean", tasks.len()) } else { tasks[0].into() };
+    let about = [
+        format!("Score: {what}, in percent. KV: the most that was allocated at once, prefill included, over a dense cache's bytes"),
+        cells.asked("task and length", cells.cells.iter().map(|c| c.answers.len())),
+    ];
+    let heading = title(&cells.answers.header, "Score against the bytes of the KV cache");
+    let mut page = Page::new(&heading, &[vec![target(&cells.answers.header)], about.to_vec()].concat(), &keys);
+    let x = Scale::shares(points.iter().flat_map(|p| [Some(p.share), p.held]).flatten());
+    let lengths: Vec<usize> = cells.lengths().into_iter().filter(|l| points.iter().any(|p| p.length == *l)).collect();
+    let columns = lengths.len().min(if lengths.len() == 4 { 2 } else { 3 });
+    let areas = grid(lengths.len(), columns, (MARGIN, CONTENT), page.y, 290.0);
+    for (area, length) in areas.into_iter().zip(lengths) {
+        let beyond = if length > cells.answers.header.trained_positions { ", beyond the trained length" } else { "" };
+        let chart = Chart {
+            title: &format!("{} tokens{beyond}: score, %", tokens(length)),
+            x: &x,
+            x_name: "KV held at the peak, share of dense",
+            y: &Scale::percent(),
+            shaded_from: None,
+        };
+        let plot = chart.draw(&mut page.scene, area);
+        for (_, style) in families.iter().rev() {
+            let own: Vec<&Point> = points.iter().filter(|p| (p.length, p.style) == (length, *style)).collect();
+            let at = |p: &Point| plot.at(p.share, p.score.mean);
+            page.scene.series(*style, &own.iter().map(|p| at(p)).collect::<Vec<_>>());
+            for point in own {
+                if let Some(held) = point.held {
+                    let end = plot.at(held, point.score.mean);
+                    page.scene.dashes(&[at(point), end], Ink::Series(*style), THIN);
+                    page.scene.hollow(*style, end, Ink::Series(*style));
+                }
+                plot.interval(&mut page.scene, point.share, 0.0, &point.score, Ink::Series(*style));
+                page.scene.marker(*style, at(point));
+            }
+        }
+        page.y = area.bottom();
+    }
+    let mut notes = order(&points, &families);
+    if !left_out.is_empty() {
+        notes.push(format!("Left out, for want of an answer to every task or of bytes: {}.", left_out.join(", ")));
+    }
+    Some(Figure { name: "bytes".into(), scene: page.finish(&notes) })
+}
+
+/// The folder of a variant's plan: `needles` of `retrofit:plan=plans/needles/dense-4.json`.
+fn plans(variant: &str) -> Option<&str> {
+    let (_, path) = variant.split_once("plan=")?;
+    Path::new(path.split(',').next()?).parent()?.file_name()?.to_str()
+}
+
+/// What is held in the end, over dense, where that is less than at the peak.
+fn held(record: &VariantRecord) -> Option<f64> {
+    let kv = &record.kv;
+    kv.peak_bytes.filter(|peak| *peak > kv.total_bytes).map(|_| kv.total_bytes as f64 / kv.dense_bytes as f64)
+}
+
+/// Which points are which: the variants of each family in the order of their bytes.
+fn order(points: &[Point], families: &[(String, usize)]) -> Vec<String> {
+    let own = |style: usize| {
+        let mut names: Vec<&str> = vec![];
+        for point in points.iter().filter(|p| p.style == style) {
+            if !names.contains(&point.variant) {
+                names.push(point.variant);
+            }
+        }
+        names
+    };
+    let several = families.iter().map(|(name, style)| (name, own(*style))).filter(|(_, names)| names.len() > 1);
+    several.map(|(name, names)| format!("{name}, from the fewest bytes to the most: {}.", names.join(" < "))).collect()
+}

@@ -1,0 +1,78 @@
+//! Answers in the order in which figures show them.
+
+use super::variants;
+use crate::eval::quality::answers::{Answers, Cell};
+use crate::eval::quality::format::VariantRecord;
+use crate::eval::quality::stats::Estimate;
+use std::collections::BTreeSet;
+
+/// Cells that one figure shows: none without answers.
+pub struct Cells<'a> {
+    /// As read.
+    pub answers: &'a Answers,
+    /// Some of its cells.
+    pub cells: Vec<&'a Cell>,
+}
+
+impl<'a> Cells<'a> {
+    /// Lengths, rising.
+    pub fn lengths(&self) -> Vec<usize> {
+        self.cells.iter().map(|c| c.length).collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// Tasks, in order of first occurrence.
+    pub fn tasks(&self) -> Vec<&'a str> {
+        let mut found: Vec<&str> = vec![];
+        for cell in &self.cells {
+            if !found.contains(&cell.task.as_str()) {
+                found.push(&cell.task);
+            }
+        }
+        found
+    }
+
+    /// Variants with their styles, in order of first occurrence.
+    pub fn variants(&self) -> Vec<(&'a str, usize)> {
+        variants(self.cells.iter().map(|c| &c.record))
+    }
+
+    /// Cells of a variant, at one length or all.
+    pub fn of<'s>(&'s self, variant: &'s str, length: Option<usize>) -> impl Iterator<Item = &'a Cell> + Clone + 's {
+        let wanted = move |c: &&Cell| c.record.variant == variant && length.is_none_or(|l| l == c.length);
+        self.cells.iter().copied().filter(wanted)
+    }
+
+    /// What a variant is, and held at a length.
+    pub fn record(&self, variant: &str, length: usize) -> Option<&'a VariantRecord> {
+        self.of(variant, Some(length)).map(|c| &c.record).next()
+    }
+
+    /// The score of a variant in a task.
+    pub fn score(&self, variant: &str, task: &str, length: usize) -> Option<Estimate> {
+        self.of(variant, Some(length)).find(|c| c.task == task).and_then(Cell::score)
+    }
+
+    /// The mean over tasks, each with the same weight, in percent; `None` where the variant lacks a task, since means over different
+    /// tasks are not to be compared.
+    pub fn mean(&self, variant: &str, length: usize) -> Option<Estimate> {
+        let scores = |task: &&str| -> Option<Vec<f64>> {
+            self.of(variant, Some(length)).find(|c| c.task == *task).map(Cell::independent)
+        };
+        Estimate::of_groups(&self.tasks().iter().map(scores).collect::<Option<Vec<_>>>()?)
+    }
+
+    /// How questions were put, and how many samples there are of each task.
+    pub fn asked(&self, per: &str, samples: impl IntoIterator<Item = usize>) -> String {
+        let asked = &self.answers.asked;
+        let mut parts = vec![format!("{} per {per}", super::count(samples, "sample"))];
+        if asked.chat {
+            parts.push("put in the chat template".into());
+        }
+        let evicts = self.cells.iter().any(|c| c.record.eviction.is_some());
+        parts.extend(evicts.then(|| match asked.question_unseen {
+            true => "methods that evict did so before the question was read".into(),
+            false => "methods that evict had read the question".into(),
+        }));
+        parts.join("; ")
+    }
+}

@@ -1,0 +1,93 @@
+//! What keeping the most sensitive layers dense gives, against what it costs in bytes.
+
+use super::super::chart::{grid, Chart, Plot};
+use super::super::page::{Key, Page, CONTENT};
+use super::super::place::{above, along, around};
+use super::super::scale::Scale;
+use super::super::scene::{Area, Scene};
+use super::super::target::target;
+use super::super::theme::{Ink, MARGIN};
+use super::super::Figure;
+use super::{read, title};
+use crate::eval::quality::eval_set::Score;
+use crate::eval::quality::layers::{harm, CurvePoint, Layers, Rank, RankBy};
+use crate::eval::quality::stats::Estimate;
+
+/// A panel: its title, its figure of a score, and what its values cannot leave.
+type Panel<'a> = (&'static str, Box<dyn Fn(&Score) -> Option<Estimate> + 'a>, (f64, f64));
+
+/// The figure; none where the study has no curve.
+pub fn figure(layers: &Layers) -> Option<Figure> {
+    let mut points: Vec<&CurvePoint> = layers.curve.iter().filter(|p| share(p).is_finite()).collect();
+    points.sort_by_key(|p| p.dense.len());
+    let panels = panels(layers);
+    let measured = |panel: &Panel| points.iter().any(|p| panel.1(&p.score).is_some());
+    let panels: Vec<Panel> = panels.into_iter().filter(measured).collect();
+    if panels.is_empty() {
+        return None;
+    }
+    let by = match layers.rank_by {
+        RankBy::Answers => "the loss added on answers",
+        RankBy::Text => "the KL on text",
+    };
+    let ranked = match layers.rank {
+        Rank::Alone => format!("a layer's rank is {by} by swapping it alone"),
+        Rank::Heads => "a layer's rank is that of its head that copies answers most".into(),
+        Rank::Rounds => format!("in each round, those went first whose swap on top of the others did least to {by}"),
+    };
+    let several = layers.stock.texts.len().max(layers.stock.answers.len()) > 1;
+    let mut keys = vec![Key::Series(0, "number beside a point: layers kept dense".into())];
+    keys.extend(several.then(|| Key::Interval("95% interval".into())));
+    let heading = title(&layers.header, "What keeping the most sensitive layers dense gives, against its bytes");
+    let about = format!("The most sensitive layers stay dense, one more at a time; {ranked}");
+    let measured = read(&layers.header, &layers.probed, layers.stock.texts.len(), layers.stock.answers.len());
+    let mut page = Page::new(&heading, &[target(&layers.header), measured, about], &keys);
+    let x = Scale::linear(points.iter().map(|p| 100.0 * share(p)).chain([0.0, 100.0]), (0.0, f64::INFINITY))?;
+    for (area, panel) in grid(panels.len(), 3, (MARGIN, CONTENT), page.y, 300.0).into_iter().zip(&panels) {
+        draw(&mut page.scene, area, &x, panel, &points);
+        page.y = area.bottom();
+    }
+    let order = layers.order.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    Some(Figure { name: "curve".into(), scene: page.finish(&[format!("Layers, the most sensitive first: {order}.")]) })
+}
+
+fn share(point: &CurvePoint) -> f64 {
+    point.score.record.share_of_dense()
+}
+
+fn panels(layers: &Layers) -> [Panel<'_>; 3] {
+    let right = |s: &Score| -> Vec<f64> { s.answers.iter().map(|a| if a.right { 100.0 } else { 0.0 }).collect() };
+    let free = (f64::NEG_INFINITY, f64::INFINITY);
+    [
+        ("Loss added on answers, nats", Box::new(|s| harm(s, &layers.stock, RankBy::Answers)), free),
+        ("Answers wholly right, %", Box::new(move |s| Estimate::of(&right(s))), (0.0, 100.0)),
+        ("KL from stock on text, nats", Box::new(|s| harm(s, &layers.stock, RankBy::Text)), free),
+    ]
+}
+
+fn draw(scene: &mut Scene, area: Area, x: &Scale, panel: &Panel, points: &[&CurvePoint]) {
+    let (title, of, limits) = panel;
+    let values: Vec<(usize, f64, Estimate)> =
+        points.iter().filter_map(|p| Some((p.dense.len(), 100.0 * share(p), of(&p.score)?))).collect();
+    let ends = values.iter().flat_map(|(_, _, e)| [Some(e.mean), e.low, e.high]).flatten();
+    let Some(y) = Scale::linear(ends.chain([0.0]), *limits) else { return };
+    let chart = Chart { title, x, x_name: "KV cache, % of dense", y: &y, shaded_from: None };
+    let plot: Plot = chart.draw(scene, area);
+    let at = |(_, share, e): &(usize, f64, Estimate)| plot.at(*share, e.mean);
+    scene.series(0, &values.iter().map(at).collect::<Vec<_>>());
+    let mut taken: Vec<Area> = values.windows(2).flat_map(|pair| along(at(&pair[0]), at(&pair[1]))).collect();
+    let mut spans = vec![];
+    for value in &values {
+        let (x, y) = at(value);
+        let end = |v: Option<f64>| v.map_or(y, |v| plot.at(value.1, v).1);
+        let (top, bottom) = (end(value.2.high), end(value.2.low));
+        plot.interval(scene, value.1, 0.0, &value.2, Ink::Series(0));
+        scene.marker(0, (x, y));
+        taken.push(around((x, y)));
+        taken.push(Area { x: x - 3.0, y: top, w: 6.0, h: bottom - top });
+        spans.push(((x, top, bottom), value.0.to_string()));
+    }
+    for (span, label) in spans {
+        above(scene, &mut taken, plot.area, span, &label);
+    }
+}

@@ -1,0 +1,134 @@
+//! How far variants are from stock on real text, by context.
+
+use super::super::axis::tokens;
+use super::super::chart::{grid, Chart};
+use super::super::page::{Key, Page, CONTENT};
+use super::super::scale::Scale;
+use super::super::target::target;
+use super::super::theme::{Ink, LINE, MARGIN, SAMPLE};
+use super::super::Figure;
+use super::{count, title, trained_key, variants};
+use crate::error::{Error, Result};
+use crate::eval::quality::format::{DocumentScore, Smoke, SmokeRun};
+use crate::eval::quality::stats::Estimate;
+use std::collections::BTreeSet;
+use std::path::Path;
+
+/// A panel: its title, its figure of a document, whether its axis is logarithmic, and what its values cannot leave.
+struct Metric {
+    title: String,
+    of: Box<dyn Fn(&DocumentScore) -> f64>,
+    log: bool,
+    limits: (f64, f64),
+}
+
+fn metrics(top: usize) -> [Metric; 4] {
+    let free = (f64::NEG_INFINITY, f64::INFINITY);
+    let metric = |title: &str, of: fn(&DocumentScore) -> f64, log, limits| Metric {
+        title: title.into(),
+        of: Box::new(of),
+        log,
+        limits,
+    };
+    [
+        metric("KL from stock, nats", |d| d.kl, true, free),
+        metric("Same likeliest token as stock, %", |d| 100.0 * d.top1, false, (0.0, 100.0)),
+        metric(&format!("Shared of the {top} likeliest tokens"), |d| d.overlap, false, (0.0, top as f64)),
+        metric("Loss added to stock's, nats", |d| d.loss - d.stock_loss, false, free),
+    ]
+}
+
+/// The figure of the smoke test read from `path`.
+///
+/// # Errors
+/// A test without documents, or one that contradicts itself.
+pub fn figures(smoke: &Smoke, path: &Path) -> Result<Vec<Figure>> {
+    let fail = |message: String| Err(Error::format(path.display(), message));
+    let runs: Vec<&SmokeRun> = smoke.runs.iter().filter(|r| !r.documents.is_empty()).collect();
+    if runs.is_empty() {
+        return fail("is a smoke test without runs".into());
+    }
+    let mut seen = BTreeSet::new();
+    for run in &runs {
+        let what = format!("{} at context {}", run.record.variant, run.ctx);
+        if run.ctx == 0 {
+            return fail(format!("{what} makes no sense"));
+        }
+        if !seen.insert((run.ctx, &run.record.variant)) {
+            return fail(format!("has two runs of {what}"));
+        }
+    }
+    let contexts: Vec<usize> = runs.iter().map(|r| r.ctx).collect::<BTreeSet<_>>().into_iter().collect();
+    let variants = variants(runs.iter().map(|r| &r.record));
+    let x = Scale::contexts(&contexts);
+    let mut keys: Vec<Key> = variants.iter().map(|(name, style)| Key::Series(*style, name.to_string())).collect();
+    keys.push(Key::Sample("single texts".into()));
+    if runs.iter().any(|r| r.documents.len() > 1) {
+        keys.push(Key::Interval("95% interval of the mean".into()));
+    }
+    let farthest = contexts.iter().max().map_or(0.0, |c| *c as f64);
+    let past = farthest > smoke.header.trained_positions as f64;
+    keys.extend(trained_key(&smoke.header, farthest));
+    let about = format!(
+        "At the last {} positions of each text; {} per context; means over texts, intervals by bootstrap",
+        smoke.positions,
+        count(runs.iter().map(|r| r.documents.len()), "text")
+    );
+    let heading = title(&smoke.header, "Distance from the stock model on real text, by context");
+    let mut page = Page::new(&heading, &[target(&smoke.header), about], &keys);
+    let areas = grid(4, 2, (MARGIN, CONTENT), page.y, 230.0);
+    let mut zeros = vec![];
+    for (area, metric) in areas.iter().zip(metrics(smoke.top)) {
+        let values = runs.iter().flat_map(|r| r.documents.iter().map(&metric.of));
+        let scale = match metric.log {
+            true => Scale::log(values.clone()),
+            false => Scale::linear(values.clone().chain((metric.limits.0 != 0.0).then_some(0.0)), metric.limits),
+        };
+        // Nothing is above 0: every variant is stock.
+        let scale = scale.unwrap_or(Scale { low: 0.0, high: 1.0, log: false, ticks: vec![] });
+        let chart = Chart {
+            title: &metric.title,
+            x: &x,
+            x_name: "context, tokens",
+            y: &scale,
+            shaded_from: past.then_some(smoke.header.trained_positions as f64),
+        };
+        let plot = chart.draw(&mut page.scene, *area);
+        // Variants stand side by side, within the axis and apart from the next context's.
+        let room = 2.0 * (plot.at(contexts[0] as f64, scale.low).0 - plot.area.x) - 14.0;
+        let step = (room.min(0.6 * plot.area.w / contexts.len() as f64) / variants.len() as f64).min(13.0);
+        // The first variant is the one that matters: drawn last, so on top.
+        for (i, (name, style)) in variants.iter().enumerate().rev() {
+            let shift = step * (i as f64 - (variants.len() - 1) as f64 / 2.0);
+            let (ink, mut last) = (Ink::Series(*style), None);
+            let mut own: Vec<&&SmokeRun> = runs.iter().filter(|r| r.record.variant == *name).collect();
+            own.sort_by_key(|r| r.ctx);
+            for run in own {
+                let values: Vec<f64> = run.documents.iter().map(&metric.of).collect();
+                let Some(mean) = Estimate::of(&values) else { continue };
+                if scale.log && mean.mean <= 0.0 {
+                    zeros.push(format!("{name} at {}", tokens(run.ctx)));
+                    last = None;
+                    continue;
+                }
+                let at = |v: f64| {
+                    let (x, y) = plot.at(run.ctx as f64, v);
+                    (x + shift, y)
+                };
+                for value in values {
+                    let (x, y) = at(value);
+                    page.scene.dot((x + (step / 2.0).min(5.5), y), SAMPLE, ink);
+                }
+                plot.interval(&mut page.scene, run.ctx as f64, shift, &mean, ink);
+                if let Some(from) = last.replace(at(mean.mean)) {
+                    page.scene.line(from, at(mean.mean), ink, LINE);
+                }
+                page.scene.marker(*style, at(mean.mean));
+            }
+        }
+        page.y = area.bottom();
+    }
+    let note = format!("KL 0, which has no place on a logarithmic axis: {}.", zeros.join(", "));
+    let notes = if zeros.is_empty() { vec![] } else { vec![note] };
+    Ok(vec![Figure { name: "smoke".into(), scene: page.finish(&notes) }])
+}

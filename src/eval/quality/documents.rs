@@ -1,0 +1,112 @@
+//! The texts that distributions are compared on: the middle of each of several documents.
+//!
+//! A document counts once at a context, with its middle tokens: title pages and tables of contents are left out, and every
+//! context reads around the same place. A document with fewer tokens than a context is not read at that context.
+
+use crate::checkpoint::{Checkpoint, OnProgress};
+use crate::cli::short_count;
+use crate::error::{At, Error, Result};
+use crate::eval::bench::prompt::{encode, files, random, RANDOM_IDS};
+use std::path::Path;
+
+/// One text.
+#[derive(Debug, Clone)]
+pub struct Document {
+    /// Its file, or what stands for it.
+    pub name: String,
+    ids: Vec<u32>,
+}
+
+/// Several texts of one tokenizer.
+#[derive(Debug)]
+pub struct Documents {
+    all: Vec<Document>,
+    /// What every text begins with.
+    begin: Vec<u32>,
+}
+
+/// A stretch of a document.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Part {
+    /// The document's name.
+    pub document: String,
+    /// Where it begins among the document's tokens.
+    pub offset: usize,
+    /// What is read.
+    pub ids: Vec<u32>,
+}
+
+impl Documents {
+    /// Reads up to `count` documents of `folder` that hold at least `least` tokens, in the order of its manifest; all of them for
+    /// `None`. Where the checkpoint has no tokenizer they are random ids, of up to `most` tokens.
+    ///
+    /// # Errors
+    /// No documents there, or none that is long enough.
+    pub fn open(
+        checkpoint: &Checkpoint,
+        folder: &Path,
+        count: Option<usize>,
+        (least, most): (usize, usize),
+        progress: OnProgress,
+    ) -> Result<Self> {
+        if !checkpoint.has_text() {
+            let vocab = checkpoint.spec.vocab;
+            let one = |i| Document { name: format!("{RANDOM_IDS} {i}"), ids: random(2 * most, vocab, i) };
+            return Ok(Self { all: (0..count.unwrap_or(4) as u64).map(one).collect(), begin: vec![] });
+        }
+        let (text, files) = (checkpoint.text()?, files(folder)?);
+        let begin = text.encode("", true)?;
+        let (mut all, mut longest) = (vec![], 0);
+        for (i, path) in files.iter().enumerate() {
+            progress("documents", i as u64, files.len() as u64);
+            if count.is_some_and(|c| all.len() == c) {
+                break;
+            }
+            let content = std::fs::read_to_string(path).at(path.display())?;
+            let ids = encode(&text, &content, &mut |_| true)?;
+            longest = longest.max(ids.len());
+            if ids.len() + begin.len() >= least {
+                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                all.push(Document { name, ids });
+            }
+        }
+        progress("documents", files.len() as u64, files.len() as u64);
+        if all.is_empty() {
+            let message = format!(
+                "its {} documents are too short for {} tokens: the longest has {longest}",
+                files.len(),
+                short_count(least)
+            );
+            return Err(Error::usage(format!("--texts {}", folder.display()), message));
+        }
+        Ok(Self { all, begin })
+    }
+
+    /// The middle `tokens` of every document that has as many.
+    pub fn parts(&self, tokens: usize) -> Vec<Part> {
+        let own = tokens.saturating_sub(self.begin.len());
+        let enough = self.all.iter().filter(|d| d.ids.len() >= own);
+        let part = |d: &Document| {
+            let offset = (d.ids.len() - own) / 2;
+            let ids = [self.begin.as_slice(), &d.ids[offset..offset + own]].concat();
+            Part { document: d.name.clone(), offset, ids }
+        };
+        enough.map(part).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_the_middle_and_begin_as_texts_do() {
+        let document = |name: &str, n: u32| Document { name: name.into(), ids: (10..10 + n).collect() };
+        let documents = Documents { all: vec![document("a", 100), document("b", 7)], begin: vec![1] };
+        let parts = documents.parts(11);
+        assert_eq!(parts.len(), 1, "b is too short");
+        assert_eq!((parts[0].document.as_str(), parts[0].offset), ("a", 45));
+        assert_eq!(parts[0].ids, [1, 55, 56, 57, 58, 59, 60, 61, 62, 63, 64]);
+        assert_eq!(documents.parts(8).len(), 2);
+    }
+}

@@ -1,0 +1,134 @@
+//! `--fail-below` and `--fail-above`: what a run must reach, so that it can guard a CI.
+
+use super::format::{DocumentScore, Smoke};
+use super::stats::Estimate;
+use crate::cli::short_count;
+use crate::error::{Error, ErrorKind, Result};
+
+/// A figure of a document.
+pub type Metric = fn(&DocumentScore) -> f64;
+
+/// What can be asked for and is shown: its name, its figure, and decimals.
+pub const METRICS: &[(&str, Metric, usize)] = &[
+    ("kl", |d| d.kl, 4),
+    ("kl-reverse", |d| d.kl_reverse, 4),
+    ("top1", |d| d.top1, 3),
+    ("overlap", |d| d.overlap, 1),
+    ("loss", |d| d.loss, 3),
+    ("loss-added", |d| d.loss - d.stock_loss, 4),
+    ("greedy", |d| d.greedy_prefix as f64, 1),
+    ("greedy-equal", |d| f64::from(u8::from(d.greedy_equal)), 2),
+];
+
+/// What `--fail-below` says of itself.
+pub fn help() -> String {
+    format!("Fail where the mean of a metric is below a value, such as top1=0.9. May be repeated. Metrics: {}", names())
+}
+
+fn names() -> String {
+    METRICS.iter().map(|(n, ..)| *n).collect::<Vec<_>>().join(", ")
+}
+
+/// A bound on the mean over documents, for every variant at every context.
+#[derive(Debug, Clone)]
+pub struct Gate {
+    name: &'static str,
+    metric: Metric,
+    bound: f64,
+    below: bool,
+}
+
+impl Gate {
+    /// Of both flags.
+    ///
+    /// # Errors
+    /// What is not `METRIC=VALUE`, and an unknown metric.
+    pub fn parse(below: &[String], above: &[String]) -> Result<Vec<Self>> {
+        let both = below.iter().map(|t| (t, true)).chain(above.iter().map(|t| (t, false)));
+        both.map(|(text, below)| Self::one(text, below)).collect()
+    }
+
+    fn one(text: &str, below: bool) -> Result<Self> {
+        let flag = if below { "--fail-below" } else { "--fail-above" };
+        let parsed = text.split_once('=').and_then(|(name, value)| Some((name.trim(), value.trim().parse().ok()?)));
+        let Some((name, bound)) = parsed.filter(|(_, bound): &(&str, f64)| bound.is_finite()) else {
+            return Err(Error::usage(flag, format!("`{text}` is not METRIC=VALUE such as top1=0.9")));
+        };
+        match METRICS.iter().find(|(n, ..)| *n == name) {
+            Some((name, metric, _)) => Ok(Self { name, metric: *metric, bound, below }),
+            None => Err(Error::usage(flag, format!("`{name}` is not one of {}", names()))),
+        }
+    }
+
+    /// Holds every run against every gate.
+    ///
+    /// # Errors
+    /// All that were missed, in one message.
+    pub fn judge(gates: &[Self], smoke: &Smoke) -> Result<()> {
+        let mut missed = vec![];
+        for run in &smoke.runs {
+            for gate in gates {
+                let values: Vec<f64> = run.documents.iter().map(gate.metric).collect();
+                let Some(mean) = Estimate::of(&values).map(|e| e.mean) else { continue };
+                // A mean that is no number passes no gate.
+                let kept = if gate.below { mean >= gate.bound } else { mean <= gate.bound };
+                if !kept {
+                    let word = if gate.below { "below" } else { "above" };
+                    missed.push(format!(
+                        "{} of {} at {} is {mean:.4}, {word} {}",
+                        gate.name,
+                        run.record.variant,
+                        short_count(run.ctx),
+                        gate.bound
+                    ));
+                }
+            }
+        }
+        match missed.is_empty() {
+            true => Ok(()),
+            false => Err(Error::new(ErrorKind::Quality, "quality", missed.join("; "))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::format::{Smoke, SmokeRun, VariantRecord};
+    use super::*;
+
+    fn smoke(top1: &[f64]) -> Smoke {
+        let one = |top1: &f64| DocumentScore { top1: *top1, kl: 1.0 - top1, ..DocumentScore::of(&[], &[], &[]) };
+        let run =
+            SmokeRun { record: VariantRecord::test("retrofit"), ctx: 4096, documents: top1.iter().map(one).collect() };
+        Smoke { runs: vec![run], ..Smoke::test() }
+    }
+
+    #[test]
+    fn means_are_held_against_bounds_from_both_sides() {
+        let judge = |below: &str, above: &str, top1: &[f64]| {
+            let list = |text: &str| if text.is_empty() { vec![] } else { vec![text.to_string()] };
+            Gate::judge(&Gate::parse(&list(below), &list(above)).unwrap(), &smoke(top1))
+        };
+        assert!(judge("top1=0.9", "", &[0.875, 0.9375]).is_ok(), "the mean counts");
+        assert!(judge("", "kl=0.1", &[0.9, 0.9]).is_ok());
+        let missed = judge("top1=0.9", "kl=0.1", &[0.8, 0.9]).unwrap_err();
+        assert_eq!(missed.kind(), ErrorKind::Quality);
+        let text = missed.to_string();
+        assert!(text.contains("top1 of retrofit at 4k is 0.8500, below 0.9"), "{text}");
+        assert!(text.contains("kl of retrofit at 4k is 0.1500, above 0.1"), "{text}");
+        assert!(judge("top1=0.0", "", &[f64::NAN]).is_err(), "what is no number passes no gate");
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (text, words) in [
+            ("top1", "is not METRIC=VALUE"),
+            ("top1=x", "is not METRIC=VALUE"),
+            ("top1=nan", "is not METRIC=VALUE"),
+            ("top2=0.5", "`top2` is not one of kl, kl-reverse, top1"),
+        ] {
+            let e = Gate::parse(&[text.into()], &[]).unwrap_err().to_string();
+            assert!(e.starts_with("--fail-below") && e.contains(words), "{e}");
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! What a plan's queries read at the measured positions: whether two plans differ there at all, and how many summaries they read.
+
+use crate::error::Result;
+use crate::layout::Layout;
+use crate::retrofit::{Pool, RetrofitPlan};
+use crate::spec::ModelSpec;
+use std::ops::Range;
+
+/// What the measured queries of a plan read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Graph {
+    layers: Vec<usize>,
+    /// Window, alignment, sinks, block size: what is read raw.
+    raw: (usize, String, usize, usize),
+    /// Per swapped layer, per measured block: the blocks whose summaries are read.
+    routes: Vec<Vec<Vec<usize>>>,
+    /// Per measured block: its measured queries.
+    queries: Vec<usize>,
+    /// How summaries are made and scored; nothing where none is read.
+    summaries: Option<(Pool, String, u64)>,
+}
+
+impl Graph {
+    /// Of `plan` for `spec`, provisioned for `ctx`, at `positions`.
+    ///
+    /// # Errors
+    /// A plan that does not fit the model.
+    pub fn of(spec: &ModelSpec, plan: &RetrofitPlan, ctx: usize, positions: Range<usize>) -> Result<Self> {
+        let (s, layout) = (&plan.settings, Layout::new(spec, plan, ctx)?);
+        let blocks = positions.start / s.block..=positions.end.saturating_sub(1) / s.block;
+        let routes: Vec<Vec<Vec<usize>>> =
+            layout.butterfly().map(|l| blocks.clone().map(|b| l.route(b)).collect()).collect();
+        let within = |b: usize| positions.end.min((b + 1) * s.block) - positions.start.max(b * s.block);
+        let queries = blocks.clone().map(within).collect();
+        let any = routes.iter().flatten().any(|r| !r.is_empty());
+        Ok(Self {
+            layers: plan.layers.clone(),
+            raw: (s.window, format!("{:?}", s.window_align), s.sink_tokens, s.block),
+            summaries: any.then(|| (s.pool, format!("{:?}", s.far_position), s.summary_bias.to_bits())),
+            routes,
+            queries,
+        })
+    }
+
+    /// Summaries that a query reads in a swapped layer, as a mean over layers and measured queries.
+    pub fn summaries_per_query(&self) -> f64 {
+        let of_layer = |blocks: &Vec<Vec<usize>>| -> usize {
+            blocks.iter().zip(&self.queries).map(|(read, queries)| read.len() * queries).sum()
+        };
+        let read: usize = self.routes.iter().map(of_layer).sum();
+        read as f64 / (self.routes.len() * self.queries.iter().sum::<usize>()).max(1) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::retrofit::Settings;
+
+    fn graph(settings: Settings) -> Graph {
+        let spec = Checkpoint::random("tests/fixtures/shapes/qwen2.5-0.5b", 0).unwrap().spec;
+        let plan = RetrofitPlan::new(&spec, None, settings).unwrap();
+        Graph::of(&spec, &plan, 8192, 8000..8192).unwrap()
+    }
+
+    #[test]
+    fn what_is_never_read_makes_no_difference() {
+        let local = Settings { partner: "local".into(), ..Settings::default() };
+        let biased = Settings { summary_bias: 1.0, ..local.clone() };
+        assert_eq!(graph(local.clone()), graph(biased.clone()), "a bias on summaries that no query reads");
+        let read = Settings { partner: "causal_shift".into(), ..biased };
+        assert_ne!(graph(read.clone()), graph(Settings { summary_bias: 0.0, ..read }));
+        // A seed matters to one rule only.
+        let seeded = |partner: &str, seed| Settings { partner: partner.into(), seed, ..Settings::default() };
+        assert_eq!(graph(seeded("xor", 1)), graph(seeded("xor", 2)));
+        assert_ne!(graph(seeded("random", 1)), graph(seeded("random", 2)));
+        assert_ne!(graph(local.clone()), graph(Settings { window: 1024, ..local }));
+    }
+
+    #[test]
+    fn summaries_are_counted_per_layer_and_query() {
+        let count = |partner: &str, partner_count| {
+            graph(Settings { partner: partner.into(), partner_count, ..Settings::default() }).summaries_per_query()
+        };
+        assert_eq!(count("local", 1), 0.0);
+        // Blocks 62 and 63 of 64: 5, 10, 20 and 40 blocks back all exist.
+        assert_eq!((count("causal_shift", 1), count("causal_shift", 2)), (1.0, 2.0));
+        // 64 queries in block 62, which has 58 blocks left of its window, and 128 in block 63, which has 59.
+        assert_eq!(count("all", 1), (64.0 * 58.0 + 128.0 * 59.0) / 192.0);
+    }
+}

@@ -1,0 +1,102 @@
+//! Which heads copy the answer out of the text: retrieval heads (Wu et al. 2024, arXiv:2404.15574).
+//!
+//! While the model reads the expected answer token by token, a head scores at a step where the position that it attends to most holds
+//! the very token that comes next, inside the needle. A head's score is its share of such steps; 1 copies always, and most heads
+//! score 0. Only dense layers are asked: a swapped layer may not hold the needle at all.
+
+use super::prompting::Prompt;
+use crate::cache::LayerState;
+use crate::error::Result;
+use crate::run::{Observed, Run};
+use candle_core::{DType, Device, Tensor, D};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// A head that copies.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Head {
+    /// Its layer.
+    pub layer: usize,
+    /// Its index among the layer's query heads.
+    pub head: usize,
+    /// Share of steps at which it attends most to the token that comes next.
+    pub score: f64,
+}
+
+/// Steps at which each head attended most to the next token, and steps in all.
+#[derive(Debug, Default)]
+pub struct Tally {
+    hits: BTreeMap<(usize, usize), usize>,
+    steps: usize,
+}
+
+impl Tally {
+    /// Heads that scored, the best first.
+    pub fn heads(&self) -> Vec<Head> {
+        let score = |hits: usize| hits as f64 / self.steps.max(1) as f64;
+        let one =
+            |((layer, head), hits): (&(usize, usize), &usize)| Head { layer: *layer, head: *head, score: score(*hits) };
+        let mut heads: Vec<Head> = self.hits.iter().map(one).collect();
+        heads.sort_by(|a, b| b.score.total_cmp(&a.score));
+        heads
+    }
+
+    /// Steps that were looked at.
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
+    /// Reads `prompt` and then `answer`, which occurs in it, and counts. A prompt that does not hold the answer's tokens as they are
+    /// counts nothing.
+    ///
+    /// # Errors
+    /// As [`Run::forward`].
+    pub fn count(&mut self, run: &mut Run, prompt: &Prompt, answer: &[u32], chunk: usize) -> Result<()> {
+        let ids = prompt.ids();
+        let Some(needle) = ids.windows(answer.len().max(1)).position(|w| w == answer) else { return Ok(()) };
+        // The last token of the prompt asks for the first of the answer.
+        let (first, last) = ids.split_at(ids.len() - 1);
+        for piece in first.chunks(chunk) {
+            run.forward(piece, &[])?;
+        }
+        let asks = last.iter().chain(&answer[..answer.len() - 1]);
+        for (i, id) in asks.enumerate() {
+            let (hits, wanted) = (&mut self.hits, (needle + i) as u32);
+            run.forward_observed(&[*id], &[0], &mut |seen| {
+                for (head, position) in most_attended(seen)?.into_iter().enumerate() {
+                    if position == wanted {
+                        *hits.entry((seen.layer, head)).or_default() += 1;
+                    }
+                }
+                Ok(())
+            })?;
+            self.steps += 1;
+        }
+        Ok(())
+    }
+}
+
+/// The earlier position that each query head of a dense layer attends to most; none for other layers.
+fn most_attended(seen: &Observed) -> Result<Vec<u32>> {
+    let (LayerState::Dense(ring), p) = (seen.state, seen.projections) else { return Ok(vec![]) };
+    let qkv = p.project(seen.x, &seen.step.tables[p.rope], false)?;
+    let (group, past) = (p.heads / p.kv_heads, seen.step.start);
+    // [G, H / G, D] and [G, D, past]. The scale and the softmax change no order.
+    let q = qkv.q.reshape((p.kv_heads, group, p.head_dim))?.to_dtype(DType::F32)?;
+    let k = ring.rows().k.narrow(0, 0, past)?.permute((1, 2, 0))?.contiguous()?.to_dtype(DType::F32)?;
+    let most: Tensor = q.matmul(&k)?.argmax(D::Minus1)?;
+    Ok(most.flatten_all()?.to_device(&Device::Cpu)?.to_vec1()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scores_are_shares_of_steps_and_the_best_comes_first() {
+        let tally = Tally { hits: [((3, 1), 2), ((0, 5), 4), ((7, 0), 1)].into(), steps: 4 };
+        let heads = tally.heads();
+        assert_eq!(heads[0], Head { layer: 0, head: 5, score: 1.0 });
+        assert_eq!(heads.iter().map(|h| (h.layer, h.score)).collect::<Vec<_>>(), [(0, 1.0), (3, 0.5), (7, 0.25)]);
+    }
+}

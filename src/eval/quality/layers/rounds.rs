@@ -1,0 +1,117 @@
+//! Backward elimination (sequential backward selection, Marill and Green 1963): layers are swapped for good, round by round, those first that are missed least by what is left.
+//!
+//! Where two layers can stand in for each other, swapping either alone does nothing, and a ranking by single swaps ends with
+//! neither. Here every round judges the layers that are still dense on top of those already swapped:
+//!
+//! ```text
+//! S = {}                                                  // swapped
+//! while layers are left:
+//!     harm(l) = what swapping S + {l} does, for every l not in S
+//!     S += the quarter of the layers left, at least one, with the least harm
+//! ```
+//!
+//! The order in which layers are kept is the reverse of that in which they went. It costs about three times as many settings as
+//! swapping every layer once.
+
+use super::Single;
+use crate::error::Result;
+use serde::{Deserialize, Serialize};
+
+/// One round after the first, which is the table of single layers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// Layers swapped already, rising.
+    pub swapped: Vec<usize>,
+    /// Every layer left, swapped on top of them.
+    pub tried: Vec<Single>,
+}
+
+/// How many of `left` layers go in a round.
+fn quarter(left: usize) -> usize {
+    (left / 4).max(1)
+}
+
+/// How many settings the rounds after the first judge, of so many layers.
+pub fn settings(layers: usize) -> usize {
+    let after = |left: &usize| Some(left - quarter(*left)).filter(|left| *left > 1);
+    std::iter::successors(after(&layers), after).sum()
+}
+
+/// All layers of `first`, the one to keep longest first, and the rounds that told; `judge` gets what is swapped already and what to
+/// swap on top of it, one at a time.
+///
+/// # Errors
+/// Those of `judge`.
+pub fn eliminate(
+    first: &[Single],
+    harm: impl Fn(&Single) -> f64,
+    mut judge: impl FnMut(&[usize], &[usize]) -> Result<Vec<Single>>,
+) -> Result<(Vec<usize>, Vec<Round>)> {
+    let (mut gone, mut rounds): (Vec<usize>, Vec<Round>) = (vec![], vec![]);
+    let mut left = super::by_harm(first, &harm);
+    while !left.is_empty() {
+        // The least harm is at the end.
+        let stay = left.len() - quarter(left.len());
+        gone.extend(left.drain(stay..).rev());
+        if left.len() > 1 {
+            let mut swapped = gone.clone();
+            swapped.sort_unstable();
+            left.sort_unstable();
+            let tried = judge(&swapped, &left)?;
+            left = super::by_harm(&tried, &harm);
+            rounds.push(Round { swapped, tried });
+        }
+    }
+    gone.reverse();
+    Ok((gone, rounds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::quality::eval_set::{AnswerScore, Score};
+    use crate::eval::quality::format::VariantRecord;
+
+    fn single(layer: usize, loss: f64) -> Single {
+        let answers = vec![AnswerScore { loss, right: false }];
+        Single { layer, score: Score { record: VariantRecord::test("x"), texts: vec![], answers } }
+    }
+
+    /// Layers 2 and 5 stand in for each other; layer 3 is a little useful of itself.
+    fn harm_of(swapped: &[usize]) -> f64 {
+        let has = |l| swapped.contains(&l);
+        0.001 * swapped.len() as f64 + f64::from(u8::from(has(2) && has(5))) + 0.1 * f64::from(u8::from(has(3)))
+    }
+
+    #[test]
+    fn one_of_two_layers_that_stand_in_for_each_other_is_kept() -> Result<()> {
+        let harm = |s: &Single| s.score.answers[0].loss;
+        let first: Vec<Single> = (0..8).map(|l| single(l, harm_of(&[l]))).collect();
+        assert!(!super::super::by_harm(&first, harm)[..2].contains(&5), "alone they look harmless");
+        let mut seen = vec![];
+        let (order, rounds) = eliminate(&first, harm, |swapped, left| {
+            seen.push((swapped.to_vec(), left.to_vec()));
+            let all = |l: &usize| [swapped, &[*l]].concat();
+            Ok(left.iter().map(|l| single(*l, harm_of(&all(l)))).collect())
+        })?;
+        assert!([2, 5].contains(&order[0]) && order[1] == 3, "{order:?}");
+        let mut all = order.clone();
+        all.sort_unstable();
+        assert_eq!(all, (0..8).collect::<Vec<_>>());
+        assert_eq!(seen.len(), rounds.len());
+        assert_eq!(rounds.iter().map(|r| r.tried.len()).sum::<usize>(), settings(8));
+        for (swapped, left) in seen {
+            let mut both = [swapped, left].concat();
+            both.sort_unstable();
+            assert_eq!(both, all, "every layer is either swapped or tried");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn rounds_shrink_to_one() {
+        // 28 layers are judged one by one first; then 21, 16, 12, 9, 7, 6, 5, 4, 3 and 2.
+        assert_eq!(settings(28), 85);
+        assert_eq!((settings(1), settings(2), settings(3)), (0, 0, 2));
+    }
+}

@@ -1,0 +1,156 @@
+//! One sample put to a model: its prompt as tokens, the greedy answer, the loss on the expected one.
+
+use super::metrics::{losses, Rows};
+use super::tasks::Sample;
+use crate::checkpoint::Text;
+use crate::error::{Error, Result};
+use crate::generate::{render_chat, watch, Request, Sampler, Sampling};
+use crate::run::Run;
+
+/// How samples are put.
+pub struct Prompting {
+    /// Tokenizer, template and stop tokens.
+    text: Text,
+    /// Whether prompts go into the model's chat template.
+    chat: bool,
+    /// Whether a method that evicts does so before it has read the question.
+    unseen: bool,
+    /// Tokens to a prefill chunk.
+    chunk: usize,
+}
+
+/// A sample as tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prompt {
+    /// Read first; then the context is over. Empty where the question is seen.
+    pub context: Vec<u32>,
+    /// Read after it.
+    pub rest: Vec<u32>,
+}
+
+impl Prompt {
+    /// Tokens in all.
+    pub fn tokens(&self) -> usize {
+        self.context.len() + self.rest.len()
+    }
+
+    /// All ids.
+    pub fn ids(&self) -> Vec<u32> {
+        [self.context.as_slice(), &self.rest].concat()
+    }
+}
+
+impl Prompting {
+    /// Of a checkpoint's text side.
+    ///
+    /// # Errors
+    /// `chat` without a template.
+    pub fn new(text: Text, chat: bool, unseen: bool, chunk: usize) -> Result<Self> {
+        match text.template.is_none() && chat {
+            true => Err(Error::usage("--chat", "this model has no chat template")),
+            false => Ok(Self { text, chat, unseen, chunk }),
+        }
+    }
+
+    /// Tokens that a prompt's text takes, its template with it.
+    ///
+    /// # Errors
+    /// A tokenizer or template that fails.
+    pub fn count(&self, prompt: &str) -> Result<usize> {
+        let template = if self.chat { self.text.encode(&self.rendered("")?, false)?.len() } else { 0 };
+        Ok(template + self.text.encode(prompt, !self.chat)?.len())
+    }
+
+    fn rendered(&self, user: &str) -> Result<String> {
+        match self.text.template.as_ref().filter(|_| self.chat) {
+            Some(template) => render_chat(template, None, user),
+            None => Ok(user.into()),
+        }
+    }
+
+    /// What is read for `sample`.
+    ///
+    /// # Errors
+    /// A template that changes its text; a sample that does not say where its question begins, where that is needed.
+    pub fn prompt(&self, sample: &Sample) -> Result<Prompt> {
+        let rendered = self.rendered(&sample.input)?;
+        // A template brings its own space.
+        let prefix = if self.chat { sample.answer_prefix.trim_start() } else { &sample.answer_prefix };
+        if !self.unseen {
+            let rest = self.text.encode(&(rendered + prefix), !self.chat)?;
+            return Ok(Prompt { context: vec![], rest });
+        }
+        let changed = || Error::usage("--chat", "this model's template changes the text it is given");
+        let at = rendered.find(&sample.input).ok_or_else(changed)? + sample.context()?.len();
+        let (context, question) = rendered.split_at(at);
+        Ok(Prompt {
+            context: self.text.encode(context, !self.chat)?,
+            rest: self.text.encode(&format!("{question}{prefix}"), false)?,
+        })
+    }
+
+    /// The greedy answer: its text, and how many tokens it took.
+    ///
+    /// # Errors
+    /// As [`Run::generate`].
+    pub fn answer(
+        &self,
+        run: &mut Run,
+        prompt: &Prompt,
+        room: usize,
+        on_tokens: &mut dyn FnMut(usize),
+    ) -> Result<(String, usize, crate::eval::bench::format::Kv)> {
+        let before = read_context(run, prompt, self.chunk, on_tokens)?;
+        let request = Request {
+            prompt: &prompt.rest,
+            max_new_tokens: room,
+            chunk: self.chunk,
+            stop: &self.text.stop,
+            logits_last: 1,
+        };
+        let mut greedy = Sampler::new(Sampling::GREEDY)?;
+        let made = run.generate(&request, &mut greedy, &mut watch(|n| on_tokens(before + n)), &mut watch(|_| ()))?;
+        Ok((self.text.decode(&made.tokens)?, made.tokens.len(), crate::eval::bench::summary::kv(run.cache())))
+    }
+
+    /// Token ids of an answer.
+    ///
+    /// # Errors
+    /// A tokenizer that fails.
+    pub fn answer_ids(&self, answer: &str) -> Result<Vec<u32>> {
+        self.text.encode(answer, false)
+    }
+}
+
+/// The mean loss of the tokens of `answer` after the prompt, in nats, and whether each is the likeliest.
+///
+/// # Errors
+/// As [`Run::prefill`]; an answer without tokens.
+pub fn loss(
+    run: &mut Run,
+    (prompt, answer): (&Prompt, &[u32]),
+    chunk: usize,
+    on_tokens: &mut dyn FnMut(usize),
+) -> Result<(f64, bool)> {
+    let Some((_, read)) = answer.split_last() else {
+        return Err(Error::usage("samples", "an expected answer is empty"));
+    };
+    let before = read_context(run, prompt, chunk, on_tokens)?;
+    let mut logits = run.prefill(&prompt.rest, chunk, 1, &mut watch(|n| on_tokens(before + n)))?;
+    run.compress()?;
+    if !read.is_empty() {
+        logits = candle_core::Tensor::cat(&[&logits, &run.read(read)?], 0)?;
+    }
+    let losses = losses(&Rows::of(&logits)?, answer)?;
+    let likeliest = logits.argmax(1)?.to_vec1::<u32>()? == answer;
+    Ok((losses.iter().sum::<f64>() / losses.len() as f64, likeliest))
+}
+
+/// Reads the context and says that it is over; the tokens read.
+fn read_context(run: &mut Run, prompt: &Prompt, chunk: usize, on_tokens: &mut dyn FnMut(usize)) -> Result<usize> {
+    if !prompt.context.is_empty() {
+        run.prefill(&prompt.context, chunk, 1, &mut watch(on_tokens))?;
+        run.compress()?;
+    }
+    Ok(prompt.context.len())
+}

@@ -1,0 +1,87 @@
+//! `ruler`: RULER's tasks, made natively, put to every variant, and scored by its rules.
+
+use super::sample_args::{SampleArgs, Wanted};
+use super::table::answers_table;
+use super::tasks::{self, Draw, Sample, TASKS};
+use crate::error::{Error, Result};
+use clap::Args;
+use std::io::Write;
+use std::path::PathBuf;
+
+/// RULER.
+#[derive(Debug, Args)]
+pub struct RulerArgs {
+    /// Tasks by name. all: every one that needs no file, and those whose file is given.
+    #[arg(long, value_name = "all|LIST", default_value = "all", value_delimiter = ',')]
+    pub tasks: Vec<String>,
+    /// Questions for qa_1, in the form of SQuAD 2.0.
+    #[arg(long, value_name = "FILE.json")]
+    pub squad: Option<PathBuf>,
+    /// Questions for qa_2, in the form of HotpotQA.
+    #[arg(long, value_name = "FILE.json")]
+    pub hotpot: Option<PathBuf>,
+    /// Samples to read instead of making them: as --export writes them, or as RULER itself does.
+    #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["samples", "seed", "squad", "hotpot", "ctx", "export"])]
+    pub import: Option<PathBuf>,
+    /// How they are made and put.
+    #[command(flatten)]
+    pub ask: SampleArgs,
+}
+
+impl RulerArgs {
+    /// The tasks that are asked for.
+    ///
+    /// # Errors
+    /// An unknown name, or one given twice.
+    fn tasks(&self) -> Result<Vec<&'static tasks::Task>> {
+        if self.tasks == ["all"] {
+            let has_file = |name: &str| match name {
+                "qa_1" => self.squad.is_some(),
+                "qa_2" => self.hotpot.is_some(),
+                _ => true,
+            };
+            return Ok(TASKS.iter().filter(|t| has_file(t.name)).collect());
+        }
+        tasks::named(&self.tasks)
+    }
+
+    /// Of samples that were read, those of the tasks that are asked for.
+    fn only_asked(&self, mut samples: Vec<Sample>) -> Result<Vec<Sample>> {
+        if self.tasks != ["all"] {
+            samples.retain(|s| self.tasks.contains(&s.task));
+        }
+        match samples.is_empty() {
+            true => Err(Error::usage("--import", format!("holds no samples of {}", self.tasks.join(", ")))),
+            false => Ok(samples),
+        }
+    }
+}
+
+/// Runs it and prints a table.
+///
+/// # Errors
+/// Bad flags or files; a variant that cannot be run.
+pub fn run(args: &RulerArgs) -> Result<()> {
+    let tasks = args.tasks()?;
+    let one = match args.tasks.as_slice() {
+        [name] if name != "all" => Some(name.as_str()),
+        _ => None,
+    };
+    let missing = tasks::Missing { task: one, max_new_tokens: None };
+    let read =
+        args.import.as_ref().map(|f| Ok::<_, Error>((f, args.only_asked(tasks::read(f, missing)?)?))).transpose()?;
+    let sources = args.ask.sources(args.squad.as_ref(), args.hotpot.as_ref())?;
+    let cells = args.ask.lengths().into_iter().flat_map(|length| tasks.iter().map(move |task| (length, *task)));
+    let (sources, seed) = (&sources, args.ask.seed);
+    let wanted = cells.map(|(length, task)| Wanted {
+        task: task.name.into(),
+        length,
+        count: args.ask.samples,
+        make: Box::new(move |index, count| task.sample(sources, Draw { length, seed, index }, count)),
+    });
+    let wanted: Vec<_> = wanted.collect();
+    if let Some(answers) = args.ask.run(&wanted, read)? {
+        let _ = write!(std::io::stdout(), "{}", answers_table(&answers));
+    }
+    Ok(())
+}

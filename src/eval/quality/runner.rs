@@ -1,0 +1,155 @@
+//! One set of weights, run as one variant after another; and several side by side.
+
+use crate::checkpoint::OnProgress;
+use crate::error::{Error, ErrorKind, Result};
+use crate::eval::target::Target;
+use crate::eval::variant::Variant;
+use crate::run::Run;
+use crate::weights::Weights;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+
+/// Weights that are run as one variant after another.
+#[derive(Clone)]
+pub struct Runner {
+    weights: Arc<Weights>,
+}
+
+impl Runner {
+    /// Runs over `weights`.
+    pub fn new(weights: Arc<Weights>) -> Self {
+        Self { weights }
+    }
+
+    /// Hands `f` a fresh run of `variant`, provisioned for `ctx` positions.
+    ///
+    /// # Errors
+    /// A variant that does not fit the model, and those of `f`, with the variant named.
+    pub fn run<T>(&self, variant: &Variant, ctx: usize, f: impl FnOnce(&mut Run) -> Result<T>) -> Result<T> {
+        let run = || f(&mut Run::new(&self.weights, &variant.method, ctx)?);
+        run().map_err(|e| e.within(format!("{} at {ctx}", variant.name)))
+    }
+}
+
+/// Workers over one copy of the weights; on a GPU each run has a stream of its own.
+///
+/// Decode of a small model leaves most of a GPU idle, since a step waits for one small kernel after another; other texts fill it.
+pub struct Runners(Vec<Runner>);
+
+impl Runners {
+    /// Reads the weights, for `jobs` workers.
+    ///
+    /// # Errors
+    /// As [`Target::load`].
+    pub fn load(opened: &Target, jobs: usize, progress: OnProgress) -> Result<Self> {
+        Ok(Self(vec![Runner::new(opened.load(progress)?); jobs.max(1)]))
+    }
+
+    /// One of them, for what is done once.
+    pub fn first(&self) -> &Runner {
+        &self.0[0]
+    }
+
+    /// `f` of every index below `count`, each given to the first runner that is free, in the order of the indices.
+    ///
+    /// # Errors
+    /// One of `f`, after which no index is begun; a thread that panicked.
+    pub fn each<T: Send>(&mut self, count: usize, f: impl Fn(&Runner, usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+        side_by_side(&mut self.0, count, &|runner: &mut Runner, i| f(runner, i))
+    }
+}
+
+/// Progress of one of several workers: it tells how much it has read by itself, `show` is told how much all of them have.
+pub fn together<'a>(all: &'a AtomicUsize, show: impl Fn(usize) + 'a) -> impl FnMut(usize) + 'a {
+    let mut own = 0;
+    move |n: usize| {
+        let more = n.saturating_sub(own);
+        show(all.fetch_add(more, Ordering::Relaxed) + more);
+        own += more;
+    }
+}
+
+/// [`Runners::each`], whatever the workers are.
+fn side_by_side<W: Send, T: Send>(
+    workers: &mut [W],
+    count: usize,
+    f: &(impl Fn(&mut W, usize) -> Result<T> + Sync),
+) -> Result<Vec<T>> {
+    if let [one] = workers {
+        return (0..count).map(|i| f(one, i)).collect();
+    }
+    let next = AtomicUsize::new(0);
+    let work = |worker: &mut W| {
+        let mut made = vec![];
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= count {
+                return Ok(made);
+            }
+            match f(worker, i) {
+                Ok(t) => made.push((i, t)),
+                Err(e) => {
+                    next.store(count, Ordering::Relaxed);
+                    return Err(e);
+                }
+            }
+        }
+    };
+    let work = &work;
+    let parts = std::thread::scope(|scope| {
+        let threads: Vec<_> = workers.iter_mut().map(|w| scope.spawn(move || work(w))).collect();
+        let panicked = |_| Err(Error::new(ErrorKind::Backend, "--jobs", "a thread panicked"));
+        threads.into_iter().map(|t| t.join().unwrap_or_else(panicked)).collect::<Result<Vec<_>>>()
+    })?;
+    let mut made: Vec<(usize, T)> = parts.into_iter().flatten().collect();
+    made.sort_by_key(|(i, _)| *i);
+    Ok(made.into_iter().map(|(_, t)| t).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+
+    #[test]
+    fn every_index_once_in_order_by_all_workers() -> Result<()> {
+        let (mut workers, meet) = ([0usize; 3], Barrier::new(3));
+        let made = side_by_side(&mut workers, 50, &|worker: &mut usize, i| {
+            // The first of each waits for the others: all take part.
+            if *worker == 0 {
+                meet.wait();
+            }
+            *worker += 1;
+            Ok(i * i)
+        })?;
+        assert_eq!(made, (0..50).map(|i| i * i).collect::<Vec<_>>());
+        assert!(workers.iter().all(|n| *n > 0) && workers.iter().sum::<usize>() == 50, "{workers:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn what_workers_read_is_added_up() {
+        let (all, shown) = (AtomicUsize::new(10), std::cell::RefCell::new(vec![]));
+        let show = |n| shown.borrow_mut().push(n);
+        let (mut one, mut two) = (together(&all, show), together(&all, show));
+        one(5);
+        two(3);
+        one(7);
+        one(7);
+        two(4);
+        assert_eq!(*shown.borrow(), [15, 18, 20, 20, 21]);
+    }
+
+    #[test]
+    fn a_failure_is_told_and_so_is_a_panic() {
+        for workers in [1, 4] {
+            let told = side_by_side(&mut vec![(); workers], 100, &|(), i| match i {
+                7 => Err(Error::usage("sample 7", "cannot be read")),
+                _ => Ok(i),
+            });
+            assert_eq!(told.map(drop).map_err(|e| e.to_string()), Err("sample 7: cannot be read".into()));
+        }
+        let told = side_by_side(&mut [(); 2], 9, &|(), i| if i == 3 { panic!("a defect") } else { Ok(i) });
+        assert!(told.is_err_and(|e| e.to_string().contains("a thread panicked")));
+    }
+}

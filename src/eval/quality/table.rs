@@ -1,0 +1,134 @@
+//! Results as people read them.
+
+use super::answers::{Answers, Cell};
+use super::format::Smoke;
+use super::gate::{Metric, METRICS};
+use super::stats::Estimate;
+use crate::cli::short_count;
+use crate::eval::bench::format::Header;
+use crate::eval::bench::table::columns;
+use std::collections::BTreeSet;
+
+/// Metrics that a terminal has room for; the rest is in the JSON.
+const SHOWN: [&str; 6] = ["kl", "top1", "overlap", "loss-added", "greedy", "greedy-equal"];
+
+/// One row per context and variant: means over documents, with 95% intervals.
+pub fn smoke_table(smoke: &Smoke) -> String {
+    let mut head = ["ctx", "variant", "texts", "KV of dense", "stock ppl", "ppl"].map(String::from).to_vec();
+    let shown: Vec<&(&str, Metric, usize)> = METRICS.iter().filter(|(name, ..)| SHOWN.contains(name)).collect();
+    head.extend(shown.iter().map(|(name, ..)| name.to_string()));
+    let mut rows = vec![head];
+    for run in &smoke.runs {
+        let of = |f: &dyn Fn(&super::format::DocumentScore) -> f64| {
+            Estimate::of(&run.documents.iter().map(f).collect::<Vec<_>>())
+        };
+        let perplexity = |loss: Option<Estimate>| loss.map_or("-".into(), |e| format!("{:.2}", e.mean.exp()));
+        let mut row = vec![
+            short_count(run.ctx),
+            run.record.variant.clone(),
+            run.documents.len().to_string(),
+            format!("{:.4}x", run.record.share_of_dense()),
+            perplexity(of(&|d| d.stock_loss)),
+            perplexity(of(&|d| d.loss)),
+        ];
+        row.extend(shown.iter().map(|(_, metric, decimals)| of(metric).map_or("-".into(), |e| e.show(*decimals))));
+        rows.push(row);
+    }
+    let remark = extrapolated(&smoke.header, smoke.runs.iter().map(|r| r.ctx));
+    let about = format!(
+        "last {} positions of each text; KL in nats over the whole vocabulary, overlap of {} tokens, greedy of {} tokens; means over texts \
+         with 95% intervals (bootstrap)\n",
+        smoke.positions, smoke.top, smoke.greedy_tokens
+    );
+    columns(&rows) + &about + &remark
+}
+
+/// A line that says so where a context is beyond what the model was trained for.
+pub fn extrapolated(header: &Header, contexts: impl IntoIterator<Item = usize>) -> String {
+    let trained = header.trained_positions;
+    match contexts.into_iter().any(|c| c > trained) {
+        true => format!("trained for {} positions: what is beyond is extrapolated\n", short_count(trained)),
+        false => String::new(),
+    }
+}
+
+/// Lengths that were asked at, rising.
+fn lengths(answers: &Answers) -> BTreeSet<usize> {
+    answers.cells.iter().map(|c| c.length).collect()
+}
+
+/// Values of `f` in order of first occurrence, each once.
+fn distinct<'a, T: PartialEq>(cells: &[&'a Cell], f: impl Fn(&'a Cell) -> T) -> Vec<T> {
+    let mut found = vec![];
+    for value in cells.iter().map(|c| f(c)) {
+        if !found.contains(&value) {
+            found.push(value);
+        }
+    }
+    found
+}
+
+/// For each length one row per variant: the mean score of every task in percent, and the mean over all with its interval.
+pub fn answers_table(answers: &Answers) -> String {
+    let mut out = String::new();
+    for length in lengths(answers) {
+        let cells: Vec<&Cell> = answers.cells.iter().filter(|c| c.length == length).collect();
+        let tasks = distinct(&cells, |c| c.task.as_str());
+        let mut head = vec![short_count(length), "variant".into(), "KV of dense".into(), "samples".into()];
+        head.extend(tasks.iter().map(|t| t.trim_start_matches("niah_").to_string()));
+        head.push("mean".into());
+        let mut rows = vec![head];
+        for variant in distinct(&cells, |c| c.record.variant.as_str()) {
+            let own: Vec<&Cell> = cells.iter().copied().filter(|c| c.record.variant == variant).collect();
+            let samples = own.iter().map(|c| c.answers.len());
+            let mut row = vec![
+                String::new(),
+                variant.into(),
+                format!("{:.4}x", own[0].record.share_of_dense()),
+                samples.clone().sum::<usize>().to_string(),
+            ];
+            let of = |task: &str| own.iter().find(|c| c.task == task).and_then(|c| c.score());
+            row.extend(tasks.iter().map(|t| of(t).map_or("-".into(), |e| format!("{:.1}", e.mean))));
+            row.push(mean_score(&own).map_or("-".into(), |e| e.show(1)));
+            rows.push(row);
+        }
+        out += &columns(&rows);
+    }
+    out + "scores in percent; the last column is the mean over tasks with its 95% interval; KV is the most that was allocated at once\n"
+        + &extrapolated(&answers.header, lengths(answers))
+}
+
+/// The mean over tasks, each with the same weight; samples are drawn again within their task.
+fn mean_score(cells: &[&Cell]) -> Option<Estimate> {
+    let groups: Vec<Vec<f64>> = cells.iter().map(|c| c.independent()).collect();
+    Estimate::of_groups(&groups)
+}
+
+/// For each length and variant one row, a column per depth.
+pub fn grid_table(answers: &Answers) -> String {
+    let mut out = String::new();
+    for length in lengths(answers) {
+        let cells: Vec<&Cell> = answers.cells.iter().filter(|c| c.length == length).collect();
+        let mut depths: Vec<f64> = cells.iter().flat_map(|c| c.answers.iter().filter_map(|a| a.depth)).collect();
+        depths.sort_by(f64::total_cmp);
+        depths.dedup();
+        let mut head = vec![short_count(length), "variant".into(), "KV of dense".into()];
+        head.extend(depths.iter().map(|d| format!("{:.0}%", 100.0 * d)));
+        head.push("mean".into());
+        let mut rows = vec![head];
+        for cell in &cells {
+            let mut row =
+                vec![String::new(), cell.record.variant.clone(), format!("{:.4}x", cell.record.share_of_dense())];
+            let at = |depth: &f64| {
+                let own = cell.answers.iter().filter(|a| a.depth == Some(*depth));
+                Estimate::of(&own.map(|a| 100.0 * a.score).collect::<Vec<_>>())
+            };
+            row.extend(depths.iter().map(|d| at(d).map_or("-".into(), |e| format!("{:.0}", e.mean))));
+            row.push(cell.score().map_or("-".into(), |e| e.show(1)));
+            rows.push(row);
+        }
+        out += &columns(&rows);
+    }
+    out + "scores in percent by depth of the needle (0% is the context's beginning); the mean with its 95% interval over needles\n"
+        + &extrapolated(&answers.header, lengths(answers))
+}

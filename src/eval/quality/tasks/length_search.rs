@@ -1,0 +1,158 @@
+//! How much hay fits: the search for the largest prompt within a length.
+
+use super::{Count, Draw, Sources};
+use crate::error::Result;
+
+/// What a generator is asked for.
+pub(super) struct Call<'a> {
+    /// Name of the task.
+    pub task: &'a str,
+    /// What it may draw from.
+    pub sources: &'a Sources,
+    /// Which sample.
+    pub draw: Draw,
+    /// Tokens of a text.
+    pub count: Count<'a>,
+}
+
+impl Call<'_> {
+    /// The stream of choices for one part of the sample: the same at every length.
+    pub fn rng(&self, part: &str) -> super::rng::Rng {
+        super::rng::Rng::new(self.draw.seed, &[self.task, part], self.draw.index as u64)
+    }
+}
+
+/// A prompt, cut where its question begins, and its answer.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Draft {
+    pub context: String,
+    pub question: String,
+    pub answer_prefix: String,
+    pub outputs: Vec<String>,
+    pub depth: Option<f64>,
+}
+
+/// Makes one sample with as much hay as it is told, always the same for the same amount.
+pub(super) struct Maker<'a> {
+    /// Fewest units of hay.
+    pub least: usize,
+    /// Most, where the source ends.
+    pub most: usize,
+    /// Units by which the tokens of one are first estimated.
+    pub step: usize,
+    /// The sample with so many units.
+    pub draft: Box<dyn Fn(usize) -> Result<Draft> + 'a>,
+}
+
+/// A draft and its tokens.
+pub(super) struct Fitted {
+    pub draft: Draft,
+    pub tokens: usize,
+}
+
+/// Rounds of interpolation before the search halves instead: a text whose tokens are not in line with its units.
+const ROUNDS: usize = 6;
+
+/// The draft with the most hay of at most `limit` tokens, to within 1/512 of it; the smallest one where none is.
+///
+/// Tokens grow nearly in line with units, so the next size is read off a line through two known ones, as in
+/// `regula falsi`: a long text is counted two or three times, not at every step of a bisection.
+pub(super) fn largest(maker: &Maker, limit: usize, count: Count) -> Result<Fitted> {
+    let make = |units: usize| -> Result<Fitted> {
+        let draft = (maker.draft)(units)?;
+        let tokens = count(&[&draft.context, draft.question.as_str(), &draft.answer_prefix].concat())?;
+        Ok(Fitted { draft, tokens })
+    };
+    let mut best = make(maker.least)?;
+    let mut low = (maker.least, best.tokens);
+    // The first size that is known not to fit, and its tokens where they are known. A unit has a token at least.
+    let mut high = (maker.most.min(maker.least.saturating_add(limit.saturating_mul(2))).saturating_add(1), None);
+    let slack = limit / 512;
+    let mut slope = None;
+    let mut round = 0;
+    while best.tokens <= limit && limit - best.tokens > slack && high.0 - low.0 > 1 {
+        round += 1;
+        let rise = high.1.map(|tokens: usize| (tokens - low.1.min(tokens)) as f64 / (high.0 - low.0) as f64);
+        let units = match rise.or(slope).filter(|s| *s > 0.0) {
+            None => low.0 + maker.step,
+            Some(_) if round > ROUNDS && high.1.is_none() => low.0 * 2,
+            Some(_) if round > ROUNDS => low.0 + (high.0 - low.0) / 2,
+            Some(s) => low.0 + ((limit - low.1 - slack / 2) as f64 / s) as usize,
+        };
+        let units = units.clamp(low.0 + 1, high.0 - 1);
+        let made = make(units)?;
+        match made.tokens <= limit {
+            true => {
+                slope = Some((made.tokens.max(low.1) - low.1) as f64 / (units - low.0) as f64);
+                low = (units, made.tokens);
+                best = made;
+            }
+            false => high = (units, Some(made.tokens)),
+        }
+    }
+    Ok(best)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::quality::tasks::fixture::{words, Counter};
+
+    fn maker(least: usize, most: usize, text: impl Fn(usize) -> String + 'static) -> Maker<'static> {
+        let empty = |context| Draft {
+            context,
+            question: String::new(),
+            answer_prefix: String::new(),
+            outputs: vec![],
+            depth: None,
+        };
+        Maker { least, most, step: 10, draft: Box::new(move |n| Ok(empty(text(n)))) }
+    }
+
+    #[test]
+    fn the_largest_that_fits_is_found_with_few_counts() -> Result<()> {
+        // (units -> tokens), what the best size has.
+        type Tokens = fn(usize) -> usize;
+        let cases: [(Tokens, usize); 4] =
+            [(|n| 50 + 7 * n, 130_000), (|n| n, 4_000), (|n| 300 + 26 * n + n % 3, 16_000), (|n| 900 + 500 * n, 8_000)];
+        for (i, (tokens, limit)) in cases.into_iter().enumerate() {
+            let m = maker(1, usize::MAX, move |n| "w ".repeat(tokens(n)));
+            let counter = Counter::default();
+            let found = largest(&m, limit, &|t| counter.count(t))?;
+            let unit = tokens(2) - tokens(1);
+            assert!(found.tokens <= limit && found.tokens + unit.max(limit / 512 + 1) > limit, "{i}: {}", found.tokens);
+            assert!(counter.counts() <= 7, "{i}: counted {} times", counter.counts());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn steps_in_the_tokens_do_not_mislead_the_search() -> Result<()> {
+        // From 500 units on, each has ten times the tokens: no line leads to the limit.
+        let m = maker(3, usize::MAX, |n| "w ".repeat(if n < 500 { n } else { 10 * n }));
+        for limit in [40, 499, 2_000, 4_999, 5_000, 9_000, 50_000] {
+            let found = largest(&m, limit, &words)?.tokens;
+            let exact = if limit < 5_000 { limit.min(499) } else { limit / 10 * 10 };
+            assert!(found <= exact && found + limit / 512 + 10 >= exact, "{limit}: {found} of {exact}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_bounds_of_a_source_are_kept() -> Result<()> {
+        let text = |n: usize| {
+            assert!((20..=30).contains(&n), "{n}");
+            "w ".repeat(n)
+        };
+        assert_eq!(largest(&maker(20, 30, text), 1_000, &words)?.tokens, 30);
+        assert_eq!(largest(&maker(20, 30, text), 25, &words)?.tokens, 25);
+        assert_eq!(largest(&maker(20, 30, text), 5, &words)?.tokens, 20, "the smallest, which does not fit");
+        Ok(())
+    }
+
+    #[test]
+    fn a_counter_that_fails_is_heard() {
+        let fail = |_: &str| Err(crate::Error::usage("counter", "broken"));
+        assert!(largest(&maker(1, 9, |n| "w ".repeat(n)), 5, &fail).is_err());
+    }
+}

@@ -1,0 +1,294 @@
+//! RULER's thirteen tasks (Hsieh et al. 2024, <https://arxiv.org/abs/2404.06654>, <https://github.com/NVIDIA/RULER>), made and scored natively.
+//!
+//! A task makes prompts of any length whose answer is known. Templates, counts, room for the answer and scoring are RULER's:
+//!
+//! | task | context | asks for | score |
+//! |---|---|---|---|
+//! | `niah_single_1` | noise | the number of one key | all |
+//! | `niah_single_2` | prose | the number of one key | all |
+//! | `niah_single_3` | prose | the UUID of one key | all |
+//! | `niah_multikey_1` | prose, four keys | the number of one of them | all |
+//! | `niah_multikey_2` | needles only | the number of one key | all |
+//! | `niah_multikey_3` | needles only, keys are UUIDs | the UUID of one key | all |
+//! | `niah_multivalue` | prose | four numbers of one key | all |
+//! | `niah_multiquery` | prose | the numbers of four keys | all |
+//! | `vt` | noise with a chain of five assignments | the five variables with one value | all |
+//! | `cwe` | a numbered list, ten of its words 30 times each, the others 3 times | the ten words | all |
+//! | `fwe` | coded words with zeta-distributed frequencies | the three most frequent ones | all |
+//! | `qa_1` | documents, SQuAD | the answer to a question about one | part |
+//! | `qa_2` | documents, HotpotQA | the answer to a question about two | part |
+//!
+//! `all` is the share of the expected outputs that the answer contains, `part` whether it contains any ([`Rule`]). [`needle`] is one
+//! needle at a chosen depth, for a grid over lengths and depths (Kamradt 2023, <https://github.com/gkamradt/LLMTest_NeedleInAHaystack>).
+//!
+//! ```text
+//! words, hay, qa (files) --> niah, vt, cwe, fwe, qa (a draft with n units of hay) --> fit (the n) --> sample --> JSONL
+//!                   rng ---^                                                             answer --> score
+//! ```
+//!
+//! A sample depends on task, length, seed and index alone: sample 7 is the same whether 8 or 500 are made. What is hidden, and
+//! where a text begins, does not even depend on the length: it is the same needle in a larger haystack. (Only `cwe` changes its words
+//! where its lists run out.)
+//!
+//! # Lengths
+//!
+//! `length` counts the prompt with the beginning of the answer, and the room for the answer. The caller counts tokens; a
+//! chat template is part of the length if the counter adds it. Each sample has as much hay as fits, to within a
+//! unit of hay or 1/512 of the length. A length that not even the smallest prompt fits is an error.
+//!
+//! # Where the question begins
+//!
+//! [`Sample::question_at`] parts each prompt into context and question, for methods that must compress the context before they know what
+//! will be asked. The context holds the queried key or value in needles and assignments only. What `cwe` and `fwe` ask
+//! is no secret: it never changes, and the context's first sentence tells it.
+//!
+//! # What differs from RULER's own code
+//!
+//! - **The prose** is not Paul Graham's essays, which may not be passed on, but the freely licensed texts of `scripts/fetch_texts.py`, a
+//!   ring of 1.5 million words. Each sample begins at its own sentence; RULER takes the same beginning of the essays for every
+//!   sample. Paragraphs end a sentence besides punctuation; the splitter is ours, not NLTK's.
+//! - **Random choices** are a stream of ours, so samples differ from RULER's word for word. RULER shuffles needles, lists and
+//!   documents in the same way in every sample; here each sample has its own order.
+//! - **Keys and values** are all different, and none occurs in the prose by chance. RULER does not check.
+//! - **Each sample is fitted by itself.** RULER finds one amount of hay for a task and takes hay away by the 5 to 500 units where a
+//!   sample is longer than the first. Its loop does not end where nothing fits.
+//! - **`vt`**: the example in front is drawn anew for each sample, its places too, with a value other than the queried one; RULER
+//!   renames the variables of one example.
+//! - **`cwe`**: lists longer than the 8,166 words take pairs of an adjective and a noun with a hyphen between them, all of them; RULER takes
+//!   all of them from a larger list of English words. That happens beyond some 128k tokens.
+//! - **`fwe`**: at least 74 words, from which on the first four frequencies differ; a vocabulary of five at least.
+//! - **`qa`**: the files are the user's to get. Sample i is question i of the file, as in RULER.
+//! - **Scoring** does not replace control characters in the answer first: that cannot change whether it contains an output.
+//! - **Files** hold `task`, `question_at`, `max_new_tokens` and `depth` besides RULER's fields. RULER's own files are read as well; in
+//!   those of its needle tasks `index` is the answer's place in the text, not the number of the sample.
+
+mod cwe;
+#[cfg(test)]
+mod fixture;
+mod fwe;
+mod hay;
+mod length_search;
+mod niah;
+mod qa;
+mod rng;
+mod sample;
+mod score;
+mod vt;
+mod words;
+
+pub use hay::{Hay, Prose, NOISE};
+pub use qa::Questions;
+pub use rng::Rng;
+pub use sample::{prove_replaceable, read, write, Missing, Sample};
+pub use score::Rule;
+pub use words::Words;
+
+use crate::checkpoint::OnProgress;
+use crate::error::{Error, Result};
+use length_search::{Call, Maker};
+use niah::{Kind, Niah, Place};
+
+/// Tokens of a text.
+pub type Count<'a> = &'a dyn Fn(&str) -> Result<usize>;
+
+/// Which sample of a task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Draw {
+    /// Tokens of the prompt and its answer together.
+    pub length: usize,
+    /// Seed.
+    pub seed: u64,
+    /// Number of the sample, from 0.
+    pub index: usize,
+}
+
+/// What tasks draw from. A task that needs what is not there says so.
+#[derive(Default)]
+pub struct Sources {
+    /// Words for keys and lists.
+    pub words: Option<Words>,
+    /// Real text to hide needles in.
+    pub prose: Option<Prose>,
+    /// Questions of `qa_1`.
+    pub squad: Option<Questions>,
+    /// Questions of `qa_2`.
+    pub hotpot: Option<Questions>,
+}
+
+impl Sources {
+    fn words(&self, task: &str) -> Result<&Words> {
+        let missing = "needs lists of words (a folder that scripts/fetch_words.py fills)";
+        self.words.as_ref().ok_or_else(|| Error::usage(task, missing))
+    }
+
+    fn prose(&self, task: &str) -> Result<&Prose> {
+        let missing = "needs texts to hide needles in (a folder that scripts/fetch_texts.py fills)";
+        self.prose.as_ref().ok_or_else(|| Error::usage(task, missing))
+    }
+
+    fn squad(&self, task: &str) -> Result<&Questions> {
+        self.squad.as_ref().ok_or_else(|| Error::usage(task, "needs a file of questions in the form of SQuAD 2.0"))
+    }
+
+    fn hotpot(&self, task: &str) -> Result<&Questions> {
+        self.hotpot.as_ref().ok_or_else(|| Error::usage(task, "needs a file of questions in the form of HotpotQA"))
+    }
+}
+
+/// A task.
+pub struct Task {
+    /// RULER's name.
+    pub name: &'static str,
+    /// One line for help texts.
+    pub about: &'static str,
+    /// Room for an answer, in tokens.
+    pub max_new_tokens: usize,
+    /// How an answer is scored.
+    pub rule: Rule,
+    start: for<'a> fn(&Call<'a>) -> Result<Maker<'a>>,
+}
+
+/// Needles: hay, keys, values, and how many keys, values of each and queries.
+const fn niah(hay: Hay, keys: Kind, values: Kind, counts: (usize, usize, usize)) -> Niah {
+    Niah { hay, keys, values, counts }
+}
+
+/// Name of [`needle`].
+pub const NEEDLE: &str = "needle";
+
+/// RULER's tasks, in its order.
+#[rustfmt::skip]
+pub static TASKS: &[Task] = &[
+    Task { name: "niah_single_1", about: "one number in noise", max_new_tokens: 128, rule: Rule::All,
+        start: |c| niah(Hay::Noise, Kind::Words, Kind::Numbers, (1, 1, 1)).start(c, Place::Drawn) },
+    Task { name: "niah_single_2", about: "one number in prose", max_new_tokens: 128, rule: Rule::All,
+        start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (1, 1, 1)).start(c, Place::Drawn) },
+    Task { name: "niah_single_3", about: "one UUID in prose", max_new_tokens: 128, rule: Rule::All,
+        start: |c| niah(Hay::Essay, Kind::Words, Kind::Uuids, (1, 1, 1)).start(c, Place::Drawn) },
+    Task { name: "niah_multikey_1", about: "one of four keys in prose", max_new_tokens: 128, rule: Rule::All,
+        start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (4, 1, 1)).start(c, Place::Drawn) },
+    Task { name: "niah_multikey_2", about: "one of only needles", max_new_tokens: 128, rule: Rule::All,
+        start: |c| niah(Hay::Needles, Kind::Words, Kind::Numbers, (1, 1, 1)).start(c, Place::Drawn) },
+    Task { name: "niah_multikey_3", about: "one of only needles, all UUIDs", max_new_tokens: 128, rule: Rule::All,
+        start: |c| niah(Hay::Needles, Kind::Uuids, Kind::Uuids, (1, 1, 1)).start(c, Place::Drawn) },
+    Task { name: "niah_multivalue", about: "four values of one key in prose", max_new_tokens: 128, rule: Rule::All,
+        start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (1, 4, 1)).start(c, Place::Drawn) },
+    Task { name: "niah_multiquery", about: "the values of four keys in prose", max_new_tokens: 128, rule: Rule::All,
+        start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (4, 1, 4)).start(c, Place::Drawn) },
+    Task { name: "vt", about: "a chain of five variables in noise", max_new_tokens: 30, rule: Rule::All,
+        start: |c| vt::start(c) },
+    Task { name: "cwe", about: "the ten most common words of a list", max_new_tokens: 120, rule: Rule::All,
+        start: |c| cwe::start(c) },
+    Task { name: "fwe", about: "the three most frequent coded words", max_new_tokens: fwe::ROOM, rule: Rule::All,
+        start: |c| Ok(fwe::start(c)) },
+    Task { name: "qa_1", about: "a SQuAD question among documents", max_new_tokens: 32, rule: Rule::Part,
+        start: |c| qa::start(c, c.sources.squad(c.task)?) },
+    Task { name: "qa_2", about: "a HotpotQA question among documents", max_new_tokens: 32, rule: Rule::Part,
+        start: |c| qa::start(c, c.sources.hotpot(c.task)?) },
+];
+
+/// Finds a task by name.
+///
+/// # Errors
+/// No such task: the names there are.
+pub fn find(name: &str) -> Result<&'static Task> {
+    TASKS.iter().find(|t| t.name == name).ok_or_else(|| {
+        let names: Vec<_> = TASKS.iter().map(|t| t.name).collect();
+        Error::usage("task", format!("`{name}` is not one of {}", names.join(", ")))
+    })
+}
+
+/// The tasks that `--tasks` names.
+///
+/// # Errors
+/// An unknown name, or one given twice: its samples would count as twice as many.
+pub fn named(names: &[String]) -> Result<Vec<&'static Task>> {
+    if let Some((_, name)) = names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)) {
+        return Err(Error::usage("--tasks", format!("names `{name}` twice")));
+    }
+    names.iter().map(|name| find(name).map_err(|e| e.within("--tasks"))).collect()
+}
+
+/// How answers of a task are scored, [`NEEDLE`] included.
+///
+/// # Errors
+/// No such task.
+pub fn rule(task: &str) -> Result<Rule> {
+    match task {
+        NEEDLE => Ok(Rule::All),
+        _ => find(task).map(|t| t.rule),
+    }
+}
+
+impl Task {
+    /// One sample.
+    ///
+    /// # Errors
+    /// A source that is missing, a length that nothing fits, a tokenizer that fails.
+    pub fn sample(&self, sources: &Sources, draw: Draw, count: Count) -> Result<Sample> {
+        let call = Call { task: self.name, sources, draw, count };
+        finish(&call, &(self.start)(&call)?, self.max_new_tokens)
+    }
+
+    /// Samples 0 to `samples`.
+    ///
+    /// # Errors
+    /// As [`Self::sample`].
+    pub fn samples(
+        &self,
+        sources: &Sources,
+        (length, seed): (usize, u64),
+        samples: usize,
+        count: Count,
+        progress: OnProgress,
+    ) -> Result<Vec<Sample>> {
+        let made = (0..samples).map(|index| {
+            progress(self.name, index as u64, samples as u64);
+            self.sample(sources, Draw { length, seed, index }, count)
+        });
+        let made = made.collect::<Result<_>>()?;
+        progress(self.name, samples as u64, samples as u64);
+        Ok(made)
+    }
+}
+
+/// One number under one key at `depth` of the hay (0 its beginning, 1 its end), to within half a sentence: a cell of a grid over
+/// lengths and depths. The needle is the same in every cell of a seed and index.
+///
+/// # Errors
+/// A depth outside 0 to 1; otherwise as [`Task::sample`].
+pub fn needle(sources: &Sources, hay: Hay, depth: f64, draw: Draw, count: Count) -> Result<Sample> {
+    if !(0.0..=1.0).contains(&depth) {
+        return Err(Error::usage(NEEDLE, format!("{depth} is not a depth; give 0 (the beginning) to 1 (the end)")));
+    }
+    let call = Call { task: NEEDLE, sources, draw, count };
+    let maker = niah(hay, Kind::Words, Kind::Numbers, (1, 1, 1)).start(&call, Place::At(depth))?;
+    finish(&call, &maker, 128)
+}
+
+/// The largest sample that fits.
+fn finish(call: &Call, maker: &Maker, room: usize) -> Result<Sample> {
+    let Draw { length, index, .. } = call.draw;
+    let fitted = length_search::largest(maker, length.saturating_sub(room), call.count)?;
+    let (draft, tokens) = (fitted.draft, fitted.tokens + room);
+    if tokens > length {
+        let message =
+            format!("{length} tokens are too few: its smallest prompt and {room} for the answer take {tokens}");
+        return Err(Error::usage(call.task, message));
+    }
+    Ok(Sample {
+        task: call.task.into(),
+        index,
+        question_at: Some(draft.context.len()),
+        input: draft.context + &draft.question,
+        answer_prefix: draft.answer_prefix,
+        outputs: draft.outputs,
+        length: tokens,
+        made_for: Some(length),
+        max_new_tokens: room,
+        depth: draft.depth,
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,359 @@
+//! Needles in a haystack: sentences that give a key a value, hidden in hay; the values of some keys are asked for.
+
+use super::hay::{Hay, Prose, NOISE};
+use super::length_search::{Call, Draft, Maker};
+use super::rng::Rng;
+use super::words::Words;
+use crate::error::{Error, Result};
+use std::collections::HashSet;
+
+/// What a key or a value is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Seven digits.
+    Numbers,
+    /// An adjective and a noun with a hyphen between them.
+    Words,
+    /// A UUID of version 4.
+    Uuids,
+}
+
+/// Where needles go.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Place {
+    /// As RULER puts them.
+    Drawn,
+    /// Each at this share of the hay.
+    At(f64),
+}
+
+/// A variant of the task.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Niah {
+    pub hay: Hay,
+    pub keys: Kind,
+    pub values: Kind,
+    /// How many keys there are, how many values each has, and how many are asked for.
+    pub counts: (usize, usize, usize),
+}
+
+/// Depths, in percent, at which RULER hides needles in prose: 40 from 0 to 100.
+fn depth(i: usize) -> usize {
+    (200 * i + 39) / 78 // i · 100 / 39, rounded
+}
+const DEPTHS: usize = 40;
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Numbers => "numbers",
+            Self::Words => "words",
+            Self::Uuids => "uuids",
+        }
+    }
+
+    fn draw(self, rng: &mut Rng, words: &Words) -> String {
+        match self {
+            Self::Numbers => rng.range(1_000_000..10_000_000).to_string(),
+            Self::Words => words.pair(rng.below(words.pairs())),
+            Self::Uuids => rng.uuid(),
+        }
+    }
+}
+
+/// Keys and values of one sample; none twice, and none that the prose holds by chance.
+struct Drawn<'a> {
+    rng: Rng,
+    words: &'a Words,
+    prose: Option<&'a Prose>,
+    seen: HashSet<String>,
+}
+
+/// Draws before a new key is given up: the prose or the lists leave too few.
+const TRIES: usize = 1_000;
+
+impl Drawn<'_> {
+    fn next(&mut self, kind: Kind) -> Result<String> {
+        for _ in 0..TRIES {
+            let new = kind.draw(&mut self.rng, self.words);
+            if !self.seen.contains(&new) && self.prose.is_none_or(|p| !p.contains(&new)) {
+                self.seen.insert(new.clone());
+                return Ok(new);
+            }
+        }
+        let message =
+            format!("too few {} that are neither taken nor in the texts; give longer word lists", kind.name());
+        Err(Error::usage("needles", message))
+    }
+}
+
+impl Niah {
+    /// The sentence that hides `value` under `key`.
+    fn needle(&self, key: &str, value: &str) -> String {
+        format!("One of the special magic {} for {key} is: {value}.", self.values.name())
+    }
+
+    /// Makes one sample.
+    ///
+    /// # Errors
+    /// No word lists or no prose where they are needed.
+    pub(super) fn start<'a>(self, call: &Call<'a>, place: Place) -> Result<Maker<'a>> {
+        let words = call.sources.words(call.task)?;
+        let prose = (self.hay == Hay::Essay).then(|| call.sources.prose(call.task)).transpose()?;
+        let (keys, values, queries) = self.counts;
+        let mut drawn = Drawn { rng: call.rng("needles"), words, prose, seen: HashSet::new() };
+        let mut pairs: Vec<(String, Vec<String>)> = vec![];
+        for _ in 0..keys {
+            let key = drawn.next(self.keys)?;
+            pairs.push((key, (0..values).map(|_| drawn.next(self.values)).collect::<Result<_>>()?));
+        }
+        let mut needles: Vec<String> =
+            pairs.iter().flat_map(|(key, values)| values.iter().map(|v| self.needle(key, v))).collect();
+        drawn.rng.shuffle(&mut needles);
+        let asked = drawn.rng.sample(keys, queries);
+        let outputs: Vec<String> = asked.iter().flat_map(|i| pairs[*i].1.clone()).collect();
+        let query = list(&asked.iter().map(|i| pairs[*i].0.as_str()).collect::<Vec<_>>());
+
+        let first = prose.map(|p| call.rng("hay").below(p.sentences())).unwrap_or_default();
+        let (seen, places, fill) = (drawn.seen, call.rng("places").bits(), call.rng("hay").bits());
+        let count = needles.len();
+        let lines = move |n: usize| -> Result<Vec<String>> {
+            let mut more = Drawn { rng: Rng::new(fill, &["needles"], 0), words, prose: None, seen: seen.clone() };
+            let other = |_| {
+                let key = more.next(self.keys)?;
+                Ok(self.needle(&key, &more.next(self.values)?))
+            };
+            match self.hay {
+                Hay::Needles => (0..n).map(other).collect(),
+                _ => Ok(vec![NOISE.to_string(); n]),
+            }
+        };
+        let draft = move |n: usize| {
+            let rng = &mut Rng::new(places, &["places"], 0);
+            let hay = match prose {
+                Some(prose) => {
+                    let sentences = prose.stretch(first, n);
+                    insert(&sentences, &needles, &in_prose(&sentences, count, place, rng), " ")
+                }
+                None => {
+                    let lines = lines(n)?;
+                    insert(&lines, &needles, &in_lines(n, count, place, rng), "\n")
+                }
+            };
+            Ok(self.draft(&hay, &query, &outputs, place))
+        };
+        let (least, step) = if prose.is_some() { (1, 500) } else { (count, 25) };
+        Ok(Maker { least, most: usize::MAX, step, draft: Box::new(draft) })
+    }
+
+    /// RULER's wording, in the singular where one answer is asked for.
+    fn draft(&self, hay: &str, query: &str, outputs: &[String], place: Place) -> Draft {
+        let name = self.values.name();
+        let one = outputs.len() == 1;
+        let (some, are, all, name) =
+            if one { ("A", "is", "is", &name[..name.len() - 1]) } else { ("Some", "are", "are all", name) };
+        Draft {
+            context: format!(
+                "{some} special magic {name} {are} hidden within the following text. Make sure to memorize it. I will quiz you \
+                 about the {name} afterwards.\n{hay}\n"
+            ),
+            question: format!("What {all} the special magic {name} for {query} mentioned in the provided text?"),
+            answer_prefix: format!(" The special magic {name} for {query} mentioned in the provided text {are}"),
+            outputs: outputs.to_vec(),
+            depth: if let Place::At(share) = place { Some(share) } else { None },
+        }
+    }
+}
+
+/// `a`, or `a, b, and c`.
+fn list(names: &[&str]) -> String {
+    match names.split_last() {
+        Some((last, rest)) if !rest.is_empty() => format!("{}, and {last}", rest.join(", ")),
+        _ => names.concat(),
+    }
+}
+
+/// Before which sentences `count` needles go, in order. A given share is that of words.
+fn in_prose(sentences: &[&str], count: usize, place: Place, rng: &mut Rng) -> Vec<usize> {
+    let mut at: Vec<usize> = match place {
+        Place::Drawn => rng.sample(DEPTHS, count).into_iter().map(|i| sentences.len() * depth(i) / 100).collect(),
+        Place::At(share) => {
+            let words = sentences.iter().map(|s| s.split(' ').count());
+            let ends: Vec<usize> = std::iter::once(0)
+                .chain(words.scan(0, |n, w| {
+                    *n += w;
+                    Some(*n)
+                }))
+                .collect();
+            let goal = share * ends[sentences.len()] as f64;
+            let distance = |i: &usize| (ends[*i] as f64 - goal).abs();
+            let nearest = (0..ends.len()).min_by(|a, b| distance(a).total_cmp(&distance(b)));
+            vec![nearest.unwrap_or_default(); count]
+        }
+    };
+    at.sort_unstable();
+    at
+}
+
+/// Before which of `n` lines `count` needles go, in order; drawn ones are all different.
+fn in_lines(n: usize, count: usize, place: Place, rng: &mut Rng) -> Vec<usize> {
+    let mut at = match place {
+        Place::Drawn => rng.sample(n, count),
+        Place::At(share) => vec![(share * n as f64).round() as usize; count],
+    };
+    at.sort_unstable();
+    at
+}
+
+/// `parts` with each of `extra` before the part that `at` names, all joined by `between`.
+pub(super) fn insert<P: AsRef<str>>(parts: &[P], extra: &[String], at: &[usize], between: &str) -> String {
+    let mut all: Vec<&str> = Vec::with_capacity(parts.len() + extra.len());
+    let mut rest = at.iter().zip(extra).peekable();
+    for i in 0..=parts.len() {
+        while let Some((_, needle)) = rest.next_if(|(at, _)| **at <= i) {
+            all.push(needle);
+        }
+        all.extend(parts.get(i).map(AsRef::as_ref));
+    }
+    all.join(between)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::quality::tasks::fixture::{self, sources, words};
+    use crate::eval::quality::tasks::{find, needle, Draw, Sample, Sources, TASKS};
+
+    fn sample(task: &str, length: usize, index: usize) -> Sample {
+        find(task).expect(task).sample(&sources(), Draw { length, seed: 1, index }, &words).expect(task)
+    }
+
+    fn needles(s: &Sample) -> Vec<(&str, &str)> {
+        let parts = s.context().expect("context").split("One of the special magic ").skip(1);
+        parts.filter_map(|p| p.split_once(" for ")?.1.split_once('.')?.0.split_once(" is: ")).collect()
+    }
+
+    #[test]
+    fn answers_are_the_values_of_the_queried_keys_and_occur_once() {
+        // (task, needles with the asked keys, keys in all but distractors).
+        let tasks = [
+            ("niah_single_1", 1, 1),
+            ("niah_single_2", 1, 1),
+            ("niah_single_3", 1, 1),
+            ("niah_multikey_1", 1, 4),
+            ("niah_multikey_2", 1, 1),
+            ("niah_multikey_3", 1, 1),
+            ("niah_multivalue", 4, 1),
+            ("niah_multiquery", 4, 4),
+        ];
+        assert_eq!(tasks.len(), TASKS.iter().filter(|t| t.name.starts_with("niah")).count());
+        for ((task, answers, keys), index) in tasks.into_iter().flat_map(|t| (0..6).map(move |i| (t, i))) {
+            let s = sample(task, 1_500, index);
+            let (context, question) = (s.context().expect("context"), s.question().expect("question"));
+            let asked: Vec<_> = needles(&s).into_iter().filter(|(key, _)| question.contains(key)).collect();
+            let mut values: Vec<_> = asked.iter().map(|(_, value)| value.to_string()).collect();
+            let mut outputs = s.outputs.clone();
+            values.sort_unstable();
+            outputs.sort_unstable();
+            assert_eq!((values.len(), &values), (answers, &outputs), "{task}");
+            assert!(outputs.iter().all(|o| context.matches(o.as_str()).count() == 1), "{task}");
+            for (key, _) in &asked {
+                let of_key = asked.iter().filter(|(other, _)| other == key).count();
+                assert_eq!(context.matches(key).count(), of_key, "{task}: {key} only in needles");
+            }
+            match task {
+                "niah_multikey_2" | "niah_multikey_3" => assert!(needles(&s).len() > 60, "{task}"),
+                _ => assert_eq!(needles(&s).len(), if keys == 4 { 4 } else { answers }, "{task}"),
+            }
+        }
+    }
+
+    #[test]
+    fn one_answer_is_asked_for_in_the_singular() {
+        let s = sample("niah_single_3", 800, 0);
+        let needles = needles(&s);
+        let key = needles[0].0;
+        assert!(s.input.starts_with("A special magic uuid is hidden within the following text. Make sure"));
+        assert!(s.input.contains("I will quiz you about the uuid afterwards.\n"));
+        assert!(s.input.contains("One of the special magic uuids for "), "needles stay in the plural");
+        let question = format!("What is the special magic uuid for {key} mentioned in the provided text?");
+        assert!(s.input.ends_with(&question), "{}", s.question().expect("question"));
+        assert_eq!(s.answer_prefix, format!(" The special magic uuid for {key} mentioned in the provided text is"));
+        let many = sample("niah_multiquery", 800, 0);
+        let question = many.question().expect("question");
+        assert!(many.input.starts_with("Some special magic numbers are hidden"));
+        assert!(question.starts_with("What are all the special magic numbers for "), "{question}");
+        assert!(question.matches(", ").count() == 6 && question.matches(", and ").count() == 2, "{question}");
+        assert!(many.answer_prefix.ends_with(" mentioned in the provided text are"));
+    }
+
+    #[test]
+    fn prose_is_broken_only_between_sentences() {
+        let all = sources();
+        let prose = all.prose.as_ref().expect("prose");
+        for index in 0..8 {
+            let s = sample("niah_multikey_1", 3_000, index);
+            let context = s.context().expect("context");
+            let hay = context.split('\n').nth(1).expect("hay");
+            let mut rest = hay.to_string();
+            for (key, value) in needles(&s) {
+                let needle = format!("One of the special magic numbers for {key} is: {value}.");
+                rest = rest.replace(&format!("{needle} "), "").replace(&format!(" {needle}"), "");
+            }
+            let words = rest.split(' ').count();
+            let found = (0..prose.sentences()).find(|first| prose.stretch(*first, words).join(" ") == rest);
+            let first = found.unwrap_or_else(|| panic!("sample {index} is not a stretch of the text"));
+            // Every needle has a whole sentence's end or nothing before it.
+            let ends: HashSet<&str> = prose.stretch(first, words).into_iter().collect();
+            for before in hay.split("One of the special magic numbers").map(str::trim_end) {
+                let after_sentence = before.ends_with('.') || ends.iter().any(|s| before.ends_with(s));
+                assert!(before.is_empty() || after_sentence, "…{before:?}");
+            }
+        }
+        let starts: HashSet<String> = (0..8)
+            .map(|i| sample("niah_single_2", 500, i).input.split('\n').nth(1).expect("hay")[..40].to_string())
+            .collect();
+        assert!(starts.len() > 5, "each sample begins at its own place: {starts:?}");
+    }
+
+    #[test]
+    fn keys_that_the_prose_holds_by_chance_are_not_taken() {
+        let names = |names: &[&str]| names.iter().map(|n| n.to_string()).collect();
+        let words = Words::new(names(&["tree", "lake", "fox"]), names(&["red"]), names(&["run"]));
+        let prose = Prose::new(["Under the red-tree, by the red-lake. Nothing happened."]);
+        let few = Sources { words: Some(words), prose, ..Sources::default() };
+        let task = find("niah_single_2").expect("task");
+        for index in 0..20 {
+            let s = task.sample(&few, Draw { length: 400, seed: 1, index }, &fixture::words).expect("sample");
+            assert!(s.question().expect("question").contains("for red-fox mentioned"), "{}", s.input);
+        }
+    }
+
+    #[test]
+    fn depths_are_rulers_forty() {
+        let all: Vec<usize> = (0..DEPTHS).map(depth).collect();
+        assert_eq!(all[..6], [0, 3, 5, 8, 10, 13]);
+        assert_eq!(all[34..], [87, 90, 92, 95, 97, 100]);
+        assert!(all.windows(2).all(|p| p[0] < p[1]));
+    }
+
+    #[test]
+    fn a_single_needle_lies_where_it_is_asked_to() {
+        let all = sources();
+        for hay in [Hay::Essay, Hay::Noise, Hay::Needles] {
+            let mut keys = HashSet::new();
+            for depth in [0.0, 0.1, 0.5, 0.77, 1.0] {
+                let draw = Draw { length: 2_000, seed: 1, index: 0 };
+                let s = needle(&all, hay, depth, draw, &words).expect("needle");
+                assert_eq!((s.task.as_str(), s.depth), ("needle", Some(depth)));
+                let context = s.context().expect("context").split_once('\n').expect("hay").1;
+                let at = context.find(&s.outputs[0]).expect("answer") as f64 / context.len() as f64;
+                assert!((at - depth).abs() < 0.05, "{hay:?}: at {at}, not {depth}");
+                keys.insert(s.question().expect("question"));
+            }
+            assert_eq!(keys.len(), 1, "one needle at every depth");
+        }
+        let bad = needle(&all, Hay::Noise, 1.5, Draw { length: 500, seed: 1, index: 0 }, &words);
+        assert!(bad.expect_err("depth").to_string().contains("1.5"));
+    }
+}

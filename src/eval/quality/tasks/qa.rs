@@ -1,0 +1,281 @@
+//! Questions about documents: the document with the answer among others. The questions are a file of the user's.
+
+use super::length_search::{Call, Draft, Maker};
+use super::rng::Rng;
+use crate::error::{At, Error, Result};
+use serde::{de::DeserializeOwned, Deserialize};
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+
+/// Questions and all documents that they are about.
+pub struct Questions {
+    documents: Vec<String>,
+    questions: Vec<Question>,
+}
+
+/// Documents and their numbers.
+type Numbers = HashMap<String, usize>;
+
+struct Question {
+    query: String,
+    outputs: Vec<String>,
+    /// Documents that the answer is in or that belong to the question.
+    own: Vec<usize>,
+    /// Documents of the same article, which come before any others.
+    related: Vec<usize>,
+}
+
+#[derive(Deserialize)]
+struct Squad {
+    data: Vec<Article>,
+}
+
+#[derive(Deserialize)]
+struct Article {
+    paragraphs: Vec<Paragraph>,
+}
+
+#[derive(Deserialize)]
+struct Paragraph {
+    context: String,
+    qas: Vec<SquadQuestion>,
+}
+
+#[derive(Deserialize)]
+struct SquadQuestion {
+    question: String,
+    answers: Vec<Answer>,
+    #[serde(default)]
+    is_impossible: bool,
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    text: String,
+}
+
+#[derive(Deserialize)]
+struct HotpotQuestion {
+    question: String,
+    answer: String,
+    /// Titles and sentences.
+    context: Vec<(String, Vec<String>)>,
+}
+
+fn parse<T: DeserializeOwned>(path: &Path, form: &str) -> Result<T> {
+    let text = std::fs::read_to_string(path).at(path.display())?;
+    serde_json::from_str(&text).map_err(|e| Error::format(path.display(), format!("not in the form of {form}: {e}")))
+}
+
+impl Questions {
+    /// A file in the form of SQuAD 2.0 (or 1.1), as `dev-v2.0.json`; questions without an answer are left out.
+    ///
+    /// # Errors
+    /// A file that cannot be read, has another form, or no question that can be answered.
+    pub fn squad(path: &Path) -> Result<Self> {
+        let mut made = Self { documents: vec![], questions: vec![] };
+        let mut numbers = Numbers::default();
+        for article in parse::<Squad>(path, "SQuAD 2.0")?.data {
+            let contexts: Vec<usize> =
+                article.paragraphs.iter().map(|p| made.number(&p.context, &mut numbers)).collect();
+            for (paragraph, own) in article.paragraphs.into_iter().zip(&contexts) {
+                let mut related: Vec<usize> = contexts.iter().copied().filter(|c| c != own).collect();
+                related.sort_unstable();
+                related.dedup();
+                made.questions.extend(paragraph.qas.into_iter().filter(|q| !q.is_impossible).map(|q| Question {
+                    query: q.question,
+                    outputs: q.answers.into_iter().map(|a| a.text).collect(),
+                    own: vec![*own],
+                    related: related.clone(),
+                }));
+            }
+        }
+        made.checked(path)
+    }
+
+    /// A file in the form of HotpotQA, as `hotpot_dev_distractor_v1.json`.
+    ///
+    /// # Errors
+    /// A file that cannot be read, has another form, or no question.
+    pub fn hotpot(path: &Path) -> Result<Self> {
+        let mut made = Self { documents: vec![], questions: vec![] };
+        let mut numbers = Numbers::default();
+        for q in parse::<Vec<HotpotQuestion>>(path, "HotpotQA")? {
+            let document = |(title, sentences): &(String, Vec<String>)| format!("{title}\n{}", sentences.concat());
+            let mut own: Vec<usize> = q.context.iter().map(|d| made.number(&document(d), &mut numbers)).collect();
+            own.sort_unstable();
+            own.dedup();
+            made.questions.push(Question { query: q.question, outputs: vec![q.answer], own, related: vec![] });
+        }
+        made.checked(path)
+    }
+
+    /// The number of a document, which is kept once.
+    fn number(&mut self, document: &str, numbers: &mut Numbers) -> usize {
+        *numbers.entry(document.into()).or_insert_with(|| {
+            self.documents.push(document.into());
+            self.documents.len() - 1
+        })
+    }
+
+    fn checked(self, path: &Path) -> Result<Self> {
+        if self.questions.is_empty() {
+            return Err(Error::format(path.display(), "holds no question that can be answered"));
+        }
+        match self.questions.iter().find(|q| q.outputs.is_empty() || q.own.is_empty()) {
+            Some(q) => {
+                Err(Error::format(path.display(), format!("the question {:?} has no answer or no document", q.query)))
+            }
+            None => Ok(self),
+        }
+    }
+
+    /// How many questions there are.
+    pub fn len(&self) -> usize {
+        self.questions.len()
+    }
+
+    /// Never: a file without a question is an error.
+    pub fn is_empty(&self) -> bool {
+        self.questions.is_empty()
+    }
+
+    /// All documents in the order in which they are taken for a question: its own, related ones, others.
+    fn order(&self, q: &Question, mut rng: Rng) -> Vec<usize> {
+        let mut related = q.related.clone();
+        rng.shuffle(&mut related);
+        let mut order = [&q.own[..], &related].concat();
+        let taken: HashSet<usize> = order.iter().copied().collect();
+        let mut others: Vec<usize> = (0..self.documents.len()).filter(|i| !taken.contains(i)).collect();
+        rng.shuffle(&mut others);
+        order.extend(others);
+        order
+    }
+}
+
+/// Makes the sample of question `index` of the file.
+///
+/// # Errors
+/// Fewer questions than that.
+pub(super) fn start<'a>(call: &Call<'a>, from: &'a Questions) -> Result<Maker<'a>> {
+    let Some(q) = from.questions.get(call.draw.index) else {
+        let message = format!("asks for sample {}, but its file holds {} questions", call.draw.index, from.len());
+        return Err(Error::usage(call.task, message));
+    };
+    let order = from.order(q, call.rng("documents"));
+    let places = call.rng("places").bits();
+    let draft = move |n: usize| {
+        // More than there are: they come again.
+        let mut chosen: Vec<usize> = (0..n).map(|i| order[i % order.len()]).collect();
+        Rng::new(places, &["places"], 0).shuffle(&mut chosen);
+        let document = |(i, d): (usize, &usize)| format!("Document {}:\n{}", i + 1, from.documents[*d]);
+        let documents: Vec<String> = chosen.iter().enumerate().map(document).collect();
+        const ASK: &str =
+            "Answer the question based on the given documents. Only give me the answer and do not output any other words.";
+        Ok(Draft {
+            context: format!("{ASK}\n\nThe following are given documents.\n\n{}\n\n", documents.join("\n\n")),
+            question: format!("{ASK}\n\nQuestion: {}", q.query),
+            answer_prefix: " Answer:".into(),
+            outputs: q.outputs.clone(),
+            depth: None,
+        })
+    };
+    Ok(Maker { least: q.own.len(), most: usize::MAX, step: 10, draft: Box::new(draft) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::quality::tasks::fixture::words;
+    use crate::eval::quality::tasks::{find, Draw, Sources};
+    use serde_json::json;
+
+    /// Three articles of 8 paragraphs; paragraph `j` of article `i` says what colour thing `i.j` has.
+    fn squad() -> serde_json::Value {
+        let paragraph = |i: usize, j: usize| {
+            json!({"context": format!("Article {i}: thing-{i}-{j} has the colour c{i}{j}c. {}", "and so on ".repeat(10)), "qas": [
+                {"question": format!("Which colour has thing-{i}-{j} today?"), "answers": [{"text": format!("c{i}{j}c")}], "is_impossible": false},
+                {"question": "What is unknown?", "answers": [], "is_impossible": true}]})
+        };
+        let article = |i| json!({"title": "t", "paragraphs": (0..8).map(|j| paragraph(i, j)).collect::<Vec<_>>()});
+        json!({"version": "v2.0", "data": (0..3).map(article).collect::<Vec<_>>()})
+    }
+
+    fn hotpot() -> serde_json::Value {
+        let question = |i: usize| {
+            let context: Vec<_> =
+                (0..3).map(|j| json!([format!("Title {i}{j}"), [format!("One {i}{j}."), " Two."]])).collect();
+            json!({"_id": "x", "question": format!("Why {i}?"), "answer": format!("One {i}1"), "context": context})
+        };
+        json!((0..6).map(question).collect::<Vec<_>>())
+    }
+
+    fn open(value: serde_json::Value, how: fn(&Path) -> Result<Questions>) -> Result<Questions> {
+        let file = tempfile::NamedTempFile::new().at("temporary file")?;
+        std::fs::write(file.path(), value.to_string()).at("temporary file")?;
+        how(file.path())
+    }
+
+    #[test]
+    fn the_answers_document_is_in_the_context_once_and_its_articles_come_first() -> Result<()> {
+        let sources = Sources { squad: Some(open(squad(), Questions::squad)?), ..Sources::default() };
+        assert_eq!(sources.squad.as_ref().map(Questions::len), Some(24), "impossible questions are left out");
+        let task = find("qa_1")?;
+        for (length, index) in [(150, 0), (200, 9), (300, 10), (900, 23)] {
+            let s = task.sample(&sources, Draw { length, seed: 1, index }, &words)?;
+            let context = s.context()?;
+            assert_eq!(context.matches(&s.outputs[0]).count(), 1);
+            let own = format!("Article {}:", index / 8);
+            let others = context.matches("Article ").count() - context.matches(&own).count();
+            assert!(others == 0 || context.matches(&own).count() == 8, "{length}: {others} others too early");
+            assert!(length < 900 || others > 8, "{others}");
+            let numbers: Vec<_> = context.lines().filter(|l| l.starts_with("Document ")).collect();
+            assert!(numbers.iter().enumerate().all(|(i, line)| **line == format!("Document {}:", i + 1)));
+            let query = format!("Question: Which colour has thing-{}-{} today?", index / 8, index % 8);
+            assert!(s.input.ends_with(&query) && !context.contains(&query));
+            assert!(s.question()?.starts_with("Answer the question") && s.answer_prefix == " Answer:");
+        }
+        // More than all documents: they come again.
+        let long = task.sample(&sources, Draw { length: 3_000, seed: 1, index: 0 }, &words)?;
+        assert!(long.context()?.matches("Document ").count() > 24 && long.length > 2_900);
+        let beyond = task.sample(&sources, Draw { length: 300, seed: 1, index: 24 }, &words);
+        let error = beyond.expect_err("too many").to_string();
+        assert!(error.contains("qa_1") && error.contains("24 questions"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn hotpot_questions_bring_their_own_documents() -> Result<()> {
+        let sources = Sources { hotpot: Some(open(hotpot(), Questions::hotpot)?), ..Sources::default() };
+        let s = find("qa_2")?.sample(&sources, Draw { length: 130, seed: 1, index: 4 }, &words)?;
+        assert!(
+            (0..3).all(|j| s.context().is_ok_and(|c| c.contains(&format!("Title 4{j}\nOne 4{j}. Two.")))),
+            "{}",
+            s.input
+        );
+        assert_eq!(s.outputs, ["One 41"]);
+        assert!(s.context()?.matches("Document ").count() > 3);
+        let small = find("qa_2")?.sample(&sources, Draw { length: 70, seed: 1, index: 4 }, &words);
+        assert!(small.expect_err("too small").to_string().contains("qa_2"));
+        Ok(())
+    }
+
+    #[test]
+    fn files_of_another_form_are_refused() -> Result<()> {
+        let says = |value: serde_json::Value, how: fn(&Path) -> Result<Questions>, what: &str| {
+            let error = open(value, how).err().map(|e| e.to_string()).unwrap_or_default();
+            assert!(error.contains(what), "{error:?} should say {what:?}");
+        };
+        says(hotpot(), Questions::squad, "SQuAD 2.0");
+        says(squad(), Questions::hotpot, "HotpotQA");
+        says(json!([]), Questions::hotpot, "no question");
+        says(json!({"data": []}), Questions::squad, "no question");
+        let mut unanswered = squad();
+        unanswered["data"][0]["paragraphs"][0]["qas"][0]["answers"] = json!([]);
+        says(unanswered, Questions::squad, "thing-0-0");
+        assert!(Questions::squad(Path::new("/no/such/file"))
+            .err()
+            .is_some_and(|e| e.to_string().contains("/no/such/file")));
+        Ok(())
+    }
+}

@@ -1,0 +1,367 @@
+//! `--variants`: how the model's attention is run, as one line.
+//!
+//! A list such as `stock,retrofit,retrofit:window=1024,layers=0-3,5,keydiff:budget=1k,block=64`. An item after `retrofit:` or a rule
+//! of [`crate::eviction`] that is no variant's name belongs to it: a further `KEY=VALUE`, or a further part of a list of layers.
+
+use super::kv_budget::{self, parse_share};
+use crate::cli::{parse_count, parse_size};
+use crate::error::{Error, Result};
+use crate::eviction::{self, EvictionPlan, DEFAULT_BUDGET, RULES};
+use crate::method::Method;
+use crate::retrofit::{parse_layers, RetrofitPlan, Settings};
+use crate::spec::ModelSpec;
+use clap::ValueEnum;
+use std::path::Path;
+
+/// The setting that stands for a window or a budget: the most that may be allocated, over a dense cache.
+const KV: &str = "kv";
+/// The flag, for messages.
+const FLAG: &str = "--variants";
+
+/// One way to run the model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Variant {
+    /// As given: `stock`, `retrofit`, `retrofit:window=1024`, `snapkv:budget=1024`.
+    pub name: String,
+    /// How the full-attention layers are run.
+    pub method: Method,
+}
+
+impl Variant {
+    /// The model as it came.
+    pub fn stock() -> Self {
+        Self { name: "stock".into(), method: Method::Stock }
+    }
+}
+
+/// What a setting does to the plan that it is applied to.
+type Apply = fn(&mut Settings, &str) -> Result<(), String>;
+
+/// Every key but `layers`, `plan` and `kv`.
+const KEYS: &[(&str, Apply)] = &[
+    ("block", |s, v| put(&mut s.block, parse_size(v))),
+    ("window", |s, v| put(&mut s.window, parse_count(v))),
+    ("window-align", |s, v| put(&mut s.window_align, ValueEnum::from_str(v, true))),
+    ("sink-tokens", |s, v| put(&mut s.sink_tokens, parse_count(v))),
+    ("partner", |s, v| put(&mut s.partner, Ok(v.into()))),
+    ("partner-count", |s, v| put(&mut s.partner_count, number(v))),
+    ("shift-unit", |s, v| put(&mut s.shift_unit, number(v).map(Some))),
+    ("pool", |s, v| put(&mut s.pool, ValueEnum::from_str(v, true))),
+    ("summary-bias", |s, v| put(&mut s.summary_bias, number(v))),
+    ("far-position", |s, v| put(&mut s.far_position, ValueEnum::from_str(v, true))),
+    ("seed", |s, v| put(&mut s.seed, number(v))),
+];
+
+fn put<T>(into: &mut T, value: Result<T, String>) -> Result<(), String> {
+    *into = value?;
+    Ok(())
+}
+
+fn number<T: std::str::FromStr>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|_| "not a number of that kind".into())
+}
+
+/// Parses the items of one or more flags. `base` is what `retrofit` starts from: a patch's plan, or the defaults. `ctx` is the
+/// context that `kv=SHARE` is a share of a dense cache for; `None` where there is not the one.
+///
+/// # Errors
+/// An unknown variant or key, a value that does not parse or does not fit the model, or the same variant twice.
+pub fn parse(
+    lists: &[String],
+    base: Option<&RetrofitPlan>,
+    spec: &ModelSpec,
+    ctx: Option<usize>,
+) -> Result<Vec<Variant>> {
+    let mut names: Vec<String> = vec![];
+    for list in lists {
+        let mut open = false;
+        for item in list.split(',').map(str::trim) {
+            match names.last_mut() {
+                _ if item == "stock" || has_settings(item.split(':').next().unwrap_or_default()) => {
+                    open = item.contains(':');
+                    names.push(item.into());
+                }
+                Some(last) if open && (item.contains('=') || item.starts_with(|c: char| c.is_ascii_digit())) => {
+                    *last += ",";
+                    *last += item;
+                }
+                _ if item.contains('=') => {
+                    return Err(Error::usage(
+                        FLAG,
+                        format!("`{item}` belongs to no `retrofit:`, as in retrofit:{item}"),
+                    ));
+                }
+                _ => {
+                    let rules: Vec<_> = RULES.iter().map(|r| r.name()).collect();
+                    let message = format!(
+                        "`{item}` is not stock, retrofit, {}, or one of them but stock with :KEY=VALUE,..",
+                        rules.join(", ")
+                    );
+                    return Err(Error::usage(FLAG, message));
+                }
+            }
+        }
+    }
+    for (i, name) in names.iter().enumerate() {
+        if names[..i].contains(name) {
+            return Err(Error::usage(FLAG, format!("names `{name}` twice")));
+        }
+    }
+    names.into_iter().map(|name| variant(name, base, spec, ctx)).collect()
+}
+
+/// Whether `KEY=VALUE` may follow the name.
+fn has_settings(name: &str) -> bool {
+    name == "retrofit" || RULES.iter().any(|r| r.name() == name)
+}
+
+fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec, ctx: Option<usize>) -> Result<Variant> {
+    if name == "stock" {
+        return Ok(Variant::stock());
+    }
+    let place = || format!("{FLAG} {name}");
+    let (what, given) = name.split_once(':').unwrap_or((&name, ""));
+    let mut given = pairs(given);
+    let size = if what == "retrofit" { "window" } else { "budget" };
+    let share = share_of(&mut given, size, ctx).map_err(|e| e.within(place()))?;
+    if what != "retrofit" {
+        let plan = eviction(what, &given).and_then(|plan| match share {
+            Some((share, ctx)) => kv_budget::eviction(&plan, spec, ctx, share),
+            None => Ok(plan),
+        });
+        let plan = plan.map_err(|e| e.within(place()))?;
+        return Ok(Variant { name, method: Method::Evict(plan) });
+    }
+    let mut settings = base.map_or_else(Settings::default, |p| p.settings.clone());
+    let mut layers = base.map(|p| p.layers.clone());
+    given.sort_by_key(|(key, _)| key != "plan");
+    for (key, value) in given {
+        if key == "layers" {
+            layers = parse_layers(&value).map_err(|e| e.within(place()))?;
+            continue;
+        }
+        if key == "plan" {
+            // What is given besides changes the plan, wherever it stands; a plan of another model is named by its file.
+            let plan = RetrofitPlan::load(Path::new(&value)).map_err(|e| e.within(place()))?;
+            plan.check(spec).map_err(|e| e.within(format!("{}: {value}", place())))?;
+            (settings, layers) = (plan.settings, Some(plan.layers));
+            continue;
+        }
+        let known = KEYS.iter().find(|(k, _)| *k == key).ok_or_else(|| {
+            let keys: Vec<_> = KEYS.iter().map(|(k, _)| *k).chain(["layers", "plan", KV]).collect();
+            Error::usage(place(), format!("`{key}` is not a setting; settings are {}", keys.join(", ")))
+        })?;
+        (known.1)(&mut settings, &value)
+            .map_err(|why| Error::usage(place(), format!("`{value}` cannot be the {key}: {why}")))?;
+    }
+    if share.is_some() {
+        // Any window that the block allows; the share sets it.
+        settings.window = settings.block;
+    }
+    let plan = RetrofitPlan::new(spec, layers, settings).and_then(|plan| match share {
+        Some((share, ctx)) => kv_budget::retrofit(&plan, spec, ctx, share),
+        None => Ok(plan),
+    });
+    let plan = plan.map_err(|e| e.within(place()))?;
+    Ok(Variant { name, method: Method::Butterfly(plan) })
+}
+
+/// Takes `kv=SHARE` out of what is given, with the context that it is for. It sets `size`, which cannot be given besides.
+fn share_of(given: &mut Vec<(String, String)>, size: &str, ctx: Option<usize>) -> Result<Option<(f64, usize)>> {
+    let Some(at) = given.iter().position(|(key, _)| key == KV) else { return Ok(None) };
+    let (_, value) = given.remove(at);
+    let share = parse_share(&value).map_err(|why| Error::usage(KV, format!("`{value}` is {why}")))?;
+    if given.iter().any(|(key, _)| key == size || key == KV) {
+        return Err(Error::usage(KV, format!("sets the {size}: give one of them, once")));
+    }
+    match ctx {
+        Some(ctx) => Ok(Some((share, ctx))),
+        None => {
+            Err(Error::usage(KV, format!("is a share of one context's cache, and contexts vary here; give the {size}")))
+        }
+    }
+}
+
+/// The plan of `rule` with what is given; the budget is one of the settings here.
+fn eviction(rule: &str, given: &[(String, String)]) -> Result<EvictionPlan> {
+    let (mut budget, mut settings) = (DEFAULT_BUDGET, vec![]);
+    let known = eviction::find(rule)?.settings();
+    for (key, text) in given {
+        // An unknown key is the plan's to refuse, whatever its value.
+        let named = key == "budget" || known.iter().any(|s| s.name == key);
+        let value = match parse_count(text) {
+            Err(why) if named => return Err(Error::usage(key, why)),
+            value => value.unwrap_or_default(),
+        };
+        match key.as_str() {
+            "budget" => budget = value,
+            key => settings.push((key, value)),
+        }
+    }
+    EvictionPlan::new(rule, budget, &settings)
+}
+
+/// `a=1,b=2,3,4` as `(a, 1)` and `(b, 2,3,4)`.
+fn pairs(text: &str) -> Vec<(String, String)> {
+    let mut pairs: Vec<(String, String)> = vec![];
+    for item in text.split(',').filter(|item| !item.is_empty()) {
+        match (item.split_once('='), pairs.last_mut()) {
+            (Some((key, value)), _) => pairs.push((key.trim().into(), value.trim().into())),
+            (None, Some((_, value))) => {
+                *value += ",";
+                *value += item;
+            }
+            (None, None) => pairs.push((item.into(), String::new())),
+        }
+    }
+    pairs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+
+    fn spec() -> ModelSpec {
+        Checkpoint::random("tests/fixtures/goldens/qwen2", 0).unwrap().spec
+    }
+
+    fn parsed(list: &str) -> Result<Vec<Variant>> {
+        parse(&[list.into()], None, &spec(), None)
+    }
+
+    #[test]
+    fn a_list_holds_variants_settings_and_lists_of_layers() {
+        let all =
+            parsed("stock,retrofit, retrofit:window=1k,layers=0-1,3,partner=local,retrofit:sink-tokens=0").unwrap();
+        let names: Vec<_> = all.iter().map(|v| v.name.as_str()).collect();
+        assert_eq!(
+            names,
+            ["stock", "retrofit", "retrofit:window=1k,layers=0-1,3,partner=local", "retrofit:sink-tokens=0"]
+        );
+        assert_eq!(all[0].method, Method::Stock);
+        let plan = |i: usize| all[i].method.plan().unwrap();
+        assert_eq!((&plan(1).settings, plan(1).layers.as_slice()), (&Settings::default(), [0, 1, 2, 3].as_slice()));
+        assert_eq!(plan(2).layers, [0, 1, 3]);
+        assert_eq!((plan(2).settings.window, plan(2).settings.partner.as_str()), (1024, "local"));
+        assert_eq!(plan(3).settings, Settings { sink_tokens: 0, ..Settings::default() });
+        let flags = ["stock".to_string(), "retrofit:pool=pre-rope,far-position=clamp".to_string()];
+        assert_eq!(parse(&flags, None, &spec(), None).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn every_key_is_a_setting_of_the_plan() {
+        let fields = serde_json::to_value(Settings { shift_unit: Some(1), ..Settings::default() }).unwrap();
+        let fields: Vec<_> = fields.as_object().unwrap().keys().map(|k| k.replace('_', "-")).collect();
+        let mut keys: Vec<_> = KEYS.iter().map(|(k, _)| k.to_string()).collect();
+        assert!(fields.iter().all(|f| keys.contains(f)), "{fields:?} in {keys:?}");
+        keys.retain(|k| !fields.contains(k));
+        assert!(keys.is_empty(), "{keys:?}");
+    }
+
+    #[test]
+    fn a_patch_is_what_retrofit_starts_from() {
+        let settings = Settings { window: 256, ..Settings::default() };
+        let base = RetrofitPlan::new(&spec(), Some(vec![1]), settings).unwrap();
+        let all = parse(&["retrofit,retrofit:sink-tokens=8".into()], Some(&base), &spec(), None).unwrap();
+        assert_eq!(all[0].method.plan(), Some(&base));
+        let plan = all[1].method.plan().unwrap();
+        assert_eq!((plan.layers.as_slice(), plan.settings.window, plan.settings.sink_tokens), ([1].as_slice(), 256, 8));
+    }
+
+    #[test]
+    fn a_plan_is_read_from_its_file_and_changed_by_what_else_is_given() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("dense-2.json");
+        let settings = Settings { window: 256, ..Settings::default() };
+        let plan = RetrofitPlan::new(&spec(), Some(vec![1, 3]), settings).unwrap();
+        std::fs::write(&path, serde_json::to_vec(&plan).unwrap()).unwrap();
+        let all = parsed(&format!("retrofit:sink-tokens=8,plan={}", path.display())).unwrap();
+        let got = all[0].method.plan().unwrap();
+        assert_eq!((got.layers.as_slice(), got.settings.window), ([1, 3].as_slice(), 256));
+        assert_eq!(got.settings.sink_tokens, 8, "in whatever order");
+        let other = RetrofitPlan { model_layers: 9, ..plan };
+        std::fs::write(&path, serde_json::to_vec(&other).unwrap()).unwrap();
+        let e = parsed(&format!("retrofit:plan={}", path.display())).unwrap_err().to_string();
+        assert!(
+            e.contains("dense-2.json") && e.contains("made for qwen2 with 9 layers; this model is qwen2 with"),
+            "{e}"
+        );
+        let e = parsed("retrofit:plan=nowhere.json").unwrap_err().to_string();
+        assert!(e.contains("--variants") && e.contains("nowhere.json"), "{e}");
+    }
+
+    #[test]
+    fn rules_that_evict_are_variants_with_settings_of_their_own() {
+        let all =
+            parsed("stock,keydiff:budget=1k,block=64,retrofit,snapkv:budget=512,window=32,kernel=7,snapkv").unwrap();
+        let names: Vec<_> = all.iter().map(|v| v.name.as_str()).collect();
+        let want =
+            ["stock", "keydiff:budget=1k,block=64", "retrofit", "snapkv:budget=512,window=32,kernel=7", "snapkv"];
+        assert_eq!(names, want);
+        let evicts = |rule, budget, given: &[_]| Method::Evict(EvictionPlan::new(rule, budget, given).unwrap());
+        assert_eq!(all[1].method, evicts("keydiff", 1024, &[("block", 64)]));
+        assert_eq!(all[3].method, evicts("snapkv", 512, &[("window", 32), ("kernel", 7)]));
+        assert_eq!(all[4].method, evicts("snapkv", 1024, &[]));
+        assert_eq!(all[0].method, Method::Stock);
+        assert!(all.iter().all(|v| v.method.plan().is_some() == (v.name == "retrofit")), "an eviction is no retrofit");
+    }
+
+    #[test]
+    fn a_share_of_a_dense_cache_sets_the_window_or_the_budget() {
+        let at = |list: &str, ctx| parse(&[list.into()], None, &spec(), Some(ctx));
+        let list = "retrofit:kv=1/4,block=16,retrofit:kv=0.75,block=16,layers=0-1,snapkv:kv=1/4,window=8,keydiff:block=16,kv=1/4";
+        let (small, large) = (at(list, 1024).unwrap(), at(list, 4096).unwrap());
+        let window = |v: &Variant| v.method.plan().unwrap().settings.window;
+        let budget = |v: &Variant| v.method.eviction().unwrap().budget;
+        assert!((128..256).contains(&window(&small[0])), "a quarter, less a block, sinks and summaries");
+        assert!(window(&large[0]) > 4 * window(&small[0]));
+        assert_eq!(small[1].method.plan().unwrap().layers, [0, 1]);
+        assert_eq!((budget(&small[2]), budget(&small[3])), (256, 240));
+        for (list, words) in [
+            ("retrofit:kv=1/4,window=512", "sets the window: give one of them"),
+            ("retrofit:kv=1/4,kv=1/8", "give one of them, once"),
+            ("snapkv:kv=1/4,budget=9", "sets the budget"),
+            ("retrofit:kv=1/512", "one block of 128 takes"),
+            ("snapkv:kv=1/64", "budget: 16 leaves no token besides"),
+        ] {
+            let e = at(list, 1024).unwrap_err().to_string();
+            assert!(e.contains("--variants") && e.contains(words), "{list}: {e}");
+        }
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (list, words) in [
+            ("", "`` is not stock"),
+            ("stock,sdpa", "`sdpa` is not stock, retrofit, snapkv, keydiff, or"),
+            ("stock,stock", "`stock` twice"),
+            ("stock:window=1", "belongs to no `retrofit:`"),
+            ("stock,window=1024", "belongs to no `retrofit:`"),
+            ("retrofit:windw=1024", "`windw` is not a setting; settings are block, window,"),
+            ("retrofit:window=x", "`x` cannot be the window"),
+            ("retrofit:pool=mid-rope", "`mid-rope` cannot be the pool"),
+            ("retrofit:window=100", "--window: 100 is not a whole number of blocks"),
+            ("retrofit:partner=none", "`none` is not one of causal_shift"),
+            ("retrofit:layers=9", "layer 9 is out of range"),
+            ("retrofit:layers=x", "neither `all` nor a list"),
+            ("retrofit:5", "`5` is not a setting"),
+            ("retrofits", "`retrofits` is not stock"),
+            ("snapkv2:budget=9", "belongs to no"),
+            ("keydiff:budget=0", "--variants keydiff:budget=0: budget: 0 is not a number of tokens"),
+            ("keydiff:budget=x", "budget: `x` is not a number of tokens such as"),
+            ("keydiff:window=64", "keydiff: `window` is not a setting; settings are budget, block"),
+            ("keydiff:layers=0-3", "keydiff: `layers` is not a setting"),
+            ("snapkv:budget=64", "budget: 64 leaves no token besides the observation window of 64"),
+            ("snapkv:kernel=4", "kernel: 4 is even"),
+            ("snapkv:1024", "snapkv: `1024` is not a setting; settings are budget, window, kernel"),
+            ("retrofit:kv=1/8", "kv: is a share of one context's cache"),
+            ("retrofit:kv=x", "kv: `x` is not a share of a dense cache"),
+            ("snapkv,snapkv", "`snapkv` twice"),
+            ("snapkv,budget=9", "belongs to no"),
+        ] {
+            let e = parsed(list).unwrap_err().to_string();
+            assert!(e.contains("--variants") && e.contains(words), "{list}: {e}");
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! A checkpoint's weights on a device: immutable, shared by every [`Run`](crate::run::Run) over them.
+//!
+//! On a GPU each run launches on a stream of its own, lent by the weights and handed back when the run is dropped: two runs never
+//! record into each other's captured step, and decode steps of several runs fill a GPU that one leaves idle. Weights are only
+//! read, and only after the stream that loaded them was waited for.
+
+use crate::checkpoint::{Checkpoint, OnProgress, WeightFormat};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mixer::Projections;
+use crate::nn::{Linear, Mlp, RmsNorm, Rope, Weight};
+use crate::ops::{beside, human_bytes};
+use crate::spec::{LayerSpec, MixerSpec, ModelSpec};
+use crate::tensors::{LayerTensors, LinearSpec, TensorSpec};
+use candle_core::{DType, Device};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// One layer's weights.
+pub(crate) struct Block {
+    pub(crate) before_mixer: RmsNorm,
+    pub(crate) mixer: MixerWeights,
+    pub(crate) after_mixer: Option<RmsNorm>,
+    pub(crate) before_mlp: RmsNorm,
+    pub(crate) mlp: Mlp,
+    pub(crate) after_mlp: Option<RmsNorm>,
+}
+
+/// The weights of a layer's mixer.
+pub(crate) enum MixerWeights {
+    /// Of an attention layer, whatever it becomes under a method.
+    Attention(Projections),
+}
+
+impl MixerWeights {
+    /// The attention projections.
+    pub(crate) fn projections(&self) -> &Projections {
+        let Self::Attention(p) = self;
+        p
+    }
+}
+
+/// A decoder's weights.
+pub struct Weights {
+    spec: ModelSpec,
+    pub(crate) embed: Weight,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) norm: RmsNorm,
+    pub(crate) head: Linear,
+    pub(crate) ropes: Vec<Rope>,
+    device: Device,
+    dtype: DType,
+    bytes: u64,
+    /// Device handles that no run uses, each with a stream of its own.
+    idle: Mutex<Vec<Device>>,
+}
+
+impl Weights {
+    /// Loads `checkpoint` onto `device`, matrices in the form that `format` says.
+    ///
+    /// # Errors
+    /// A missing, misshapen or non-finite tensor; too little memory.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        format: &WeightFormat,
+        device: &Device,
+        progress: OnProgress,
+    ) -> Result<Arc<Self>> {
+        let loaded = Loader { checkpoint, format, device }.weights(progress).map_err(|e| match e.kind() {
+            ErrorKind::Memory => {
+                let total = human_bytes(checkpoint.held(format).values().sum());
+                let message = format!("{e}: the weights take {total} in all; --dtype q8_0 or q4_0 takes less");
+                Error::new(ErrorKind::Memory, "weights", message)
+            }
+            _ => e,
+        })?;
+        // Other streams may read them from here on.
+        device.synchronize()?;
+        Ok(Arc::new(loaded))
+    }
+
+    /// The specification that they were loaded for.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The device that holds them, with the stream that loaded them.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Type of activations, keys and values.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Bytes held (norms, a few kilobytes, are not counted).
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Bytes that one token's pass reads: all but an embedding table that is not the head too.
+    pub fn bytes_per_token(&self) -> u64 {
+        self.bytes - if self.spec.tied { 0 } else { self.embed.bytes() }
+    }
+
+    /// Whether any matrix is held quantised.
+    pub fn has_quantised(&self) -> bool {
+        self.matrices().any(|l| matches!(l.weight(), Weight::Quantised(_)))
+    }
+
+    /// Bytes that the largest product takes besides its result.
+    pub fn scratch(&self) -> u64 {
+        self.matrices().map(|l| l.scratch(self.dtype, &self.device)).max().unwrap_or(0)
+    }
+
+    /// Every matrix that multiplies.
+    fn matrices(&self) -> impl Iterator<Item = &Linear> {
+        fn of_block(b: &Block) -> [&Linear; 7] {
+            let (p, m) = (b.mixer.projections(), &b.mlp);
+            [&p.q, &p.k, &p.v, &p.out, &m.gate, &m.up, &m.down]
+        }
+        self.blocks.iter().flat_map(of_block).chain([&self.head])
+    }
+
+    /// Whether every launch over them goes to the stream of its input: candle's products with block formats that have no kernel here
+    /// run on the stream that holds the matrix.
+    fn on_any_stream(&self) -> bool {
+        self.embed.on_any_stream() && self.matrices().all(|l| l.weight().on_any_stream())
+    }
+}
+
+/// A device handle with a stream that no other run uses, handed back when dropped.
+pub(crate) struct Lease {
+    weights: Arc<Weights>,
+    device: Device,
+}
+
+impl Lease {
+    /// An idle handle, or a new one.
+    ///
+    /// # Errors
+    /// A GPU that cannot be opened again.
+    pub(crate) fn new(weights: &Arc<Weights>) -> Result<Self> {
+        let idle = weights.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let device = match idle {
+            Some(device) => device,
+            None if weights.on_any_stream() => beside(&weights.device)?,
+            // One stream for all runs, which is slower and no less safe: such weights have no captured step.
+            None => weights.device.clone(),
+        };
+        Ok(Self { weights: weights.clone(), device })
+    }
+
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.weights.idle.lock().unwrap_or_else(PoisonError::into_inner).push(self.device.clone());
+    }
+}
+
+/// Reads tensors by the schema.
+struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    format: &'a WeightFormat,
+    device: &'a Device,
+}
+
+impl Loader<'_> {
+    fn weights(&self, progress: OnProgress) -> Result<Weights> {
+        let (spec, schema) = (self.checkpoint.spec.clone(), &self.checkpoint.schema);
+        let total = spec.layers.len() as u64 + 2;
+        progress("load", 0, total);
+        let embed = self.matrix(&schema.embed)?;
+        progress("load", 1, total);
+        let mut blocks = vec![];
+        for (i, (layer, tensors)) in spec.layers.iter().zip(&schema.layers).enumerate() {
+            blocks.push(self.block(layer, tensors)?);
+            progress("load", 2 + i as u64, total);
+        }
+        let norm = self.norm(&schema.norm)?;
+        let head = match &schema.head {
+            None => Linear::new(embed.clone(), None),
+            Some(head) => Linear::new(self.matrix(head)?, None),
+        };
+        progress("load", total, total);
+        let mut bytes = embed.bytes() + if spec.tied { 0 } else { head.bytes() };
+        bytes += blocks.iter().map(|b| b.mixer.projections().bytes() + b.mlp.bytes()).sum::<u64>();
+        let ropes = spec.ropes.iter().map(Rope::new).collect();
+        let (device, dtype) = (self.device.clone(), self.format.compute());
+        let idle = Mutex::new(vec![device.clone()]);
+        Ok(Weights { spec, embed, blocks, norm, head, ropes, device, dtype, bytes, idle })
+    }
+
+    fn matrix(&self, tensor: &TensorSpec) -> Result<Weight> {
+        self.checkpoint.matrix(tensor, self.format, self.device)
+    }
+
+    fn norm(&self, tensor: &TensorSpec) -> Result<RmsNorm> {
+        Ok(RmsNorm::new(self.checkpoint.vector(tensor, self.device)?, self.checkpoint.spec.norm_eps))
+    }
+
+    fn linear(&self, linear: &LinearSpec) -> Result<Linear> {
+        let bias = linear.bias.as_ref().map(|b| self.checkpoint.vector(b, self.device)).transpose()?;
+        Ok(Linear::new(self.matrix(&linear.weight)?, bias))
+    }
+
+    /// As [`Loader::linear`], for a product whose bias candle adds in the type of the activations.
+    fn linear_with_cast_bias(&self, linear: &LinearSpec) -> Result<Linear> {
+        self.linear(linear)?.with_bias_in(self.format.compute())
+    }
+
+    fn block(&self, l: &LayerSpec, t: &LayerTensors) -> Result<Block> {
+        let MixerSpec::Attention(a) = &l.mixer;
+        let qk_norm = t.attention.qk_norm.as_ref();
+        let projections = Projections {
+            q: self.linear(&t.attention.q)?,
+            k: self.linear(&t.attention.k)?,
+            v: self.linear(&t.attention.v)?,
+            out: self.linear_with_cast_bias(&t.attention.out)?,
+            qk_norm: qk_norm.map(|(q, k)| Ok::<_, Error>((self.norm(q)?, self.norm(k)?))).transpose()?,
+            heads: a.heads,
+            kv_heads: a.kv_heads,
+            head_dim: a.head_dim,
+            scale: a.scale as f32,
+            rope: a.rope,
+        };
+        Ok(Block {
+            before_mixer: self.norm(&t.before_mixer)?,
+            mixer: MixerWeights::Attention(projections),
+            after_mixer: t.after_mixer.as_ref().map(|n| self.norm(n)).transpose()?,
+            before_mlp: self.norm(&t.before_mlp)?,
+            mlp: Mlp {
+                gate: self.linear_with_cast_bias(&t.gate)?,
+                up: self.linear_with_cast_bias(&t.up)?,
+                down: self.linear_with_cast_bias(&t.down)?,
+                activation: l.feed_forward.activation,
+            },
+            after_mlp: t.after_mlp.as_ref().map(|n| self.norm(n)).transpose()?,
+        })
+    }
+}
