@@ -18,6 +18,9 @@ struct Extra {
   int until;      // first position that no longer does
   int far_query;  // scored with q_far
 };
+MIRRORED(Extra, 32);
+FIELD(Extra, k, 0); FIELD(Extra, v, 8); FIELD(Extra, bias, 16); FIELD(Extra, from, 20); FIELD(Extra, until, 24);
+FIELD(Extra, far_query, 28);
 
 // Rows of a piece at most.
 constexpr int PIECE = 16;
@@ -31,6 +34,9 @@ struct Piece {
   int until;
   int rows;
 };
+MIRRORED(Piece, 32);
+FIELD(Piece, k, 0); FIELD(Piece, v, 8); FIELD(Piece, bias, 16); FIELD(Piece, from, 20); FIELD(Piece, until, 24);
+FIELD(Piece, rows, 28);
 
 // Strides in elements. Mirrors `Params` in src/ops/attention/cuda.rs.
 struct AttentionParams {
@@ -53,6 +59,18 @@ struct AttentionParams {
   int window_count; // blocks
   float scale;
 };
+MIRRORED(AttentionParams, 200);
+FIELD(AttentionParams, q, 0); FIELD(AttentionParams, q_far, 8); FIELD(AttentionParams, k, 16);
+FIELD(AttentionParams, v, 24); FIELD(AttentionParams, past_k, 32); FIELD(AttentionParams, past_v, 40);
+FIELD(AttentionParams, out, 48); FIELD(AttentionParams, extras, 56); FIELD(AttentionParams, extra_offsets, 64);
+FIELD(AttentionParams, far_offsets, 72); FIELD(AttentionParams, pieces, 80);
+FIELD(AttentionParams, piece_offsets, 88); FIELD(AttentionParams, q_row, 96); FIELD(AttentionParams, q_head, 104);
+FIELD(AttentionParams, k_row, 112); FIELD(AttentionParams, k_head, 120); FIELD(AttentionParams, v_row, 128);
+FIELD(AttentionParams, v_head, 136); FIELD(AttentionParams, past_row, 144); FIELD(AttentionParams, past_head, 152);
+FIELD(AttentionParams, tokens, 160); FIELD(AttentionParams, start, 164); FIELD(AttentionParams, heads, 168);
+FIELD(AttentionParams, kv_heads, 172); FIELD(AttentionParams, dim, 176); FIELD(AttentionParams, capacity, 180);
+FIELD(AttentionParams, window_kind, 184); FIELD(AttentionParams, window_size, 188);
+FIELD(AttentionParams, window_count, 192); FIELD(AttentionParams, scale, 196);
 
 // First raw position that p reads.
 __device__ inline int left_edge(const AttentionParams &p, int position) {

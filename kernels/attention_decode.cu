@@ -44,6 +44,27 @@ struct DecodeAttentionParams {
   int window_kind, window_size, window_count;
   float scale, eps;
 };
+MIRRORED(DecodeAttentionParams, 256);
+FIELD(DecodeAttentionParams, q, 0); FIELD(DecodeAttentionParams, ring_k, 8);
+FIELD(DecodeAttentionParams, ring_v, 16); FIELD(DecodeAttentionParams, own_k, 24);
+FIELD(DecodeAttentionParams, own_v, 32); FIELD(DecodeAttentionParams, sink_k, 40);
+FIELD(DecodeAttentionParams, sink_v, 48); FIELD(DecodeAttentionParams, mean_k, 56);
+FIELD(DecodeAttentionParams, mean_v, 64); FIELD(DecodeAttentionParams, routes, 72);
+FIELD(DecodeAttentionParams, route_bias, 80); FIELD(DecodeAttentionParams, extras, 88);
+FIELD(DecodeAttentionParams, qkv, 96); FIELD(DecodeAttentionParams, q_norm, 104);
+FIELD(DecodeAttentionParams, k_norm, 112); FIELD(DecodeAttentionParams, cos, 120);
+FIELD(DecodeAttentionParams, sin, 128); FIELD(DecodeAttentionParams, running, 136);
+FIELD(DecodeAttentionParams, state, 144); FIELD(DecodeAttentionParams, partial, 152);
+FIELD(DecodeAttentionParams, counters, 160); FIELD(DecodeAttentionParams, out, 168);
+FIELD(DecodeAttentionParams, out16, 176); FIELD(DecodeAttentionParams, extra_count, 184);
+FIELD(DecodeAttentionParams, position, 188); FIELD(DecodeAttentionParams, shift, 192);
+FIELD(DecodeAttentionParams, capacity, 196); FIELD(DecodeAttentionParams, sinks, 200);
+FIELD(DecodeAttentionParams, mean_rows, 204); FIELD(DecodeAttentionParams, route_width, 208);
+FIELD(DecodeAttentionParams, block, 212); FIELD(DecodeAttentionParams, readable, 216);
+FIELD(DecodeAttentionParams, heads, 220); FIELD(DecodeAttentionParams, kv_heads, 224);
+FIELD(DecodeAttentionParams, dim, 228); FIELD(DecodeAttentionParams, window_kind, 232);
+FIELD(DecodeAttentionParams, window_size, 236); FIELD(DecodeAttentionParams, window_count, 240);
+FIELD(DecodeAttentionParams, scale, 244); FIELD(DecodeAttentionParams, eps, 248);
 
 template <typename T, int DIM> struct Decode {
   static constexpr int STEPS = DIM / 32, GROUPS = (DIM + 63) / 64, WIDE = DIM + 2, PART = DIM + 4, WARPS = 4;

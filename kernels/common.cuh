@@ -2,7 +2,12 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <stddef.h>
 #include <stdint.h>
+
+// A struct that Rust fills: its size and the offset of each field are asserted here and, by `mirrored!`, there.
+#define MIRRORED(STRUCT, SIZE) static_assert(sizeof(STRUCT) == SIZE, #STRUCT " differs from its mirror in Rust")
+#define FIELD(STRUCT, NAME, OFFSET) static_assert(offsetof(STRUCT, NAME) == OFFSET, #STRUCT "::" #NAME " differs from its mirror in Rust")
 
 constexpr int WARP = 32;
 constexpr float LOG2E = 1.4426950408889634f;

@@ -9,6 +9,9 @@
 //                 Bound by the weights' bytes; the first of them are asked for before v is there.
 // decode_add_norm x += norm(y) * w, for families that norm what they add. One block, 256 threads.
 // decode_finish   notes the token and moves on. One thread.
+// decode_journal  saves what the next `count` steps overwrite in rings that are shorter than the context, in summary rows and in
+//                 running sums, or puts it back (`restore`): a batch of steps that was cut off is undone and repeated in part.
+//                 Grid layers, 256 threads. At most JOURNAL steps; rows of a multiple of 16 bytes.
 #include "matvec.cuh"
 
 template <typename T>
@@ -93,6 +96,51 @@ extern "C" __global__ void decode_finish(DecodeState *state, uint32_t *tokens, i
   state->position++;
   for (int i = 0; i < count; i++)
     if (stops[i] == token) state->stopped = 1;
+}
+
+// Steps that a journal holds at most: `BATCH` in src/generate/graph/mod.rs.
+constexpr int JOURNAL = 8;
+
+// What a layer overwrites. Mirrors `Journal` in src/generate/graph/journal.rs.
+struct Journal {
+  uint8_t *ring_k, *ring_v;  // position x in row x % capacity
+  uint8_t *mean_k, *mean_v;  // block n in row n % mean_rows; null where there are none
+  float *running;            // [width], or null
+  uint8_t *saved;            // 4 JOURNAL rows, then the sums
+  int capacity, row;         // bytes of a row; capacity 0: no ring to save
+  int mean_rows, block, readable, width;
+};
+MIRRORED(Journal, 72);
+FIELD(Journal, ring_k, 0); FIELD(Journal, ring_v, 8); FIELD(Journal, mean_k, 16); FIELD(Journal, mean_v, 24);
+FIELD(Journal, running, 32); FIELD(Journal, saved, 40); FIELD(Journal, capacity, 48); FIELD(Journal, row, 52);
+FIELD(Journal, mean_rows, 56); FIELD(Journal, block, 60); FIELD(Journal, readable, 64); FIELD(Journal, width, 68);
+
+__device__ inline void exchange(uint8_t *live, uint8_t *saved, int bytes, int restore) {
+  uint4 *to = (uint4 *)(restore ? live : saved);
+  const uint4 *from = (const uint4 *)(restore ? saved : live);
+  for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) to[i] = from[i];
+}
+
+extern "C" __global__ void decode_journal(const Journal *layers, const DecodeState *state, int count, int restore) {
+  const Journal j = layers[blockIdx.x];
+  const int position = state->position;
+  for (int i = 0; i < count && j.capacity > 0; i++) {
+    const int64_t at = (int64_t)((position + i) % j.capacity) * j.row;
+    exchange(j.ring_k + at, j.saved + (int64_t)(4 * i) * j.row, j.row, restore);
+    exchange(j.ring_v + at, j.saved + (int64_t)(4 * i + 1) * j.row, j.row, restore);
+  }
+  for (int i = 0; i < count && j.mean_k; i++) {
+    const int n = (position + i) / j.block;
+    if ((position + i + 1) % j.block != 0 || n >= j.readable) continue;
+    const int64_t at = (int64_t)(n % j.mean_rows) * j.row;
+    exchange(j.mean_k + at, j.saved + (int64_t)(4 * i + 2) * j.row, j.row, restore);
+    exchange(j.mean_v + at, j.saved + (int64_t)(4 * i + 3) * j.row, j.row, restore);
+  }
+  float *sums = (float *)(j.saved + (int64_t)(4 * JOURNAL) * j.row);
+  for (int i = threadIdx.x; i < j.width && j.running; i += blockDim.x) {
+    if (restore) j.running[i] = sums[i];
+    else sums[i] = j.running[i];
+  }
 }
 
 #define INSTANCE(NAME, T)                                                                                                       \

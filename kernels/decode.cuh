@@ -11,6 +11,9 @@ struct DecodeState {
   uint32_t stopped;         // not 0 once a token ended the text (1) or a logit was not finite (2): later steps change nothing
   unsigned long long best;  // of the logits so far: value (ordered as an integer) and index
 };
+MIRRORED(DecodeState, 24);
+FIELD(DecodeState, position, 0); FIELD(DecodeState, step, 4); FIELD(DecodeState, token, 8);
+FIELD(DecodeState, stopped, 12); FIELD(DecodeState, best, 16);
 
 // Larger floats give larger integers.
 __device__ inline uint32_t ordered(float x) {

@@ -17,6 +17,11 @@ struct MatvecParams {
   float *logits;  // largest element: also stored, if not null
   DecodeState *state;
 };
+MIRRORED(MatvecParams, 112);
+FIELD(MatvecParams, w, 0); FIELD(MatvecParams, bias, 24); FIELD(MatvecParams, rows, 48);
+FIELD(MatvecParams, columns, 60); FIELD(MatvecParams, x, 64); FIELD(MatvecParams, norm, 72);
+FIELD(MatvecParams, eps, 80); FIELD(MatvecParams, activation, 84); FIELD(MatvecParams, out, 88);
+FIELD(MatvecParams, logits, 96); FIELD(MatvecParams, state, 104);
 
 enum { STORE, ADD, GATED, LARGEST };
 

@@ -17,6 +17,11 @@ struct SummaryParams {
   int64_t k_row, v_row;
   int tokens, start, block, sinks, width;
 };
+MIRRORED(SummaryParams, 80);
+FIELD(SummaryParams, k, 0); FIELD(SummaryParams, v, 8); FIELD(SummaryParams, mean_k, 16);
+FIELD(SummaryParams, mean_v, 24); FIELD(SummaryParams, running, 32); FIELD(SummaryParams, k_row, 40);
+FIELD(SummaryParams, v_row, 48); FIELD(SummaryParams, tokens, 56); FIELD(SummaryParams, start, 60);
+FIELD(SummaryParams, block, 64); FIELD(SummaryParams, sinks, 68); FIELD(SummaryParams, width, 72);
 
 // Adds positions [from, to) of column `c`.
 template <typename T> __device__ inline float sum(const T *x, int64_t row, int c, int from, int to, const SummaryParams &p, float s) {

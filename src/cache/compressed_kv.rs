@@ -8,7 +8,7 @@ use super::Ring;
 use crate::error::{Error, ErrorKind, Result};
 use crate::eviction::{Eviction, EvictionPlan, Seen, When};
 use crate::layout::EvictLayer;
-use crate::ops::{highest_rows, Past};
+use crate::ops::{highest_rows, KeyValues};
 use candle_core::{Device, Tensor};
 
 /// An evicting layer's state.
@@ -45,7 +45,7 @@ impl CompressedKv {
     }
 
     /// All rows; those from [`CompressedKv::count`] on hold nothing.
-    pub fn rows(&self) -> Past<'_> {
+    pub fn rows(&self) -> KeyValues<'_> {
         self.rows.rows()
     }
 
@@ -144,7 +144,7 @@ impl CompressedKv {
 
     /// Keys and values that stay, `[budget, G, D]`.
     fn chosen(&self) -> Result<(Tensor, Tensor)> {
-        let Past { k, v } = self.rows();
+        let KeyValues { k, v } = self.rows();
         let queries = self.queries.as_ref().map(|q| self.in_order(q)).transpose()?;
         let seen = Seen { keys: &k.narrow(0, 0, self.count)?, queries: queries.as_ref(), scale: self.scale };
         let index = highest_rows(&self.rule.scores(&self.plan, &seen)?, self.plan.budget)?;

@@ -3,7 +3,7 @@
 //! With a capacity of the whole context this is a dense cache.
 
 use crate::error::Result;
-use crate::ops::Past;
+use crate::ops::KeyValues;
 use candle_core::{DType, Device, Tensor};
 
 /// `k` and `v`, each `[capacity, G, D]`.
@@ -46,8 +46,8 @@ impl Ring {
     }
 
     /// The rows, for the operator.
-    pub fn rows(&self) -> Past<'_> {
-        Past { k: &self.k, v: &self.v }
+    pub fn rows(&self) -> KeyValues<'_> {
+        KeyValues { k: &self.k, v: &self.v }
     }
 
     /// Writes positions `start..start + T` of `k`, `v` `[T, G, D]`; of more than the ring holds, the last.

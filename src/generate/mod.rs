@@ -120,7 +120,8 @@ impl Run {
         while !left.is_empty() {
             let Some(graph) = graph::StepGraph::capture(self, &[])? else { break };
             let (now, later) = left.split_at(left.len().min(self.cache().until_eviction()));
-            rows.push(graph.read(self, now)?);
+            let read = graph.read(self, now);
+            rows.push(read.inspect_err(|e| self.break_off(format!("a captured step failed: {e}")))?);
             left = later;
         }
         while let Some((id, later)) = left.split_first() {
@@ -214,7 +215,8 @@ impl Run {
         tokens.push(next);
         let mut from = on_token(next).is_continue().then_some(next);
         while let Some(first) = from {
-            from = graph.run(self, first, request, timing, tokens, on_token)?;
+            let ran = graph.run(self, first, request, timing, tokens, on_token);
+            from = ran.inspect_err(|e| self.break_off(format!("a captured step failed: {e}")))?;
             if from.is_none() {
                 break;
             }

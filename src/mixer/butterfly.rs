@@ -9,16 +9,18 @@ use crate::cache::TwoPool;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::ButterflyLayer;
 use crate::nn::Rope;
-use crate::ops::{attend, pool_blocks, AttentionArgs, FarArgs, FarRow, Pooled};
+use crate::ops::{attend, pool_blocks, AttentionArgs, FarRow, KeyValues, Pooled, RowList, Segment, Store, StoreRows};
 use crate::retrofit::{FarPosition, Pool};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 
-/// The far rows of a chunk.
+/// Summaries of a chunk's query blocks, all scored by one kind of query.
 struct Far {
     k: Tensor,
     v: Tensor,
     routes: Vec<Vec<FarRow>>,
+    /// Whether queries rotated to the edge of the trained length score them.
+    at_edge: bool,
 }
 
 pub(super) fn forward(
@@ -34,33 +36,34 @@ pub(super) fn forward(
     let to_pool = plain.as_ref().map_or(&k, |(_, k)| k);
     let pooled = pool_blocks(to_pool, &v, step.start, s.block, s.sink_tokens, &mut cache.running)?;
     let far = far(layer, step, x.dim(0)?, cache, &pooled, &step.ropes[p.rope])?;
-    let q_far = match (&far, &plain) {
-        (Some(_), Some((plain_q, _))) if s.far_position == FarPosition::Clamp => {
+    let q_edge = match &plain {
+        Some((plain_q, _)) if far.iter().any(|f| f.at_edge) => {
             let edge = vec![(layer.trained - 1) as f32; x.dim(0)?];
             Some(step.ropes[p.rope].table(edge.into_iter(), x.device())?.apply(plain_q)?)
         }
         _ => None,
     };
-    let far: Vec<FarArgs> =
-        far.iter().map(|f| FarArgs { k: &f.k, v: &f.v, block: s.block, routes: &f.routes }).collect();
-    let out = attend(&AttentionArgs {
+    let mut segments = vec![Segment::Ring(cache.local.rows()), Segment::Chunk(KeyValues { k: &k, v: &v })];
+    segments.extend(cache.sinks().map(|r| Segment::Sinks(r.rows(), r.capacity())));
+    segments.extend(far.iter().map(|f| {
+        let (rows, read) =
+            (StoreRows::Tensors(KeyValues { k: &f.k, v: &f.v }), RowList::Blocks { block: s.block, rows: &f.routes });
+        Segment::Store(Store { rows, read, q: q_edge.as_ref().filter(|_| f.at_edge) })
+    }));
+    let attended = attend(&AttentionArgs {
         q: &q,
-        q_far: q_far.as_ref(),
-        k: &k,
-        v: &v,
         start: step.start,
-        past: Some(cache.local.rows()),
-        sinks: cache.sinks().map(|r| (r.rows(), r.capacity())),
         window: s.raw_window(),
-        far: far.as_slice(),
         scale: p.scale,
+        segments: &segments,
+        lse: false,
     })?;
     cache.local.write(&k, &v, step.start)?;
     cache.keep_summaries(&pooled)?;
-    p.output(&out)
+    p.output(&attended.out)
 }
 
-/// The routed summaries of each query block of the chunk, gathered.
+/// The routed summaries of each query block of the chunk, gathered; none where no block reads any.
 fn far(
     layer: &ButterflyLayer,
     step: &Step,
@@ -68,52 +71,49 @@ fn far(
     cache: &TwoPool,
     pooled: &Pooled,
     rope: &Rope,
-) -> Result<Option<Far>> {
+) -> Result<Vec<Far>> {
     let s = &layer.settings;
     let clamp = s.far_position == FarPosition::Clamp;
     let (first, last) = (step.start / s.block, (step.start + tokens - 1) / s.block);
     // Each summary is gathered once, however many query blocks read it.
     let mut rows = BTreeMap::new();
     let mut blocks = vec![];
-    let mut routes: Vec<Vec<FarRow>> = vec![];
+    let (mut routes, mut at_edge): (Vec<Vec<FarRow>>, Vec<Vec<FarRow>>) = (vec![], vec![]);
     for b in first..=last {
-        let mut route = vec![];
+        let (mut near, mut edge) = (vec![], vec![]);
         for n in layer.route(b) {
             let row = *rows.entry(n).or_insert_with(|| {
                 blocks.push(n);
                 blocks.len() - 1
             });
-            let near = FarRow { bias: layer.bias(n), ..FarRow::one(row) };
+            let read = FarRow { bias: layer.bias(n), ..FarRow::one(row) };
             if clamp {
                 // Within the trained distance a summary is read at its own position; from there on at that distance.
-                let edge = s.pooled_position(n).floor() as usize + layer.trained;
-                route.push(FarRow { until: edge, ..near });
-                route.push(FarRow { from: edge, far_query: true, ..near });
+                let from = (s.pooled_position(n).floor() as usize).saturating_add(layer.trained);
+                near.push(FarRow { until: from, ..read });
+                edge.push(FarRow { from, ..read });
             } else {
-                route.push(near);
+                near.push(read);
             }
         }
-        routes.push(route);
+        routes.push(near);
+        at_edge.push(edge);
     }
     if blocks.is_empty() {
-        return Ok(None);
+        return Ok(vec![]);
     }
-    let (mut k, mut v) = gather(&blocks, cache, pooled)?;
-    if s.pool == Pool::PreRope {
-        let positions: Vec<f32> = blocks.iter().map(|n| s.pooled_position(*n)).collect();
-        let rotated = rope.table(positions.into_iter(), k.device())?.apply(&k)?;
-        if clamp {
-            // Second half: unrotated, for queries rotated to the edge.
-            for r in routes.iter_mut().flatten().filter(|r| r.far_query) {
-                r.row += blocks.len();
-            }
-            k = Tensor::cat(&[&rotated, &k], 0)?;
-            v = Tensor::cat(&[&v, &v], 0)?;
-        } else {
-            k = rotated;
-        }
+    let (k, v) = gather(&blocks, cache, pooled)?;
+    if s.pool == Pool::PostRope {
+        return Ok(vec![Far { k, v, routes, at_edge: false }]);
     }
-    Ok(Some(Far { k, v, routes }))
+    let positions: Vec<f32> = blocks.iter().map(|n| s.pooled_position(*n)).collect();
+    let rotated = rope.table(positions.into_iter(), k.device())?.apply(&k)?;
+    let mut far = vec![Far { k: rotated, v: v.clone(), routes, at_edge: false }];
+    if clamp {
+        // Unrotated, for queries rotated to the edge.
+        far.push(Far { k, v, routes: at_edge, at_edge: true });
+    }
+    Ok(far)
 }
 
 /// Keys and values of `blocks`, from the pool or from what the chunk has just completed.

@@ -7,7 +7,7 @@
 use super::{Projections, Qkv, Step};
 use crate::cache::CompressedKv;
 use crate::error::Result;
-use crate::ops::{attend, AttentionArgs, Window};
+use crate::ops::{attend, AttentionArgs, KeyValues, Segment, Window};
 use candle_core::Tensor;
 
 pub(super) fn forward(p: &Projections, x: &Tensor, step: &Step, cache: &mut CompressedKv) -> Result<Tensor> {
@@ -18,19 +18,16 @@ pub(super) fn forward(p: &Projections, x: &Tensor, step: &Step, cache: &mut Comp
     while at < tokens {
         let n = cache.piece(tokens - at);
         let (q, k, v) = (q.narrow(0, at, n)?, k.narrow(0, at, n)?, v.narrow(0, at, n)?);
-        parts.push(attend(&AttentionArgs {
+        let attended = attend(&AttentionArgs {
             q: &q,
-            q_far: None,
-            k: &k,
-            v: &v,
             // Rows, not positions: all that lie before the piece are read, and keys carry their rotation.
             start: cache.count(),
-            past: Some(cache.rows()),
-            sinks: None,
             window: Window::Unbounded,
-            far: &[],
             scale: p.scale,
-        })?);
+            segments: &[Segment::Ring(cache.rows()), Segment::Chunk(KeyValues { k: &k, v: &v })],
+            lse: false,
+        })?;
+        parts.push(attended.out);
         cache.push(&q, &k, &v)?;
         at += n;
     }

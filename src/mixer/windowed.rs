@@ -5,23 +5,20 @@
 use super::{Projections, Step};
 use crate::cache::Ring;
 use crate::error::Result;
-use crate::ops::{attend, AttentionArgs, Window};
+use crate::ops::{attend, AttentionArgs, KeyValues, Segment, Window};
 use candle_core::Tensor;
 
 pub(super) fn forward(p: &Projections, window: Window, x: &Tensor, step: &Step, cache: &mut Ring) -> Result<Tensor> {
     let qkv = p.project(x, &step.tables[p.rope], false)?;
-    let out = attend(&AttentionArgs {
+    let own = KeyValues { k: &qkv.k, v: &qkv.v };
+    let attended = attend(&AttentionArgs {
         q: &qkv.q,
-        q_far: None,
-        k: &qkv.k,
-        v: &qkv.v,
         start: step.start,
-        past: Some(cache.rows()),
-        sinks: None,
         window,
-        far: &[],
         scale: p.scale,
+        segments: &[Segment::Ring(cache.rows()), Segment::Chunk(own)],
+        lse: false,
     })?;
     cache.write(&qkv.k, &qkv.v, step.start)?;
-    p.output(&out)
+    p.output(&attended.out)
 }

@@ -13,6 +13,17 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Shape, Storage, Tensor};
 use std::sync::Arc;
 
+/// Asserts the size of a struct that a kernel reads and the offset of each field, as `MIRRORED` and `FIELD` of kernels/common.cuh do.
+macro_rules! mirrored {
+    ($name:ty, $size:expr, { $($field:ident: $offset:expr),* $(,)? }) => {
+        const _: () = {
+            assert!(std::mem::size_of::<$name>() == $size);
+            $(assert!(std::mem::offset_of!($name, $field) == $offset);)*
+        };
+    };
+}
+pub(crate) use mirrored;
+
 mod ptx {
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }

@@ -8,6 +8,8 @@ mod device;
 mod gated;
 mod gemm;
 mod heads;
+#[cfg(feature = "cuda")]
+mod host_rows;
 mod matvec;
 mod memory;
 mod norm;
@@ -18,10 +20,15 @@ mod view;
 
 #[cfg(feature = "cuda")]
 pub(crate) use attention::decode;
-pub use attention::{attend, reference, AttentionArgs, FarArgs, FarRow, Past, Window};
+pub use attention::{
+    attend, merge as merge_attention, reference, Attended, AttentionArgs, FarRow, KeyValues, RowList, Segment, Store,
+    StoreRows, Window, NO_ROW,
+};
 pub use device::{beside, describe, open_gpu};
 pub use gated::gated;
 pub use heads::{prepare_heads, rope_table, HeadNorm};
+#[cfg(feature = "cuda")]
+pub use host_rows::HostRows;
 #[cfg(feature = "cuda")]
 pub(crate) use matvec::{
     cuda::{self as on_gpu, quantised_row},

@@ -126,6 +126,11 @@ struct Params {
 // SAFETY: plain numbers in C's layout.
 #[cfg(feature = "cuda")]
 unsafe impl candle_core::cuda_backend::cudarc::driver::DeviceRepr for Params {}
+#[cfg(feature = "cuda")]
+crate::ops::cuda::mirrored!(Params, 80, {
+    k: 0, v: 8, mean_k: 16, mean_v: 24, running: 32, k_row: 40, v_row: 48, tokens: 56, start: 60, block: 64,
+    sinks: 68, width: 72,
+});
 
 #[cfg(feature = "cuda")]
 fn cuda(

@@ -3,7 +3,7 @@
 //! Shapes are SmolLM2's: 9 query heads on 3 KV heads of 64. Dense cost per token grows with the text; the windowed operator
 //! with sinks and one summary does not.
 
-use bfly::ops::{attend, reference, AttentionArgs, FarArgs, FarRow, Past, Window};
+use bfly::ops::{attend, reference, AttentionArgs, FarRow, KeyValues, RowList, Segment, Store, StoreRows, Window};
 use candle_core::{Device, Tensor};
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
 
@@ -35,25 +35,20 @@ impl Chunk {
         })
     }
 
-    fn far(&self) -> [FarArgs<'_>; 1] {
-        [FarArgs { k: &self.small, v: &self.small, block: BLOCK, routes: &self.routes }]
+    /// Chunk and ring, and with a window sinks and summaries too.
+    fn segments(&self, window: Window) -> Vec<Segment<'_>> {
+        let pair = |x| KeyValues { k: x, v: x };
+        let mut segments = vec![Segment::Chunk(pair(&self.k)), Segment::Ring(pair(&self.past))];
+        if window != Window::Unbounded {
+            let read = RowList::Blocks { block: BLOCK, rows: &self.routes };
+            segments.push(Segment::Sinks(pair(&self.small), 4));
+            segments.push(Segment::Store(Store { rows: StoreRows::Tensors(pair(&self.small)), read, q: None }));
+        }
+        segments
     }
 
-    fn args<'a>(&'a self, window: Window, far: &'a [FarArgs<'a>]) -> AttentionArgs<'a> {
-        let sparse = window != Window::Unbounded;
-        let small = Past { k: &self.small, v: &self.small };
-        AttentionArgs {
-            q: &self.q,
-            q_far: None,
-            k: &self.k,
-            v: &self.k,
-            start: self.start,
-            past: Some(Past { k: &self.past, v: &self.past }),
-            sinks: sparse.then_some((small, 4)),
-            window,
-            far: if sparse { far } else { &[] },
-            scale: 0.125,
-        }
+    fn args<'a>(&'a self, window: Window, segments: &'a [Segment<'a>]) -> AttentionArgs<'a> {
+        AttentionArgs { q: &self.q, start: self.start, window, scale: 0.125, segments, lse: false }
     }
 }
 
@@ -66,8 +61,8 @@ fn against_length(c: &mut Criterion) {
         for start in [512, 2048, 8192 - 512] {
             let Ok(chunk) = Chunk::new(start, tokens) else { continue };
             for (kind, window) in [("dense", Window::Unbounded), ("butterfly", BUTTERFLY)] {
-                let far = chunk.far();
-                let args = chunk.args(window, &far);
+                let segments = chunk.segments(window);
+                let args = chunk.args(window, &segments);
                 group.bench_function(BenchmarkId::new(kind, start), |b| b.iter(|| attend(&args)));
             }
         }
@@ -79,8 +74,8 @@ fn against_reference(c: &mut Criterion) {
     let mut group = c.benchmark_group("64 queries at 512");
     group.sample_size(10);
     if let Ok(chunk) = Chunk::new(512, 64) {
-        let far = chunk.far();
-        let args = chunk.args(BUTTERFLY, &far);
+        let segments = chunk.segments(BUTTERFLY);
+        let args = chunk.args(BUTTERFLY, &segments);
         group.bench_function("tiled", |b| b.iter(|| attend(&args)));
         group.bench_function("reference", |b| b.iter(|| reference(&args)));
     }

@@ -1,7 +1,9 @@
 //! Random calls of the attention operator: every kind of segment, ragged lengths, rings that wrap.
 
 use super::Any;
-use bfly::ops::{attend, reference, AttentionArgs, FarArgs, FarRow, Past, Window};
+use bfly::ops::{
+    attend, reference, Attended, AttentionArgs, FarRow, KeyValues, RowList, Segment, Store, StoreRows, Window, NO_ROW,
+};
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 
@@ -17,8 +19,34 @@ pub struct Case {
     pub far_rows: usize,
     /// Runs of rows of a second store.
     pub far_runs: usize,
+    /// Rows of a third store that a table lists for each query block, and positions per such block.
+    pub table: (usize, usize),
     pub clamp: bool,
+    /// Segments that are left out: 1 the chunk, 2 the ring.
+    pub without: u8,
     pub seed: u64,
+}
+
+impl Case {
+    /// One token late in a text, with every segment but a table.
+    pub fn decode(start: usize, (group, kv_heads, dim): (usize, usize, usize), window: Window) -> Self {
+        let (sinks, far_rows, far_runs, table) = (4, 9, 3, (0, 1));
+        Self {
+            tokens: 1,
+            start,
+            group,
+            kv_heads,
+            dim,
+            window,
+            sinks,
+            far_rows,
+            far_runs,
+            table,
+            clamp: false,
+            without: 0,
+            seed: 5,
+        }
+    }
 }
 
 fn window() -> impl Strategy<Value = Window> {
@@ -40,10 +68,12 @@ prop_compose! {
         sinks in 0usize..6,
         far_rows in 0usize..20,
         far_runs in 0usize..6,
+        table in prop_oneof![Just((0usize, 1usize)), (1usize..30, prop_oneof![Just(1usize), 2usize..50])],
         clamp in any::<bool>(),
+        without in prop_oneof![3 => Just(0u8), 1 => 1u8..4],
         seed in any::<u64>(),
     ) -> Case {
-        Case { tokens, start, group, kv_heads, dim, window, sinks, far_rows, far_runs, clamp, seed }
+        Case { tokens, start, group, kv_heads, dim, window, sinks, far_rows, far_runs, table, clamp, without, seed }
     }
 }
 
@@ -59,8 +89,9 @@ pub fn values(shape: (usize, usize, usize), seed: u64, size: f32) -> candle_core
     Tensor::from_iter(std::iter::repeat_with(next).take(shape.0 * shape.1 * shape.2), &Device::Cpu)?.reshape(shape)
 }
 
-/// The operator's result on `device` with inputs in `dtype`, and the definition's on the same inputs: both f32 on the CPU.
-pub fn both(c: &Case, dtype: DType, device: &Device) -> Any<(Tensor, Tensor)> {
+/// The operator's result on `device` with inputs in `dtype`, and the definition's on the same inputs: both f32 on the CPU, with the
+/// log-sum-exp.
+pub fn both(c: &Case, dtype: DType, device: &Device) -> Any<(Attended, Attended)> {
     let heads = c.group * c.kv_heads;
     let make = |shape, seed| values(shape, seed, 4.0)?.to_dtype(dtype)?.to_device(device);
     let keys = |rows: usize, salt: u64| make((rows, c.kv_heads, c.dim), c.seed ^ salt);
@@ -83,7 +114,6 @@ pub fn both(c: &Case, dtype: DType, device: &Device) -> Any<(Tensor, Tensor)> {
                 row,
                 count: 1,
                 bias: (row as f32 - 3.0) / 2.0,
-                far_query: c.clamp && row.is_multiple_of(2),
                 from: if c.clamp { c.start + row * 3 } else { 0 },
                 until: if row % 5 == 4 { c.start + row * 6 } else { usize::MAX },
             };
@@ -98,30 +128,77 @@ pub fn both(c: &Case, dtype: DType, device: &Device) -> Any<(Tensor, Tensor)> {
             let pick = |run: &usize| (*run as u64 * 3 + b as u64 * 7 + c.seed) % 4 != 1;
             let row = |run: usize| FarRow {
                 bias: if run % 3 == 2 { 0.75 } else { 0.0 },
-                far_query: c.clamp && run % 2 == 1,
                 until: if run == 4 { c.start + 30 } else { usize::MAX },
                 ..FarRow::run(run * 11, length(run))
             };
             (0..c.far_runs).filter(pick).map(row).collect()
         })
         .collect();
+    // Rows by KV head and query block, some places empty.
+    let (places, per) = c.table;
+    let listed = (c.start + c.tokens - 1) / per - c.start / per + 1;
+    let index: Vec<u32> = (0..c.kv_heads * listed * places)
+        .map(|i| {
+            let x = (i as u64 + c.seed % 1000).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+            if x % 5 == 0 {
+                NO_ROW
+            } else {
+                (x % 100) as u32
+            }
+        })
+        .collect();
+    let index = Tensor::from_vec(index, (c.kv_heads, listed, places.max(1) * usize::from(places > 0)), &Device::Cpu);
+    let index = if places > 0 { Some(index?.to_device(device)?) } else { None };
+    let (table_k, table_v) = (keys(100, 11)?, keys(100, 12)?);
+    let far_q = c.clamp.then_some(&q_far);
+    let mut segments = vec![];
+    if c.without & 1 == 0 {
+        segments.push(Segment::Chunk(KeyValues { k: &k, v: &v }));
+    }
+    if c.without & 2 == 0 {
+        segments.push(Segment::Ring(KeyValues { k: &past_k, v: &past_v }));
+    }
+    if c.sinks > 0 {
+        segments.push(Segment::Sinks(KeyValues { k: &sink_k, v: &sink_v }, c.sinks));
+    }
+    // A window that reaches before the chunk needs the ring where the chunk is attended to.
+    let window = if c.without == 2 { Window::Tokens(1) } else { c.window };
     let stores = [
-        (c.far_rows > 0).then_some(FarArgs { k: &far_k, v: &far_v, block, routes: &routes }),
-        (c.far_runs > 0).then_some(FarArgs { k: &raw_k, v: &raw_v, block, routes: &runs }),
+        (c.far_rows > 0).then_some((&far_k, &far_v, RowList::Blocks { block, rows: &routes }, far_q)),
+        (c.far_runs > 0).then_some((&raw_k, &raw_v, RowList::Blocks { block, rows: &runs }, None)),
+        index.as_ref().map(|index| (&table_k, &table_v, RowList::Table { block: per, index }, None)),
     ];
-    let stores: Vec<FarArgs> = stores.into_iter().flatten().collect();
+    segments.extend(
+        stores
+            .into_iter()
+            .flatten()
+            .map(|(k, v, read, q)| Segment::Store(Store { rows: StoreRows::Tensors(KeyValues { k, v }), read, q })),
+    );
+    if segments.is_empty() {
+        segments.push(Segment::Chunk(KeyValues { k: &k, v: &v }));
+    }
     let args = AttentionArgs {
         q: &q,
-        q_far: c.clamp.then_some(&q_far),
-        k: &k,
-        v: &v,
         start: c.start,
-        past: Some(Past { k: &past_k, v: &past_v }),
-        sinks: (c.sinks > 0).then_some((Past { k: &sink_k, v: &sink_v }, c.sinks)),
-        window: c.window,
-        far: &stores,
+        window,
         scale: 1.0 / (c.dim as f32).sqrt(),
+        segments: &segments,
+        lse: true,
     };
-    let got = attend(&args)?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
+    let got = attend(&args)?;
+    let host = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F32);
+    let got = Attended { out: host(&got.out)?, lse: got.lse.as_ref().map(host).transpose()? };
     Ok((got, reference(&args)?))
+}
+
+/// Largest difference of the log-sum-exps; infinite where only one of them is.
+pub fn lse_difference(got: &Attended, want: &Attended) -> Any<f32> {
+    let flat =
+        |a: &Attended| -> Any<Vec<f32>> { Ok(a.lse.as_ref().ok_or("no log-sum-exp")?.flatten_all()?.to_vec1()?) };
+    let apart = |(a, b): (&f32, &f32)| if a == b { 0.0 } else { (a - b).abs() };
+    Ok(flat(got)?
+        .iter()
+        .zip(&flat(want)?)
+        .map(apart)
+        .fold(0.0, |most, x| if x > most || x.is_nan() { x } else { most }))
 }

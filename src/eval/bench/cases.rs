@@ -4,8 +4,8 @@ use crate::error::Result;
 use crate::layout::ButterflyLayer;
 use crate::nn::{Linear, Weight};
 use crate::ops::{
-    add_norm, attend, gated, highest_rows, pool_blocks, prepare_heads, rope_table, AttentionArgs, FarArgs, FarRow,
-    Past, RunningMean, Window,
+    add_norm, attend, gated, highest_rows, pool_blocks, prepare_heads, rope_table, AttentionArgs, FarRow, KeyValues,
+    RowList, RunningMean, Segment, Store, StoreRows, Window,
 };
 use crate::retrofit::Settings;
 use crate::selector;
@@ -211,24 +211,21 @@ impl Attention {
         let (past, sink_rows, far) = (pair(ring)?, pair(sinks)?, pair(distinct.len())?);
         let stored = pair(if self.raw > 0 { STORED * block } else { 0 })?;
         Ok(Box::new(move || {
-            fn rows((k, v): &(Tensor, Tensor)) -> Past<'_> {
-                Past { k, v }
+            fn rows((k, v): &(Tensor, Tensor)) -> KeyValues<'_> {
+                KeyValues { k, v }
             }
-            let stores = [(&far, &routes), (&stored, &raw)].into_iter();
-            let far = stores.filter_map(|(pair, routes)| pair.as_ref().map(|(k, v)| FarArgs { k, v, block, routes }));
-            attend(&AttentionArgs {
-                q: &q,
-                q_far: None,
-                k: &k,
-                v: &v,
-                start: self.start,
-                past: past.as_ref().map(rows),
-                sinks: sink_rows.as_ref().map(|r| (rows(r), sinks)),
-                window: self.window,
-                far: &far.collect::<Vec<_>>(),
-                scale: 1.0 / (self.d as f32).sqrt(),
-            })
-            .map(drop)
+            let mut segments = vec![Segment::Chunk(KeyValues { k: &k, v: &v })];
+            segments.extend(past.as_ref().map(|r| Segment::Ring(rows(r))));
+            segments.extend(sink_rows.as_ref().map(|r| Segment::Sinks(rows(r), sinks)));
+            for (pair, lists) in [(&far, &routes), (&stored, &raw)] {
+                let read = RowList::Blocks { block, rows: lists };
+                segments.extend(
+                    pair.as_ref().map(|r| Segment::Store(Store { rows: StoreRows::Tensors(rows(r)), read, q: None })),
+                );
+            }
+            let (window, scale) = (self.window, 1.0 / (self.d as f32).sqrt());
+            let args = AttentionArgs { q: &q, start: self.start, window, scale, segments: &segments, lse: false };
+            attend(&args).map(drop)
         }))
     }
 }

@@ -5,9 +5,11 @@
 //! fetches tokens a few at a time. Where a rule evicts, a step is captured anew whenever rows have changed places. The residual
 //! stream and all sums are f32; keys and values are 16 bits; weights are 16 bits or quantised blocks, as they are held.
 
+mod journal;
 mod matvec;
 mod step;
 
+use self::journal::Journal;
 use self::matvec::format;
 use self::step::{Builder, StepBuffers};
 use super::sample::not_finite;
@@ -42,6 +44,9 @@ struct State {
 
 // SAFETY: plain numbers in C's layout, of which zeros are valid.
 unsafe impl DeviceRepr for State {}
+crate::ops::cuda::mirrored!(State, 24, {
+    position: 0, step: 4, token: 8, stopped: 12, best: 16,
+});
 unsafe impl ValidAsZeroBits for State {}
 
 /// A captured step, with the memory that it works in.
@@ -52,6 +57,7 @@ pub(super) struct StepGraph {
     tokens: Tensor,
     /// f32 `[1, vocab]`, of the last step.
     logits: Tensor,
+    journal: Journal,
     _held: StepBuffers,
 }
 
@@ -87,7 +93,8 @@ impl StepGraph {
         enqueued?;
         let graph = graph.ok_or_else(|| Error::new(ErrorKind::Backend, "decode graph", "nothing was captured"))?;
         graph.upload().map_err(driver)?;
-        Ok(Some(Self { graph, gpu: gpu.clone(), state, tokens, logits, _held: held }))
+        let journal = Journal::new(run, gpu)?;
+        Ok(Some(Self { graph, gpu: gpu.clone(), state, tokens, logits, journal, _held: held }))
     }
 
     /// Reads `ids`, at most [`Cache::until_eviction`], one by one and returns the logits after each, f32 `[ids.len(), vocab]`.
@@ -123,7 +130,10 @@ impl StepGraph {
                 return Ok(tokens.last().copied());
             }
             let count = BATCH.min(request.max_new_tokens - tokens.len()).min(most - done);
+            let token = tokens.last().copied().unwrap_or(first);
+            let batch = State { position: run.cache().position() as i32, token, ..State::default() };
             let start = Instant::now();
+            self.journal.exchange(&self.gpu, &self.state, count, false)?;
             for _ in 0..count {
                 self.graph.launch().map_err(driver)?;
             }
@@ -136,26 +146,20 @@ impl StepGraph {
                 }
                 run.cache_mut().took(1)?;
                 timing.steps.push(each);
-                let stop = request.stop.contains(token);
-                if !stop {
-                    tokens.push(*token);
+                // Steps after a stop token change nothing (kernels/decode.cuh).
+                if request.stop.contains(token) {
+                    return Ok(None);
                 }
-                if stop || on_token(*token).is_break() {
-                    return self.stop_at(run, i + 1, count);
+                tokens.push(*token);
+                if on_token(*token).is_break() {
+                    if i + 1 < count {
+                        let step = || self.graph.launch().map_err(driver);
+                        self.journal.rewind(&self.gpu, &mut self.state, (batch, count), step, i + 1)?;
+                    }
+                    return Ok(None);
                 }
             }
             done += count;
-        }
-        Ok(None)
-    }
-}
-
-impl StepGraph {
-    /// Ends decode after `delivered` of a batch of `launched` steps. Steps beyond have entered rings and sums that earlier positions
-    /// still need, so that a run that was cut off inside a batch refuses further use.
-    fn stop_at(&self, run: &mut Run, delivered: usize, launched: usize) -> Result<Option<u32>> {
-        if delivered < launched {
-            run.break_off("decode was stopped inside a batch of captured steps");
         }
         Ok(None)
     }

@@ -1,7 +1,7 @@
 //! The tiled CPU path: tasks of (query tile, KV head, share of the keys), each an online softmax over key tiles whose two
 //! products run through the GEMM library. A tile's work depends on what its queries may read, not on the context.
 
-use super::{AttentionArgs, FarRow};
+use super::{Attended, AttentionArgs, FarRow, KeyValues, Parts, RowList, StoreRows, NO_ROW};
 use crate::error::Result;
 use crate::ops::gemm::{multiply_add, multiply_transposed, Matrix};
 use crate::ops::simd;
@@ -26,7 +26,7 @@ struct Run {
 
 #[derive(Clone, Copy)]
 enum Source {
-    Past,
+    Ring,
     Chunk,
 }
 
@@ -39,12 +39,13 @@ struct Tile {
 /// The tensors' values.
 struct Buffers<'a> {
     q: &'a [f32],
-    q_far: &'a [f32],
     chunk: (&'a [f32], &'a [f32]),
-    past: (&'a [f32], &'a [f32]),
+    ring: (&'a [f32], &'a [f32]),
     sinks: (&'a [f32], &'a [f32]),
-    /// Of each store.
-    far: Vec<(&'a [f32], &'a [f32])>,
+    /// Of each store: keys, values, and the queries that score them.
+    stores: Vec<(&'a [f32], &'a [f32], &'a [f32])>,
+    /// Of each store that a table lists: row numbers by KV head, query block and place, and places.
+    tables: Vec<Option<(Vec<u32>, usize, usize)>>,
 }
 
 /// A worker's buffers, reused from task to task.
@@ -66,38 +67,53 @@ struct Partial {
 
 struct Call<'a> {
     args: &'a AttentionArgs<'a>,
+    parts: &'a Parts<'a>,
     buffers: Buffers<'a>,
     group: usize,
     kv_heads: usize,
     dim: usize,
 }
 
-pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, usize)) -> Result<Tensor> {
+pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
+    let (t, h, g, d) = parts.dims;
     let group = h / g;
-    let tensors = [
-        (Some(args.q), "q"),
-        (args.q_far, "q_far"),
-        (Some(args.k), "k"),
-        (Some(args.v), "v"),
-        (args.past.map(|p| p.k), "past keys"),
-        (args.past.map(|p| p.v), "past values"),
-        (args.sinks.map(|s| s.0.k), "sink keys"),
-        (args.sinks.map(|s| s.0.v), "sink values"),
-    ];
-    let far = args.far.iter().flat_map(|f| [(Some(f.k), "far keys"), (Some(f.v), "far values")]);
-    let views: Result<Vec<_>> =
-        tensors.into_iter().chain(far).map(|(x, what)| x.map(|x| view(x, what)).transpose()).collect();
+    let pair = |rows: Option<KeyValues>| [rows.map(|r| r.k.clone()), rows.map(|r| r.v.clone())];
+    let mut tensors: Vec<Option<Tensor>> = vec![Some(args.q.clone())];
+    tensors.extend(pair(parts.chunk));
+    tensors.extend(pair(parts.ring));
+    tensors.extend(pair(parts.sinks.map(|s| s.0)));
+    for store in &parts.stores {
+        match store.rows {
+            StoreRows::Tensors(rows) => tensors.extend(pair(Some(rows))),
+            #[cfg(feature = "cuda")]
+            StoreRows::Host(_) => return super::fail("pinned host rows are for queries on a GPU".into()),
+        }
+        tensors.push(store.q.cloned());
+    }
+    let views: Result<Vec<_>> = tensors.iter().map(|x| x.as_ref().map(|x| view(x, "attention")).transpose()).collect();
     let views = views?;
     let values = |i: usize| views[i].as_ref().map_or(Ok(&[][..]), View::values);
+    let table = |store: &super::Store| -> Result<_> {
+        let RowList::Table { index, .. } = store.read else { return Ok(None) };
+        let (_, blocks, places) = index.dims3()?;
+        let (rows, stored) = (index.flatten_all()?.to_vec1::<u32>()?, store.rows.dims()?.0);
+        match rows.iter().find(|r| **r != NO_ROW && **r as usize >= stored) {
+            Some(r) => super::fail(format!("a table names row {r} of {stored}")),
+            None => Ok(Some((rows, blocks, places))),
+        }
+    };
+    let stores = 0..parts.stores.len();
     let buffers = Buffers {
         q: values(0)?,
-        q_far: values(1)?,
-        chunk: (values(2)?, values(3)?),
-        past: (values(4)?, values(5)?),
-        sinks: (values(6)?, values(7)?),
-        far: (0..args.far.len()).map(|i| Ok((values(8 + 2 * i)?, values(9 + 2 * i)?))).collect::<Result<_>>()?,
+        chunk: (values(1)?, values(2)?),
+        ring: (values(3)?, values(4)?),
+        sinks: (values(5)?, values(6)?),
+        stores: stores
+            .map(|i| Ok((values(7 + 3 * i)?, values(8 + 3 * i)?, values(9 + 3 * i)?)))
+            .collect::<Result<_>>()?,
+        tables: parts.stores.iter().map(table).collect::<Result<_>>()?,
     };
-    let call = Call { args, buffers, group, kv_heads: g, dim: d };
+    let call = Call { args, parts, buffers, group, kv_heads: g, dim: d };
     let tiles = call.tiles(t);
     // With few tiles (decode) the keys are shared out too, so that no core idles.
     let threads = rayon::current_num_threads();
@@ -118,15 +134,16 @@ pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, u
             call.task(&tiles[*i], *kv, runs.clone(), *extras, scratch)
         })
         .collect();
-    let mut out = vec![0f32; t * h * d];
+    let (mut out, mut lse) = (vec![0f32; t * h * d], vec![f32::NEG_INFINITY; t * h]);
     let mut at = 0;
     while at < tasks.len() {
         let (i, kv, ..) = tasks[at];
         let same = tasks[at..].iter().take_while(|(j, other, ..)| (*j, *other) == (i, kv)).count();
-        call.merge(&tiles[i], kv, &partials[at..at + same], &mut out);
+        call.merge(&tiles[i], kv, &partials[at..at + same], &mut out, &mut lse);
         at += same;
     }
-    Ok(Tensor::from_vec(out, (t, h, d), &Device::Cpu)?)
+    let lse = args.lse.then(|| Tensor::from_vec(lse, (t, h), &Device::Cpu)).transpose()?;
+    Ok(Attended { out: Tensor::from_vec(out, (t, h, d), &Device::Cpu)?, lse })
 }
 
 impl Call<'_> {
@@ -137,7 +154,10 @@ impl Call<'_> {
             super::Window::Blocks { block, .. } => Some(block),
             _ => None,
         };
-        let blocks: Vec<usize> = window.into_iter().chain(self.args.far.iter().map(|f| f.block)).collect();
+        let listed = self.parts.stores.iter().map(|s| match s.read {
+            RowList::Blocks { block, .. } | RowList::Table { block, .. } => block,
+        });
+        let blocks: Vec<usize> = window.into_iter().chain(listed).collect();
         let tokens = (QUERY_ROWS / self.group).max(1);
         let mut tiles = vec![];
         let mut from = 0;
@@ -154,13 +174,13 @@ impl Call<'_> {
     fn runs(&self, queries: Range<usize>) -> Vec<Run> {
         let start = self.args.start;
         let left = self.args.window.left(start + queries.start);
-        let end = start + queries.end;
         let mut runs = vec![];
-        let mut at = left;
+        let mut at = if self.parts.ring.is_some() { left } else { left.max(start) };
+        let end = if self.parts.chunk.is_some() { start + queries.end } else { start };
         while at < end {
             let (source, row, room) = if at < start {
-                let capacity = self.args.past.map_or(1, |p| p.k.dims()[0]);
-                (Source::Past, at % capacity, (capacity - at % capacity).min(start - at))
+                let capacity = self.parts.ring.map_or(1, |r| r.k.dims()[0]);
+                (Source::Ring, at % capacity, (capacity - at % capacity).min(start - at))
             } else {
                 (Source::Chunk, at - start, end - at)
             };
@@ -185,7 +205,7 @@ impl Call<'_> {
         let p_last = self.args.start + tile.queries.end - 1;
         for run in &tile.runs[runs] {
             let (k, v) = match run.source {
-                Source::Past => self.buffers.past,
+                Source::Ring => self.buffers.ring,
                 Source::Chunk => self.buffers.chunk,
             };
             let at = run.row * stride + kv * d;
@@ -208,26 +228,41 @@ impl Call<'_> {
         partial
     }
 
-    /// Sinks and far rows, gathered into one small tile per query kind.
+    /// Sinks and rows of stores, gathered into one small tile per kind of query.
     fn extras(&self, tile: &Tile, kv: usize, scratch: &mut Scratch, partial: &mut Partial) {
+        let p_last = self.args.start + tile.queries.end - 1;
+        let sinks = self.parts.sinks.map_or(0, |s| s.1.min(self.args.window.left(p_last)));
+        let stores = || self.parts.stores.iter().enumerate();
+        let mut near: Vec<Extra> = (0..sinks).map(Extra::Sink).collect();
+        stores().filter(|(_, s)| s.q.is_none()).for_each(|(i, _)| self.listed(i, tile, kv, &mut near));
+        self.extra_tiles(near, tile, kv, false, scratch, partial);
+        for (i, _) in stores().filter(|(_, s)| s.q.is_some()) {
+            let mut rows = vec![];
+            self.listed(i, tile, kv, &mut rows);
+            if !rows.is_empty() {
+                self.pack_queries(self.buffers.stores[i].2, tile, kv, &mut scratch.q_far);
+                self.extra_tiles(rows, tile, kv, true, scratch, partial);
+            }
+        }
+    }
+
+    /// The rows of a store that a tile's queries read in one KV head.
+    fn listed(&self, store: usize, tile: &Tile, kv: usize, into: &mut Vec<Extra>) {
         let start = self.args.start;
-        let p_last = start + tile.queries.end - 1;
-        let sinks = self.args.sinks.map_or(0, |s| s.1.min(self.args.window.left(p_last)));
-        let rows_of = |far_query: bool| {
-            self.args.far.iter().enumerate().flat_map(move |(store, far)| {
-                let route = &far.routes[(start + tile.queries.start) / far.block - start / far.block];
-                let rows = route.iter().filter(move |r| r.far_query == far_query);
-                rows.flat_map(move |seen| {
-                    (seen.row..seen.row + seen.count).map(move |row| Extra::Far { store, row, seen })
-                })
-            })
-        };
-        let near = (0..sinks).map(Extra::Sink).chain(rows_of(false));
-        self.extra_tiles(near.collect(), tile, kv, false, scratch, partial);
-        let far: Vec<Extra> = rows_of(true).collect();
-        if !far.is_empty() {
-            self.pack_queries(self.buffers.q_far, tile, kv, &mut scratch.q_far);
-            self.extra_tiles(far, tile, kv, true, scratch, partial);
+        let list = |block: usize| (start + tile.queries.start) / block - start / block;
+        match (self.parts.stores[store].read, &self.buffers.tables[store]) {
+            (RowList::Blocks { block, rows }, _) => {
+                let listed = rows[list(block)].iter();
+                into.extend(listed.flat_map(|seen| {
+                    (seen.row..seen.row + seen.count).map(move |row| Extra::Far { store, row, seen: *seen })
+                }));
+            }
+            (RowList::Table { block, .. }, Some((index, blocks, places))) => {
+                let from = (kv * blocks + list(block)) * places;
+                let rows = index[from..from + places].iter().filter(|r| **r != NO_ROW);
+                into.extend(rows.map(|r| Extra::Far { store, row: *r as usize, seen: FarRow::one(*r as usize) }));
+            }
+            (RowList::Table { .. }, None) => {}
         }
     }
 
@@ -249,7 +284,10 @@ impl Call<'_> {
             for extra in extras {
                 let ((k, v), row) = match extra {
                     Extra::Sink(row) => (self.buffers.sinks, *row),
-                    Extra::Far { store, row, .. } => (self.buffers.far[*store], *row),
+                    Extra::Far { store, row, .. } => {
+                        let (k, v, _) = self.buffers.stores[*store];
+                        ((k, v), *row)
+                    }
                 };
                 let at = row * stride + kv * d;
                 scratch.keys.extend_from_slice(&k[at..at + d]);
@@ -286,17 +324,20 @@ impl Call<'_> {
     }
 
     /// Merges the shares of one tile and head, divides, and puts the rows in their places.
-    fn merge(&self, tile: &Tile, kv: usize, shares: &[Partial], out: &mut [f32]) {
-        let (d, width) = (self.dim, self.group * self.dim);
-        let head = self.kv_heads * width;
-        for r in 0..tile.queries.len() * self.group {
-            let at = (tile.queries.start + r / self.group) * head + kv * width + r % self.group * d;
+    fn merge(&self, tile: &Tile, kv: usize, shares: &[Partial], out: &mut [f32], lse: &mut [f32]) {
+        let (d, group) = (self.dim, self.group);
+        for r in 0..tile.queries.len() * group {
+            let row = ((tile.queries.start + r / group) * self.kv_heads + kv) * group + r % group;
             let top = shares.iter().map(|s| s.max[r]).fold(f32::NEG_INFINITY, f32::max);
+            if top == f32::NEG_INFINITY {
+                continue;
+            }
             let factor = |s: &Partial| simd::exp(s.max[r] - top);
             let sum: f32 = shares.iter().map(|s| s.sum[r] * factor(s)).sum();
+            lse[row] = top + sum.ln();
             for s in shares {
                 let f = factor(s) / sum;
-                for (o, x) in out[at..at + d].iter_mut().zip(&s.out[r * d..(r + 1) * d]) {
+                for (o, x) in out[row * d..(row + 1) * d].iter_mut().zip(&s.out[r * d..(r + 1) * d]) {
                     *o += x * f;
                 }
             }
@@ -304,9 +345,9 @@ impl Call<'_> {
     }
 }
 
-enum Extra<'a> {
+enum Extra {
     Sink(usize),
-    Far { store: usize, row: usize, seen: &'a FarRow },
+    Far { store: usize, row: usize, seen: FarRow },
 }
 
 impl Partial {

@@ -31,6 +31,9 @@ struct Extra {
 
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for Extra {}
+crate::ops::cuda::mirrored!(Extra, 32, {
+    k: 0, v: 8, bias: 16, from: 20, until: 24, far_query: 28,
+});
 
 /// `Piece` of kernels/attention.cuh.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -46,6 +49,9 @@ struct Piece {
 
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for Piece {}
+crate::ops::cuda::mirrored!(Piece, 32, {
+    k: 0, v: 8, bias: 16, from: 20, until: 24, rows: 28,
+});
 
 /// `AttentionParams` of kernels/attention.cuh.
 #[derive(Debug, Clone, Copy)]
@@ -85,6 +91,12 @@ struct Params {
 
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for Params {}
+crate::ops::cuda::mirrored!(Params, 200, {
+    q: 0, q_far: 8, k: 16, v: 24, past_k: 32, past_v: 40, out: 48, extras: 56, extra_offsets: 64, far_offsets: 72,
+    pieces: 80, piece_offsets: 88, q_row: 96, q_head: 104, k_row: 112, k_head: 120, v_row: 128, v_head: 136,
+    past_row: 144, past_head: 152, tokens: 160, start: 164, heads: 168, kv_heads: 172, dim: 176, capacity: 180,
+    window_kind: 184, window_size: 188, window_count: 192, scale: 196,
+});
 
 /// The kernel's shape for a head dim: as in the `TYPES` lines of kernels/attention_prefill.cu.
 struct Shape {

@@ -71,6 +71,13 @@ pub(crate) struct DecodeAttention {
 
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for DecodeAttention {}
+crate::ops::cuda::mirrored!(DecodeAttention, 256, {
+    q: 0, ring_k: 8, ring_v: 16, own_k: 24, own_v: 32, sink_k: 40, sink_v: 48, mean_k: 56, mean_v: 64, routes: 72,
+    route_bias: 80, extras: 88, qkv: 96, q_norm: 104, k_norm: 112, cos: 120, sin: 128, running: 136, state: 144,
+    partial: 152, counters: 160, out: 168, out16: 176, extra_count: 184, position: 188, shift: 192, capacity: 196,
+    sinks: 200, mean_rows: 204, route_width: 208, block: 212, readable: 216, heads: 220, kv_heads: 224, dim: 228,
+    window_kind: 232, window_size: 236, window_count: 240, scale: 244, eps: 248,
+});
 
 /// What the blocks of a launch leave for the last of them: kept by the caller for as long as the launch may run.
 pub(crate) struct Scratch {

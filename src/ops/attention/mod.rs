@@ -1,13 +1,19 @@
-//! One attention operator for every mixer: raw keys in a window, sinks, and routed summaries under one softmax.
+//! One attention operator for every mixer: segments of keys and values under one softmax.
 //!
-//! `out[t, h] = Σ_j softmax_j(scale · q[t, h] · k_j + bias_j) v_j` over the keys that query position `p = start + t` may read:
+//! `out[t, h] = Σ_j softmax_j(scale · q[t, h] · k_j + bias_j) v_j` over the keys that query position `p = start + t` may read, segment by
+//! segment ([`Segment`]):
 //!
-//! - raw positions `left(p)..=p`, from the past (positions before `start`) and from the chunk itself;
-//! - sinks `0..S` left of `left(p)`;
-//! - the far rows routed to the query's block, each with a bias, against `q` or against `q_far`: summaries one by one, raw blocks
-//!   as runs of rows.
+//! | segment | keys that `p` reads |
+//! |---|---|
+//! | chunk | positions `max(left(p), start)..=p` |
+//! | ring | positions `left(p)..start`, position `x` in row `x % capacity` |
+//! | sinks | positions `0..S` left of `left(p)` |
+//! | store | rows that a list names: on the host per query block, or a table on the device per KV head and query block (or query) |
 //!
-//! With an unbounded window this is dense causal attention; with a window alone it is sliding attention. Query head `h` reads
+//! The log-sum-exp of each query's logits comes with the output where it is asked for: partial results over disjoint segments merge
+//! exactly ([`merge`]), and the backward pass needs it. A query that reads nothing has output 0 and log-sum-exp `-∞`.
+//!
+//! With an unbounded window chunk and ring are dense causal attention; with a window they are sliding attention. Query head `h` reads
 //! KV head `h / (H / G)`. Tiles carry `(m, l, o)` in f32 and merge exactly, as in FlashAttention (Dao et al. 2022,
 //! arXiv:2205.14135); no `T x T` matrix is ever held.
 
@@ -16,12 +22,14 @@ mod cpu;
 mod cuda;
 #[cfg(feature = "cuda")]
 pub(crate) mod decode;
+mod merge;
 mod reference;
 
+pub use merge::merge;
 pub use reference::reference;
 
 use crate::error::{Error, ErrorKind, Result};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 /// Which raw positions a query reads: `left(p)..=p`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,136 +68,243 @@ impl Window {
     }
 }
 
-/// Raw keys and values of positions before the chunk: position `x` lies in row `x % capacity`.
+/// Keys and values in rows.
 #[derive(Debug, Clone, Copy)]
-pub struct Past<'a> {
-    /// `[capacity, G, D]`.
+pub struct KeyValues<'a> {
+    /// `[rows, G, D]`.
     pub k: &'a Tensor,
-    /// `[capacity, G, D]`.
+    /// `[rows, G, D]`.
     pub v: &'a Tensor,
 }
 
-/// Far rows as a block's queries see them: a summary, or the rows of a raw block.
+/// Rows of a store as a block's queries see them: a summary, or the rows of a raw block.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct FarRow {
-    /// First row of [`FarArgs::k`].
+    /// First row.
     pub row: usize,
     /// Rows from there on: 1 for a summary.
     pub count: usize,
     /// Added to the logit of each.
     pub bias: f32,
-    /// Scored with `q_far` instead of `q`.
-    pub far_query: bool,
-    /// Query positions that see it: from this one,
+    /// First query position that sees it.
     pub from: usize,
-    /// up to, not including, this one.
+    /// First query position that no longer does.
     pub until: usize,
 }
 
 impl FarRow {
     /// `count` rows from `row` on, seen by every position of the block.
-    pub fn run(row: usize, count: usize) -> Self {
-        Self { row, count, bias: 0.0, far_query: false, from: 0, until: usize::MAX }
+    pub const fn run(row: usize, count: usize) -> Self {
+        Self { row, count, bias: 0.0, from: 0, until: usize::MAX }
     }
 
     /// A summary in `row`.
-    pub fn one(row: usize) -> Self {
+    pub const fn one(row: usize) -> Self {
         Self::run(row, 1)
     }
 }
 
-/// A store of far keys and values, and which of them each query block reads.
+/// Which rows of a store each query reads.
 #[derive(Debug, Clone, Copy)]
-pub struct FarArgs<'a> {
-    /// `[R, G, D]`.
-    pub k: &'a Tensor,
-    /// `[R, G, D]`.
-    pub v: &'a Tensor,
-    /// Positions per query block.
-    pub block: usize,
-    /// Per query block, from the one that holds `start` on.
-    pub routes: &'a [Vec<FarRow>],
+pub enum RowList<'a> {
+    /// Lists on the host, per query block of `block` positions from the one that holds `start` on.
+    Blocks {
+        /// Positions per query block.
+        block: usize,
+        /// Rows per query block.
+        rows: &'a [Vec<FarRow>],
+    },
+    /// A table on the device of the queries, per KV head and query block: u32 `[G, blocks, n]`, [`NO_ROW`] where there is none. With
+    /// blocks of 1 each query has rows of its own.
+    Table {
+        /// Positions per query block.
+        block: usize,
+        /// Row numbers.
+        index: &'a Tensor,
+    },
 }
 
-/// Everything that a chunk's attention reads: f32 and contiguous on a CPU; of one type (f32, bf16 or f16), with heads and rows at
-/// any stride, on a GPU.
+/// An entry of a table that names no row.
+pub const NO_ROW: u32 = u32::MAX;
+
+/// Where the rows of a store lie.
+#[derive(Debug, Clone, Copy)]
+pub enum StoreRows<'a> {
+    /// On the device of the queries, `[R, G, D]`.
+    Tensors(KeyValues<'a>),
+    /// In pinned host memory, read in place by a GPU.
+    #[cfg(feature = "cuda")]
+    Host(&'a crate::ops::HostRows),
+}
+
+impl StoreRows<'_> {
+    /// `(R, G, D)`, of keys and of values.
+    fn dims(&self) -> Result<(usize, usize, usize)> {
+        match self {
+            Self::Tensors(rows) if rows.k.dims() == rows.v.dims() => Ok(rows.k.dims3()?),
+            Self::Tensors(rows) => fail(format!("keys {:?} and values {:?} differ", rows.k.dims(), rows.v.dims())),
+            #[cfg(feature = "cuda")]
+            Self::Host(rows) => Ok(rows.dims()),
+        }
+    }
+}
+
+/// Rows beside the raw positions, and who reads them.
+#[derive(Debug, Clone, Copy)]
+pub struct Store<'a> {
+    /// Keys and values.
+    pub rows: StoreRows<'a>,
+    /// The rows that each query reads.
+    pub read: RowList<'a>,
+    /// Queries that score these rows in place of the call's, such as queries rotated to another position.
+    pub q: Option<&'a Tensor>,
+}
+
+/// Some of the keys and values that a chunk attends to.
+#[derive(Debug, Clone, Copy)]
+pub enum Segment<'a> {
+    /// The chunk's own, `[T, G, D]`.
+    Chunk(KeyValues<'a>),
+    /// Positions before the chunk; must hold every position from the first query's left edge to `start`.
+    Ring(KeyValues<'a>),
+    /// Positions `0..count`, `[≥ count, G, D]`, and `count`.
+    Sinks(KeyValues<'a>, usize),
+    /// Rows that a list names.
+    Store(Store<'a>),
+}
+
+/// A chunk's queries and what they read: f32 and contiguous on a CPU; of one type (f32, bf16 or f16), with heads and rows at any stride,
+/// on a GPU. At most one chunk, one ring and one list of sinks; any number of stores.
 #[derive(Debug, Clone, Copy)]
 pub struct AttentionArgs<'a> {
-    /// `[T, H, D]`, rotated for raw keys and for far rows that do not ask otherwise.
+    /// `[T, H, D]`, rotated.
     pub q: &'a Tensor,
-    /// `[T, H, D]`, rotated for far rows with `far_query`.
-    pub q_far: Option<&'a Tensor>,
-    /// The chunk's keys, `[T, G, D]`.
-    pub k: &'a Tensor,
-    /// The chunk's values, `[T, G, D]`.
-    pub v: &'a Tensor,
     /// Position of the chunk's first token.
     pub start: usize,
-    /// Keys before the chunk; must hold every position from the first query's left edge to `start`.
-    pub past: Option<Past<'a>>,
-    /// Keys and values of positions `0..count`, `[≥ count, G, D]`, and `count`.
-    pub sinks: Option<(Past<'a>, usize)>,
-    /// The raw window.
+    /// The raw positions of chunk and ring that a query reads; sinks are read left of it.
     pub window: Window,
-    /// The far rows, by the store that holds them: summaries, raw blocks.
-    pub far: &'a [FarArgs<'a>],
     /// Factor on the dot products.
     pub scale: f32,
+    /// What is read, under one softmax.
+    pub segments: &'a [Segment<'a>],
+    /// Whether the log-sum-exp is wanted.
+    pub lse: bool,
 }
 
-impl AttentionArgs<'_> {
-    /// `(T, H, G, D)`, after checking that the shapes agree.
-    fn dims(&self) -> Result<(usize, usize, usize, usize)> {
+/// What attention gives.
+#[derive(Debug, Clone)]
+pub struct Attended {
+    /// `[T, H, D]`, in the type of the queries.
+    pub out: Tensor,
+    /// f32 `[T, H]`: `ln Σ_j exp(logit_j)`, `-∞` where a query reads nothing.
+    pub lse: Option<Tensor>,
+}
+
+/// The segments of a call by kind.
+#[derive(Debug, Clone)]
+pub(super) struct Parts<'a> {
+    pub chunk: Option<KeyValues<'a>>,
+    pub ring: Option<KeyValues<'a>>,
+    pub sinks: Option<(KeyValues<'a>, usize)>,
+    pub stores: Vec<Store<'a>>,
+    /// `(T, H, G, D)`.
+    pub dims: (usize, usize, usize, usize),
+}
+
+fn fail<T>(message: String) -> Result<T> {
+    Err(Error::new(ErrorKind::Backend, "attention", message))
+}
+
+impl<'a> AttentionArgs<'a> {
+    /// Sorts the segments by kind, after checking that the shapes agree.
+    pub(super) fn parts(&self) -> Result<Parts<'a>> {
         let (t, h, d) = self.q.dims3()?;
-        let (tk, g, dk) = self.k.dims3()?;
-        let fail = |m: String| Err(Error::new(ErrorKind::Backend, "attention", m));
-        if (tk, dk) != (t, d) || g == 0 || !h.is_multiple_of(g) || self.v.dims() != self.k.dims() {
-            return fail(format!("q {:?}, k {:?} and v {:?} do not fit", self.q.dims(), self.k.dims(), self.v.dims()));
+        let (mut chunk, mut ring, mut sinks, mut stores) = (None, None, None, vec![]);
+        let mut kv_heads = None;
+        for segment in self.segments {
+            let (rows, twice) = match segment {
+                Segment::Chunk(rows) => (StoreRows::Tensors(*rows), chunk.replace(*rows).is_some()),
+                Segment::Ring(rows) => (StoreRows::Tensors(*rows), ring.replace(*rows).is_some()),
+                Segment::Sinks(rows, count) => (StoreRows::Tensors(*rows), sinks.replace((*rows, *count)).is_some()),
+                Segment::Store(store) => {
+                    stores.push(*store);
+                    (store.rows, false)
+                }
+            };
+            let (_, g, dk) = rows.dims()?;
+            if twice {
+                return fail("two segments of a kind that there is one of".into());
+            }
+            if dk != d || *kv_heads.get_or_insert(g) != g {
+                return fail(format!("rows of {g} KV heads of {dk} do not fit queries of heads of {d}"));
+            }
         }
-        if t == 0 || self.q_far.is_some_and(|q| q.dims() != self.q.dims()) {
-            return fail(format!("no queries, or far queries of another shape than {:?}", self.q.dims()));
+        let Some(g) = kv_heads else { return fail("nothing to attend to".into()) };
+        if t == 0 || g == 0 || !h.is_multiple_of(g) {
+            return fail(format!("{t} queries of {h} heads over {g} KV heads"));
         }
-        if matches!(self.window, Window::Blocks { block: 0, .. }) || self.far.iter().any(|f| f.block == 0) {
+        let parts = Parts { chunk, ring, sinks, stores, dims: (t, h, g, d) };
+        self.check(&parts)?;
+        Ok(parts)
+    }
+
+    fn check(&self, parts: &Parts) -> Result<()> {
+        let (t, _, g, _) = parts.dims;
+        if matches!(self.window, Window::Blocks { block: 0, .. }) {
             return fail("blocks of 0".into());
         }
-        if let Some((rows, count)) = self.sinks.filter(|(rows, count)| rows.k.dims()[0] < *count) {
+        if let Some(c) = parts.chunk.filter(|c| c.k.dims()[0] != t) {
+            return fail(format!("{t} queries, and keys of a chunk of {}", c.k.dims()[0]));
+        }
+        if let Some((rows, count)) = parts.sinks.filter(|(rows, count)| rows.k.dims()[0] < *count) {
             return fail(format!("{count} sinks in {} rows", rows.k.dims()[0]));
         }
-        let far = self.far.iter().map(|f| Past { k: f.k, v: f.v });
-        for p in self.past.into_iter().chain(self.sinks.map(|s| s.0)).chain(far) {
-            if p.k.dims() != p.v.dims() || p.k.dims()[1..] != [g, d] {
-                return fail(format!("stored keys {:?} and values {:?} do not fit", p.k.dims(), p.v.dims()));
-            }
-        }
         let left = self.window.left(self.start);
-        let held = self.past.map_or(0, |p| p.k.dims()[0]);
-        if left < self.start && self.start - left > held {
+        // Where the chunk alone is attended to, nothing before it is.
+        let held = parts.ring.map_or(0, |r| r.k.dims()[0]);
+        if parts.chunk.is_some() && left < self.start && self.start - left > held {
             return fail(format!("the window reaches back {} positions, the cache holds {held}", self.start - left));
         }
-        for far in self.far {
-            let blocks = (self.start + t - 1) / far.block - self.start / far.block + 1;
-            let rows = far.k.dims()[0];
-            let strange = |r: &FarRow| r.row + r.count > rows || (r.far_query && self.q_far.is_none());
-            if far.routes.len() != blocks || far.routes.iter().flatten().any(strange) {
-                return fail(format!("{} routes for {blocks} query blocks and {rows} far rows", far.routes.len()));
+        for store in &parts.stores {
+            if store.q.is_some_and(|q| q.dims() != self.q.dims()) {
+                return fail(format!("queries of a store of another shape than {:?}", self.q.dims()));
+            }
+            let stored = store.rows.dims()?.0;
+            let blocks = |block: usize| match block {
+                0 => fail("query blocks of 0".into()),
+                _ => Ok((self.start + t - 1) / block - self.start / block + 1),
+            };
+            match store.read {
+                RowList::Blocks { block, rows } => {
+                    let blocks = blocks(block)?;
+                    if rows.len() != blocks || rows.iter().flatten().any(|r| r.row + r.count > stored) {
+                        return fail(format!("{} lists for {blocks} query blocks and {stored} rows", rows.len()));
+                    }
+                }
+                RowList::Table { block, index } => {
+                    let (heads, listed, _) = index.dims3()?;
+                    if (heads, listed, index.dtype()) != (g, blocks(block)?, DType::U32) {
+                        return fail(format!("a table {:?} of {:?} for {g} KV heads", index.dims(), index.dtype()));
+                    }
+                }
             }
         }
-        Ok((t, h, g, d))
+        Ok(())
     }
 }
 
 /// Attention of one chunk, on the device that holds the queries.
 ///
 /// # Shapes
-/// See [`AttentionArgs`]; the result is `[T, H, D]`.
+/// See [`AttentionArgs`] and [`Attended`].
 ///
 /// # Errors
-/// Shapes that do not fit, an element type or a head dim (over 256 on a GPU) without a kernel.
-pub fn attend(args: &AttentionArgs) -> Result<Tensor> {
-    let dims = args.dims()?;
+/// Shapes that do not fit; an element type, a head dim (over 256 on a GPU) or a combination of segments without a kernel.
+pub fn attend(args: &AttentionArgs) -> Result<Attended> {
+    let parts = args.parts()?;
     #[cfg(feature = "cuda")]
     if args.q.device().is_cuda() {
-        return cuda::attend(args, dims);
+        return cuda::attend(args, &parts);
     }
-    cpu::attend(args, dims)
+    cpu::attend(args, &parts)
 }

@@ -31,6 +31,9 @@ struct Params {
 
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for Params {}
+crate::ops::cuda::mirrored!(Params, 112, {
+    w: 0, bias: 24, rows: 48, columns: 60, x: 64, norm: 72, eps: 80, activation: 84, out: 88, logits: 96, state: 104,
+});
 
 /// What a product does with its result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
