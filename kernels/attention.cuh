@@ -52,6 +52,7 @@ struct AttentionParams {
   const int *far_offsets;    // per tile, first far-query row
   const Piece *pieces;       // attention_hopper alone: others find runs of rows among the extras
   const int *piece_offsets;  // per tile, first piece; tiles + 1 entries
+  float *lse;                // [T, H]: ln of the sum of exp(logit), or null
   int64_t q_row, q_head, k_row, k_head, v_row, v_head, past_row, past_head;
   int tokens, start, heads, kv_heads, dim, capacity;
   int window_kind;  // 0 unbounded, 1 tokens, 2 blocks
@@ -59,18 +60,24 @@ struct AttentionParams {
   int window_count; // blocks
   float scale;
 };
-MIRRORED(AttentionParams, 200);
+MIRRORED(AttentionParams, 208);
 FIELD(AttentionParams, q, 0); FIELD(AttentionParams, q_far, 8); FIELD(AttentionParams, k, 16);
 FIELD(AttentionParams, v, 24); FIELD(AttentionParams, past_k, 32); FIELD(AttentionParams, past_v, 40);
 FIELD(AttentionParams, out, 48); FIELD(AttentionParams, extras, 56); FIELD(AttentionParams, extra_offsets, 64);
 FIELD(AttentionParams, far_offsets, 72); FIELD(AttentionParams, pieces, 80);
-FIELD(AttentionParams, piece_offsets, 88); FIELD(AttentionParams, q_row, 96); FIELD(AttentionParams, q_head, 104);
-FIELD(AttentionParams, k_row, 112); FIELD(AttentionParams, k_head, 120); FIELD(AttentionParams, v_row, 128);
-FIELD(AttentionParams, v_head, 136); FIELD(AttentionParams, past_row, 144); FIELD(AttentionParams, past_head, 152);
-FIELD(AttentionParams, tokens, 160); FIELD(AttentionParams, start, 164); FIELD(AttentionParams, heads, 168);
-FIELD(AttentionParams, kv_heads, 172); FIELD(AttentionParams, dim, 176); FIELD(AttentionParams, capacity, 180);
-FIELD(AttentionParams, window_kind, 184); FIELD(AttentionParams, window_size, 188);
-FIELD(AttentionParams, window_count, 192); FIELD(AttentionParams, scale, 196);
+FIELD(AttentionParams, piece_offsets, 88); FIELD(AttentionParams, lse, 96); FIELD(AttentionParams, q_row, 104);
+FIELD(AttentionParams, q_head, 112); FIELD(AttentionParams, k_row, 120); FIELD(AttentionParams, k_head, 128);
+FIELD(AttentionParams, v_row, 136); FIELD(AttentionParams, v_head, 144); FIELD(AttentionParams, past_row, 152);
+FIELD(AttentionParams, past_head, 160); FIELD(AttentionParams, tokens, 168); FIELD(AttentionParams, start, 172);
+FIELD(AttentionParams, heads, 176); FIELD(AttentionParams, kv_heads, 180); FIELD(AttentionParams, dim, 184);
+FIELD(AttentionParams, capacity, 188); FIELD(AttentionParams, window_kind, 192);
+FIELD(AttentionParams, window_size, 196); FIELD(AttentionParams, window_count, 200);
+FIELD(AttentionParams, scale, 204);
+
+// Notes the log-sum-exp of query t (of the chunk) and a head: `top` is the largest logit, `sum` that of exp(logit - top).
+__device__ inline void note_lse(const AttentionParams &p, int t, int head, float top, float sum) {
+  if (p.lse) p.lse[(int64_t)t * p.heads + head] = sum > 0.f ? top + logf(sum) : -INFINITY;
+}
 
 // First raw position that p reads.
 __device__ inline int left_edge(const AttentionParams &p, int position) {

@@ -29,6 +29,7 @@ __device__ inline void add(const float (&q)[LANE_DIMS], const T *k, const T *v, 
   for (int i = 0; i < LANE_DIMS; i++) dot += q[i] * x[i];
   float logit = scale * warp_sum(dot) + bias;
   float m_new = fmaxf(m, logit);
+  if (m_new == -INFINITY) return;
   float keep = expf(m - m_new), weight = expf(logit - m_new);
   read(x, v, dim, lane);
   for (int i = 0; i < LANE_DIMS; i++) o[i] = o[i] * keep + weight * x[i];
@@ -42,7 +43,9 @@ template <typename T> __device__ void attention_any(const AttentionParams &p) {
   const int kv = head / (p.heads / p.kv_heads), position = p.start + t;
   float near[LANE_DIMS], m = -INFINITY, l = 0.f, o[LANE_DIMS] = {};
   read(near, (const T *)p.q + t * p.q_row + head * p.q_head, p.dim, lane);
-  for (int x = left_edge(p, position); x <= position; x++) {
+  // Without keys of the chunk's own, positions before it alone; without a ring, the chunk's own alone.
+  const int begin = p.past_k ? left_edge(p, position) : max(left_edge(p, position), p.start);
+  for (int x = begin; x <= (p.k ? position : p.start - 1); x++) {
     const bool own = x >= p.start;
     const int64_t row = own ? x - p.start : x % p.capacity;
     const T *k = (const T *)(own ? p.k : p.past_k) + row * (own ? p.k_row : p.past_row) + kv * (own ? p.k_head : p.past_head);
@@ -63,9 +66,10 @@ template <typename T> __device__ void attention_any(const AttentionParams &p) {
         add(near, k, v, p.scale, e.bias, p.dim, lane, m, l, o);
     }
   }
+  if (lane == 0) note_lse(p, t, head, m, l);
   T *out = (T *)p.out + ((int64_t)t * p.heads + head) * p.dim;
   for (int i = 0; i < LANE_DIMS; i++)
-    if (lane + i * WARP < p.dim) out[lane + i * WARP] = from_float<T>(o[i] / l);
+    if (lane + i * WARP < p.dim) out[lane + i * WARP] = from_float<T>(l > 0.f ? o[i] / l : 0.f);
 }
 
 #define INSTANCE(NAME, T) \

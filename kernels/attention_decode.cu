@@ -3,7 +3,9 @@
 //   as attention.cuh says, for the position in `state` (or `position`, where `state` is null).
 //   With `qkv`, the token's heads are made first: norm and rotation as `heads` in pointwise.cu; key and value go to their row of
 //   the ring and to the sinks, and are added to the block in progress, whose mean is stored once the block is complete
-//   (summaries.cu). Without, `q`, `own_k` and `own_v` hold them.
+//   (summaries.cu). Without, `q`, `own_k` and `own_v` hold them; without `own_k` the token itself is not read.
+//   With `table`, each KV head also reads the rows of a store that the table names for it: chosen on the device, the store anywhere
+//   that the device can read.
 //
 // Shapes  q [H, D] in 16 bits, or qkv [H + 2 G, D] f32; ring [capacity, G, D]; out [H, D] f32, or 16 bits at out16; D a multiple
 //         of 8, up to DIM; at most 16 query heads of a group to a block: grid z covers more (without `qkv`).
@@ -28,6 +30,8 @@ struct DecodeAttentionParams {
   const int *routes;            // [blocks, route_width]: a block read, or -1
   const float *route_bias;      // of each
   const Extra *extras;          // or a list of rows, instead of sinks and routes
+  const void *store_k, *store_v;  // [.., G, D], on the device or in pinned host memory
+  const uint32_t *table;        // [G, table_places]: rows of the store that each KV head reads, 0xffffffff for none
   const float *qkv;
   const float *q_norm, *k_norm; // [D] or null
   const float *cos, *sin;       // [D / 2]
@@ -37,34 +41,38 @@ struct DecodeAttentionParams {
   int *counters;                // [G z], zero between launches
   float *out;
   void *out16;
+  float *lse;                   // [H]: ln of the sum of exp(logit), or null
   int extra_count, position;
   int shift;                    // positions that have no row: row x of the ring is position x + shift, and windows count rows
-  int capacity, sinks, mean_rows, route_width, block, readable;
+  int capacity, sinks, mean_rows, route_width, block, readable, table_places;
   int heads, kv_heads, dim;
   int window_kind, window_size, window_count;
   float scale, eps;
 };
-MIRRORED(DecodeAttentionParams, 256);
+MIRRORED(DecodeAttentionParams, 288);
 FIELD(DecodeAttentionParams, q, 0); FIELD(DecodeAttentionParams, ring_k, 8);
 FIELD(DecodeAttentionParams, ring_v, 16); FIELD(DecodeAttentionParams, own_k, 24);
 FIELD(DecodeAttentionParams, own_v, 32); FIELD(DecodeAttentionParams, sink_k, 40);
 FIELD(DecodeAttentionParams, sink_v, 48); FIELD(DecodeAttentionParams, mean_k, 56);
 FIELD(DecodeAttentionParams, mean_v, 64); FIELD(DecodeAttentionParams, routes, 72);
 FIELD(DecodeAttentionParams, route_bias, 80); FIELD(DecodeAttentionParams, extras, 88);
-FIELD(DecodeAttentionParams, qkv, 96); FIELD(DecodeAttentionParams, q_norm, 104);
-FIELD(DecodeAttentionParams, k_norm, 112); FIELD(DecodeAttentionParams, cos, 120);
-FIELD(DecodeAttentionParams, sin, 128); FIELD(DecodeAttentionParams, running, 136);
-FIELD(DecodeAttentionParams, state, 144); FIELD(DecodeAttentionParams, partial, 152);
-FIELD(DecodeAttentionParams, counters, 160); FIELD(DecodeAttentionParams, out, 168);
-FIELD(DecodeAttentionParams, out16, 176); FIELD(DecodeAttentionParams, extra_count, 184);
-FIELD(DecodeAttentionParams, position, 188); FIELD(DecodeAttentionParams, shift, 192);
-FIELD(DecodeAttentionParams, capacity, 196); FIELD(DecodeAttentionParams, sinks, 200);
-FIELD(DecodeAttentionParams, mean_rows, 204); FIELD(DecodeAttentionParams, route_width, 208);
-FIELD(DecodeAttentionParams, block, 212); FIELD(DecodeAttentionParams, readable, 216);
-FIELD(DecodeAttentionParams, heads, 220); FIELD(DecodeAttentionParams, kv_heads, 224);
-FIELD(DecodeAttentionParams, dim, 228); FIELD(DecodeAttentionParams, window_kind, 232);
-FIELD(DecodeAttentionParams, window_size, 236); FIELD(DecodeAttentionParams, window_count, 240);
-FIELD(DecodeAttentionParams, scale, 244); FIELD(DecodeAttentionParams, eps, 248);
+FIELD(DecodeAttentionParams, store_k, 96); FIELD(DecodeAttentionParams, store_v, 104);
+FIELD(DecodeAttentionParams, table, 112); FIELD(DecodeAttentionParams, qkv, 120);
+FIELD(DecodeAttentionParams, q_norm, 128); FIELD(DecodeAttentionParams, k_norm, 136);
+FIELD(DecodeAttentionParams, cos, 144); FIELD(DecodeAttentionParams, sin, 152);
+FIELD(DecodeAttentionParams, running, 160); FIELD(DecodeAttentionParams, state, 168);
+FIELD(DecodeAttentionParams, partial, 176); FIELD(DecodeAttentionParams, counters, 184);
+FIELD(DecodeAttentionParams, out, 192); FIELD(DecodeAttentionParams, out16, 200);
+FIELD(DecodeAttentionParams, lse, 208); FIELD(DecodeAttentionParams, extra_count, 216);
+FIELD(DecodeAttentionParams, position, 220); FIELD(DecodeAttentionParams, shift, 224);
+FIELD(DecodeAttentionParams, capacity, 228); FIELD(DecodeAttentionParams, sinks, 232);
+FIELD(DecodeAttentionParams, mean_rows, 236); FIELD(DecodeAttentionParams, route_width, 240);
+FIELD(DecodeAttentionParams, block, 244); FIELD(DecodeAttentionParams, readable, 248);
+FIELD(DecodeAttentionParams, table_places, 252); FIELD(DecodeAttentionParams, heads, 256);
+FIELD(DecodeAttentionParams, kv_heads, 260); FIELD(DecodeAttentionParams, dim, 264);
+FIELD(DecodeAttentionParams, window_kind, 268); FIELD(DecodeAttentionParams, window_size, 272);
+FIELD(DecodeAttentionParams, window_count, 276); FIELD(DecodeAttentionParams, scale, 280);
+FIELD(DecodeAttentionParams, eps, 284);
 
 template <typename T, int DIM> struct Decode {
   static constexpr int STEPS = DIM / 32, GROUPS = (DIM + 63) / 64, WIDE = DIM + 2, PART = DIM + 4, WARPS = 4;
@@ -101,8 +109,8 @@ template <typename T, int DIM> struct Decode {
       for (int i = threadIdx.x; i < (heads_here + 2) * p.dim; i += blockDim.x) {
         const int u = i / p.dim, d = i % p.dim, rest = u - heads_here;
         if (rest < 0) q_own[u * DIM + d] = ((const T *)p.q)[(first_head + u) * p.dim + d];
-        else if (rest == 0) k_own[d] = ((const T *)p.own_k)[kv * p.dim + d];
-        else v_own[d] = ((const T *)p.own_v)[kv * p.dim + d];
+        else if (rest == 0) k_own[d] = p.own_k ? ((const T *)p.own_k)[kv * p.dim + d] : from_float<T>(0.f);
+        else v_own[d] = p.own_k ? ((const T *)p.own_v)[kv * p.dim + d] : from_float<T>(0.f);
       }
       __syncthreads();
       return;
@@ -277,11 +285,29 @@ template <typename T, int DIM> struct Decode {
     tile<true>(k, v, bias);
   }
 
+  // Sixteen rows that the table names.
+  __device__ void listed(int at) {
+    const uint32_t *own = p.table + (int64_t)kv * p.table_places;
+    auto named = [&](int i) { return i < p.table_places ? own[i] : 0xffffffffu; };
+    auto place = [&](uint32_t r) { return (int64_t)(r == 0xffffffffu ? 0 : r) * kv_row + kv * p.dim; };
+    const T *k[2], *v[4];
+    float bias[4];
+#pragma unroll
+    for (int n = 0; n < 2; n++) k[n] = (const T *)p.store_k + place(named(at + row + n * 8));
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      const uint32_t r = named(at + quad * 2 + c % 2 + c / 2 * 8);
+      v[c] = (const T *)p.store_v + place(r);
+      bias[c] = r == 0xffffffffu ? -INFINITY : 0.f;
+    }
+    tile<true>(k, v, bias);
+  }
+
   // Extra row `i`, the token's own being the first; a bias of -inf where there is none or it is not seen.
   __device__ bool extra(int i, int sinks, const T *&k, const T *&v, float &bias) const {
     k = k_own;
     v = v_own;
-    bias = i == 0 ? 0.f : -INFINITY;
+    bias = i == 0 && (p.qkv || p.own_k) ? 0.f : -INFINITY;
     if (i-- == 0) return true;
     if (p.extras) {
       if (i >= p.extra_count || position < p.extras[i].from || position >= p.extras[i].until) return false;
@@ -338,7 +364,10 @@ template <typename T, int DIM> struct Decode {
       pool();
     } else {
       if (shared_out()) extras();
-      for (int i = (blockIdx.x - 1) * WARPS + warp; i < tiles; i += (gridDim.x - 1) * WARPS) raw(i * 16, count, turn);
+      const int all = tiles + (p.table_places + 15) / 16;
+      for (int i = (blockIdx.x - 1) * WARPS + warp; i < all; i += (gridDim.x - 1) * WARPS)
+        if (i < tiles) raw(i * 16, count, turn);
+        else listed((i - tiles) * 16);
     }
     float *mine = shared + warp * 16 * WIDE;
 #pragma unroll
@@ -395,6 +424,10 @@ template <typename T, int DIM> struct Decode {
     __threadfence();
     const int parts = gridDim.x;
     weigh_parts<true>(partial, parts, shared, top, total);
+    if (p.lse && threadIdx.x < heads_here) {
+      const float sum = total[threadIdx.x];
+      p.lse[first_head + threadIdx.x] = sum > 0.f ? (top[threadIdx.x] + log2f(sum)) / LOG2E : -INFINITY;
+    }
     for (int e = threadIdx.x; e < heads_here * fours; e += blockDim.x) {
       const int r = e / fours, d = e % fours * 4;
       float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -407,7 +440,7 @@ template <typename T, int DIM> struct Decode {
         x.z += o.z * factor;
         x.w += o.w * factor;
       }
-      const float scale = 1.f / total[r];
+      const float scale = total[r] > 0.f ? 1.f / total[r] : 0.f;
       put(r, d, x.x * scale);
       put(r, d + 1, x.y * scale);
       put(r, d + 2, x.z * scale);

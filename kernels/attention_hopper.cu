@@ -410,6 +410,7 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       const float scale = 1.f / sum;
+      if (const int x = position(group, half); lane % 4 == 0 && x >= p.start && x <= last) note_lse(p, x - p.start, head, rows.m[half] * p.scale, sum);
 #pragma unroll
       for (int d = 0; d < DIM / 8; d++) {
         const uint32_t pair = pack<T>(rows.o[d * 4 + half * 2] * scale, rows.o[d * 4 + half * 2 + 1] * scale);

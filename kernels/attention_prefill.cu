@@ -287,6 +287,7 @@ template <typename T, int DIM, int BN, int WARPS, int MT> struct Tile {
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         const float scale = 1.f / sum;
+        if (const int x = position(i, half); lane % 4 == 0 && x >= p.start && x <= last) note_lse(p, x - p.start, head, m[i][half] * p.scale, sum);
         const int r = (warp * MT + i) * 16 + lane / 4 + half * 8;
 #pragma unroll
         for (int d = 0; d < DIM / 8; d++) {

@@ -42,7 +42,7 @@ class Piece(C.Structure):
 
 class Params(C.Structure):
     _fields_ = ([(n, C.c_uint64) for n in ("q q_far k v past_k past_v out extras extra_offsets far_offsets "
-                                           "pieces piece_offsets").split()]
+                                           "pieces piece_offsets lse").split()]
                 + [(n, C.c_int64) for n in "q_row q_head k_row k_head v_row v_head past_row past_head".split()]
                 + [(n, C.c_int) for n in ("tokens start heads kv_heads dim capacity window_kind window_size "
                                           "window_count").split()] + [("scale", C.c_float)])
@@ -112,6 +112,7 @@ class Case:
         self.rows_k, self.rows_v = dense(max(1, rows), g), dense(max(1, rows), g)
         self.scale = 1 / math.sqrt(d)
         self.out = torch.full((t, h, d), float("nan"), device="cuda", dtype=dtype)
+        self.lse = torch.full((t, h), float("nan"), device="cuda")
         self.prepare(True)
 
     def prepare(self, pieces):
@@ -147,12 +148,13 @@ class Case:
             self.q.data_ptr(), self.q_far.data_ptr() if self.q_far is not None else 0, self.k.data_ptr(), self.v.data_ptr(),
             self.past_k.data_ptr(), self.past_v.data_ptr(), self.out.data_ptr(), self.held[0].data_ptr() if some else 0,
             self.held[1].data_ptr() if some else 0, self.held[2].data_ptr() if some else 0,
-            self.held[3].data_ptr() if parts else 0, self.held[4].data_ptr() if parts else 0,
+            self.held[3].data_ptr() if parts else 0, self.held[4].data_ptr() if parts else 0, self.lse.data_ptr(),
             *self.q.stride()[:2], *self.k.stride()[:2], *self.v.stride()[:2], *self.past_k.stride()[:2],
             self.t, self.start, self.h, self.g, self.d, self.capacity, kind, size, count, self.scale)
 
     def reference(self):
-        """The definition in f64."""
+        """The definition in f64: output and log-sum-exp."""
+        lse = torch.empty(self.t, self.h, device="cuda", dtype=torch.float64)
         out = torch.empty(self.t, self.h, self.d, device="cuda", dtype=torch.float64)
         up = lambda x: x.double()
         for i in range(self.t):
@@ -171,8 +173,9 @@ class Case:
                 s[:, -len(far):] = torch.einsum("hd,nhd->hn", up(self.q_far[i]), k[-len(far):]) * self.scale
             if seen + far:
                 s[:, -len(seen + far):] += torch.tensor([b for _, b in seen + far], device="cuda", dtype=torch.float64)
+            lse[i] = s.logsumexp(-1)
             out[i] = torch.einsum("hn,nhd->hd", s.softmax(-1), v)
-        return out
+        return out, lse
 
 
 class Attention:
@@ -255,15 +258,20 @@ def check(attention, count):
     worst = 0.0
     for i in range(count):
         case = random_case(rng)
-        want = case.reference()
+        want, lse = case.reference()
         size = want.norm()
         for form in ("best", "portable", "any"):
             case.out.fill_(float("nan"))
+            case.lse.fill_(float("nan"))
             got = attention.run(case, form).double()
             error = float((got - want).norm() / size)
             # What rounding the definition's result once costs, and the weights' rounding on top.
             limit = 4 * float((want.to(case.dtype).double() - want).norm() / size) + 1e-3
             worst = max(worst, error / limit)
+            # Logits are exact products of 16-bit numbers, summed in f32.
+            apart = float((case.lse.double() - lse).abs().max())
+            if not apart <= 2e-3:
+                sys.exit(f"check.py: case {i} {form}: log-sum-exp off by {apart:.2e}")
             if not error <= limit:
                 sys.exit(f"check.py: case {i} {form}: {error:.2e} > {limit:.2e}: t={case.t} start={case.start} h={case.h} "
                          f"g={case.g} d={case.d} window={case.window} extras={len(case.extras)} {case.dtype}")

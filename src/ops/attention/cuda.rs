@@ -2,7 +2,7 @@
 //! token, and `attention_any.cu` for f32 and head dims that are no multiple of 8.
 
 use super::decode::{Cut, DecodeAttention};
-use super::{AttentionArgs, FarArgs, Past, Window};
+use super::{Attended, AttentionArgs, FarRow, KeyValues, Parts, RowList, Store, StoreRows, Window};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::cuda::{
     address, address_or_null, device, is_hopper, suffix, uninitialised, upload, Kernel, Launch, Module,
@@ -69,6 +69,7 @@ struct Params {
     far_offsets: u64,
     pieces: u64,
     piece_offsets: u64,
+    lse: u64,
     q_row: i64,
     q_head: i64,
     k_row: i64,
@@ -91,11 +92,11 @@ struct Params {
 
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for Params {}
-crate::ops::cuda::mirrored!(Params, 200, {
+crate::ops::cuda::mirrored!(Params, 208, {
     q: 0, q_far: 8, k: 16, v: 24, past_k: 32, past_v: 40, out: 48, extras: 56, extra_offsets: 64, far_offsets: 72,
-    pieces: 80, piece_offsets: 88, q_row: 96, q_head: 104, k_row: 112, k_head: 120, v_row: 128, v_head: 136,
-    past_row: 144, past_head: 152, tokens: 160, start: 164, heads: 168, kv_heads: 172, dim: 176, capacity: 180,
-    window_kind: 184, window_size: 188, window_count: 192, scale: 196,
+    pieces: 80, piece_offsets: 88, lse: 96, q_row: 104, q_head: 112, k_row: 120, k_head: 128, v_row: 136, v_head: 144,
+    past_row: 152, past_head: 160, tokens: 168, start: 172, heads: 176, kv_heads: 180, dim: 184, capacity: 188,
+    window_kind: 192, window_size: 196, window_count: 200, scale: 204,
 });
 
 /// The kernel's shape for a head dim: as in the `TYPES` lines of kernels/attention_prefill.cu.
@@ -136,33 +137,42 @@ const HOPPER: [Hopper; 4] = [
 /// Query positions per tile, in every shape.
 const QUERIES: usize = 128;
 
-pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, usize)) -> Result<Tensor> {
-    let gpu = device(args.q)?;
-    let dtype = args.q.dtype();
+pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
+    let (t, h, g, d) = parts.dims;
+    let (gpu, dtype) = (device(args.q)?, args.q.dtype());
     if d > LARGEST {
         return Err(Error::unsupported("attention", format!("head dim {d}; the kernels go up to {LARGEST}")));
     }
+    let q_far = far_queries(parts)?;
     let rows = |x: &Tensor| (x.stride()[0] as i64, x.stride()[1] as i64);
-    let ((q_row, q_head), (k_row, k_head), (v_row, v_head)) = (rows(args.q), rows(args.k), rows(args.v));
-    let past = args.past.unwrap_or(Past { k: args.k, v: args.v });
-    let (past_row, past_head) = rows(past.k);
-    let stored = [args.q_far, Some(args.k), Some(args.v), Some(past.k), Some(past.v)];
-    if let Some(x) = stored.into_iter().flatten().find(|x| x.dtype() != dtype) {
+    let pair = |r: Option<KeyValues>| r.map_or([None, None], |r| [Some(r.k), Some(r.v)]);
+    let ([k, v], [past_k, past_v]) = (pair(parts.chunk), pair(parts.ring));
+    let strides_of = |x: Option<&Tensor>| x.map_or((0, 0), rows);
+    let (q_row, q_head) = rows(args.q);
+    let ((k_row, k_head), (v_row, v_head), (past_row, past_head)) = (strides_of(k), strides_of(v), strides_of(past_k));
+    if let Some(x) = [q_far, k, v, past_k, past_v].into_iter().flatten().find(|x| x.dtype() != dtype) {
         return Err(Error::new(ErrorKind::Backend, "attention", format!("q is {dtype:?}, keys are {:?}", x.dtype())));
     }
-    if args.q_far.is_some_and(|x| rows(x) != (q_row, q_head)) || rows(past.v) != (past_row, past_head) {
+    if q_far.is_some_and(|x| rows(x) != (q_row, q_head)) || strides_of(past_v) != (past_row, past_head) {
         return Err(Error::new(ErrorKind::Backend, "attention", "paired tensors differ in their strides"));
     }
     let name = suffix(dtype)?;
     // 16-byte loads need rows and heads at multiples of 8 elements.
     let strides = [q_row, q_head, k_row, k_head, v_row, v_head, past_row, past_head];
     let wide = dtype != DType::F32 && d.is_multiple_of(8) && strides.iter().all(|s| s % 8 == 0);
-    let dense = [args.q, args.k, args.v, past.k].iter().all(|x| x.is_contiguous());
-    let one_token = wide && t == 1 && args.q_far.is_none() && dense;
+    let dense = [Some(args.q), k, v, past_k].into_iter().flatten().all(|x| x.is_contiguous());
+    let one_token = wide && t == 1 && q_far.is_none() && dense;
+    let table = table_of(parts)?;
+    if table.is_some() && !one_token {
+        let message = "a table of rows is read by one 16-bit query at a time, with head dims of a multiple of 8";
+        return Err(Error::unsupported("attention", message));
+    }
+    // The tiled kernels take the keys of the chunk for granted.
+    let tiled = wide && k.is_some();
     let hopper =
-        HOPPER.iter().find(|s| d <= s.dim).filter(|_| wide && !one_token && args.q_far.is_none() && is_hopper(gpu));
+        HOPPER.iter().find(|s| d <= s.dim).filter(|_| tiled && !one_token && q_far.is_none() && is_hopper(gpu));
     // Only that kernel takes runs of rows as they are.
-    let extras = Extras::of(args, t, hopper.is_some())?;
+    let extras = Extras::of(args, parts, hopper.is_some())?;
     let on_device = match extras.rows.is_empty() {
         true => None,
         false => Some((upload(gpu, &extras.rows)?, upload(gpu, &extras.offsets)?, upload(gpu, &extras.far_offsets)?)),
@@ -173,19 +183,22 @@ pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, u
     };
     let (window_kind, window_size, window_count) = args.window.numbers();
     let out = uninitialised(gpu, dtype, (t, h, d))?;
+    let lse = args.lse.then(|| uninitialised(gpu, DType::F32, (t, h))).transpose()?;
     let params = Params {
         q: address(args.q)?,
-        q_far: address_or_null(args.q_far)?,
-        k: address(args.k)?,
-        v: address(args.v)?,
-        past_k: address(past.k)?,
-        past_v: address(past.v)?,
+        q_far: address_or_null(q_far)?,
+        k: address_or_null(k)?,
+        v: address_or_null(v)?,
+        // The tiled kernels form addresses of a ring also where no position lies in it.
+        past_k: address_or_null(past_k.or(k.filter(|_| tiled)))?,
+        past_v: address_or_null(past_v.or(v.filter(|_| tiled)))?,
         out: address(&out)?,
         extras: on_device.as_ref().map_or(0, |(rows, ..)| rows.address),
         extra_offsets: on_device.as_ref().map_or(0, |(_, near, _)| near.address),
         far_offsets: on_device.as_ref().map_or(0, |(.., far)| far.address),
         pieces: pieces.as_ref().map_or(0, |(rows, _)| rows.address),
         piece_offsets: pieces.as_ref().map_or(0, |(_, offsets)| offsets.address),
+        lse: address_or_null(lse.as_ref())?,
         q_row,
         q_head,
         k_row,
@@ -199,22 +212,21 @@ pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, u
         heads: h as i32,
         kv_heads: g as i32,
         dim: d as i32,
-        capacity: past.k.dims()[0] as i32,
+        capacity: past_k.map_or(1, |k| k.dims()[0]) as i32,
         window_kind,
         window_size,
         window_count,
         scale: args.scale,
     };
-    if !wide {
+    if one_token {
+        one(args, parts, &params, extras.rows.len(), table)?;
+        return Ok(Attended { out, lse });
+    }
+    if !tiled {
         let kernel = Kernel::load(gpu, Module::AttentionAny, format!("attention_any_{name}"))?;
         // SAFETY: the addresses are those of tensors borrowed here; frees are ordered after the launch on the one stream.
         unsafe { Launch::new(kernel, (t.div_ceil(4), h, 1), 128).with(params).enqueue(false)? };
-        return Ok(out);
-    }
-    if one_token {
-        let extra_count = extras.rows.len() as i32;
-        one(args, (h, g, d), &params, extra_count)?;
-        return Ok(out);
+        return Ok(Attended { out, lse });
     }
     let tiles = (args.start + t - 1) / QUERIES - args.start / QUERIES + 1;
     if let Some(shape) = hopper {
@@ -225,7 +237,7 @@ pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, u
         let kernel = Kernel::load(gpu, module, format!("{form}_{name}_{}", shape.dim))?.shared(shape.shared())?;
         // SAFETY: as above.
         unsafe { Launch::new(kernel, (h, tiles, 1), 384).with(params).enqueue(false)? };
-        return Ok(out);
+        return Ok(Attended { out, lse });
     }
     let shape = SHAPES.iter().find(|s| d <= s.dim).ok_or_else(|| Error::unsupported("attention", "head dim"))?;
     let kernel =
@@ -233,14 +245,71 @@ pub(super) fn attend(args: &AttentionArgs, (t, h, g, d): (usize, usize, usize, u
             .shared((QUERIES + 2 * shape.keys) * shape.shared_row * 2)?;
     // SAFETY: as above.
     unsafe { Launch::new(kernel, (tiles, h, 1), shape.threads).with(params).enqueue(false)? };
-    Ok(out)
+    Ok(Attended { out, lse })
+}
+
+/// The queries that score stores in place of the call's; one tensor for all of them.
+fn far_queries<'a>(parts: &Parts<'a>) -> Result<Option<&'a Tensor>> {
+    let mut all = parts.stores.iter().filter_map(|s| s.q);
+    let first = all.next();
+    match all.all(|q| first.is_some_and(|f| f.id() == q.id())) {
+        true => Ok(first),
+        false => Err(Error::unsupported("attention", "stores that are scored by different tensors of queries")),
+    }
+}
+
+/// A store whose rows a table names: where keys, values and table lie, and places per KV head.
+struct Table {
+    store: (u64, u64),
+    index: u64,
+    places: usize,
+}
+
+fn table_of(parts: &Parts) -> Result<Option<Table>> {
+    let mut found = None;
+    for store in &parts.stores {
+        let RowList::Table { index, .. } = store.read else {
+            if !matches!(store.rows, StoreRows::Tensors(_)) {
+                return Err(Error::unsupported("attention", "rows in host memory that no table names"));
+            }
+            continue;
+        };
+        let (places, dtype) = (index.dims()[2], stored_type(store));
+        let at = match store.rows {
+            StoreRows::Tensors(rows) => (contiguous(rows.k)?, contiguous(rows.v)?),
+            StoreRows::Host(rows) => rows.addresses()?,
+        };
+        let table = Table { store: at, index: contiguous(index)?, places };
+        if dtype != parts.dtype {
+            return Err(Error::new(
+                ErrorKind::Backend,
+                "attention",
+                format!("q is {:?}, a store {dtype:?}", parts.dtype),
+            ));
+        }
+        if found.replace(table).is_some() {
+            return Err(Error::unsupported("attention", "more than one table of rows"));
+        }
+    }
+    Ok(found)
+}
+
+fn stored_type(store: &Store) -> DType {
+    match store.rows {
+        StoreRows::Tensors(rows) => rows.k.dtype(),
+        StoreRows::Host(rows) => rows.dtype(),
+    }
 }
 
 /// One token: its keys are shared out over the whole GPU.
-fn one(args: &AttentionArgs, (h, g, d): (usize, usize, usize), p: &Params, extra_count: i32) -> Result<()> {
-    let gpu = device(args.q)?;
-    let raw = args.start + 1 - args.window.left(args.start);
-    let cut = Cut::new(raw + extra_count as usize, h, g, d);
+fn one(args: &AttentionArgs, parts: &Parts, p: &Params, extra_count: usize, table: Option<Table>) -> Result<()> {
+    let (gpu, (_, h, g, d)) = (device(args.q)?, parts.dims);
+    // Without a ring no position before the token is read.
+    let window = if parts.ring.is_some() { args.window } else { Window::Tokens(1) };
+    let (window_kind, window_size, window_count) = window.numbers();
+    let raw = args.start + 1 - window.left(args.start);
+    let places = table.as_ref().map_or(0, |t| t.places);
+    let cut = Cut::new(raw + extra_count + places, h, g, d);
     let scratch = cut.scratch_of(gpu)?;
     let launch = DecodeAttention {
         q: p.q,
@@ -249,17 +318,22 @@ fn one(args: &AttentionArgs, (h, g, d): (usize, usize, usize), p: &Params, extra
         own_k: p.k,
         own_v: p.v,
         extras: p.extras,
-        extra_count,
+        extra_count: extra_count as i32,
+        store_k: table.as_ref().map_or(0, |t| t.store.0),
+        store_v: table.as_ref().map_or(0, |t| t.store.1),
+        table: table.as_ref().map_or(0, |t| t.index),
+        table_places: places as i32,
         out16: p.out,
+        lse: p.lse,
         position: p.start,
         capacity: p.capacity,
         block: 1,
         heads: p.heads,
         kv_heads: p.kv_heads,
         dim: p.dim,
-        window_kind: p.window_kind,
-        window_size: p.window_size,
-        window_count: p.window_count,
+        window_kind,
+        window_size,
+        window_count,
         scale: p.scale,
         ..DecodeAttention::default()
     };
@@ -279,17 +353,22 @@ struct Extras {
 }
 
 impl Extras {
-    fn of(args: &AttentionArgs, t: usize, pieces: bool) -> Result<Self> {
+    fn of(args: &AttentionArgs, parts: &Parts, pieces: bool) -> Result<Self> {
+        let t = parts.dims.0;
         let (first, last) = (args.start / EXTRA_TILE, (args.start + t - 1) / EXTRA_TILE);
-        let sinks = sinks(args)?;
+        let sinks = sinks(args, parts)?;
         let mut lists = Self { offsets: vec![0], piece_offsets: vec![0], ..Self::default() };
         for tile in first..=last {
             let from = (tile * EXTRA_TILE).max(args.start);
             let until = ((tile + 1) * EXTRA_TILE).min(args.start + t);
             let mut rows: Vec<Extra> = sinks.iter().filter(|e| (e.from as usize) < until).copied().collect();
-            for far in args.far {
-                let step = row_bytes(far.k);
-                for (count, first) in far_rows(args, far, from, until)? {
+            for store in &parts.stores {
+                let (RowList::Blocks { block, rows: lists }, StoreRows::Tensors(stored)) = (store.read, store.rows)
+                else {
+                    continue;
+                };
+                let step = row_bytes(stored.k);
+                for (count, first) in far_rows(args, (store, stored), (block, lists), from, until)? {
                     let nth = |i: usize| {
                         let at = i as u64 * step;
                         Extra { k: first.k + at, v: first.v + at, ..first }
@@ -316,8 +395,8 @@ impl Extras {
 }
 
 /// The sinks: each seen by the positions whose window begins after it.
-fn sinks(args: &AttentionArgs) -> Result<Vec<Extra>> {
-    let Some((past, count)) = args.sinks else { return Ok(vec![]) };
+fn sinks(args: &AttentionArgs, parts: &Parts) -> Result<Vec<Extra>> {
+    let Some((past, count)) = parts.sinks else { return Ok(vec![]) };
     let (k, v) = (contiguous(past.k)?, contiguous(past.v)?);
     let step = row_bytes(past.k);
     let sink = |i: usize| {
@@ -344,25 +423,31 @@ fn row_bytes(rows: &Tensor) -> u64 {
 
 /// Rows of one store that positions `from..until` read: how many, and the first of them. What neighbouring blocks read alike is
 /// listed once.
-fn far_rows(args: &AttentionArgs, far: &FarArgs, from: usize, until: usize) -> Result<Vec<(usize, Extra)>> {
-    let (k, v) = (contiguous(far.k)?, contiguous(far.v)?);
+fn far_rows(
+    args: &AttentionArgs,
+    (store, stored): (&Store, KeyValues),
+    (per, lists): (usize, &[Vec<FarRow>]),
+    from: usize,
+    until: usize,
+) -> Result<Vec<(usize, Extra)>> {
+    let (k, v, far_query) = (contiguous(stored.k)?, contiguous(stored.v)?, store.q.is_some());
     let mut rows: Vec<(usize, Extra)> = vec![];
-    let mut open: std::collections::HashMap<(usize, usize, u32, bool), usize> = Default::default();
-    for block in from / far.block..=(until - 1) / far.block {
-        let (begin, end) = ((block * far.block).max(from), ((block + 1) * far.block).min(until));
-        for r in &far.routes[block - args.start / far.block] {
+    let mut open: std::collections::HashMap<(usize, usize, u32), usize> = Default::default();
+    for block in from / per..=(until - 1) / per {
+        let (begin, end) = ((block * per).max(from), ((block + 1) * per).min(until));
+        for r in &lists[block - args.start / per] {
             let (begin, end) = (begin.max(r.from), end.min(r.until));
             if begin >= end {
                 continue;
             }
-            let key = (r.row, r.count, r.bias.to_bits(), r.far_query);
+            let key = (r.row, r.count, r.bias.to_bits());
             if let Some(i) = open.get(&key).filter(|i| rows[**i].1.until == begin as i32) {
                 rows[*i].1.until = end as i32;
                 continue;
             }
             open.insert(key, rows.len());
-            let (at, from, until) = (r.row as u64 * row_bytes(far.k), begin as i32, end as i32);
-            let first = Extra { k: k + at, v: v + at, bias: r.bias, from, until, far_query: r.far_query.into() };
+            let (at, from, until) = (r.row as u64 * row_bytes(stored.k), begin as i32, end as i32);
+            let first = Extra { k: k + at, v: v + at, bias: r.bias, from, until, far_query: far_query.into() };
             rows.push((r.count, first));
         }
     }

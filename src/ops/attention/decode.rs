@@ -39,6 +39,9 @@ pub(crate) struct DecodeAttention {
     pub routes: u64,
     pub route_bias: u64,
     pub extras: u64,
+    pub store_k: u64,
+    pub store_v: u64,
+    pub table: u64,
     pub qkv: u64,
     pub q_norm: u64,
     pub k_norm: u64,
@@ -50,6 +53,7 @@ pub(crate) struct DecodeAttention {
     pub counters: u64,
     pub out: u64,
     pub out16: u64,
+    pub lse: u64,
     pub extra_count: i32,
     pub position: i32,
     pub shift: i32,
@@ -59,6 +63,7 @@ pub(crate) struct DecodeAttention {
     pub route_width: i32,
     pub block: i32,
     pub readable: i32,
+    pub table_places: i32,
     pub heads: i32,
     pub kv_heads: i32,
     pub dim: i32,
@@ -71,12 +76,13 @@ pub(crate) struct DecodeAttention {
 
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for DecodeAttention {}
-crate::ops::cuda::mirrored!(DecodeAttention, 256, {
+crate::ops::cuda::mirrored!(DecodeAttention, 288, {
     q: 0, ring_k: 8, ring_v: 16, own_k: 24, own_v: 32, sink_k: 40, sink_v: 48, mean_k: 56, mean_v: 64, routes: 72,
-    route_bias: 80, extras: 88, qkv: 96, q_norm: 104, k_norm: 112, cos: 120, sin: 128, running: 136, state: 144,
-    partial: 152, counters: 160, out: 168, out16: 176, extra_count: 184, position: 188, shift: 192, capacity: 196,
-    sinks: 200, mean_rows: 204, route_width: 208, block: 212, readable: 216, heads: 220, kv_heads: 224, dim: 228,
-    window_kind: 232, window_size: 236, window_count: 240, scale: 244, eps: 248,
+    route_bias: 80, extras: 88, store_k: 96, store_v: 104, table: 112, qkv: 120, q_norm: 128, k_norm: 136, cos: 144,
+    sin: 152, running: 160, state: 168, partial: 176, counters: 184, out: 192, out16: 200, lse: 208, extra_count: 216,
+    position: 220, shift: 224, capacity: 228, sinks: 232, mean_rows: 236, route_width: 240, block: 244, readable: 248,
+    table_places: 252, heads: 256, kv_heads: 260, dim: 264, window_kind: 268, window_size: 272, window_count: 276,
+    scale: 280, eps: 284,
 });
 
 /// What the blocks of a launch leave for the last of them: kept by the caller for as long as the launch may run.

@@ -209,6 +209,9 @@ pub(super) struct Parts<'a> {
     pub stores: Vec<Store<'a>>,
     /// `(T, H, G, D)`.
     pub dims: (usize, usize, usize, usize),
+    /// Type of the queries.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub dtype: DType,
 }
 
 fn fail<T>(message: String) -> Result<T> {
@@ -243,7 +246,7 @@ impl<'a> AttentionArgs<'a> {
         if t == 0 || g == 0 || !h.is_multiple_of(g) {
             return fail(format!("{t} queries of {h} heads over {g} KV heads"));
         }
-        let parts = Parts { chunk, ring, sinks, stores, dims: (t, h, g, d) };
+        let parts = Parts { chunk, ring, sinks, stores, dims: (t, h, g, d), dtype: self.q.dtype() };
         self.check(&parts)?;
         Ok(parts)
     }
