@@ -397,7 +397,21 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
     weigh<BN>(rows.o, w, base + V + stage * TILE);
     wgmma_commit();
     wgmma_wait<0>();
+    note(rows, group);
     store(rows, group);
+  }
+
+  // Apart from `store`, which so stays as it is where nothing is noted.
+  __device__ void note(const Rows &rows, int group) const {
+    if (!p.lse) return;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float sum = rows.l[half];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      const int x = position(group, half);
+      if (threadIdx.x % 4 == 0 && x >= p.start && x <= last) note_lse(p, x - p.start, head, rows.m[half] * p.scale, sum);
+    }
   }
 
   // Rows leave through this group's part of the query buffer, so that they are written 16 bytes at a time.
@@ -410,7 +424,6 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       const float scale = 1.f / sum;
-      if (const int x = position(group, half); lane % 4 == 0 && x >= p.start && x <= last) note_lse(p, x - p.start, head, rows.m[half] * p.scale, sum);
 #pragma unroll
       for (int d = 0; d < DIM / 8; d++) {
         const uint32_t pair = pack<T>(rows.o[d * 4 + half * 2] * scale, rows.o[d * 4 + half * 2 + 1] * scale);

@@ -274,7 +274,24 @@ template <typename T, int DIM, int BN, int WARPS, int MT> struct Tile {
       wait<0>();
       __syncthreads();
     }
+    note();
     store();
+  }
+
+  // Apart from `store`, which so stays as it is where nothing is noted.
+  __device__ void note() {
+    if (!p.lse) return;
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float sum = l[i][half];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        const int x = position(i, half);
+        if (lane % 4 == 0 && x >= p.start && x <= last) note_lse(p, x - p.start, head, m[i][half] * p.scale, sum);
+      }
+    }
   }
 
   // Rows leave through this warp's part of the query buffer, so that they are written 16 bytes at a time.
@@ -287,7 +304,6 @@ template <typename T, int DIM, int BN, int WARPS, int MT> struct Tile {
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         const float scale = 1.f / sum;
-        if (const int x = position(i, half); lane % 4 == 0 && x >= p.start && x <= last) note_lse(p, x - p.start, head, m[i][half] * p.scale, sum);
         const int r = (warp * MT + i) * 16 + lane / 4 + half * 8;
 #pragma unroll
         for (int d = 0; d < DIM / 8; d++) {

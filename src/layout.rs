@@ -112,6 +112,14 @@ impl Layout {
     /// # Errors
     /// A context of 0; a plan that does not fit the model; an unknown rule.
     pub fn new(spec: &ModelSpec, method: impl Into<Method>, ctx: usize) -> Result<Self> {
+        let method = method.into();
+        method.check(spec)?;
+        Self::resolve(spec, method, ctx, false)
+    }
+
+    /// As [`Layout::new`], for a plan whose settings may contradict each other: a search over budgets counts bytes of plans that its
+    /// result must not be.
+    pub(crate) fn unchecked(spec: &ModelSpec, method: impl Into<Method>, ctx: usize) -> Result<Self> {
         Self::resolve(spec, method.into(), ctx, false)
     }
 
@@ -121,14 +129,15 @@ impl Layout {
     /// # Errors
     /// As [`Layout::new`].
     pub fn with_full_pools(spec: &ModelSpec, method: impl Into<Method>, ctx: usize) -> Result<Self> {
-        Self::resolve(spec, method.into(), ctx, true)
+        let method = method.into();
+        method.check(spec)?;
+        Self::resolve(spec, method, ctx, true)
     }
 
     fn resolve(spec: &ModelSpec, method: Method, ctx: usize, full_pools: bool) -> Result<Self> {
         if ctx == 0 {
             return Err(Error::usage("--ctx", "0 is not a context length"));
         }
-        method.check(spec)?;
         let rule = method.plan().map(|plan| selector::find(&plan.settings.partner)).transpose()?;
         let swapped = |i: usize| {
             let (plan, rule) = method.plan().zip(rule)?;

@@ -3,11 +3,13 @@
 mod common;
 
 use bfly::cache::Cache;
+use bfly::eviction::EvictionPlan;
 use bfly::generate::watch;
 use bfly::layout::Layout;
+use bfly::method::Method;
 use bfly::retrofit::{RetrofitPlan, Settings};
 use bfly::selector::{find, reach, rows_needed, stages_of};
-use candle_core::Device;
+use candle_core::{DType, Device};
 use common::*;
 use proptest::prelude::*;
 
@@ -26,6 +28,37 @@ fn default_caches_are_as_small_as_promised() -> Any {
         let got = ratio(&Settings::default(), ctx)?;
         println!("{ctx}: {got:.5} of dense");
         assert!(got <= limit, "{ctx}: {got} of dense");
+    }
+    Ok(())
+}
+
+/// What a layout plans is what a cache allocates, by pool and layer, whatever the method.
+#[test]
+fn planned_bytes_are_allocated_bytes() -> Any {
+    for name in ["llama", "gemma3", "qwen3_d128"] {
+        let spec = open(&golden_dir(name).to_string_lossy())?.spec;
+        for ctx in [1, 40, 700] {
+            let mut methods = vec![Method::Stock];
+            for (block, window, sinks, partner) in
+                [(16, 32, 4, "causal_shift"), (7, 0, 0, "all"), (128, 512, 4, "local")]
+            {
+                let settings =
+                    Settings { block, window, sink_tokens: sinks, partner: partner.into(), ..Settings::default() };
+                methods.push((&RetrofitPlan::new(&spec, None, settings)?).into());
+            }
+            methods.push((&EvictionPlan::new("keydiff", 30, &[("block", 16)])?).into());
+            methods.push((&EvictionPlan::new("snapkv", 30, &[("window", 8)])?).into());
+            for method in methods {
+                let layout = Layout::new(&spec, &method, ctx)?;
+                for dtype in [DType::F32, DType::BF16] {
+                    let cache = Cache::new(&layout, dtype, &Device::Cpu)?;
+                    for (plan, state) in layout.layers.iter().zip(&cache.layers) {
+                        assert_eq!(plan.bytes(dtype), state.capacity_bytes(), "{name} at {ctx}: {method:?}");
+                    }
+                    assert_eq!(layout.bytes(dtype).dense, cache.dense_bytes());
+                }
+            }
+        }
     }
     Ok(())
 }

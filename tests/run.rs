@@ -89,7 +89,7 @@ fn generate(model: &Model, text: &[u32], stop: &[u32], most: usize) -> Any<(Vec<
 /// stopped.
 #[test]
 fn a_run_that_stopped_early_equals_one_that_never_did() -> Any {
-    let (text, tail) = (ids(150), ids(9));
+    let (text, tail, mut stopped) = (ids(150), ids(9), 0);
     for model in models()? {
         let (all, _) = generate(&model, &text, &[], usize::MAX)?;
         let mut never = model.run()?;
@@ -110,10 +110,13 @@ fn a_run_that_stopped_early_equals_one_that_never_did() -> Any {
             assert_eq!(rows(&run.read(&tail)?)?, rows(&other.read(&tail)?)?, "{:?} stopped after {most}", model.method);
         }
         // A stop token is made, neither delivered nor read.
-        let at = (3..50).find(|i| !all[..*i].contains(&all[*i])).ok_or("no such token")?;
-        let (made, run) = generate(&model, &text, &[all[at]], usize::MAX)?;
-        assert_eq!((made.as_slice(), run.cache().position()), (&all[..at], text.len() + at));
+        if let Some(at) = (1..50).find(|i| !all[..*i].contains(&all[*i])) {
+            let (made, run) = generate(&model, &text, &[all[at]], usize::MAX)?;
+            assert_eq!((made.as_slice(), run.cache().position()), (&all[..at], text.len() + at));
+            stopped += 1;
+        }
     }
+    assert!(stopped > 0, "texts that repeat one token would prove nothing");
     Ok(())
 }
 
