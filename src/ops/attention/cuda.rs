@@ -145,7 +145,6 @@ pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
     }
     let q_far = far_queries(parts)?;
     let rows = |x: &Tensor| (x.stride()[0] as i64, x.stride()[1] as i64);
-    let pair = |r: Option<KeyValues>| r.map_or([None, None], |r| [Some(r.k), Some(r.v)]);
     let ([k, v], [past_k, past_v]) = (pair(parts.chunk), pair(parts.ring));
     let strides_of = |x: Option<&Tensor>| x.map_or((0, 0), rows);
     let (q_row, q_head) = rows(args.q);
@@ -246,6 +245,11 @@ pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
     // SAFETY: as above.
     unsafe { Launch::new(kernel, (tiles, h, 1), shape.threads).with(params).enqueue(false)? };
     Ok(Attended { out, lse })
+}
+
+/// Keys and values apart.
+fn pair(rows: Option<KeyValues<'_>>) -> [Option<&Tensor>; 2] {
+    rows.map_or([None, None], |r| [Some(r.k), Some(r.v)])
 }
 
 /// The queries that score stores in place of the call's; one tensor for all of them.
@@ -363,12 +367,12 @@ impl Extras {
             let until = ((tile + 1) * EXTRA_TILE).min(args.start + t);
             let mut rows: Vec<Extra> = sinks.iter().filter(|e| (e.from as usize) < until).copied().collect();
             for store in &parts.stores {
-                let (RowList::Blocks { block, rows: lists }, StoreRows::Tensors(stored)) = (store.read, store.rows)
+                let (RowList::Blocks { block, rows: listed }, StoreRows::Tensors(stored)) = (store.read, store.rows)
                 else {
                     continue;
                 };
                 let step = row_bytes(stored.k);
-                for (count, first) in far_rows(args, (store, stored), (block, lists), from, until)? {
+                for (count, first) in far_rows(args, (store, stored), (block, listed), from, until)? {
                     let nth = |i: usize| {
                         let at = i as u64 * step;
                         Extra { k: first.k + at, v: first.v + at, ..first }
