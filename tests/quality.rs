@@ -3,11 +3,8 @@
 mod common;
 
 use assert_cmd::Command;
-use bfly::eval::quality::ablate::{Ablation, ABLATION};
-use bfly::eval::quality::answers::{Answers, ANSWERS};
-use bfly::eval::quality::format::{Smoke, SMOKE};
-use bfly::eval::quality::layers::{Layers, LAYERS};
 use bfly::eval::quality::metrics::{compare, Rows, TOP};
+use bfly::eval::report::{read, Ablation, Answers, Layers, Score, Smoke, ABLATION, ANSWERS, LAYERS, SMOKE};
 use common::*;
 use std::path::Path;
 
@@ -44,7 +41,7 @@ fn stock_against_stock_is_exactly_the_same() -> Any {
         let more = ["--positions", "100", "--greedy", "20", "--prefill-chunk", "150", "--out", &out];
         let gates = ["--fail-above", "kl=1000", "--fail-below", "overlap=0"];
         quality(&[&args[..], &more, &gates].concat()).assert().success();
-        let smoke: Smoke = bfly::eval::bench::format::read(Path::new(&out), SMOKE)?;
+        let smoke: Smoke = read(Path::new(&out), SMOKE)?;
         assert_eq!(smoke.runs.len(), 4);
         for run in &smoke.runs {
             assert_eq!(run.documents.len(), 3);
@@ -217,11 +214,11 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
         quality(&[&args[..], more].concat()).assert().success();
     };
     let made = ["--tasks", "niah_single_1,fwe", "--ctx", "450", "--seed", "3", "--out", &out];
-    let read = || bfly::eval::bench::format::read::<Answers>(Path::new(&out), ANSWERS);
+    let answers = || read::<Answers>(Path::new(&out), ANSWERS);
     ask(&[&made[..], &["--samples", "1"]].concat());
-    let first = read()?;
+    let first = answers()?;
     ask(&[&made[..], &["--samples", "2", "--export", &jsonl]].concat());
-    let both = read()?;
+    let both = answers()?;
     assert_eq!((first.cells.len(), both.cells.len(), both.header.resumed.len()), (4, 4, 1));
     for (one, two) in first.cells.iter().zip(&both.cells) {
         assert_eq!((one.answers.len(), two.answers.len()), (1, 2));
@@ -230,7 +227,7 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
     // The same samples out of the file, two side by side, give the same answers in the same order.
     let again = path(dir.path(), "again.json");
     ask(&["--import", &jsonl, "--jobs", "2", "--out", &again]);
-    let again: Answers = bfly::eval::bench::format::read(Path::new(&again), ANSWERS)?;
+    let again: Answers = read(Path::new(&again), ANSWERS)?;
     for cell in &again.cells {
         let key = (&cell.task, &cell.record.variant);
         let same = both.cells.iter().find(|c| (&c.task, &c.record.variant) == key).ok_or("a cell is missing")?;
@@ -250,7 +247,7 @@ fn a_needle_is_found_where_the_window_still_holds_it() -> Any {
     // Prose would have to be fetched.
     let more = ["--hay", "noise", "--variants", "stock,retrofit:window=128,block=64"];
     quality(&[&args[..], &more].concat()).assert().success();
-    let answers: Answers = bfly::eval::bench::format::read(Path::new(&out), ANSWERS)?;
+    let answers: Answers = read(Path::new(&out), ANSWERS)?;
     for cell in &answers.cells {
         let got: Vec<_> = cell.answers.iter().map(|a| (a.depth, a.score)).collect();
         let first = if cell.record.variant == "stock" { 1.0 } else { 0.0 };
@@ -268,7 +265,7 @@ fn rules_are_compared_at_no_more_bytes_and_never_with_themselves() -> Any {
         ["ablate", "--model", &model, "--ctx", "700", "--documents", "2", "--tasks", "none", "--axes", "partner"];
     let base = ["--variants", "retrofit:window=64,block=16,partner-count=2", "--out", &out, "-q"];
     quality(&[&args[..], &base].concat()).assert().success();
-    let found: Ablation = bfly::eval::bench::format::read(Path::new(&out), ABLATION)?;
+    let found: Ablation = read(Path::new(&out), ABLATION)?;
     let change = |rule: &str| {
         let own = found.changes.iter().find(|c| c.value.starts_with(&format!("{rule}, window ")));
         own.unwrap_or_else(|| panic!("{rule} is missing"))
@@ -291,7 +288,7 @@ fn rules_are_compared_at_no_more_bytes_and_never_with_themselves() -> Any {
     let base = "retrofit:window=64,block=16,partner-count=4";
     let same = ["--variants", base, "--positions", "16", "--decode", "4", "--out", &out, "-q"];
     quality(&[&args[..], &same].concat()).assert().success();
-    let found: Ablation = bfly::eval::bench::format::read(Path::new(&out), ABLATION)?;
+    let found: Ablation = read(Path::new(&out), ABLATION)?;
     let alike: Vec<_> = found.changes.iter().filter(|c| c.same_as.is_some()).collect();
     assert_eq!(
         alike.iter().map(|c| c.value.as_str()).collect::<Vec<_>>(),
@@ -331,7 +328,7 @@ fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() 
         let args = ["layers", "--model", model.as_str(), "-q", "--tasks", "none", "--ctx", "96", "--documents", "2"];
         let what = ["--positions", "16", "--decode", "4", "--variants", "retrofit:window=16,block=8", "--out", &out];
         quality(&[&args[..], &what, more].concat()).assert().success();
-        Ok(bfly::eval::bench::format::read(Path::new(&out), LAYERS)?)
+        Ok(read(Path::new(&out), LAYERS)?)
     };
     let alone = study("alone.json", &["--rank", "alone"])?;
     let rounds = study("rounds.json", &["--plans", &plans])?;
@@ -372,7 +369,7 @@ fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() 
     let ranked = study("cut.json", &["--rank", "alone"])?;
     assert_eq!(ranked.single, want);
     // What the rounds judged is still there.
-    let told = |s: &bfly::eval::quality::eval_set::Score| {
+    let told = |s: &Score| {
         ranked.judged.contains(s)
             || ranked.curve.iter().any(|k| k.score == *s)
             || ranked.single.iter().any(|l| l.score == *s)
@@ -380,7 +377,10 @@ fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() 
     assert!(again.rounds.iter().flat_map(|r| &r.tried).all(|l| told(&l.score)) && !ranked.judged.is_empty());
     let other = ["layers", "--model", model.as_str(), "--tasks", "none", "--documents", "2", "--positions", "16"];
     let what = ["--decode", "4", "--variants", "retrofit:window=16,block=8", "--out", &path(dir.path(), "cut.json")];
-    refused(&[&other[..], &what, &["--ctx", "90"]].concat(), &["cut.json", "another probe", "choose another --out"]);
+    refused(
+        &[&other[..], &what, &["--ctx", "90"]].concat(),
+        &["cut.json", "another evaluation set", "choose another --out"],
+    );
     let mut changed = cut;
     changed.stock.texts[0].loss += 1.0;
     std::fs::write(path(dir.path(), "cut.json"), serde_json::to_vec(&changed)?)?;

@@ -1,22 +1,28 @@
 //! Evaluation harness: speed, memory and quality of a retrofit against the model as it came.
 //!
 //! ```text
-//! target (checkpoint, device), variant, prompt --> bench ---+
-//!                                            `--> quality --+--> JSON --> plot
+//! target, variant, texts --> bench ----+
+//!                       `--> quality --+--> report (JSON) --> tables, plot
 //! ```
 //!
 //! | module | owns |
 //! |---|---|
-//! | [`target`] | the checkpoint under test, how it is opened and held |
+//! | [`report`] | the records and JSON forms of all results, resuming, joining, tables |
+//! | [`target`] | the checkpoint under test, how it is opened, the format of its weights |
 //! | [`variant`], [`kv_budget`] | `--variants`: methods and their settings; windows and budgets from a share of a dense cache |
-//! | [`mod@bench`] | ladders, largest contexts, kernels |
-//! | [`quality`] | distributions, tasks, ablations, plans |
-//! | `plot` | figures from JSON (feature `plot`) |
+//! | [`texts`] | real text as token ids |
+//! | [`mod@bench`] | speed and memory: ladders, largest contexts, kernels |
+//! | [`quality`] | what a variant keeps: distributions, tasks, ablations, plans |
+//! | `plot` | figures from results (feature `plot`) |
+//!
+//! `bench` and `quality` do not import each other, and `plot` imports `report` alone: `tests/imports.rs` checks both.
 
 pub mod bench;
 pub mod kv_budget;
 #[cfg(feature = "plot")]
 pub mod plot;
 pub mod quality;
+pub mod report;
 pub mod target;
+pub mod texts;
 pub mod variant;

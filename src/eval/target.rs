@@ -1,8 +1,8 @@
-//! What is measured: a checkpoint that was opened but not yet read, how it will be held, and what results say of both.
+//! The model under test: a checkpoint that is opened but not yet read, the format that its weights will be held in, and what results say
+//! of both.
 
-use super::bench::format::{Header, SCHEMA_VERSION};
-use super::bench::machine::{machine, now};
-use super::bench::prompt::Stream;
+use super::report::{beyond_trained, Header};
+use super::texts::TextStream;
 use super::variant::{self, Variant};
 use crate::checkpoint::{Checkpoint, OnProgress, WeightDtype, WeightFormat};
 use crate::cli::{human_bytes, short_count, weight_format, Bars, ModelArgs, Patch};
@@ -13,55 +13,54 @@ use clap::Args;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// What is measured.
+/// Flags that name the model under test, its variants and its prompts.
 #[derive(Debug, Clone, Args)]
 pub struct TargetArgs {
-    /// What is run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window, sink-tokens,
+    /// Variants to run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window, sink-tokens,
     /// partner, layers, ...), and to compare with snapkv:budget=1024,window=64,kernel=5 or keydiff:budget=1024,block=128. A
     /// KEY=VALUE belongs to the name with a colon before it. May be repeated.
     #[arg(long, value_name = "LIST", default_value = "stock,retrofit")]
     pub variants: Vec<String>,
-    /// Documents of the prompt, as scripts/fetch_texts.py lays them out. Not read where the model has no tokenizer: then the
-    /// prompt is random ids.
+    /// Folder of the prompt's documents, as scripts/fetch_texts.py lays them out; a model without a tokenizer gets random ids instead.
     #[arg(long, value_name = "DIR", default_value = "texts")]
     pub texts: PathBuf,
-    /// Where weights come from and how they are held.
+    /// Source and format of the weights.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Weights drawn from a seed: --model is then a config.json, or a directory with one. Speed and memory only, and the
-    /// results say so.
+    /// Draw the weights from a seed: --model is then a config.json, or a directory with one. The results say that only speed and
+    /// memory mean anything.
     #[arg(long, value_name = "SEED", help_heading = "Model")]
     pub random_weights: Option<u64>,
 }
 
-/// A checkpoint on the device that it is for.
+/// The model under test, on the device that it runs on.
 pub struct Target {
     args: TargetArgs,
     checkpoint: Checkpoint,
-    /// Where --model names one.
+    /// The patch that --model names, if it names one.
     patch: Option<Patch>,
-    hold: WeightFormat,
-    /// Where it runs.
+    format: WeightFormat,
+    /// Device that it runs on.
     pub device: Device,
 }
 
 impl Target {
-    /// Opens what `args` name; weights are not read.
+    /// Opens the checkpoint that `args` name; weights are not read.
     ///
     /// # Errors
-    /// A checkpoint that is not there or not understood.
+    /// A checkpoint that does not exist or is not understood.
     pub fn open(args: &TargetArgs, device: Device, progress: OnProgress) -> Result<Self> {
         let (checkpoint, patch) = open(args, progress)?;
-        let hold = weight_format(args.model.dtype.parse::<WeightDtype>()?, &checkpoint, &device);
-        Ok(Self { args: args.clone(), checkpoint, patch, hold, device })
+        let format = weight_format(args.model.dtype.parse::<WeightDtype>()?, &checkpoint, &device);
+        Ok(Self { args: args.clone(), checkpoint, patch, format, device })
     }
 
-    /// What was opened.
+    /// The checkpoint.
     pub fn checkpoint(&self) -> &Checkpoint {
         &self.checkpoint
     }
 
-    /// What it is run as, whatever the context.
+    /// The variants that `--variants` names, for any context.
     ///
     /// # Errors
     /// Those of [`variant::parse`].
@@ -69,7 +68,7 @@ impl Target {
         self.parse_variants(None)
     }
 
-    /// What it is run as at `ctx`, where a variant may be a share of a dense cache.
+    /// The variants that `--variants` names at `ctx`, where a variant may be given as a share of a dense cache.
     ///
     /// # Errors
     /// Those of [`variant::parse`].
@@ -81,12 +80,12 @@ impl Target {
         variant::parse(&self.args.variants, self.patch.as_ref().map(|p| &p.plan), &self.checkpoint.spec, ctx)
     }
 
-    /// Refuses weights that cannot be held, before the first allocation fails and ends the process.
+    /// Refuses weights that are larger than the memory, before an allocation fails and ends the process.
     ///
     /// # Errors
-    /// Weights that take more than the machine, or the GPU, has.
+    /// Weights that take more bytes than the machine, or the GPU, has.
     pub fn refuse_too_large(&self) -> Result<()> {
-        let need = self.checkpoint.held(&self.hold).values().sum::<u64>();
+        let need = self.checkpoint.held(&self.format).values().sum::<u64>();
         match crate::ops::memory_of(&self.device).filter(|memory| need > *memory) {
             None => Ok(()),
             Some(memory) => Err(Error::new(
@@ -97,45 +96,38 @@ impl Target {
         }
     }
 
-    /// At least `tokens` ids to read.
+    /// A stream of at least `tokens` ids.
     ///
     /// # Errors
-    /// Those of [`Stream::open`].
-    pub fn stream(&self, tokens: usize, progress: OnProgress) -> Result<Stream> {
+    /// Those of [`TextStream::open`].
+    pub fn stream(&self, tokens: usize, progress: OnProgress) -> Result<TextStream> {
         let seed = self.args.random_weights.unwrap_or(0);
-        Stream::open(&self.checkpoint, &self.args.texts, tokens, seed, progress)
+        TextStream::open(&self.checkpoint, &self.args.texts, tokens, seed, progress)
     }
 
-    /// Reads the weights, once for all variants and jobs.
+    /// Loads the weights, once for all variants and jobs.
     ///
     /// # Errors
     /// As [`Weights::load`].
     pub fn load(&self, progress: OnProgress) -> Result<Arc<Weights>> {
-        Weights::load(&self.checkpoint, &self.hold, &self.device, progress)
+        Weights::load(&self.checkpoint, &self.format, &self.device, progress)
     }
 
-    /// Warns of contexts that the model was not trained for.
-    pub fn warn_past_training(&self, bars: &Bars, contexts: &[usize]) {
+    /// Warns of contexts beyond the trained length, where only speed and memory mean anything.
+    pub fn warn_beyond_trained(&self, bars: &Bars, contexts: &[usize]) {
         let trained = self.checkpoint.spec.max_positions;
-        let past: Vec<_> = contexts.iter().filter(|c| **c > trained).map(|c| short_count(*c)).collect();
-        if !past.is_empty() {
-            let (past, trained) = (past.join(", "), short_count(trained));
-            bars.warn(&format!("trained for {trained} positions: at {past} this is speed and memory only"));
+        if let Some(beyond) = beyond_trained(trained, contexts.iter().copied()) {
+            let trained = short_count(trained);
+            bars.warn(&format!("trained for {trained} positions: at {beyond} this is speed and memory only"));
         }
     }
 
-    /// What results of a kind begin with.
+    /// The header of results of `kind`.
     pub fn header(&self, kind: &str) -> Header {
         let given = self.args.model.model.as_deref().unwrap_or_default();
-        let held = self.checkpoint.held(&self.hold);
+        let held = self.checkpoint.held(&self.format);
         let most = held.iter().max_by_key(|(_, bytes)| **bytes).map_or(String::new(), |(name, _)| name.clone());
         Header {
-            kind: kind.into(),
-            schema_version: SCHEMA_VERSION,
-            git_sha: env!("BFLY_GIT_SHA").into(),
-            started: now(),
-            command: std::env::args().collect(),
-            machine: machine(&self.device),
             // A patch is not its base.
             model: self.args.random_weights.is_none().then(|| match self.patch.is_some() {
                 true => self.checkpoint.identity.clone(),
@@ -147,8 +139,8 @@ impl Target {
             trained_positions: self.checkpoint.spec.max_positions,
             dtype: most,
             held,
-            kv_dtype: self.hold.compute().as_str().into(),
-            resumed: vec![],
+            kv_dtype: self.format.compute().as_str().into(),
+            ..Header::new(kind, &self.device)
         }
     }
 }
@@ -169,7 +161,7 @@ fn open(args: &TargetArgs, progress: OnProgress) -> Result<(Checkpoint, Option<P
     Ok((checkpoint, patch))
 }
 
-/// A hub id as it is; of a path its last part without what says only what kind of file it is.
+/// The model's name for people: a hub id as it is, or the last part of a path without its extension.
 fn display_name(given: &str) -> String {
     let path = Path::new(given);
     if !path.exists() {

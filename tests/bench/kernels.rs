@@ -20,7 +20,7 @@ fn kernels_are_judged_against_ceilings_of_the_same_process() -> Any {
         ]
     );
     assert_eq!((report.ceilings.copy_s.len(), report.ceilings.matmul_s.len()), (10, 10));
-    let median = |s: &[f64]| bfly::eval::bench::summary::median(s).unwrap_or_default();
+    let median = |s: &[f64]| bfly::eval::report::median(s).unwrap_or_default();
     let c = &report.ceilings;
     assert!((c.copy_gb_s - 2.0 * c.copy_bytes as f64 / median(&c.copy_s) / 1e9).abs() < 1e-9 * c.copy_gb_s);
     for k in &report.kernels {
@@ -46,13 +46,13 @@ fn kernels_are_judged_against_ceilings_of_the_same_process() -> Any {
 #[test]
 fn the_peak_of_a_cpu_run_is_of_what_came_after_it_began() {
     let device = Device::Cpu;
-    machine::begin_peak(&device);
-    let before = machine::peak(&device);
+    peak::begin_peak(&device);
+    let before = peak::peak(&device);
     let held = vec![1u8; 256 << 20];
-    let during = machine::peak(&device);
+    let during = peak::peak(&device);
     assert!(during >= before + (192 << 20), "{before}, then {during} with {}", held.len());
     drop(held);
-    machine::begin_peak(&device);
-    let after = machine::peak(&device);
+    peak::begin_peak(&device);
+    let after = peak::peak(&device);
     assert!(after + (128 << 20) < during, "a new mark forgets the old one: {during}, then {after}");
 }

@@ -56,7 +56,7 @@ fn variants_give_the_tokens_of_a_model_loaded_for_them() -> Any {
     let variants = format!("{RETROFIT},stock,retrofit:block=16,window=16,layers=0,2");
     let ladder =
         place.climb(&["--ctx", "100,200", "--repeats", "1", "--variants", &variants, "--prefill-chunk", "50"])?;
-    let ids = Stream::open(&open(&place.model)?, Path::new("none"), 192, 0, &|_, _, _| ())?.ids;
+    let ids = TextStream::open(&open(&place.model)?, Path::new("none"), 192, 0, &|_, _, _| ())?.ids;
     let settings = |window| Settings { block: 16, window, ..Settings::default() };
     let mut seen = std::collections::HashSet::new();
     for r in &ladder.runs {
@@ -210,7 +210,7 @@ fn rules_that_evict_climb_like_any_variant() -> Any {
     );
     assert!(stock.eviction.is_none() && keydiff.plan.is_none() && snapkv.plan.is_none());
     assert_eq!(keydiff.eviction, Some(bfly::eviction::EvictionPlan::new("keydiff", 32, &[("block", 16)])?));
-    let kv = |r: &Run| r.kv.map(|kv| (kv.total_bytes, kv.peak_bytes)).ok_or("no bytes");
+    let kv = |r: &LadderRun| r.kv.map(|kv| (kv.total_bytes, kv.peak_bytes)).ok_or("no bytes");
     let (whole, none) = kv(stock)?;
     assert_eq!((none, kv(keydiff)?), (None, (whole * 48 / 128, None)));
     // The budget and 8 new tokens in the end; all of the context, a layer's copy and the last queries before.

@@ -1,10 +1,10 @@
-//! bfly-bench: ladders with variants and peers, resuming, random weights, fits, kernels, and bad input.
+//! bfly-bench: ladders with variants and peers, resuming, random weights, largest contexts, kernels, and bad input.
 
 #[path = "../common/mod.rs"]
 mod common;
-mod fit;
 mod kernels;
 mod ladder;
+mod max_context;
 mod peers;
 mod prompts;
 mod random;
@@ -12,9 +12,9 @@ mod resume;
 
 use assert_cmd::Command;
 use bfly::checkpoint::{Checkpoint, WeightDtype, WeightFormat};
-use bfly::eval::bench::format::{read, Kernels, Ladder, Run, KERNELS, LADDER};
-use bfly::eval::bench::machine;
-use bfly::eval::bench::prompt::{hash, Stream};
+use bfly::eval::bench::peak;
+use bfly::eval::report::{hash, read, Kernels, Ladder, LadderRun, KERNELS, LADDER};
+use bfly::eval::texts::TextStream;
 use bfly::generate::{watch, Request, Sampler, Sampling};
 use bfly::retrofit::Settings;
 use bfly::tensors::TensorSpec;
@@ -97,12 +97,12 @@ fn peer(args: &str) -> String {
     format!("python3 {}/tests/fixtures/bench/peer.py {args}", env!("CARGO_MANIFEST_DIR"))
 }
 
-fn run<'a>(ladder: &'a Ladder, variant: &str, ctx: usize) -> &'a Run {
+fn run<'a>(ladder: &'a Ladder, variant: &str, ctx: usize) -> &'a LadderRun {
     ladder.runs.iter().find(|r| r.variant == variant && r.ctx == ctx).expect("the ladder has the run")
 }
 
 /// The first ids that the tiny checkpoint is given.
 fn prompt(tokens: usize) -> Any<Vec<u32>> {
     let checkpoint = open(&golden_dir("qwen2").to_string_lossy())?;
-    Ok(Stream::open(&checkpoint, Path::new("none"), tokens, 0, &|_, _, _| ())?.ids)
+    Ok(TextStream::open(&checkpoint, Path::new("none"), tokens, 0, &|_, _, _| ())?.ids)
 }

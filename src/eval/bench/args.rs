@@ -3,16 +3,16 @@
 use super::kernel::{self, KernelArgs};
 use super::ladder;
 use super::ladder_args::LadderArgs;
-use super::max_context::{self, FitArgs};
+use super::max_context::{self, MaxContextArgs};
 use crate::error::Result;
 use clap::{Parser, Subcommand};
 
-/// Measures: the same prompts through stock and retrofit (and other engines) in turns, how far each gets in so much memory, and
-/// kernels against what the machine itself reaches.
+/// Measures speed and memory: stock, retrofits and other engines on the same prompts, the largest context of each within a memory
+/// budget, and kernels against what the machine itself reaches.
 #[derive(Debug, Parser)]
 #[command(name = "bfly-bench", version, arg_required_else_help = true, after_help = EXAMPLES)]
 pub struct Cli {
-    /// What is measured.
+    /// Measurement to make.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -68,29 +68,29 @@ Examples:
   # Two of them, on a CPU, on small shapes
   bfly-bench kernel --kernel attention_prefill,gated --device cpu --small";
 
-/// What is measured.
+/// A measurement.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// End-to-end runs over rising contexts: every variant and peer in turns, every sample kept.
+    /// End-to-end runs over rising contexts: every variant and peer in turns, every timed run kept.
     #[command(after_help = LADDER_EXAMPLES)]
     Ladder(Box<LadderArgs>),
-    /// The largest context of every variant within memory budgets: found by arithmetic, then verified by a run.
+    /// The largest context of every variant within memory budgets: found by arithmetic, verified by a run.
     #[command(after_help = FIT_EXAMPLES)]
-    Fit(Box<FitArgs>),
+    Fit(Box<MaxContextArgs>),
     /// Single kernels: TFLOP/s and GB/s against ceilings measured in the same process.
     #[command(after_help = KERNEL_EXAMPLES)]
     Kernel(KernelArgs),
     /// Print a completion script for a shell.
     Completions {
-        /// The shell.
+        /// Shell that the script is for.
         shell: clap_complete::Shell,
     },
 }
 
-/// Runs it.
+/// Runs the subcommand.
 ///
 /// # Errors
-/// See [`ladder::run`], [`fit::run`] and [`kernel::run`].
+/// See [`ladder::run`], [`max_context::run`] and [`kernel::run`].
 pub fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
         Command::Ladder(args) => ladder::run(args),

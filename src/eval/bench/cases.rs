@@ -1,4 +1,4 @@
-//! The shapes that kernels are timed on, with the work that the definition asks for.
+//! The shapes that kernels are timed on, with the work of their definition.
 
 use crate::error::Result;
 use crate::layout::ButterflyLayer;
@@ -16,22 +16,22 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-/// One launch on one set of inputs.
-pub type Launch = Box<dyn FnMut() -> Result<()>>;
+/// One call of the kernel on one set of inputs.
+pub type Iteration = Box<dyn FnMut() -> Result<()>>;
 
 /// Makes a set of inputs.
-pub type Prepare = Box<dyn Fn(&Place) -> Result<Launch>>;
+pub type Prepare = Box<dyn Fn(&InputSpec) -> Result<Iteration>>;
 
-/// Where inputs are made, and of what type.
+/// Device and element type of inputs.
 #[derive(Debug, Clone)]
-pub struct Place {
-    /// The device.
+pub struct InputSpec {
+    /// Device that inputs are made on.
     pub device: Device,
-    /// The element type.
+    /// Element type of inputs.
     pub dtype: DType,
 }
 
-impl Place {
+impl InputSpec {
     fn random<const N: usize>(&self, shape: [usize; N]) -> Result<Tensor> {
         Ok(Tensor::randn(0f32, 1.0, shape.as_slice(), &self.device)?.to_dtype(self.dtype)?)
     }
@@ -43,23 +43,23 @@ impl Place {
 
 /// A kernel on a shape.
 pub struct Case {
-    /// The kernel's name.
+    /// Name of the kernel.
     pub kernel: &'static str,
-    /// What is particular about the case.
+    /// The case in a few words.
     pub case: String,
-    /// Sizes by letter.
+    /// Sizes by letter: T, H, G, D, keys, ...
     pub shape: BTreeMap<String, usize>,
-    /// Useful operations.
+    /// Floating-point operations of the definition.
     pub flop: f64,
-    /// Elements read once or written once.
+    /// Elements of the inputs and outputs, each read or written once.
     pub elements: f64,
-    /// Bytes besides them, of tables in f32.
+    /// Bytes of f32 tables, in addition to the elements.
     pub tables: f64,
     /// Makes a set of inputs.
     pub prepare: Prepare,
 }
 
-/// Every case; `small` ones take a CPU a moment.
+/// All cases; `small` ones take a CPU a moment.
 pub fn cases(small: bool) -> Vec<Case> {
     let s = if small { 64 } else { 1 };
     let dense =
@@ -121,19 +121,19 @@ struct Attention {
     d: usize,
     start: usize,
     window: Window,
-    /// Default settings of a retrofit provisioned for so many positions, instead of the window alone.
+    /// Positions that a retrofit with default settings is provisioned for; `None` reads the window alone.
     butterfly: Option<usize>,
-    /// Whole earlier blocks that each query block reads besides, row by row.
+    /// Whole earlier blocks that each query block reads row by row, in addition.
     raw: usize,
 }
 
 const BLANK: Attention =
     Attention { case: "", t: 0, h: 0, g: 0, d: 0, start: 0, window: Window::Unbounded, butterfly: None, raw: 0 };
 
-/// Raw blocks of the store that query blocks read from.
+/// Blocks of the store that query blocks read row by row.
 const STORED: usize = 64;
 
-/// A layer somewhere in the middle: of the stage that reads 40 blocks back.
+/// Ordinal of the timed layer among the swapped ones: its stage reads 40 blocks back.
 const ORDINAL: usize = 3;
 
 impl Attention {
@@ -163,11 +163,11 @@ impl Attention {
             flop: (4 * self.h * self.d) as f64 * pairs as f64,
             elements: (2 * self.t * self.h * self.d + 2 * rows * self.g * self.d) as f64,
             tables: 0.0,
-            prepare: Box::new(move |place| self.prepare(place, &routes, sinks)),
+            prepare: Box::new(move |inputs| self.prepare(inputs, &routes, sinks)),
         }
     }
 
-    /// The blocks that each query block reads.
+    /// The blocks whose summaries each query block reads.
     fn routes(&self) -> Vec<Vec<usize>> {
         let Some(ctx) = self.butterfly else { return vec![] };
         let s = Settings::default();
@@ -176,7 +176,7 @@ impl Attention {
         blocks.map(|b| layer.route(b)).collect()
     }
 
-    /// The raw blocks of the `i`-th query block, spread over the store.
+    /// The blocks that the `i`-th query block reads row by row, spread over the store.
     fn raw_blocks(&self, i: usize) -> impl Iterator<Item = usize> {
         (0..self.raw).map(move |j| (i * 5 + j * 11) % STORED)
     }
@@ -190,12 +190,12 @@ impl Attention {
         (0..self.query_blocks()).flat_map(|i| self.raw_blocks(i)).collect::<BTreeSet<_>>().len()
     }
 
-    fn prepare(self, place: &Place, routes: &[Vec<usize>], sinks: usize) -> Result<Launch> {
+    fn prepare(self, inputs: &InputSpec, routes: &[Vec<usize>], sinks: usize) -> Result<Iteration> {
         let (q, own) = ([self.t, self.h, self.d], [self.t, self.g, self.d]);
-        let (q, k, v) = (place.random(q)?, place.random(own)?, place.random(own)?);
+        let (q, k, v) = (inputs.random(q)?, inputs.random(own)?, inputs.random(own)?);
         let pair = |rows: usize| -> Result<Option<(Tensor, Tensor)>> {
             let shape = [rows, self.g, self.d];
-            (rows > 0).then(|| Ok((place.random(shape)?, place.random(shape)?))).transpose()
+            (rows > 0).then(|| Ok((inputs.random(shape)?, inputs.random(shape)?))).transpose()
         };
         let ring = match self.window {
             Window::Blocks { block, count } => (block * (count + 1)).min(self.start),
@@ -232,9 +232,9 @@ impl Attention {
 
 fn summaries(t: usize, g: usize, d: usize) -> Case {
     let s = Settings::default();
-    let prepare = move |place: &Place| -> Result<Launch> {
-        let (k, v) = (place.random([t, g, d])?, place.random([t, g, d])?);
-        let mut running = RunningMean::new(g * d, &place.device)?;
+    let prepare = move |inputs: &InputSpec| -> Result<Iteration> {
+        let (k, v) = (inputs.random([t, g, d])?, inputs.random([t, g, d])?);
+        let mut running = RunningMean::new(g * d, &inputs.device)?;
         let s = Settings::default();
         Ok(Box::new(move || pool_blocks(&k, &v, 0, s.block, s.sink_tokens, &mut running).map(drop)))
     };
@@ -250,8 +250,8 @@ fn summaries(t: usize, g: usize, d: usize) -> Case {
 }
 
 fn norm(t: usize, n: usize) -> Case {
-    let prepare = move |place: &Place| -> Result<Launch> {
-        let (x, y, weight) = (place.random([t, n])?, place.random([t, n])?, place.random_f32(n)?);
+    let prepare = move |inputs: &InputSpec| -> Result<Iteration> {
+        let (x, y, weight) = (inputs.random([t, n])?, inputs.random([t, n])?, inputs.random_f32(n)?);
         Ok(Box::new(move || add_norm(&x, Some(&y), &weight, 1e-6).map(drop)))
     };
     Case {
@@ -267,8 +267,8 @@ fn norm(t: usize, n: usize) -> Case {
 }
 
 fn select(g: usize, n: usize, keep: usize) -> Case {
-    let prepare = move |place: &Place| -> Result<Launch> {
-        let scores = place.random_f32(g * n)?.reshape((g, n))?;
+    let prepare = move |inputs: &InputSpec| -> Result<Iteration> {
+        let scores = inputs.random_f32(g * n)?.reshape((g, n))?;
         Ok(Box::new(move || highest_rows(&scores, keep).map(drop)))
     };
     Case {
@@ -284,8 +284,8 @@ fn select(g: usize, n: usize, keep: usize) -> Case {
 }
 
 fn activation(t: usize, n: usize) -> Case {
-    let prepare = move |place: &Place| -> Result<Launch> {
-        let (gate, up) = (place.random([t, n])?, place.random([t, n])?);
+    let prepare = move |inputs: &InputSpec| -> Result<Iteration> {
+        let (gate, up) = (inputs.random([t, n])?, inputs.random([t, n])?);
         Ok(Box::new(move || gated(&gate, &up, Activation::Silu).map(drop)))
     };
     Case {
@@ -301,10 +301,10 @@ fn activation(t: usize, n: usize) -> Case {
 }
 
 fn heads(t: usize, h: usize, d: usize) -> Case {
-    let prepare = move |place: &Place| -> Result<Launch> {
-        let (x, bias) = (place.random([t, h * d])?, place.random_f32(h * d)?);
+    let prepare = move |inputs: &InputSpec| -> Result<Iteration> {
+        let (x, bias) = (inputs.random([t, h * d])?, inputs.random_f32(h * d)?);
         let frequencies: Vec<f32> = (0..d / 2).map(|i| 1e6f32.powf(-2.0 * i as f32 / d as f32)).collect();
-        let (cos, sin) = rope_table(&frequencies, (0..t).map(|p| p as f32), 1.0, &place.device)?;
+        let (cos, sin) = rope_table(&frequencies, (0..t).map(|p| p as f32), 1.0, &inputs.device)?;
         Ok(Box::new(move || prepare_heads(&x, h, Some(&bias), None, Some((&cos, &sin))).map(drop)))
     };
     Case {
@@ -320,14 +320,14 @@ fn heads(t: usize, h: usize, d: usize) -> Case {
 }
 
 fn quantised(case: &str, t: usize, rows: usize, columns: usize, format: GgmlDType) -> Case {
-    let prepare = move |place: &Place| -> Result<Launch> {
-        let x = place.random([t, columns])?;
+    let prepare = move |inputs: &InputSpec| -> Result<Iteration> {
+        let x = inputs.random([t, columns])?;
         // Quantising takes longer than the product: the same rows over and over, which no product can tell.
         let few = Tensor::randn(0f32, 1.0, (rows.min(32), columns), &Device::Cpu)?;
         let few = QTensor::quantize(&few, format)?.data()?.into_owned();
         let bytes = rows * columns / format.block_size() * format.type_size();
         let bytes: Vec<u8> = few.iter().copied().cycle().take(bytes).collect();
-        let storage = QStorage::from_data(Cow::Owned(bytes), &place.device, format)?;
+        let storage = QStorage::from_data(Cow::Owned(bytes), &inputs.device, format)?;
         let layer = Linear::new(Weight::Quantised(Arc::new(QTensor::new(storage, (rows, columns))?)), None);
         Ok(Box::new(move || layer.forward(&x).map(drop)))
     };
@@ -370,11 +370,11 @@ mod tests {
 
     #[test]
     fn small_cases_run_on_a_cpu() -> Result<()> {
-        let place = Place { device: Device::Cpu, dtype: DType::F32 };
+        let inputs = InputSpec { device: Device::Cpu, dtype: DType::F32 };
         for case in cases(true) {
-            let mut launch = (case.prepare)(&place)?;
-            launch().map_err(|e| e.within(format!("{} {}", case.kernel, case.case)))?;
-            launch()?;
+            let mut iteration = (case.prepare)(&inputs)?;
+            iteration().map_err(|e| e.within(format!("{} {}", case.kernel, case.case)))?;
+            iteration()?;
         }
         Ok(())
     }

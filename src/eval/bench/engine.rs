@@ -1,16 +1,13 @@
-//! One timed run of this engine.
+//! Timed runs of this engine.
 
-use super::format::{Kv, ReadBytes, Sample};
-use super::machine::{begin_peak, peak, take_memory};
+use super::peak::{begin_peak, peak, take_memory};
 use super::peer::one_line;
-use super::prompt::hash;
-use super::summary::{kv, read_per_token};
-use crate::cli::human_bytes;
 use crate::error::{Error, ErrorKind, Result};
+use crate::eval::report::{hash, Kv, ReadBytes, TimedRun};
 use crate::eval::variant::Variant;
 use crate::generate::{watch, Generation, Needs, Request, Sampler, Sampling};
 use crate::layout::Layout;
-use crate::ops::release_memory;
+use crate::ops::{human_bytes, release_memory};
 use crate::run::Run;
 use crate::weights::Weights;
 use candle_core::Device;
@@ -18,34 +15,34 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Weights that are run as one variant after another, at one context after another.
+/// One set of weights, run as one variant after another at one context after another.
 pub struct BflyEngine {
     weights: Arc<Weights>,
     device: Device,
-    /// Whether memory is handed back between runs.
+    /// Whether memory is handed back to the driver after each run.
     shared: bool,
-    /// The highest that a variant needed at a context.
+    /// Most bytes that a variant took at a context.
     peaks: HashMap<(String, usize), u64>,
 }
 
-/// What a variant runs.
-pub struct Task<'a> {
+/// What a variant reads and generates in one run.
+pub struct Workload<'a> {
     /// Positions that the cache is provisioned for: those of the prompt and the new tokens, or more.
     pub ctx: usize,
-    /// What is read.
+    /// Ids of the prompt.
     pub prompt: &'a [u32],
-    /// Tokens that are made after it, whatever they are.
+    /// Tokens that are generated after the prompt, past any end of text.
     pub new: usize,
-    /// Tokens to a prefill chunk, where `budget` does not want fewer.
+    /// Most tokens to a prefill chunk; fewer where `budget` requires it.
     pub chunk: usize,
-    /// Bytes that the run may take.
+    /// Bytes of memory that the run may take.
     pub budget: Option<u64>,
 }
 
-/// What came of a run.
+/// The outcome of a run.
 pub enum Outcome {
-    /// A sample, and what does not change from run to run.
-    Ran(Box<Sample>, Facts),
+    /// The timed run, and what does not change from run to run.
+    Ran(Box<TimedRun>, Facts),
     /// Why there is none, on one line.
     Failed(String),
 }
@@ -55,28 +52,28 @@ pub enum Outcome {
 pub struct Facts {
     /// Tokens to a prefill chunk.
     pub chunk: usize,
-    /// The cache.
+    /// Cache of this engine, by pool.
     pub kv: Option<Kv>,
-    /// A peer's cache.
+    /// Bytes of a peer's cache.
     pub kv_bytes: Option<u64>,
-    /// What a new token reads.
+    /// Bytes that a decode step reads.
     pub read_per_token: Option<ReadBytes>,
 }
 
 impl BflyEngine {
-    /// Runs over `weights`; `shared` hands memory back after each run, for other processes on the device or for a run that is to begin
-    /// with the weights alone.
+    /// An engine over `weights`. With `shared`, memory is handed back to the driver after each run, for other processes on the device, or
+    /// so that the next run begins with the weights alone.
     pub fn new(weights: Arc<Weights>, shared: bool) -> Self {
         let device = weights.device().clone();
         Self { weights, device, shared, peaks: HashMap::new() }
     }
 
-    /// Weights as held.
+    /// Bytes of the weights as held.
     pub fn weights_bytes(&self) -> u64 {
         self.weights.bytes()
     }
 
-    /// What `variant` needs when provisioned for `ctx`, by arithmetic.
+    /// The memory that `variant` needs when provisioned for `ctx`, by arithmetic.
     ///
     /// # Errors
     /// As [`Needs::of`].
@@ -88,16 +85,16 @@ impl BflyEngine {
         Layout::new(self.weights.spec(), &variant.method, ctx)
     }
 
-    /// Reads the prompt of `task` and makes its new tokens.
+    /// Reads the prompt of `work` and generates its new tokens.
     ///
-    /// The cache is allocated before the clock starts and dropped after it stops, so that one variant's lives at a time.
+    /// The cache is allocated before the clock starts and dropped after it stops, so that only one variant's exists at a time.
     ///
     /// # Errors
-    /// Anything but a want of memory, which is an outcome.
-    pub fn run(&mut self, variant: &Variant, task: &Task, on_tokens: &mut dyn FnMut(usize)) -> Result<Outcome> {
-        let (ctx, new) = (task.ctx, task.new);
+    /// Anything but out of memory, which is an outcome.
+    pub fn run(&mut self, variant: &Variant, work: &Workload, on_tokens: &mut dyn FnMut(usize)) -> Result<Outcome> {
+        let (ctx, new) = (work.ctx, work.new);
         let begin = Instant::now();
-        let prompt = task.prompt.to_vec();
+        let prompt = work.prompt.to_vec();
         let prompt_s = begin.elapsed().as_secs_f64();
         let layout = self.layout(variant, ctx)?;
         let key = (variant.name.clone(), ctx);
@@ -105,9 +102,9 @@ impl BflyEngine {
             take_memory(&self.device, *peak);
         }
         begin_peak(&self.device);
-        let chunk = match task.budget {
-            None => Ok(task.chunk),
-            Some(b) => Needs::of(&self.weights, &layout).and_then(|n| n.chunk_within(b, task.chunk)),
+        let chunk = match work.budget {
+            None => Ok(work.chunk),
+            Some(b) => Needs::of(&self.weights, &layout).and_then(|n| n.chunk_within(b, work.chunk)),
         };
         let made = chunk.and_then(|chunk| {
             let run = Run::with_layout(&self.weights, layout.clone())?;
@@ -115,18 +112,18 @@ impl BflyEngine {
         });
         // The last token is made, not read.
         let positions = prompt.len()..prompt.len() + new.saturating_sub(1).max(1);
-        let read = || read_per_token(&layout, positions, self.weights.bytes_per_token(), self.weights.dtype());
+        let read = || ReadBytes::of(&layout, positions, self.weights.bytes_per_token(), self.weights.dtype());
         let outcome = match made {
             Ok((chunk, (made, wall, kv))) => {
                 let peak = peak(&self.device);
                 self.peaks.insert(key, peak);
-                let sample = sample(&made, wall, peak, prompt_s);
+                let sample = timed_run(&made, wall, peak, prompt_s);
                 Ok(Outcome::Ran(
                     Box::new(sample),
                     Facts { chunk, kv: Some(kv), kv_bytes: None, read_per_token: Some(read()?) },
                 ))
             }
-            Err(e) if does_not_fit(&e) => Ok(Outcome::Failed(out_of_memory(&e))),
+            Err(e) if is_out_of_memory(&e) => Ok(Outcome::Failed(out_of_memory(&e))),
             Err(e) => Err(e.within(format!("{} at {ctx}", variant.name))),
         };
         if self.shared || !matches!(outcome, Ok(Outcome::Ran(..))) {
@@ -136,12 +133,12 @@ impl BflyEngine {
     }
 }
 
-/// `status` of a run that `e` says does not fit.
+/// The `status` of a run that ended with `e`, out of memory.
 pub fn out_of_memory(e: &Error) -> String {
     format!("out of memory: {}", one_line(&e.to_string()))
 }
 
-/// `status` of a run that took more than it was allowed: a budget is a promise, and a run that broke it did not fit.
+/// The `status` of a run that took `peak` bytes, where that is more than `budget`; `None` where it stayed within.
 pub fn past_budget(peak: u64, budget: u64) -> Option<String> {
     let (took, allowed) = (human_bytes(peak), human_bytes(budget));
     (peak > budget).then(|| format!("out of memory: the run took {took}, {allowed} were allowed"))
@@ -160,14 +157,14 @@ fn attempt(
     let mut sampler = Sampler::new(Sampling::GREEDY)?;
     let begin = Instant::now();
     let made = run.generate(&request, &mut sampler, &mut watch(on_tokens), &mut watch(|_| ()))?;
-    Ok((made, begin.elapsed(), kv(run.cache())))
+    Ok((made, begin.elapsed(), Kv::of(run.cache())))
 }
 
-/// `wall` is the whole generation's: what lies between its parts counts too.
-fn sample(made: &Generation, wall: Duration, peak_device_bytes: u64, prompt_s: f64) -> Sample {
+/// The record of a generation that took `wall` in all, the time between its parts included.
+fn timed_run(made: &Generation, wall: Duration, peak_device_bytes: u64, prompt_s: f64) -> TimedRun {
     let timing = &made.timing;
     let mean = |batch: &[Duration]| batch.iter().sum::<Duration>().as_secs_f64() / batch.len() as f64;
-    Sample {
+    TimedRun {
         prefill_s: timing.prefill.as_secs_f64(),
         ttft_s: timing.first_token.as_secs_f64(),
         end_to_end_s: wall.as_secs_f64(),
@@ -179,8 +176,8 @@ fn sample(made: &Generation, wall: Duration, peak_device_bytes: u64, prompt_s: f
     }
 }
 
-/// Whether memory is what was wanting: refused by the cache before it was asked for, or by an allocator.
-fn does_not_fit(e: &Error) -> bool {
+/// Whether `e` says out of memory: the cache was refused before it was allocated, or an allocator failed.
+fn is_out_of_memory(e: &Error) -> bool {
     let text = e.to_string().to_lowercase();
     matches!(e.kind(), ErrorKind::Context | ErrorKind::Memory)
         || ["out of memory", "out_of_memory", "alloc_failed"].iter().any(|w| text.contains(w))
@@ -191,15 +188,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_want_of_memory_is_an_outcome() {
+    fn only_out_of_memory_is_an_outcome() {
         let backend = |m: &str| Error::new(ErrorKind::Backend, "candle", m);
-        assert!(does_not_fit(&backend("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")")));
-        assert!(does_not_fit(&backend("CublasError(CUBLAS_STATUS_ALLOC_FAILED)")));
-        assert!(does_not_fit(&Error::new(
+        assert!(is_out_of_memory(&backend("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")")));
+        assert!(is_out_of_memory(&backend("CublasError(CUBLAS_STATUS_ALLOC_FAILED)")));
+        assert!(is_out_of_memory(&Error::new(
             ErrorKind::Context,
             "--ctx",
             "a cache for 8 tokens takes 1 GiB; this machine has 0.5"
         )));
-        assert!(!does_not_fit(&backend("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access\")")));
+        assert!(!is_out_of_memory(&backend("DriverError(CUDA_ERROR_ILLEGAL_ADDRESS, \"an illegal memory access\")")));
     }
 }

@@ -1,52 +1,51 @@
 //! The ladder: every variant and peer at rising contexts, taking turns.
 
+use super::ceilings::{ceilings, CeilingSizes};
 use super::engine::BflyEngine;
-use super::file::{check_prompt, earlier, LadderFile};
-use super::format::{Header, Ladder, Prompt, LADDER};
 use super::ladder_args::LadderArgs;
-use super::machine::{ceilings, CeilingSizes};
 use super::peer::Peer;
-use super::prompt::{bytes, hash};
 use super::schedule::{blank, Engine, Entry, Schedule};
-use super::table::table;
 use crate::cli::{open_device, Bars};
 use crate::error::{Error, Result};
+use crate::eval::report::resume::{check_prompt, earlier_ladder, LadderFile};
+use crate::eval::report::table::ladder_table;
+use crate::eval::report::{hash, id_bytes, Header, Ladder, PromptSource, LADDER};
 use crate::eval::target::Target;
 use crate::ops::release_memory;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// Climbs the ladder, and prints it as a table. Everything that can be refused is refused before weights are read.
+/// Runs the ladder, and prints a table. Everything that can be refused is refused before weights are read.
 ///
 /// # Errors
-/// Bad flags, files or peers: named. A run that does not fit is no error: it is recorded, and the ladder goes on.
+/// Bad flags, files or peers: named. A run that is out of memory is no error: it is recorded, and the ladder goes on.
 pub fn run(args: &LadderArgs) -> Result<()> {
     let bars = Bars::new(args.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
     args.target.model.set_threads()?;
     let contexts = args.contexts()?;
     let device = open_device(&args.target.model.device)?;
-    let before = earlier(&args.out)?;
+    let earlier = earlier_ladder(&args.out)?;
     let target = Target::open(&args.target, device, &progress)?;
     let variants = target.variants()?;
     target.refuse_too_large()?;
 
     let own = contexts.iter().max().map_or(0, |c| c - args.decode);
-    let tokens = own.max(before.as_ref().map_or(0, |b| b.prompt.tokens));
+    let tokens = own.max(earlier.as_ref().map_or(0, |e| e.prompt.tokens));
     let stream = target.stream(tokens, &progress)?;
-    if let Some(before) = &before {
-        check_prompt(&args.out, before, |n| hash(&stream.ids[..n]))?;
+    if let Some(earlier) = &earlier {
+        check_prompt(&args.out, earlier, |n| hash(&stream.ids[..n]))?;
     }
     let fresh = ladder(args, target.header(LADDER), stream.describe(tokens));
-    let file = LadderFile::open(&args.out, before, fresh)?;
-    target.warn_past_training(&bars, &contexts);
+    let file = LadderFile::open(&args.out, earlier, fresh)?;
+    target.warn_beyond_trained(&bars, &contexts);
 
     let mut entries: Vec<Entry> = variants.into_iter().map(|v| Entry::new(Engine::Own(v))).collect();
-    entries.iter().try_for_each(|s| file.check(&blank(args, s, contexts[0], None)))?;
-    let complete = |s: &Entry| contexts.iter().all(|c| file.missing(s.names(), *c, args.repeats) == 0);
+    entries.iter().try_for_each(|e| file.check(&blank(args, e, contexts[0], None)))?;
+    let complete = |e: &Entry| contexts.iter().all(|c| file.missing(e.names(), *c, args.repeats) == 0);
     if args.peers.is_empty() && entries.iter().all(complete) {
         bars.say(&format!("{} is complete", args.out.display()));
-        let _ = write!(std::io::stdout(), "{}", table(&file.ladder));
+        let _ = write!(std::io::stdout(), "{}", ladder_table(&file.ladder));
         return Ok(());
     }
     let ids = (!args.peers.is_empty()).then(|| IdFile::write(&stream.ids[..tokens])).transpose()?;
@@ -67,11 +66,11 @@ pub fn run(args: &LadderArgs) -> Result<()> {
     }
     schedule.all()?;
     // A closed pipe does not undo the file.
-    let _ = write!(std::io::stdout(), "{}", table(&schedule.file.ladder));
+    let _ = write!(std::io::stdout(), "{}", ladder_table(&schedule.file.ladder));
     Ok(())
 }
 
-fn ladder(args: &LadderArgs, header: Header, prompt: Prompt) -> Ladder {
+fn ladder(args: &LadderArgs, header: Header, prompt: PromptSource) -> Ladder {
     Ladder {
         header,
         ceilings: None,
@@ -83,7 +82,7 @@ fn ladder(args: &LadderArgs, header: Header, prompt: Prompt) -> Ladder {
     }
 }
 
-/// The prompt's ids where peers can read them, for as long as this lives.
+/// A file with the prompt's ids for peers to read, removed when dropped.
 struct IdFile(PathBuf);
 
 impl IdFile {
@@ -96,7 +95,7 @@ impl IdFile {
             std::process::exit(130);
         });
         let file = Self(path);
-        std::fs::write(&file.0, bytes(ids)).map_err(|e| Error::io(&file.0, e))?;
+        std::fs::write(&file.0, id_bytes(ids)).map_err(|e| Error::io(&file.0, e))?;
         Ok(file)
     }
 }

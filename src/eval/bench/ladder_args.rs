@@ -1,4 +1,4 @@
-//! The flags of a ladder.
+//! The flags of `ladder`.
 
 use crate::cli::{at_least_one, parse_bytes, parse_size};
 use crate::error::{Error, Result};
@@ -6,17 +6,17 @@ use crate::eval::target::TargetArgs;
 use clap::Args;
 use std::path::PathBuf;
 
-/// A ladder to schedule.
+/// The flags of `ladder`.
 #[derive(Debug, Args)]
 pub struct LadderArgs {
-    /// Contexts, each of a prompt and the new tokens after it.
+    /// Contexts to run; each holds a prompt and the new tokens after it.
     #[arg(long, value_name = "LIST", default_value = "32k,64k,128k,256k,512k,1M", value_delimiter = ',',
           value_parser = parse_size)]
     pub ctx: Vec<usize>,
-    /// Another engine, as a command that speaks the protocol of integrations/transformers/README.md. May be repeated.
+    /// Command of another engine, which speaks the protocol of integrations/transformers/README.md. May be repeated.
     #[arg(long = "peer", value_name = "COMMAND")]
     pub peers: Vec<String>,
-    /// Timed runs of each, interleaved; two where one takes over 30 s.
+    /// Timed runs of each variant and peer, interleaved; two where one takes over 30 s.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one)]
     pub repeats: usize,
     /// New tokens per run.
@@ -25,25 +25,26 @@ pub struct LadderArgs {
     /// Tokens to a prefill chunk.
     #[arg(long, value_name = "TOKENS", default_value = "4096", value_parser = parse_size)]
     pub prefill_chunk: usize,
-    /// Memory that a run may take, such as 10G: prefill chunks shrink to fit, and a run that does not fit is recorded so.
+    /// Memory that a run may take, such as 10G: prefill chunks shrink to fit, and a run that takes more is recorded as out of memory.
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub memory_budget: Option<u64>,
-    /// The results, written anew after every run. An earlier file of the same ladder is taken up where it was cut off.
+    /// Write the results to FILE.json after every run, compressed where the name ends in .gz. An earlier file of the same ladder is
+    /// taken up where it was cut off.
     #[arg(long, value_name = "FILE.json")]
     pub out: PathBuf,
-    /// No progress, only warnings and the table.
+    /// Show no progress, only warnings and the table.
     #[arg(long, short)]
     pub quiet: bool,
-    /// Model, variants and prompt; last, since the heading of its last group holds for whatever follows.
+    /// Model, variants and prompt. (The last field, since the heading of its last group holds for whatever follows.)
     #[command(flatten)]
     pub target: TargetArgs,
 }
 
 impl LadderArgs {
-    /// The contexts, rising.
+    /// The contexts, rising, each once.
     ///
     /// # Errors
-    /// One without room for a prompt.
+    /// A context without room for a prompt.
     pub fn contexts(&self) -> Result<Vec<usize>> {
         let mut contexts = self.ctx.clone();
         contexts.sort_unstable();

@@ -1,56 +1,55 @@
-//! How far a memory budget goes: the largest context that fits, found by arithmetic and verified by a run.
+//! The largest context within a memory budget, found by arithmetic and verified by a run.
 
-use super::engine::{out_of_memory, past_budget, BflyEngine, Outcome, Task};
-use super::file::{prove_replaceable, save, OK};
-use super::format::{Fit, FitRun, FIT};
-use super::table::fit_table;
+use super::engine::{out_of_memory, past_budget, BflyEngine, Outcome, Workload};
 use crate::cli::{at_least_one, human_bytes, open_device, parse_bytes, parse_size, short_count, Bars};
 use crate::error::{Error, Result};
 use crate::eval::kv_budget::last_that;
+use crate::eval::report::table::max_context_table;
+use crate::eval::report::{prove_replaceable, save, MaxContextRun, MaxContexts, MAX_CONTEXT, OK};
 use crate::eval::target::{Target, TargetArgs};
 use crate::eval::variant::Variant;
 use clap::Args;
 use std::io::Write;
 use std::path::PathBuf;
 
-/// Contexts that are considered are whole multiples of so many tokens.
+/// Tokens of which every considered context is a whole multiple.
 pub const STEP: usize = 1 << 10;
 
-/// `--read` where it is not given.
+/// Default of `--read` in tokens.
 const DEFAULT_READ: usize = 64 << 10;
 
-/// Budgets to fill.
+/// The flags of `fit`.
 #[derive(Debug, Args)]
-pub struct FitArgs {
-    /// Memory that a run may take: weights, cache, activations. One or more, such as 10G,24G.
+pub struct MaxContextArgs {
+    /// Memory budgets to fill with weights, cache and activations, such as 10G,24G.
     #[arg(long, value_name = "LIST", required = true, value_delimiter = ',', value_parser = parse_bytes)]
     pub memory_budget: Vec<u64>,
-    /// Largest context that is considered; all are whole multiples of 1k.
+    /// Largest context to consider; contexts are whole multiples of 1k.
     #[arg(long, value_name = "TOKENS", default_value = "1M", value_parser = parse_size)]
     pub most: usize,
-    /// Tokens that the verifying run reads, or as many as the context that was found has room for. What the cache takes does
-    /// not depend on it [default: 64k, or what --most has room for]
+    /// Tokens that the verifying run reads, or fewer where the context found is smaller; the bytes of the cache do not depend on it
+    /// [default: 64k, or what --most has room for]
     #[arg(long, value_name = "TOKENS", value_parser = parse_size)]
     pub read: Option<usize>,
-    /// New tokens that it makes after them.
+    /// New tokens that the verifying run generates.
     #[arg(long, value_name = "TOKENS", default_value_t = 8, value_parser = at_least_one)]
     pub decode: usize,
-    /// Tokens to a prefill chunk, where the budget has room for as many; 128 are enough to fit.
+    /// Most tokens to a prefill chunk; fewer where the budget requires it, down to 128.
     #[arg(long, value_name = "TOKENS", default_value = "4096", value_parser = parse_size)]
     pub prefill_chunk: usize,
-    /// The results, written anew after every run; an earlier file is replaced.
+    /// Write the results to FILE.json after every run, compressed where the name ends in .gz; an earlier file is replaced.
     #[arg(long, value_name = "FILE.json")]
     pub out: PathBuf,
-    /// No progress, only warnings and the table.
+    /// Show no progress, only warnings and the table.
     #[arg(long, short)]
     pub quiet: bool,
-    /// Model, variants and prompt; last, since the heading of its last group holds for whatever follows.
+    /// Model, variants and prompt. (The last field, since the heading of its last group holds for whatever follows.)
     #[command(flatten)]
     pub target: TargetArgs,
 }
 
-impl FitArgs {
-    /// The budgets, rising.
+impl MaxContextArgs {
+    /// The budgets, rising, each once.
     pub fn budgets(&self) -> Vec<u64> {
         let mut budgets = self.memory_budget.clone();
         budgets.sort_unstable();
@@ -58,7 +57,7 @@ impl FitArgs {
         budgets
     }
 
-    /// The largest context that is considered, and the most tokens that a run reads.
+    /// The largest context to consider, and the most tokens that a run reads.
     ///
     /// # Errors
     /// Flags that leave no context to consider, or no room for a prompt or for what is to be read.
@@ -89,25 +88,24 @@ impl FitArgs {
     }
 }
 
-/// Fills every budget with every variant, and prints how far each got as a table. Everything that can be refused is refused
-/// before weights are read.
+/// Finds and verifies the largest context of every variant in every budget, and prints a table. Everything that can be refused is
+/// refused before weights are read.
 ///
 /// # Errors
-/// Bad flags or files: named. A variant that fits at no context, and a run that breaks its budget, are no errors: they are
-/// recorded.
-pub fn run(args: &FitArgs) -> Result<()> {
+/// Bad flags or files: named. A variant that fits at no context, and a run that exceeds its budget, are no errors: they are recorded.
+pub fn run(args: &MaxContextArgs) -> Result<()> {
     let bars = Bars::new(args.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
     args.target.model.set_threads()?;
     let (most, read) = args.limits()?;
     let device = open_device(&args.target.model.device)?;
-    prove_replaceable(&args.out, FIT)?;
+    prove_replaceable(&args.out, MAX_CONTEXT)?;
     let target = Target::open(&args.target, device, &progress)?;
     let variants = target.variants()?;
     target.refuse_too_large()?;
     let stream = target.stream(read, &progress)?;
-    let mut fit = Fit {
-        header: target.header(FIT),
+    let mut results = MaxContexts {
+        header: target.header(MAX_CONTEXT),
         decode_tokens: args.decode,
         prefill_chunk: args.prefill_chunk,
         most_tokens: most,
@@ -126,7 +124,7 @@ pub fn run(args: &FitArgs) -> Result<()> {
     let mut contexts: Vec<usize> = found.iter().filter_map(|(_, run)| run.ctx).collect();
     contexts.sort_unstable();
     contexts.dedup();
-    target.warn_past_training(&bars, &contexts);
+    target.warn_beyond_trained(&bars, &contexts);
     let total: u64 = found.iter().filter_map(|(_, run)| run.read_tokens).sum::<usize>() as u64;
     let mut done = 0;
     for (variant, mut run) in found {
@@ -134,32 +132,33 @@ pub fn run(args: &FitArgs) -> Result<()> {
         verify(&mut engine, variant, &mut run, &stream.ids, args.decode, &mut on_tokens)?;
         done += run.read_tokens.unwrap_or(0) as u64;
         bars.say(&line(&run));
-        fit.runs.push(run);
-        save(&args.out, &fit)?;
+        results.runs.push(run);
+        save(&args.out, &results)?;
     }
     // A closed pipe does not undo the file.
-    let _ = write!(std::io::stdout(), "{}", fit_table(&fit));
+    let _ = write!(std::io::stdout(), "{}", max_context_table(&results));
     Ok(())
 }
 
-/// What a search keeps within.
+/// The limits of a search.
 struct Limits {
+    /// Bytes of memory.
     budget: u64,
-    /// The largest context,
+    /// Largest context to consider.
     most: usize,
-    /// and how much of it a run reads,
+    /// Most tokens that the verifying run reads.
     read: usize,
-    /// and makes.
+    /// New tokens that the verifying run generates.
     decode: usize,
-    /// Tokens to a chunk, where there is room.
+    /// Most tokens to a prefill chunk.
     chunk: usize,
 }
 
-/// The largest context of `variant` by arithmetic, as a run that is yet to be made.
+/// The largest context of `variant` by arithmetic, as the record of a run that is yet to be made.
 ///
 /// # Errors
-/// A variant that the model cannot be run as.
-fn search(engine: &BflyEngine, variant: &Variant, limits: &Limits) -> Result<FitRun> {
+/// A variant that does not fit the model.
+fn search(engine: &BflyEngine, variant: &Variant, limits: &Limits) -> Result<MaxContextRun> {
     let fits = |ctx| Ok(engine.needs(variant, ctx)?.chunk_within(limits.budget, limits.chunk).is_ok());
     let ctx = largest(limits.most, fits)?;
     let needs = engine.needs(variant, ctx.unwrap_or(STEP))?;
@@ -167,7 +166,7 @@ fn search(engine: &BflyEngine, variant: &Variant, limits: &Limits) -> Result<Fit
     // A chunk that is not filled would not be verified.
     let wanted = read.map_or(limits.chunk, |read| read.min(limits.chunk));
     let chunk = needs.chunk_within(limits.budget, wanted);
-    Ok(FitRun {
+    Ok(MaxContextRun {
         variant: variant.name.clone(),
         plan: variant.method.plan().cloned(),
         eviction: variant.method.eviction().cloned(),
@@ -190,21 +189,21 @@ fn largest(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Option<u
     Ok(last_that(most / STEP, |k| fits(k * STEP))?.map(|k| k * STEP))
 }
 
-/// Runs what was found, once, and writes down what came of it.
+/// Makes the run that `run` describes, once, and adds its outcome to it.
 ///
 /// # Errors
-/// An engine's failure that is no want of memory.
+/// A failure of the engine other than out of memory.
 fn verify(
     engine: &mut BflyEngine,
     variant: &Variant,
-    run: &mut FitRun,
+    run: &mut MaxContextRun,
     stream: &[u32],
     new: usize,
     on_tokens: &mut dyn FnMut(usize),
 ) -> Result<()> {
     let (Some(ctx), Some(read), Some(chunk)) = (run.ctx, run.read_tokens, run.prefill_chunk) else { return Ok(()) };
-    let task = Task { ctx, prompt: &stream[..read], new, chunk, budget: Some(run.memory_budget) };
-    match engine.run(variant, &task, on_tokens)? {
+    let work = Workload { ctx, prompt: &stream[..read], new, chunk, budget: Some(run.memory_budget) };
+    match engine.run(variant, &work, on_tokens)? {
         Outcome::Failed(why) => run.status = why,
         Outcome::Ran(sample, facts) => {
             let past = past_budget(sample.peak_device_bytes, run.memory_budget);
@@ -216,8 +215,8 @@ fn verify(
     Ok(())
 }
 
-/// What is said of a run when it is done.
-fn line(run: &FitRun) -> String {
+/// The line on stderr for a finished run.
+fn line(run: &MaxContextRun) -> String {
     let what = format!("{:>10}  {}", human_bytes(run.memory_budget), run.variant);
     match (run.ctx, &run.sample) {
         (Some(ctx), Some(s)) if run.within => {

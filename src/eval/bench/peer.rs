@@ -1,10 +1,10 @@
 //! Another engine in the same ladder: a process that answers timed runs over a pipe.
 //!
-//! The protocol is integrations/transformers/README.md's: one JSON object a line. A peer first says that it is ready and what it
-//! is; then each request names a file of token ids and lengths, and gets a sample or a status.
+//! The protocol is that of integrations/transformers/README.md: one JSON object a line. A peer first says that it is ready and what it
+//! is; then each request names a file of token ids and lengths, and the reply is a timed run or a status.
 
-use super::format::Sample;
 use crate::error::{Error, ErrorKind, Result};
+use crate::eval::report::TimedRun;
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -17,19 +17,19 @@ pub struct Ready {
     ready: bool,
     #[serde(default)]
     status: String,
-    /// Its name (`transformers`).
+    /// Name of the engine, such as `transformers`.
     #[serde(default)]
     pub engine: String,
-    /// What it runs (`sdpa`).
+    /// What the engine runs, such as `sdpa`.
     #[serde(default)]
     pub variant: String,
-    /// Its version.
+    /// Version of the engine.
     pub version: Option<String>,
-    /// How it holds weights.
+    /// Element type of its weights.
     pub dtype: Option<String>,
-    /// Bytes of them.
+    /// Bytes of its weights.
     pub weights_bytes: Option<u64>,
-    /// Its device.
+    /// Device that it runs on.
     pub device: Option<String>,
     /// Seed of random weights.
     pub random_weights: Option<u64>,
@@ -45,17 +45,17 @@ struct Ask<'a> {
 
 #[derive(Deserialize)]
 struct Reply {
-    sample: Option<Sample>,
+    sample: Option<TimedRun>,
     kv_bytes: Option<u64>,
     status: Option<String>,
 }
 
-/// What came of a request.
+/// The outcome of a request.
 #[derive(Debug)]
-pub enum Answer {
-    /// A timed run, and what its cache held.
-    Ran(Box<Sample>, Option<u64>),
-    /// Why there is none: out of memory, say.
+pub enum PeerOutcome {
+    /// A timed run, and the bytes of its cache.
+    Ran(Box<TimedRun>, Option<u64>),
+    /// Why there is no timed run: out of memory, say.
     Status(String),
 }
 
@@ -67,11 +67,14 @@ pub struct Peer {
     stdout: BufReader<ChildStdout>,
 }
 
-/// How long a peer may take to end once asked to.
+/// Time that a peer has to end after it was asked to.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 impl Peer {
-    /// Starts `command` in a shell. Its stderr is ours.
+    /// Starts `command` in a shell, with this process's stderr.
+    ///
+    /// # Errors
+    /// A shell that cannot be started.
     pub fn start(command: &str) -> Result<Self> {
         let place = format!("--peer {command}");
         let spawned = Command::new("sh").args(["-c", command]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
@@ -82,10 +85,10 @@ impl Peer {
         Ok(Self { command: command.into(), child, stdin: Some(stdin), stdout: BufReader::new(stdout) })
     }
 
-    /// Waits until its model is loaded.
+    /// Waits until the peer's model is loaded.
     ///
     /// # Errors
-    /// It ends, says something else, or says that it cannot.
+    /// A peer that ends, says something else, or says that it cannot run.
     pub fn ready(&mut self) -> Result<Ready> {
         let ready: Ready = self.read("what it is")?;
         if !ready.ready {
@@ -99,20 +102,20 @@ impl Peer {
         Ok(ready)
     }
 
-    /// Asks for one run on the first `prompt` ids of `ids`.
+    /// Requests one run on the first `prompt` ids of the file `ids`.
     ///
     /// # Errors
-    /// It ends, or its answer makes no sense.
-    pub fn run(&mut self, ids: &Path, prompt: usize, new: usize, chunk: usize) -> Result<Answer> {
+    /// A peer that ends, or a reply that makes no sense.
+    pub fn run(&mut self, ids: &Path, prompt: usize, new: usize, chunk: usize) -> Result<PeerOutcome> {
         let ask = Ask { ids, prompt_tokens: prompt, new_tokens: new, prefill_chunk: chunk };
         self.send(&serde_json::to_string(&ask).map_err(|e| self.error(e.to_string()))?)?;
         let reply: Reply = self.read("a sample")?;
         match (reply.sample, reply.status) {
             (Some(sample), _) => match nonsense(&sample, new) {
-                None => Ok(Answer::Ran(Box::new(sample), reply.kv_bytes)),
+                None => Ok(PeerOutcome::Ran(Box::new(sample), reply.kv_bytes)),
                 Some(what) => Err(self.error(format!("answered with a sample whose {what}"))),
             },
-            (None, Some(status)) => Ok(Answer::Status(one_line(&status))),
+            (None, Some(status)) => Ok(PeerOutcome::Status(one_line(&status))),
             (None, None) => Err(self.error("answered with neither a sample nor a status".into())),
         }
     }
@@ -170,8 +173,8 @@ impl Drop for Peer {
     }
 }
 
-/// What no run can give.
-fn nonsense(s: &Sample, new: usize) -> Option<String> {
+/// What makes a record no possible outcome of a run with `new` tokens; `None` where it is one.
+fn nonsense(s: &TimedRun, new: usize) -> Option<String> {
     let rises = 0.0 <= s.prefill_s && s.prefill_s <= s.ttft_s && s.ttft_s <= s.end_to_end_s && s.end_to_end_s > 0.0;
     if !rises || !s.end_to_end_s.is_finite() {
         return Some(format!("times do not rise: {} {} {} s", s.prefill_s, s.ttft_s, s.end_to_end_s));
@@ -186,7 +189,7 @@ fn nonsense(s: &Sample, new: usize) -> Option<String> {
     None
 }
 
-/// The first line, at most 400 characters of it.
+/// The first line of `text`, cut after 400 characters.
 pub fn one_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().chars().take(400).collect()
 }

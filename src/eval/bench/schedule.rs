@@ -1,44 +1,43 @@
-//! Climbing: who runs next, at which context, and what is written down.
+//! The schedule of a ladder: which entry runs next, at which context, and what is recorded.
 
-use super::engine::{past_budget, BflyEngine, Facts, Outcome, Task};
-use super::file::{LadderFile, OK};
-use super::format::{Run, Sample};
+use super::engine::{past_budget, BflyEngine, Facts, Outcome, Workload};
 use super::ladder_args::LadderArgs;
-use super::peer::{Answer, Peer, Ready};
-use super::summary::{deterministic, summary};
+use super::peer::{Peer, PeerOutcome, Ready};
 use crate::cli::{human_bytes, short_count, Bars};
 use crate::error::{Error, Result};
+use crate::eval::report::resume::LadderFile;
+use crate::eval::report::{LadderRun, TimedRun, OK};
 use crate::eval::variant::Variant;
 use std::collections::HashSet;
 use std::path::Path;
 
-/// Where a run takes this engine longer, the next larger one is not warmed up.
+/// Seconds of a run of this engine beyond which the next larger context gets no warm-up.
 const SLOW_S: f64 = 5.0;
 
 /// An engine and what it runs.
 pub enum Engine {
-    /// This one.
+    /// This engine with a variant.
     Own(Variant),
-    /// Another one.
+    /// Another engine, with what it says of itself.
     Peer(Box<Peer>, Ready),
 }
 
-/// One that takes turns.
+/// An engine that takes turns in a ladder.
 pub struct Entry {
     engine: Engine,
-    /// Contexts at which it ran in this process, or need not before it is timed.
+    /// Contexts at which the entry has had its warm-up in this process, or needs none.
     warm: HashSet<usize>,
-    /// Untimed runs that are not yet in the file.
+    /// Warm-ups that are not yet in the file.
     untimed: usize,
 }
 
 impl Entry {
-    /// Nothing has run yet.
+    /// An entry of which nothing has run yet.
     pub fn new(engine: Engine) -> Self {
         Self { engine, warm: HashSet::new(), untimed: 0 }
     }
 
-    /// Engine and variant.
+    /// Names of engine and variant.
     pub fn names(&self) -> (&str, &str) {
         match &self.engine {
             Engine::Own(variant) => ("bfly", &variant.name),
@@ -47,25 +46,25 @@ impl Entry {
     }
 }
 
-/// Everything that a schedule needs.
+/// A ladder under way.
 pub struct Schedule<'a> {
-    /// The flags.
+    /// Flags of the command.
     pub args: &'a LadderArgs,
-    /// Rising.
+    /// Contexts, rising.
     pub contexts: Vec<usize>,
-    /// Progress.
+    /// Progress bars.
     pub bars: &'a Bars,
-    /// This engine.
+    /// This engine with its weights.
     pub engine: BflyEngine,
-    /// The ids of every prompt,
+    /// Ids of which every prompt is a prefix.
     pub stream: &'a [u32],
-    /// and the file that peers read them from.
+    /// File from which peers read these ids.
     pub ids: &'a Path,
-    /// Who takes turns.
+    /// Entries in the order of their turns.
     pub entries: Vec<Entry>,
-    /// What was written down.
+    /// File of the results.
     pub file: LadderFile,
-    /// Tokens of the runs of this process.
+    /// Tokens of all runs that this process has made.
     pub done: u64,
 }
 
@@ -73,7 +72,7 @@ impl Schedule<'_> {
     /// Refuses two entries of one name, and runs that do not belong with those in the file.
     ///
     /// # Errors
-    /// Which.
+    /// The entry, and what is wrong with it.
     pub fn check(&self) -> Result<()> {
         let mut seen = HashSet::new();
         for entry in &self.entries {
@@ -94,10 +93,10 @@ impl Schedule<'_> {
         Ok(())
     }
 
-    /// Every turn, smallest context first.
+    /// Makes every run, smallest context first.
     ///
     /// # Errors
-    /// A peer that fails, a file that cannot be written, or an engine's failure that is no want of memory.
+    /// A peer that fails, a file that cannot be written, or a failure of the engine other than out of memory.
     pub fn all(&mut self) -> Result<()> {
         for ctx in self.contexts.clone() {
             for repeat in 0..self.args.repeats {
@@ -110,9 +109,9 @@ impl Schedule<'_> {
         Ok(())
     }
 
-    /// The `repeat`-th run of a entry at `ctx`, unless there is one already or there will be none.
+    /// Makes the `repeat`-th run of entry `i` at `ctx`, unless it is in the file already or an earlier one was out of memory.
     fn turn(&mut self, i: usize, ctx: usize, repeat: usize) -> Result<()> {
-        if self.missing(i, ctx) == 0 || self.samples(i, ctx) > repeat {
+        if self.missing(i, ctx) == 0 || self.timed(i, ctx) > repeat {
             return Ok(());
         }
         if let Some(at) = self.failed_below(i, ctx) {
@@ -121,14 +120,16 @@ impl Schedule<'_> {
         if let Some(why) = self.warm_up(i, ctx)? {
             return self.fail(i, ctx, why);
         }
-        match self.play(i, ctx)? {
-            Outcome::Ran(sample, facts) => self.record(i, ctx, *sample, facts),
+        match self.run_once(i, ctx)? {
+            Outcome::Ran(timed, facts) => self.record(i, ctx, *timed, facts),
             Outcome::Failed(why) => self.fail(i, ctx, why),
         }
     }
 
-    /// An untimed run before a entry's first at `ctx`, and why it could not be, if so. What a first run pays for (kernels are
-    /// loaded, memory is taken from the driver, a peer may compile) is lost in one that takes long anyway; of peers that is not known.
+    /// Makes an untimed run of entry `i` before its first at `ctx`, and returns why it failed, if it did.
+    ///
+    /// A first run pays for loading kernels and for memory from the driver, which a run of several seconds hides. A peer may compile as
+    /// well, so it always gets its warm-up.
     fn warm_up(&mut self, i: usize, ctx: usize) -> Result<Option<String>> {
         let below = self.contexts.iter().rev().find(|c| **c < ctx).and_then(|c| self.run(i, *c));
         let slow = below.and_then(|r| r.summary.as_ref()).is_some_and(|s| s.end_to_end_s > SLOW_S);
@@ -139,11 +140,11 @@ impl Schedule<'_> {
         }
         if own && slow {
             if cold {
-                self.play(i, self.contexts[0])?;
+                self.run_once(i, self.contexts[0])?;
             }
             return Ok(None);
         }
-        match self.play(i, ctx)? {
+        match self.run_once(i, ctx)? {
             Outcome::Failed(why) => Ok(Some(why)),
             Outcome::Ran(..) => {
                 self.entries[i].untimed += 1;
@@ -152,7 +153,8 @@ impl Schedule<'_> {
         }
     }
 
-    fn play(&mut self, i: usize, ctx: usize) -> Result<Outcome> {
+    /// Runs entry `i` at `ctx`.
+    fn run_once(&mut self, i: usize, ctx: usize) -> Result<Outcome> {
         let total = self.done + self.remaining();
         let (bars, done, new) = (self.bars, self.done, self.args.decode);
         bars.show("ladder", done, total);
@@ -161,34 +163,33 @@ impl Schedule<'_> {
             Engine::Own(variant) => {
                 let mut on_tokens = |n: usize| bars.show("ladder", (done + n as u64).min(total - 1), total);
                 let (prompt, budget) = (&self.stream[..ctx - new], self.args.memory_budget);
-                self.engine.run(variant, &Task { ctx, prompt, new, chunk, budget }, &mut on_tokens)?
+                self.engine.run(variant, &Workload { ctx, prompt, new, chunk, budget }, &mut on_tokens)?
             }
             Engine::Peer(peer, _) => match peer.run(self.ids, ctx - new, new, chunk)? {
-                Answer::Ran(sample, kv_bytes) => Outcome::Ran(sample, Facts { chunk, kv_bytes, ..Facts::default() }),
-                Answer::Status(why) => Outcome::Failed(why),
+                PeerOutcome::Ran(timed, kv_bytes) => Outcome::Ran(timed, Facts { chunk, kv_bytes, ..Facts::default() }),
+                PeerOutcome::Status(why) => Outcome::Failed(why),
             },
         };
-        let past = |s: &Sample| past_budget(s.peak_device_bytes, self.args.memory_budget?);
+        let past = |t: &TimedRun| past_budget(t.peak_device_bytes, self.args.memory_budget?);
         Ok(match outcome {
-            Outcome::Ran(sample, facts) => match past(&sample) {
+            Outcome::Ran(timed, facts) => match past(&timed) {
                 Some(why) => Outcome::Failed(why),
-                None => Outcome::Ran(sample, facts),
+                None => Outcome::Ran(timed, facts),
             },
             failed => failed,
         })
     }
 
-    fn record(&mut self, i: usize, ctx: usize, sample: Sample, facts: Facts) -> Result<()> {
-        let (seconds, peak) = (sample.end_to_end_s, sample.peak_device_bytes);
+    /// Adds a timed run of entry `i` at `ctx` to the file.
+    fn record(&mut self, i: usize, ctx: usize, timed: TimedRun, facts: Facts) -> Result<()> {
+        let (seconds, peak) = (timed.end_to_end_s, timed.peak_device_bytes);
         let empty = blank(self.args, &self.entries[i], ctx, Some(self.engine.weights_bytes()));
         let run = self.file.run_or(empty);
         run.warmups += std::mem::take(&mut self.entries[i].untimed);
         let was = run.deterministic;
         (run.kv, run.kv_bytes, run.read_per_token) = (facts.kv, facts.kv_bytes, facts.read_per_token);
         run.prefill_chunk = facts.chunk;
-        run.samples.push(sample);
-        run.deterministic = deterministic(&run.samples);
-        run.summary = summary(run);
+        run.push(timed);
         let (count, differs) = (run.samples.len(), run.deterministic == Some(false) && was != Some(false));
         self.file.save()?;
         self.done += ctx as u64;
@@ -201,6 +202,7 @@ impl Schedule<'_> {
         Ok(())
     }
 
+    /// Records that entry `i` cannot run at `ctx`.
     fn fail(&mut self, i: usize, ctx: usize, why: String) -> Result<()> {
         self.bars.say(&format!("{}  {why}", self.what(i, ctx)));
         let empty = blank(self.args, &self.entries[i], ctx, Some(self.engine.weights_bytes()));
@@ -209,39 +211,41 @@ impl Schedule<'_> {
         self.file.save()
     }
 
+    /// Context, engine and variant of entry `i`, for messages.
     fn what(&self, i: usize, ctx: usize) -> String {
         let (engine, variant) = self.entries[i].names();
         format!("{:>5}  {engine} {variant}", short_count(ctx))
     }
 
-    fn run(&self, i: usize, ctx: usize) -> Option<&Run> {
+    fn run(&self, i: usize, ctx: usize) -> Option<&LadderRun> {
         self.file.run(self.entries[i].names(), ctx)
     }
 
-    fn samples(&self, i: usize, ctx: usize) -> usize {
+    /// Timed runs of entry `i` at `ctx` in the file.
+    fn timed(&self, i: usize, ctx: usize) -> usize {
         self.run(i, ctx).map_or(0, |r| r.samples.len())
     }
 
-    /// Runs still to come.
+    /// Timed runs of entry `i` at `ctx` still to come.
     fn missing(&self, i: usize, ctx: usize) -> usize {
         self.file.missing(self.entries[i].names(), ctx, self.args.repeats)
     }
 
-    /// Tokens of the runs still to come.
+    /// Tokens of all timed runs still to come.
     fn remaining(&self) -> u64 {
         let entries = 0..self.entries.len();
         let at = |ctx: &usize| entries.clone().map(|i| (ctx * self.missing(i, *ctx)) as u64).sum::<u64>();
         self.contexts.iter().map(at).sum()
     }
 
-    /// The smallest context below `ctx` at which the entry's run did not fit.
+    /// The smallest context below `ctx` at which entry `i` was out of memory.
     fn failed_below(&self, i: usize, ctx: usize) -> Option<usize> {
-        let failed = |c: &&usize| **c < ctx && self.run(i, **c).is_some_and(|r| r.status != OK);
+        let failed = |c: &&usize| **c < ctx && self.run(i, **c).is_some_and(|r| !r.ran());
         self.contexts.iter().find(failed).copied()
     }
 }
 
-/// Nothing where an engine does not tell.
+/// The peak as the end of a line; nothing where an engine does not tell it.
 fn peak_text(peak: u64) -> String {
     if peak > 0 {
         format!("  {}", human_bytes(peak))
@@ -250,14 +254,14 @@ fn peak_text(peak: u64) -> String {
     }
 }
 
-/// A entry's run before its first sample; `own_weights` as this engine holds them.
-pub fn blank(args: &LadderArgs, entry: &Entry, ctx: usize, own_weights: Option<u64>) -> Run {
+/// The record of `entry` at `ctx` before its first timed run; `own_weights` are the bytes of this engine's weights.
+pub fn blank(args: &LadderArgs, entry: &Entry, ctx: usize, own_weights: Option<u64>) -> LadderRun {
     let (engine, variant) = entry.names();
     let (plan, eviction, version, weights_bytes) = match &entry.engine {
         Engine::Own(v) => (v.method.plan().cloned(), v.method.eviction().cloned(), None, own_weights),
         Engine::Peer(_, ready) => (None, None, ready.version.clone(), ready.weights_bytes),
     };
-    Run {
+    LadderRun {
         engine: engine.into(),
         variant: variant.into(),
         plan,

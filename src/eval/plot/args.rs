@@ -5,7 +5,7 @@ use super::save::save;
 use super::{graph, Figure};
 use crate::cli::parse_size;
 use crate::error::{Error, Result};
-use crate::eval::bench::format::{KERNELS, LADDER};
+use crate::eval::report::{stem, KERNELS, LADDER};
 use crate::retrofit::Settings;
 use crate::selector::{Selector, SELECTORS};
 use clap::builder::{PossibleValue, PossibleValuesParser};
@@ -165,7 +165,7 @@ pub fn run(cli: &Cli) -> Result<()> {
 fn files(args: &FileArgs, wanted: Option<&str>) -> Result<()> {
     let mut drawn: Vec<(String, Vec<Figure>)> = vec![];
     for path in &args.files {
-        let stem = path.file_stem().map_or("figure".into(), |s| s.to_string_lossy().into_owned());
+        let stem = stem(path).unwrap_or_else(|| "figure".into());
         if drawn.iter().any(|(other, _)| *other == stem) {
             let message = format!("another file is also called {stem}; draw them into different --out directories");
             return Err(Error::usage(path.display(), message));

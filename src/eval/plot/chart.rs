@@ -5,7 +5,7 @@ use super::panel::TICKS;
 use super::scale::Scale;
 use super::scene::{shorten, Anchor, Area, At, Scene};
 use super::theme::{Ink, PANEL, THIN, TICK};
-use crate::eval::quality::stats::Estimate;
+use crate::eval::report::Estimate;
 
 /// A panel before anything is drawn in it.
 pub struct Chart<'a> {

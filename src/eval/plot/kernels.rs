@@ -9,8 +9,7 @@ use super::scene::{shorten, text_area, text_width, Anchor, Area, Scene};
 use super::theme::{Ink, Type, HAIR, LABEL, LINE, MARGIN, MARKER, PANEL, THIN, TICK};
 use super::Figure;
 use crate::error::{Error, Result};
-use crate::eval::bench::format::{Ceilings, KernelRun, Kernels};
-use crate::eval::bench::summary::median;
+use crate::eval::report::{median, Ceilings, KernelRun, Kernels};
 use std::path::Path;
 
 /// One case, judged.

@@ -2,12 +2,7 @@
 
 use super::{kernels, ladder, quality, Figure};
 use crate::error::{Error, Result};
-use crate::eval::bench::format::{kind_of, read, KERNELS, LADDER};
-use crate::eval::quality::ablate::ABLATION;
-use crate::eval::quality::answers::ANSWERS;
-use crate::eval::quality::format::SMOKE;
-use crate::eval::quality::layers::LAYERS;
-use crate::eval::quality::positions::POSITIONS;
+use crate::eval::report::{kind_of, read, ABLATION, ANSWERS, KERNELS, LADDER, LAYERS, POSITIONS, SMOKE};
 use serde::de::DeserializeOwned;
 use std::path::Path;
 

@@ -4,7 +4,7 @@ use super::series::Runs;
 use super::sheet::Sheet;
 use super::{decode, memory, ratio, time, Figure};
 use crate::error::Result;
-use crate::eval::bench::format::Ladder;
+use crate::eval::report::Ladder;
 use std::path::Path;
 
 /// Every figure of the ladder read from `path`, and remarks on those that cannot be drawn.

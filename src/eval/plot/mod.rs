@@ -56,7 +56,7 @@ pub struct Figure {
 mod tests {
     use super::scene::{text_area, Area, Scene, Shape};
     use super::*;
-    use crate::eval::bench::format::{read, Kernels, Ladder, KERNELS, LADDER};
+    use crate::eval::report::{read, Kernels, Ladder, KERNELS, LADDER};
     use crate::retrofit::Settings;
     use std::path::Path;
 
@@ -123,7 +123,7 @@ mod tests {
                 for window in [64, 128, 256, 1024, 2048, 4096] {
                     let variant = format!("retrofit:window={window},partner=bit_reversal");
                     l.runs.extend(
-                        own.iter().cloned().map(|r| crate::eval::bench::format::Run { variant: variant.clone(), ..r }),
+                        own.iter().cloned().map(|r| crate::eval::report::LadderRun { variant: variant.clone(), ..r }),
                     );
                 }
             })

@@ -1,8 +1,7 @@
 //! What a ladder says, as lines to draw: medians with their samples, runs without any, ratios to the better stock.
 
 use crate::error::{Error, Result};
-use crate::eval::bench::format::{Ladder, Run};
-use crate::eval::bench::summary::{median, percentile};
+use crate::eval::report::{median, percentile, Ladder, LadderRun};
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -51,11 +50,11 @@ pub struct Line {
 pub struct Runs<'a> {
     /// Engine and variant, retrofits before stocks.
     pub keys: Vec<(&'a str, &'a str)>,
-    runs: Vec<&'a Run>,
+    runs: Vec<&'a LadderRun>,
 }
 
 /// Whether the run gave samples.
-pub fn ran(run: &Run) -> bool {
+pub fn ran(run: &LadderRun) -> bool {
     run.status == "ok"
 }
 
@@ -69,7 +68,7 @@ fn is_retrofit(engine: &str, variant: &str) -> bool {
 
 impl Metric {
     /// The run's value and samples, in seconds or bytes; `None` where it does not tell.
-    pub fn of(self, run: &Run) -> Option<Point> {
+    pub fn of(self, run: &LadderRun) -> Option<Point> {
         let samples: Vec<f64> = match self {
             Self::Prefill => run.samples.iter().map(|s| s.prefill_s).collect(),
             Self::EndToEnd => run.samples.iter().map(|s| s.end_to_end_s).collect(),
@@ -114,7 +113,7 @@ impl<'a> Runs<'a> {
                 return fail(format!("{what} is `ok` but has no samples"));
             }
         }
-        let mut runs: Vec<&Run> = ladder.runs.iter().collect();
+        let mut runs: Vec<&LadderRun> = ladder.runs.iter().collect();
         runs.sort_by_key(|r| r.ctx);
         let mut keys: Vec<(&str, &str)> = vec![];
         for run in &ladder.runs {
@@ -132,7 +131,7 @@ impl<'a> Runs<'a> {
     }
 
     /// The runs of one engine and variant, by context.
-    pub fn runs_of<'s>(&'s self, engine: &'s str, variant: &'s str) -> impl Iterator<Item = &'a Run> + 's {
+    pub fn runs_of<'s>(&'s self, engine: &'s str, variant: &'s str) -> impl Iterator<Item = &'a LadderRun> + 's {
         self.runs.iter().copied().filter(move |r| (r.engine.as_str(), r.variant.as_str()) == (engine, variant))
     }
 

@@ -5,7 +5,7 @@ use super::page::Key;
 use super::series::{ran, Line, Runs};
 use super::target::target;
 use super::theme::Ink;
-use crate::eval::bench::format::{Ladder, Run};
+use crate::eval::report::{Ladder, LadderRun};
 use std::collections::BTreeSet;
 
 /// A ladder with its runs in order.
@@ -54,7 +54,7 @@ impl Sheet<'_> {
 
     /// One line with every run that gave no samples, and why; contexts of one reason together.
     pub fn missed(&self) -> Vec<String> {
-        let why = |r: &Run| -> String { r.status.lines().next().unwrap_or_default().chars().take(80).collect() };
+        let why = |r: &LadderRun| -> String { r.status.lines().next().unwrap_or_default().chars().take(80).collect() };
         let mut groups: Vec<(String, String, Vec<String>)> = vec![];
         for (engine, variant) in &self.runs.keys {
             for run in self.runs.runs_of(engine, variant).filter(|r| !ran(r)) {

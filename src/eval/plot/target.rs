@@ -1,7 +1,7 @@
 //! What was measured, in one line: the beginning of every subtitle.
 
 use super::axis::grouped;
-use crate::eval::bench::format::Header;
+use crate::eval::report::Header;
 
 /// Model, types and device.
 pub fn target(header: &Header) -> String {

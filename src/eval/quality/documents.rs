@@ -1,47 +1,47 @@
 //! The texts that distributions are compared on: the middle of each of several documents.
 //!
-//! A document counts once at a context, with its middle tokens: title pages and tables of contents are left out, and every
-//! context reads around the same place. A document with fewer tokens than a context is not read at that context.
+//! A document counts once at a context, with its middle tokens, so that title pages and tables of contents are left out and every context
+//! reads around the same place. A document with fewer tokens than a context is not read at that context.
 
 use crate::checkpoint::{Checkpoint, OnProgress};
 use crate::cli::short_count;
 use crate::error::{At, Error, Result};
-use crate::eval::bench::prompt::{encode, files, random, RANDOM_IDS};
+use crate::eval::texts::{encode, files, random, RANDOM_IDS};
 use std::path::Path;
 
-/// One text.
+/// A document as ids.
 #[derive(Debug, Clone)]
 pub struct Document {
-    /// Its file, or what stands for it.
+    /// Name of its file, or `random ids` with a number.
     pub name: String,
     ids: Vec<u32>,
 }
 
-/// Several texts of one tokenizer.
+/// Several documents, tokenised alike.
 #[derive(Debug)]
 pub struct Documents {
     all: Vec<Document>,
-    /// What every text begins with.
+    /// Ids that every text begins with.
     begin: Vec<u32>,
 }
 
 /// A stretch of a document.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Part {
-    /// The document's name.
+pub struct Excerpt {
+    /// Name of the document.
     pub document: String,
-    /// Where it begins among the document's tokens.
+    /// Token of the document at which the excerpt begins.
     pub offset: usize,
-    /// What is read.
+    /// Ids of the excerpt, with those that every text begins with.
     pub ids: Vec<u32>,
 }
 
 impl Documents {
-    /// Reads up to `count` documents of `folder` that hold at least `least` tokens, in the order of its manifest; all of them for
-    /// `None`. Where the checkpoint has no tokenizer they are random ids, of up to `most` tokens.
+    /// Reads up to `count` documents of `folder` that hold at least `least` tokens, in the order of its manifest; all of them for `None`.
+    /// For a checkpoint without a tokenizer they are random ids, long enough for excerpts of `most` tokens.
     ///
     /// # Errors
-    /// No documents there, or none that is long enough.
+    /// No documents, or none that is long enough.
     pub fn open(
         checkpoint: &Checkpoint,
         folder: &Path,
@@ -83,15 +83,15 @@ impl Documents {
     }
 
     /// The middle `tokens` of every document that has as many.
-    pub fn parts(&self, tokens: usize) -> Vec<Part> {
+    pub fn excerpts(&self, tokens: usize) -> Vec<Excerpt> {
         let own = tokens.saturating_sub(self.begin.len());
         let enough = self.all.iter().filter(|d| d.ids.len() >= own);
-        let part = |d: &Document| {
+        let excerpt = |d: &Document| {
             let offset = (d.ids.len() - own) / 2;
             let ids = [self.begin.as_slice(), &d.ids[offset..offset + own]].concat();
-            Part { document: d.name.clone(), offset, ids }
+            Excerpt { document: d.name.clone(), offset, ids }
         };
-        enough.map(part).collect()
+        enough.map(excerpt).collect()
     }
 }
 
@@ -100,13 +100,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_are_the_middle_and_begin_as_texts_do() {
+    fn excerpts_are_the_middle_and_begin_as_texts_do() {
         let document = |name: &str, n: u32| Document { name: name.into(), ids: (10..10 + n).collect() };
         let documents = Documents { all: vec![document("a", 100), document("b", 7)], begin: vec![1] };
-        let parts = documents.parts(11);
-        assert_eq!(parts.len(), 1, "b is too short");
-        assert_eq!((parts[0].document.as_str(), parts[0].offset), ("a", 45));
-        assert_eq!(parts[0].ids, [1, 55, 56, 57, 58, 59, 60, 61, 62, 63, 64]);
-        assert_eq!(documents.parts(8).len(), 2);
+        let excerpts = documents.excerpts(11);
+        assert_eq!(excerpts.len(), 1, "b is too short");
+        assert_eq!((excerpts[0].document.as_str(), excerpts[0].offset), ("a", 45));
+        assert_eq!(excerpts[0].ids, [1, 55, 56, 57, 58, 59, 60, 61, 62, 63, 64]);
+        assert_eq!(documents.excerpts(8).len(), 2);
     }
 }

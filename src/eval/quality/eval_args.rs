@@ -1,45 +1,45 @@
-//! The flags that tell what is judged, and on what.
+//! The flags that all quality measurements share: the model under test, its variants and its texts.
 
 use crate::checkpoint::OnProgress;
 use crate::cli::{open_device, parse_size, short_count, Bars, ModelArgs};
 use crate::error::{Error, Result};
+use crate::eval::report::beyond_trained;
 use crate::eval::target::{Target, TargetArgs};
 use crate::eval::variant::Variant;
 use crate::retrofit::RetrofitPlan;
 use clap::Args;
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-/// What is judged, and on what.
+/// The flags that all quality measurements share.
 #[derive(Debug, Args)]
 pub struct EvalArgs {
-    /// What is run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window, sink-tokens,
+    /// Variants to run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window, sink-tokens,
     /// partner, layers, ...), plan=FILE, or kv=1/16 for the window with which the cache takes that share of a dense one; snapkv,
     /// keydiff with budget=N or kv=1/16. A KEY=VALUE belongs to the method before it. May be repeated.
     #[arg(long, value_name = "LIST", default_value = "retrofit")]
     pub variants: Vec<String>,
-    /// Documents, as scripts/fetch_texts.py lays them out. Not read where the model has no tokenizer: then texts are random ids.
+    /// Folder of documents, as scripts/fetch_texts.py lays them out; a model without a tokenizer gets random ids instead.
     #[arg(long, value_name = "DIR", default_value = "texts")]
     pub texts: PathBuf,
     /// Tokens to a prefill chunk.
     #[arg(long, value_name = "TOKENS", default_value = "4096", value_parser = parse_size)]
     pub prefill_chunk: usize,
-    /// Go beyond the positions that the model was trained for; the results say so.
+    /// Allow contexts beyond the positions that the model was trained for; the results say so.
     #[arg(long)]
     pub allow_extrapolation: bool,
-    /// No progress, only warnings and the table.
+    /// Show no progress, only warnings and the table.
     #[arg(long, short)]
     pub quiet: bool,
-    /// Where weights come from and how they are held.
+    /// Source and format of the weights.
     #[command(flatten)]
     pub model: ModelArgs,
 }
 
 impl EvalArgs {
-    /// Opens the checkpoint; weights are not read.
+    /// Opens the model under test; weights are not read.
     ///
     /// # Errors
-    /// A device or a checkpoint that is not there, or weights that cannot be held.
+    /// A device or a checkpoint that does not exist, or weights that are larger than the memory.
     pub fn open(&self, progress: OnProgress) -> Result<Target> {
         self.model.set_threads()?;
         let device = open_device(&self.model.device)?;
@@ -54,10 +54,10 @@ impl EvalArgs {
         Ok(target)
     }
 
-    /// The one retrofit that --variants names.
+    /// The one retrofit that `--variants` names.
     ///
     /// # Errors
-    /// None, several, or a variant of another kind.
+    /// No variant, several, or one that is no retrofit.
     pub fn one_retrofit(&self, target: &Target, ctx: usize) -> Result<(Variant, RetrofitPlan)> {
         let mut variants = target.variants_at(ctx)?;
         let one = variants.pop().filter(|_| variants.is_empty());
@@ -65,24 +65,20 @@ impl EvalArgs {
             .ok_or_else(|| Error::usage("--variants", "one retrofit is studied; name one"))
     }
 
-    /// Refuses contexts that the model was not trained for, or warns of them where that is allowed.
+    /// Refuses contexts beyond the trained length, or warns of them with `--allow-extrapolation`.
     ///
     /// # Errors
-    /// The first context that is too long.
+    /// The contexts that are too long.
     pub fn check_trained(&self, target: &Target, contexts: &[usize], bars: &Bars) -> Result<()> {
         let trained = target.checkpoint().spec.max_positions;
-        let past: BTreeSet<usize> = contexts.iter().copied().filter(|c| *c > trained).collect();
-        let past: Vec<_> = past.into_iter().map(short_count).collect();
-        if past.is_empty() {
-            return Ok(());
-        }
-        let (past, trained) = (past.join(", "), short_count(trained));
+        let Some(beyond) = beyond_trained(trained, contexts.iter().copied()) else { return Ok(()) };
+        let trained = short_count(trained);
         if !self.allow_extrapolation {
             let message =
-                format!("{past}: the model was trained for {trained} positions; --allow-extrapolation goes beyond");
+                format!("{beyond}: the model was trained for {trained} positions; --allow-extrapolation goes beyond");
             return Err(Error::usage("--ctx", message));
         }
-        bars.warn(&format!("trained for {trained} positions: {past} is extrapolated"));
+        bars.warn(&format!("trained for {trained} positions: {beyond} is extrapolated"));
         Ok(())
     }
 }

@@ -1,26 +1,10 @@
-//! `--fail-below` and `--fail-above`: what a run must reach, so that it can guard a CI.
+//! `--fail-below` and `--fail-above`: bounds that a smoke test must keep, so that it can guard a CI.
 
-use super::format::{DocumentScore, Smoke};
-use super::stats::Estimate;
 use crate::cli::short_count;
 use crate::error::{Error, ErrorKind, Result};
+use crate::eval::report::{DocumentMetric, Estimate, Smoke, METRICS};
 
-/// A figure of a document.
-pub type Metric = fn(&DocumentScore) -> f64;
-
-/// What can be asked for and is shown: its name, its figure, and decimals.
-pub const METRICS: &[(&str, Metric, usize)] = &[
-    ("kl", |d| d.kl, 4),
-    ("kl-reverse", |d| d.kl_reverse, 4),
-    ("top1", |d| d.top1, 3),
-    ("overlap", |d| d.overlap, 1),
-    ("loss", |d| d.loss, 3),
-    ("loss-added", |d| d.loss - d.stock_loss, 4),
-    ("greedy", |d| d.greedy_prefix as f64, 1),
-    ("greedy-equal", |d| f64::from(u8::from(d.greedy_equal)), 2),
-];
-
-/// What `--fail-below` says of itself.
+/// The help text of `--fail-below`.
 pub fn help() -> String {
     format!("Fail where the mean of a metric is below a value, such as top1=0.9. May be repeated. Metrics: {}", names())
 }
@@ -33,16 +17,16 @@ fn names() -> String {
 #[derive(Debug, Clone)]
 pub struct Gate {
     name: &'static str,
-    metric: Metric,
+    metric: DocumentMetric,
     bound: f64,
     below: bool,
 }
 
 impl Gate {
-    /// Of both flags.
+    /// The gates of both flags.
     ///
     /// # Errors
-    /// What is not `METRIC=VALUE`, and an unknown metric.
+    /// A value that is not `METRIC=VALUE`, or an unknown metric.
     pub fn parse(below: &[String], above: &[String]) -> Result<Vec<Self>> {
         let both = below.iter().map(|t| (t, true)).chain(above.iter().map(|t| (t, false)));
         both.map(|(text, below)| Self::one(text, below)).collect()
@@ -60,17 +44,17 @@ impl Gate {
         }
     }
 
-    /// Holds every run against every gate.
+    /// Checks every run against every gate.
     ///
     /// # Errors
-    /// All that were missed, in one message.
-    pub fn judge(gates: &[Self], smoke: &Smoke) -> Result<()> {
+    /// All gates that were missed, in one message.
+    pub fn check(gates: &[Self], smoke: &Smoke) -> Result<()> {
         let mut missed = vec![];
         for run in &smoke.runs {
             for gate in gates {
                 let values: Vec<f64> = run.documents.iter().map(gate.metric).collect();
                 let Some(mean) = Estimate::of(&values).map(|e| e.mean) else { continue };
-                // A mean that is no number passes no gate.
+                // A mean that is NaN passes no gate.
                 let kept = if gate.below { mean >= gate.bound } else { mean <= gate.bound };
                 if !kept {
                     let word = if gate.below { "below" } else { "above" };
@@ -93,11 +77,11 @@ impl Gate {
 
 #[cfg(test)]
 mod tests {
-    use super::super::format::{Smoke, SmokeRun, VariantRecord};
     use super::*;
+    use crate::eval::report::{DocumentScore, SmokeRun, VariantRecord};
 
     fn smoke(top1: &[f64]) -> Smoke {
-        let one = |top1: &f64| DocumentScore { top1: *top1, kl: 1.0 - top1, ..DocumentScore::of(&[], &[], &[]) };
+        let one = |top1: &f64| DocumentScore { top1: *top1, kl: 1.0 - top1, ..DocumentScore::default() };
         let run =
             SmokeRun { record: VariantRecord::test("retrofit"), ctx: 4096, documents: top1.iter().map(one).collect() };
         Smoke { runs: vec![run], ..Smoke::test() }
@@ -105,18 +89,18 @@ mod tests {
 
     #[test]
     fn means_are_held_against_bounds_from_both_sides() {
-        let judge = |below: &str, above: &str, top1: &[f64]| {
+        let check = |below: &str, above: &str, top1: &[f64]| {
             let list = |text: &str| if text.is_empty() { vec![] } else { vec![text.to_string()] };
-            Gate::judge(&Gate::parse(&list(below), &list(above)).unwrap(), &smoke(top1))
+            Gate::check(&Gate::parse(&list(below), &list(above)).unwrap(), &smoke(top1))
         };
-        assert!(judge("top1=0.9", "", &[0.875, 0.9375]).is_ok(), "the mean counts");
-        assert!(judge("", "kl=0.1", &[0.9, 0.9]).is_ok());
-        let missed = judge("top1=0.9", "kl=0.1", &[0.8, 0.9]).unwrap_err();
+        assert!(check("top1=0.9", "", &[0.875, 0.9375]).is_ok(), "the mean counts");
+        assert!(check("", "kl=0.1", &[0.9, 0.9]).is_ok());
+        let missed = check("top1=0.9", "kl=0.1", &[0.8, 0.9]).unwrap_err();
         assert_eq!(missed.kind(), ErrorKind::Quality);
         let text = missed.to_string();
         assert!(text.contains("top1 of retrofit at 4k is 0.8500, below 0.9"), "{text}");
         assert!(text.contains("kl of retrofit at 4k is 0.1500, above 0.1"), "{text}");
-        assert!(judge("top1=0.0", "", &[f64::NAN]).is_err(), "what is no number passes no gate");
+        assert!(check("top1=0.0", "", &[f64::NAN]).is_err(), "what is no number passes no gate");
     }
 
     #[test]

@@ -1,29 +1,18 @@
-//! Which heads copy the answer out of the text: retrieval heads (Wu et al. 2024, arXiv:2404.15574).
+//! Retrieval heads, which copy the answer out of the text (Wu et al. 2024, <https://arxiv.org/abs/2404.15574>).
 //!
-//! While the model reads the expected answer token by token, a head scores at a step where the position that it attends to most holds
-//! the very token that comes next, inside the needle. A head's score is its share of such steps; 1 copies always, and most heads
-//! score 0. Only dense layers are asked: a swapped layer may not hold the needle at all.
+//! While the model reads the expected answer token by token, a head scores at a step where the position that it attends to most is that of
+//! the next token inside the needle. A head's score is its share of such steps; 1 copies always, and most heads score 0. Only dense layers
+//! are observed, since a swapped layer may not hold the needle at all.
 
 use super::prompting::Prompt;
 use crate::cache::LayerState;
 use crate::error::Result;
+use crate::eval::report::Head;
 use crate::run::{Observed, Run};
 use candle_core::{DType, Device, Tensor, D};
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// A head that copies.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Head {
-    /// Its layer.
-    pub layer: usize,
-    /// Its index among the layer's query heads.
-    pub head: usize,
-    /// Share of steps at which it attends most to the token that comes next.
-    pub score: f64,
-}
-
-/// Steps at which each head attended most to the next token, and steps in all.
+/// Steps at which each head attended most to the next token, and the number of all steps.
 #[derive(Debug, Default)]
 pub struct Tally {
     hits: BTreeMap<(usize, usize), usize>,
@@ -31,7 +20,7 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Heads that scored, the best first.
+    /// The heads that scored, the best first.
     pub fn heads(&self) -> Vec<Head> {
         let score = |hits: usize| hits as f64 / self.steps.max(1) as f64;
         let one =
@@ -41,13 +30,13 @@ impl Tally {
         heads
     }
 
-    /// Steps that were looked at.
+    /// The number of steps observed.
     pub fn steps(&self) -> usize {
         self.steps
     }
 
-    /// Reads `prompt` and then `answer`, which occurs in it, and counts. A prompt that does not hold the answer's tokens as they are
-    /// counts nothing.
+    /// Reads `prompt` and then `answer`, and counts the heads that copy. A prompt that does not contain the tokens of `answer` counts
+    /// nothing.
     ///
     /// # Errors
     /// As [`Run::forward`].
@@ -76,7 +65,7 @@ impl Tally {
     }
 }
 
-/// The earlier position that each query head of a dense layer attends to most; none for other layers.
+/// The earlier position that each query head of a dense layer attends to most; empty for other layers.
 fn most_attended(seen: &Observed) -> Result<Vec<u32>> {
     let (LayerState::Dense(ring), p) = (seen.state, seen.projections) else { return Ok(vec![]) };
     let qkv = p.project(seen.x, &seen.step.tables[p.rope], false)?;

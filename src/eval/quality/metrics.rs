@@ -1,43 +1,43 @@
-//! How far one set of next-token distributions is from another, position by position, over the whole vocabulary.
+//! Distances between two sets of next-token distributions, position by position, over the whole vocabulary.
 //!
-//! With `p = softmax(a)` of the reference and `q = softmax(b)` of what is judged:
+//! With `p = softmax(a)` of the reference and `q = softmax(b)` of the variant:
 //!
 //! | metric | formula |
 //! |---|---|
-//! | KL | `Σ p (ln p - ln q)`, in nats: what is lost by coding the reference's text with `q` |
+//! | KL | `Σ p (ln p - ln q)`, in nats |
 //! | reverse KL | `Σ q (ln q - ln p)` |
 //! | top 1 | whether both have the same likeliest token |
 //! | overlap | how many tokens are among the likeliest [`TOP`] of both |
 //! | loss | `-ln q(next token)`; its mean's exponential is the perplexity |
 //!
-//! Everything is summed in f64 on the host, over every token: a distance between two lists of likely tokens is another quantity,
-//! and says nothing of what lies outside the lists. Equal logits give exactly 0, equal likeliest tokens and the whole overlap.
+//! Everything is summed in f64 on the host, over every token of the vocabulary: a distance between two lists of likely tokens is another
+//! quantity. Equal logits give exactly 0, equal likeliest tokens and the whole overlap.
 
 use crate::error::{Error, ErrorKind, Result};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-/// Tokens whose overlap is counted.
+/// Likeliest tokens whose overlap is counted.
 pub const TOP: usize = 50;
 
-/// One position.
+/// The metrics at one position.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Position {
-    /// KL from the reference, in nats.
+    /// KL of the variant from the reference, in nats.
     pub kl: f64,
-    /// KL from what is judged.
+    /// KL of the reference from the variant, in nats.
     pub kl_reverse: f64,
     /// Whether the likeliest token is the same.
     pub top1: bool,
-    /// Tokens among the likeliest [`TOP`] of both.
+    /// Number of tokens among the likeliest [`TOP`] of both.
     pub overlap: usize,
-    /// The reference's loss on the next token, in nats.
+    /// Loss of the reference on the next token, in nats.
     pub reference_loss: f64,
-    /// The loss of what is judged.
+    /// Loss of the variant on the next token, in nats.
     pub loss: f64,
 }
 
-/// Logits on the host, with what every comparison needs of them: made once, however often they are compared.
+/// Logits on the host, with everything that a comparison needs of them computed once.
 pub struct Rows {
     vocab: usize,
     values: Vec<f32>,
@@ -47,13 +47,15 @@ pub struct Rows {
 struct Row {
     /// `ln Σ exp(x)`.
     log_sum: f64,
-    /// The [`TOP`] likeliest, rising; of equals the first.
+    /// Ids of the [`TOP`] likeliest tokens, rising; of equals the first.
     likeliest: Vec<u32>,
-    /// The first of the largest, as greedy decode chooses.
+    /// Id of the likeliest token, the first of equals, as greedy decode chooses.
     argmax: usize,
 }
 
 impl Rows {
+    /// Copies `logits` to the host.
+    ///
     /// # Shapes
     /// `logits` f32 `[K, vocab]`, on any device.
     ///
@@ -83,21 +85,21 @@ impl Row {
     }
 }
 
-/// Compares row by row. `next` are the tokens that follow, one for each row.
+/// Compares `reference` and `variant` row by row; `next` holds the token that follows each row's position.
 ///
 /// # Errors
 /// Shapes that differ, or a next token outside the vocabulary.
-pub fn compare(reference: &Rows, judged: &Rows, next: &[u32]) -> Result<Vec<Position>> {
-    let (a, b) = ((reference.rows.len(), reference.vocab), (judged.rows.len(), judged.vocab));
+pub fn compare(reference: &Rows, variant: &Rows, next: &[u32]) -> Result<Vec<Position>> {
+    let (a, b) = ((reference.rows.len(), reference.vocab), (variant.rows.len(), variant.vocab));
     if a != b || next.len() != a.0 || next.iter().any(|id| *id as usize >= a.1) {
         let message = format!("{a:?} and {b:?} logits and {} next tokens do not fit", next.len());
         return Err(Error::new(ErrorKind::Usage, "metrics", message));
     }
-    let one = |(i, id): (usize, &u32)| position(reference.row(i), judged.row(i), *id as usize);
+    let one = |(i, id): (usize, &u32)| position(reference.row(i), variant.row(i), *id as usize);
     Ok(next.par_iter().enumerate().map(one).collect())
 }
 
-/// The loss of every row alone.
+/// The loss on the next token at every row.
 ///
 /// # Shapes
 /// `next` `[K]`; the result `[K]`, in nats.
@@ -125,6 +127,7 @@ fn position((a, of_a): (&[f32], &Row), (b, of_b): (&[f32], &Row), next: usize) -
     }
 }
 
+/// The ids of the [`TOP`] largest of `x`, rising; of equals the first.
 fn likeliest(x: &[f32]) -> Vec<u32> {
     if x.len() <= TOP {
         return (0..x.len() as u32).collect();

@@ -1,24 +1,21 @@
-//! What a retrofit keeps: measured so that it can say no.
+//! Quality: what a variant keeps of the stock model, with confidence intervals and CI gates.
 //!
 //! ```text
-//! documents, tasks --> runner (stock, then each variant, on the same tokens) --> metrics, scores --> JSON, every sample
-//!                                                                                                     |--> table, gate (exit code)
-//!                                                                                                     `--> plot
+//! documents, tasks --> runner (stock, then each variant, on the same tokens) --> metrics, scores --> report (every sample)
 //! ```
 //!
 //! | file | owns |
 //! |---|---|
 //! | [`documents`] | which tokens of real text are read |
-//! | [`tasks`] | prompts whose answer is known, and how answers are scored |
-//! | [`runner`] | one set of weights as one variant after another |
-//! | [`prompting`] | one sample put to a model |
-//! | [`metrics`] | distances between distributions, over the whole vocabulary |
-//! | [`stats`] | means with bootstrap intervals, paired differences |
-//! | [`smoke`], [`gate`] | distributions and greedy text against stock; `--fail-below` |
-//! | [`ruler`], [`needle`], [`answers`], [`join`] | tasks and needle grids put to every variant; answers of several processes as one file |
-//! | [`eval_set`], [`layers`], [`heads`], [`ablate`], [`graph`] | which layers, heads and settings matter |
+//! | [`tasks`] | prompts whose answer is known |
+//! | [`runner`] | one set of weights as one variant after another, and workers side by side |
+//! | [`prompting`] | one sample prompted: its tokens, the greedy answer, the loss on the expected one |
+//! | [`metrics`] | distances between next-token distributions, over the whole vocabulary |
+//! | [`smoke`], [`gate`] | distributions and greedy text against stock; `--fail-below`, `--fail-above` |
+//! | [`ruler`], [`needle`], [`answers`], [`join`] | tasks and needle grids answered by every variant; files joined |
+//! | [`eval_set`], [`layers`], [`heads`], [`ablate`], [`reads`] | which layers, heads and settings matter |
 //! | [`positions`] | the loss by position, beyond the trained length |
-//! | [`mod@format`] | the JSON |
+//! | [`args`], [`eval_args`], [`eval_set_args`], [`sample_args`] | flags |
 
 pub mod ablate;
 pub mod answers;
@@ -27,9 +24,7 @@ pub mod documents;
 pub mod eval_args;
 pub mod eval_set;
 pub mod eval_set_args;
-pub mod format;
 pub mod gate;
-pub mod graph;
 pub mod heads;
 pub mod join;
 pub mod layers;
@@ -37,10 +32,9 @@ pub mod metrics;
 pub mod needle;
 pub mod positions;
 pub mod prompting;
+pub mod reads;
 pub mod ruler;
 pub mod runner;
 pub mod sample_args;
 pub mod smoke;
-pub mod stats;
-mod table;
 pub mod tasks;

@@ -1,48 +1,48 @@
 //! `needle`: one needle over a grid of lengths and depths (Kamradt 2023, <https://github.com/gkamradt/LLMTest_NeedleInAHaystack>).
 
-use super::sample_args::{SampleArgs, Wanted};
-use super::table::grid_table;
+use super::sample_args::{CellSpec, SampleArgs};
 use super::tasks::{needle, Draw, Hay, Sample, NEEDLE};
 use crate::error::Result;
+use crate::eval::report::table::grid_table;
 use clap::{Args, ValueEnum};
 use std::io::Write;
 
-/// What a needle is hidden in.
+/// The text that a needle is hidden in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum In {
     /// Real text.
     Prose,
-    /// RULER's sentences over and over.
+    /// RULER's noise sentences, repeated.
     Noise,
 }
 
-/// A grid.
+/// The flags of `needle`.
 #[derive(Debug, Args)]
 pub struct NeedleArgs {
-    /// Depths, evenly from the context's beginning to its end.
+    /// Number of depths, evenly spaced from the context's beginning to its end.
     #[arg(long, value_name = "N", default_value_t = 11, value_parser = clap::value_parser!(u16).range(2..=101))]
     pub depths: u16,
-    /// What the needle is hidden in.
+    /// Text that the needle is hidden in.
     #[arg(long, default_value = "prose")]
     pub hay: In,
-    /// How samples are made and put; --samples are those of each depth.
+    /// How samples are made and prompted; `--samples` counts those of each depth.
     #[command(flatten)]
-    pub ask: SampleArgs,
+    pub sample: SampleArgs,
 }
 
-/// Runs it and prints a table.
+/// Runs the grid, and prints a table.
 ///
 /// # Errors
 /// Bad flags or files; a variant that cannot be run.
 pub fn run(args: &NeedleArgs) -> Result<()> {
-    let sources = args.ask.sources(None, None)?;
+    let sources = args.sample.sources(None, None)?;
     let depths = usize::from(args.depths);
     let hay = if args.hay == In::Prose { Hay::Essay } else { Hay::Noise };
-    let (sources, seed) = (&sources, args.ask.seed);
-    let one = |length| Wanted {
+    let (sources, seed) = (&sources, args.sample.seed);
+    let cell = |length| CellSpec {
         task: NEEDLE.into(),
         length,
-        count: depths * args.ask.samples,
+        count: depths * args.sample.samples,
         make: Box::new(move |i, count| {
             let depth = (i % depths) as f64 / (depths - 1) as f64;
             let made = needle(sources, hay, depth, Draw { length, seed, index: i / depths }, count)?;
@@ -50,8 +50,8 @@ pub fn run(args: &NeedleArgs) -> Result<()> {
             Ok(Sample { index: i, depth: Some(depth), ..made })
         }),
     };
-    let wanted: Vec<_> = args.ask.lengths().into_iter().map(one).collect();
-    if let Some(answers) = args.ask.run(&wanted, None)? {
+    let cells: Vec<_> = args.sample.lengths().into_iter().map(cell).collect();
+    if let Some(answers) = args.sample.run(&cells, None)? {
         let _ = write!(std::io::stdout(), "{}", grid_table(&answers));
     }
     Ok(())

@@ -1,19 +1,20 @@
-//! One sample put to a model: its prompt as tokens, the greedy answer, the loss on the expected one.
+//! Prompting a model with a sample: the prompt as tokens, the greedy answer, the loss on the expected one.
 
 use super::metrics::{losses, Rows};
 use super::tasks::Sample;
 use crate::checkpoint::Text;
 use crate::error::{Error, Result};
+use crate::eval::report::Kv;
 use crate::generate::{render_chat, watch, Request, Sampler, Sampling};
 use crate::run::Run;
 
-/// How samples are put.
+/// How samples become prompts.
 pub struct Prompting {
-    /// Tokenizer, template and stop tokens.
+    /// Tokenizer, chat template and stop tokens.
     text: Text,
-    /// Whether prompts go into the model's chat template.
+    /// Whether prompts are rendered with the chat template.
     chat: bool,
-    /// Whether a method that evicts does so before it has read the question.
+    /// Whether a method that evicts must do so before it reads the question.
     unseen: bool,
     /// Tokens to a prefill chunk.
     chunk: usize,
@@ -22,26 +23,26 @@ pub struct Prompting {
 /// A sample as tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prompt {
-    /// Read first; then the context is over. Empty where the question is seen.
+    /// Ids that are read before the cache is told that the context is over; empty where methods that evict may see the question.
     pub context: Vec<u32>,
-    /// Read after it.
+    /// Ids that are read after the context.
     pub rest: Vec<u32>,
 }
 
 impl Prompt {
-    /// Tokens in all.
+    /// The number of all ids.
     pub fn tokens(&self) -> usize {
         self.context.len() + self.rest.len()
     }
 
-    /// All ids.
+    /// All ids in order.
     pub fn ids(&self) -> Vec<u32> {
         [self.context.as_slice(), &self.rest].concat()
     }
 }
 
 impl Prompting {
-    /// Of a checkpoint's text side.
+    /// Prompting with the tokenizer and template of `text`.
     ///
     /// # Errors
     /// `chat` without a template.
@@ -52,7 +53,7 @@ impl Prompting {
         }
     }
 
-    /// Tokens that a prompt's text takes, its template with it.
+    /// The number of tokens of a prompt, its chat template included.
     ///
     /// # Errors
     /// A tokenizer or template that fails.
@@ -61,6 +62,7 @@ impl Prompting {
         Ok(template + self.text.encode(prompt, !self.chat)?.len())
     }
 
+    /// `user` in the chat template, or as it is.
     fn rendered(&self, user: &str) -> Result<String> {
         match self.text.template.as_ref().filter(|_| self.chat) {
             Some(template) => render_chat(template, None, user),
@@ -68,10 +70,10 @@ impl Prompting {
         }
     }
 
-    /// What is read for `sample`.
+    /// The prompt of `sample`.
     ///
     /// # Errors
-    /// A template that changes its text; a sample that does not say where its question begins, where that is needed.
+    /// A template that changes the text it is given; a sample that does not say where its question begins, where that is needed.
     pub fn prompt(&self, sample: &Sample) -> Result<Prompt> {
         let rendered = self.rendered(&sample.input)?;
         // A template brings its own space.
@@ -89,7 +91,7 @@ impl Prompting {
         })
     }
 
-    /// The greedy answer: its text, and how many tokens it took.
+    /// The greedy answer of at most `room` tokens: its text, its tokens, and the bytes of the cache.
     ///
     /// # Errors
     /// As [`Run::generate`].
@@ -99,7 +101,7 @@ impl Prompting {
         prompt: &Prompt,
         room: usize,
         on_tokens: &mut dyn FnMut(usize),
-    ) -> Result<(String, usize, crate::eval::bench::format::Kv)> {
+    ) -> Result<(String, usize, Kv)> {
         let before = read_context(run, prompt, self.chunk, on_tokens)?;
         let request = Request {
             prompt: &prompt.rest,
@@ -110,10 +112,10 @@ impl Prompting {
         };
         let mut greedy = Sampler::new(Sampling::GREEDY)?;
         let made = run.generate(&request, &mut greedy, &mut watch(|n| on_tokens(before + n)), &mut watch(|_| ()))?;
-        Ok((self.text.decode(&made.tokens)?, made.tokens.len(), crate::eval::bench::summary::kv(run.cache())))
+        Ok((self.text.decode(&made.tokens)?, made.tokens.len(), Kv::of(run.cache())))
     }
 
-    /// Token ids of an answer.
+    /// The ids of an answer.
     ///
     /// # Errors
     /// A tokenizer that fails.
@@ -122,7 +124,7 @@ impl Prompting {
     }
 }
 
-/// The mean loss of the tokens of `answer` after the prompt, in nats, and whether each is the likeliest.
+/// The mean loss on the tokens of `answer` after the prompt, in nats, and whether each is the likeliest.
 ///
 /// # Errors
 /// As [`Run::prefill`]; an answer without tokens.
@@ -146,7 +148,7 @@ pub fn loss(
     Ok((losses.iter().sum::<f64>() / losses.len() as f64, likeliest))
 }
 
-/// Reads the context and says that it is over; the tokens read.
+/// Reads the context, tells the cache that it is over, and returns the number of tokens read.
 fn read_context(run: &mut Run, prompt: &Prompt, chunk: usize, on_tokens: &mut dyn FnMut(usize)) -> Result<usize> {
     if !prompt.context.is_empty() {
         run.prefill(&prompt.context, chunk, 1, &mut watch(on_tokens))?;

@@ -1,14 +1,14 @@
-//! `ruler`: RULER's tasks, made natively, put to every variant, and scored by its rules.
+//! `ruler`: RULER's tasks, made natively, answered by every variant, and scored by its rules.
 
-use super::sample_args::{SampleArgs, Wanted};
-use super::table::answers_table;
+use super::sample_args::{CellSpec, SampleArgs};
 use super::tasks::{self, Draw, Sample, TASKS};
 use crate::error::{Error, Result};
+use crate::eval::report::table::answers_table;
 use clap::Args;
 use std::io::Write;
 use std::path::PathBuf;
 
-/// RULER.
+/// The flags of `ruler`.
 #[derive(Debug, Args)]
 pub struct RulerArgs {
     /// Tasks by name. all: every one that needs no file, and those whose file is given.
@@ -23,13 +23,13 @@ pub struct RulerArgs {
     /// Samples to read instead of making them: as --export writes them, or as RULER itself does.
     #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["samples", "seed", "squad", "hotpot", "ctx", "export"])]
     pub import: Option<PathBuf>,
-    /// How they are made and put.
+    /// How samples are made and prompted.
     #[command(flatten)]
-    pub ask: SampleArgs,
+    pub sample: SampleArgs,
 }
 
 impl RulerArgs {
-    /// The tasks that are asked for.
+    /// The tasks that `--tasks` names.
     ///
     /// # Errors
     /// An unknown name, or one given twice.
@@ -45,8 +45,8 @@ impl RulerArgs {
         tasks::named(&self.tasks)
     }
 
-    /// Of samples that were read, those of the tasks that are asked for.
-    fn only_asked(&self, mut samples: Vec<Sample>) -> Result<Vec<Sample>> {
+    /// Those of `samples`, which were read from a file, whose task `--tasks` names.
+    fn only_named(&self, mut samples: Vec<Sample>) -> Result<Vec<Sample>> {
         if self.tasks != ["all"] {
             samples.retain(|s| self.tasks.contains(&s.task));
         }
@@ -57,7 +57,7 @@ impl RulerArgs {
     }
 }
 
-/// Runs it and prints a table.
+/// Runs the tasks, and prints a table.
 ///
 /// # Errors
 /// Bad flags or files; a variant that cannot be run.
@@ -69,18 +69,18 @@ pub fn run(args: &RulerArgs) -> Result<()> {
     };
     let missing = tasks::Missing { task: one, max_new_tokens: None };
     let read =
-        args.import.as_ref().map(|f| Ok::<_, Error>((f, args.only_asked(tasks::read(f, missing)?)?))).transpose()?;
-    let sources = args.ask.sources(args.squad.as_ref(), args.hotpot.as_ref())?;
-    let cells = args.ask.lengths().into_iter().flat_map(|length| tasks.iter().map(move |task| (length, *task)));
-    let (sources, seed) = (&sources, args.ask.seed);
-    let wanted = cells.map(|(length, task)| Wanted {
+        args.import.as_ref().map(|f| Ok::<_, Error>((f, args.only_named(tasks::read(f, missing)?)?))).transpose()?;
+    let sources = args.sample.sources(args.squad.as_ref(), args.hotpot.as_ref())?;
+    let cells = args.sample.lengths().into_iter().flat_map(|length| tasks.iter().map(move |task| (length, *task)));
+    let (sources, seed) = (&sources, args.sample.seed);
+    let cells = cells.map(|(length, task)| CellSpec {
         task: task.name.into(),
         length,
-        count: args.ask.samples,
+        count: args.sample.samples,
         make: Box::new(move |index, count| task.sample(sources, Draw { length, seed, index }, count)),
     });
-    let wanted: Vec<_> = wanted.collect();
-    if let Some(answers) = args.ask.run(&wanted, read)? {
+    let cells: Vec<_> = cells.collect();
+    if let Some(answers) = args.sample.run(&cells, read)? {
         let _ = write!(std::io::stdout(), "{}", answers_table(&answers));
     }
     Ok(())

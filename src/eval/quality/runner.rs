@@ -1,4 +1,4 @@
-//! One set of weights, run as one variant after another; and several side by side.
+//! One set of weights, run as one variant after another, by one worker or by several side by side.
 
 use crate::checkpoint::OnProgress;
 use crate::error::{Error, ErrorKind, Result};
@@ -9,22 +9,22 @@ use crate::weights::Weights;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
-/// Weights that are run as one variant after another.
+/// One set of weights, run as one variant after another.
 #[derive(Clone)]
 pub struct Runner {
     weights: Arc<Weights>,
 }
 
 impl Runner {
-    /// Runs over `weights`.
+    /// A runner over `weights`.
     pub fn new(weights: Arc<Weights>) -> Self {
         Self { weights }
     }
 
-    /// Hands `f` a fresh run of `variant`, provisioned for `ctx` positions.
+    /// Calls `f` with a fresh run of `variant`, provisioned for `ctx` positions.
     ///
     /// # Errors
-    /// A variant that does not fit the model, and those of `f`, with the variant named.
+    /// A variant that does not fit the model, and the errors of `f`, with the variant named.
     pub fn run<T>(&self, variant: &Variant, ctx: usize, f: impl FnOnce(&mut Run) -> Result<T>) -> Result<T> {
         let run = || f(&mut Run::new(&self.weights, &variant.method, ctx)?);
         run().map_err(|e| e.within(format!("{} at {ctx}", variant.name)))
@@ -33,33 +33,33 @@ impl Runner {
 
 /// Workers over one copy of the weights; on a GPU each run has a stream of its own.
 ///
-/// Decode of a small model leaves most of a GPU idle, since a step waits for one small kernel after another; other texts fill it.
+/// Decode of a small model leaves most of a GPU idle, since a step waits for one small kernel after another; other workers fill it.
 pub struct Runners(Vec<Runner>);
 
 impl Runners {
-    /// Reads the weights, for `jobs` workers.
+    /// Loads the weights for `jobs` workers.
     ///
     /// # Errors
     /// As [`Target::load`].
-    pub fn load(opened: &Target, jobs: usize, progress: OnProgress) -> Result<Self> {
-        Ok(Self(vec![Runner::new(opened.load(progress)?); jobs.max(1)]))
+    pub fn load(target: &Target, jobs: usize, progress: OnProgress) -> Result<Self> {
+        Ok(Self(vec![Runner::new(target.load(progress)?); jobs.max(1)]))
     }
 
-    /// One of them, for what is done once.
+    /// The first worker, for what is done once.
     pub fn first(&self) -> &Runner {
         &self.0[0]
     }
 
-    /// `f` of every index below `count`, each given to the first runner that is free, in the order of the indices.
+    /// The results of `f` for every index below `count`, in order; each index goes to the first worker that is free.
     ///
     /// # Errors
-    /// One of `f`, after which no index is begun; a thread that panicked.
+    /// An error of `f`, after which no index is begun; a thread that panicked.
     pub fn each<T: Send>(&mut self, count: usize, f: impl Fn(&Runner, usize) -> Result<T> + Sync) -> Result<Vec<T>> {
         side_by_side(&mut self.0, count, &|runner: &mut Runner, i| f(runner, i))
     }
 }
 
-/// Progress of one of several workers: it tells how much it has read by itself, `show` is told how much all of them have.
+/// The progress callback of one of several workers: it takes what this worker has read so far, and calls `show` with the sum over `all`.
 pub fn together<'a>(all: &'a AtomicUsize, show: impl Fn(usize) + 'a) -> impl FnMut(usize) + 'a {
     let mut own = 0;
     move |n: usize| {
@@ -69,7 +69,7 @@ pub fn together<'a>(all: &'a AtomicUsize, show: impl Fn(usize) + 'a) -> impl FnM
     }
 }
 
-/// [`Runners::each`], whatever the workers are.
+/// [`Runners::each`] for workers of any type.
 fn side_by_side<W: Send, T: Send>(
     workers: &mut [W],
     count: usize,

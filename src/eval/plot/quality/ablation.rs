@@ -9,9 +9,7 @@ use super::super::theme::{Ink, GROUP, HAIR, LABEL, MARGIN, PANEL, THIN, TICK};
 use super::super::Figure;
 use super::{read, share_of, title};
 use crate::error::{Error, Result};
-use crate::eval::quality::ablate::{Ablation, Axis, Change};
-use crate::eval::quality::eval_set::Score;
-use crate::eval::quality::stats::Estimate;
+use crate::eval::report::{Ablation, AblationAxis, Change, Estimate, Score};
 use std::path::Path;
 
 /// Height of a row.
@@ -84,7 +82,7 @@ struct Rows<'a> {
 impl<'a> Rows<'a> {
     fn of(changes: &'a [Change], top: f64) -> Self {
         let mut rows = Self { changes: vec![], headings: vec![], top, bottom: top };
-        let mut axes: Vec<Axis> = vec![];
+        let mut axes: Vec<AblationAxis> = vec![];
         for change in changes {
             if !axes.contains(&change.axis) {
                 axes.push(change.axis);
@@ -102,15 +100,15 @@ impl<'a> Rows<'a> {
     }
 }
 
-fn name(axis: Axis) -> &'static str {
+fn name(axis: AblationAxis) -> &'static str {
     match axis {
-        Axis::Partner => "partner rule, at no more bytes",
-        Axis::Window => "window, tokens",
-        Axis::Sinks => "sinks, tokens",
-        Axis::Block => "block, tokens",
-        Axis::Pool => "pooling of keys",
-        Axis::Bias => "bias on summaries, β",
-        Axis::Count => "stages read at once",
+        AblationAxis::Partner => "partner rule, at no more bytes",
+        AblationAxis::Window => "window, tokens",
+        AblationAxis::Sinks => "sinks, tokens",
+        AblationAxis::Block => "block, tokens",
+        AblationAxis::Pool => "pooling of keys",
+        AblationAxis::Bias => "bias on summaries, β",
+        AblationAxis::Count => "stages read at once",
     }
 }
 

@@ -4,7 +4,7 @@ use super::super::Figure;
 use super::cells::Cells;
 use super::{bytes, grid, tasks};
 use crate::error::{Error, Result};
-use crate::eval::quality::answers::{Answers, Cell};
+use crate::eval::report::{Answers, Cell};
 use std::collections::BTreeSet;
 use std::path::Path;
 

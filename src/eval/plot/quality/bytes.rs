@@ -9,8 +9,7 @@ use super::super::theme::{Ink, MARGIN, SERIES, THIN};
 use super::super::Figure;
 use super::cells::Cells;
 use super::{family, title, KEPT};
-use crate::eval::quality::format::VariantRecord;
-use crate::eval::quality::stats::Estimate;
+use crate::eval::report::{Estimate, VariantRecord};
 use std::path::Path;
 
 /// A variant at one length.

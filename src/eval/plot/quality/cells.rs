@@ -1,9 +1,7 @@
 //! Answers in the order in which figures show them.
 
 use super::variants;
-use crate::eval::quality::answers::{Answers, Cell};
-use crate::eval::quality::format::VariantRecord;
-use crate::eval::quality::stats::Estimate;
+use crate::eval::report::{Answers, Cell, Estimate, VariantRecord};
 use std::collections::BTreeSet;
 
 /// Cells that one figure shows: none without answers.

@@ -9,9 +9,7 @@ use super::super::target::target;
 use super::super::theme::{Ink, MARGIN};
 use super::super::Figure;
 use super::{read, title};
-use crate::eval::quality::eval_set::Score;
-use crate::eval::quality::layers::{harm, CurvePoint, Layers, Rank, RankBy};
-use crate::eval::quality::stats::Estimate;
+use crate::eval::report::{harm, CurvePoint, Estimate, Layers, Rank, RankBy, Score};
 
 /// A panel: its title, its figure of a score, and what its values cannot leave.
 type Panel<'a> = (&'static str, Box<dyn Fn(&Score) -> Option<Estimate> + 'a>, (f64, f64));

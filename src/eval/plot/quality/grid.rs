@@ -9,8 +9,7 @@ use super::super::theme::{Ink, Type, GROUP, LABEL, MARGIN, PANEL, THIN, TICK};
 use super::super::Figure;
 use super::cells::Cells;
 use super::{share_of, title};
-use crate::eval::quality::answers::Cell;
-use crate::eval::quality::stats::Estimate;
+use crate::eval::report::{Cell, Estimate};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Variants to a figure: more would not be seen at once.

@@ -9,8 +9,7 @@ use super::super::theme::{Ink, MARGIN, THIN};
 use super::super::Figure;
 use super::{curve, read, title};
 use crate::error::{Error, Result};
-use crate::eval::quality::layers::{harm, Layers, RankBy};
-use crate::eval::quality::stats::Estimate;
+use crate::eval::report::{harm, Estimate, Layers, RankBy};
 use std::path::Path;
 
 /// The figures of the study read from `path`.

@@ -11,7 +11,7 @@
 //! | `ablation` | paired differences of every change from the base | `bfly-ablation` |
 //! | `positions` | the loss by position | `bfly-positions` |
 //!
-//! Intervals are those of [`crate::eval::quality::stats`]: bootstrap, 95%, over documents or samples. Where there is one of these, there is no
+//! Intervals are those of [`crate::eval::report::Estimate`]: bootstrap, 95%, over documents or samples. Where there is one of these, there is no
 //! interval, and none is drawn. `answers` says which figures a file of answers has, and `cells` orders them.
 
 mod ablation;
@@ -36,9 +36,7 @@ pub use smoke::figures as smoke;
 use super::axis::{brief, tokens};
 use super::page::Key;
 use super::theme::Ink;
-use crate::eval::bench::format::Header;
-use crate::eval::quality::eval_set_args::EvalSetRecord;
-use crate::eval::quality::format::VariantRecord;
+use crate::eval::report::{EvalSetRecord, Header, VariantRecord};
 use crate::eviction::RULES;
 
 /// `title`, with a warning where the weights are random.

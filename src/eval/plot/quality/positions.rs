@@ -10,8 +10,7 @@ use super::super::theme::{Ink, MARGIN};
 use super::super::Figure;
 use super::{count, share_of, title, trained_key, variants};
 use crate::error::{Error, Result};
-use crate::eval::quality::positions::{PositionRun, Positions};
-use crate::eval::quality::stats::Estimate;
+use crate::eval::report::{Estimate, PositionRun, Positions};
 use std::path::Path;
 
 /// Points that still have a marker each.

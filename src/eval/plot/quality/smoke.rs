@@ -9,8 +9,7 @@ use super::super::theme::{Ink, LINE, MARGIN, SAMPLE};
 use super::super::Figure;
 use super::{count, title, trained_key, variants};
 use crate::error::{Error, Result};
-use crate::eval::quality::format::{DocumentScore, Smoke, SmokeRun};
-use crate::eval::quality::stats::Estimate;
+use crate::eval::report::{DocumentScore, Estimate, Smoke, SmokeRun};
 use std::collections::BTreeSet;
 use std::path::Path;
 

@@ -9,7 +9,7 @@ use super::super::theme::{Ink, GROUP, HAIR, LABEL, MARGIN, PANEL, THIN, TICK};
 use super::super::Figure;
 use super::cells::Cells;
 use super::{share_of, title};
-use crate::eval::quality::stats::Estimate;
+use crate::eval::report::Estimate;
 
 /// Panels side by side.
 const PER_ROW: usize = 4;

@@ -4,12 +4,10 @@ use super::super::scene::Shape;
 use super::super::tests::assert_tidy;
 use super::super::Figure;
 use super::*;
-use crate::eval::bench::format::{read, Header};
-use crate::eval::quality::ablate::{Ablation, ABLATION};
-use crate::eval::quality::answers::{Answers, Cell, ANSWERS};
-use crate::eval::quality::format::{Smoke, SmokeRun, SMOKE};
-use crate::eval::quality::layers::{Layers, LAYERS};
-use crate::eval::quality::positions::{PositionRun, Positions, POSITIONS};
+use crate::eval::report::{
+    read, Ablation, Answers, Cell, Header, Layers, PositionRun, Positions, Smoke, SmokeRun, ABLATION, ANSWERS, LAYERS,
+    POSITIONS, SMOKE,
+};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -194,9 +192,8 @@ fn no_text_of_answers_overlaps_another() {
                 let at = |d: usize| d as f64 / (depths - 1).max(1) as f64;
                 // Some cells are missing.
                 let asked = (0..depths).filter(|d| (d + l + v) % 7 != 6);
-                cell.answers = asked
-                    .map(|d| crate::eval::quality::answers::Answer { depth: Some(at(d)), ..answer.clone() })
-                    .collect();
+                cell.answers =
+                    asked.map(|d| crate::eval::report::Answer { depth: Some(at(d)), ..answer.clone() }).collect();
                 a.cells.push(cell);
             }
         })
@@ -258,11 +255,10 @@ fn no_text_of_layers_or_ablations_overlaps_another() {
             layers_of(|l| {
                 stretch(&mut l.header);
                 let one = l.single[0].clone();
-                l.single =
-                    (0..126).map(|layer| crate::eval::quality::layers::Single { layer, ..one.clone() }).collect();
+                l.single = (0..126).map(|layer| crate::eval::report::Single { layer, ..one.clone() }).collect();
                 l.order = (0..126).collect();
                 let one = l.curve[0].clone();
-                let kept = |k| crate::eval::quality::layers::CurvePoint { dense: (0..k).collect(), ..one.clone() };
+                let kept = |k| crate::eval::report::CurvePoint { dense: (0..k).collect(), ..one.clone() };
                 l.curve = (0..126).map(kept).collect();
             })
         }),

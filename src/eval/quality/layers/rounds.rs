@@ -1,7 +1,7 @@
-//! Backward elimination (sequential backward selection, Marill and Green 1963): layers are swapped for good, round by round, those first that are missed least by what is left.
+//! Backward elimination of layers (sequential backward selection, Marill and Green 1963, <https://doi.org/10.1109/TIT.1963.1057810>).
 //!
-//! Where two layers can stand in for each other, swapping either alone does nothing, and a ranking by single swaps ends with
-//! neither. Here every round judges the layers that are still dense on top of those already swapped:
+//! Where two layers can stand in for each other, swapping either alone does nothing, and a ranking by single swaps ends with neither.
+//! Here every round scores the layers that are still dense on top of those already swapped:
 //!
 //! ```text
 //! S = {}                                                  // swapped
@@ -10,45 +10,35 @@
 //!     S += the quarter of the layers left, at least one, with the least harm
 //! ```
 //!
-//! The order in which layers are kept is the reverse of that in which they went. It costs about three times as many settings as
+//! The order in which layers are kept is the reverse of that in which they were swapped. It costs about three times as many scores as
 //! swapping every layer once.
 
-use super::Single;
 use crate::error::Result;
-use serde::{Deserialize, Serialize};
+use crate::eval::report::{by_harm, Round, Single};
 
-/// One round after the first, which is the table of single layers.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Round {
-    /// Layers swapped already, rising.
-    pub swapped: Vec<usize>,
-    /// Every layer left, swapped on top of them.
-    pub tried: Vec<Single>,
-}
-
-/// How many of `left` layers go in a round.
+/// The number of layers that a round swaps, of `left`.
 fn quarter(left: usize) -> usize {
     (left / 4).max(1)
 }
 
-/// How many settings the rounds after the first judge, of so many layers.
+/// The number of scores that the rounds after the first take, of so many layers.
 pub fn settings(layers: usize) -> usize {
     let after = |left: &usize| Some(left - quarter(*left)).filter(|left| *left > 1);
     std::iter::successors(after(&layers), after).sum()
 }
 
-/// All layers of `first`, the one to keep longest first, and the rounds that told; `judge` gets what is swapped already and what to
-/// swap on top of it, one at a time.
+/// All layers of `first`, the one to keep longest first, and the rounds after it. `score` takes the layers that are swapped already and
+/// those to swap on top of them, one at a time.
 ///
 /// # Errors
-/// Those of `judge`.
+/// Those of `score`.
 pub fn eliminate(
     first: &[Single],
     harm: impl Fn(&Single) -> f64,
-    mut judge: impl FnMut(&[usize], &[usize]) -> Result<Vec<Single>>,
+    mut score: impl FnMut(&[usize], &[usize]) -> Result<Vec<Single>>,
 ) -> Result<(Vec<usize>, Vec<Round>)> {
     let (mut gone, mut rounds): (Vec<usize>, Vec<Round>) = (vec![], vec![]);
-    let mut left = super::by_harm(first, &harm);
+    let mut left = by_harm(first, &harm);
     while !left.is_empty() {
         // The least harm is at the end.
         let stay = left.len() - quarter(left.len());
@@ -57,8 +47,8 @@ pub fn eliminate(
             let mut swapped = gone.clone();
             swapped.sort_unstable();
             left.sort_unstable();
-            let tried = judge(&swapped, &left)?;
-            left = super::by_harm(&tried, &harm);
+            let tried = score(&swapped, &left)?;
+            left = by_harm(&tried, &harm);
             rounds.push(Round { swapped, tried });
         }
     }
@@ -69,8 +59,7 @@ pub fn eliminate(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eval::quality::eval_set::{AnswerScore, Score};
-    use crate::eval::quality::format::VariantRecord;
+    use crate::eval::report::{AnswerScore, Score, VariantRecord};
 
     fn single(layer: usize, loss: f64) -> Single {
         let answers = vec![AnswerScore { loss, right: false }];
@@ -87,7 +76,7 @@ mod tests {
     fn one_of_two_layers_that_stand_in_for_each_other_is_kept() -> Result<()> {
         let harm = |s: &Single| s.score.answers[0].loss;
         let first: Vec<Single> = (0..8).map(|l| single(l, harm_of(&[l]))).collect();
-        assert!(!super::super::by_harm(&first, harm)[..2].contains(&5), "alone they look harmless");
+        assert!(!by_harm(&first, harm)[..2].contains(&5), "alone they look harmless");
         let mut seen = vec![];
         let (order, rounds) = eliminate(&first, harm, |swapped, left| {
             seen.push((swapped.to_vec(), left.to_vec()));

@@ -1,59 +1,65 @@
-//! Settings of swapped layers, judged side by side.
+//! Scores of swapped layers, computed side by side.
 
-use super::Single;
 use crate::cli::Bars;
 use crate::error::Result;
-use crate::eval::quality::eval_set::{EvalSet, Reference, Score};
+use crate::eval::quality::eval_set::{EvalSet, Reference};
 use crate::eval::quality::heads::Tally;
 use crate::eval::quality::runner::{together, Runner, Runners};
+use crate::eval::report::{Score, Single};
 use crate::eval::variant::Variant;
 use crate::method::Method;
 use crate::retrofit::{ranges, RetrofitPlan};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Which heads copy answers, in the model as it came.
-pub fn retrieval_heads(probe: &EvalSet, runner: &Runner) -> Result<Tally> {
+/// Counts which heads of the stock model copy the answers of `eval_set`.
+pub fn retrieval_heads(eval_set: &EvalSet, runner: &Runner) -> Result<Tally> {
     let mut tally = Tally::default();
-    for (prompt, wanted) in &probe.questions {
-        runner.run(&Variant::stock(), probe.ctx, |run| tally.count(run, prompt, wanted, probe.chunk))?;
+    for (prompt, answer) in &eval_set.questions {
+        runner.run(&Variant::stock(), eval_set.ctx, |run| tally.count(run, prompt, answer, eval_set.chunk))?;
     }
     Ok(tally)
 }
 
-/// What is run, and how far it is.
+/// A study under way.
 pub struct Study<'a, P> {
-    /// The model, as often as settings are judged side by side.
+    /// Workers that compute scores side by side.
     pub runners: &'a mut Runners,
-    /// Stock on the texts.
+    /// Logits of the stock model on the texts.
     pub reference: &'a Reference,
-    /// The plan that swaps some layers.
+    /// Makes the plan that swaps some layers.
     pub plan: &'a P,
-    /// Progress.
+    /// Progress bars.
     pub bars: &'a Bars,
-    /// Tokens read,
+    /// Tokens read so far.
     pub done: AtomicUsize,
-    /// of so many.
+    /// Tokens of the whole study.
     pub total: usize,
-    /// What an earlier run judged: not judged again.
+    /// Scores of an earlier process, which are not computed again.
     pub known: Vec<Score>,
-    /// Hears of everything that is judged anew.
-    pub on_judged: &'a (dyn Fn(&Score) -> Result<()> + Sync),
+    /// Called with every new score.
+    pub on_score: &'a (dyn Fn(&Score) -> Result<()> + Sync),
 }
 
 impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> Study<'_, P> {
-    /// What is left when each of `layers` is swapped, one at a time, on top of `swapped`.
-    pub fn on_top(&mut self, probe: &EvalSet, swapped: &[usize], layers: &[usize]) -> Result<Vec<Single>> {
+    /// The scores with each of `layers` swapped, one at a time, on top of `swapped`.
+    ///
+    /// # Errors
+    /// A plan that does not fit the model; an error of `on_score`.
+    pub fn on_top(&mut self, eval_set: &EvalSet, swapped: &[usize], layers: &[usize]) -> Result<Vec<Single>> {
         let and = |layer: &usize| {
             let mut all = [swapped, &[*layer]].concat();
             all.sort_unstable();
             all
         };
-        let scores = self.judge(probe, &layers.iter().map(and).collect::<Vec<_>>())?;
+        let scores = self.scores(eval_set, &layers.iter().map(and).collect::<Vec<_>>())?;
         Ok(layers.iter().zip(scores).map(|(layer, score)| Single { layer: *layer, score }).collect())
     }
 
-    /// What is left when these layers are swapped, for each set of them.
-    pub fn judge(&mut self, probe: &EvalSet, sets: &[Vec<usize>]) -> Result<Vec<Score>> {
+    /// The score with the layers of each of `sets` swapped.
+    ///
+    /// # Errors
+    /// A plan that does not fit the model; an error of `on_score`.
+    pub fn scores(&mut self, eval_set: &EvalSet, sets: &[Vec<usize>]) -> Result<Vec<Score>> {
         let named = |layers: &Vec<usize>| {
             Ok(match layers.is_empty() {
                 true => Variant::stock(),
@@ -65,24 +71,24 @@ impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> Study<'_, P> {
         };
         let variants = sets.iter().map(named).collect::<Result<Vec<_>>>()?;
         let (bars, done, total, reference) = (self.bars, &self.done, self.total as u64, self.reference);
-        let mut scores: Vec<Option<Score>> = variants.iter().map(|v| self.known(probe, v)).collect();
+        let mut scores: Vec<Option<Score>> = variants.iter().map(|v| self.known(eval_set, v)).collect();
         let missing: Vec<usize> = (0..scores.len()).filter(|i| scores[*i].is_none()).collect();
-        done.fetch_add(probe.tokens() * (scores.len() - missing.len()), Ordering::Relaxed);
+        done.fetch_add(eval_set.tokens() * (scores.len() - missing.len()), Ordering::Relaxed);
         let made = self.runners.each(missing.len(), |runner, i| {
             let show = |n| bars.show("layers", n as u64, total);
-            let score = probe.judge(runner, &variants[missing[i]], reference, &mut together(done, show))?;
-            (self.on_judged)(&score)?;
+            let score = eval_set.score(runner, &variants[missing[i]], reference, &mut together(done, show))?;
+            (self.on_score)(&score)?;
             Ok(score)
         })?;
         missing.into_iter().zip(made).for_each(|(i, score)| scores[i] = Some(score));
         Ok(scores.into_iter().flatten().collect())
     }
 
-    /// What an earlier run found `variant` worth, on the same texts and questions.
-    fn known(&self, probe: &EvalSet, variant: &Variant) -> Option<Score> {
-        let texts = |s: &Score| s.texts.iter().map(|t| &t.document).eq(probe.parts.iter().map(|p| &p.document));
+    /// The score of `variant` on the same texts and questions that an earlier process computed, if there is one.
+    fn known(&self, eval_set: &EvalSet, variant: &Variant) -> Option<Score> {
+        let texts = |s: &Score| s.texts.iter().map(|t| &t.document).eq(eval_set.texts.iter().map(|t| &t.document));
         let same = |s: &&Score| {
-            s.record.plan.as_ref() == variant.method.plan() && s.answers.len() == probe.questions.len() && texts(s)
+            s.record.plan.as_ref() == variant.method.plan() && s.answers.len() == eval_set.questions.len() && texts(s)
         };
         self.known.iter().find(same).cloned()
     }

@@ -1,7 +1,7 @@
 //! What needles are hidden in: one repeated noise, or real prose cut into sentences.
 
 use crate::error::{At, Error, Result};
-use crate::eval::bench::prompt::files;
+use crate::eval::texts::files;
 use std::path::Path;
 
 /// The noise of RULER: five sentences that say nothing, one line of the context.

@@ -72,15 +72,15 @@ mod niah;
 mod qa;
 mod rng;
 mod sample;
-mod score;
+
 mod vt;
 mod words;
 
+pub use crate::eval::report::Rule;
 pub use hay::{Hay, Prose, NOISE};
 pub use qa::Questions;
 pub use rng::Rng;
 pub use sample::{prove_replaceable, read, write, Missing, Sample};
-pub use score::Rule;
 pub use words::Words;
 
 use crate::checkpoint::OnProgress;

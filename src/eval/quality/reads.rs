@@ -1,4 +1,4 @@
-//! What a plan's queries read at the measured positions: whether two plans differ there at all, and how many summaries they read.
+//! What the measured queries of a plan read: whether two plans differ there at all, and how many summaries a query reads.
 
 use crate::error::Result;
 use crate::layout::Layout;
@@ -6,22 +6,22 @@ use crate::retrofit::{Pool, RetrofitPlan};
 use crate::spec::ModelSpec;
 use std::ops::Range;
 
-/// What the measured queries of a plan read.
+/// What the measured queries of a plan read; equal for two plans whose measured queries read the same.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Graph {
+pub struct Reads {
     layers: Vec<usize>,
-    /// Window, alignment, sinks, block size: what is read raw.
-    raw: (usize, String, usize, usize),
-    /// Per swapped layer, per measured block: the blocks whose summaries are read.
+    /// Window, alignment, sinks and block size, which decide the exact positions that are read.
+    exact: (usize, String, usize, usize),
+    /// Blocks whose summaries are read, per swapped layer and measured block.
     routes: Vec<Vec<Vec<usize>>>,
-    /// Per measured block: its measured queries.
+    /// Number of measured queries per measured block.
     queries: Vec<usize>,
-    /// How summaries are made and scored; nothing where none is read.
+    /// How summaries are pooled and scored; `None` where none is read.
     summaries: Option<(Pool, String, u64)>,
 }
 
-impl Graph {
-    /// Of `plan` for `spec`, provisioned for `ctx`, at `positions`.
+impl Reads {
+    /// The reads of `plan` for `spec`, provisioned for `ctx`, by the queries at `positions`.
     ///
     /// # Errors
     /// A plan that does not fit the model.
@@ -35,7 +35,7 @@ impl Graph {
         let any = routes.iter().flatten().any(|r| !r.is_empty());
         Ok(Self {
             layers: plan.layers.clone(),
-            raw: (s.window, format!("{:?}", s.window_align), s.sink_tokens, s.block),
+            exact: (s.window, format!("{:?}", s.window_align), s.sink_tokens, s.block),
             summaries: any.then(|| (s.pool, format!("{:?}", s.far_position), s.summary_bias.to_bits())),
             routes,
             queries,
@@ -58,30 +58,30 @@ mod tests {
     use crate::checkpoint::Checkpoint;
     use crate::retrofit::Settings;
 
-    fn graph(settings: Settings) -> Graph {
+    fn reads(settings: Settings) -> Reads {
         let spec = Checkpoint::random("tests/fixtures/shapes/qwen2.5-0.5b", 0).unwrap().spec;
         let plan = RetrofitPlan::new(&spec, None, settings).unwrap();
-        Graph::of(&spec, &plan, 8192, 8000..8192).unwrap()
+        Reads::of(&spec, &plan, 8192, 8000..8192).unwrap()
     }
 
     #[test]
     fn what_is_never_read_makes_no_difference() {
         let local = Settings { partner: "local".into(), ..Settings::default() };
         let biased = Settings { summary_bias: 1.0, ..local.clone() };
-        assert_eq!(graph(local.clone()), graph(biased.clone()), "a bias on summaries that no query reads");
+        assert_eq!(reads(local.clone()), reads(biased.clone()), "a bias on summaries that no query reads");
         let read = Settings { partner: "causal_shift".into(), ..biased };
-        assert_ne!(graph(read.clone()), graph(Settings { summary_bias: 0.0, ..read }));
+        assert_ne!(reads(read.clone()), reads(Settings { summary_bias: 0.0, ..read }));
         // A seed matters to one rule only.
         let seeded = |partner: &str, seed| Settings { partner: partner.into(), seed, ..Settings::default() };
-        assert_eq!(graph(seeded("xor", 1)), graph(seeded("xor", 2)));
-        assert_ne!(graph(seeded("random", 1)), graph(seeded("random", 2)));
-        assert_ne!(graph(local.clone()), graph(Settings { window: 1024, ..local }));
+        assert_eq!(reads(seeded("xor", 1)), reads(seeded("xor", 2)));
+        assert_ne!(reads(seeded("random", 1)), reads(seeded("random", 2)));
+        assert_ne!(reads(local.clone()), reads(Settings { window: 1024, ..local }));
     }
 
     #[test]
     fn summaries_are_counted_per_layer_and_query() {
         let count = |partner: &str, partner_count| {
-            graph(Settings { partner: partner.into(), partner_count, ..Settings::default() }).summaries_per_query()
+            reads(Settings { partner: partner.into(), partner_count, ..Settings::default() }).summaries_per_query()
         };
         assert_eq!(count("local", 1), 0.0);
         // Blocks 62 and 63 of 64: 5, 10, 20 and 40 blocks back all exist.

@@ -1,63 +1,16 @@
-//! Results as people read them.
+//! Answers: scores by task, or by the depth of a needle.
 
-use super::answers::{Answers, Cell};
-use super::format::Smoke;
-use super::gate::{Metric, METRICS};
-use super::stats::Estimate;
+use super::{columns, extrapolated};
 use crate::cli::short_count;
-use crate::eval::bench::format::Header;
-use crate::eval::bench::table::columns;
+use crate::eval::report::{Answers, Cell, Estimate};
 use std::collections::BTreeSet;
 
-/// Metrics that a terminal has room for; the rest is in the JSON.
-const SHOWN: [&str; 6] = ["kl", "top1", "overlap", "loss-added", "greedy", "greedy-equal"];
-
-/// One row per context and variant: means over documents, with 95% intervals.
-pub fn smoke_table(smoke: &Smoke) -> String {
-    let mut head = ["ctx", "variant", "texts", "KV of dense", "stock ppl", "ppl"].map(String::from).to_vec();
-    let shown: Vec<&(&str, Metric, usize)> = METRICS.iter().filter(|(name, ..)| SHOWN.contains(name)).collect();
-    head.extend(shown.iter().map(|(name, ..)| name.to_string()));
-    let mut rows = vec![head];
-    for run in &smoke.runs {
-        let of = |f: &dyn Fn(&super::format::DocumentScore) -> f64| {
-            Estimate::of(&run.documents.iter().map(f).collect::<Vec<_>>())
-        };
-        let perplexity = |loss: Option<Estimate>| loss.map_or("-".into(), |e| format!("{:.2}", e.mean.exp()));
-        let mut row = vec![
-            short_count(run.ctx),
-            run.record.variant.clone(),
-            run.documents.len().to_string(),
-            format!("{:.4}x", run.record.share_of_dense()),
-            perplexity(of(&|d| d.stock_loss)),
-            perplexity(of(&|d| d.loss)),
-        ];
-        row.extend(shown.iter().map(|(_, metric, decimals)| of(metric).map_or("-".into(), |e| e.show(*decimals))));
-        rows.push(row);
-    }
-    let remark = extrapolated(&smoke.header, smoke.runs.iter().map(|r| r.ctx));
-    let about = format!(
-        "last {} positions of each text; KL in nats over the whole vocabulary, overlap of {} tokens, greedy of {} tokens; means over texts \
-         with 95% intervals (bootstrap)\n",
-        smoke.positions, smoke.top, smoke.greedy_tokens
-    );
-    columns(&rows) + &about + &remark
-}
-
-/// A line that says so where a context is beyond what the model was trained for.
-pub fn extrapolated(header: &Header, contexts: impl IntoIterator<Item = usize>) -> String {
-    let trained = header.trained_positions;
-    match contexts.into_iter().any(|c| c > trained) {
-        true => format!("trained for {} positions: what is beyond is extrapolated\n", short_count(trained)),
-        false => String::new(),
-    }
-}
-
-/// Lengths that were asked at, rising.
+/// The lengths of all cells, rising.
 fn lengths(answers: &Answers) -> BTreeSet<usize> {
     answers.cells.iter().map(|c| c.length).collect()
 }
 
-/// Values of `f` in order of first occurrence, each once.
+/// The values of `f` in order of first occurrence, each once.
 fn distinct<'a, T: PartialEq>(cells: &[&'a Cell], f: impl Fn(&'a Cell) -> T) -> Vec<T> {
     let mut found = vec![];
     for value in cells.iter().map(|c| f(c)) {
@@ -68,7 +21,7 @@ fn distinct<'a, T: PartialEq>(cells: &[&'a Cell], f: impl Fn(&'a Cell) -> T) -> 
     found
 }
 
-/// For each length one row per variant: the mean score of every task in percent, and the mean over all with its interval.
+/// Renders `answers`: for each length one row per variant, with the mean score of every task in percent and the mean over tasks.
 pub fn answers_table(answers: &Answers) -> String {
     let mut out = String::new();
     for length in lengths(answers) {
@@ -98,13 +51,13 @@ pub fn answers_table(answers: &Answers) -> String {
         + &extrapolated(&answers.header, lengths(answers))
 }
 
-/// The mean over tasks, each with the same weight; samples are drawn again within their task.
+/// The mean over tasks, each with the same weight; samples are resampled within their task.
 fn mean_score(cells: &[&Cell]) -> Option<Estimate> {
     let groups: Vec<Vec<f64>> = cells.iter().map(|c| c.independent()).collect();
     Estimate::of_groups(&groups)
 }
 
-/// For each length and variant one row, a column per depth.
+/// Renders `answers` of a grid: for each length and variant one row, with a column per depth.
 pub fn grid_table(answers: &Answers) -> String {
     let mut out = String::new();
     for length in lengths(answers) {

@@ -1,51 +1,50 @@
-//! The prompts: prefixes of one stream of token ids, made once.
+//! Real text as token ids: folders of documents, and prompts that are prefixes of one stream of them.
 //!
-//! The stream is a folder of documents in the order of its manifest (scripts/fetch_texts.py), each read once, so that no prompt
-//! repeats itself. Where a model has no tokenizer it is random ids.
+//! A stream is a folder of documents in the order of its manifest (scripts/fetch_texts.py), each read once, so that no prompt repeats
+//! itself. For a model without a tokenizer it is random ids.
 
-use super::format::Prompt;
+use super::report::{hash, PromptSource};
 use crate::checkpoint::{splitmix, Checkpoint, OnProgress, Text};
 use crate::error::{At, Error, Result};
 use rayon::prelude::*;
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// `documents` of a stream without text.
+/// Name that stands for the documents of a stream of random ids.
 pub const RANDOM_IDS: &str = "random ids";
 
-/// Text is handed to the tokenizer in pieces of about so many bytes, which end where a paragraph does.
+/// Bytes, about, of the pieces in which text is tokenised; each ends where a paragraph does.
 const PIECE: usize = 32 << 10;
-/// Pieces between two looks at how many ids there are.
+/// Pieces that are tokenised in parallel before the ids are counted.
 const BATCH: usize = 64;
 
 #[derive(Deserialize)]
 struct Manifest {
-    documents: Vec<Document>,
+    documents: Vec<ManifestEntry>,
 }
 
 #[derive(Deserialize)]
-struct Document {
+struct ManifestEntry {
     order: usize,
     file: String,
 }
 
-/// A stream of ids and where it comes from.
-pub struct Stream {
-    /// The ids.
+/// A stream of ids, and where it comes from.
+pub struct TextStream {
+    /// Ids of the stream.
     pub ids: Vec<u32>,
-    /// Names of the documents that they are of.
+    /// Names of the documents that the ids are of.
     pub documents: Vec<String>,
-    /// Seconds for making it.
+    /// Seconds for making the stream.
     pub seconds: f64,
 }
 
-impl Stream {
-    /// At least `tokens` ids for `checkpoint`: of the documents in `folder`, or random ones where it has no tokenizer.
+impl TextStream {
+    /// At least `tokens` ids for `checkpoint`: of the documents in `folder`, or drawn from `seed` where it has no tokenizer.
     ///
     /// # Errors
-    /// No documents there, or too few.
+    /// No documents, or too few; a tokenizer that fails or gives an id outside the model's vocabulary.
     pub fn open(
         checkpoint: &Checkpoint,
         folder: &Path,
@@ -66,9 +65,9 @@ impl Stream {
         Ok(Self { ids, documents, seconds: begin.elapsed().as_secs_f64() })
     }
 
-    /// What reports say of its first `tokens` ids.
-    pub fn describe(&self, tokens: usize) -> Prompt {
-        Prompt {
+    /// What results say of a prompt of the first `tokens` ids.
+    pub fn describe(&self, tokens: usize) -> PromptSource {
+        PromptSource {
             documents: self.documents.clone(),
             tokens,
             sha256: hash(&self.ids[..tokens]),
@@ -77,19 +76,8 @@ impl Stream {
     }
 }
 
-/// SHA-256 of ids as little-endian u32.
-pub fn hash(ids: &[u32]) -> String {
-    let digest = Sha256::digest(bytes(ids));
-    digest.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-/// Ids as little-endian u32.
-pub fn bytes(ids: &[u32]) -> Vec<u8> {
-    ids.iter().flat_map(|id| id.to_le_bytes()).collect()
-}
-
-/// Random ids, of which a shorter stream is a prefix.
-pub(crate) fn random(tokens: usize, vocab: usize, seed: u64) -> Vec<u32> {
+/// Random ids below `vocab`; a shorter stream of the same seed is a prefix.
+pub fn random(tokens: usize, vocab: usize, seed: u64) -> Vec<u32> {
     (0..tokens as u64).map(|i| (splitmix(seed, i) % vocab as u64) as u32).collect()
 }
 
@@ -121,11 +109,12 @@ fn read(text: &Text, folder: &Path, tokens: usize, progress: OnProgress) -> Resu
     Ok((ids, documents))
 }
 
-/// Ids of one document, without what begins a text. `go_on` hears how many there are, and says whether more are wanted.
+/// Ids of one document, without the tokens that begin a text. `go_on` is called with the number of ids so far, and says whether more
+/// are wanted.
 ///
 /// # Errors
 /// A tokenizer that fails.
-pub(crate) fn encode(text: &Text, content: &str, go_on: &mut dyn FnMut(usize) -> bool) -> Result<Vec<u32>> {
+pub fn encode(text: &Text, content: &str, go_on: &mut dyn FnMut(usize) -> bool) -> Result<Vec<u32>> {
     let mut ids = vec![];
     for batch in pieces(content).chunks(BATCH) {
         let parts: Result<Vec<_>> = batch.par_iter().map(|piece| text.encode(piece, false)).collect();
@@ -140,8 +129,8 @@ pub(crate) fn encode(text: &Text, content: &str, go_on: &mut dyn FnMut(usize) ->
 /// The documents of a folder in the order of its manifest.
 ///
 /// # Errors
-/// No manifest there, or one that lists a document twice or outside the folder.
-pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+/// No manifest, or one that lists a document twice or outside the folder.
+pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let manifest = folder.join("manifest.json");
     if !manifest.exists() {
         let message = "holds no manifest.json; fetch the texts with scripts/fetch_texts.py";
@@ -164,7 +153,7 @@ pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(found.documents.iter().map(|d| folder.join(&d.file)).collect())
 }
 
-/// Cuts `text` after paragraphs, or anywhere where a paragraph is too long.
+/// `text` cut after paragraphs, or anywhere where a paragraph is too long.
 fn pieces(text: &str) -> Vec<&str> {
     let (mut pieces, mut rest) = (vec![], text);
     while rest.len() > PIECE {
@@ -201,11 +190,5 @@ mod tests {
         assert!(ids.iter().all(|id| *id < 50) && (0..50).all(|id| ids.contains(&id)));
         assert_eq!(ids[..100], random(100, 50, 3), "a shorter stream is a prefix");
         assert_ne!(ids[..100], random(100, 50, 4));
-    }
-
-    #[test]
-    fn hashes_are_of_little_endian_words() {
-        // printf '\x01\0\0\0\0\x01\0\0' | sha256sum
-        assert_eq!(hash(&[1, 256]), "242045e2f1bb37769b514f182fd91b3d215324cb57f187cced1e9c62921dbac3");
     }
 }

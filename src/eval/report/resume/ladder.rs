@@ -1,58 +1,25 @@
-//! Files of results: written whole after every sample, and a ladder's taken up again where it was cut off.
+//! A ladder's file: written whole after every timed run.
 
-use super::format::{kind_of, read, Header, Ladder, Run, LADDER};
-use crate::cli::Output;
+use super::{another, header_difference, show, Difference};
 use crate::error::{Error, Result};
+use crate::eval::report::{prove_writable, read, save, Ladder, LadderRun, LADDER};
 use std::path::{Path, PathBuf};
 
-/// `status` of a run that gave samples, or that stayed within its budget.
-pub const OK: &str = "ok";
 /// A run that takes longer is repeated only once.
 const LONG_S: f64 = 30.0;
 
 /// A ladder and where it is kept.
 pub struct LadderFile {
     path: PathBuf,
-    /// What is in it.
+    /// Content of the file.
     pub ladder: Ladder,
-}
-
-/// Refuses a place that cannot be written to, before anything is measured.
-///
-/// # Errors
-/// Which place, and why.
-pub fn prove_writable(path: &Path) -> Result<()> {
-    Output::reserve(path, "--out").map(drop)
-}
-
-/// Refuses a place that cannot be written to, and one that holds anything but earlier results of `kind`.
-///
-/// # Errors
-/// Which place, and why.
-pub fn prove_replaceable(path: &Path, kind: &str) -> Result<()> {
-    let fault = |json: bool| {
-        let found = if json { kind_of(path).ok().filter(|k| k != "none") } else { None };
-        let found = found.as_deref().unwrap_or("no file of results");
-        Ok((found != kind).then(|| format!("is {found}; only results of kind `{kind}` are replaced")))
-    };
-    Output::reserve_over(path, "--out", fault).map(drop)
-}
-
-/// Puts `results` in place at `path`, whole.
-///
-/// # Errors
-/// No way to write there.
-pub fn save(path: &Path, results: &impl serde::Serialize) -> Result<()> {
-    let mut bytes = serde_json::to_vec(results).map_err(|e| Error::format(path.display(), e))?;
-    bytes.push(b'\n');
-    Output::reserve(path, "--out")?.write(&bytes)
 }
 
 /// Reads what an earlier ladder left at `path`, after proving that the place can be written to.
 ///
 /// # Errors
-/// No way to write there, or a file that is no ladder of this form.
-pub fn earlier(path: &Path) -> Result<Option<Ladder>> {
+/// A place that cannot be written to, or a file that is no ladder of this form.
+pub fn earlier_ladder(path: &Path) -> Result<Option<Ladder>> {
     prove_writable(path)?;
     match path.exists() {
         true => read(path, LADDER).map(Some),
@@ -78,19 +45,22 @@ impl LadderFile {
     }
 
     /// Puts the file in place, whole.
+    ///
+    /// # Errors
+    /// A place that cannot be written to.
     pub fn save(&self) -> Result<()> {
         save(&self.path, &self.ladder)
     }
 
     /// The run of an engine's variant at `ctx`.
-    pub fn run(&self, names: (&str, &str), ctx: usize) -> Option<&Run> {
-        self.ladder.runs.iter().find(|r| ((r.engine.as_str(), r.variant.as_str()), r.ctx) == (names, ctx))
+    pub fn run(&self, names: (&str, &str), ctx: usize) -> Option<&LadderRun> {
+        self.ladder.runs.iter().find(|r| (r.names(), r.ctx) == (names, ctx))
     }
 
-    /// Runs of `repeats` that are yet to come. One that takes long is wanted only twice, and one that did not fit no more.
+    /// The number of runs of `repeats` that are yet to come. A long one is timed only twice, and one that was out of memory no more.
     pub fn missing(&self, names: (&str, &str), ctx: usize, repeats: usize) -> usize {
         let Some(run) = self.run(names, ctx) else { return repeats };
-        if run.status != OK {
+        if !run.ran() {
             return 0;
         }
         let long = run.samples.first().is_some_and(|s| s.end_to_end_s > LONG_S);
@@ -98,9 +68,9 @@ impl LadderFile {
         wanted.saturating_sub(run.samples.len())
     }
 
-    /// The same, put there as `empty` where there is none.
-    pub fn run_or(&mut self, empty: Run) -> &mut Run {
-        let same = |r: &Run| (&r.engine, &r.variant, r.ctx) == (&empty.engine, &empty.variant, empty.ctx);
+    /// The run of the same names and context as `empty`, which is put there if there is none.
+    pub fn run_or(&mut self, empty: LadderRun) -> &mut LadderRun {
+        let same = |r: &LadderRun| (r.names(), r.ctx) == (empty.names(), empty.ctx);
         let at = self.ladder.runs.iter().position(same).unwrap_or_else(|| {
             self.ladder.runs.push(empty);
             self.ladder.runs.len() - 1
@@ -112,9 +82,8 @@ impl LadderFile {
     ///
     /// # Errors
     /// What differs.
-    pub fn check(&self, like: &Run) -> Result<()> {
-        let mut same_name =
-            self.ladder.runs.iter().filter(|r| (&r.engine, &r.variant) == (&like.engine, &like.variant));
+    pub fn check(&self, like: &LadderRun) -> Result<()> {
+        let mut same_name = self.ladder.runs.iter().filter(|r| r.names() == like.names());
         let other = same_name.find_map(|r| {
             let version = (r.version != like.version).then(|| ("version", show(&r.version), show(&like.version)));
             let plan = (r.plan != like.plan).then(|| ("plan", show(&r.plan), show(&like.plan)));
@@ -134,7 +103,7 @@ impl LadderFile {
     }
 }
 
-/// The first thing that keeps `fresh` from going on where `earlier` stopped: its name, what it was and what it is.
+/// The first thing that keeps `fresh` from going on where `earlier` stopped.
 fn difference(earlier: &Ladder, fresh: &Ladder) -> Option<Difference> {
     let pairs = [
         ("--decode", earlier.decode_tokens.to_string(), fresh.decode_tokens.to_string()),
@@ -144,35 +113,7 @@ fn difference(earlier: &Ladder, fresh: &Ladder) -> Option<Difference> {
     header_difference(&earlier.header, &fresh.header).or(pairs.into_iter().find(|(_, was, now)| was != now))
 }
 
-/// What differs, what it was, and what it is.
-pub type Difference = (&'static str, String, String);
-
-/// Refuses to go on with the results at `path`, which are of something else.
-pub fn another(path: &Path, (what, was, now): Difference) -> Error {
-    let message = format!("was measured with another {what}: {was} there, {now} here; choose another --out");
-    Error::usage(format!("--out {}", path.display()), message)
-}
-
-/// The first thing in which two results are not of the same model, machine and build.
-pub fn header_difference(was: &Header, now: &Header) -> Option<Difference> {
-    let pairs = [
-        ("build (git_sha)", was.git_sha.clone(), now.git_sha.clone()),
-        ("machine", show(&was.machine), show(&now.machine)),
-        ("--model", was.name.clone(), now.name.clone()),
-        ("--random-weights", show(&was.random_weights), show(&now.random_weights)),
-        ("--model", show(&was.model), show(&now.model)),
-        ("number of parameters", was.parameters.to_string(), now.parameters.to_string()),
-        ("--dtype", was.dtype.clone(), now.dtype.clone()),
-        ("type of keys and values", was.kv_dtype.clone(), now.kv_dtype.clone()),
-    ];
-    pairs.into_iter().find(|(_, was, now)| was != now)
-}
-
-fn show(value: &impl serde::Serialize) -> String {
-    serde_json::to_string(value).unwrap_or_default()
-}
-
-/// Refuses an earlier prompt that is no prefix of what `hash` gives for its length.
+/// Refuses an earlier ladder whose prompt is not the one that `hash` gives for its length.
 ///
 /// # Errors
 /// Another text.

@@ -1,37 +1,55 @@
-//! Means with intervals: the percentile bootstrap (Efron 1979, <https://doi.org/10.1214/aos/1176344552>), seeded.
+//! Medians and percentiles, and means with confidence intervals: the percentile bootstrap (Efron 1979,
+//! <https://doi.org/10.1214/aos/1176344552>), seeded.
 //!
-//! What is drawn again is whatever varies independently: documents, or samples of a task. Positions of one document do not, so a
-//! document counts once, with its mean. Two variants are compared by their differences on the same documents or samples: what
+//! The bootstrap resamples whatever varies independently: documents, or samples of a task. Positions of one document do not, so a
+//! document counts once, with its mean. Two variants are compared by their paired differences on the same documents or samples: what
 //! they have in common (an easy text, a hard question) falls out.
 
 use crate::checkpoint::splitmix;
 use serde::{Deserialize, Serialize};
 
-/// Resamples.
+/// Number of resamples.
 const DRAWS: usize = 4000;
-/// Share of them inside the interval.
+/// Confidence level of the interval.
 const LEVEL: f64 = 0.95;
 
-/// A mean and its 95% interval; with fewer than two values the interval is unknown.
+/// The middle of `values`, or the mean of the middle two; `None` of nothing.
+pub fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let upper = sorted.get(sorted.len() / 2)?;
+    let lower = sorted.get(sorted.len().checked_sub(1)? / 2)?;
+    Some((lower + upper) / 2.0)
+}
+
+/// The smallest value that at least `share` of all values do not exceed; `None` of nothing.
+pub fn percentile(values: &[f64], share: f64) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (share * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.max(1) - 1).copied()
+}
+
+/// A mean and its 95% confidence interval; with fewer than two values the interval is unknown.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
-    /// The mean.
+    /// Mean of the values.
     pub mean: f64,
-    /// Lower end.
+    /// Lower end of the interval.
     pub low: Option<f64>,
-    /// Upper end.
+    /// Upper end of the interval.
     pub high: Option<f64>,
-    /// Values.
+    /// Number of values.
     pub n: usize,
 }
 
 impl Estimate {
-    /// Of independent values; `None` of none.
+    /// The estimate of independent `values`; `None` of nothing.
     pub fn of(values: &[f64]) -> Option<Self> {
         Self::of_groups(&[values])
     }
 
-    /// The mean over groups of the mean of each, whose values are drawn again within it; `None` of nothing.
+    /// The mean over `groups` of the mean of each; values are resampled within their group. `None` of nothing.
     pub fn of_groups(groups: &[impl AsRef<[f64]>]) -> Option<Self> {
         let groups: Vec<&[f64]> = groups.iter().map(AsRef::as_ref).filter(|g| !g.is_empty()).collect();
         let n: usize = groups.iter().map(|g| g.len()).sum();
@@ -56,18 +74,18 @@ impl Estimate {
         Some(Self { mean: whole, low: Some(at(outside)), high: Some(at(1.0 - outside)), n })
     }
 
-    /// Of `a - b`, pair by pair; `None` where they are not pairs.
+    /// The estimate of `a - b`, pair by pair; `None` where the lengths differ or there is no pair.
     pub fn of_differences(a: &[f64], b: &[f64]) -> Option<Self> {
         let differences: Vec<f64> = a.iter().zip(b).map(|(x, y)| x - y).collect();
         (a.len() == b.len()).then(|| Self::of(&differences)).flatten()
     }
 
-    /// Whether zero lies outside the interval.
+    /// Whether the interval excludes zero.
     pub fn differs(&self) -> bool {
         self.low.is_some_and(|low| low > 0.0) || self.high.is_some_and(|high| high < 0.0)
     }
 
-    /// `0.123 [0.101, 0.150]`.
+    /// The mean with its interval as text, such as `0.123 [0.101, 0.150]`.
     pub fn show(&self, decimals: usize) -> String {
         match (self.low, self.high) {
             (Some(low), Some(high)) => {
@@ -81,6 +99,14 @@ impl Estimate {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn medians_and_percentiles_are_those_of_the_definition() {
+        let medians = [&[][..], &[3.0], &[4.0, 1.0], &[9.0, 1.0, 2.0]].map(median);
+        assert_eq!(medians, [None, Some(3.0), Some(2.5), Some(2.0)]);
+        let hundred: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!((percentile(&hundred, 0.95), percentile(&[], 0.5)), (Some(95.0), None));
+    }
 
     #[test]
     fn the_interval_is_that_of_the_normal_for_many_values() {

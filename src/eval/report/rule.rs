@@ -1,7 +1,7 @@
 //! How an answer is scored: RULER's two rules.
 //!
-//! Both look whether an expected output occurs anywhere in the answer, whatever its case. A task's score is the mean over its
-//! samples, in percent.
+//! Both ask whether an expected output occurs anywhere in the answer, ignoring case. A task's score is the mean over its samples, in
+//! percent.
 
 use serde::{Deserialize, Serialize};
 
@@ -16,7 +16,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    /// RULER's name of the rule.
+    /// Name of the rule in RULER.
     pub fn name(self) -> &'static str {
         match self {
             Self::All => "string_match_all",

@@ -1,7 +1,7 @@
 //! Fits: the largest context within a budget, what the run that verifies it says, flags.
 
 use super::*;
-use bfly::eval::bench::format::{Fit, FitRun, FIT};
+use bfly::eval::report::{MaxContextRun, MaxContexts, MAX_CONTEXT};
 use bfly::generate::Needs;
 use bfly::layout::Layout;
 
@@ -16,12 +16,12 @@ fn fit(place: &Place, flags: &[&str]) -> Command {
     command
 }
 
-fn fitted(place: &Place, flags: &[&str]) -> Any<Fit> {
+fn found_contexts(place: &Place, flags: &[&str]) -> Any<MaxContexts> {
     fit(place, flags).assert().success();
-    Ok(read(&place.out(), FIT)?)
+    Ok(read(&place.out(), MAX_CONTEXT)?)
 }
 
-fn of<'a>(fit: &'a Fit, variant: &str, budget: u64) -> &'a FitRun {
+fn of<'a>(fit: &'a MaxContexts, variant: &str, budget: u64) -> &'a MaxContextRun {
     fit.runs.iter().find(|r| r.variant == variant && r.memory_budget == budget).expect("the fit has the run")
 }
 
@@ -36,7 +36,7 @@ fn no_larger_context_fits_and_the_run_is_provisioned_for_it() -> Any {
     let budgets = format!("{short},{exact},4G");
     let variants = format!("stock,{HALF},{RETROFIT}");
     let flags = ["--memory-budget", &budgets, "--variants", &variants, "--most", "65k"];
-    let fit = fitted(&place, &flags)?;
+    let fit = found_contexts(&place, &flags)?;
     assert_eq!((fit.decode_tokens, fit.prefill_chunk, fit.most_tokens), (8, 4096, 65 << 10));
     assert_eq!((fit.header.name.as_str(), fit.header.kv_dtype.as_str()), ("qwen2", "f32"));
     assert_eq!((fit.prompt.tokens, fit.prompt.sha256.as_str()), (READ, hash(&prompt(READ)?).as_str()));
@@ -81,7 +81,7 @@ fn what_fits_nowhere_is_recorded_and_the_rest_goes_on() -> Any {
     let out = fit(&place, &[&flags[..], &[&variants]].concat()).output()?;
     let (stdout, stderr) = (String::from_utf8(out.stdout)?, String::from_utf8(out.stderr)?);
     assert!(out.status.success(), "{stderr}");
-    let fit: Fit = read(&place.out(), FIT)?;
+    let fit: MaxContexts = read(&place.out(), MAX_CONTEXT)?;
     assert_eq!((fit.header.random_weights, fit.header.model.is_none(), fit.most_tokens), (Some(7), true, 1024));
     let says = "out of memory: --memory-budget: 97.7 KiB is ";
     for variant in ["stock", RETROFIT] {
@@ -113,7 +113,7 @@ fn a_fit_reads_64k_or_what_there_is_room_for_and_replaces_the_file() -> Any {
     command.args(["--most", "2k", "--decode", "3", "--prefill-chunk", "1000", "--quiet", "--out"]).arg(place.out());
     let out = command.output()?;
     assert!(out.status.success() && out.stderr.is_empty(), "{}", String::from_utf8_lossy(&out.stderr));
-    let fit: Fit = read(&place.out(), FIT)?;
+    let fit: MaxContexts = read(&place.out(), MAX_CONTEXT)?;
     let r = of(&fit, RETROFIT, 4 << 30);
     assert_eq!((r.ctx, r.read_tokens, r.prefill_chunk), (Some(2048), Some(2045), Some(1000)));
     assert!(read::<Ladder>(&place.out(), LADDER).is_err(), "a fit is no ladder");

@@ -1,0 +1,93 @@
+//! A file of answers: written whole after every cell.
+
+use super::another;
+use crate::cli::short_count;
+use crate::error::{Error, Result};
+use crate::eval::report::{prove_writable, read, save, Answers, Asked, Cell, Header, ANSWERS};
+use crate::method::Method;
+use std::path::{Path, PathBuf};
+
+/// A file of answers and where it is kept, if it is.
+pub struct AnswersFile {
+    path: Option<PathBuf>,
+    /// Content of the file.
+    pub answers: Answers,
+}
+
+impl AnswersFile {
+    /// Begins, or goes on where an earlier process stopped at `path`.
+    ///
+    /// # Errors
+    /// A place that cannot be written to; a file that is none of answers, or of something else: what differs.
+    pub fn open(path: Option<&Path>, header: Header, asked: Asked) -> Result<Self> {
+        let fresh = Answers { header, joined: vec![], asked, cells: vec![] };
+        let Some(place) = path else { return Ok(Self { path: None, answers: fresh }) };
+        prove_writable(place)?;
+        if !place.exists() {
+            return Ok(Self { path: path.map(Into::into), answers: fresh });
+        }
+        let mut answers: Answers = read(place, ANSWERS)?;
+        if let Some(differs) = answers.difference(&fresh) {
+            return Err(another(place, differs));
+        }
+        answers.header.resumed.push(fresh.header.started);
+        Ok(Self { path: path.map(Into::into), answers })
+    }
+
+    /// The cell of a variant on the samples of `task` at `length`.
+    pub fn cell(&self, variant: &str, task: &str, length: usize) -> Option<&Cell> {
+        self.position(variant, task, length).map(|at| &self.answers.cells[at])
+    }
+
+    fn position(&self, variant: &str, task: &str, length: usize) -> Option<usize> {
+        let key = (variant, task, length);
+        self.answers.cells.iter().position(|c| (c.record.variant.as_str(), c.task.as_str(), c.length) == key)
+    }
+
+    /// How many samples of `task` at `length`, whose prompts have the hashes `prompts`, the variant called `variant` has answered.
+    ///
+    /// # Errors
+    /// Answers under the same name to other prompts, or by another plan than that of `method`.
+    pub fn answered(
+        &self,
+        (variant, method): (&str, &Method),
+        (task, length): (&str, usize),
+        prompts: impl Iterator<Item = String>,
+    ) -> Result<usize> {
+        let Some(cell) = self.cell(variant, task, length) else { return Ok(0) };
+        let plans = (cell.record.plan.as_ref(), cell.record.eviction.as_ref());
+        if cell.answers.iter().zip(prompts).any(|(a, hash)| a.sha256 != hash)
+            || plans != (method.plan(), method.eviction())
+        {
+            let at = short_count(length);
+            let message = format!(
+                "holds answers of {variant} to {task} at {at} with other prompts or another plan; choose another --out"
+            );
+            return Err(Error::usage("--out", message));
+        }
+        Ok(cell.answers.len())
+    }
+
+    /// Adds the answers of `more` to the cell of the same variant, task and length, which is put there if there is none, and saves.
+    ///
+    /// # Errors
+    /// A place that cannot be written to.
+    pub fn add(&mut self, more: Cell) -> Result<&Cell> {
+        let at = match self.position(&more.record.variant, &more.task, more.length) {
+            Some(at) => {
+                let cell = &mut self.answers.cells[at];
+                cell.answers.extend(more.answers);
+                cell.seconds += more.seconds;
+                at
+            }
+            None => {
+                self.answers.cells.push(more);
+                self.answers.cells.len() - 1
+            }
+        };
+        if let Some(path) = &self.path {
+            save(path, &self.answers)?;
+        }
+        Ok(&self.answers.cells[at])
+    }
+}

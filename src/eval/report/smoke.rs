@@ -1,0 +1,89 @@
+//! The smoke test: distributions and greedy text of variants against stock, on the same tokens.
+
+use super::header::Header;
+use super::variant::VariantRecord;
+use serde::{Deserialize, Serialize};
+
+/// `kind` of a smoke test.
+pub const SMOKE: &str = "bfly-smoke";
+
+/// Variants against stock on real text.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Smoke {
+    /// Header of kind [`SMOKE`].
+    #[serde(flatten)]
+    pub header: Header,
+    /// Last positions of each text at which distributions are compared.
+    pub positions: usize,
+    /// New tokens of greedy text after each text.
+    pub greedy_tokens: usize,
+    /// Likeliest tokens whose overlap is counted.
+    pub top: usize,
+    /// Tokens to a prefill chunk.
+    pub prefill_chunk: usize,
+    /// One entry per variant and context.
+    pub runs: Vec<SmokeRun>,
+}
+
+/// One variant at one context.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SmokeRun {
+    /// Variant and its cache.
+    #[serde(flatten)]
+    pub record: VariantRecord,
+    /// Positions that the cache is provisioned for: the text and the new tokens.
+    pub ctx: usize,
+    /// One entry per document.
+    pub documents: Vec<DocumentScore>,
+}
+
+/// A variant against stock on one text.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct DocumentScore {
+    /// File name of the document.
+    pub document: String,
+    /// Token of the document at which the text begins.
+    pub offset: usize,
+    /// Hash of the text's ids.
+    pub sha256: String,
+    /// Mean KL from stock over the positions, in nats.
+    pub kl: f64,
+    /// Mean KL to stock over the positions, in nats.
+    pub kl_reverse: f64,
+    /// Share of positions with the same likeliest token.
+    pub top1: f64,
+    /// Mean number of tokens that are among the likeliest `top` of both.
+    pub overlap: f64,
+    /// Mean loss of stock on the next token, in nats.
+    pub stock_loss: f64,
+    /// Mean loss of the variant on the next token, in nats.
+    pub loss: f64,
+    /// Greedy tokens before the first that is not stock's.
+    pub greedy_prefix: usize,
+    /// Whether all greedy tokens are stock's.
+    pub greedy_equal: bool,
+}
+
+/// A figure of a document.
+pub type DocumentMetric = fn(&DocumentScore) -> f64;
+
+/// Metrics that gates accept and tables show: name, figure and decimals.
+pub const METRICS: &[(&str, DocumentMetric, usize)] = &[
+    ("kl", |d| d.kl, 4),
+    ("kl-reverse", |d| d.kl_reverse, 4),
+    ("top1", |d| d.top1, 3),
+    ("overlap", |d| d.overlap, 1),
+    ("loss", |d| d.loss, 3),
+    ("loss-added", |d| d.loss - d.stock_loss, 4),
+    ("greedy", |d| d.greedy_prefix as f64, 1),
+    ("greedy-equal", |d| f64::from(u8::from(d.greedy_equal)), 2),
+];
+
+#[cfg(test)]
+impl Smoke {
+    /// A smoke test without runs.
+    pub(in crate::eval) fn test() -> Self {
+        let header = Header { name: "test".into(), ..Header::new(SMOKE, &candle_core::Device::Cpu) };
+        Self { header, positions: 256, greedy_tokens: 64, top: 50, prefill_chunk: 4096, runs: vec![] }
+    }
+}

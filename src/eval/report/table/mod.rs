@@ -1,0 +1,45 @@
+//! Results as people read them: one table per kind.
+
+mod ablation;
+mod answers;
+mod kernels;
+mod ladder;
+mod layers;
+mod max_context;
+mod positions;
+mod smoke;
+
+pub use ablation::ablation_table;
+pub use answers::{answers_table, grid_table};
+pub use kernels::kernels_table;
+pub use ladder::ladder_table;
+pub use layers::layers_table;
+pub use max_context::max_context_table;
+pub use positions::positions_table;
+pub use smoke::smoke_table;
+
+use super::header::Header;
+use super::trained::extrapolated;
+
+/// Aligns `rows` of equal length: the second column, of names, to the left, all others to the right.
+fn columns(rows: &[impl AsRef<[String]>]) -> String {
+    let count = rows.first().map_or(0, |r| r.as_ref().len());
+    let width = |i: usize| rows.iter().map(|r| r.as_ref()[i].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..count).map(width).collect();
+    let mut out = String::new();
+    for row in rows.iter().map(AsRef::as_ref) {
+        let cell = |(i, text): (usize, &String)| match i {
+            1 => format!("{text:<width$}", width = widths[i]),
+            _ => format!("{text:>width$}", width = widths[i]),
+        };
+        out += row.iter().enumerate().map(cell).collect::<Vec<_>>().join("  ").trim_end();
+        out.push('\n');
+    }
+    out
+}
+
+/// The line below a table of a model with random weights; empty otherwise.
+fn random_weights(header: &Header) -> String {
+    let random = |seed: u64| format!("random weights from seed {seed}: speed and memory only\n");
+    header.random_weights.map_or(String::new(), random)
+}

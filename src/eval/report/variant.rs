@@ -1,0 +1,81 @@
+//! What a result says of a variant: its plan and the bytes of its cache.
+
+use crate::cache::Cache;
+use crate::eviction::EvictionPlan;
+use crate::method::Method;
+use crate::retrofit::RetrofitPlan;
+use serde::{Deserialize, Serialize};
+
+/// Bytes of a KV cache as allocated, by pool.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Kv {
+    /// Bytes of exact positions.
+    pub local_bytes: u64,
+    /// Bytes of block summaries and running sums.
+    pub summary_bytes: u64,
+    /// Bytes of attention sinks.
+    pub sink_bytes: u64,
+    /// Bytes of all pools together.
+    pub total_bytes: u64,
+    /// Bytes that the stock model allocates for the same context and element type.
+    pub dense_bytes: u64,
+    /// Most bytes allocated at once, where that is more than in the end: a rule that evicts once holds the whole context before it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_bytes: Option<u64>,
+}
+
+impl Kv {
+    /// The bytes that `cache` has allocated.
+    pub fn of(cache: &Cache) -> Self {
+        let (bytes, peak) = (cache.capacity_bytes(), cache.peak_bytes().total());
+        Self {
+            local_bytes: bytes.local,
+            summary_bytes: bytes.summary,
+            sink_bytes: bytes.sink,
+            total_bytes: bytes.total(),
+            dense_bytes: cache.dense_bytes(),
+            peak_bytes: (peak != bytes.total()).then_some(peak),
+        }
+    }
+
+    /// The most that was allocated at once, prefill included, over the bytes of a dense cache.
+    pub fn share_of_dense(&self) -> f64 {
+        self.peak_bytes.unwrap_or(self.total_bytes) as f64 / self.dense_bytes as f64
+    }
+}
+
+/// A variant, and the cache that it allocated.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VariantRecord {
+    /// Name as given: `stock`, `retrofit:KEY=VALUE,..`, or a rule that evicts.
+    pub variant: String,
+    /// Plan of a retrofit; null for stock and evictions.
+    pub plan: Option<RetrofitPlan>,
+    /// Plan of a method that evicts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eviction: Option<EvictionPlan>,
+    /// Bytes of the cache as allocated.
+    pub kv: Kv,
+}
+
+impl VariantRecord {
+    /// The record of a variant called `name` that runs `method` and allocated `kv`.
+    pub fn of(name: &str, method: &Method, kv: Kv) -> Self {
+        Self { variant: name.into(), plan: method.plan().cloned(), eviction: method.eviction().cloned(), kv }
+    }
+
+    /// As [`Kv::share_of_dense`].
+    pub fn share_of_dense(&self) -> f64 {
+        self.kv.share_of_dense()
+    }
+}
+
+#[cfg(test)]
+impl VariantRecord {
+    /// A record whose cache takes half of a dense one.
+    pub(in crate::eval) fn test(variant: &str) -> Self {
+        let kv =
+            Kv { local_bytes: 1, summary_bytes: 0, sink_bytes: 0, total_bytes: 1, dense_bytes: 2, peak_bytes: None };
+        Self { variant: variant.into(), plan: None, eviction: None, kv }
+    }
+}
