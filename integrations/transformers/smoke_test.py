@@ -29,9 +29,9 @@ JSON_TYPES = {"f64": float, "Vec<f64>": list, "usize": int, "u64": int, "String"
 
 
 def sample_fields() -> dict:
-    """The fields of struct Sample, from its source: what the peer's samples are read into."""
-    source = (REPOSITORY / "src" / "bench" / "format.rs").read_text(encoding="utf-8")
-    body = re.search(r"pub struct Sample \{(.*?)\n\}", source, re.S)[1]
+    """The fields of struct TimedRun, from its source: what the peer's samples are read into."""
+    source = (REPOSITORY / "src" / "eval" / "report" / "ladder.rs").read_text(encoding="utf-8")
+    body = re.search(r"pub struct TimedRun \{(.*?)\n\}", source, re.S)[1]
     return {name: JSON_TYPES[kind] for name, kind in re.findall(r"pub (\w+): ([\w<>]+),", body)}
 
 
