@@ -34,6 +34,21 @@ impl Config {
         self.values.get(key).filter(|v| !v.is_null())
     }
 
+    /// Every key with its value, without those that are `null`.
+    pub fn entries(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.values.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.as_str(), v))
+    }
+
+    /// Puts `value` under `key`.
+    pub fn set(&mut self, key: &str, value: Value) {
+        self.values.insert(key.into(), value);
+    }
+
+    /// Puts `value` under `key` unless the key is there; a `null` that is there stays.
+    pub fn set_missing(&mut self, key: &str, value: Value) {
+        self.values.entry(key).or_insert(value);
+    }
+
     /// The object under `key` (`text_config`, `rope_parameters`, ...), if there is one.
     pub fn section(&self, key: &str) -> Result<Option<Config>> {
         match self.get(key) {
@@ -66,6 +81,11 @@ impl Config {
     /// A finite number, or `default`.
     pub fn number_or(&self, key: &str, default: f64) -> Result<f64> {
         Ok(self.opt_number(key)?.unwrap_or(default))
+    }
+
+    /// A required finite number.
+    pub fn number(&self, key: &str) -> Result<f64> {
+        self.opt_number(key)?.ok_or_else(|| Error::format(&self.origin, format!("`{key}` is missing")))
     }
 
     /// A truth value, or `default`.
@@ -305,6 +325,11 @@ impl ModelSpec {
             let MixerSpec::Attention(a) = &mut l.mixer;
             a
         })
+    }
+
+    /// Head dimension of the first attention layer, `D`.
+    pub fn head_dim(&self) -> usize {
+        self.attention().next().map_or(0, |(_, a)| a.head_dim)
     }
 
     /// Indices of the layers that attend to everything: what a retrofit may swap.

@@ -47,6 +47,11 @@ impl TensorSpec {
         Self { name: name.into(), gguf: gguf.into(), shape, role, rotary_rows: None }
     }
 
+    /// The output matrix, `[vocab, hidden]`.
+    pub fn head(spec: &ModelSpec) -> Self {
+        Self::new(HEAD, vec![spec.vocab, spec.hidden], Role::Matrix)
+    }
+
     /// The divisors of rotary frequencies, `[half]`.
     pub fn rope_factors(half: usize) -> Self {
         Self::new(ROPE_FACTORS, vec![half], Role::Other)
@@ -119,11 +124,10 @@ pub struct Schema {
 impl Schema {
     /// The tensors that `spec` asks for.
     pub fn new(spec: &ModelSpec) -> Self {
-        let vocabulary = vec![spec.vocab, spec.hidden];
         Self {
-            embed: TensorSpec::new(EMBED, vocabulary.clone(), Role::Matrix),
+            embed: TensorSpec::new(EMBED, vec![spec.vocab, spec.hidden], Role::Matrix),
             norm: TensorSpec::new(FINAL_NORM, vec![spec.hidden], Role::Norm),
-            head: (!spec.tied).then(|| TensorSpec::new(HEAD, vocabulary, Role::Matrix)),
+            head: (!spec.tied).then(|| TensorSpec::head(spec)),
             layers: (0..spec.layers.len()).map(|i| layer(spec, i)).collect(),
         }
     }

@@ -209,7 +209,9 @@ impl Loader<'_> {
 
     /// As [`Loader::linear`], for a product whose bias candle adds in the type of the activations.
     fn linear_with_cast_bias(&self, linear: &LinearSpec) -> Result<Linear> {
-        self.linear(linear)?.with_bias_in(self.format.compute())
+        let dtype = self.format.compute();
+        linear.bias.as_ref().map_or(Ok(()), |b| self.checkpoint.fits(b, dtype))?;
+        self.linear(linear)?.with_bias_in(dtype)
     }
 
     fn block(&self, l: &LayerSpec, t: &LayerTensors) -> Result<Block> {

@@ -145,7 +145,7 @@ fn broken_gguf_files_are_refused() -> Any {
     gguf::write("llama", "llama", &path, |_, meta| drop(meta.insert("general.alignment".into(), Value::U32(0))))?;
     s.model(&path, &["general.alignment"]);
     gguf::write("llama", "llama", &path, |t, _| drop(t.remove("blk.2.ffn_up.weight")))?;
-    s.model(&path, &["model.layers.2.mlp.up_proj.weight", "missing"]);
+    s.model(&path, &["blk.2.ffn_up.weight", "missing"]);
     gguf::write("llama", "mamba", &path, |_, _| ())?;
     s.model(&path, &["`mamba` is not supported", "qwen2", "gemma3"]);
     // Every tensor's type is four bytes somewhere behind its name: put IQ4_XS (23) there.

@@ -1,25 +1,29 @@
-//! GGUF files: candle's bounded header reader, the metadata brought into `config.json`'s form, so that a family is
-//! written once. Tensor names are those of [`crate::tensors`].
+//! GGUF files: candle's bounded header reader, over one file or the parts that llama.cpp splits one into. Tensor
+//! names are those of [`crate::tensors`]; `gguf_keys` reads the metadata.
 //!
 //! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>
 
 use super::TensorInfo;
-use crate::error::{At, Error, Result};
-use crate::spec::Config;
-use crate::tensors;
+use crate::error::{At, Error, ErrorKind, Result};
 use candle_core::quantized::gguf_file::{Content, Value};
-use serde_json::{json, Map};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-/// An open GGUF file.
+/// An open GGUF file, all its parts together.
 pub struct Gguf {
+    /// In order; the first holds the metadata.
+    parts: Vec<Part>,
+    /// Of all parts, each with the index of its own.
+    infos: BTreeMap<String, (usize, TensorInfo)>,
+}
+
+struct Part {
     path: PathBuf,
     file: Mutex<File>,
     content: Content,
-    infos: std::collections::BTreeMap<String, TensorInfo>,
 }
 
 /// Types that candle reads but no checkpoint stores, and those it does not know, as ggml numbers them.
@@ -40,41 +44,45 @@ const TYPE_NAMES: &[(u32, &str)] = &[
 const SUPPORTED: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K";
 
 impl Gguf {
-    /// Reads and checks the header.
+    /// Reads and checks the headers of the file at `path` and, where it is one of several parts, of all of them.
+    ///
+    /// # Errors
+    /// A file that is truncated or malformed; a part that is missing or belongs to another model.
     pub fn open(path: &Path) -> Result<Self> {
-        let place = path.display().to_string();
-        let file = File::open(path).at(&place)?;
-        let length = file.metadata().at(&place)?.len();
-        refuse_zero_alignment(&place, &file)?;
-        let content = Content::read(&mut BufReader::new(&file)).map_err(|e| header_error(&place, &crate::plain(&e)))?;
-        let mut infos = std::collections::BTreeMap::new();
-        for (name, info) in &content.tensor_infos {
-            let what = format!("{place}: {name}");
-            let elements = info.shape.dims().iter().try_fold(1usize, |n, &d| n.checked_mul(d));
-            let bytes = elements
-                .filter(|n| n.is_multiple_of(info.ggml_dtype.block_size()))
-                .and_then(|n| (n / info.ggml_dtype.block_size()).checked_mul(info.ggml_dtype.type_size()));
-            let end = bytes
-                .and_then(|b| content.tensor_data_offset.checked_add(info.offset)?.checked_add(b as u64))
-                .ok_or_else(|| Error::format(&what, format!("claims the impossible shape {:?}", info.shape.dims())))?;
-            if end > length {
-                let short = end - length;
-                return Err(Error::format(
-                    &what,
-                    format!("truncated: its data end {short} bytes past the end of the file"),
-                ));
+        let given = Part::open(path)?;
+        let count = given.count("split.count")?.unwrap_or(1);
+        let parts = match count {
+            0 | 1 => vec![given],
+            _ => join(given, count)?,
+        };
+        let mut infos = BTreeMap::new();
+        for (i, part) in parts.iter().enumerate() {
+            for info in part.infos()? {
+                let name = info.name.clone();
+                if infos.insert(name.clone(), (i, info)).is_some() {
+                    let message = format!("tensor `{name}` is stored in another part too");
+                    return Err(Error::tensor(part.path.display(), message));
+                }
             }
-            infos.insert(
-                name.clone(),
-                TensorInfo { name: name.clone(), shape: info.shape.dims().to_vec(), dtype: Ok(info.ggml_dtype) },
-            );
         }
-        Ok(Self { path: path.into(), file: Mutex::new(file), content, infos })
+        if let Some(total) = parts[0].count("split.tensors.count")?.filter(|total| *total != infos.len() as u64) {
+            let message =
+                format!("`split.tensors.count` is {total}; the {} parts hold {} tensors", parts.len(), infos.len());
+            return Err(Error::tensor(parts[0].path.display(), message));
+        }
+        Ok(Self { parts, infos })
+    }
+
+    /// Every metadata key with its value, in the order of their names.
+    pub fn entries(&self) -> impl Iterator<Item = (&str, &Value)> {
+        let mut entries: Vec<_> = self.parts[0].content.metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
+        entries.sort_unstable_by_key(|(key, _)| *key);
+        entries.into_iter()
     }
 
     /// The metadata value under `key`.
     pub fn metadata(&self, key: &str) -> Option<&Value> {
-        self.content.metadata.get(key)
+        self.parts[0].content.metadata.get(key)
     }
 
     /// A string from the metadata.
@@ -82,91 +90,136 @@ impl Gguf {
         self.metadata(key).and_then(|v| v.to_string().ok()).map(String::as_str)
     }
 
-    /// The file.
+    /// The file, or its first part.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.parts[0].path
+    }
+
+    /// The name by which messages call it.
+    pub fn place(&self) -> String {
+        self.path().display().to_string()
+    }
+
+    /// All parts.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.parts.iter().map(|p| p.path.as_path())
     }
 
     /// What is stored under `name`.
     pub fn info(&self, name: &str) -> Option<&TensorInfo> {
-        self.infos.get(name)
+        self.infos.get(name).map(|(_, info)| info)
+    }
+
+    /// All names.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.infos.keys().map(String::as_str)
     }
 
     /// Copies `length` bytes of `name` (a GGUF name) from `start` on.
     pub fn read_stored(&self, name: &str, start: u64, length: usize) -> Result<Vec<u8>> {
-        let place = format!("{}: {name}", self.path.display());
-        let entry = self.content.tensor_infos.get(name).ok_or_else(|| Error::tensor(&place, "missing"))?;
+        let missing = || Error::tensor(self.place(), format!("tensor `{name}` is missing"));
+        let part = self.infos.get(name).map(|(part, _)| &self.parts[*part]).ok_or_else(missing)?;
+        let place = format!("{}: {name}", part.path.display());
+        let entry = part.content.tensor_infos.get(name).ok_or_else(missing)?;
         let mut bytes = vec![0; length];
-        let mut file = self.file.lock().map_err(|_| Error::format(&place, "an earlier read panicked"))?;
-        file.seek(SeekFrom::Start(self.content.tensor_data_offset + entry.offset + start)).at(&place)?;
+        let mut file = part.file.lock().map_err(|_| Error::format(&place, "an earlier read panicked"))?;
+        file.seek(SeekFrom::Start(part.content.tensor_data_offset + entry.offset + start)).at(&place)?;
         file.read_exact(&mut bytes).at(&place)?;
         Ok(bytes)
     }
+}
 
-    /// The metadata in `config.json`'s form.
-    pub fn config(&self) -> Result<Config> {
-        let place = self.path.display().to_string();
-        let arch = self
-            .string("general.architecture")
-            .ok_or_else(|| Error::format(&place, "`general.architecture` is missing"))?;
-        let mut out = Map::new();
-        out.insert("model_type".into(), json!(arch));
-        let mut copy = |hf: &str, key: &str| -> Result<()> {
-            if let Some(v) = self.metadata(key) {
-                let v = number(v).ok_or_else(|| Error::unsupported(&place, format!("`{key}` is not one number")))?;
-                out.insert(hf.into(), v);
+impl Part {
+    fn open(path: &Path) -> Result<Self> {
+        let place = path.display().to_string();
+        let file = File::open(path).at(&place)?;
+        refuse_zero_alignment(&place, &file)?;
+        let content = Content::read(&mut BufReader::new(&file)).map_err(|e| header_error(&place, &crate::plain(&e)))?;
+        Ok(Self { path: path.into(), file: Mutex::new(file), content })
+    }
+
+    /// Its tensors, each within the file.
+    fn infos(&self) -> Result<Vec<TensorInfo>> {
+        let place = self.path.display();
+        let length = std::fs::metadata(&self.path).at(place)?.len();
+        let one = |(name, info): (&String, &candle_core::quantized::gguf_file::TensorInfo)| {
+            let what = format!("{}: {name}", self.path.display());
+            let elements = info.shape.dims().iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+            let bytes = elements
+                .filter(|n| n.is_multiple_of(info.ggml_dtype.block_size()))
+                .and_then(|n| (n / info.ggml_dtype.block_size()).checked_mul(info.ggml_dtype.type_size()));
+            let end = bytes
+                .and_then(|b| self.content.tensor_data_offset.checked_add(info.offset)?.checked_add(b as u64))
+                .ok_or_else(|| Error::format(&what, format!("claims the impossible shape {:?}", info.shape.dims())))?;
+            if end > length {
+                let short = end - length;
+                let message = format!("truncated: its data end {short} bytes past the end of the file");
+                return Err(Error::format(&what, message));
             }
-            Ok(())
+            Ok(TensorInfo { name: name.clone(), shape: info.shape.dims().to_vec(), dtype: Ok(info.ggml_dtype) })
         };
-        for (hf, key) in [
-            ("hidden_size", "embedding_length"),
-            ("num_hidden_layers", "block_count"),
-            ("intermediate_size", "feed_forward_length"),
-            ("num_attention_heads", "attention.head_count"),
-            ("num_key_value_heads", "attention.head_count_kv"),
-            ("head_dim", "attention.key_length"),
-            ("max_position_embeddings", "context_length"),
-            ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
-            ("rope_theta", "rope.freq_base"),
-            ("sliding_window", "attention.sliding_window"),
-        ] {
-            copy(hf, &format!("{arch}.{key}"))?;
-        }
-        for key in ["bos_token_id", "eos_token_id", "eot_token_id"] {
-            copy(key, &format!("tokenizer.ggml.{key}"))?;
-        }
-        if let Some(kind) = self.string(&format!("{arch}.rope.scaling.type")).filter(|k| *k != "none") {
-            let mut scaling = Map::from_iter([("rope_type".to_string(), json!(kind))]);
-            for (hf, key) in [("factor", "factor"), ("original_max_position_embeddings", "original_context_length")] {
-                if let Some(v) = self.metadata(&format!("{arch}.rope.scaling.{key}")).and_then(number) {
-                    scaling.insert(hf.into(), v);
-                }
-            }
-            out.insert("rope_scaling".into(), scaling.into());
-        }
-        let embed = self
-            .info(tensors::EMBED.1)
-            .ok_or_else(|| Error::tensor(&place, format!("{} is missing", tensors::EMBED.1)))?;
-        out.insert("vocab_size".into(), json!(embed.shape.first()));
-        out.insert("tie_word_embeddings".into(), json!(self.info(tensors::HEAD.1).is_none()));
-        Config::new(place, out.into())
+        self.content.tensor_infos.iter().map(one).collect()
+    }
+
+    /// A whole number from the metadata, where the key may be absent.
+    fn count(&self, key: &str) -> Result<Option<u64>> {
+        let Some(value) = self.content.metadata.get(key) else { return Ok(None) };
+        // llama.cpp's splitter writes the number of tensors as i32.
+        let count = value.to_u64().ok().or_else(|| value.to_i32().ok().and_then(|n| n.try_into().ok()));
+        let bad = || Error::format(self.path.display(), format!("`{key}` is not a count"));
+        count.map(Some).ok_or_else(bad)
     }
 }
 
-fn number(v: &Value) -> Option<serde_json::Value> {
-    match v {
-        // Shortest decimal of the f32, so that 1e-5 does not become 9.99999974737875e-6.
-        Value::F32(x) => x.to_string().parse::<f64>().ok().map(|x| json!(x)),
-        Value::F64(x) => Some(json!(x)),
-        Value::I8(_) | Value::I16(_) | Value::I32(_) | Value::I64(_) => match v {
-            Value::I8(x) => Some(json!(x)),
-            Value::I16(x) => Some(json!(x)),
-            Value::I32(x) => Some(json!(x)),
-            Value::I64(x) => Some(json!(x)),
-            _ => None,
-        },
-        _ => v.to_u64().ok().map(|x| json!(x)),
+/// The `count` parts of the model that `given` is one of, found by llama.cpp's names.
+fn join(given: Part, count: u64) -> Result<Vec<Part>> {
+    let place = given.path.display().to_string();
+    let number = given.count("split.no")?.unwrap_or(0).saturating_add(1);
+    let name = given.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let names = match part_names(&name) {
+        Some(names) if names.len() as u64 == count && names.get(number as usize - 1) == Some(&name) => names,
+        _ => {
+            let message = format!(
+                "is part {number} of {count}; its name must end in `-{number:05}-of-{count:05}.gguf`, as the others' do"
+            );
+            return Err(Error::format(place, message));
+        }
+    };
+    let mut given = Some(given);
+    let mut parts = vec![];
+    for (i, name) in names.iter().enumerate() {
+        let path = std::path::PathBuf::from(&place).with_file_name(name);
+        let part = match given.take_if(|_| i as u64 + 1 == number) {
+            Some(part) => part,
+            None if !path.exists() => {
+                let message = format!("is part {number} of {count}; part {}, `{name}`, is not beside it", i + 1);
+                return Err(Error::new(ErrorKind::Io, place, message));
+            }
+            None => Part::open(&path)?,
+        };
+        let says = (part.count("split.no")?.map(|n| n.saturating_add(1)), part.count("split.count")?);
+        if says != (Some(i as u64 + 1), Some(count)) {
+            let message =
+                format!("is named as part {} of {count}, and its `split.no` or `split.count` is another", i + 1);
+            return Err(Error::format(path.display(), message));
+        }
+        parts.push(part);
     }
+    Ok(parts)
+}
+
+/// The names of all parts of a split file, given the name of one: `x-00002-of-00003.gguf`.
+pub fn part_names(name: &str) -> Option<Vec<String>> {
+    let stem = name.strip_suffix(".gguf")?;
+    let (stem, count) = stem.rsplit_once("-of-")?;
+    let (stem, number) = stem.rsplit_once('-')?;
+    let parse = |digits: &str| match digits.len() == 5 && digits.bytes().all(|b| b.is_ascii_digit()) {
+        true => digits.parse::<usize>().ok(),
+        false => None,
+    };
+    let (number, count) = (parse(number)?, parse(count)?);
+    let all = || (1..=count).map(|i| format!("{stem}-{i:05}-of-{count:05}.gguf")).collect();
+    (1..=count).contains(&number).then(all)
 }
 
 /// candle 0.11 divides by `general.alignment` without a look at it, so a hostile zero would panic below us.
@@ -194,5 +247,21 @@ fn header_error(place: &str, message: &str) -> Error {
             )
         }
         None => Error::format(place, format!("not a readable GGUF file: {message}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::part_names;
+
+    #[test]
+    fn one_part_names_all_of_them() {
+        assert_eq!(
+            part_names("a-b-00002-of-00003.gguf").unwrap(),
+            ["a-b-00001-of-00003.gguf", "a-b-00002-of-00003.gguf", "a-b-00003-of-00003.gguf"]
+        );
+        for other in ["a.gguf", "a-2-of-3.gguf", "a-00004-of-00003.gguf", "a-00000-of-00003.gguf", "a-00001-of-00002"] {
+            assert_eq!(part_names(other), None, "{other}");
+        }
     }
 }

@@ -56,7 +56,11 @@ pub fn fetch(model: &str, options: &OpenOptions, progress: OnProgress) -> Result
         let meter = hf_hub::progress::Progress::from(watch);
         match file {
             Some(file) => {
-                repo.download_file().filename(file).revision(asked).local_files_only(offline).progress(meter).send()
+                let fetch = |name: String| {
+                    let request = repo.download_file().filename(name).revision(asked.clone());
+                    request.local_files_only(offline).progress(meter.clone()).send()
+                };
+                other_parts(&file).into_iter().try_for_each(|part| fetch(part).map(drop)).and_then(|()| fetch(file))
             }
             None => repo
                 .snapshot_download()
@@ -87,6 +91,13 @@ pub fn fetch(model: &str, options: &OpenOptions, progress: OnProgress) -> Result
     let commit =
         commit_of(&path).ok_or_else(|| fail(format!("{} lies in no snapshot of the cache", path.display())))?;
     Ok((path, Identity::Hub { id: model.into(), revision: commit }))
+}
+
+/// The parts of a split GGUF file beside `file`, by their paths in the repository.
+fn other_parts(file: &str) -> Vec<String> {
+    let (folder, name) = file.rsplit_once('/').map_or(("", file), |(f, n)| (&file[..=f.len()], n));
+    let parts = super::gguf::part_names(name).unwrap_or_default();
+    parts.iter().filter(|p| *p != name).map(|p| format!("{folder}{p}")).collect()
 }
 
 /// hf-hub ignores these; huggingface_hub and transformers do not.

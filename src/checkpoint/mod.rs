@@ -4,6 +4,7 @@
 //! the form it is held in ([`WeightFormat`]) and only then is the next one touched.
 
 mod gguf;
+pub mod gguf_keys;
 mod gguf_tokenizer;
 #[cfg(feature = "hub")]
 mod hub;
@@ -11,6 +12,7 @@ mod identity;
 mod random;
 mod rows;
 mod safetensors;
+mod stored;
 mod tokenizer;
 mod weight_format;
 
@@ -20,12 +22,12 @@ pub use tokenizer::{ChatTemplate, Text};
 pub use weight_format::{WeightDtype, WeightFormat};
 
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::family::{self, Family};
+use crate::family::{self, Family, Naming, PLAIN};
 use crate::nn::Weight;
-use crate::spec::{Config, ModelSpec, RopeScaling};
+use crate::spec::{Config, ModelSpec};
 use crate::tensors::{Role, Schema, TensorSpec};
 use candle_core::quantized::GgmlDType;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -72,9 +74,11 @@ pub struct Checkpoint {
     pub schema: Schema,
     /// The family that reads it.
     pub family: &'static Family,
+    /// What is to be told to whoever opened it: stored and not read, or read otherwise than the configuration says.
+    pub warnings: Vec<String>,
     store: Store,
-    /// The prefix that this file puts before every tensor name.
-    prefix: &'static str,
+    /// How this file spells tensor names.
+    naming: Naming,
     dir: PathBuf,
 }
 
@@ -127,8 +131,9 @@ impl Checkpoint {
             return Err(Error::new(ErrorKind::Io, dir.display(), message));
         }
         let config = read_config(&path)?;
-        let store = Store::Shards(safetensors::Shards::open(dir)?);
-        Self::assemble(config, store, dir.into(), identity)
+        let mut warnings = vec![];
+        let store = Store::Shards(safetensors::Shards::open(dir, &mut warnings)?);
+        Self::assemble(config, store, dir.into(), identity, warnings)
     }
 
     /// A model of the shape that `model` describes, with weights drawn from `seed`: a `config.json`, or a directory that holds
@@ -146,45 +151,28 @@ impl Checkpoint {
         let config = read_config(&path)?;
         let dir: PathBuf = path.parent().unwrap_or(Path::new(".")).into();
         let identity = Identity::directory(&dir);
-        let spec = (family_of(&config)?.spec)(&config)?;
+        let (family, decoder) = family::read(&config)?;
+        let spec = (family.spec)(&decoder)?;
         let store = Store::Random(random::Random::new(&path, &config, &Schema::new(&spec), seed)?);
-        Self::assemble(config, store, dir, identity)
+        Self::assemble(config, store, dir, identity, vec![])
     }
 
     fn from_gguf(path: &Path, identity: Identity) -> Result<Self> {
         let file = gguf::Gguf::open(path)?;
-        let config = file.config()?;
+        let (config, warnings) = gguf_keys::config(&file)?;
         let dir = path.parent().unwrap_or(Path::new(".")).into();
-        Self::assemble(config, Store::Gguf(Box::new(file)), dir, identity)
+        Self::assemble(config, Store::Gguf(Box::new(file)), dir, identity, warnings)
     }
 
-    fn assemble(config: Config, store: Store, dir: PathBuf, identity: Identity) -> Result<Self> {
-        let origin = config.origin().to_string();
-        let family = family_of(&config)?;
-        let spec = (family.spec)(&config)?.validate(&origin)?;
+    fn assemble(config: Config, store: Store, dir: PathBuf, identity: Identity, warnings: Vec<String>) -> Result<Self> {
+        let (family, decoder) = family::read(&config)?;
+        let mut spec = (family.spec)(&decoder)?;
+        store.add_stored_biases(&mut spec);
+        let spec = spec.validate(config.origin())?;
         let schema = Schema::new(&spec);
-        let mut checkpoint = Self { identity, config, spec, schema, family, store, prefix: "", dir };
-        checkpoint.find_prefix();
-        checkpoint.read_rope_factors()?;
+        let mut checkpoint = Self { identity, config, spec, schema, family, warnings, store, naming: PLAIN, dir };
+        checkpoint.match_tensors()?;
         Ok(checkpoint)
-    }
-
-    fn find_prefix(&mut self) {
-        let Store::Shards(shards) = &self.store else { return };
-        let present = |p: &&&str| shards.info(&format!("{p}{}", self.schema.embed.name)).is_some();
-        if let Some(prefix) = self.family.prefixes.iter().find(present) {
-            self.prefix = prefix;
-        }
-    }
-
-    /// GGUF files keep Llama 3's scaling as one divisor per frequency, in a tensor.
-    fn read_rope_factors(&mut self) -> Result<()> {
-        let factors = TensorSpec::rope_factors(self.spec.ropes[0].dim / 2);
-        if matches!(self.store, Store::Gguf(_)) && self.info(&factors).is_some() {
-            let divisors = self.vector(&factors, &Device::Cpu)?.to_vec1::<f32>()?;
-            self.spec.ropes[0].scaling = RopeScaling::Factors { divisors };
-        }
-        Ok(())
     }
 
     /// Uses the output matrix as the embedding too, where a file stores a tied model's one matrix twice (GGUF files quantise
@@ -236,7 +224,7 @@ impl Checkpoint {
     /// Files whose bytes identify the weights.
     pub fn files(&self) -> Vec<PathBuf> {
         match &self.store {
-            Store::Gguf(file) => vec![file.path().into()],
+            Store::Gguf(file) => file.paths().map(PathBuf::from).collect(),
             Store::Shards(shards) => {
                 std::iter::once(self.dir.join("config.json")).chain(shards.paths().map(PathBuf::from)).collect()
             }
@@ -293,9 +281,23 @@ impl Checkpoint {
         Tensor::from_vec(values, len, device).at(&tensor.name)
     }
 
+    /// Refuses a vector that products need in `dtype` and that it cannot hold.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::matrix`].
+    pub fn fits(&self, tensor: &TensorSpec, dtype: DType) -> Result<()> {
+        let held = match dtype {
+            DType::F16 => GgmlDType::F16,
+            DType::BF16 => GgmlDType::BF16,
+            _ => return Ok(()),
+        };
+        let values = self.vector(tensor, &Device::Cpu)?.to_vec1::<f32>()?;
+        rows::narrow(self, self.expect(tensor)?, held, &values, (0, values.len())).map(drop)
+    }
+
     /// Rows per head where the file interleaves the halves of each.
     fn interleaved_rows(&self, tensor: &TensorSpec) -> Option<usize> {
-        let interleaves = matches!(self.store, Store::Gguf(_)) && self.family.gguf_interleaved_qk;
+        let interleaves = matches!(self.store, Store::Gguf(_)) && self.family.gguf.interleaved_qk;
         tensor.rotary_rows.filter(|_| interleaves)
     }
 
@@ -318,7 +320,8 @@ impl Checkpoint {
     fn stored_name(&self, tensor: &TensorSpec) -> String {
         match &self.store {
             Store::Gguf(_) => tensor.gguf.clone(),
-            _ => format!("{}{}", self.prefix, tensor.name),
+            Store::Shards(_) => self.naming.apply(&tensor.name),
+            Store::Random(_) => tensor.name.clone(),
         }
     }
 
@@ -351,11 +354,6 @@ fn read_config(path: &Path) -> Result<Config> {
     let text = std::fs::read_to_string(path).at(path.display())?;
     let value = serde_json::from_str(&text).map_err(|e| Error::format(path.display(), e))?;
     Config::new(path.display().to_string(), value)
-}
-
-fn family_of(config: &Config) -> Result<&'static Family> {
-    let missing = || Error::format(config.origin(), "`model_type` is missing");
-    family::find(config.opt_str("model_type")?.ok_or_else(missing)?, config.origin())
 }
 
 fn hub_like(model: &str) -> bool {

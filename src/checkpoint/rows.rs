@@ -62,7 +62,7 @@ pub fn load_matrix(
         let values = decode(from, info, range(i), cols)?;
         let bytes = match held == dtype {
             true => read_rows(from, info, dtype, range(i), cols)?,
-            false => narrow(held, values, cols).at(&info.name)?,
+            false => narrow(from, info, held, &values, (range(i).start, cols))?,
         };
         for (r, row) in out.chunks_mut(row_bytes).enumerate() {
             let s = source_row(r, head_rows);
@@ -129,16 +129,58 @@ fn widen(dtype: GgmlDType, bytes: Vec<u8>, count: usize) -> candle_core::Result<
     })
 }
 
-fn narrow(held: GgmlDType, values: Vec<f32>, cols: usize) -> candle_core::Result<Vec<u8>> {
+/// Rows of `cols` values, from `first_row` on, as `held`.
+///
+/// # Errors
+/// A value that it cannot hold.
+pub fn narrow(
+    from: &Checkpoint,
+    info: &TensorInfo,
+    held: GgmlDType,
+    values: &[f32],
+    (first_row, cols): (usize, usize),
+) -> Result<Vec<u8>> {
+    let bytes = cast(held, values, cols).at(&info.name)?;
+    refuse_overflow(from, info, held, values, &bytes, (first_row, cols))?;
+    Ok(bytes)
+}
+
+fn cast(held: GgmlDType, values: &[f32], cols: usize) -> candle_core::Result<Vec<u8>> {
     Ok(match held {
         GgmlDType::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
         GgmlDType::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
         _ => {
-            let rows = values.len() / cols;
-            let tensor = Tensor::from_vec(values, (rows, cols), &Device::Cpu)?;
+            let tensor = Tensor::from_slice(values, (values.len() / cols, cols), &Device::Cpu)?;
             QTensor::quantize(&tensor, held)?.data()?.into_owned()
         }
     })
+}
+
+/// Refuses finite `values` that became infinite in `bytes`: f16 ends at 65504, and the scales of block formats are f16.
+fn refuse_overflow(
+    from: &Checkpoint,
+    info: &TensorInfo,
+    held: GgmlDType,
+    values: &[f32],
+    bytes: &[u8],
+    (first_row, cols): (usize, usize),
+) -> Result<()> {
+    if values.iter().all(|v| v.abs() <= half::f16::MAX.to_f32()) {
+        return Ok(());
+    }
+    let wide = widen(held, bytes.to_vec(), values.len()).at(&info.name)?;
+    let Some(lost) = wide.iter().position(|v| !v.is_finite()) else { return Ok(()) };
+    // The scale of a block follows from its largest value.
+    let block = lost / held.block_size() * held.block_size();
+    let largest = |at: &usize, other: &usize| values[*at].abs().total_cmp(&values[*other].abs());
+    let at = (block..block + held.block_size()).max_by(largest).unwrap_or(lost);
+    let holders = if held == GgmlDType::BF16 { "f32 holds it" } else { "bf16 and f32 hold it" };
+    let (name, held, value) = (&info.name, super::weight_format::type_name(held), values[at]);
+    let (row, column) = (first_row + at / cols, at % cols);
+    let message = format!(
+        "tensor `{name}` holds {value} at row {row}, column {column}, which is too large for {held}; {holders}"
+    );
+    Err(Error::new(ErrorKind::NotFinite, from.identity.place(), message))
 }
 
 #[cfg(test)]

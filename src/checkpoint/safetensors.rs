@@ -25,10 +25,13 @@ pub struct Shards {
 }
 
 impl Shards {
-    /// Reads the headers of every shard in `dir`.
-    pub fn open(dir: &Path) -> Result<Self> {
+    /// Reads the headers of every shard in `dir`; what is to be warned of goes to `warnings`.
+    ///
+    /// # Errors
+    /// A file that is missing, truncated or malformed; a tensor that two shards hold.
+    pub fn open(dir: &Path, warnings: &mut Vec<String>) -> Result<Self> {
         let mut shards = Self { files: vec![], entries: BTreeMap::new() };
-        for path in shard_paths(dir)? {
+        for path in shard_paths(dir, warnings)? {
             shards.add(path)?;
         }
         Ok(shards)
@@ -65,7 +68,10 @@ impl Shards {
                 dtype: stored(tensor.dtype).ok_or_else(|| format!("dtype {:?}", tensor.dtype)),
             };
             let offset = start + tensor.data_offsets.0 as u64;
-            self.entries.insert(name, Entry { file: index, offset, info });
+            if let Some(other) = self.entries.insert(name.clone(), Entry { file: index, offset, info }) {
+                let other = self.files[other.file].0.display();
+                return Err(Error::tensor(&place, format!("tensor `{name}` is stored in {other} too")));
+            }
         }
         self.files.push((path, file));
         Ok(())
@@ -105,8 +111,16 @@ fn stored(dtype: Dtype) -> Option<GgmlDType> {
     }
 }
 
-fn shard_paths(dir: &Path) -> Result<Vec<PathBuf>> {
+/// `model.safetensors`, which transformers takes first, or the shards that the index names.
+fn shard_paths(dir: &Path, warnings: &mut Vec<String>) -> Result<Vec<PathBuf>> {
+    let single = dir.join("model.safetensors");
     let index = dir.join("model.safetensors.index.json");
+    if single.exists() {
+        if index.exists() {
+            warnings.push(format!("{}: model.safetensors is read, and the shards of the index are not", dir.display()));
+        }
+        return Ok(vec![single]);
+    }
     if index.exists() {
         let place = index.display().to_string();
         let text = std::fs::read_to_string(&index).at(&place)?;
@@ -120,10 +134,6 @@ fn shard_paths(dir: &Path) -> Result<Vec<PathBuf>> {
             names.insert(dir.join(file));
         }
         return Ok(names.into_iter().collect());
-    }
-    let single = dir.join("model.safetensors");
-    if single.exists() {
-        return Ok(vec![single]);
     }
     Err(Error::new(
         crate::ErrorKind::Io,

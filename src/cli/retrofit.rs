@@ -30,6 +30,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let logits_out = args.logits_out.as_deref().map(|p| Output::reserve(p, "--logits-out")).transpose()?;
     let Inputs { checkpoint, plan, ctx, ids, text } = Inputs::open(args, &progress)?;
     let spec = &checkpoint.spec;
+    checkpoint.warnings.iter().for_each(|w| bars.warn(w));
     warn_past_training(&bars, spec, ctx);
     if let (Some(dir), Some(plan)) = (&args.save, &plan) {
         Patch::save(dir, &checkpoint, ctx, plan, &progress)?;

@@ -11,7 +11,7 @@ use crate::weights::Weights;
 use candle_core::Device;
 use clap::Args;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 /// Flags that name the model under test, its variants and its prompts.
 #[derive(Debug, Clone, Args)]
@@ -42,6 +42,7 @@ pub struct Target {
     format: WeightFormat,
     /// Device that it runs on.
     pub device: Device,
+    warned: Once,
 }
 
 impl Target {
@@ -52,7 +53,7 @@ impl Target {
     pub fn open(args: &TargetArgs, device: Device, progress: OnProgress) -> Result<Self> {
         let (checkpoint, patch) = open(args, progress)?;
         let format = weight_format(args.model.dtype.parse::<WeightDtype>()?, &checkpoint, &device);
-        Ok(Self { args: args.clone(), checkpoint, patch, format, device })
+        Ok(Self { args: args.clone(), checkpoint, patch, format, device, warned: Once::new() })
     }
 
     /// The checkpoint.
@@ -113,8 +114,14 @@ impl Target {
         Weights::load(&self.checkpoint, &self.format, &self.device, progress)
     }
 
-    /// Warns of contexts beyond the trained length, where only speed and memory mean anything.
+    /// Passes on what the checkpoint warns of, once.
+    pub fn warn(&self, bars: &Bars) {
+        self.warned.call_once(|| self.checkpoint.warnings.iter().for_each(|w| bars.warn(w)));
+    }
+
+    /// Warns of what the checkpoint warns of, and of contexts beyond the trained length, where only speed and memory mean anything.
     pub fn warn_beyond_trained(&self, bars: &Bars, contexts: &[usize]) {
+        self.warn(bars);
         let trained = self.checkpoint.spec.max_positions;
         if let Some(beyond) = beyond_trained(trained, contexts.iter().copied()) {
             let trained = short_count(trained);

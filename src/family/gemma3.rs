@@ -1,80 +1,96 @@
 //! Gemma 3, text only: five sliding layers to one full layer, two rope bases, norms on both sides of attention and
 //! feed-forward, scaled embeddings, and norm weights stored as `w` for a factor of `1 + w`.
 
-use super::{decoder, rope, Family};
+use super::{decoder, keys, layer_types, rope, Family, GgufForm, Naming, Wrapper, PLAIN};
 use crate::error::{Error, Result};
-use crate::spec::{Activation, AttentionKind, Config, ModelSpec, Norms, RopeScaling};
+use crate::spec::{AttentionKind, Config, ModelSpec, Norms};
+use serde_json::json;
 
 pub(super) static FAMILY: Family = Family {
-    model_types: &["gemma3_text", "gemma3"],
-    gguf_arch: "gemma3",
+    model_type: "gemma3_text",
+    keys: keys::GEMMA3,
+    wrapper: Some(Wrapper {
+        model_type: "gemma3",
+        keys: keys::GEMMA3_WRAPPER,
+        other_parts: &[
+            "vision_tower.",
+            "multi_modal_projector.",
+            "model.vision_tower.",
+            "model.multi_modal_projector.",
+        ],
+    }),
     spec,
     norm_plus_one: true,
-    gguf_interleaved_qk: false,
-    prefixes: &["", "language_model."],
+    // The second is of transformers before 4.52, the third of what it saves since.
+    namings: &[
+        PLAIN,
+        Naming { body: "language_model.model.", head: "language_model." },
+        Naming { body: "model.language_model.", head: "" },
+    ],
+    gguf: GgufForm {
+        arch: "gemma3",
+        interleaved_qk: false,
+        rope_factors: false,
+        keys: &[
+            ("attention.sliding_window", "sliding_window"),
+            ("attention.sliding_window_pattern", "sliding_window_pattern"),
+            ("rope.freq_base_swa", "rope_local_base_freq"),
+        ],
+        complete,
+    },
 };
 
 fn spec(config: &Config) -> Result<ModelSpec> {
-    let text = config.section("text_config")?;
-    let config = text.as_ref().unwrap_or(config);
-    for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
-        if config.get(key).is_some() {
-            return Err(Error::unsupported(config.origin(), format!("`{key}` for gemma3")));
-        }
-    }
-    let mut spec = decoder(config, "gemma3_text")?;
-    let head_dim = spec.attention().next().map_or(0, |(_, a)| a.head_dim);
-    // GGUF files lack the local rope base and the layer pattern: 10,000 and every sixth layer are the family's.
-    let global = rope(config, Some("full_attention"), head_dim, 1_000_000.0)?;
-    let mut local = match config.section("rope_parameters")? {
-        Some(_) => rope(config, Some("sliding_attention"), head_dim, 10_000.0)?,
-        None => global.clone(),
-    };
-    if config.section("rope_parameters")?.is_none() {
-        local.theta = config.number_or("rope_local_base_freq", 10_000.0)?;
-        local.scaling = RopeScaling::None;
-    }
-    spec.ropes = vec![global, local];
-    spec.tied = config.bool_or("tie_word_embeddings", true)?;
+    let mut spec = decoder(config, &FAMILY)?;
+    let (full, sliding) = rope::two(config, spec.head_dim())?;
+    spec.ropes = vec![full, sliding];
     spec.embed_scale = (spec.hidden as f64).sqrt();
-    let scalar = config.number_or("query_pre_attn_scalar", head_dim as f64)?;
-    let window = config.opt_size("sliding_window")?.unwrap_or(4096);
-    let kinds = layer_kinds(config, spec.layers.len())?;
+    let scalar = config.number("query_pre_attn_scalar")?;
+    if scalar <= 0.0 {
+        return Err(Error::format(config.origin(), format!("`query_pre_attn_scalar` must be positive, not {scalar}")));
+    }
+    let scale = 1.0 / scalar.sqrt();
+    let count = spec.layers.len();
+    let kinds = match layer_types(config, count)? {
+        Some(kinds) => kinds,
+        None => {
+            let pattern = config.size("sliding_window_pattern")?;
+            (0..count).map(|i| (i + 1).is_multiple_of(pattern)).collect()
+        }
+    };
     for layer in &mut spec.layers {
-        layer.feed_forward.activation = Activation::GeluTanh;
         layer.norms = Norms::Sandwich;
     }
     for (attention, full) in spec.attention_mut().zip(kinds) {
         attention.qk_norm = true;
-        attention.scale = 1.0 / scalar.sqrt();
+        attention.scale = scale;
         if !full {
-            attention.kind = AttentionKind::Sliding { window };
+            attention.kind = AttentionKind::Sliding { window: config.size("sliding_window")? };
             attention.rope = 1;
         }
     }
     Ok(spec)
 }
 
-/// Per layer, whether it attends to everything.
-fn layer_kinds(config: &Config, count: usize) -> Result<Vec<bool>> {
-    let Some(list) = config.get("layer_types") else {
-        let pattern = config.opt_size("sliding_window_pattern")?.unwrap_or(6);
-        return Ok((0..count).map(|i| (i + 1).is_multiple_of(pattern)).collect());
+/// What llama.cpp knows without a key: the factor on the logits, by the 27B's number of layers, and that without a
+/// window every layer attends to everything.
+/// <https://github.com/ggml-org/llama.cpp/blob/master/src/models/gemma3.cpp>
+fn complete(config: &mut Config) -> Result<()> {
+    let (hidden, layers) = (config.size("hidden_size")?, config.size("num_hidden_layers")?);
+    let scalar = match layers {
+        62 => hidden / config.size("num_attention_heads")?,
+        _ => config.size("head_dim")?,
     };
-    let kinds = list.as_array().map(|a| {
-        a.iter()
-            .map(|v| match v.as_str() {
-                Some("full_attention") => Some(true),
-                Some("sliding_attention") => Some(false),
-                _ => None,
-            })
-            .collect::<Option<Vec<_>>>()
-    });
-    match kinds.flatten() {
-        Some(kinds) if kinds.len() == count => Ok(kinds),
-        _ => Err(Error::format(
-            config.origin(),
-            format!("`layer_types` must name {count} layers, each full_attention or sliding_attention"),
-        )),
+    config.set("query_pre_attn_scalar", json!(scalar));
+    config.set("hidden_activation", json!("gelu_pytorch_tanh"));
+    if let Some(kind) = config.section("rope_scaling")?.map(|s| s.opt_str("rope_type").map(|k| k.map(String::from))) {
+        // llama.cpp scales cos and sin of sliding layers by YaRN's factor too.
+        if kind?.as_deref() == Some("yarn") {
+            return Err(Error::unsupported(config.origin(), "rope scaling `yarn` for gemma3; supported: linear"));
+        }
     }
+    if config.get("sliding_window").is_none_or(|w| *w == 0) {
+        config.set("layer_types", json!(vec!["full_attention"; layers.min(4096)]));
+    }
+    Ok(())
 }

@@ -1,27 +1,25 @@
 //! Llama: SmolLM2, Llama 2 and Llama 3 (with its own rope scaling).
 
-use super::{decoder, Family};
+use super::{decoder, keys, rope, Family, GgufForm, PLAIN};
 use crate::error::Result;
 use crate::spec::{Config, ModelSpec};
 
 pub(super) static FAMILY: Family = Family {
-    model_types: &["llama"],
-    gguf_arch: "llama",
+    model_type: "llama",
+    keys: keys::LLAMA,
+    wrapper: None,
     spec,
     norm_plus_one: false,
-    gguf_interleaved_qk: true,
-    prefixes: &[""],
+    namings: &[PLAIN],
+    gguf: GgufForm { arch: "llama", interleaved_qk: true, rope_factors: true, keys: &[], complete: |_| Ok(()) },
 };
 
 fn spec(config: &Config) -> Result<ModelSpec> {
-    let mut spec = decoder(config, "llama")?;
-    let bias = config.bool_or("attention_bias", false)?;
-    let mlp_bias = config.bool_or("mlp_bias", false)?;
-    for attention in spec.attention_mut() {
-        (attention.qkv_bias, attention.out_bias) = (bias, bias);
-    }
+    let mut spec = decoder(config, &FAMILY)?;
+    let bias = config.bool_or("mlp_bias", false)?;
     for layer in &mut spec.layers {
-        layer.feed_forward.bias = mlp_bias;
+        layer.feed_forward.bias = bias;
     }
+    spec.ropes = vec![rope::one(config, spec.head_dim())?];
     Ok(spec)
 }

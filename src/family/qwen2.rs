@@ -1,25 +1,25 @@
 //! Qwen2 and Qwen2.5: the Llama layout with biases on q, k and v.
 
-use super::{decoder, Family};
-use crate::error::{Error, Result};
+use super::{decoder, keys, no_windows, rope, Family, GgufForm, PLAIN};
+use crate::error::Result;
 use crate::spec::{Config, ModelSpec};
 
 pub(super) static FAMILY: Family = Family {
-    model_types: &["qwen2"],
-    gguf_arch: "qwen2",
+    model_type: "qwen2",
+    keys: keys::QWEN2,
+    wrapper: None,
     spec,
     norm_plus_one: false,
-    gguf_interleaved_qk: false,
-    prefixes: &[""],
+    namings: &[PLAIN],
+    gguf: GgufForm { arch: "qwen2", interleaved_qk: false, rope_factors: false, keys: &[], complete: |_| Ok(()) },
 };
 
 fn spec(config: &Config) -> Result<ModelSpec> {
-    if config.bool_or("use_sliding_window", false)? {
-        return Err(Error::unsupported(config.origin(), "`use_sliding_window` for qwen2"));
-    }
-    let mut spec = decoder(config, "qwen2")?;
+    let mut spec = decoder(config, &FAMILY)?;
+    no_windows(config, spec.layers.len())?;
     for attention in spec.attention_mut() {
         attention.qkv_bias = true;
     }
+    spec.ropes = vec![rope::one(config, spec.head_dim())?];
     Ok(spec)
 }

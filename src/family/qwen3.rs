@@ -1,27 +1,25 @@
-//! Qwen3: no biases, an explicit head dimension, and a norm per head on q and k.
+//! Qwen3: an explicit head dimension, and a norm per head on q and k.
 
-use super::{decoder, Family};
-use crate::error::{Error, Result};
+use super::{decoder, keys, no_windows, rope, Family, GgufForm, PLAIN};
+use crate::error::Result;
 use crate::spec::{Config, ModelSpec};
 
 pub(super) static FAMILY: Family = Family {
-    model_types: &["qwen3"],
-    gguf_arch: "qwen3",
+    model_type: "qwen3",
+    keys: keys::QWEN3,
+    wrapper: None,
     spec,
     norm_plus_one: false,
-    gguf_interleaved_qk: false,
-    prefixes: &[""],
+    namings: &[PLAIN],
+    gguf: GgufForm { arch: "qwen3", interleaved_qk: false, rope_factors: false, keys: &[], complete: |_| Ok(()) },
 };
 
 fn spec(config: &Config) -> Result<ModelSpec> {
-    if config.bool_or("use_sliding_window", false)? {
-        return Err(Error::unsupported(config.origin(), "`use_sliding_window` for qwen3"));
-    }
-    let mut spec = decoder(config, "qwen3")?;
-    let bias = config.bool_or("attention_bias", false)?;
+    let mut spec = decoder(config, &FAMILY)?;
+    no_windows(config, spec.layers.len())?;
     for attention in spec.attention_mut() {
         attention.qk_norm = true;
-        (attention.qkv_bias, attention.out_bias) = (bias, bias);
     }
+    spec.ropes = vec![rope::one(config, spec.head_dim())?];
     Ok(spec)
 }

@@ -47,10 +47,26 @@ pub fn write(name: &str, arch: &str, path: &Path, change: impl FnOnce(Change, &m
         tensors.insert(gguf_name(&name), QTensor::quantize(&tensor, GgmlDType::F32)?);
     }
     change(&mut tensors, &mut meta);
+    save(path, &tensors, &meta)
+}
+
+/// Writes the file at `from` to `to`, with tensors and metadata that `change` may break.
+pub fn edit(from: &str, to: &Path, change: impl FnOnce(Change, &mut BTreeMap<String, Value>)) -> Any {
+    let mut file = std::fs::File::open(from)?;
+    let content = gguf_file::Content::read(&mut file)?;
+    let mut tensors = BTreeMap::new();
+    for name in content.tensor_infos.keys() {
+        tensors.insert(name.clone(), content.tensor(&mut file, name, &Device::Cpu)?);
+    }
+    let mut meta: BTreeMap<_, _> = content.metadata.into_iter().collect();
+    change(&mut tensors, &mut meta);
+    save(to, &tensors, &meta)
+}
+
+fn save(path: &Path, tensors: &BTreeMap<String, QTensor>, meta: &BTreeMap<String, Value>) -> Any {
     let meta: Vec<_> = meta.iter().map(|(k, v)| (k.as_str(), v)).collect();
     let tensors: Vec<_> = tensors.iter().map(|(k, v)| (k.as_str(), v)).collect();
-    gguf_file::write(&mut std::fs::File::create(path)?, &meta, &tensors)?;
-    Ok(())
+    Ok(gguf_file::write(&mut std::fs::File::create(path)?, &meta, &tensors)?)
 }
 
 fn interleave(w: &Tensor, dim: usize) -> candle_core::Result<Tensor> {

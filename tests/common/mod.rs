@@ -20,7 +20,7 @@ pub type Any<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
 /// Every golden case.
 pub const GOLDENS: &[&str] =
-    &["qwen2", "qwen3", "llama", "gemma3", "qwen2_yarn", "llama3_rope", "llama_linear", "qwen3_d128"];
+    &["qwen2", "qwen3", "llama", "gemma3", "qwen2_yarn", "llama3_rope", "llama_linear", "qwen3_d128", "gemma3_bias"];
 
 /// The package's folder: where it was built, unless the variable says that it was moved (scripts/gpu_tests.sh).
 pub fn root() -> PathBuf {
@@ -144,6 +144,23 @@ pub fn variant(name: &str, change: impl FnOnce(&mut serde_json::Value)) -> Any<t
 pub fn fixture(path: &str) -> Any<serde_json::Value> {
     let path = root().join("tests/fixtures").join(path);
     Ok(serde_json::from_str(&std::fs::read_to_string(path)?)?)
+}
+
+/// A file or folder of `tests/fixtures/faults`.
+pub fn fault(path: &str) -> String {
+    root().join("tests/fixtures/faults").join(path).to_string_lossy().into_owned()
+}
+
+/// The logits that `model` gives for the ids beside it, of the last position.
+pub fn fault_logits(fault_name: &str, model: &str) -> Any<Tensor> {
+    let ids = numbers(&fixture(&format!("faults/{fault_name}/ids.json"))?)?;
+    let model = load(&open(model)?, None, ids.len())?;
+    Ok(last_logits(&model, &ids, 512, 1)?)
+}
+
+/// Why `model` cannot be opened.
+pub fn refusal(model: &str) -> Any<String> {
+    Ok(open(model).err().ok_or("was accepted")?.to_string())
 }
 
 /// Token ids of a JSON array.

@@ -70,6 +70,7 @@ impl EvalArgs {
     /// # Errors
     /// The contexts that are too long.
     pub fn check_trained(&self, target: &Target, contexts: &[usize], bars: &Bars) -> Result<()> {
+        target.warn(bars);
         let trained = target.checkpoint().spec.max_positions;
         let Some(beyond) = beyond_trained(trained, contexts.iter().copied()) else { return Ok(()) };
         let trained = short_count(trained);

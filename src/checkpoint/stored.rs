@@ -1,0 +1,157 @@
+//! What a file stores against what the model asks for: names, biases, the head, and no tensor unread.
+
+use super::{rows, Checkpoint, Store};
+use crate::error::{Error, Result};
+use crate::family::{Naming, PLAIN};
+use crate::spec::{ModelSpec, RopeScaling};
+use crate::tensors::{Schema, TensorSpec};
+use candle_core::Device;
+use std::collections::BTreeSet;
+
+/// Bytes compared at a time.
+const CHUNK: usize = 16 << 20;
+
+/// Buffers of transformers that follow from the configuration.
+const DERIVED: &str = "rotary_emb.inv_freq";
+
+impl Store {
+    /// Every stored name; none of weights that are drawn.
+    fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+        match self {
+            Self::Shards(s) => Box::new(s.names()),
+            Self::Gguf(g) => Box::new(g.names()),
+            Self::Random(_) => Box::new(std::iter::empty()),
+        }
+    }
+
+    /// Turns on the biases that a GGUF file stores: its metadata has no key for them.
+    pub(super) fn add_stored_biases(&self, spec: &mut ModelSpec) {
+        let Self::Gguf(file) = self else { return };
+        let mut all = spec.clone();
+        all.attention_mut().for_each(|a| (a.qkv_bias, a.out_bias) = (true, true));
+        all.layers.iter_mut().for_each(|l| l.feed_forward.bias = true);
+        let schema = Schema::new(&all);
+        let stored = |bias: &Option<TensorSpec>| bias.as_ref().is_some_and(|b| file.info(&b.gguf).is_some());
+        for (attention, t) in spec.attention_mut().zip(&schema.layers) {
+            let t = &t.attention;
+            attention.qkv_bias |= [&t.q, &t.k, &t.v].iter().any(|l| stored(&l.bias));
+            attention.out_bias |= stored(&t.out.bias);
+        }
+        for (layer, t) in spec.layers.iter_mut().zip(&schema.layers) {
+            layer.feed_forward.bias |= [&t.gate, &t.up, &t.down].iter().any(|l| stored(&l.bias));
+        }
+    }
+}
+
+impl Checkpoint {
+    /// Brings the schema and the file together.
+    ///
+    /// # Errors
+    /// A tensor that is missing, of another shape, or stored and not read.
+    pub(super) fn match_tensors(&mut self) -> Result<()> {
+        if matches!(self.store, Store::Random(_)) {
+            return Ok(());
+        }
+        self.naming = self.find_naming();
+        let mut read: BTreeSet<String> = self.read_rope_factors()?.into_iter().collect();
+        read.extend(self.find_head()?);
+        for tensor in self.schema.iter() {
+            self.expect(tensor)?;
+            read.insert(self.stored_name(tensor));
+        }
+        self.refuse_unread(&read)
+    }
+
+    fn find_naming(&self) -> Naming {
+        let named = |n: &&Naming| {
+            let Store::Shards(shards) = &self.store else { return false };
+            [&self.schema.embed, &self.schema.norm].iter().any(|t| shards.info(&n.apply(&t.name)).is_some())
+        };
+        self.family.namings.iter().find(named).copied().unwrap_or(PLAIN)
+    }
+
+    /// GGUF files of some families keep Llama 3's scaling as one divisor per frequency, in a tensor; its name, where
+    /// it was read.
+    fn read_rope_factors(&mut self) -> Result<Option<String>> {
+        let factors = TensorSpec::rope_factors(self.spec.head_dim() / 2);
+        let stored = matches!(self.store, Store::Gguf(_)) && self.info(&factors).is_some();
+        if !(stored && self.family.gguf.rope_factors) {
+            return Ok(None);
+        }
+        if self.spec.ropes[0].scaling != RopeScaling::None {
+            let message = format!("tensor `{}` beside a rope scaling in the metadata", factors.gguf);
+            return Err(Error::unsupported(self.identity.place(), message));
+        }
+        let divisors = self.vector(&factors, &Device::Cpu)?.to_vec1::<f32>()?;
+        self.spec.ropes[0].scaling = RopeScaling::Factors { divisors };
+        Ok(Some(factors.gguf))
+    }
+
+    /// The head of a model whose configuration ties it, where the file stores one all the same: as transformers 5,
+    /// equal copies are one matrix, different ones are two, and a head alone is the embedding too. The name of a copy
+    /// that need not be read.
+    fn find_head(&mut self) -> Result<Option<String>> {
+        let head = TensorSpec::head(&self.spec);
+        if !self.spec.tied || self.info(&head).is_none() {
+            return Ok(None);
+        }
+        let name = self.stored_name(&head);
+        if self.info(&self.schema.embed).is_none() {
+            self.schema.embed = head;
+            return Ok(None);
+        }
+        if self.same_values(&head, &self.schema.embed)? {
+            return Ok(Some(name));
+        }
+        let embed = self.stored_name(&self.schema.embed);
+        self.warnings.push(format!(
+            "{}: `tie_word_embeddings` is true, but `{name}` and `{embed}` are both stored and differ: each is used",
+            self.identity.place()
+        ));
+        self.spec.tied = false;
+        self.schema.head = Some(head);
+        Ok(None)
+    }
+
+    fn same_values(&self, a: &TensorSpec, b: &TensorSpec) -> Result<bool> {
+        let (x, y) = (self.expect(a)?, self.expect(b)?);
+        let (count, width) = (a.shape[0], a.shape[1]);
+        let step = (CHUNK / (4 * width)).max(1);
+        for first in (0..count).step_by(step) {
+            let rows = first..count.min(first + step);
+            if rows::decode(self, x, rows.clone(), width)? != rows::decode(self, y, rows, width)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Every stored tensor is read, or known to be without effect on the logits of a text.
+    fn refuse_unread(&mut self, read: &BTreeSet<String>) -> Result<()> {
+        let parts = self.family.wrapper.as_ref().map_or(&[][..], |w| w.other_parts);
+        let (mut unread, mut other) = (vec![], 0usize);
+        for name in self.store.names().filter(|n| !read.contains(*n) && !n.ends_with(DERIVED)) {
+            match parts.iter().any(|p| name.starts_with(p)) {
+                true => other += 1,
+                false => unread.push(format!("`{name}`")),
+            }
+        }
+        let place = self.identity.place();
+        match unread.len() {
+            0 => {}
+            1 => {
+                let message = format!("tensor {} is not read; it may change the model's mathematics", unread[0]);
+                return Err(Error::tensor(place, message));
+            }
+            n => {
+                let message = format!("{n} tensors are not read; they may change the model's mathematics");
+                let some = unread[..n.min(4)].join(", ");
+                return Err(Error::tensor(place, format!("{message}: {some}{}", if n > 4 { ", ..." } else { "" })));
+            }
+        }
+        if other > 0 {
+            self.warnings.push(format!("{place}: text only; {other} tensors of the vision part are not read"));
+        }
+        Ok(())
+    }
+}
