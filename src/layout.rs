@@ -95,6 +95,9 @@ pub struct EvictLayer {
     ctx: usize,
 }
 
+/// The longest context: positions are exact in f32 that far.
+pub const MAX_CONTEXT: usize = 1 << 24;
+
 /// Bytes of a whole cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheBytes {
@@ -110,7 +113,7 @@ impl Layout {
     /// Resolves `method` for every layer of `spec`, provisioned for `ctx` positions.
     ///
     /// # Errors
-    /// A context of 0; a plan that does not fit the model; an unknown rule.
+    /// A context of 0 or above [`MAX_CONTEXT`]; a plan that does not fit the model; an unknown rule.
     pub fn new(spec: &ModelSpec, method: impl Into<Method>, ctx: usize) -> Result<Self> {
         let method = method.into();
         method.check(spec)?;
@@ -135,8 +138,9 @@ impl Layout {
     }
 
     fn resolve(spec: &ModelSpec, method: Method, ctx: usize, full_pools: bool) -> Result<Self> {
-        if ctx == 0 {
-            return Err(Error::usage("--ctx", "0 is not a context length"));
+        if ctx == 0 || ctx > MAX_CONTEXT {
+            let message = format!("{ctx} is not a context length: give 1 to {MAX_CONTEXT} tokens");
+            return Err(Error::usage("--ctx", message));
         }
         let rule = method.plan().map(|plan| selector::find(&plan.settings.partner)).transpose()?;
         let swapped = |i: usize| {
@@ -186,12 +190,12 @@ impl Layout {
     pub fn bytes(&self, dtype: DType) -> CacheBytes {
         let (mut own, mut settled, mut dense, mut copy) = (0, 0, 0, 0);
         for l in &self.layers {
-            own += l.bytes(dtype).total();
-            settled += l.settled_bytes(dtype);
-            dense += l.row_bytes(dtype) * l.dense_rows as u64;
+            own = u64::saturating_add(own, l.bytes(dtype).total());
+            settled = u64::saturating_add(settled, l.settled_bytes(dtype));
+            dense = u64::saturating_add(dense, l.row_bytes(dtype).saturating_mul(l.dense_rows as u64));
             copy = copy.max(l.copy_bytes(dtype));
         }
-        CacheBytes { peak: own + copy, settled, dense }
+        CacheBytes { peak: own.saturating_add(copy), settled, dense }
     }
 
     /// Bytes of keys and values that queries at `positions` read, all together, each once per KV head.
@@ -237,7 +241,7 @@ impl LayerPlan {
 
     /// Bytes allocated by pool.
     pub fn bytes(&self, dtype: DType) -> PoolBytes {
-        let rows = |n: usize| n as u64 * self.row_bytes(dtype);
+        let rows = |n: usize| self.row_bytes(dtype).saturating_mul(n as u64);
         let mut bytes = PoolBytes { local: rows(self.raw_rows), ..PoolBytes::default() };
         match &self.kind {
             LayerKind::Full | LayerKind::Sliding { .. } => {}

@@ -70,6 +70,7 @@ pub mod method;
 pub mod mixer;
 pub mod nn;
 pub mod ops;
+mod panics;
 pub mod retrofit;
 pub mod run;
 pub mod selector;

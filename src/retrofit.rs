@@ -1,6 +1,7 @@
 //! Which layers become butterfly attention, with what settings: plain data, saved as JSON.
 
 use crate::error::{At, Error, Result};
+use crate::layout::MAX_CONTEXT;
 use crate::ops::Window;
 use crate::selector::{self, Grid};
 use crate::spec::{AttentionKind, ModelSpec};
@@ -100,7 +101,7 @@ impl Settings {
             );
         }
         for (flag, tokens) in [("--window", self.window), ("--sink-tokens", self.sink_tokens)] {
-            if tokens > 1 << 24 {
+            if tokens > MAX_CONTEXT {
                 return fail(flag, format!("{tokens} tokens are more than any context here; give at most 16M"));
             }
         }
@@ -110,8 +111,8 @@ impl Settings {
         if self.partner_count == 0 {
             return fail("--partner-count", "must be at least 1; use --partner local for no summaries".into());
         }
-        if self.shift_unit == Some(0) {
-            return fail("--shift-unit", "must be at least 1".into());
+        if self.shift_unit.is_some_and(|unit| unit == 0 || unit > MAX_CONTEXT) {
+            return fail("--shift-unit", format!("must be from 1 to {MAX_CONTEXT} blocks"));
         }
         if !self.summary_bias.is_finite() {
             return fail("--summary-bias", format!("{} is not a finite number", self.summary_bias));
@@ -232,7 +233,10 @@ impl RetrofitPlan {
         self.layers.binary_search(&layer).ok()
     }
 
-    /// Reads a plan.
+    /// Reads a plan, and refuses settings that no model takes.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is damaged, or of another version.
     pub fn load(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).at(path.display())?;
         let plan: Self = serde_json::from_str(&text).map_err(|e| Error::format(path.display(), e))?;
@@ -240,6 +244,7 @@ impl RetrofitPlan {
             let message = format!("is a plan of version {}; this build reads {PLAN_VERSION}", plan.schema_version);
             return Err(Error::format(path.display(), message));
         }
+        plan.settings.validate().map_err(|e| e.within(path.display()))?;
         Ok(plan)
     }
 }

@@ -145,18 +145,23 @@ impl Run {
         self.cache.compress()
     }
 
-    fn check(&self, ids: &[u32], want: &[usize]) -> Result<()> {
+    /// As [`Run::admit`], and refuses ids outside the vocabulary: a kernel would read past the embedding.
+    pub(crate) fn admit_ids(&self, ids: &[u32]) -> Result<()> {
         self.admit(ids.len())?;
+        let vocab = self.weights.spec().vocab;
+        match ids.iter().find(|id| **id as usize >= vocab) {
+            None => Ok(()),
+            Some(id) => {
+                let message = format!("{id} is outside the vocabulary of {vocab}");
+                Err(Error::new(ErrorKind::Usage, "token ids", message))
+            }
+        }
+    }
+
+    fn check(&self, ids: &[u32], want: &[usize]) -> Result<()> {
+        self.admit_ids(ids)?;
         if ids.is_empty() {
             return Err(Error::new(ErrorKind::Usage, "prompt", "holds no tokens"));
-        }
-        let vocab = self.weights.spec().vocab;
-        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
-            return Err(Error::new(
-                ErrorKind::Usage,
-                "token ids",
-                format!("{id} is outside the vocabulary of {vocab}"),
-            ));
         }
         if let Some(w) = want.iter().find(|w| **w >= ids.len()) {
             return Err(Error::new(ErrorKind::Usage, "logits", format!("position {w} of a chunk of {}", ids.len())));

@@ -15,8 +15,8 @@ use std::path::Path;
 
 /// The model of a fault gives the logits of its twin.
 fn equals_twin(fault_name: &str, model: &str, twin: &str) -> Any {
-    let got = fault_logits(fault_name, &fault(&format!("{fault_name}/{model}")))?;
-    let want = fault_logits(fault_name, &fault(&format!("{fault_name}/{twin}")))?;
+    let got = fault_logits(fault_name, &fault_model(&format!("{fault_name}/{model}")))?;
+    let want = fault_logits(fault_name, &fault_model(&format!("{fault_name}/{twin}")))?;
     let off = deviation(&got, &want)?;
     assert!(off < 1e-4, "{fault_name}: {off:.2e} standard deviations off its twin");
     Ok(())
@@ -24,7 +24,7 @@ fn equals_twin(fault_name: &str, model: &str, twin: &str) -> Any {
 
 /// What the configuration of a fault describes.
 fn spec(path: &str) -> Any<ModelSpec> {
-    Ok(Checkpoint::random(&fault(path), 0)?.spec)
+    Ok(Checkpoint::random(&fault_model(path), 0)?.spec)
 }
 
 #[test]
@@ -36,7 +36,7 @@ fn biases_of_a_llama_gguf_file_are_read() -> Any {
 fn half_a_set_of_biases_is_refused_by_name() -> Any {
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("model.gguf");
-    gguf::edit(&fault("gguf-llama-bias/model.gguf"), &path, |t, _| drop(t.remove("blk.0.attn_k.bias")))?;
+    gguf::edit(&fault_model("gguf-llama-bias/model.gguf"), &path, |t, _| drop(t.remove("blk.0.attn_k.bias")))?;
     let error = refusal(&path.to_string_lossy())?;
     assert!(error.contains("`blk.0.attn_k.bias` is missing"), "{error}");
     Ok(())
@@ -48,7 +48,7 @@ fn a_gguf_scaling_factor_without_a_type_is_linear() -> Any {
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("model.gguf");
     let scaling = |change: &dyn Fn(&mut std::collections::BTreeMap<String, Metadata>)| -> Any<String> {
-        gguf::edit(&fault("gguf-rope-factor-without-type/model.gguf"), &path, |_, meta| change(meta))?;
+        gguf::edit(&fault_model("gguf-rope-factor-without-type/model.gguf"), &path, |_, meta| change(meta))?;
         Ok(open(&path.to_string_lossy())?.spec.ropes[0].scaling.describe())
     };
     const FACTOR: &str = "llama.rope.scaling.factor";
@@ -62,7 +62,7 @@ fn a_gguf_scaling_factor_without_a_type_is_linear() -> Any {
         m.insert("llama.rope.scale_linear".into(), factor);
     };
     assert_eq!(scaling(&old)?, "linear, factor 4");
-    gguf::edit(&fault("gguf-rope-factor-without-type/model.gguf"), &path, |_, m| {
+    gguf::edit(&fault_model("gguf-rope-factor-without-type/model.gguf"), &path, |_, m| {
         m.insert(TYPE.into(), Metadata::String("longrope".into()));
     })?;
     assert!(refusal(&path.to_string_lossy())?.contains("`longrope`"));
@@ -82,15 +82,15 @@ fn the_27b_of_gemma_3_has_its_own_query_scale_in_gguf_files() -> Any {
 #[test]
 fn a_gemma_3_gguf_file_without_a_window_attends_to_everything() -> Any {
     const NAME: &str = "gguf-gemma3-cap-without-window";
-    let error = refusal(&fault(&format!("{NAME}/model.gguf")))?;
+    let error = refusal(&fault_model(&format!("{NAME}/model.gguf")))?;
     assert!(error.contains("`gemma3.final_logit_softcapping` is 3"), "{error}");
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("model.gguf");
-    gguf::edit(&fault(&format!("{NAME}/model.gguf")), &path, |_, meta| {
+    gguf::edit(&fault_model(&format!("{NAME}/model.gguf")), &path, |_, meta| {
         meta.remove("gemma3.final_logit_softcapping");
     })?;
     let got = fault_logits(NAME, &path.to_string_lossy())?;
-    let want = fault_logits(NAME, &fault(&format!("{NAME}/twin-without-the-cap")))?;
+    let want = fault_logits(NAME, &fault_model(&format!("{NAME}/twin-without-the-cap")))?;
     let off = deviation(&got, &want)?;
     assert!(off < 1e-4, "{off:.2e} standard deviations off");
     Ok(())
@@ -100,7 +100,7 @@ fn a_gemma_3_gguf_file_without_a_window_attends_to_everything() -> Any {
 fn windows_of_a_gemma_3_gguf_file_follow_its_pattern_and_base() -> Any {
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("model.gguf");
-    gguf::edit(&fault("gguf-gemma3-27b-scale/model.gguf"), &path, |_, meta| {
+    gguf::edit(&fault_model("gguf-gemma3-27b-scale/model.gguf"), &path, |_, meta| {
         meta.insert("gemma3.attention.sliding_window_pattern".into(), Metadata::U32(2));
         meta.insert("gemma3.rope.freq_base_swa".into(), Metadata::F32(20_000.0));
     })?;
@@ -114,7 +114,7 @@ fn windows_of_a_gemma_3_gguf_file_follow_its_pattern_and_base() -> Any {
 fn the_parts_of_a_split_gguf_file_are_joined() -> Any {
     for part in ["model-00001-of-00002.gguf", "model-00002-of-00002.gguf"] {
         equals_twin("gguf-split", part, "twin")?;
-        let files = open(&fault(&format!("gguf-split/{part}")))?.files();
+        let files = open(&fault_model(&format!("gguf-split/{part}")))?.files();
         assert_eq!(files.len(), 2, "{files:?}");
     }
     Ok(())
@@ -126,7 +126,7 @@ fn parts_that_are_missing_or_strange_are_named() -> Any {
     let with = |names: &[(&str, &str)], given: &str, says: &[&str]| -> Any {
         let dir = tempfile::tempdir()?;
         for (from, to) in names {
-            std::fs::copy(fault(&format!("gguf-split/{from}")), dir.path().join(to))?;
+            std::fs::copy(fault_model(&format!("gguf-split/{from}")), dir.path().join(to))?;
         }
         let error = refusal(&dir.path().join(given).to_string_lossy())?;
         says.iter().for_each(|word| assert!(error.contains(word), "should say {word}: {error}"));
@@ -137,9 +137,9 @@ fn parts_that_are_missing_or_strange_are_named() -> Any {
     with(&[(first, "model.gguf")], "model.gguf", &["part 1 of 2", "-00001-of-00002.gguf"])?;
     with(&[(first, first), (first, second)], first, &[second, "split.no"])?;
     let dir = tempfile::tempdir()?;
-    std::fs::copy(fault(&format!("gguf-split/{first}")), dir.path().join(first))?;
+    std::fs::copy(fault_model(&format!("gguf-split/{first}")), dir.path().join(first))?;
     let short = dir.path().join(second);
-    gguf::edit(&fault(&format!("gguf-split/{second}")), &short, |t, _| drop(t.remove("blk.0.ffn_up.weight")))?;
+    gguf::edit(&fault_model(&format!("gguf-split/{second}")), &short, |t, _| drop(t.remove("blk.0.ffn_up.weight")))?;
     let error = refusal(&dir.path().join(first).to_string_lossy())?;
     assert!(error.contains("split.tensors.count"), "{error}");
     Ok(())
@@ -148,7 +148,7 @@ fn parts_that_are_missing_or_strange_are_named() -> Any {
 #[test]
 fn a_tied_model_with_a_head_of_its_own_reads_it_and_says_so() -> Any {
     equals_twin("tied-config-own-head", "model", "twin")?;
-    let checkpoint = open(&fault("tied-config-own-head/model"))?;
+    let checkpoint = open(&fault_model("tied-config-own-head/model"))?;
     assert!(!checkpoint.spec.tied);
     let warning = checkpoint.warnings.join("\n");
     assert!(warning.contains("`lm_head.weight`") && warning.contains("tie_word_embeddings"), "{warning}");
@@ -187,7 +187,7 @@ fn copies_of_a_tied_matrix_and_a_head_alone_are_one_matrix() -> Any {
 #[test]
 fn model_safetensors_goes_before_an_index_beside_it() -> Any {
     equals_twin("single-file-and-index", "model", "twin")?;
-    let warning = open(&fault("single-file-and-index/model"))?.warnings.join("\n");
+    let warning = open(&fault_model("single-file-and-index/model"))?.warnings.join("\n");
     assert!(warning.contains("model.safetensors is read") && warning.contains("index"), "{warning}");
     Ok(())
 }
@@ -220,12 +220,12 @@ fn keys_left_to_gemma_3s_class_have_its_values() -> Any {
 fn tensors_named_model_language_model_are_found() -> Any {
     equals_twin("gemma3-model-language-model", "model", "twin")?;
     // transformers before 4.52 put the wrapper's name first.
-    let dir = changed(Path::new(&fault("gemma3-model-language-model/model")), |tensors| {
+    let dir = changed(Path::new(&fault_model("gemma3-model-language-model/model")), |tensors| {
         let renamed = |name: &String| name.replace("model.language_model.", "language_model.model.");
         *tensors = tensors.iter().map(|(name, t)| (renamed(name), t.clone())).collect();
     })?;
     let got = fault_logits("gemma3-model-language-model", &dir.path().to_string_lossy())?;
-    let want = fault_logits("gemma3-model-language-model", &fault("gemma3-model-language-model/twin"))?;
+    let want = fault_logits("gemma3-model-language-model", &fault_model("gemma3-model-language-model/twin"))?;
     assert!(deviation(&got, &want)? < 1e-6);
     Ok(())
 }
@@ -279,7 +279,7 @@ fn a_value_that_the_type_asked_for_cannot_hold_is_named() -> Any {
         says.iter().for_each(|word| assert!(error.contains(word), "{dtype:?} should say {word}: {error}"));
         Ok(())
     };
-    let model = fault("f16-overflow/model");
+    let model = fault_model("f16-overflow/model");
     refused(&model, GgmlDType::F16, &["down_proj.weight", "row", "column", "too large for f16", "bf16 and f32"])?;
     held_as(&model, GgmlDType::BF16)??;
     held_as(&model, GgmlDType::F32)??;
@@ -309,7 +309,7 @@ fn a_value_that_the_type_asked_for_cannot_hold_is_named() -> Any {
 #[test]
 fn a_bias_that_the_type_of_activations_cannot_hold_is_named() -> Any {
     const BIAS: &str = "model.layers.0.self_attn.o_proj.bias";
-    let dir = changed(Path::new(&fault("gguf-llama-bias/twin")), |t| {
+    let dir = changed(Path::new(&fault_model("gguf-llama-bias/twin")), |t| {
         let mut values = vec![0f32; t[BIAS].elem_count()];
         values[3] = 1e5;
         t.insert(BIAS.into(), Tensor::new(values, &Device::Cpu).expect("a vector"));
@@ -327,6 +327,6 @@ fn a_bias_that_the_type_of_activations_cannot_hold_is_named() -> Any {
 
 #[test]
 fn a_real_gguf_file_holds_no_key_or_tensor_that_is_not_read() -> Any {
-    assert!(open(&real_model("smollm2-135m")?)?.warnings.is_empty());
+    assert!(open(&real_model("smollm2-135m")?)?.take_warnings().is_empty());
     Ok(())
 }

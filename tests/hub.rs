@@ -160,7 +160,7 @@ fn content(file: &str) -> Option<Vec<u8>> {
         "config.json" | "model.safetensors" => std::fs::read(golden_dir("qwen2").join(file)).ok(),
         "broken.gguf" => Some(b"not GGUF".to_vec()),
         part if part.starts_with("q4/model-0000") => {
-            std::fs::read(fault(&format!("gguf-split/{}", part.trim_start_matches("q4/")))).ok()
+            std::fs::read(fault_model(&format!("gguf-split/{}", part.trim_start_matches("q4/")))).ok()
         }
         _ => None,
     }
@@ -313,7 +313,7 @@ fn one_file_of_a_repository_is_fetched_alone() -> Any {
 fn all_parts_of_a_split_file_are_fetched() -> Any {
     let (machine, hub) = (Machine::new()?, Hub::start()?);
     let (first, second) = ("model-00001-of-00002.gguf", "model-00002-of-00002.gguf");
-    let local = machine.run(CLOSED, &fault(&format!("gguf-split/{first}")), &[], &[])?.report()?;
+    let local = machine.run(CLOSED, &fault_model(&format!("gguf-split/{first}")), &[], &[])?.report()?;
     let report = machine.run(&hub.endpoint(), &format!("{REPOSITORY}/q4/{second}"), &[], &[])?.report()?;
     assert_eq!(report["token_ids"], local["token_ids"]);
     assert_eq!(files_fetched(&hub.requests()), [first, second]);

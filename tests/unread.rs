@@ -213,10 +213,10 @@ fn tensors_that_are_not_read_are_refused_by_name() -> Any {
     refused("qwen2", &["model.vision_tower.patch.weight"])?;
     // Buffers that follow from the configuration are none.
     let buffers = with("llama", &["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"])?;
-    assert!(open(&buffers.path().to_string_lossy())?.warnings.is_empty());
+    assert!(open(&buffers.path().to_string_lossy())?.take_warnings().is_empty());
     // The other half of a multimodal model is said, not refused.
     let images = with("gemma3", &["model.vision_tower.patch.weight", "multi_modal_projector.norm"])?;
-    let warnings = open(&images.path().to_string_lossy())?.warnings;
+    let warnings = open(&images.path().to_string_lossy())?.take_warnings();
     assert!(warnings.len() == 1 && warnings[0].contains("2 tensors of the vision part"), "{warnings:?}");
     Ok(())
 }
@@ -227,7 +227,7 @@ fn metadata_keys_that_are_not_understood_are_refused_by_name() -> Any {
     let path = dir.path().join("model.gguf");
     let opened = |golden: &str, arch: &str, key: &str, value: Metadata| -> Any<bfly::Result<Vec<String>>> {
         gguf::write(golden, arch, &path, |_, meta| drop(meta.insert(key.into(), value)))?;
-        Ok(open(&path.to_string_lossy()).map(|c| c.warnings))
+        Ok(open(&path.to_string_lossy()).map(|c| c.take_warnings()))
     };
     let refused = |arch: &str, key: &str, value: Metadata, says: &[&str]| -> Any {
         let error = opened(arch, arch, key, value)?.err().ok_or(format!("{key} was accepted"))?.to_string();

@@ -1,14 +1,12 @@
 //! See `bfly-bench --help`.
 
-use bfly::cli::main_with;
+use bfly::cli::{completions, main_with, parse};
 use bfly::eval::bench::args::{run, Cli, Command};
-use clap::{CommandFactory, Parser};
 
 fn main() -> std::process::ExitCode {
-    let cli = Cli::parse();
-    if let Command::Completions { shell } = cli.command {
-        clap_complete::generate(shell, &mut Cli::command(), "bfly-bench", &mut std::io::stdout());
-        return std::process::ExitCode::SUCCESS;
+    match parse::<Cli>() {
+        Err(code) => code,
+        Ok(Cli { command: Command::Completions { shell }, .. }) => completions::<Cli>(shell, "bfly-bench"),
+        Ok(cli) => main_with(|| run(&cli)),
     }
-    main_with(|| run(&cli))
 }

@@ -1,14 +1,12 @@
 //! See `bfly-plot --help`.
 
-use bfly::cli::main_with;
+use bfly::cli::{completions, main_with, parse};
 use bfly::eval::plot::{run, Cli, Command};
-use clap::{CommandFactory, Parser};
 
 fn main() -> std::process::ExitCode {
-    let cli = Cli::parse();
-    if let Some(Command::Completions { shell }) = cli.command {
-        clap_complete::generate(shell, &mut Cli::command(), "bfly-plot", &mut std::io::stdout());
-        return std::process::ExitCode::SUCCESS;
+    match parse::<Cli>() {
+        Err(code) => code,
+        Ok(Cli { command: Some(Command::Completions { shell }), .. }) => completions::<Cli>(shell, "bfly-plot"),
+        Ok(cli) => main_with(|| run(&cli)),
     }
-    main_with(|| run(&cli))
 }

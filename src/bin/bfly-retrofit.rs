@@ -1,15 +1,11 @@
 //! See `bfly-retrofit --help`.
 
-use bfly::cli::{main_with, run, Cli, Command};
-use clap::{CommandFactory, Parser};
+use bfly::cli::{completions, main_with, parse, run, Cli, Command};
 
 fn main() -> std::process::ExitCode {
-    let cli = Cli::parse();
-    match cli.command {
-        Some(Command::Completions { shell }) => {
-            clap_complete::generate(shell, &mut Cli::command(), "bfly-retrofit", &mut std::io::stdout());
-            std::process::ExitCode::SUCCESS
-        }
-        None => main_with(|| run(&cli.run)),
+    match parse::<Cli>() {
+        Err(code) => code,
+        Ok(Cli { command: Some(Command::Completions { shell }), .. }) => completions::<Cli>(shell, "bfly-retrofit"),
+        Ok(cli) => main_with(|| run(&cli.run)),
     }
 }

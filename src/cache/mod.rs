@@ -127,11 +127,12 @@ impl Cache {
 
     /// Refuses `count` more tokens where they do not fit.
     pub fn admit(&self, count: usize) -> Result<()> {
-        let need = self.position + count;
-        if need <= self.ctx {
+        let need = self.position.checked_add(count);
+        if need.is_some_and(|n| n <= self.ctx) {
             return Ok(());
         }
-        let message = format!("{need} tokens do not fit the {} provisioned; give at least {need}", self.ctx);
+        let more = need.map_or(String::new(), |n| format!("; give at least {n}"));
+        let message = format!("{count} tokens after {} do not fit the {} provisioned{more}", self.position, self.ctx);
         Err(Error::new(ErrorKind::Context, "--ctx", message))
     }
 

@@ -5,6 +5,7 @@
 //! are rebuilt: each piece that splits into two pieces is a merge, tried in the order of falling score.
 
 use super::gguf::Gguf;
+use super::tokenizer::TURN_ENDS;
 use crate::error::{Error, ErrorKind, Result};
 use candle_core::quantized::gguf_file::Value;
 use std::collections::HashMap;
@@ -22,6 +23,15 @@ const QWEN2_SPLIT: &str =
 /// Llama 3's: as Qwen2's with up to three digits.
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// Names of the pre-tokenizer with Llama 3's words.
+const LLAMA3: [&str; 3] = ["llama-bpe", "llama3", "llama-v3"];
+
+/// Whether text begins with BOS under pre-tokenizer `pre` where a file has no `tokenizer.ggml.add_bos_token`: the defaults of
+/// <https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp>.
+pub fn begins_with_bos(pre: &str) -> bool {
+    LLAMA3.contains(&pre)
+}
+
 // Kinds of token, as GGUF numbers them.
 const NORMAL: i64 = 1;
 const CONTROL: i64 = 3;
@@ -33,15 +43,19 @@ const BYTE: i64 = 6;
 pub fn build(file: &Gguf) -> Result<Tokenizer> {
     let place = file.path().display();
     let fail = |m: &str| Error::new(ErrorKind::Tokenizer, &place, m);
-    let tokens = strings(file, "tokens")
+    let stored = strings(file, "tokens")
         .ok_or_else(|| fail("has no tokenizer (`tokenizer.ggml.tokens`); --token-ids needs none"))?;
     let types = file.metadata("tokenizer.ggml.token_type").and_then(|v| v.to_vec().ok());
     let types: Vec<i64> = types.map(|v| v.iter().map(type_code).collect()).unwrap_or_default();
-    let kind = |i: usize| types.get(i).copied().unwrap_or(NORMAL);
+    let kind = |i: usize| match types.get(i).copied().unwrap_or(NORMAL) {
+        // Some conversions store the end of a turn as plain text; llama.cpp overrules them too.
+        NORMAL | USER_DEFINED if stored.get(i).is_some_and(|t| TURN_ENDS.contains(t)) => CONTROL,
+        kind => kind,
+    };
     let pieces = file.string("tokenizer.ggml.model") == Some("llama");
     // A SentencePiece model's own entries for runs of spaces are stored with plain spaces.
     let spell = |i: usize, t: &str| if pieces && kind(i) == USER_DEFINED { t.replace(' ', "▁") } else { t.into() };
-    let tokens: Vec<String> = tokens.iter().enumerate().map(|(i, t)| spell(i, t)).collect();
+    let tokens: Vec<String> = stored.iter().enumerate().map(|(i, t)| spell(i, t)).collect();
     // Unused entries pad the matrix; their text must not match.
     let used = tokens.iter().enumerate().filter(|(i, _)| kind(*i) != UNUSED);
     let vocab: HashMap<String, u32> = used.map(|(i, t)| (t.clone(), i as u32)).collect();
@@ -113,7 +127,7 @@ fn byte_level(
             (Ok(Sequence::new(vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()])), false, false)
         }
         "qwen2" => (by_regex(QWEN2_SPLIT), true, false),
-        "llama-bpe" | "llama3" => (by_regex(LLAMA3_SPLIT), false, true),
+        pre if LLAMA3.contains(&pre) => (by_regex(LLAMA3_SPLIT), false, true),
         "default" | "gpt-2" => (Ok(Sequence::new(vec![ByteLevel::new(false, true, true).into()])), false, false),
         other => {
             let known = "smollm, qwen2, llama-bpe, gpt-2";

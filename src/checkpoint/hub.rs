@@ -16,6 +16,8 @@ const WANTED: &[&str] = &[
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "*.jinja",
     "model.safetensors",
     "model-*.safetensors",

@@ -3,6 +3,8 @@
 //! Names are Hugging Face's throughout; `gguf` translates. A tensor is read in row chunks, checked for NaN, brought into
 //! the form it is held in ([`WeightFormat`]) and only then is the next one touched.
 
+mod chat_template;
+mod detokenizer;
 mod gguf;
 pub mod gguf_keys;
 mod gguf_tokenizer;
@@ -12,13 +14,16 @@ mod identity;
 mod random;
 mod rows;
 mod safetensors;
+mod special_tokens;
 mod stored;
 mod tokenizer;
 mod weight_format;
 
+pub use chat_template::ChatTemplate;
+pub use detokenizer::Detokenizer;
 pub use identity::Identity;
 pub(crate) use random::splitmix;
-pub use tokenizer::{ChatTemplate, Text};
+pub use tokenizer::Text;
 pub use weight_format::{WeightDtype, WeightFormat};
 
 use crate::error::{At, Error, ErrorKind, Result};
@@ -30,6 +35,7 @@ use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 /// Told how far a stage is: what is read, units done, units in all.
 pub type OnProgress<'a> = &'a (dyn Fn(&str, u64, u64) + Sync);
@@ -74,12 +80,12 @@ pub struct Checkpoint {
     pub schema: Schema,
     /// The family that reads it.
     pub family: &'static Family,
-    /// What is to be told to whoever opened it: stored and not read, or read otherwise than the configuration says.
-    pub warnings: Vec<String>,
     store: Store,
     /// How this file spells tensor names.
     naming: Naming,
     dir: PathBuf,
+    /// Warnings, and how many of them have been given out.
+    warnings: Mutex<(Vec<String>, usize)>,
 }
 
 impl Checkpoint {
@@ -170,7 +176,17 @@ impl Checkpoint {
         store.add_stored_biases(&mut spec);
         let spec = spec.validate(config.origin())?;
         let schema = Schema::new(&spec);
-        let mut checkpoint = Self { identity, config, spec, schema, family, warnings, store, naming: PLAIN, dir };
+        let mut checkpoint = Self {
+            identity,
+            config,
+            spec,
+            schema,
+            family,
+            store,
+            naming: PLAIN,
+            dir,
+            warnings: Mutex::new((warnings, 0)),
+        };
         checkpoint.match_tensors()?;
         Ok(checkpoint)
     }
@@ -198,7 +214,33 @@ impl Checkpoint {
     }
 
     /// The text side: tokenizer, template and stop tokens.
+    ///
+    /// # Errors
+    /// No tokenizer, or a damaged one.
     pub fn text(&self) -> Result<Text> {
+        let text = self.read_text()?;
+        text.warnings().iter().for_each(|w| self.warn(w.clone()));
+        Ok(text)
+    }
+
+    /// Adds a warning for [`Checkpoint::take_warnings`].
+    fn warn(&self, warning: String) {
+        if let Ok(mut warnings) = self.warnings.lock() {
+            if !warnings.0.contains(&warning) {
+                warnings.0.push(warning);
+            }
+        }
+    }
+
+    /// What a user should know of the files read so far; each warning is given out once.
+    pub fn take_warnings(&self) -> Vec<String> {
+        let Ok(mut warnings) = self.warnings.lock() else { return vec![] };
+        let (all, told) = &mut *warnings;
+        let from = std::mem::replace(told, all.len());
+        all[from..].to_vec()
+    }
+
+    fn read_text(&self) -> Result<Text> {
         match &self.store {
             Store::Shards(_) => Text::from_dir(&self.dir, &self.config),
             Store::Gguf(file) => Text::from_gguf(file),

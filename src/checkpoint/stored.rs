@@ -104,7 +104,7 @@ impl Checkpoint {
             return Ok(Some(name));
         }
         let embed = self.stored_name(&self.schema.embed);
-        self.warnings.push(format!(
+        self.warn(format!(
             "{}: `tie_word_embeddings` is true, but `{name}` and `{embed}` are both stored and differ: each is used",
             self.identity.place()
         ));
@@ -150,7 +150,7 @@ impl Checkpoint {
             }
         }
         if other > 0 {
-            self.warnings.push(format!("{place}: text only; {other} tensors of the vision part are not read"));
+            self.warn(format!("{place}: text only; {other} tensors of the vision part are not read"));
         }
         Ok(())
     }

@@ -76,7 +76,8 @@ pub struct RunArgs {
     /// Tokens to a prefill chunk [default: 512 on a CPU, 4096 on a GPU]
     #[arg(long, value_name = "TOKENS", value_parser = parse_size, help_heading = "Run")]
     pub prefill_chunk: Option<usize>,
-    /// GPU memory that the run may take, such as 10G: prefill chunks shrink to fit, which never changes the output
+    /// GPU memory that the run may take, such as 10G (10GiB, 2^30 bytes each; 10GB is 10^9): prefill chunks shrink to fit, which never
+    /// changes the output
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes, help_heading = "Run")]
     pub memory_budget: Option<u64>,
     /// Write the report as JSON.
@@ -218,7 +219,7 @@ impl RetrofitArgs {
 #[command(group = ArgGroup::new("source").required(true).args(["prompt", "prompt_file", "token_ids"]))]
 pub struct PromptArgs {
     /// The prompt itself.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub prompt: Option<String>,
     /// A text file, or - for standard input.
     #[arg(long, value_name = "FILE|-")]
@@ -230,7 +231,7 @@ pub struct PromptArgs {
     #[arg(long)]
     pub chat: bool,
     /// System message for the template.
-    #[arg(long, value_name = "TEXT", requires = "chat")]
+    #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
     pub system: Option<String>,
 }
 

@@ -47,6 +47,8 @@ impl KvBytes {
 /// A run's report: the ledger's figures and everything needed to repeat the run.
 #[derive(Debug, Clone, Serialize)]
 pub struct Ledger {
+    /// [`LEDGER_KIND`].
+    pub kind: &'static str,
     /// Version of this form.
     pub schema_version: u32,
     /// Commit of the build.
@@ -101,6 +103,8 @@ pub struct Ledger {
     pub token_ids: Vec<u32>,
 }
 
+/// What tells reports from other JSON.
+pub const LEDGER_KIND: &str = "retrofit";
 /// The form that this build writes.
 pub const LEDGER_VERSION: u32 = 2;
 
@@ -126,7 +130,7 @@ impl Ledger {
                 let (s, full) = (&p.settings, p.model_layers);
                 let what = format!("butterfly in layers {} of {full}", ranges(&p.layers));
                 rows.push(("attention", what));
-                let far = format!("{} x{}, {:?}", s.partner, s.partner_count, s.pool);
+                let far = format!("{} x{}, {}", s.partner, s.partner_count, name_of(&s.pool));
                 rows.push((
                     "",
                     format!("window {} in blocks of {}, {} sinks, {far}", s.window, s.block, s.sink_tokens),
@@ -165,6 +169,11 @@ impl Ledger {
         rows.push(("decode", format!("{} tokens, {:.1} tokens/s", self.generated_tokens, self.decode_tok_s)));
         rows.iter().map(|(name, value)| format!("{name:>12}  {value}\n")).collect()
     }
+}
+
+/// The name that a plan, and the flag, has for a setting.
+fn name_of(setting: &impl Serialize) -> String {
+    serde_json::to_value(setting).ok().and_then(|v| v.as_str().map(String::from)).unwrap_or_default()
 }
 
 /// Peak resident memory of this process, where the system tells.

@@ -1,14 +1,15 @@
 //! A patch: a small directory with a plan and the identity of the checkpoint it belongs to, and no weights.
 
-use super::output::write_dir;
+use super::output::write_into;
 use crate::checkpoint::{Checkpoint, Identity, OnProgress, OpenOptions};
 use crate::error::{At, Error, Result};
+use crate::layout::MAX_CONTEXT;
 use crate::retrofit::RetrofitPlan;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// The file that makes a directory a patch.
-pub(super) const FILE: &str = "bfly.json";
+const FILE: &str = "bfly.json";
 const VERSION: u32 = 1;
 
 /// A saved retrofit.
@@ -36,22 +37,35 @@ impl Patch {
         let base = checkpoint.identity.hashed(&checkpoint.files(), progress)?;
         let patch = Self { schema_version: VERSION, base, ctx, plan: plan.clone() };
         let json = serde_json::to_vec_pretty(&patch).map_err(|e| Error::format(dir.display(), e))?;
-        write_dir(dir, "--save", &[(FILE, json)])
+        let fault = |_| {
+            Ok(Self::load(&dir.join(FILE))
+                .err()
+                .map(|_| "is no patch that this build reads; only such a one is replaced".into()))
+        };
+        write_into(dir, "--save", (FILE, &json), fault)
     }
 
     /// Reads the patch in `dir`, or `None` where there is none.
     pub fn open(dir: &str) -> Result<Option<Self>> {
         let path = Path::new(dir).join(FILE);
-        if !path.exists() {
-            return Ok(None);
-        }
-        let text = std::fs::read_to_string(&path).at(path.display())?;
+        path.exists().then(|| Self::load(&path)).transpose()
+    }
+
+    fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).at(path.display())?;
         let patch: Self = serde_json::from_str(&text).map_err(|e| Error::format(path.display(), e))?;
         if patch.schema_version != VERSION {
             let message = format!("is a patch of version {}; this build reads {VERSION}", patch.schema_version);
             return Err(Error::format(path.display(), message));
         }
-        Ok(Some(patch))
+        if patch.ctx == 0 || patch.ctx > MAX_CONTEXT {
+            return Err(Error::format(
+                path.display(),
+                format!("`ctx` must be from 1 to {MAX_CONTEXT}, not {}", patch.ctx),
+            ));
+        }
+        patch.plan.settings.validate().map_err(|e| e.within(path.display()))?;
+        Ok(patch)
     }
 
     /// Opens the base checkpoint and refuses one whose content has changed.

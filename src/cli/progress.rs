@@ -1,6 +1,6 @@
 //! Progress bars on stderr.
 
-use super::human_bytes;
+use super::{human_bytes, note};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::sync::Mutex;
 
@@ -60,8 +60,8 @@ impl Bars {
     /// Above the bar, if one is shown.
     fn print(&self, line: &str) {
         match self.bar.lock().ok().as_ref().and_then(|bar| bar.as_ref()) {
-            Some((_, bar)) => bar.suspend(|| eprintln!("{line}")),
-            None => eprintln!("{line}"),
+            Some((_, bar)) => bar.suspend(|| note(line)),
+            None => note(line),
         }
     }
 }

@@ -1,11 +1,14 @@
 //! `bfly-retrofit`: one prompt through one model, and what that took.
 
-use super::ledger::{KvBytes, LEDGER_VERSION};
-use super::{describe, human_bytes, open_device, peak_memory, weight_format, Bars, Ledger, Output, Patch, RunArgs};
-use crate::checkpoint::{Checkpoint, OnProgress, Text, WeightDtype};
+use super::console::written;
+use super::ledger::{KvBytes, LEDGER_KIND, LEDGER_VERSION};
+use super::output::{not_of_kind, not_of_tensors};
+use super::{describe, human_bytes, open_device, peak_memory, short_count, signals, weight_format};
+use super::{Bars, Ledger, Output, Patch, RunArgs};
+use crate::checkpoint::{Checkpoint, Detokenizer, OnProgress, Text, WeightDtype};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::generate::{render_chat, watch, Needs, Request, Sampler};
-use crate::layout::Layout;
+use crate::layout::{Layout, MAX_CONTEXT};
 use crate::ops::device_memory;
 use crate::retrofit::{parse_layers, RetrofitPlan, Settings};
 use crate::run::Run;
@@ -15,8 +18,10 @@ use candle_core::{Device, Tensor};
 use std::collections::HashMap;
 use std::io::Write;
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
+use std::path::Path;
+
+/// What `--logits-out` holds, in the order of names.
+const LOGITS: [&str; 2] = ["logits", "token_ids"];
 
 /// Runs it. Everything that can be refused is refused before weights are read.
 pub fn run(args: &RunArgs) -> Result<()> {
@@ -25,12 +30,11 @@ pub fn run(args: &RunArgs) -> Result<()> {
     args.model.set_threads()?;
     let device = open_device(&args.model.device)?;
     let mut sampler = Sampler::new(args.sampling.sampling())?;
-    let no_report = |json: bool| Ok((!json).then(|| "is no JSON; only an earlier report is replaced".into()));
-    let json = args.json.as_deref().map(|p| Output::reserve_over(p, "--json", no_report)).transpose()?;
-    let logits_out = args.logits_out.as_deref().map(|p| Output::reserve(p, "--logits-out")).transpose()?;
+    let json = args.json.as_deref().map(reserve_report).transpose()?;
+    let logits_out = args.logits_out.as_deref().map(reserve_logits).transpose()?;
     let Inputs { checkpoint, plan, ctx, ids, text } = Inputs::open(args, &progress)?;
     let spec = &checkpoint.spec;
-    checkpoint.warnings.iter().for_each(|w| bars.warn(w));
+    checkpoint.take_warnings().iter().for_each(|w| bars.warn(w));
     warn_past_training(&bars, spec, ctx);
     if let (Some(dir), Some(plan)) = (&args.save, &plan) {
         Patch::save(dir, &checkpoint, ctx, plan, &progress)?;
@@ -44,12 +48,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let weights = Weights::load(&checkpoint, &hold, &device, &progress)?;
     let chunk = chunk(args, &weights, &layout)?;
     let mut run = Run::with_layout(&weights, layout)?;
-    let decoding = Arc::new(AtomicBool::new(false));
-    let interrupted = Arc::new(AtomicBool::new(false));
-    on_ctrl_c(&decoding, &interrupted);
-    let mut stream = text.as_ref().map(|t| t.tokenizer.decode_stream(true));
-    let mut stdout = std::io::stdout().lock();
-    let mut write_failed = None;
+    let mut stream = text.as_ref().map(Detokenizer::new);
+    let mut stdout = Stdout::default();
     let made = run.generate(
         &Request {
             prompt: &ids,
@@ -61,28 +61,25 @@ pub fn run(args: &RunArgs) -> Result<()> {
         &mut sampler,
         &mut watch(|n| bars.show("prefill", n as u64, ids.len() as u64)),
         &mut |id| {
-            decoding.store(true, Ordering::Relaxed);
-            let piece = stream.as_mut().and_then(|s| s.step(id).ok().flatten());
-            if let Some(piece) = piece {
-                // A closed pipe ends the run; the ledger is still owed.
-                if let Err(e) = stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush()) {
-                    write_failed = Some(e);
-                }
+            signals::decoding();
+            if let Some(stream) = &mut stream {
+                stdout.show(&stream.push(id));
             }
-            match write_failed.is_none() && !interrupted.load(Ordering::Relaxed) {
+            match stdout.failed.is_none() && !signals::interrupted() {
                 true => ControlFlow::Continue(()),
                 false => ControlFlow::Break(()),
             }
         },
     )?;
-    if text.is_some() && write_failed.is_none() {
-        let _ = writeln!(stdout);
+    if let Some(stream) = &mut stream {
+        stdout.show(&(stream.finish()? + "\n"));
     }
     if let Some(file) = logits_out {
         file.write(&logits_file(&made.prompt_logits, &ids)?)?;
     }
     stay_within(args.memory_budget, &device)?;
     let mut ledger = Ledger {
+        kind: LEDGER_KIND,
         schema_version: LEDGER_VERSION,
         git_sha: env!("BFLY_GIT_SHA"),
         model: checkpoint.identity.as_given(name),
@@ -107,7 +104,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         peak_device_bytes: device_memory(&device).map(|m| m.peak),
         weights_bytes: weights.bytes(),
         kv: KvBytes::of(run.cache()),
-        text: text.as_ref().map(|t| t.decode(&made.tokens)).transpose()?,
+        text: stream.map(|s| s.text().to_string()),
         token_ids: made.tokens,
     };
     ledger.time(&made.timing);
@@ -117,7 +114,33 @@ pub fn run(args: &RunArgs) -> Result<()> {
         bytes.push(b'\n');
         json.write(&bytes)?;
     }
-    Ok(())
+    // The report comes first: what was made is in it.
+    stdout.failed.map_or(Ok(()), |e| written(Err(e)))
+}
+
+/// The text on stdout, until a write fails: that ends the run, and the ledger and the report are still owed.
+#[derive(Default)]
+struct Stdout {
+    failed: Option<std::io::Error>,
+}
+
+impl Stdout {
+    fn show(&mut self, piece: &str) {
+        if self.failed.is_none() && !piece.is_empty() {
+            let mut stdout = std::io::stdout().lock();
+            self.failed = stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush()).err();
+        }
+    }
+}
+
+/// The place of `--json`.
+fn reserve_report(path: &Path) -> Result<Output> {
+    Output::reserve_over(path, "--json", |json| not_of_kind(path, json, LEDGER_KIND, "an earlier report"))
+}
+
+/// The place of `--logits-out`.
+fn reserve_logits(path: &Path) -> Result<Output> {
+    Output::reserve_over(path, "--logits-out", |_| not_of_tensors(path, &LOGITS, "an earlier file of logits"))
 }
 
 /// What a run reads, opened and checked.
@@ -148,7 +171,8 @@ impl Inputs {
         };
         let spec = &checkpoint.spec;
         if let Some(base) = &base {
-            base.check(spec)?;
+            let place = args.retrofit.plan.as_deref().unwrap_or(Path::new(name));
+            base.check(spec).map_err(|e| e.within(place.display()))?;
         }
         let layers = layers.unwrap_or(base.map(|p| p.layers));
         let plan = (!args.retrofit.stock).then(|| RetrofitPlan::new(spec, layers, settings)).transpose()?;
@@ -161,10 +185,13 @@ impl Inputs {
 
     fn check(&self, args: &RunArgs) -> Result<()> {
         let (count, new, ctx) = (self.ids.len(), args.sampling.max_new_tokens, self.ctx);
-        if count + new > ctx {
-            let need = count + new;
-            let message =
-                format!("{ctx} tokens do not hold the prompt's {count} and {new} new ones; give --ctx {need} or more");
+        let need = count.saturating_add(new);
+        if need > ctx {
+            let way = match need > MAX_CONTEXT {
+                true => format!("no context is longer than {}: give a smaller -n", short_count(MAX_CONTEXT)),
+                false => format!("give --ctx {need} or more"),
+            };
+            let message = format!("{ctx} tokens do not hold the prompt's {count} and {new} new ones; {way}");
             return Err(Error::new(ErrorKind::Context, "--ctx", message));
         }
         if args.logits_last == 0 || args.logits_last > count {
@@ -173,7 +200,10 @@ impl Inputs {
         }
         let vocab = self.checkpoint.spec.vocab;
         match self.ids.iter().find(|id| **id as usize >= vocab) {
-            Some(id) => Err(Error::usage("--token-ids", format!("{id} is outside the vocabulary of {vocab}"))),
+            Some(id) => {
+                let place = args.prompt.token_ids.as_ref().map_or("the prompt", |_| "--token-ids");
+                Err(Error::usage(place, format!("token {id} is outside the vocabulary of {vocab}")))
+            }
             None => Ok(()),
         }
     }
@@ -190,10 +220,9 @@ fn prompt_ids(
     }
     let side = checkpoint.text()?;
     let text = text.unwrap_or_default();
-    let ids = match (args.prompt.chat, &side.template) {
-        (false, _) => side.encode(&text, true)?,
-        (true, Some(template)) => side.encode(&render_chat(template, args.prompt.system.as_deref(), &text)?, false)?,
-        (true, None) => return Err(Error::usage("--chat", "this checkpoint has no chat template; leave --chat out")),
+    let ids = match args.prompt.chat {
+        false => side.encode(&text, true)?,
+        true => side.encode(&render_chat(side.chat_template()?, args.prompt.system.as_deref(), &text)?, false)?,
     };
     match ids.is_empty() {
         true => Err(Error::usage("--prompt", "the prompt is empty")),
@@ -238,20 +267,9 @@ fn warn_past_training(bars: &Bars, spec: &ModelSpec, ctx: usize) {
     }
 }
 
-fn on_ctrl_c(decoding: &Arc<AtomicBool>, interrupted: &Arc<AtomicBool>) {
-    let (decoding, interrupted) = (decoding.clone(), interrupted.clone());
-    // Fails only where a handler is already set: then the default stays, which ends the process.
-    let _ = ctrlc::set_handler(move || {
-        let again = interrupted.swap(true, Ordering::Relaxed);
-        if again || !decoding.load(Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-    });
-}
-
 fn logits_file(logits: &Tensor, ids: &[u32]) -> Result<Vec<u8>> {
     let ids = Tensor::new(ids, &Device::Cpu)?;
     let logits = &logits.to_device(&Device::Cpu)?;
-    let map = HashMap::from([("logits", logits), ("token_ids", &ids)]);
+    let map: HashMap<_, _> = LOGITS.into_iter().zip([logits, &ids]).collect();
     safetensors::serialize(map, None).map_err(candle_core::Error::wrap).at("--logits-out")
 }

@@ -1,5 +1,7 @@
 //! Token counts and sizes of memory as people write them.
 
+use crate::layout::MAX_CONTEXT;
+
 /// As [`parse_count`], but zero is refused.
 pub fn parse_size(text: &str) -> Result<usize, String> {
     match parse_count(text)? {
@@ -8,15 +10,15 @@ pub fn parse_size(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Parses a whole number from 1 up.
+/// Parses a whole number from 1 to [`MAX_CONTEXT`]: sums of a few such counts cannot overflow.
 pub fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
-        Ok(0) | Err(_) => Err("not a whole number from 1 up".into()),
-        Ok(n) => Ok(n),
+        Ok(n) if (1..=MAX_CONTEXT).contains(&n) => Ok(n),
+        _ => Err(format!("not a whole number from 1 to {MAX_CONTEXT}")),
     }
 }
 
-/// Parses `8192`, `256k` (k = 1024) or `1M` (M = 1024 k), up to 16M: positions are exact in f32 that far.
+/// Parses `8192`, `256k` (k = 1024) or `1M` (M = 1024 k), up to [`MAX_CONTEXT`].
 pub fn parse_count(text: &str) -> Result<usize, String> {
     let (digits, unit) = match text.trim() {
         t if t.ends_with(['k', 'K']) => (&t[..t.len() - 1], 1 << 10),
@@ -26,22 +28,38 @@ pub fn parse_count(text: &str) -> Result<usize, String> {
     let n: usize =
         digits.parse().map_err(|_| format!("`{text}` is not a number of tokens such as 8192, 256k or 1M"))?;
     match n.checked_mul(unit) {
-        Some(n) if n <= 1 << 24 => Ok(n),
+        Some(n) if n <= MAX_CONTEXT => Ok(n),
         _ => Err(format!("`{text}` is more than 16M tokens")),
     }
 }
 
-/// Parses `10G`, `512M` or a number of bytes (G = GiB, M = MiB).
+/// Parses a size of memory: `10GiB` and `10G` are powers of two, `10GB` is one of ten, a bare number is bytes; likewise K, M and T.
+///
+/// The parsers of the crates `bytesize` and `parse-size` read `10G` as a power of ten, or `10GB` as one of two.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
-    let trimmed = text.trim().trim_end_matches("iB").trim_end_matches('B');
-    let (digits, unit) = match trimmed {
-        t if t.ends_with(['g', 'G']) => (&t[..t.len() - 1], 1u64 << 30),
-        t if t.ends_with(['m', 'M']) => (&t[..t.len() - 1], 1 << 20),
-        t => (t, 1),
+    let trimmed = text.trim();
+    let at = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(trimmed.len());
+    let (digits, unit) = trimmed.split_at(at);
+    let wrong = || format!("`{text}` is not a size such as 10G, 10GB, 512MiB or 1000000");
+    let unit = unit.trim_start().to_ascii_lowercase();
+    let (letter, base) = match unit.strip_suffix("ib") {
+        Some(letter) if !letter.is_empty() => (letter, 1024),
+        _ => match unit.strip_suffix('b') {
+            Some(letter) => (letter, 1000),
+            None => (unit.as_str(), 1024),
+        },
     };
-    let n: f64 = digits.parse().map_err(|_| format!("`{text}` is not a size such as 10G, 512M or 1000000"))?;
-    match n.is_finite() && n > 0.0 && n * (unit as f64) < 1e18 {
-        true => Ok((n * unit as f64) as u64),
+    let power = match letter {
+        "" => 0,
+        "k" => 1,
+        "m" => 2,
+        "g" => 3,
+        "t" => 4,
+        _ => return Err(wrong()),
+    };
+    let n = digits.parse::<f64>().map_err(|_| wrong())? * f64::from(base).powi(power);
+    match n >= 1.0 && n < 1e18 {
+        true => Ok(n as u64),
         false => Err(format!("`{text}` is not a size of memory")),
     }
 }
@@ -71,11 +89,26 @@ mod tests {
 
     #[test]
     fn budgets_parse() {
-        assert_eq!(parse_bytes("10G"), Ok(10 << 30));
-        assert_eq!(parse_bytes("1.5GiB"), Ok(3 << 29));
-        assert_eq!(parse_bytes("512MB"), Ok(512 << 20));
-        assert_eq!(parse_bytes("1000"), Ok(1000));
-        for bad in ["", "G", "-1G", "0", "nan", "1e30G", "ten"] {
+        for (text, bytes) in [
+            ("10G", 10 << 30),
+            ("10g", 10 << 30),
+            ("1.5GiB", 3 << 29),
+            ("10GB", 10_000_000_000),
+            ("512MB", 512_000_000),
+            ("512MiB", 512 << 20),
+            ("512 M", 512 << 20),
+            ("3k", 3 << 10),
+            ("3kB", 3000),
+            ("2TB", 2_000_000_000_000),
+            ("1000", 1000),
+            ("1000B", 1000),
+        ] {
+            assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
+        }
+        for bad in [
+            "", "G", "GB", "iB", "1iB", "-1G", "0", "0.1", "nan", "inf", "1e30G", "9999999T", "ten", "1.2.3G", "5X",
+            "5GiBB",
+        ] {
             assert!(parse_bytes(bad).is_err(), "{bad}");
         }
     }

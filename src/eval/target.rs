@@ -11,7 +11,7 @@ use crate::weights::Weights;
 use candle_core::Device;
 use clap::Args;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 
 /// Flags that name the model under test, its variants and its prompts.
 #[derive(Debug, Clone, Args)]
@@ -42,7 +42,6 @@ pub struct Target {
     format: WeightFormat,
     /// Device that it runs on.
     pub device: Device,
-    warned: Once,
 }
 
 impl Target {
@@ -53,7 +52,7 @@ impl Target {
     pub fn open(args: &TargetArgs, device: Device, progress: OnProgress) -> Result<Self> {
         let (checkpoint, patch) = open(args, progress)?;
         let format = weight_format(args.model.dtype.parse::<WeightDtype>()?, &checkpoint, &device);
-        Ok(Self { args: args.clone(), checkpoint, patch, format, device, warned: Once::new() })
+        Ok(Self { args: args.clone(), checkpoint, patch, format, device })
     }
 
     /// The checkpoint.
@@ -114,9 +113,9 @@ impl Target {
         Weights::load(&self.checkpoint, &self.format, &self.device, progress)
     }
 
-    /// Passes on what the checkpoint warns of, once.
+    /// Prints the warnings of the files read so far, each once.
     pub fn warn(&self, bars: &Bars) {
-        self.warned.call_once(|| self.checkpoint.warnings.iter().for_each(|w| bars.warn(w)));
+        self.checkpoint.take_warnings().iter().for_each(|w| bars.warn(w));
     }
 
     /// Warns of what the checkpoint warns of, and of contexts beyond the trained length, where only speed and memory mean anything.

@@ -79,10 +79,10 @@ impl Run {
     /// Reads `ids` in chunks and returns the logits of the last `last` positions, `[last, vocab]`.
     ///
     /// # Errors
-    /// As [`Run::forward`], before any work where the ids do not fit the context. [`ErrorKind::Cancelled`] where `on_tokens` breaks:
+    /// As [`Run::forward`], before any work where the ids do not fit the context or the vocabulary. [`ErrorKind::Cancelled`] where `on_tokens` breaks:
     /// the run then holds exactly the chunks read, and can go on.
     pub fn prefill(&mut self, ids: &[u32], chunk: usize, last: usize, on_tokens: OnTokens) -> Result<Tensor> {
-        self.admit(ids.len())?;
+        self.admit_ids(ids)?;
         if last == 0 || last > ids.len() {
             return Err(Error::new(
                 ErrorKind::Usage,
@@ -111,9 +111,9 @@ impl Run {
     /// Reads `ids` one at a time, as decode does, and returns the logits after each, f32 `[ids.len(), vocab]`.
     ///
     /// # Errors
-    /// As [`Run::forward`]; before any work where the ids do not fit the context.
+    /// As [`Run::forward`]; before any work where the ids do not fit the context or the vocabulary.
     pub fn read(&mut self, ids: &[u32]) -> Result<Tensor> {
-        self.admit(ids.len())?;
+        self.admit_ids(ids)?;
         let mut rows = vec![];
         let mut left = ids;
         #[cfg(feature = "cuda")]

@@ -148,7 +148,7 @@ fn bad_flags_get_one_error_before_any_work() -> Any {
         (&["--ctx", "8"][..], &["--ctx: 8 leaves no room for a prompt before the 8 tokens of --decode"][..]),
         (&["--ctx", "64,x"], &["--ctx", "`x` is not a number of tokens"]),
         (&["--ctx", "64,,128"], &["--ctx", "`` is not a number"]),
-        (&["--ctx", "64", "--repeats", "0"], &["--repeats", "not a whole number from 1 up"]),
+        (&["--ctx", "64", "--repeats", "0"], &["--repeats", "not a whole number from 1 to"]),
         (&["--ctx", "64", "--decode", "0"], &["--decode", "not a whole number"]),
         (&["--ctx", "64", "--variants", "retrofit:windows=1"], &["--variants", "`windows` is not a setting"]),
         (&["--ctx", "64", "--variants", "dense"], &["--variants", "`dense` is not stock, retrofit"]),

@@ -135,7 +135,7 @@ fn bad_flags_get_one_error_before_any_work() -> Any {
         (&["--memory-budget", "1G,,2G"], &["--memory-budget", "`` is not a size"]),
         (&["--most", "1000"], &["--most: 1000 is less than 1k, the smallest context"]),
         (&["--most", "1Q"], &["--most", "`1Q` is not a number of tokens"]),
-        (&["--decode", "1k"], &["--decode", "not a whole number from 1 up"]),
+        (&["--decode", "1k"], &["--decode", "not a whole number from 1 to"]),
         (&["--decode", "1024"], &["--decode: 1024 tokens leave no room for a prompt in 1k"]),
         (&["--read", "0"], &["--read", "0 is not a context length"]),
         (&["--most", "4k", "--read", "4089"], &["--read: 4089 tokens and the 8 of --decode are more than --most 4k"]),

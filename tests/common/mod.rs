@@ -53,6 +53,25 @@ impl Golden {
     }
 }
 
+/// A small input that was once read wrongly.
+pub fn fault(name: &str) -> PathBuf {
+    root().join("tests/fixtures/faults").join(name)
+}
+
+/// The one-layer model with a byte-level tokenizer, with `files` of its own beside or instead, in a directory that goes away with the
+/// value.
+pub fn tiny_model(files: &[(&str, &[u8])]) -> Any<tempfile::TempDir> {
+    let dir = tempfile::tempdir()?;
+    for entry in std::fs::read_dir(fault("model"))? {
+        let entry = entry?;
+        std::fs::copy(entry.path(), dir.path().join(entry.file_name()))?;
+    }
+    for (name, content) in files {
+        std::fs::write(dir.path().join(name), content)?;
+    }
+    Ok(dir)
+}
+
 pub fn open(model: &str) -> bfly::Result<Checkpoint> {
     Checkpoint::open(model, &OpenOptions::default(), &|_, _, _| ())
 }
@@ -146,9 +165,9 @@ pub fn fixture(path: &str) -> Any<serde_json::Value> {
     Ok(serde_json::from_str(&std::fs::read_to_string(path)?)?)
 }
 
-/// A file or folder of `tests/fixtures/faults`.
-pub fn fault(path: &str) -> String {
-    root().join("tests/fixtures/faults").join(path).to_string_lossy().into_owned()
+/// The path of a fault as `--model` takes it.
+pub fn fault_model(path: &str) -> String {
+    fault(path).to_string_lossy().into_owned()
 }
 
 /// The logits that `model` gives for the ids beside it, of the last position.

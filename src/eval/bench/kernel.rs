@@ -2,13 +2,12 @@
 
 use super::cases::{cases, Case, InputSpec, Iteration};
 use super::ceilings::{ceilings, CeilingSizes};
-use crate::cli::{at_least_one, open_device, Bars};
+use crate::cli::{at_least_one, open_device, print, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::table::kernels_table;
 use crate::eval::report::{machine, median, now, prove_replaceable, save, KernelRun, Kernels, KERNELS, SCHEMA_VERSION};
 use candle_core::DType;
 use clap::Args;
-use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -90,9 +89,7 @@ pub fn run(args: &KernelArgs) -> Result<()> {
     if let Some(out) = &args.out {
         save(out, &report)?;
     }
-    // A closed pipe does not undo the file.
-    let _ = write!(std::io::stdout(), "{}", kernels_table(&report));
-    Ok(())
+    print(kernels_table(&report))
 }
 
 /// Times `case` in `samples` batches of launches.

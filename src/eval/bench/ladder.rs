@@ -5,15 +5,14 @@ use super::engine::BflyEngine;
 use super::ladder_args::LadderArgs;
 use super::peer::Peer;
 use super::schedule::{blank, Engine, Entry, Schedule};
-use crate::cli::{open_device, Bars};
+use crate::cli::{open_device, print, Bars, Temporary};
 use crate::error::{Error, Result};
 use crate::eval::report::resume::{check_prompt, earlier_ladder, LadderFile};
 use crate::eval::report::table::ladder_table;
 use crate::eval::report::{hash, id_bytes, Header, Ladder, PromptSource, LADDER};
 use crate::eval::target::Target;
 use crate::ops::release_memory;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Runs the ladder, and prints a table. Everything that can be refused is refused before weights are read.
 ///
@@ -33,6 +32,7 @@ pub fn run(args: &LadderArgs) -> Result<()> {
     let own = contexts.iter().max().map_or(0, |c| c - args.decode);
     let tokens = own.max(earlier.as_ref().map_or(0, |e| e.prompt.tokens));
     let stream = target.stream(tokens, &progress)?;
+    target.warn(&bars);
     if let Some(earlier) = &earlier {
         check_prompt(&args.out, earlier, |n| hash(&stream.ids[..n]))?;
     }
@@ -45,8 +45,7 @@ pub fn run(args: &LadderArgs) -> Result<()> {
     let complete = |e: &Entry| contexts.iter().all(|c| file.missing(e.names(), *c, args.repeats) == 0);
     if args.peers.is_empty() && entries.iter().all(complete) {
         bars.say(&format!("{} is complete", args.out.display()));
-        let _ = write!(std::io::stdout(), "{}", ladder_table(&file.ladder));
-        return Ok(());
+        return print(ladder_table(&file.ladder));
     }
     let ids = (!args.peers.is_empty()).then(|| IdFile::write(&stream.ids[..tokens])).transpose()?;
     // Peers load while this engine does.
@@ -56,7 +55,7 @@ pub fn run(args: &LadderArgs) -> Result<()> {
         let ready = peer.ready()?;
         entries.push(Entry::new(Engine::Peer(Box::new(peer), ready)));
     }
-    let ids = ids.as_ref().map_or(Path::new(""), |f| f.0.as_path());
+    let ids = ids.as_ref().map_or(Path::new(""), |f| f.0.path());
     let mut schedule =
         Schedule { args, contexts, bars: &bars, engine, stream: &stream.ids, ids, entries, file, done: 0 };
     schedule.check()?;
@@ -65,9 +64,7 @@ pub fn run(args: &LadderArgs) -> Result<()> {
         release_memory(&target.device);
     }
     schedule.all()?;
-    // A closed pipe does not undo the file.
-    let _ = write!(std::io::stdout(), "{}", ladder_table(&schedule.file.ladder));
-    Ok(())
+    print(ladder_table(&schedule.file.ladder))
 }
 
 fn ladder(args: &LadderArgs, header: Header, prompt: PromptSource) -> Ladder {
@@ -83,25 +80,15 @@ fn ladder(args: &LadderArgs, header: Header, prompt: PromptSource) -> Ladder {
 }
 
 /// A file with the prompt's ids for peers to read, removed when dropped.
-struct IdFile(PathBuf);
+struct IdFile(Temporary);
 
 impl IdFile {
     fn write(ids: &[u32]) -> Result<Self> {
         let path = std::env::temp_dir().join(format!("bfly-bench-{}.ids", std::process::id()));
-        let interrupted = path.clone();
-        // Fails only where a handler is already set: then the file stays behind when interrupted.
-        let _ = ctrlc::set_handler(move || {
-            let _ = std::fs::remove_file(&interrupted);
-            std::process::exit(130);
+        let file = Temporary::new(path.clone()).and_then(|file| {
+            std::fs::write(file.path(), id_bytes(ids))?;
+            Ok(file)
         });
-        let file = Self(path);
-        std::fs::write(&file.0, id_bytes(ids)).map_err(|e| Error::io(&file.0, e))?;
-        Ok(file)
-    }
-}
-
-impl Drop for IdFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        Ok(Self(file.map_err(|e| Error::io(path, e))?))
     }
 }

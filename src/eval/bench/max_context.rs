@@ -1,7 +1,7 @@
 //! The largest context within a memory budget, found by arithmetic and verified by a run.
 
 use super::engine::{out_of_memory, past_budget, BflyEngine, Outcome, Workload};
-use crate::cli::{at_least_one, human_bytes, open_device, parse_bytes, parse_size, short_count, Bars};
+use crate::cli::{at_least_one, human_bytes, open_device, parse_bytes, parse_size, print, short_count, Bars};
 use crate::error::{Error, Result};
 use crate::eval::kv_budget::last_that;
 use crate::eval::report::table::max_context_table;
@@ -9,7 +9,6 @@ use crate::eval::report::{prove_replaceable, save, MaxContextRun, MaxContexts, M
 use crate::eval::target::{Target, TargetArgs};
 use crate::eval::variant::Variant;
 use clap::Args;
-use std::io::Write;
 use std::path::PathBuf;
 
 /// Tokens of which every considered context is a whole multiple.
@@ -21,7 +20,7 @@ const DEFAULT_READ: usize = 64 << 10;
 /// The flags of `fit`.
 #[derive(Debug, Args)]
 pub struct MaxContextArgs {
-    /// Memory budgets to fill with weights, cache and activations, such as 10G,24G.
+    /// Memory budgets to fill with weights, cache and activations, such as 10G,24G (GiB; GB is 10^9).
     #[arg(long, value_name = "LIST", required = true, value_delimiter = ',', value_parser = parse_bytes)]
     pub memory_budget: Vec<u64>,
     /// Largest context to consider; contexts are whole multiples of 1k.
@@ -104,6 +103,7 @@ pub fn run(args: &MaxContextArgs) -> Result<()> {
     let variants = target.variants()?;
     target.refuse_too_large()?;
     let stream = target.stream(read, &progress)?;
+    target.warn(&bars);
     let mut results = MaxContexts {
         header: target.header(MAX_CONTEXT),
         decode_tokens: args.decode,
@@ -135,9 +135,7 @@ pub fn run(args: &MaxContextArgs) -> Result<()> {
         results.runs.push(run);
         save(&args.out, &results)?;
     }
-    // A closed pipe does not undo the file.
-    let _ = write!(std::io::stdout(), "{}", max_context_table(&results));
-    Ok(())
+    print(max_context_table(&results))
 }
 
 /// The limits of a search.

@@ -3,14 +3,13 @@
 use super::kinds::figures_of;
 use super::save::save;
 use super::{graph, Figure};
-use crate::cli::parse_size;
+use crate::cli::{note, parse_size, print};
 use crate::error::{Error, Result};
 use crate::eval::report::{stem, KERNELS, LADDER};
 use crate::retrofit::Settings;
 use crate::selector::{Selector, SELECTORS};
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand};
-use std::io::Write;
 use std::path::PathBuf;
 
 /// Draws figures from measurements: nothing but their JSON is needed.
@@ -154,8 +153,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Some(Command::Kernels(args)) => files(args, Some(KERNELS)),
         Some(Command::Graph(args)) => {
             let figure = graph::figure(&args.settings(), args.ctx, args.layers.into())?;
-            print(&save(&args.out, "graph", &[figure])?);
-            Ok(())
+            list(&save(&args.out, "graph", &[figure])?)
         }
         // Needs the command itself, which the binary has.
         Some(Command::Completions { .. }) => Ok(()),
@@ -172,19 +170,17 @@ fn files(args: &FileArgs, wanted: Option<&str>) -> Result<()> {
         }
         let (figures, remarks) = figures_of(path, wanted)?;
         for remark in remarks {
-            eprintln!("note: {}: {remark}", path.display());
+            note(format_args!("note: {}: {remark}", path.display()));
         }
         drawn.push((stem, figures));
     }
     for (stem, figures) in &drawn {
-        print(&save(&args.out, stem, figures)?);
+        list(&save(&args.out, stem, figures)?)?;
     }
     Ok(())
 }
 
-fn print(paths: &[PathBuf]) {
-    for path in paths {
-        // A reader that went away does not undo the figures.
-        let _ = writeln!(std::io::stdout(), "{}", path.display());
-    }
+/// Lists the figures on stdout.
+fn list(paths: &[PathBuf]) -> Result<()> {
+    paths.iter().try_for_each(|path| print(format_args!("{}\n", path.display())))
 }

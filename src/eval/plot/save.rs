@@ -3,8 +3,10 @@
 use super::render::{png, svg};
 use super::theme::THEMES;
 use super::Figure;
+use crate::cli::Temporary;
 use crate::error::{Error, Result};
 use crate::ErrorKind;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// Writes each figure in both themes as SVG and PNG to `dir`, which is created; returns the paths.
@@ -35,19 +37,21 @@ pub fn save(dir: &Path, prefix: &str, figures: &[Figure]) -> Result<Vec<PathBuf>
 /// Lets `write` fill a hidden file beside the wanted one and then renames it.
 fn whole(dir: &Path, stem: &str, kind: &str, write: impl FnOnce(&Path) -> Result<(), String>) -> Result<PathBuf> {
     let path = dir.join(format!("{stem}.{kind}"));
+    if path.exists() && !begins_as_figure(&path) {
+        return Err(Error::usage(path.display(), format!("is no {kind} file; only an earlier figure is replaced")));
+    }
+    let error = |e: String| Error::new(ErrorKind::Io, path.display(), format!("cannot be written: {e}"));
     // The encoder goes by the ending, so it stays.
-    let partial = Partial(dir.join(format!(".{stem}.{}.partial.{kind}", std::process::id())));
-    let done = write(&partial.0).and_then(|()| std::fs::rename(&partial.0, &path).map_err(|e| e.to_string()));
-    let error = |e| Error::new(ErrorKind::Io, path.display(), format!("cannot be written: {e}"));
+    let hidden = dir.join(format!(".{stem}.{}.partial.{kind}", std::process::id()));
+    let partial = Temporary::new(hidden).map_err(|e| error(e.to_string()))?;
+    let done = write(partial.path()).and_then(|()| std::fs::rename(partial.path(), &path).map_err(|e| e.to_string()));
     done.map_err(error)?;
     Ok(path)
 }
 
-struct Partial(PathBuf);
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        // Gone already where it was renamed.
-        let _ = std::fs::remove_file(&self.0);
-    }
+/// Whether a file begins as the figures here do: as PNG or as SVG.
+fn begins_as_figure(path: &Path) -> bool {
+    let mut first = vec![];
+    let read = |first: &mut Vec<u8>| std::fs::File::open(path)?.take(4).read_to_end(first);
+    path.is_file() && read(&mut first).is_ok() && matches!(first.as_slice(), b"\x89PNG" | b"<svg" | b"")
 }

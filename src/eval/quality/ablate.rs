@@ -7,7 +7,7 @@ use super::eval_args::EvalArgs;
 use super::eval_set_args::EvalSetArgs;
 use super::reads::Reads;
 use super::runner::Runner;
-use crate::cli::Bars;
+use crate::cli::{print, Bars};
 use crate::error::Result;
 use crate::eval::kv_budget::widest_window;
 use crate::eval::report::table::ablation_table;
@@ -20,7 +20,6 @@ use crate::selector::SELECTORS;
 use crate::spec::ModelSpec;
 use candle_core::DType;
 use clap::Args;
-use std::io::Write;
 use std::path::PathBuf;
 
 /// The flags of `ablate`.
@@ -102,8 +101,7 @@ pub fn run(args: &AblateArgs) -> Result<()> {
         args.out.as_deref().map(|out| save(out, &results)).transpose()?;
     }
     bars.show("ablate", total, total);
-    let _ = write!(std::io::stdout(), "{}", ablation_table(&results));
-    Ok(())
+    print(ablation_table(&results))
 }
 
 /// A changed setting, its value, and all settings with it.

@@ -88,6 +88,7 @@ impl EvalSetArgs {
         let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
         let lengths = (self.ctx, self.ctx);
         let documents = Documents::open(target.checkpoint(), &eval.texts, self.documents, lengths, &progress)?;
+        target.warn(bars);
         let tasks = self.wanted_tasks();
         let mut questions = vec![];
         if !tasks.is_empty() {

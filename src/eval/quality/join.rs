@@ -1,10 +1,10 @@
 //! `join`: answers of several processes as one file.
 
+use crate::cli::print;
 use crate::error::Result;
 use crate::eval::report::table::answers_table;
 use crate::eval::report::{join, prove_replaceable, read, save, ANSWERS};
 use clap::Args;
-use std::io::Write;
 use std::path::PathBuf;
 
 /// The flags of `join`.
@@ -27,6 +27,5 @@ pub fn run(args: &JoinArgs) -> Result<()> {
     let files = args.files.iter().map(|f| Ok((f.as_path(), read(f, ANSWERS)?))).collect::<Result<Vec<_>>>()?;
     let joined = join(files)?;
     save(&args.out, &joined)?;
-    let _ = write!(std::io::stdout(), "{}", answers_table(&joined));
-    Ok(())
+    print(answers_table(&joined))
 }

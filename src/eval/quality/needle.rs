@@ -2,10 +2,10 @@
 
 use super::sample_args::{CellSpec, SampleArgs};
 use super::tasks::{needle, Draw, Hay, Sample, NEEDLE};
+use crate::cli::print;
 use crate::error::Result;
 use crate::eval::report::table::grid_table;
 use clap::{Args, ValueEnum};
-use std::io::Write;
 
 /// The text that a needle is hidden in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -52,7 +52,7 @@ pub fn run(args: &NeedleArgs) -> Result<()> {
     };
     let cells: Vec<_> = args.sample.lengths().into_iter().map(cell).collect();
     if let Some(answers) = args.sample.run(&cells, None)? {
-        let _ = write!(std::io::stdout(), "{}", grid_table(&answers));
+        print(grid_table(&answers))?;
     }
     Ok(())
 }

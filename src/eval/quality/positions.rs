@@ -4,7 +4,7 @@ use super::documents::{Documents, Excerpt};
 use super::eval_args::EvalArgs;
 use super::metrics::{losses, Rows};
 use super::runner::Runner;
-use crate::cli::{at_least_one, parse_size, Bars};
+use crate::cli::{at_least_one, parse_size, print, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::table::positions_table;
 use crate::eval::report::{
@@ -12,7 +12,6 @@ use crate::eval::report::{
 };
 use crate::run::Run;
 use clap::Args;
-use std::io::Write;
 use std::path::PathBuf;
 
 /// Default of `--bucket` in positions.
@@ -59,6 +58,7 @@ pub fn run(args: &PositionsArgs) -> Result<()> {
     let variants = target.variants_at(args.ctx)?;
     let (checkpoint, lengths) = (target.checkpoint(), (args.ctx, args.ctx));
     let texts = Documents::open(checkpoint, &args.eval.texts, args.documents, lengths, &progress)?.excerpts(args.ctx);
+    target.warn(&bars);
     let runner = Runner::new(target.load(&progress)?);
     let mut results =
         Positions { header: target.header(POSITIONS), ctx: args.ctx, stride: args.stride, bucket, runs: vec![] };
@@ -87,8 +87,7 @@ pub fn run(args: &PositionsArgs) -> Result<()> {
         args.out.as_deref().map(|out| save(out, &results)).transpose()?;
     }
     bars.show("positions", total as u64, total as u64);
-    let _ = write!(std::io::stdout(), "{}", positions_table(&results));
-    Ok(())
+    print(positions_table(&results))
 }
 
 /// The mean loss of the judged positions of each bucket, and the bytes of the cache.

@@ -47,10 +47,10 @@ impl Prompting {
     /// # Errors
     /// `chat` without a template.
     pub fn new(text: Text, chat: bool, unseen: bool, chunk: usize) -> Result<Self> {
-        match text.template.is_none() && chat {
-            true => Err(Error::usage("--chat", "this model has no chat template")),
-            false => Ok(Self { text, chat, unseen, chunk }),
+        if chat {
+            text.chat_template()?;
         }
+        Ok(Self { text, chat, unseen, chunk })
     }
 
     /// The number of tokens of a prompt, its chat template included.
@@ -64,9 +64,9 @@ impl Prompting {
 
     /// `user` in the chat template, or as it is.
     fn rendered(&self, user: &str) -> Result<String> {
-        match self.text.template.as_ref().filter(|_| self.chat) {
-            Some(template) => render_chat(template, None, user),
-            None => Ok(user.into()),
+        match self.chat {
+            true => render_chat(self.text.chat_template()?, None, user),
+            false => Ok(user.into()),
         }
     }
 

@@ -2,10 +2,10 @@
 
 use super::sample_args::{CellSpec, SampleArgs};
 use super::tasks::{self, Draw, Sample, TASKS};
+use crate::cli::print;
 use crate::error::{Error, Result};
 use crate::eval::report::table::answers_table;
 use clap::Args;
-use std::io::Write;
 use std::path::PathBuf;
 
 /// The flags of `ruler`.
@@ -81,7 +81,7 @@ pub fn run(args: &RulerArgs) -> Result<()> {
     });
     let cells: Vec<_> = cells.collect();
     if let Some(answers) = args.sample.run(&cells, read)? {
-        let _ = write!(std::io::stdout(), "{}", answers_table(&answers));
+        print(answers_table(&answers))?;
     }
     Ok(())
 }

@@ -111,6 +111,7 @@ impl SampleArgs {
         self.eval.check_trained(&target, &asked_for, &bars)?;
         asked_for.into_iter().try_for_each(|length| target.variants_at(length).map(drop))?;
         let text = target.checkpoint().text()?;
+        target.warn(&bars);
         let prompting = Prompting::new(text, self.chat, self.question_unseen, self.eval.prefill_chunk)?;
         let from = read.as_ref().map(|(path, _)| path.display().to_string());
         let sets = match read {

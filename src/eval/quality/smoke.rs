@@ -8,7 +8,7 @@ use super::eval_args::EvalArgs;
 use super::gate::{self, Gate};
 use super::metrics::{compare, Position, Rows, TOP};
 use super::runner::Runner;
-use crate::cli::{at_least_one, parse_size, short_count, Bars};
+use crate::cli::{at_least_one, parse_size, print, short_count, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::table::smoke_table;
 use crate::eval::report::{hash, prove_replaceable, save, DocumentScore, Kv, Smoke, SmokeRun, VariantRecord, SMOKE};
@@ -16,7 +16,6 @@ use crate::eval::variant::Variant;
 use crate::generate::{watch, Request, Sampler, Sampling};
 use crate::run::Run;
 use clap::Args;
-use std::io::Write;
 use std::path::PathBuf;
 
 /// The flags of the smoke test.
@@ -97,6 +96,7 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
     let variants = contexts.iter().map(|c| target.variants_at(*c)).collect::<Result<Vec<_>>>()?;
     let (least, most) = (contexts[0], contexts[contexts.len() - 1]);
     let documents = Documents::open(target.checkpoint(), &args.eval.texts, args.documents, (least, most), &progress)?;
+    target.warn(&bars);
     let work: Vec<(usize, Vec<Excerpt>)> = contexts.iter().map(|c| (*c, documents.excerpts(*c))).collect();
     if let Some((ctx, _)) = work.iter().find(|(_, texts)| texts.is_empty()) {
         let message = format!("no document of {} holds {} tokens", args.eval.texts.display(), short_count(*ctx));
@@ -141,8 +141,7 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
         args.out.as_deref().map(|out| save(out, &smoke)).transpose()?;
     }
     bars.show("smoke", total as u64, total as u64);
-    // A closed pipe does not undo the file.
-    let _ = write!(std::io::stdout(), "{}", smoke_table(&smoke));
+    print(smoke_table(&smoke))?;
     Gate::check(&gates, &smoke)
 }
 

@@ -7,7 +7,7 @@ mod study;
 use super::eval_args::EvalArgs;
 use super::eval_set_args::EvalSetArgs;
 use super::runner::Runners;
-use crate::cli::{at_least_one, Bars, Output};
+use crate::cli::{at_least_one, print, Bars, Output};
 use crate::error::{At, Error, Result};
 use crate::eval::report::resume::earlier_layers;
 use crate::eval::report::table::layers_table;
@@ -16,7 +16,6 @@ use crate::eval::report::{
 };
 use crate::retrofit::{ranges, RetrofitPlan, Settings};
 use clap::Args;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicUsize;
 use std::sync::Mutex;
@@ -147,8 +146,7 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     if let Some(dir) = &args.plans {
         write_plans(dir, &results)?;
     }
-    let _ = write!(std::io::stdout(), "{}", layers_table(&results));
-    Ok(())
+    print(layers_table(&results))
 }
 
 /// The number of layers kept at each point of the curve, rising.
@@ -168,7 +166,15 @@ fn counts(given: &[usize], layers: usize) -> Result<Vec<usize>> {
 /// Refuses a directory that plans cannot be written to, before anything is scored.
 fn prove_plans(dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).at(format!("--plans {}", dir.display()))?;
-    Output::reserve(&dir.join("dense-0.json"), "--plans").map(drop)
+    let earlier = std::fs::read_dir(dir).at(dir.display())?.filter_map(|e| Some(e.ok()?.path()));
+    let named = |p: &PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("dense-"));
+    earlier.filter(named).chain([dir.join("dense-0.json")]).try_for_each(|path| reserve_plan(&path).map(drop))
+}
+
+/// Only a plan is replaced by a plan.
+fn reserve_plan(path: &Path) -> Result<Output> {
+    let fault = |_| Ok(RetrofitPlan::load(path).err().map(|_| "is no plan; only plans are replaced".into()));
+    Output::reserve_over(path, "--plans", fault)
 }
 
 /// Writes one plan per point that swaps anything.
@@ -177,7 +183,7 @@ fn write_plans(dir: &Path, results: &Layers) -> Result<()> {
         if let Some(plan) = &point.score.record.plan {
             let path = dir.join(format!("dense-{}.json", point.dense.len()));
             let json = serde_json::to_vec_pretty(plan).map_err(|e| Error::format(path.display(), e))?;
-            Output::reserve(&path, "--plans")?.write(&json)?;
+            reserve_plan(&path)?.write(&json)?;
         }
     }
     Ok(())

@@ -1,0 +1,117 @@
+//! `{% generation %}`: the one tag that transformers adds to Jinja.
+//!
+//! The tag marks training text and renders its body in a scope of its own, as `{% with %}` does; minijinja has no custom tags
+//! (<https://github.com/mitsuhiko/minijinja/issues/815>), so the names are replaced before parsing.
+
+/// `source` with `generation` and `endgeneration` tags as `with` and `endwith`; text, strings, comments and raw blocks stay.
+pub fn without_generation(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(at) = rest.find(['{']).filter(|at| *at + 1 < rest.len()) {
+        let (text, tag) = rest.split_at(at);
+        out.push_str(text);
+        let length = match tag.as_bytes()[1] {
+            b'#' => tag.find("#}").map_or(tag.len(), |end| end + 2),
+            b'{' => expression_end(tag, "}}"),
+            b'%' if name_of(tag) == "raw" => raw_end(tag),
+            b'%' => {
+                let length = expression_end(tag, "%}");
+                let (tag, _) = tag.split_at(length);
+                let body = tag
+                    .strip_prefix("{%")
+                    .and_then(|t| t.strip_suffix("%}"))
+                    .map(|t| t.trim_matches(['-', '+']).trim());
+                let swap = match body {
+                    Some("generation") => Some(("generation", "with")),
+                    Some("endgeneration") => Some(("endgeneration", "endwith")),
+                    _ => None,
+                };
+                out.push_str(&swap.map_or(tag.into(), |(old, new)| tag.replacen(old, new, 1)));
+                rest = &rest[at + length..];
+                continue;
+            }
+            _ => 1,
+        };
+        out.push_str(&tag[..length]);
+        rest = &rest[at + length..];
+    }
+    out + rest
+}
+
+/// The first word of a tag.
+fn name_of(tag: &str) -> &str {
+    let inner = tag[2..].trim_start_matches(['-', '+']).trim_start();
+    inner.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or_default()
+}
+
+/// Where the tag that `tag` begins with ends: at the first `close` outside strings and brackets.
+fn expression_end(tag: &str, close: &str) -> usize {
+    let (mut at, mut depth, mut quote) = (2, 0usize, None);
+    let bytes = tag.as_bytes();
+    while at < bytes.len() {
+        match (quote, bytes[at]) {
+            (Some(_), b'\\') => at += 1,
+            (Some(q), b) if q == b => quote = None,
+            (Some(_), _) => {}
+            (None, b @ (b'"' | b'\'')) => quote = Some(b),
+            (None, _) if depth == 0 && tag.as_bytes()[at..].starts_with(close.as_bytes()) => return at + close.len(),
+            (None, b'{' | b'[' | b'(') => depth += 1,
+            (None, b'}' | b']' | b')') => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        at += 1;
+    }
+    tag.len()
+}
+
+/// Where the raw block that `tag` begins with ends.
+fn raw_end(tag: &str) -> usize {
+    let mut at = 2;
+    while let Some(next) = tag[at..].find("{%") {
+        at += next;
+        if name_of(&tag[at..]) == "endraw" {
+            return at + tag[at..].find("%}").map_or(tag.len() - at, |end| end + 2);
+        }
+        at += 2;
+    }
+    tag.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::without_generation;
+
+    #[test]
+    fn tags_are_replaced_with_their_white_space_control() {
+        for (given, want) in [
+            ("a{% generation %}b{% endgeneration %}c", "a{% with %}b{% endwith %}c"),
+            ("{%- generation -%} b {%- endgeneration +%}", "{%- with -%} b {%- endwith +%}"),
+            ("{%generation%}{%endgeneration%}", "{%with%}{%endwith%}"),
+            ("é{%\n generation\n%}ü", "é{%\n with\n%}ü"),
+        ] {
+            assert_eq!(without_generation(given), want);
+        }
+    }
+
+    #[test]
+    fn everything_else_stays_as_it_is() {
+        for same in [
+            "",
+            "{",
+            "text { generation } %}",
+            "{# {% generation %} #}",
+            "{% raw %}{% generation %}{% endraw %}",
+            "{{ '{% generation %}' }}",
+            r#"{{ "\"{% generation %}" }}"#,
+            "{% set x = '%}{% generation %}' %}",
+            "{{ {'a': {'b': '}}'}} }}{% if generation %}{% endif %}",
+            "{% generation x %}",
+            "{% raw %}{% generation %}",
+            "{# unclosed {% generation %}",
+            "{{ unclosed",
+            "{%",
+        ] {
+            assert_eq!(without_generation(same), same);
+        }
+    }
+}
