@@ -63,7 +63,10 @@ if [ -z "$model" ]; then
 fi
 
 say "build"
-cargo build --release --bin bfly-retrofit || fail "the build failed; see above"
+# Without benchmarks and figures; a hub id, which is no path, needs the hub.
+features=cli
+[ -e "$model" ] || features=cli,hub
+cargo build --release --no-default-features --features "$features" --bin bfly-retrofit || fail "the build failed; see above"
 binary=${CARGO_TARGET_DIR:-target}/release/bfly-retrofit
 
 # The text goes to stdout, progress and the run's own ledger to stderr.

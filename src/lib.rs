@@ -27,8 +27,8 @@
 //! | [`mixer`], [`nn`], [`ops`] | attention per layer kind; the layers between; operators, each with a reference |
 //! | [`cache`] | fixed allocations, bytes by pool |
 //! | [`generate`] | prefill, decode, sampling, chat template |
-//! | [`eval`] | benchmarks, quality, figures |
-//! | [`cli`] | flags, progress, the memory ledger |
+//! | `eval` (feature) | benchmarks, quality, figures |
+//! | `cli` (feature) | flags, progress, the memory ledger |
 //!
 //! # Example
 //!
@@ -59,8 +59,10 @@
 
 pub mod cache;
 pub mod checkpoint;
+#[cfg(feature = "cli")]
 pub mod cli;
 mod error;
+#[cfg(feature = "eval")]
 pub mod eval;
 pub mod eviction;
 pub mod family;

@@ -150,7 +150,7 @@ fn a_tied_model_with_a_head_of_its_own_reads_it_and_says_so() -> Any {
     equals_twin("tied-config-own-head", "model", "twin")?;
     let checkpoint = open(&fault_model("tied-config-own-head/model"))?;
     assert!(!checkpoint.spec.tied);
-    let warning = checkpoint.warnings.join("\n");
+    let warning = checkpoint.take_warnings().join("\n");
     assert!(warning.contains("`lm_head.weight`") && warning.contains("tie_word_embeddings"), "{warning}");
     Ok(())
 }
@@ -176,7 +176,7 @@ fn copies_of_a_tied_matrix_and_a_head_alone_are_one_matrix() -> Any {
             t.extend(keep_embedding.then(|| ("model.embed_tokens.weight".into(), embed)));
         })?;
         let checkpoint = open(&dir.path().to_string_lossy())?;
-        assert!(checkpoint.spec.tied && checkpoint.warnings.is_empty());
+        assert!(checkpoint.spec.tied && checkpoint.take_warnings().is_empty());
         let model = load(&checkpoint, None, 300)?;
         let off = deviation(&last_logits(&model, &golden.ids("short")?, 300, 64)?, &golden.logits("short")?)?;
         assert!(off < 1e-4, "{off:.2e} standard deviations off");
@@ -187,7 +187,7 @@ fn copies_of_a_tied_matrix_and_a_head_alone_are_one_matrix() -> Any {
 #[test]
 fn model_safetensors_goes_before_an_index_beside_it() -> Any {
     equals_twin("single-file-and-index", "model", "twin")?;
-    let warning = open(&fault_model("single-file-and-index/model"))?.warnings.join("\n");
+    let warning = open(&fault_model("single-file-and-index/model"))?.take_warnings().join("\n");
     assert!(warning.contains("model.safetensors is read") && warning.contains("index"), "{warning}");
     Ok(())
 }

@@ -90,7 +90,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "K", default_value_t = 1, requires = "logits_out", help_heading = "Output")]
     pub logits_last: usize,
     /// Save the plan as a patch: a directory without weights that --model runs.
-    #[arg(long, value_name = "DIR", help_heading = "Output")]
+    #[arg(long, value_name = "DIR", conflicts_with = "stock", help_heading = "Output")]
     pub save: Option<PathBuf>,
     /// No progress and no ledger.
     #[arg(long, short, help_heading = "Output")]
@@ -154,7 +154,7 @@ fn partner_names() -> clap::builder::PossibleValuesParser {
 #[command(next_help_heading = "Retrofit")]
 pub struct RetrofitArgs {
     /// Run the model as it came.
-    #[arg(long, conflicts_with_all = ["layers", "plan", "block", "window", "window_align", "sink_tokens", "partner", "partner_count", "shift_unit", "pool", "summary_bias", "far_position", "save"])]
+    #[arg(long, conflicts_with_all = ["layers", "plan", "block", "window", "window_align", "sink_tokens", "partner", "partner_count", "shift_unit", "pool", "summary_bias", "far_position"])]
     pub stock: bool,
     /// Layers to swap: all (every full-attention layer) or a list such as 0-14,17-29 [default: all]
     #[arg(long, value_name = "all|LIST")]

@@ -1,21 +1,22 @@
-//! `kv=SHARE`: the bytes that a method may allocate, as a share of a dense cache's, turned into its window or its budget.
+//! `kv=SHARE`: the window or the budget with which a method's cache takes a given share of a dense one.
 
-use crate::cli::{human_bytes, short_count};
+use crate::cli::short_count;
 use crate::error::{Error, Result};
 use crate::eviction::EvictionPlan;
 use crate::layout::Layout;
 use crate::method::Method;
+use crate::ops::human_bytes;
 use crate::retrofit::{RetrofitPlan, Settings};
 use crate::spec::ModelSpec;
 use candle_core::DType;
 
-/// Shares are of 16-bit numbers; what is kept in f32 whatever the rest is held in is a few rows.
+/// Element type by which shares are computed; the running sums, a few rows, are f32 whatever it is.
 const DTYPE: DType = DType::BF16;
 
-/// Parses `1/16` or `0.25`: more than 0, at most 1.
+/// Parses a share such as `1/16` or `0.25`: more than 0, at most 1.
 ///
 /// # Errors
-/// What is neither.
+/// A text that is no such share.
 pub fn parse_share(text: &str) -> std::result::Result<f64, String> {
     let number = |t: &str| t.trim().parse::<f64>().ok();
     let share = match text.split_once('/') {
@@ -28,7 +29,7 @@ pub fn parse_share(text: &str) -> std::result::Result<f64, String> {
     }
 }
 
-/// The last number from 1 to `most` that `fits`, where all before it do and none after it does.
+/// The last number from 1 to `most` that `fits`, where all before it do and none after it does; `None` where 1 does not.
 ///
 /// # Errors
 /// Those of `fits`.
@@ -44,8 +45,8 @@ pub fn last_that(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Op
     Ok((last > 0).then_some(last))
 }
 
-/// `settings` with the widest window for which `bytes` of the plan are no more than `target`; `None` where not even a window of one
-/// block is that small.
+/// `settings` with the widest window of up to `most` tokens for which `bytes` is at most `target`; `None` where a window of one block
+/// exceeds it.
 ///
 /// # Errors
 /// Those of `bytes`.
@@ -59,10 +60,10 @@ pub fn widest_window(
     Ok(last_that(most.div_ceil(settings.block), |blocks| Ok(bytes(&with(blocks))? <= target))?.map(with))
 }
 
-/// `plan` with the widest window whose cache for `ctx` positions takes no more than `share` of a dense one.
+/// `plan` with the widest window whose cache for `ctx` positions takes at most `share` of a dense one.
 ///
 /// # Errors
-/// A share that one block of window exceeds.
+/// A share that a window of one block exceeds.
 pub fn retrofit(plan: &RetrofitPlan, spec: &ModelSpec, ctx: usize, share: f64) -> Result<RetrofitPlan> {
     let with = |settings: &Settings| RetrofitPlan::new(spec, Some(plan.layers.clone()), settings.clone());
     let bytes = |settings: &Settings| Ok(Layout::new(spec, &with(settings)?, ctx)?.bytes(DTYPE).peak);
@@ -77,24 +78,29 @@ pub fn retrofit(plan: &RetrofitPlan, spec: &ModelSpec, ctx: usize, share: f64) -
     }
 }
 
-/// `plan` with the largest budget for which the cache for `ctx` positions takes no more than `share` of a dense one: at its peak where
-/// the rule evicts all the time, and after evicting where it evicts once, since before that it holds everything.
+/// `plan` with the largest budget for which the cache for `ctx` positions takes at most `share` of a dense one: at its peak where the rule
+/// evicts block by block, after the eviction where it evicts once, since before that it holds the whole context.
 ///
 /// # Errors
-/// A share that leaves no token.
+/// A share that the smallest budget of the rule exceeds.
 pub fn eviction(plan: &EvictionPlan, spec: &ModelSpec, ctx: usize, share: f64) -> Result<EvictionPlan> {
     let with = |budget: usize| EvictionPlan { budget, ..plan.clone() };
     let bytes = |budget: usize| Layout::unchecked(spec, &with(budget), ctx).map(|l| l.bytes(DTYPE).settled);
     let target = target(spec, ctx, share)?;
-    let budget = last_that(ctx, |budget| Ok(bytes(budget)? <= target))?;
-    let Some(budget) = budget else {
-        return Err(too_small(ctx, "one token for each KV head", bytes(1)?, target, "a smaller block takes less"));
-    };
-    let plan = with(budget);
-    plan.check()?;
-    Ok(plan)
+    // The smallest budget that the rule allows; where it allows none, its own check says why.
+    let least = last_that(ctx, |budget| Ok(with(budget).check().is_err()))?.map_or(1, |refused| refused + 1);
+    with(least.min(ctx)).check()?;
+    match last_that(ctx, |budget| Ok(budget < least || bytes(budget)? <= target))?.filter(|budget| *budget >= least) {
+        Some(budget) => Ok(with(budget)),
+        None => {
+            let what = format!("a budget of {least} for each KV head");
+            let remedy = "a smaller block or observation window takes less";
+            Err(too_small(ctx, &what, bytes(least)?, target, remedy))
+        }
+    }
 }
 
+/// Bytes of `share` of a dense cache.
 fn target(spec: &ModelSpec, ctx: usize, share: f64) -> Result<u64> {
     Ok((share * Layout::new(spec, Method::Stock, ctx)?.bytes(DTYPE).dense as f64) as u64)
 }
@@ -175,7 +181,7 @@ mod tests {
         let e = retrofit(&plan, &spec, ctx, 1.0 / 16.0).unwrap_err().to_string();
         assert!(e.contains("kv: a window of one block of 128 takes") && e.contains("at 8k, the share is 6"), "{e}");
         let e = eviction(&EvictionPlan::new("keydiff", 9, &[])?, &spec, ctx, 1.0 / 64.0).unwrap_err().to_string();
-        assert!(e.contains("one token for each KV head takes") && e.contains("a smaller block"), "{e}");
+        assert!(e.contains("a budget of 1 for each KV head takes") && e.contains("a smaller block"), "{e}");
         Ok(())
     }
 }

@@ -2,67 +2,95 @@
 //!
 //! A list such as `stock,retrofit,retrofit:window=1024,layers=0-3,5,keydiff:budget=1k,block=64`. An item after `retrofit:` or a rule
 //! of [`crate::eviction`] that is no variant's name belongs to it: a further `KEY=VALUE`, or a further part of a list of layers.
+//!
+//! The keys of `retrofit:` are the flags of `bfly-retrofit` ([`RetrofitArgs`]), parsed by the same struct, so that a new flag is a key at
+//! once.
 
 use super::kv_budget::{self, parse_share};
-use crate::cli::{parse_count, parse_size};
+use crate::cli::{parse_count, RetrofitArgs};
 use crate::error::{Error, Result};
 use crate::eviction::{self, EvictionPlan, DEFAULT_BUDGET, RULES};
 use crate::method::Method;
 use crate::retrofit::{parse_layers, RetrofitPlan, Settings};
 use crate::spec::ModelSpec;
-use clap::ValueEnum;
-use std::path::Path;
+use clap::error::{ContextKind, ContextValue, ErrorKind as ClapErrorKind};
+use clap::{CommandFactory, Parser};
 
-/// The setting that stands for a window or a budget: the most that may be allocated, over a dense cache.
+/// The key that sets a window or a budget from the most bytes that may be allocated, as a share of a dense cache.
 const KV: &str = "kv";
-/// The flag, for messages.
+/// The flag that messages name.
 const FLAG: &str = "--variants";
 
 /// One way to run the model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Variant {
-    /// As given: `stock`, `retrofit`, `retrofit:window=1024`, `snapkv:budget=1024`.
+    /// Name as given: `stock`, `retrofit`, `retrofit:window=1024`, `snapkv:budget=1024`.
     pub name: String,
-    /// How the full-attention layers are run.
+    /// Method that the full-attention layers are run by.
     pub method: Method,
 }
 
 impl Variant {
-    /// The model as it came.
+    /// The stock model.
     pub fn stock() -> Self {
         Self { name: "stock".into(), method: Method::Stock }
     }
 }
 
-/// What a setting does to the plan that it is applied to.
-type Apply = fn(&mut Settings, &str) -> Result<(), String>;
-
-/// Every key but `layers`, `plan` and `kv`.
-const KEYS: &[(&str, Apply)] = &[
-    ("block", |s, v| put(&mut s.block, parse_size(v))),
-    ("window", |s, v| put(&mut s.window, parse_count(v))),
-    ("window-align", |s, v| put(&mut s.window_align, ValueEnum::from_str(v, true))),
-    ("sink-tokens", |s, v| put(&mut s.sink_tokens, parse_count(v))),
-    ("partner", |s, v| put(&mut s.partner, Ok(v.into()))),
-    ("partner-count", |s, v| put(&mut s.partner_count, number(v))),
-    ("shift-unit", |s, v| put(&mut s.shift_unit, number(v).map(Some))),
-    ("pool", |s, v| put(&mut s.pool, ValueEnum::from_str(v, true))),
-    ("summary-bias", |s, v| put(&mut s.summary_bias, number(v))),
-    ("far-position", |s, v| put(&mut s.far_position, ValueEnum::from_str(v, true))),
-    ("seed", |s, v| put(&mut s.seed, number(v))),
-];
-
-fn put<T>(into: &mut T, value: Result<T, String>) -> Result<(), String> {
-    *into = value?;
-    Ok(())
+/// The settings of a `retrofit:` variant: the flags of `bfly-retrofit` and its seed, each given as `KEY=VALUE`.
+#[derive(Debug, Parser)]
+#[command(no_binary_name = true, disable_help_flag = true)]
+struct RetrofitKeys {
+    /// Layers and settings of the retrofit.
+    #[command(flatten)]
+    retrofit: RetrofitArgs,
+    /// Seed of the random partner rule.
+    #[arg(long)]
+    seed: Option<u64>,
 }
 
-fn number<T: std::str::FromStr>(text: &str) -> Result<T, String> {
-    text.parse().map_err(|_| "not a number of that kind".into())
+impl RetrofitKeys {
+    /// Every flag with a value is a key.
+    fn keys() -> Vec<String> {
+        let command = Self::command();
+        let flags = command.get_arguments().filter(|a| a.get_action().takes_values());
+        flags.filter_map(|a| a.get_long()).map(String::from).collect()
+    }
+
+    /// Parses `pairs`; messages begin with `place`.
+    fn parse_pairs(pairs: &[(String, String)], place: &str) -> Result<Self> {
+        let keys = Self::keys();
+        if let Some((key, _)) = pairs.iter().find(|(key, _)| !keys.contains(key)) {
+            let message = format!("`{key}` is not a setting; settings are {}, {KV}", keys.join(", "));
+            return Err(Error::usage(place, message));
+        }
+        Self::try_parse_from(pairs.iter().map(|(key, value)| format!("--{key}={value}")))
+            .map_err(|e| named(&e).within(place))
+    }
 }
 
-/// Parses the items of one or more flags. `base` is what `retrofit` starts from: a patch's plan, or the defaults. `ctx` is the
-/// context that `kv=SHARE` is a share of a dense cache for; `None` where there is not the one.
+/// The error of clap's parser, which speaks of flags, as one of `KEY=VALUE`.
+fn named(e: &clap::Error) -> Error {
+    let text = |kind| match e.get(kind) {
+        Some(ContextValue::String(text)) => text.clone(),
+        Some(ContextValue::Strings(all)) => all.join(", "),
+        _ => String::new(),
+    };
+    let (flag, value, valid) =
+        (text(ContextKind::InvalidArg), text(ContextKind::InvalidValue), text(ContextKind::ValidValue));
+    let key = flag.trim_start_matches("--").split([' ', '=']).next().unwrap_or_default().to_string();
+    let why = match (e.kind(), std::error::Error::source(e)) {
+        (ClapErrorKind::ArgumentConflict, _) => "is given twice".into(),
+        (_, _) if !valid.is_empty() => format!("`{value}` is not one of {valid}"),
+        (_, Some(why)) if why.to_string().contains(&value) => why.to_string(),
+        (_, Some(why)) => format!("`{value}`: {why}"),
+        (_, None) => e.to_string().lines().next().unwrap_or_default().trim_start_matches("error: ").into(),
+    };
+    Error::usage(key, why)
+}
+
+/// Parses the items of one or more flags. `base` is the plan that `retrofit` starts from, a patch's, or `None` for the defaults. `ctx` is
+/// the context of the dense cache that `kv=SHARE` is a share of, or `None` where contexts vary.
 ///
 /// # Errors
 /// An unknown variant or key, a value that does not parse or does not fit the model, or the same variant twice.
@@ -110,7 +138,7 @@ pub fn parse(
     names.into_iter().map(|name| variant(name, base, spec, ctx)).collect()
 }
 
-/// Whether `KEY=VALUE` may follow the name.
+/// Whether `KEY=VALUE` may follow a variant's name.
 fn has_settings(name: &str) -> bool {
     name == "retrofit" || RULES.iter().any(|r| r.name() == name)
 }
@@ -132,30 +160,20 @@ fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec, ctx: Opt
         let plan = plan.map_err(|e| e.within(place()))?;
         return Ok(Variant { name, method: Method::Evict(plan) });
     }
-    let mut settings = base.map_or_else(Settings::default, |p| p.settings.clone());
-    let mut layers = base.map(|p| p.layers.clone());
-    given.sort_by_key(|(key, _)| key != "plan");
-    for (key, value) in given {
-        if key == "layers" {
-            layers = parse_layers(&value).map_err(|e| e.within(place()))?;
-            continue;
-        }
-        if key == "plan" {
-            // What is given besides changes the plan, wherever it stands; a plan of another model is named by its file.
-            let plan = RetrofitPlan::load(Path::new(&value)).map_err(|e| e.within(place()))?;
-            plan.check(spec).map_err(|e| e.within(format!("{}: {value}", place())))?;
-            (settings, layers) = (plan.settings, Some(plan.layers));
-            continue;
-        }
-        let known = KEYS.iter().find(|(k, _)| *k == key).ok_or_else(|| {
-            let keys: Vec<_> = KEYS.iter().map(|(k, _)| *k).chain(["layers", "plan", KV]).collect();
-            Error::usage(place(), format!("`{key}` is not a setting; settings are {}", keys.join(", ")))
-        })?;
-        (known.1)(&mut settings, &value)
-            .map_err(|why| Error::usage(place(), format!("`{value}` cannot be the {key}: {why}")))?;
+    let keys = RetrofitKeys::parse_pairs(&given, &place())?;
+    let args = keys.retrofit;
+    let saved = args.plan.as_deref().map(RetrofitPlan::load).transpose().map_err(|e| e.within(place()))?;
+    if let (Some(plan), Some(path)) = (&saved, &args.plan) {
+        // A plan of another model is named by its file.
+        plan.check(spec).map_err(|e| e.within(format!("{}: {}", place(), path.display())))?;
     }
+    let base = saved.as_ref().or(base);
+    let mut settings = args.settings(base.map_or_else(Settings::default, |p| p.settings.clone()));
+    settings.seed = keys.seed.unwrap_or(settings.seed);
+    let layers = args.layers.as_deref().map(parse_layers).transpose().map_err(|e| e.within(place()))?;
+    let layers = layers.unwrap_or_else(|| base.map(|p| p.layers.clone()));
     if share.is_some() {
-        // Any window that the block allows; the share sets it.
+        // Any window that the block allows, until the share sets it.
         settings.window = settings.block;
     }
     let plan = RetrofitPlan::new(spec, layers, settings).and_then(|plan| match share {
@@ -166,7 +184,7 @@ fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec, ctx: Opt
     Ok(Variant { name, method: Method::Butterfly(plan) })
 }
 
-/// Takes `kv=SHARE` out of what is given, with the context that it is for. It sets `size`, which cannot be given besides.
+/// Takes `kv=SHARE` out of `given`, and returns the share with its context. The share sets `size`, which cannot be given as well.
 fn share_of(given: &mut Vec<(String, String)>, size: &str, ctx: Option<usize>) -> Result<Option<(f64, usize)>> {
     let Some(at) = given.iter().position(|(key, _)| key == KV) else { return Ok(None) };
     let (_, value) = given.remove(at);
@@ -182,7 +200,7 @@ fn share_of(given: &mut Vec<(String, String)>, size: &str, ctx: Option<usize>) -
     }
 }
 
-/// The plan of `rule` with what is given; the budget is one of the settings here.
+/// The plan of `rule` with the settings of `given`, the budget among them.
 fn eviction(rule: &str, given: &[(String, String)]) -> Result<EvictionPlan> {
     let (mut budget, mut settings) = (DEFAULT_BUDGET, vec![]);
     let known = eviction::find(rule)?.settings();
@@ -201,7 +219,7 @@ fn eviction(rule: &str, given: &[(String, String)]) -> Result<EvictionPlan> {
     EvictionPlan::new(rule, budget, &settings)
 }
 
-/// `a=1,b=2,3,4` as `(a, 1)` and `(b, 2,3,4)`.
+/// Splits `a=1,b=2,3,4` into `(a, 1)` and `(b, 2,3,4)`.
 fn pairs(text: &str) -> Vec<(String, String)> {
     let mut pairs: Vec<(String, String)> = vec![];
     for item in text.split(',').filter(|item| !item.is_empty()) {
@@ -221,6 +239,8 @@ fn pairs(text: &str) -> Vec<(String, String)> {
 mod tests {
     use super::*;
     use crate::checkpoint::Checkpoint;
+    use crate::retrofit::{FarPosition, Pool, WindowAlign};
+    use clap::Args;
 
     fn spec() -> ModelSpec {
         Checkpoint::random("tests/fixtures/goldens/qwen2", 0).unwrap().spec
@@ -250,13 +270,33 @@ mod tests {
     }
 
     #[test]
-    fn every_key_is_a_setting_of_the_plan() {
+    fn every_flag_of_bfly_retrofit_is_a_key_and_every_setting_has_one() {
+        let keys = RetrofitKeys::keys();
+        let command = RetrofitArgs::augment_args(clap::Command::new("flags"));
+        // --stock is a variant of its own; the seed is a flag of sampling, too.
+        let flags = command.get_arguments().filter_map(|a| a.get_long()).filter(|f| *f != "stock");
+        assert_eq!(flags.chain(["seed"]).collect::<Vec<_>>(), keys);
         let fields = serde_json::to_value(Settings { shift_unit: Some(1), ..Settings::default() }).unwrap();
-        let fields: Vec<_> = fields.as_object().unwrap().keys().map(|k| k.replace('_', "-")).collect();
-        let mut keys: Vec<_> = KEYS.iter().map(|(k, _)| k.to_string()).collect();
-        assert!(fields.iter().all(|f| keys.contains(f)), "{fields:?} in {keys:?}");
-        keys.retain(|k| !fields.contains(k));
-        assert!(keys.is_empty(), "{keys:?}");
+        for field in fields.as_object().unwrap().keys().map(|k| k.replace('_', "-")) {
+            assert!(keys.contains(&field), "{field} is not one of {keys:?}");
+        }
+        let list = "retrofit:block=64,window=128,window-align=token,sink-tokens=1,partner=random,partner-count=2,shift-unit=4,\
+                    pool=pre-rope,summary-bias=-0.5,far-position=clamp,seed=9,layers=1,3";
+        let plan = parsed(list).unwrap()[0].method.plan().unwrap().clone();
+        let want = Settings {
+            block: 64,
+            window: 128,
+            window_align: WindowAlign::Token,
+            sink_tokens: 1,
+            partner: "random".into(),
+            partner_count: 2,
+            shift_unit: Some(4),
+            pool: Pool::PreRope,
+            summary_bias: -0.5,
+            far_position: FarPosition::Clamp,
+            seed: 9,
+        };
+        assert_eq!((plan.settings, plan.layers.as_slice()), (want, [1, 3].as_slice()));
     }
 
     #[test]
@@ -323,7 +363,7 @@ mod tests {
             ("retrofit:kv=1/4,kv=1/8", "give one of them, once"),
             ("snapkv:kv=1/4,budget=9", "sets the budget"),
             ("retrofit:kv=1/512", "one block of 128 takes"),
-            ("snapkv:kv=1/64", "budget: 16 leaves no token besides"),
+            ("snapkv:kv=1/64", "kv: a budget of 65 for each KV head takes"),
         ] {
             let e = at(list, 1024).unwrap_err().to_string();
             assert!(e.contains("--variants") && e.contains(words), "{list}: {e}");
@@ -338,9 +378,14 @@ mod tests {
             ("stock,stock", "`stock` twice"),
             ("stock:window=1", "belongs to no `retrofit:`"),
             ("stock,window=1024", "belongs to no `retrofit:`"),
-            ("retrofit:windw=1024", "`windw` is not a setting; settings are block, window,"),
-            ("retrofit:window=x", "`x` cannot be the window"),
-            ("retrofit:pool=mid-rope", "`mid-rope` cannot be the pool"),
+            ("retrofit:windw=1024", "`windw` is not a setting; settings are layers, plan, block, window,"),
+            ("retrofit:stock=1", "`stock` is not a setting"),
+            ("retrofit:window=x", "retrofit:window=x: window: `x` is not a number of tokens such as"),
+            ("retrofit:partner-count=x", "partner-count: `x`: invalid digit"),
+            ("retrofit:summary-bias=", "summary-bias: "),
+            ("retrofit:seed=-1", "seed: `-1`: invalid digit"),
+            ("retrofit:pool=mid-rope", "pool: `mid-rope` is not one of post-rope, pre-rope"),
+            ("retrofit:window=128,window=256", "window: is given twice"),
             ("retrofit:window=100", "--window: 100 is not a whole number of blocks"),
             ("retrofit:partner=none", "`none` is not one of causal_shift"),
             ("retrofit:layers=9", "layer 9 is out of range"),

@@ -102,7 +102,7 @@ impl Model {
 
 /// The first GPU; `None`, said aloud, where there is none.
 pub fn gpu(test: &str) -> Option<Device> {
-    match bfly::cli::open_device("cuda") {
+    match bfly::ops::open_gpu(0) {
         Ok(device) => Some(device),
         Err(e) => {
             // scripts/gpu_tests.sh counts these lines.

@@ -12,10 +12,10 @@ use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
-/// Draws figures from measurements: nothing but their JSON is needed.
+/// Draws figures from the JSON of measurements alone.
 ///
-/// Every figure is written four times: as SVG and as PNG, for light and for dark pages. What kind of measurement a file holds
-/// is read from it; the subcommands ladder and kernels insist on theirs.
+/// Every figure is written four times: as SVG and as PNG, for light and for dark pages. The kind of measurement is read from each file; the
+/// subcommands ladder and kernels accept theirs alone.
 #[derive(Debug, Parser)]
 #[command(
     name = "bfly-plot",
@@ -26,10 +26,10 @@ use std::path::PathBuf;
     after_help = EXAMPLES
 )]
 pub struct Cli {
-    /// A kind of figure.
+    /// Kind of figure.
     #[command(subcommand)]
     pub command: Option<Command>,
-    /// Files of any kind.
+    /// Files of any kind to draw.
     #[command(flatten)]
     pub files: FileArgs,
 }
@@ -45,8 +45,8 @@ Kinds of files, and what is drawn of each:
   bfly-positions  loss by position
 
 Examples:
-  # Whatever these files hold, into figures/
-  bfly-plot results/2027-01-01-h200-ladder/raw/*.json
+  # Whatever these files hold, compressed or not, into figures/
+  bfly-plot results/2027-01-01-h200-ladder/raw/*.json results/2027-01-01-h200-quality/raw/*.json.gz
 
   # Time, memory and decode of a ladder by context, and its ratios to the better stock
   bfly-plot ladder ladder.json --out figures
@@ -57,7 +57,7 @@ Examples:
   # Which block reads which, and how far that reaches through 24 layers
   bfly-plot graph --ctx 8k --window 512 --block 128 --partner causal_shift";
 
-/// What is drawn.
+/// A kind of figure.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// End-to-end runs over rising contexts: ratios to the better stock, time, memory, decode.
@@ -71,18 +71,18 @@ pub enum Command {
     Graph(GraphArgs),
     /// Print a completion script for a shell.
     Completions {
-        /// The shell.
+        /// Shell that the script is for.
         shell: clap_complete::Shell,
     },
 }
 
-/// Files to draw from.
+/// Files to draw, and where the figures go.
 #[derive(Debug, Args)]
 pub struct FileArgs {
-    /// JSON as bfly-bench and bfly-quality-smoke write it. Figures are named after their file.
+    /// Results of bfly-bench and bfly-quality-smoke, .json or .json.gz; figures are named after their file.
     #[arg(value_name = "FILE.json", required = true)]
     pub files: Vec<PathBuf>,
-    /// Where the figures go; created if need be.
+    /// Directory of the figures; created if need be.
     #[arg(long, value_name = "DIR", default_value = "figures")]
     pub out: PathBuf,
 }
@@ -92,10 +92,10 @@ fn partner_names() -> PossibleValuesParser {
     SELECTORS.iter().map(value).collect::<Vec<_>>().into()
 }
 
-/// A graph to draw.
+/// The flags of `graph`.
 #[derive(Debug, Args)]
 pub struct GraphArgs {
-    /// Positions: 8192, 16k. At most 512 blocks can be drawn; 64 are easy to read.
+    /// Positions, such as 8192 or 16k; at most 512 blocks can be drawn, and 64 are easy to read.
     #[arg(long, value_name = "TOKENS", default_value = "8k", value_parser = parse_size)]
     pub ctx: usize,
     /// Exact window in tokens, a whole number of blocks.
@@ -107,10 +107,10 @@ pub struct GraphArgs {
     /// First tokens that are always read exactly.
     #[arg(long, value_name = "TOKENS", default_value = "4", value_parser = crate::cli::parse_count)]
     pub sink_tokens: usize,
-    /// Which earlier block's summary is read.
+    /// Rule that chooses the earlier blocks whose summaries are read.
     #[arg(long, value_name = "RULE", default_value = SELECTORS[0].name(), value_parser = partner_names())]
     pub partner: String,
-    /// Stages read at once.
+    /// Number of stages read at once.
     #[arg(long, value_name = "K", default_value_t = 1)]
     pub partner_count: usize,
     /// Distance of stage 0 in blocks [default: window blocks + 1]
@@ -122,7 +122,7 @@ pub struct GraphArgs {
     /// Swapped layers that information travels through.
     #[arg(long, value_name = "N", default_value_t = 24, value_parser = clap::value_parser!(u16).range(1..=512))]
     pub layers: u16,
-    /// Where the figure goes; created if need be.
+    /// Directory of the figure; created if need be.
     #[arg(long, value_name = "DIR", default_value = "figures")]
     pub out: PathBuf,
 }
@@ -142,7 +142,8 @@ impl GraphArgs {
     }
 }
 
-/// Runs it: every file is read and drawn before the first figure is written. Paths go to stdout, remarks to stderr.
+/// Draws what the command line asks for. Every file is read and drawn before the first figure is written; paths go to stdout, remarks to
+/// stderr.
 ///
 /// # Errors
 /// A file that cannot be read or drawn, or a place that cannot be written to: named.

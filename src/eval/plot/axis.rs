@@ -1,31 +1,27 @@
-//! Axes: where values lie, which of them are labelled, how numbers read. Which values an axis spans is chosen by [`super::scale`]
-//! for linear axes, here for logarithmic ones.
+//! Axes: where values lie, which of them are labelled, how numbers are written. [`super::scale`] chooses what a linear axis spans,
+//! [`nice_range`] what a logarithmic one does.
 
-use super::scene::{text_width, Anchor, Area, Scene};
+use super::scene::{Anchor, Area, Scene};
+use super::text::Thinning;
 use super::theme::{Ink, HAIR, THIN, TICK};
 
-/// Values on `from..to`, `low` at `from`; on a logarithmic axis they are positive.
+/// An axis from `from` to `to`; the values of a logarithmic one are positive.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Axis {
-    /// The value at `from`.
+    /// Value at `from`.
     pub low: f64,
-    /// The value at `to`.
+    /// Value at `to`.
     pub high: f64,
-    /// Where it begins, in figure units.
+    /// Place of the axis's beginning, in figure units.
     pub from: f64,
-    /// Where it ends.
+    /// Place of the axis's end, in figure units.
     pub to: f64,
-    /// Whether equal ratios are equally long; else equal differences are.
+    /// Whether it is logarithmic rather than linear.
     pub log: bool,
 }
 
 impl Axis {
-    /// A logarithmic axis.
-    pub fn log(low: f64, high: f64, from: f64, to: f64) -> Self {
-        Self { low, high, from, to, log: true }
-    }
-
-    /// Where `value` lies.
+    /// The place of `value`, in figure units.
     pub fn at(&self, value: f64) -> f64 {
         let share = match self.log {
             true => (value / self.low).ln() / (self.high / self.low).ln(),
@@ -35,16 +31,16 @@ impl Axis {
     }
 }
 
-/// A mark on an axis.
+/// A labelled mark on an axis.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tick {
-    /// Its value.
+    /// Value that it marks.
     pub value: f64,
-    /// Its label.
+    /// Text beside it.
     pub label: String,
 }
 
-/// The range of 1, 2, 5, 10, .. that holds every value with a little room; `None` where there is none to hold.
+/// The range between two of 1, 2, 5, 10, .. that holds every positive value with a little room; `None` without one.
 pub fn nice_range(values: impl IntoIterator<Item = f64>) -> Option<(f64, f64)> {
     let (mut low, mut high) = (f64::INFINITY, 0.0f64);
     // Beyond these, powers of ten are no numbers any more.
@@ -60,18 +56,19 @@ pub fn nice_range(values: impl IntoIterator<Item = f64>) -> Option<(f64, f64)> {
     from.zip(to).map(|(a, b)| (value(a.0, a.1), value(b.0, b.1)))
 }
 
-/// `m · 10^e` for every `m` and every decade that `low..high` touches.
+/// The factors of `m · 10^e` for every `m` and every decade that `low..high` touches.
 fn steps(low: f64, high: f64, ms: &[u32]) -> std::vec::IntoIter<(u32, i32)> {
     let decades = low.log10().floor() as i32..=high.log10().ceil() as i32;
     decades.flat_map(|e| ms.iter().map(move |m| (*m, e))).collect::<Vec<_>>().into_iter()
 }
 
+/// The number `m · 10^e`.
 fn value(m: u32, e: i32) -> f64 {
     // Through text, so that 0.3 is the number that reads so.
     format!("{m}e{e}").parse().unwrap_or(f64::NAN)
 }
 
-/// Labelled marks: 1, 2 and 5 of each decade, or powers of ten where these would crowd, or some of those.
+/// The ticks of a logarithmic axis: 1, 2 and 5 of each decade, or powers of ten over many decades, or some of these over very many.
 pub fn ticks(low: f64, high: f64) -> Vec<Tick> {
     let ms: &[u32] = if high / low > 500.0 { &[1] } else { &[1, 2, 5] };
     let every = ((high / low).log10() / 8.0).ceil().max(1.0) as i32;
@@ -83,6 +80,7 @@ pub fn ticks(low: f64, high: f64) -> Vec<Tick> {
     steps(low, high, ms).filter(|(_, e)| e % every == 0).filter_map(inside).collect()
 }
 
+/// The label of `m · 10^e`.
 fn number(m: u32, e: i32) -> String {
     if (-4..7).contains(&e) {
         return grouped(value(m, e), (-e).max(0) as usize);
@@ -96,7 +94,7 @@ fn number(m: u32, e: i32) -> String {
     }
 }
 
-/// `12,345.6`.
+/// A number with commas between thousands, such as `12,345.6`.
 pub fn grouped(v: f64, decimals: usize) -> String {
     let text = format!("{v:.decimals$}");
     let (whole, fraction) = text.split_at(text.find('.').unwrap_or(text.len()));
@@ -110,7 +108,7 @@ pub fn grouped(v: f64, decimals: usize) -> String {
     out + fraction
 }
 
-/// A value with three significant digits: `0.00234`, `7.58`, `790`, `4,012`.
+/// A number with three significant digits, such as `0.00234`, `7.58`, `790` or `4,012`.
 pub fn brief(v: f64) -> String {
     match v.abs() {
         0.0 => return "0".into(),
@@ -120,33 +118,22 @@ pub fn brief(v: f64) -> String {
     grouped(v, (2 - v.abs().log10().floor() as i32).max(0) as usize)
 }
 
-/// `32k`, `1M`, `1000`: a context as people write it.
-pub fn tokens(n: usize) -> String {
-    match n {
-        n if n >= 1 << 20 && n % (1 << 20) == 0 => format!("{}M", n >> 20),
-        n if n >= 1 << 10 && n % (1 << 10) == 0 => format!("{}k", n >> 10),
-        n => n.to_string(),
-    }
-}
-
 const SUPERSCRIPTS: [char; 10] = ['⁰', '¹', '²', '³', '⁴', '⁵', '⁶', '⁷', '⁸', '⁹'];
 
-/// Draws grid, frame and labels of a plot; a label that would touch the one before it is left out.
+/// Draws grid, axes and labels of a plot; a label that would touch the one before it is left out.
 pub fn draw(scene: &mut Scene, plot: Area, x: (&Axis, &[Tick]), y: (&Axis, &[Tick])) {
     for tick in y.1 {
         let at = y.0.at(tick.value);
         scene.line((plot.x, at), (plot.right(), at), Ink::Grid, HAIR);
         scene.text((plot.x - 6.0, at), Anchor::End, TICK, &tick.label);
     }
-    let mut free = f64::NEG_INFINITY;
+    let mut labels = Thinning::new(4.0);
     for tick in x.1 {
         let at = x.0.at(tick.value);
         scene.line((at, plot.y), (at, plot.bottom()), Ink::Grid, HAIR);
-        let half = text_width(&tick.label, TICK) / 2.0;
-        if at - half >= free {
+        if labels.keeps_text(at, &tick.label, TICK) {
             scene.line((at, plot.bottom()), (at, plot.bottom() + 4.0), Ink::Axis, THIN);
             scene.text((at, plot.bottom() + 12.0), Anchor::Middle, TICK, &tick.label);
-            free = at + half + 4.0;
         }
     }
     scene.line((plot.x, plot.bottom()), (plot.right(), plot.bottom()), Ink::Axis, THIN);
@@ -158,7 +145,7 @@ mod tests {
 
     #[test]
     fn values_lie_evenly_by_their_logarithm_or_by_themselves() {
-        let axis = Axis::log(1.0, 100.0, 300.0, 100.0);
+        let axis = Axis { low: 1.0, high: 100.0, from: 300.0, to: 100.0, log: true };
         assert_eq!(axis.at(1.0), 300.0);
         assert!((axis.at(10.0) - 200.0).abs() < 1e-9 && (axis.at(100.0) - 100.0).abs() < 1e-9);
         let axis = Axis { low: -1.0, high: 1.0, from: 0.0, to: 10.0, log: false };
@@ -185,12 +172,11 @@ mod tests {
     }
 
     #[test]
-    fn numbers_read_well() {
+    fn numbers_are_written_shortly() {
         assert_eq!(
             [0.00234, 7.584, 790.4, 4012.3, 0.0, 2e-7].map(brief),
             ["0.00234", "7.58", "790", "4,012", "0", "2.00e-7"]
         );
-        assert_eq!([32768, 1 << 20, 3 << 19, 1000, 512].map(tokens), ["32k", "1M", "1536k", "1000", "512"]);
         assert_eq!(grouped(-1234567.0, 1), "-1,234,567.0");
     }
 }

@@ -1,18 +1,18 @@
-//! Which block reads which, stage by stage, and how far information travels through the layers: drawn from the same
-//! routes that the operator reads.
+//! Which block reads which, stage by stage, and how far information travels through the layers, drawn from the routes that the operator
+//! reads.
 
-use super::axis::tokens;
 use super::page::{Key, Page, CONTENT};
 use super::scene::{Anchor, Area, Scene};
 use super::theme::{Ink, HAIR, LABEL, MARGIN, PANEL, THIN, TICK};
 use super::Figure;
+use crate::cli::short_count;
 use crate::error::{Error, Result};
 use crate::retrofit::Settings;
 use crate::selector::{self, find, route, Grid, Selector};
 
-/// More blocks would be smaller than a printed dot.
+/// Most blocks: more would be smaller than a printed dot.
 const MOST_BLOCKS: usize = 512;
-/// Edges of so many blocks are drawn one by one; of more, as lines.
+/// Most blocks whose edges are drawn one by one; edges of more are joined into lines.
 const SINGLE_EDGES: usize = 128;
 /// Panels side by side.
 const COLUMNS: usize = 4;
@@ -50,7 +50,7 @@ impl Drawing {
         let title = format!("Which blocks a block reads: {}, stage by stage", settings.partner);
         let subtitle = format!(
             "{} positions, N = {n} blocks of {} · window {} (w = {w}) · {} per layer · {cycle} {}, repeated through {} swapped {}",
-            tokens(ctx),
+            short_count(ctx),
             settings.block,
             settings.window,
             counted(settings.partner_count, "stage"),
@@ -74,7 +74,7 @@ impl Drawing {
             let (column, line) = ((stage % COLUMNS) as f64, (stage / COLUMNS) as f64);
             let plot =
                 Area { x: MARGIN + first + column * (side + gap), y: page.y + line * row + 34.0, w: side, h: side };
-            self.matrix(&mut page.scene, plot, stage, settings.sink_tokens > 0);
+            self.stage(&mut page.scene, plot, stage, settings.sink_tokens > 0);
         }
         page.y += row * cycle.div_ceil(COLUMNS) as f64 + 8.0;
         let share = |layers| selector::reach(self.rule, &self.grid, layers, self.partners);
@@ -92,8 +92,8 @@ impl Drawing {
         page.finish(&[note])
     }
 
-    /// One stage: a row per reading block, a column per block that is read.
-    fn matrix(&self, scene: &mut Scene, plot: Area, stage: usize, sinks: bool) {
+    /// Draws one stage: a row per reading block, a column per block that is read.
+    fn stage(&self, scene: &mut Scene, plot: Area, stage: usize, sinks: bool) {
         let n = self.grid.blocks;
         let cell = plot.w / n as f64;
         let at = |b: usize| b as f64 * cell;
@@ -114,8 +114,7 @@ impl Drawing {
             let x = plot.x + (cell / 4.0).max(0.5);
             scene.line((x, down(self.grid.window + 1)), (x, plot.bottom()), Ink::Series(2), (cell / 2.0).max(1.0));
         }
-        for run in self.edges(stage) {
-            let (b, m, length) = run;
+        for (b, m, length) in self.edges(stage) {
             if n <= SINGLE_EDGES {
                 scene.rect(Area { x: plot.x + at(m), y: down(b), w: cell, h: cell }, Ink::Series(1));
             } else {
@@ -138,7 +137,7 @@ impl Drawing {
         }
     }
 
-    /// Edges of a layer at `stage` as (reader, read, length): runs along diagonals, or single ones where they are few.
+    /// Edges of a layer at `stage` as (reader, read, length): joined along diagonals, or single where the blocks are few.
     fn edges(&self, stage: usize) -> Vec<(usize, usize, usize)> {
         let mut runs: Vec<(usize, usize, usize)> = vec![];
         let mut open: Vec<usize> = vec![];
@@ -181,8 +180,8 @@ impl Drawing {
         reached
     }
 
-    /// A row per number of layers, filled where a block reaches the last one; `enough` layers reach all. Returns where the
-    /// rows end.
+    /// Draws a row per number of layers, filled where a block reaches the last one, and returns where the rows end; `enough` layers reach
+    /// all blocks.
     fn reach(&self, scene: &mut Scene, top: f64, enough: Option<usize>) -> f64 {
         let n = self.grid.blocks;
         let title = format!("Blocks whose state reaches block {} through the first k swapped layers", n - 1);
@@ -234,7 +233,7 @@ fn counted(n: usize, noun: &str) -> String {
     format!("{n} {}", plural(n, noun))
 }
 
-/// `layers 0, 4, .., 20`: the swapped layers at a stage, by their ordinals.
+/// The swapped layers at a stage by their ordinals, such as `layers 0, 4, .., 20`.
 fn users(stage: usize, cycle: usize, layers: usize) -> String {
     let all: Vec<String> = (stage..layers).step_by(cycle).map(|l| l.to_string()).collect();
     match all.as_slice() {

@@ -1,38 +1,46 @@
-//! Kernels against what the machine reaches: a roofline, and each case's share of the ceiling that applies to it.
+//! Kernels against what the machine reaches: a roofline, and each case's share of the ceiling that binds it.
 //!
-//! Cases are numbered; the bars are the roofline's key.
+//! Cases are numbered, and the bars are the roofline's legend.
 
-use super::axis::{brief, draw as draw_axes, nice_range, ticks, Axis};
+use super::axis::brief;
+use super::labels::{along, around, beside};
 use super::page::{Page, CONTENT};
-use super::place::{along, around, beside};
-use super::scene::{shorten, text_area, text_width, Anchor, Area, Scene};
+use super::panel::Panel;
+use super::scale::Scale;
+use super::scene::{Anchor, Area, Scene};
+use super::text::{shorten, text_area, text_width};
 use super::theme::{Ink, Type, HAIR, LABEL, LINE, MARGIN, MARKER, PANEL, THIN, TICK};
 use super::Figure;
 use crate::error::{Error, Result};
 use crate::eval::report::{median, Ceilings, KernelRun, Kernels};
 use std::path::Path;
 
-/// One case, judged.
+/// One case, judged by its ceiling.
 #[derive(Debug, Clone, PartialEq)]
 struct Case {
+    /// Kernel and case.
     name: String,
     /// Element type and sizes.
     detail: String,
+    /// Element type alone.
     dtype: String,
-    /// Index of the kernel: its colour.
+    /// Index of the kernel's colour.
     style: usize,
-    /// FLOP per byte.
+    /// Arithmetic intensity in FLOP per byte.
     intensity: f64,
+    /// Rate at the median in TFLOP/s.
     tflop_s: f64,
-    /// Share of the ceiling, at the median, the slowest and the fastest launch.
+    /// Share of the ceiling at the median.
     share: f64,
+    /// Share of the ceiling at the slowest sample.
     slowest: f64,
+    /// Share of the ceiling at the fastest sample.
     fastest: f64,
-    /// What was reached of what.
+    /// Rate at the median, in the unit of the ceiling.
     reached: String,
 }
 
-/// The ceiling at an intensity, in TFLOP/s.
+/// The ceiling at an arithmetic intensity, in TFLOP/s.
 fn roof(c: &Ceilings, intensity: f64) -> f64 {
     c.matmul_tflop_s.min(intensity * c.copy_gb_s / 1e3)
 }
@@ -41,12 +49,8 @@ impl Case {
     fn of(run: &KernelRun, style: usize, c: &Ceilings) -> Option<Self> {
         let seconds = median(&run.samples_s).filter(|s| *s > 0.0)?;
         let intensity = run.flop / run.bytes;
-        let bound_by_copy = intensity * c.copy_gb_s / 1e3 < c.matmul_tflop_s;
-        let share = |s: f64| match bound_by_copy {
-            true => run.bytes / s / 1e9 / c.copy_gb_s,
-            false => run.flop / s / 1e12 / c.matmul_tflop_s,
-        };
-        let reached = match bound_by_copy {
+        let share = |s: f64| run.share_of_ceiling(c, s);
+        let reached = match run.bound_by_copy(c) {
             true => format!("{} GB/s", brief(run.bytes / seconds / 1e9)),
             false => format!("{} TFLOP/s", brief(run.flop / seconds / 1e12)),
         };
@@ -130,22 +134,24 @@ fn scene(report: &Kernels, cases: &[Case]) -> Scene {
 }
 
 fn roofline(scene: &mut Scene, area: Area, c: &Ceilings, cases: &[Case]) {
-    scene.text((area.x, area.y + 8.0), Anchor::Start, PANEL, "Roofline, TFLOP/s");
-    let plot = Area { x: area.x + 46.0, y: area.y + 24.0, w: area.w - 46.0, h: area.h - 58.0 };
     let drawn = || cases.iter().filter(|c| c.intensity > 0.0);
     let ridge = c.matmul_tflop_s * 1e3 / c.copy_gb_s;
-    let xs = nice_range(drawn().map(|c| c.intensity).chain([ridge / 4.0, ridge * 4.0]));
-    let ys = nice_range(drawn().map(|c| c.tflop_s).chain([c.matmul_tflop_s / 20.0, c.matmul_tflop_s * 1.5]));
-    let (Some((x0, x1)), Some((y0, y1))) = (xs, ys) else { return };
-    let x = Axis::log(x0, x1, plot.x, plot.right());
-    let y = Axis::log(y0, y1, plot.bottom(), plot.y);
-    draw_axes(scene, plot, (&x, &ticks(x0, x1)), (&y, &ticks(y0, y1)));
-    let name = "arithmetic intensity, FLOP per byte";
-    scene.text((plot.x + plot.w / 2.0, plot.bottom() + 27.0), Anchor::Middle, TICK, name);
+    let xs = Scale::log(drawn().map(|c| c.intensity).chain([ridge / 4.0, ridge * 4.0]));
+    let ys = Scale::log(drawn().map(|c| c.tflop_s).chain([c.matmul_tflop_s / 20.0, c.matmul_tflop_s * 1.5]));
+    let (Some(x), Some(y)) = (xs, ys) else { return };
+    let panel = Panel {
+        title: "Roofline, TFLOP/s",
+        x: &x,
+        x_name: "arithmetic intensity, FLOP per byte",
+        y: &y,
+        shaded_from: None,
+        crosses: None,
+    };
+    let drawn = panel.draw(scene, area);
+    let (plot, at) = (drawn.area, |intensity: f64, rate: f64| drawn.at(intensity, rate));
 
-    let at = |intensity: f64, rate: f64| (x.at(intensity), y.at(rate));
-    let start = x0.max(y0 * 1e3 / c.copy_gb_s);
-    let corners = [start, ridge, x1].map(|i| at(i, roof(c, i)));
+    let start = x.low.max(y.low * 1e3 / c.copy_gb_s);
+    let corners = [start, ridge, x.high].map(|i| at(i, roof(c, i)));
     scene.path(corners.to_vec(), Ink::Text, LINE);
     let matmul = format!("matmul {} TFLOP/s", brief(c.matmul_tflop_s));
     scene.text_on(Ink::Paper, (plot.right() - 4.0, corners[2].1 - 9.0), Anchor::End, TICK, &matmul);

@@ -1,4 +1,4 @@
-//! Kinds of files that can be drawn: one line each.
+//! The kinds of files that have figures, one line each.
 
 use super::{kernels, ladder, quality, Figure};
 use crate::error::{Error, Result};
@@ -6,13 +6,13 @@ use crate::eval::report::{kind_of, read, ABLATION, ANSWERS, KERNELS, LADDER, LAY
 use serde::de::DeserializeOwned;
 use std::path::Path;
 
-/// Figures, and remarks on what could not be drawn.
+/// Figures, and remarks on those that cannot be drawn.
 pub type Drawn = (Vec<Figure>, Vec<String>);
 
-/// A kind's name in files, and what draws such a file.
+/// A kind's name, and the function that draws a file of it.
 type Kind = (&'static str, fn(&Path) -> Result<Drawn>);
 
-/// Every kind that there are figures for.
+/// All kinds that have figures.
 pub static KINDS: &[Kind] = &[
     (LADDER, |path| ladder::figures(&read(path, LADDER)?, path)),
     (KERNELS, |path| whole(path, KERNELS, kernels::figures)),
@@ -23,7 +23,7 @@ pub static KINDS: &[Kind] = &[
     (POSITIONS, |path| whole(path, POSITIONS, quality::positions)),
 ];
 
-/// Of a kind that is drawn whole or not at all.
+/// The figures of a file whose kind is drawn whole or not at all.
 fn whole<T: DeserializeOwned>(path: &Path, kind: &str, draw: fn(&T, &Path) -> Result<Vec<Figure>>) -> Result<Drawn> {
     Ok((draw(&read(path, kind)?, path)?, vec![]))
 }

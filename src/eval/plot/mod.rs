@@ -1,60 +1,61 @@
 //! Figures from measurements: SVG and PNG, for light and dark pages, drawn from result JSON alone.
 //!
 //! ```text
-//! JSON --> series (medians, samples, ratios) --> one file per figure --> Scene (plain shapes) --> render --> save
-//! selector ------------------------------------> graph ----------------^
+//! report (JSON) --> kinds --> one file per figure --> Scene (plain shapes) --> render --> save
+//! selector -----------------> graph -----------------^
 //! ```
 //!
 //! | file | draws |
 //! |---|---|
-//! | `ratio` | the headline: the retrofit's time and memory over the better stock's |
-//! | `time`, `memory`, `decode` | what every engine and variant took, by context |
+//! | `ladder/` | time, memory and decode of every engine by context, and ratios to the better stock |
 //! | `kernels` | a roofline with each case's share of its ceiling |
+//! | `quality/` | answers, distributions, layers, settings, positions |
 //! | `graph` | which block reads which, and the reach |
-//! | `quality/` | what a retrofit keeps: answers, distributions, layers, settings, positions |
 //!
-//! A figure is a function from data to a [`scene::Scene`]; it names inks and type sizes of [`theme`] and nothing else about
-//! looks, so a change there changes every figure. `page`, `chart`, `panel` and `place` hold what figures share; `kinds` lists
-//! the kinds of files that can be drawn, one line each.
+//! A figure is a function from a record to a [`scene::Scene`]. It names inks and type sizes of [`theme`] and nothing else about looks, so a
+//! change there changes every figure.
+//!
+//! | file | what figures share |
+//! |---|---|
+//! | `page` | title, legend and notes around the panels |
+//! | `panel`, `axis`, `scale` | a plot with axes, where values lie, what is labelled |
+//! | `text`, `labels` | the width of texts, breaking and cutting them, room beside marks |
+//! | `scene`, `theme`, `render`, `save` | shapes, colours, SVG and PNG, files |
+//! | `kinds` | the kinds of files that have figures, one line each |
 
 mod args;
 mod axis;
-mod chart;
-mod decode;
 mod graph;
 mod kernels;
 mod kinds;
+mod labels;
 mod ladder;
-mod memory;
 mod page;
 mod panel;
-mod place;
 mod quality;
-mod ratio;
 pub mod render;
 mod save;
 mod scale;
 pub mod scene;
-mod series;
-mod sheet;
 mod target;
+mod text;
 pub mod theme;
-mod time;
 
 pub use args::{run, Cli, Command, FileArgs, GraphArgs};
 
 /// A drawn figure.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Figure {
-    /// What it shows, as a part of file names.
+    /// Name of the figure in file names.
     pub name: String,
-    /// Its shapes.
+    /// Drawing of the figure.
     pub scene: scene::Scene,
 }
 
 #[cfg(test)]
 mod tests {
-    use super::scene::{text_area, Area, Scene, Shape};
+    use super::scene::{Area, Scene, Shape};
+    use super::text::text_area;
     use super::*;
     use crate::eval::report::{read, Kernels, Ladder, KERNELS, LADDER};
     use crate::retrofit::Settings;

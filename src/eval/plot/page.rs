@@ -1,30 +1,33 @@
 //! What surrounds the panels of a figure: title, subtitles, legend, notes.
 
-use super::scene::{shorten, text_width, wrap, Anchor, Area, Scene};
+use super::scene::{Anchor, Area, Scene};
+use super::text::{shorten, text_width, wrap};
 use super::theme::{self, Ink, Type, LEADING, LEGEND, MARGIN, NOTE, SUBTITLE, TITLE, WIDTH};
+use crate::cli::short_count;
+use crate::eval::report::Header;
 
 /// An entry of the legend.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Key {
-    /// A series by its index.
+    /// Line and marker of a series.
     Series(usize, String),
-    /// A series whose points are not joined.
+    /// Marker of a series whose points are not joined.
     Marker(usize, String),
-    /// Points that cannot be told from zero.
+    /// Hollow marker of points whose interval holds zero.
     Faint(String),
-    /// A second place of a point, joined to it by dashes.
-    Held(String),
-    /// Intervals of every series.
+    /// Hollow marker with dashes, a second place of a point.
+    Linked(String),
+    /// Interval of any series.
     Interval(String),
-    /// The dots of single samples.
-    Sample(String),
-    /// A dashed line.
+    /// Dots of single runs or texts.
+    Dots(String),
+    /// Dashed line.
     Dashes(String),
-    /// Runs that did not end well.
+    /// Cross of a run that failed.
     Missed(String),
-    /// An area of this ink.
+    /// Area of an ink.
     Patch(Ink, String),
-    /// The scale of [`Ink::Heat`].
+    /// Scale of [`Ink::Heat`].
     Heat(String),
 }
 
@@ -33,9 +36,9 @@ impl Key {
         match self {
             Self::Series(_, t) | Self::Marker(_, t) | Self::Patch(_, t) | Self::Heat(t) => t,
             Self::Faint(t)
-            | Self::Held(t)
+            | Self::Linked(t)
             | Self::Interval(t)
-            | Self::Sample(t)
+            | Self::Dots(t)
             | Self::Dashes(t)
             | Self::Missed(t) => t,
         }
@@ -57,12 +60,12 @@ impl Key {
             }
             Self::Marker(i, _) => scene.marker(*i, (middle, y)),
             Self::Faint(_) => scene.hollow(0, (middle, y), Ink::Muted),
-            Self::Held(_) => {
+            Self::Linked(_) => {
                 scene.dashes(&[(middle, y), (end, y)], Ink::Muted, theme::THIN);
                 scene.hollow(0, (x + theme::MARKER, y), Ink::Muted);
             }
             Self::Interval(_) => scene.whisker((middle, y - 6.0), (middle, y + 6.0), Ink::Muted),
-            Self::Sample(_) => {
+            Self::Dots(_) => {
                 for dy in [-4.0, 0.0, 4.0] {
                     scene.dot((middle, y + dy), theme::SAMPLE, Ink::Muted);
                 }
@@ -84,16 +87,23 @@ impl Key {
     }
 }
 
-/// Width of a legend's glyphs.
+/// The entry of the shade beyond the trained length, which `says` what it means; `None` where no value up to `high` lies there.
+pub fn trained_key(header: &Header, high: f64, says: &str) -> Option<Key> {
+    let trained = header.trained_positions;
+    let text = format!("beyond the trained length ({}): {says}", short_count(trained));
+    (high > trained as f64).then_some(Key::Patch(Ink::Shade, text))
+}
+
+/// Width of a legend entry's glyph.
 const GLYPH: f64 = 22.0;
-/// Steps of a scale of heat.
+/// Steps of the scale of heat.
 const HEATS: u8 = 21;
 
 /// A figure that grows downwards.
 pub struct Page {
-    /// What is drawn so far.
+    /// Drawing so far.
     pub scene: Scene,
-    /// Where the next part begins.
+    /// Top of the next part.
     pub y: f64,
 }
 
@@ -101,7 +111,7 @@ pub struct Page {
 pub const CONTENT: f64 = WIDTH - 2.0 * MARGIN;
 
 impl Page {
-    /// A page with its head.
+    /// A page with title, subtitles and legend.
     pub fn new(title: &str, subtitles: &[String], keys: &[Key]) -> Self {
         let mut page = Self { scene: Scene::new(), y: MARGIN };
         page.lines(title, TITLE);
@@ -143,7 +153,7 @@ impl Page {
         self.y += row;
     }
 
-    /// The page with notes at its foot, each on its own line.
+    /// The finished drawing, with `notes` at its foot, each on its own line.
     pub fn finish(mut self, notes: &[String]) -> Scene {
         if !notes.is_empty() {
             self.y += 6.0;

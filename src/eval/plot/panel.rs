@@ -1,196 +1,97 @@
-//! One panel of a ladder: lines over contexts on logarithmic axes, the runs that did not end well above them.
+//! A panel: a title, two axes with their labels, and the region beyond the trained length shaded. Everything that has axes is drawn in one.
 
-use super::axis::{brief, draw as draw_axes, nice_range, ticks, tokens, Axis, Tick};
-use super::scene::{shorten, text_width, Anchor, Area, Scene};
-use super::series::Line;
-use super::theme::{Ink, HAIR, LABEL, PANEL, SAMPLE, SAMPLE_SHIFT, THIN, TICK};
+use super::axis::{draw as draw_axes, Axis};
+use super::scale::Scale;
+use super::scene::{Anchor, Area, At, Scene};
+use super::text::shorten;
+use super::theme::{Ink, PANEL, THIN, TICK};
+use crate::eval::report::Estimate;
 
-/// What a panel shows.
+/// Room left of the plot for its labels.
+const LABELS: f64 = 46.0;
+/// Room above the plot for the title.
+const TITLE: f64 = 24.0;
+/// Room below the plot for its labels and the name of the horizontal axis.
+const FOOT: f64 = 34.0;
+
+/// A panel before anything is drawn in it.
 pub struct Panel<'a> {
-    /// Quantity and unit.
+    /// Quantity and unit of the vertical axis.
     pub title: &'a str,
-    /// Its lines, in drawing order.
-    pub lines: &'a [Line],
-    /// Lines whose values the vertical axis holds: those above, or also another panel's that is to be compared.
-    pub scale: &'a [Line],
-    /// A value is divided by it: seconds or bytes to the title's unit.
-    pub unit: f64,
-    /// Every context of the ladder: panels of one figure share their axis.
-    pub contexts: &'a [usize],
-    /// Shaded from here on.
-    pub trained: usize,
-    /// A horizontal line with its name.
-    pub reference: Option<(f64, String)>,
-    /// Write each line's last value beside it.
-    pub label_ends: bool,
+    /// Scale of the horizontal axis.
+    pub x: &'a Scale,
+    /// Quantity and unit of the horizontal axis.
+    pub x_name: &'a str,
+    /// Scale of the vertical axis.
+    pub y: &'a Scale,
+    /// Value of the horizontal axis from which on the panel is shaded.
+    pub shaded_from: Option<f64>,
+    /// Height of the rows of crosses above the plot, for a panel that has them; the shade covers these too, and has no edge line.
+    pub crosses: Option<f64>,
 }
 
-/// Height of a row of crosses.
-const ROW: f64 = 15.0;
-/// Room left of a plot for its labels.
-pub const TICKS: f64 = 46.0;
-
-/// Draws the panel and returns the area of its plot.
-pub fn draw(scene: &mut Scene, area: Area, panel: &Panel) -> Area {
-    scene.text((area.x, area.y + 8.0), Anchor::Start, PANEL, panel.title);
-    let rows = panel.lines.iter().filter(|l| !l.missed.is_empty()).count() as f64;
-    let top = area.y + 24.0 + rows * ROW;
-    let plot = Area { x: area.x + TICKS, y: top, w: area.w - TICKS, h: area.bottom() - 34.0 - top };
-    let x = x_axis(panel, plot);
-    let shaded = panel.contexts.iter().any(|c| *c > panel.trained);
-    if shaded {
-        let from = x.at(panel.trained.max(1) as f64).clamp(plot.x, plot.right());
-        scene.rect(
-            Area { x: from, y: area.y + 20.0, w: plot.right() - from, h: plot.bottom() - area.y - 20.0 },
-            Ink::Shade,
-        );
-    }
-    let x_ticks: Vec<Tick> = panel.contexts.iter().map(|c| Tick { value: *c as f64, label: tokens(*c) }).collect();
-    let points = || panel.scale.iter().flat_map(|l| &l.points);
-    let values = points().flat_map(|p| p.samples.iter().copied().chain(p.p95).chain([p.value]));
-    // Half as much again leaves room for the reference's name above it.
-    let reference = panel.reference.iter().filter(|_| points().count() > 0).flat_map(|(v, _)| [*v, v * 1.5]);
-    let range = nice_range(values.chain(reference).map(|v| v / panel.unit));
-    let (low, high) = range.unwrap_or((0.1, 10.0));
-    let y = Axis::log(low, high, plot.bottom(), plot.y);
-    draw_axes(scene, plot, (&x, &x_ticks), (&y, &range.map_or(vec![], |_| ticks(low, high))));
-    scene.text((plot.x + plot.w / 2.0, plot.bottom() + 27.0), Anchor::Middle, TICK, "context, tokens");
-    if range.is_none() {
-        let middle = (plot.x + plot.w / 2.0, plot.y + plot.h / 2.0);
-        scene.text_on(Ink::Paper, middle, Anchor::Middle, TICK, "not reported by any run");
-        missed(scene, panel, &x, plot, area.y + 24.0);
-        return plot;
-    }
-    let at = |ctx: usize, v: f64| (x.at(ctx as f64), y.at(v / panel.unit));
-    if let Some((value, name)) = &panel.reference {
-        let y = y.at(value / panel.unit);
-        scene.line((plot.x, y), (plot.right(), y), Ink::Axis, THIN);
-        let behind = if shaded { Ink::Shade } else { Ink::Paper };
-        scene.text_on(behind, (plot.right() - 6.0, y - 8.0), Anchor::End, TICK, name);
-    }
-    // The first line is the one that matters: drawn last, so on top.
-    for line in panel.lines.iter().rev() {
-        curve(scene, line, &at);
-    }
-    if panel.label_ends {
-        let last = panel.lines.iter().filter_map(|l| l.points.last().zip(end_label(l, panel.unit)));
-        label_ends(scene, last.map(|(p, text)| (at(p.ctx, p.value), text)).collect(), plot);
-    }
-    missed(scene, panel, &x, plot, area.y + 24.0);
-    plot
+/// Where things lie in a panel.
+pub struct Plot {
+    /// Area inside the axes.
+    pub area: Area,
+    /// Horizontal axis.
+    pub x: Axis,
+    /// Vertical axis.
+    pub y: Axis,
 }
 
-/// `0.106× end-to-end time`: a line's last value.
-fn end_label(line: &Line, unit: f64) -> Option<String> {
-    line.points.last().map(|p| format!("{}× {}", brief(p.value / unit), line.label))
+/// The area inside the axes of a panel that takes `area`, with `crosses` above it.
+pub fn plot_area(area: Area, crosses: f64) -> Area {
+    let top = area.y + TITLE + crosses;
+    Area { x: area.x + LABELS, y: top, w: area.w - LABELS, h: area.bottom() - FOOT - top }
 }
 
-/// How far right of its point a label stands.
-const BESIDE: f64 = SAMPLE_SHIFT + 6.0;
-
-/// Values beside the last points, moved apart where they would touch.
-fn label_ends(scene: &mut Scene, mut ends: Vec<((f64, f64), String)>, plot: Area) {
-    const APART: f64 = 1.3;
-    ends.sort_by(|a, b| a.0 .1.total_cmp(&b.0 .1));
-    let step = LABEL.size * APART;
-    // Down from the top, then up from the bottom, so that none leaves the plot.
-    for i in 1..ends.len() {
-        ends[i].0 .1 = ends[i].0 .1.max(ends[i - 1].0 .1 + step);
-    }
-    let mut limit = plot.bottom() - step / 2.0;
-    for ((x, y), text) in ends.iter_mut().rev() {
-        *y = y.min(limit);
-        limit = *y - step;
-        scene.text((*x + BESIDE, *y), Anchor::Start, LABEL, text.as_str());
+impl Panel<'_> {
+    /// Draws title, shade and axes, and a line at zero where a linear vertical axis has values on both sides of it.
+    pub fn draw(&self, scene: &mut Scene, area: Area) -> Plot {
+        scene.text((area.x, area.y + 8.0), Anchor::Start, PANEL, shorten(self.title, PANEL, area.w));
+        let plot = plot_area(area, self.crosses.unwrap_or(0.0));
+        let (x, y) = (self.x.on(plot.x, plot.right()), self.y.on(plot.bottom(), plot.y));
+        if let Some(from) = self.shaded_from.filter(|from| *from < self.x.high) {
+            let from = x.at(from.max(self.x.low));
+            let top = if self.crosses.is_some() { area.y + TITLE - 4.0 } else { plot.y };
+            scene.rect(Area { x: from, y: top, w: plot.right() - from, h: plot.bottom() - top }, Ink::Shade);
+            if self.crosses.is_none() {
+                scene.line((from, plot.y), (from, plot.bottom()), Ink::Axis, THIN);
+            }
+        }
+        draw_axes(scene, plot, (&x, &self.x.ticks), (&y, &self.y.ticks));
+        scene.text((plot.x + plot.w / 2.0, plot.bottom() + 27.0), Anchor::Middle, TICK, self.x_name);
+        if !self.y.log && self.y.low < 0.0 && self.y.high > 0.0 {
+            scene.line((plot.x, y.at(0.0)), (plot.right(), y.at(0.0)), Ink::Axis, THIN);
+        }
+        Plot { area: plot, x, y }
     }
 }
 
-/// Every context with room on both sides, on the right also for labels.
-fn x_axis(panel: &Panel, plot: Area) -> Axis {
-    let ends = |i: Option<&usize>| i.map_or(1.0, |c| *c as f64);
-    let room = 2f64.powf(0.4);
-    let low = ends(panel.contexts.first()) / room;
-    let mut high = ends(panel.contexts.last()) * room;
-    for line in panel.lines.iter().filter(|_| panel.label_ends) {
-        if let (Some(last), Some(label)) = (line.points.last(), end_label(line, panel.unit)) {
-            let share = 1.0 - (BESIDE + text_width(&label, LABEL) + 6.0) / plot.w;
-            high = high.max(low * (last.ctx as f64 / low).powf(1.0 / share));
-        }
+impl Plot {
+    /// The place of the point `x`, `y`; beyond the axes, at their ends.
+    pub fn at(&self, x: f64, y: f64) -> At {
+        // A logarithm of nothing would be no place at all.
+        let place = |axis: &Axis, v: f64| axis.at(v.clamp(axis.low.min(axis.high), axis.high.max(axis.low)));
+        (place(&self.x, x), place(&self.y, y))
     }
-    Axis::log(low, high, plot.x, plot.right())
-}
 
-/// Medians joined where no run between them is missing, 95th percentiles dashed, every sample a dot.
-fn curve(scene: &mut Scene, line: &Line, at: &dyn Fn(usize, f64) -> (f64, f64)) {
-    let ink = Ink::Series(line.style);
-    for pair in line.points.windows(2) {
-        if line.missed.iter().any(|m| (pair[0].ctx..pair[1].ctx).contains(m)) {
-            continue;
-        }
-        scene.series(line.style, &[at(pair[0].ctx, pair[0].value), at(pair[1].ctx, pair[1].value)]);
-        if let (Some(a), Some(b)) = (pair[0].p95, pair[1].p95) {
-            scene.dashes(&[at(pair[0].ctx, a), at(pair[1].ctx, b)], ink, THIN);
-        }
-    }
-    for point in &line.points {
-        for sample in &point.samples {
-            let (x, y) = at(point.ctx, *sample);
-            scene.dot((x + SAMPLE_SHIFT, y), SAMPLE, ink);
-        }
-        if let Some(p95) = point.p95 {
-            let ((x, y), (_, to)) = (at(point.ctx, point.value), at(point.ctx, p95));
-            scene.line((x, y), (x, to), ink, HAIR);
-            scene.line((x - 3.5, to), (x + 3.5, to), ink, THIN);
-        }
-        scene.marker(line.style, at(point.ctx, point.value));
-    }
-}
-
-/// A row of crosses for each line that misses runs, named where there is room beside them.
-fn missed(scene: &mut Scene, panel: &Panel, x: &Axis, plot: Area, top: f64) {
-    let missing = panel.lines.iter().filter(|l| !l.missed.is_empty());
-    for (row, line) in missing.enumerate() {
-        let y = top + ROW * (row as f64 + 0.5);
-        let at: Vec<f64> = line.missed.iter().map(|c| x.at(*c as f64)).collect();
-        for x in &at {
-            scene.cross(Ink::Series(line.style), (*x, y));
-        }
-        let (first, last) = (at[0] - 9.0, at[at.len() - 1] + 9.0);
-        let (before, after) = (first - plot.x, plot.right() - last);
-        let (x, anchor) = if before >= after { (first, Anchor::End) } else { (last, Anchor::Start) };
-        if before.max(after) > 60.0 {
-            scene.text((x, y), anchor, LABEL, shorten(&line.label, LABEL, before.max(after)));
+    /// Draws the interval of `estimate` at `x`, moved right by `shift`; nothing where it has none.
+    pub fn interval(&self, scene: &mut Scene, x: f64, shift: f64, estimate: &Estimate, ink: Ink) {
+        if let (Some(low), Some(high)) = (estimate.low, estimate.high) {
+            let (a, b) = (self.at(x, low), self.at(x, high));
+            scene.whisker((a.0 + shift, a.1), (b.0 + shift, b.1), ink);
         }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::super::scene::Shape;
-    use super::*;
-
-    #[test]
-    fn labels_at_the_ends_keep_their_order_apart_and_inside() {
-        let plot = Area { x: 0.0, y: 0.0, w: 100.0, h: 100.0 };
-        let placed = |ys: [f64; 3]| -> Vec<(String, f64)> {
-            let mut scene = Scene::new();
-            label_ends(&mut scene, ys.iter().map(|y| ((50.0, *y), y.to_string())).collect(), plot);
-            let mut texts: Vec<_> = scene
-                .shapes
-                .into_iter()
-                .map(|s| match s {
-                    Shape::Text { at, text, .. } => (text, at.1),
-                    other => panic!("{other:?}"),
-                })
-                .collect();
-            texts.sort_by(|a, b| a.1.total_cmp(&b.1));
-            texts
-        };
-        let expect = |ys, wanted: [(&str, f64); 3]| {
-            assert_eq!(placed(ys), wanted.map(|(t, y)| (t.to_string(), y)));
-        };
-        expect([70.0, 20.0, 40.0], [("20", 20.0), ("40", 40.0), ("70", 70.0)]);
-        expect([12.0, 10.0, 11.0], [("10", 10.0), ("11", 23.0), ("12", 36.0)]);
-        expect([99.0, 98.0, 97.0], [("97", 67.5), ("98", 80.5), ("99", 93.5)]);
-    }
+/// Areas for `count` panels, `columns` to a row, from `top` down; each row's height is `h`.
+pub fn grid(count: usize, columns: usize, (left, width): (f64, f64), top: f64, h: f64) -> Vec<Area> {
+    const GAP: (f64, f64) = (24.0, 18.0);
+    let columns = columns.clamp(1, count.max(1));
+    let w = (width - GAP.0 * (columns - 1) as f64) / columns as f64;
+    let place = |i: usize| ((i % columns) as f64, (i / columns) as f64);
+    let area = |(column, row): (f64, f64)| Area { x: left + column * (w + GAP.0), y: top + row * (h + GAP.1), w, h };
+    (0..count).map(place).map(area).collect()
 }

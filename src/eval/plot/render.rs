@@ -1,9 +1,10 @@
 //! Scenes as SVG and PNG.
 //!
-//! plotters places everything on whole units, so both are drawn at [`DETAIL`] times their size: an SVG's header then says
-//! how large it is shown, and a PNG's pixels are means of four.
+//! plotters places everything on whole units, so both are drawn at [`DETAIL`] times their size: the header of an SVG says at which size it
+//! is shown, and each pixel of a PNG is the mean of four.
 
-use super::scene::{font, Anchor, Scene, Shape, EM_TO_LINE};
+use super::scene::{Anchor, Scene, Shape};
+use super::text::{font, EM_TO_LINE};
 use super::theme::{Ink, Rgb, Theme, WIDTH};
 use plotters::backend::{BitMapBackend, DrawingBackend, SVGBackend};
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -16,18 +17,18 @@ pub const DETAIL: i32 = 4;
 /// Pixels of a PNG to a figure unit.
 const PNG_SCALE: u32 = 2;
 
-/// How a backend takes text: its measure of size, and how far below the middle of the capitals it aims.
-struct TextFit {
+/// How a backend places text: its size per em, and the distance of its reference line from the middle of the capitals.
+struct TextMetrics {
     size: f64,
     drop: f64,
 }
 
 /// plotters-svg divides sizes by 1.24 and puts the middle of the small letters at the position.
-const SVG_TEXT: TextFit = TextFit { size: 1.24, drop: 0.09 };
+const SVG_TEXT: TextMetrics = TextMetrics { size: 1.24, drop: 0.09 };
 /// ab_glyph takes the height of a line; plotters' baseline then lies 0.113 em below the position.
-const PNG_TEXT: TextFit = TextFit { size: EM_TO_LINE, drop: 0.25 };
+const PNG_TEXT: TextMetrics = TextMetrics { size: EM_TO_LINE, drop: 0.25 };
 
-/// The figure as SVG. `name` is what a screen reader says.
+/// The figure as SVG; `name` is its title for screen readers.
 pub fn svg(scene: &Scene, theme: &Theme, name: &str) -> Result<String, String> {
     let (w, h) = size(scene);
     let mut out = String::new();
@@ -88,7 +89,7 @@ fn shrink(rgb: &[u8], width: usize, by: usize) -> Vec<u8> {
     out
 }
 
-fn play<B: DrawingBackend>(scene: &Scene, theme: &Theme, backend: &mut B, fit: &TextFit) -> Result<(), String> {
+fn play<B: DrawingBackend>(scene: &Scene, theme: &Theme, backend: &mut B, metrics: &TextMetrics) -> Result<(), String> {
     let unit = |v: f64| (v * f64::from(DETAIL)).round() as i32;
     let at = |p: (f64, f64)| (unit(p.0), unit(p.1));
     let rgb = |(r, g, b): Rgb| RGBColor(r, g, b);
@@ -120,10 +121,10 @@ fn play<B: DrawingBackend>(scene: &Scene, theme: &Theme, backend: &mut B, fit: &
                     Anchor::Middle => HPos::Center,
                     Anchor::End => HPos::Right,
                 };
-                let size = kind.size * fit.size * f64::from(DETAIL);
+                let size = kind.size * metrics.size * f64::from(DETAIL);
                 let (font, color) = (font(*kind, size), color(kind.ink));
                 let style = TextStyle::from(font).color(&color).pos(Pos::new(h_pos, VPos::Center));
-                backend.draw_text(text, &style, at((place.0, place.1 + fit.drop * kind.size)))
+                backend.draw_text(text, &style, at((place.0, place.1 + metrics.drop * kind.size)))
             }
         };
         drawn.map_err(plain)?;

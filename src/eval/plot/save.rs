@@ -9,9 +9,7 @@ use crate::ErrorKind;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-/// Writes each figure in both themes as SVG and PNG to `dir`, which is created; returns the paths.
-///
-/// Names are `PREFIX-NAME-THEME.svg` and `.png`.
+/// Writes each figure in both themes as SVG and PNG to `dir`, which is created, and returns the paths `PREFIX-NAME-THEME.svg` and `.png`.
 ///
 /// # Errors
 /// A place that cannot be written to, named.
@@ -34,7 +32,7 @@ pub fn save(dir: &Path, prefix: &str, figures: &[Figure]) -> Result<Vec<PathBuf>
     Ok(written)
 }
 
-/// Lets `write` fill a hidden file beside the wanted one and then renames it.
+/// Calls `write` with a hidden file beside the wanted one, and renames it when written.
 fn whole(dir: &Path, stem: &str, kind: &str, write: impl FnOnce(&Path) -> Result<(), String>) -> Result<PathBuf> {
     let path = dir.join(format!("{stem}.{kind}"));
     if path.exists() && !begins_as_figure(&path) {

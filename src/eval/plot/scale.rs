@@ -1,21 +1,22 @@
-//! What an axis spans and where it is labelled, chosen from what is to be drawn on it.
+//! What an axis spans and where it is labelled, chosen from the values that are drawn on it.
 
-use super::axis::{grouped, nice_range, ticks, tokens, Axis, Tick};
+use super::axis::{grouped, nice_range, ticks, Axis, Tick};
+use crate::cli::short_count;
 
-/// An axis without a place.
+/// The span and the ticks of an axis, without its place.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scale {
-    /// The lowest value.
+    /// Lowest value.
     pub low: f64,
-    /// The highest.
+    /// Highest value.
     pub high: f64,
     /// Whether it is logarithmic.
     pub log: bool,
-    /// What is labelled.
+    /// Labelled marks.
     pub ticks: Vec<Tick>,
 }
 
-/// Labels of a linear axis, about.
+/// Labels of a linear axis, approximately.
 const LABELS: f64 = 5.0;
 
 impl Scale {
@@ -24,13 +25,13 @@ impl Scale {
         Axis { low: self.low, high: self.high, from, to, log: self.log }
     }
 
-    /// Logarithmic, round at both ends; `None` where no value is positive.
+    /// A logarithmic scale with round ends; `None` where no value is positive.
     pub fn log(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let (low, high) = nice_range(values)?;
         Some(Self { low, high, log: true, ticks: ticks(low, high) })
     }
 
-    /// Linear, with a little room at both ends but within `limits`, which the values are; `None` without values.
+    /// A linear scale with a little room at both ends, but within `limits`, as the values are; `None` without values.
     pub fn linear(values: impl IntoIterator<Item = f64>, limits: (f64, f64)) -> Option<Self> {
         let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
         // Larger ones would have no sum.
@@ -52,28 +53,28 @@ impl Scale {
         Some(Self { low, high, log: false, ticks })
     }
 
-    /// 0 to 100.
+    /// The linear scale from 0 to 100.
     pub fn percent() -> Self {
         let ticks = [0, 25, 50, 75, 100].map(|p| Tick { value: f64::from(p), label: p.to_string() }).into();
         Self { low: 0.0, high: 100.0, log: false, ticks }
     }
 
-    /// Contexts, rising, each labelled, with room on both sides.
+    /// A logarithmic scale of rising contexts, each labelled, with room on both sides.
     pub fn contexts(contexts: &[usize]) -> Self {
         let ends = |i: Option<&usize>| i.map_or(1.0, |c| (*c).max(1) as f64);
         let room = 2f64.powf(0.4);
-        let ticks = contexts.iter().map(|c| Tick { value: *c as f64, label: tokens(*c) }).collect();
+        let ticks = contexts.iter().map(|c| Tick { value: *c as f64, label: short_count(*c) }).collect();
         Self { low: ends(contexts.first()) / room, high: ends(contexts.last()) * room, log: true, ticks }
     }
 
-    /// Positions from 0 to `end`, labelled where a power of two divides them.
+    /// A linear scale of positions from 0 to `end`, labelled at multiples of a power of two.
     pub fn positions(end: usize) -> Self {
         let step = (end / 8).max(1).next_power_of_two();
-        let ticks = (0..=end / step).map(|i| Tick { value: (i * step) as f64, label: tokens(i * step) }).collect();
+        let ticks = (0..=end / step).map(|i| Tick { value: (i * step) as f64, label: short_count(i * step) }).collect();
         Self { low: 0.0, high: end.max(1) as f64, log: false, ticks }
     }
 
-    /// Whole numbers, with half a one beyond each end; at most `most` of them labelled.
+    /// A linear scale of whole numbers, with half a one beyond each end and at most `most` labels.
     pub fn whole(low: usize, high: usize, most: usize) -> Self {
         let powers = std::iter::successors(Some(10), |p: &usize| p.checked_mul(10));
         let steps = [1, 2, 4, 5].into_iter().chain(powers.flat_map(|p| [1, 2, 5].map(|m| p.saturating_mul(m))));
@@ -85,7 +86,7 @@ impl Scale {
         Self { low: low as f64 - 0.5, high: high as f64 + 0.5, log: false, ticks }
     }
 
-    /// Shares of a whole by their logarithm, labelled at powers of a half: `1/64` to `1`, or wider.
+    /// A logarithmic scale of shares of a whole, labelled at powers of a half from `1/64` to `1`, or wider.
     pub fn shares(values: impl IntoIterator<Item = f64>) -> Self {
         let (mut low, mut high) = (1.0f64 / 64.0, 1.0f64);
         for v in values.into_iter().filter(|v| v.is_finite() && *v > 0.0) {
@@ -98,12 +99,13 @@ impl Scale {
     }
 }
 
-/// 1, 2 or 5 times a power of ten, at least `least`.
+/// The smallest of 1, 2 and 5 times powers of ten that is at least `least`.
 fn step(least: f64) -> f64 {
     let power = 10f64.powf(least.log10().floor());
     [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|s| *s >= least * (1.0 - 1e-9)).unwrap_or(least)
 }
 
+/// The tick of `value` among ticks `step` apart.
 fn linear_tick(value: f64, step: f64) -> Tick {
     let decimals = (-step.log10() - 1e-9).ceil().max(0.0) as usize;
     let value = if value.abs() < step / 2.0 { 0.0 } else { value };

@@ -1,11 +1,9 @@
-//! A drawing as plain data: shapes in figure units with y downwards, in inks rather than colours. [`super::render`] turns
-//! it into files.
+//! A drawing as plain data: shapes in figure units with y downwards, in inks rather than colours. [`super::render`] turns it into files.
 
+use super::text::text_area;
 use super::theme::{self, Ink, Type};
-use plotters::style::{register_font, FontDesc, FontFamily, FontStyle};
-use std::sync::Once;
 
-/// x and y.
+/// Coordinates x and y in figure units.
 pub type At = (f64, f64);
 
 /// Which end of a text stands at its position.
@@ -19,50 +17,50 @@ pub enum Anchor {
     End,
 }
 
-/// One mark.
+/// One mark of a drawing.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Shape {
     /// An open path.
     Path {
-        /// Its corners.
+        /// Corners of the path.
         points: Vec<At>,
-        /// Colour.
+        /// Colour of the stroke.
         ink: Ink,
         /// Width of the stroke.
         width: f64,
     },
     /// A filled polygon.
     Polygon {
-        /// Its corners.
+        /// Corners of the polygon.
         points: Vec<At>,
-        /// Colour.
+        /// Colour of the filling.
         ink: Ink,
     },
     /// A filled rectangle.
     Rect {
-        /// Where.
+        /// Place and size.
         area: Area,
-        /// Colour.
+        /// Colour of the filling.
         ink: Ink,
     },
     /// A filled circle.
     Dot {
-        /// Its centre.
+        /// Centre of the circle.
         at: At,
-        /// Its radius.
+        /// Radius of the circle.
         radius: f64,
-        /// Colour.
+        /// Colour of the filling.
         ink: Ink,
     },
     /// A line of text, its capitals centred on `at.1`.
     Text {
-        /// Where.
+        /// Position of the text.
         at: At,
-        /// Which end.
+        /// End of the text that stands at the position.
         anchor: Anchor,
         /// Size, weight and colour.
         kind: Type,
-        /// The text.
+        /// The text itself.
         text: String,
     },
 }
@@ -91,38 +89,38 @@ impl Area {
         self.y + self.h
     }
 
-    /// Whether the two share more than an edge.
+    /// Whether two rectangles share more than an edge.
     pub fn overlaps(&self, other: &Self) -> bool {
         self.x < other.right() && other.x < self.right() && self.y < other.bottom() && other.y < self.bottom()
     }
 }
 
-/// Shapes, drawn in order.
+/// A drawing: shapes in the order in which they are drawn.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scene {
-    /// Height; the width is always [`theme::WIDTH`].
+    /// Height in figure units; the width is always [`theme::WIDTH`].
     pub height: f64,
-    /// What is drawn.
+    /// All shapes, the lowest first.
     pub shapes: Vec<Shape>,
 }
 
 impl Scene {
-    /// Nothing yet.
+    /// An empty drawing.
     pub fn new() -> Self {
         Self { height: 0.0, shapes: vec![] }
     }
 
-    /// A path through `points`.
+    /// Draws a path through `points`.
     pub fn path(&mut self, points: Vec<At>, ink: Ink, width: f64) {
         self.shapes.push(Shape::Path { points, ink, width });
     }
 
-    /// A straight line.
+    /// Draws a straight line.
     pub fn line(&mut self, from: At, to: At, ink: Ink, width: f64) {
         self.path(vec![from, to], ink, width);
     }
 
-    /// A dashed path.
+    /// Draws a dashed path.
     pub fn dashes(&mut self, points: &[At], ink: Ink, width: f64) {
         const DASH: [f64; 2] = [5.0, 3.5];
         let (mut part, mut left) = (0, DASH[0]);
@@ -144,35 +142,35 @@ impl Scene {
         }
     }
 
-    /// A filled rectangle.
+    /// Draws a filled rectangle.
     pub fn rect(&mut self, area: Area, ink: Ink) {
         self.shapes.push(Shape::Rect { area, ink });
     }
 
-    /// A filled polygon.
+    /// Draws a filled polygon.
     pub fn polygon(&mut self, points: Vec<At>, ink: Ink) {
         self.shapes.push(Shape::Polygon { points, ink });
     }
 
-    /// A filled circle.
+    /// Draws a filled circle.
     pub fn dot(&mut self, at: At, radius: f64, ink: Ink) {
         self.shapes.push(Shape::Dot { at, radius, ink });
     }
 
-    /// A line of text.
+    /// Draws a line of text.
     pub fn text(&mut self, at: At, anchor: Anchor, kind: Type, text: impl Into<String>) {
         // Messages of other programs may hold what XML cannot.
         let text = text.into().replace(char::is_control, " ");
         self.shapes.push(Shape::Text { at, anchor, kind, text });
     }
 
-    /// A line of text on a patch of `behind`, which hides grid lines.
+    /// Draws a line of text on a patch of `behind`, which hides grid lines.
     pub fn text_on(&mut self, behind: Ink, at: At, anchor: Anchor, kind: Type, text: &str) {
         self.rect(text_area(at, anchor, kind, text), behind);
         self.text(at, anchor, kind, text);
     }
 
-    /// The line of series `i`: dashed once the colours repeat.
+    /// Draws the line of series `i`, dashed once the colours repeat.
     pub fn series(&mut self, i: usize, points: &[At]) {
         match i < theme::SERIES {
             true => self.path(points.to_vec(), Ink::Series(i), theme::LINE),
@@ -180,12 +178,12 @@ impl Scene {
         }
     }
 
-    /// The marker of series `i`.
+    /// Draws the marker of series `i`.
     pub fn marker(&mut self, i: usize, at: At) {
         self.mark(i, at, theme::MARKER, Ink::Series(i));
     }
 
-    /// The marker of series `i` as an outline.
+    /// Draws the marker of series `i` as an outline.
     pub fn hollow(&mut self, i: usize, at: At, ink: Ink) {
         self.mark(i, at, theme::MARKER, ink);
         self.mark(i, at, theme::MARKER * 0.55, Ink::Paper);
@@ -204,7 +202,7 @@ impl Scene {
         self.polygon(corners.iter().map(|c| (x + c.0 * r, y + c.1 * r)).collect(), ink);
     }
 
-    /// An interval from `a` to `b`, with caps across it.
+    /// Draws an interval from `a` to `b`, with caps across it.
     pub fn whisker(&mut self, a: At, b: At, ink: Ink) {
         const CAP: f64 = 3.0;
         let (dx, dy) = if (b.0 - a.0).abs() > (b.1 - a.1).abs() { (0.0, CAP) } else { (CAP, 0.0) };
@@ -214,7 +212,7 @@ impl Scene {
         }
     }
 
-    /// A small ×: a run that did not end well.
+    /// Draws a small ×, the mark of a run that failed.
     pub fn cross(&mut self, ink: Ink, (x, y): At) {
         let r = 3.2;
         self.line((x - r, y - r), (x + r, y + r), ink, theme::LINE);
@@ -228,87 +226,9 @@ impl Default for Scene {
     }
 }
 
-/// Height of the em in units of a DejaVu font's line, by which ab_glyph scales.
-pub(super) const EM_TO_LINE: f64 = 1.164;
-
-/// DejaVu Sans as plotters holds it, at `size` in its own units.
-pub(super) fn font(kind: Type, size: f64) -> FontDesc<'static> {
-    static REGISTERED: Once = Once::new();
-    REGISTERED.call_once(|| {
-        // A font that is refused shows as an error at the first text that is drawn.
-        let _ = register_font(theme::FAMILY, FontStyle::Normal, dejavu::sans::regular());
-        let _ = register_font(theme::FAMILY, FontStyle::Bold, dejavu::sans::bold());
-    });
-    let style = if kind.bold { FontStyle::Bold } else { FontStyle::Normal };
-    FontDesc::new(FontFamily::Name(theme::FAMILY), size, style)
-}
-
-/// Width of `text`.
-pub fn text_width(text: &str, kind: Type) -> f64 {
-    // Measured large, since plotters rounds to whole pixels.
-    const DETAIL: f64 = 8.0;
-    let box_ = font(kind, kind.size * EM_TO_LINE * DETAIL).layout_box(text);
-    box_.map_or(0.0, |((left, _), (right, _))| f64::from(right - left) / DETAIL)
-}
-
-/// The box that a text covers: its line, not its ink.
-pub fn text_area(at: At, anchor: Anchor, kind: Type, text: &str) -> Area {
-    let w = text_width(text, kind);
-    let x = match anchor {
-        Anchor::Start => at.0,
-        Anchor::Middle => at.0 - w / 2.0,
-        Anchor::End => at.0 - w,
-    };
-    Area { x, y: at.1 - 0.6 * kind.size, w, h: 1.2 * kind.size }
-}
-
-/// `text` in lines that are no wider than `width`, broken at spaces; a longer word is cut.
-pub fn wrap(text: &str, kind: Type, width: f64) -> Vec<String> {
-    let mut lines: Vec<String> = vec![];
-    for word in text.split_whitespace() {
-        let word = shorten(word, kind, width);
-        match lines.last_mut() {
-            Some(line) if text_width(&format!("{line} {word}"), kind) <= width => {
-                line.push(' ');
-                line.push_str(&word);
-            }
-            _ => lines.push(word),
-        }
-    }
-    lines
-}
-
-/// `text`, cut with an ellipsis where it is wider than `width`.
-pub fn shorten(text: &str, kind: Type, width: f64) -> String {
-    if text_width(text, kind) <= width {
-        return text.into();
-    }
-    let mut kept: Vec<char> = text.chars().take(400).collect();
-    loop {
-        kept.pop();
-        let cut = format!("{}…", kept.iter().collect::<String>().trim_end());
-        if kept.is_empty() || text_width(&cut, kind) <= width {
-            return cut;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn text_is_measured_wrapped_and_cut() {
-        let wide = text_width("mmmm", theme::LABEL);
-        assert!(wide > 30.0 && wide < 45.0, "{wide}");
-        assert!(text_width("mmmm", theme::PANEL) > wide);
-        let lines = wrap("one two three four", theme::LABEL, 60.0);
-        assert!(lines.len() > 1 && lines.iter().all(|l| text_width(l, theme::LABEL) <= 60.0), "{lines:?}");
-        assert_eq!(lines.join(" "), "one two three four");
-        let cut = shorten("abcdefghijklmnopqrstuvwxyz", theme::LABEL, 50.0);
-        assert!(cut.ends_with('…') && text_width(&cut, theme::LABEL) <= 50.0, "{cut}");
-        assert_eq!(shorten("abc", theme::LABEL, 50.0), "abc");
-    }
 
     #[test]
     fn dashes_cover_a_line_from_its_start_without_touching() {

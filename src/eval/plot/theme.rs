@@ -1,43 +1,43 @@
 //! What figures look like: colours for light and dark pages, type sizes, line widths. Nothing else decides any of them.
 //!
-//! Figures name an [`Ink`], never a colour, so that one drawing serves both themes. The series colours are told apart by
-//! people with normal vision and with each of the three dichromacies, on the paper they are used on: the tests below hold
-//! them to that. Every series also has a marker of its own.
+//! Figures name an [`Ink`], never a colour, so that one drawing serves both themes. The series colours are distinguishable to people with
+//! normal vision and with each of the three dichromacies, on the paper they are used on, as tests check. Every series also has a marker of
+//! its own.
 
-/// Red, green, blue.
+/// Red, green and blue.
 pub type Rgb = (u8, u8, u8);
 
-/// What a shape is for; a [`Theme`] says in which colour.
+/// The purpose of a shape; a [`Theme`] gives its colour.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ink {
     /// The background.
     Paper,
     /// Titles and names.
     Text,
-    /// Everything that explains: subtitles, ticks, notes.
+    /// Subtitles, ticks and notes.
     Muted,
     /// Axes and reference lines.
     Axis,
     /// Grid lines.
     Grid,
-    /// Regions that come with a warning.
+    /// Regions beyond the trained length.
     Shade,
     /// The raw window in block diagrams.
     Band,
-    /// The series of this index; after the last the colours repeat, with other markers and dashed lines.
+    /// The series of an index; beyond [`SERIES`] the colours repeat, with other markers and dashed lines.
     Series(usize),
-    /// The interval around that series: its colour, translucent, so that intervals may overlap.
+    /// The interval around the series of an index, in its colour but translucent, so that intervals may overlap.
     Haze(usize),
-    /// A value in percent, on a scale of one hue whose lightness goes away from the paper's.
+    /// A value in percent, on a scale of one hue whose lightness runs away from the paper's.
     Heat(u8),
-    /// What is written on it.
+    /// Text on a value in percent.
     OnHeat(u8),
 }
 
 /// The colours of one background.
 #[derive(Debug)]
 pub struct Theme {
-    /// `light` or `dark`: part of file names.
+    /// Name of the theme in file names, `light` or `dark`.
     pub name: &'static str,
     paper: u32,
     text: u32,
@@ -50,10 +50,10 @@ pub struct Theme {
     heat: [u32; 6],
 }
 
-/// Distinct series colours.
+/// Number of distinct series colours.
 pub const SERIES: usize = 6;
 
-/// Every figure is drawn in each.
+/// The themes that every figure is drawn in.
 pub static THEMES: [Theme; 2] = [
     Theme {
         name: "light",
@@ -102,7 +102,7 @@ impl Theme {
         parts(hex)
     }
 
-    /// How much of what lies behind `ink` it hides, 0 to 1.
+    /// The opacity of `ink`, 0 to 1.
     pub fn alpha(&self, ink: Ink) -> f64 {
         match ink {
             Ink::Haze(_) => 0.2,
@@ -150,25 +150,25 @@ fn contrast(a: Rgb, b: Rgb) -> f64 {
 pub struct Type {
     /// Size of the em in figure units.
     pub size: f64,
-    /// Bold or regular.
+    /// Whether it is bold.
     pub bold: bool,
-    /// Its colour.
+    /// Colour of the text.
     pub ink: Ink,
 }
 
-/// The figure's title.
+/// Title of the figure.
 pub const TITLE: Type = Type { size: 16.0, bold: true, ink: Ink::Text };
 /// Lines below it.
 pub const SUBTITLE: Type = Type { size: 11.0, bold: false, ink: Ink::Muted };
 /// Names of series.
 pub const LEGEND: Type = Type { size: 11.0, bold: false, ink: Ink::Text };
-/// The title of one panel.
+/// Title of a panel.
 pub const PANEL: Type = Type { size: 12.0, bold: true, ink: Ink::Text };
 /// Numbers along axes, and the axes' names.
 pub const TICK: Type = Type { size: 10.0, bold: false, ink: Ink::Muted };
 /// Values and names beside marks.
 pub const LABEL: Type = Type { size: 10.0, bold: false, ink: Ink::Text };
-/// A row's name where it gathers others, or sums them up.
+/// Name of a row that heads or sums up others.
 pub const GROUP: Type = Type { size: 10.0, bold: true, ink: Ink::Text };
 /// Notes at the foot.
 pub const NOTE: Type = Type { size: 10.0, bold: false, ink: Ink::Muted };
@@ -189,10 +189,10 @@ pub const HAIR: f64 = 0.75;
 pub const MARKER: f64 = 4.0;
 /// Radius of a sample's dot.
 pub const SAMPLE: f64 = 1.5;
-/// How far right of its median's marker a sample's dot stands, so that neither hides the other.
+/// Distance of a sample's dot from its median's marker, so that neither hides the other.
 pub const SAMPLE_SHIFT: f64 = 7.5;
 
-/// Family names as SVG lists them; Verdana is drawn to nearly the same widths.
+/// Font families of SVG files; Verdana has nearly the same widths as DejaVu Sans.
 pub const FAMILY: &str = "DejaVu Sans, Verdana, sans-serif";
 
 #[cfg(test)]

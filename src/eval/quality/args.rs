@@ -4,10 +4,10 @@ use super::{ablate, join, layers, needle, positions, ruler, smoke};
 use crate::error::Result;
 use clap::{Parser, Subcommand};
 
-/// Measures what a retrofit keeps: distributions and greedy text against the model as it came, on the same tokens of real text.
+/// Measures the quality of a retrofit against the stock model: distributions and greedy text, on the same tokens of real text.
 ///
-/// Every figure is a mean over documents with its 95% interval. With --fail-below and --fail-above it guards a CI: it ends with 1
-/// where a figure is missed, with 2 where it could not be measured.
+/// Every figure is a mean over documents with its 95% confidence interval. With --fail-below and --fail-above it guards a CI: the exit
+/// code is 1 where a bound is missed, 2 where nothing could be measured.
 #[derive(Debug, Parser)]
 #[command(
     name = "bfly-quality-smoke",
@@ -18,10 +18,10 @@ use clap::{Parser, Subcommand};
     after_help = EXAMPLES
 )]
 pub struct Cli {
-    /// Another measurement.
+    /// A measurement other than the smoke test.
     #[command(subcommand)]
     pub command: Option<Command>,
-    /// The smoke test.
+    /// Flags of the smoke test.
     #[command(flatten)]
     pub smoke: smoke::SmokeArgs,
 }
@@ -68,7 +68,7 @@ Examples:
 
 const LAYERS_EXAMPLES: &str = "\
 Examples:
-  # Which layers do the answers of needles need? Plans that keep the first of them; four settings at a time on one GPU
+  # Which layers do the answers of needles need? Plans that keep the first of them; four scores at a time on one GPU
   bfly-quality-smoke layers --model MODEL --ctx 8k --jobs 4 --plans plans --out layers.json
   bfly-retrofit --model MODEL --plan plans/dense-4.json --prompt-file book.txt
 
@@ -92,7 +92,7 @@ Examples:
   bfly-quality-smoke positions --model MODEL --ctx 128k --allow-extrapolation \\
       --variants stock,retrofit,retrofit:pool=pre-rope,far-position=clamp --out positions.json";
 
-/// What is measured.
+/// A measurement other than the smoke test.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// RULER's tasks, made natively and scored by its rules.
@@ -101,7 +101,7 @@ pub enum Command {
     /// One needle over a grid of lengths and depths.
     #[command(after_help = NEEDLE_EXAMPLES)]
     Needle(Box<needle::NeedleArgs>),
-    /// Answers that several processes gave side by side, as one file.
+    /// Join the answers of several processes into one file.
     #[command(after_help = JOIN_EXAMPLES)]
     Join(join::JoinArgs),
     /// Which layers the model cannot do without; writes plans that keep them.
@@ -110,17 +110,17 @@ pub enum Command {
     /// One setting changed at a time, partner rules at the same allocated bytes, differences paired.
     #[command(after_help = ABLATE_EXAMPLES)]
     Ablate(Box<ablate::AblateArgs>),
-    /// The loss on the next token by position, beyond the trained length too.
+    /// The loss on the next token by position, also beyond the trained length.
     #[command(after_help = POSITIONS_EXAMPLES)]
     Positions(Box<positions::PositionsArgs>),
     /// Print a completion script for a shell.
     Completions {
-        /// The shell.
+        /// Shell that the script is for.
         shell: clap_complete::Shell,
     },
 }
 
-/// Runs it.
+/// Runs the subcommand, or the smoke test.
 ///
 /// # Errors
 /// See [`smoke::run`], [`ruler::run`], [`needle::run`], [`join::run`], [`layers::run`], [`ablate::run`] and [`positions::run`].

@@ -82,7 +82,7 @@ pub const METRICS: &[(&str, DocumentMetric, usize)] = &[
 #[cfg(test)]
 impl Smoke {
     /// A smoke test without runs.
-    pub(in crate::eval) fn test() -> Self {
+    pub(crate) fn test() -> Self {
         let header = Header { name: "test".into(), ..Header::new(SMOKE, &candle_core::Device::Cpu) };
         Self { header, positions: 256, greedy_tokens: 64, top: 50, prefill_chunk: 4096, runs: vec![] }
     }

@@ -73,7 +73,7 @@ impl VariantRecord {
 #[cfg(test)]
 impl VariantRecord {
     /// A record whose cache takes half of a dense one.
-    pub(in crate::eval) fn test(variant: &str) -> Self {
+    pub(crate) fn test(variant: &str) -> Self {
         let kv =
             Kv { local_bytes: 1, summary_bytes: 0, sink_bytes: 0, total_bytes: 1, dense_bytes: 2, peak_bytes: None };
         Self { variant: variant.into(), plan: None, eviction: None, kv }

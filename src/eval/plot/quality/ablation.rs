@@ -1,30 +1,38 @@
-//! What each setting is worth: paired differences of every change from the base, with their intervals.
+//! What each setting is worth: paired differences of every change from the base, with their confidence intervals.
 
-use super::super::axis::grouped;
-use super::super::page::{Key, Page, CONTENT};
-use super::super::scale::Scale;
-use super::super::scene::{shorten, text_width, Anchor, Area, Scene};
-use super::super::target::target;
-use super::super::theme::{Ink, GROUP, HAIR, LABEL, MARGIN, PANEL, THIN, TICK};
-use super::super::Figure;
-use super::{read, share_of, title};
+use super::{read_line, share_of, title, ScoreFigure};
 use crate::error::{Error, Result};
-use crate::eval::report::{Ablation, AblationAxis, Change, Estimate, Score};
+use crate::eval::plot::axis::grouped;
+use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::scale::Scale;
+use crate::eval::plot::scene::{Anchor, Area, Scene};
+use crate::eval::plot::target::target;
+use crate::eval::plot::text::{shorten, Thinning};
+use crate::eval::plot::theme::{Ink, GROUP, HAIR, LABEL, MARGIN, PANEL, THIN, TICK};
+use crate::eval::plot::Figure;
+use crate::eval::report::{Ablation, AblationAxis, Change, Estimate};
 use std::path::Path;
 
 /// Height of a row.
 const ROW: f64 = 19.0;
-/// Room left for what is changed.
+/// Room on the left for the names of changes.
 const NAMES: f64 = 176.0;
-/// Room right for summaries per query.
+/// Room on the right for summaries per query.
 const SUMMARIES: f64 = 66.0;
-/// Room right of each panel for its numbers.
+/// Room right of each column for its numbers.
 const NUMBERS: f64 = 62.0;
-/// Room between panels.
+/// Room between columns.
 const GAP: f64 = 14.0;
 
-/// A panel: its title, the decimals of its numbers, and the difference of a score from the base.
-type Panel<'a> = (&'static str, usize, Box<dyn Fn(&Score) -> Option<Estimate> + 'a>);
+/// A column of differences.
+struct Column<'a> {
+    /// Quantity and unit.
+    title: &'static str,
+    /// Decimals of its numbers.
+    decimals: usize,
+    /// Difference of a score from the base.
+    difference: ScoreFigure<'a>,
+}
 
 /// The figure of the ablation read from `path`.
 ///
@@ -32,16 +40,24 @@ type Panel<'a> = (&'static str, usize, Box<dyn Fn(&Score) -> Option<Estimate> + 
 /// An ablation in which no change was measured.
 pub fn figures(ablation: &Ablation, path: &Path) -> Result<Vec<Figure>> {
     let base = &ablation.base;
-    let all: [Panel; 2] = [
-        ("KL on text, nats", 4, Box::new(|s| Estimate::of_differences(&s.texts(|t| t.kl), &base.texts(|t| t.kl)))),
-        ("Loss on answers, nats", 3, Box::new(|s| Estimate::of_differences(&s.answer_losses(), &base.answer_losses()))),
+    let all = [
+        Column {
+            title: "KL on text, nats",
+            decimals: 4,
+            difference: Box::new(|s| Estimate::of_differences(&s.texts(|t| t.kl), &base.texts(|t| t.kl))),
+        },
+        Column {
+            title: "Loss on answers, nats",
+            decimals: 3,
+            difference: Box::new(|s| Estimate::of_differences(&s.answer_losses(), &base.answer_losses())),
+        },
     ];
     let scores = || ablation.changes.iter().filter_map(|c| c.score.as_ref());
-    let panels: Vec<&Panel> = all.iter().filter(|(_, _, of)| scores().any(|s| of(s).is_some())).collect();
-    if panels.is_empty() {
+    let columns: Vec<&Column> = all.iter().filter(|c| scores().any(|s| (c.difference)(s).is_some())).collect();
+    if columns.is_empty() {
         return Err(Error::format(path.display(), "is an ablation without a change that was measured"));
     }
-    let differences = || panels.iter().flat_map(|(_, _, of)| scores().filter_map(of).collect::<Vec<_>>());
+    let differences = || columns.iter().flat_map(|c| scores().filter_map(&c.difference).collect::<Vec<_>>());
     let mut keys = vec![
         Key::Marker(0, "better than the base".into()),
         Key::Marker(1, "worse than the base".into()),
@@ -54,16 +70,16 @@ pub fn figures(ablation: &Ablation, path: &Path) -> Result<Vec<Figure>> {
     let held = share_of([&base.record]).map_or(String::new(), |h| format!(", KV {h} of dense"));
     let about = [
         target(&ablation.header),
-        read(&ablation.header, &ablation.probed, base.texts.len(), base.answers.len()),
+        read_line(&ablation.header, &ablation.probed, base.texts.len(), base.answers.len()),
         format!("Base: {}{held}{kl}{loss}", base.record.variant),
         "One setting is changed at a time. Each difference is paired, text by text and question by question".into(),
     ];
     let heading = title(&ablation.header, "What each setting is worth: differences from the base");
     let mut page = Page::new(&heading, &about, &keys);
     let rows = Rows::of(&ablation.changes, page.y + 40.0);
-    let areas = columns(panels.len(), rows.top, rows.bottom);
-    for (area, panel) in areas.iter().zip(panels) {
-        draw(&mut page.scene, *area, panel, &rows);
+    let areas = column_areas(columns.len(), rows.top, rows.bottom);
+    for (area, column) in areas.iter().zip(columns) {
+        draw(&mut page.scene, *area, column, &rows);
     }
     let right = areas[areas.len() - 1].right() + NUMBERS;
     labels(&mut page.scene, &rows, &base.record.variant, (areas[0], right));
@@ -71,11 +87,15 @@ pub fn figures(ablation: &Ablation, path: &Path) -> Result<Vec<Figure>> {
     Ok(vec![Figure { name: "ablation".into(), scene: page.finish(&[]) }])
 }
 
-/// Changes with where they lie, and the headings of their axes.
+/// The rows of a figure.
 struct Rows<'a> {
+    /// Changes, each with the middle of its row.
     changes: Vec<(&'a Change, f64)>,
+    /// Headings of the changed settings, each with the middle of its row.
     headings: Vec<(&'static str, f64)>,
+    /// Top of the first row.
     top: f64,
+    /// Bottom of the last row.
     bottom: f64,
 }
 
@@ -89,7 +109,7 @@ impl<'a> Rows<'a> {
             }
         }
         for axis in axes {
-            rows.headings.push((name(axis), rows.bottom + ROW / 2.0));
+            rows.headings.push((heading(axis), rows.bottom + ROW / 2.0));
             rows.bottom += ROW;
             for change in changes.iter().filter(|c| c.axis == axis) {
                 rows.changes.push((change, rows.bottom + ROW / 2.0));
@@ -100,7 +120,8 @@ impl<'a> Rows<'a> {
     }
 }
 
-fn name(axis: AblationAxis) -> &'static str {
+/// The heading of the changes of a setting.
+fn heading(axis: AblationAxis) -> &'static str {
     match axis {
         AblationAxis::Partner => "partner rule, at no more bytes",
         AblationAxis::Window => "window, tokens",
@@ -112,29 +133,27 @@ fn name(axis: AblationAxis) -> &'static str {
     }
 }
 
-/// Where the panels' plots lie.
-fn columns(count: usize, top: f64, bottom: f64) -> Vec<Area> {
+/// The areas of the columns' plots.
+fn column_areas(count: usize, top: f64, bottom: f64) -> Vec<Area> {
     let each = (CONTENT - NAMES - SUMMARIES) / count as f64;
     let left = |i: usize| MARGIN + NAMES + each * i as f64 + GAP;
     (0..count).map(|i| Area { x: left(i), y: top, w: each - NUMBERS - GAP, h: bottom - top }).collect()
 }
 
-fn draw(scene: &mut Scene, area: Area, (title, decimals, of): &Panel, rows: &Rows) {
+fn draw(scene: &mut Scene, area: Area, column: &Column, rows: &Rows) {
     let values: Vec<(f64, Estimate)> =
-        rows.changes.iter().filter_map(|(c, y)| Some((*y, of(c.score.as_ref()?)?))).collect();
+        rows.changes.iter().filter_map(|(c, y)| Some((*y, (column.difference)(c.score.as_ref()?)?))).collect();
     let ends = values.iter().flat_map(|(_, e)| [Some(e.mean), e.low, e.high]).flatten();
     let Some(scale) = Scale::linear(ends.chain([0.0]), (f64::NEG_INFINITY, f64::INFINITY)) else { return };
     let axis = scale.on(area.x, area.right());
-    scene.text((area.x, area.y - 24.0), Anchor::Start, PANEL, *title);
-    let mut free = f64::NEG_INFINITY;
+    scene.text((area.x, area.y - 24.0), Anchor::Start, PANEL, column.title);
+    let mut labels = Thinning::new(5.0);
     for tick in &scale.ticks {
         let x = axis.at(tick.value);
         let (ink, width) = if tick.value == 0.0 { (Ink::Text, THIN) } else { (Ink::Grid, HAIR) };
         scene.line((x, area.y), (x, area.bottom()), ink, width);
-        let half = text_width(&tick.label, TICK) / 2.0;
-        if x - half >= free {
+        if labels.keeps_text(x, &tick.label, TICK) {
             scene.text((x, area.bottom() + 10.0), Anchor::Middle, TICK, &tick.label);
-            free = x + half + 5.0;
         }
     }
     let middle = area.x + area.w / 2.0;
@@ -154,13 +173,13 @@ fn draw(scene: &mut Scene, area: Area, (title, decimals, of): &Panel, rows: &Row
             ink => scene.hollow(0, at, ink),
         }
         let sign = if e.mean > 0.0 { "+" } else { "" };
-        let number = format!("{sign}{}", grouped(e.mean, *decimals)).replace('-', "−");
+        let number = format!("{sign}{}", grouped(e.mean, column.decimals)).replace('-', "−");
         let kind = if e.differs() { LABEL } else { TICK };
         scene.text((area.right() + NUMBERS - 8.0, y), Anchor::End, kind, number);
     }
 }
 
-/// What was changed, where nothing was measured and why, and summaries per query at `right`.
+/// Writes the names of changes, why a change was not measured, and summaries per query.
 fn labels(scene: &mut Scene, rows: &Rows, base: &str, (first, right): (Area, f64)) {
     let end = MARGIN + CONTENT;
     scene.text((end, rows.top - 24.0), Anchor::End, TICK, "summaries");

@@ -1,9 +1,9 @@
-//! Which figures answers have.
+//! The figures of a file of answers.
 
-use super::super::Figure;
 use super::cells::Cells;
-use super::{bytes, grid, tasks};
+use super::{bytes, needle, tasks};
 use crate::error::{Error, Result};
+use crate::eval::plot::Figure;
 use crate::eval::report::{Answers, Cell};
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -38,7 +38,7 @@ pub fn figures(answers: &Answers, path: &Path) -> Result<Vec<Figure>> {
         all.into_iter().partition(|c| c.answers.iter().all(|a| a.depth.is_some()));
     let mut figures = vec![];
     if !needles.is_empty() {
-        figures.extend(grid::figures(&Cells { answers, cells: needles }));
+        figures.extend(needle::figures(&Cells { answers, cells: needles }));
     }
     if !others.is_empty() {
         let cells = Cells { answers, cells: others };

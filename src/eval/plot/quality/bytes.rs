@@ -1,14 +1,14 @@
-//! The mean score against the KV cache's bytes: what each method gives for what it holds.
+//! The mean score against the bytes of the KV cache.
 
-use super::super::axis::tokens;
-use super::super::chart::{grid, Chart};
-use super::super::page::{Key, Page, CONTENT};
-use super::super::scale::Scale;
-use super::super::target::target;
-use super::super::theme::{Ink, MARGIN, SERIES, THIN};
-use super::super::Figure;
 use super::cells::Cells;
 use super::{family, title, KEPT};
+use crate::cli::short_count;
+use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::panel::{grid, Panel};
+use crate::eval::plot::scale::Scale;
+use crate::eval::plot::target::target;
+use crate::eval::plot::theme::{Ink, MARGIN, SERIES, THIN};
+use crate::eval::plot::Figure;
 use crate::eval::report::{Estimate, VariantRecord};
 use std::path::Path;
 
@@ -17,14 +17,14 @@ struct Point<'a> {
     variant: &'a str,
     style: usize,
     length: usize,
-    /// The most that it held, over a dense cache.
+    /// Bytes of the cache at the peak, over a dense cache's.
     share: f64,
-    /// What it held in the end, where that is less.
-    held: Option<f64>,
+    /// Bytes of the cache after eviction, over a dense cache's, where these are fewer.
+    evicted: Option<f64>,
     score: Estimate,
 }
 
-/// The figure; none where no variant answered every task at any length.
+/// The figure; `None` where no variant answered every task at any length.
 pub fn figure(cells: &Cells) -> Option<Figure> {
     let mut points = vec![];
     let mut families: Vec<(String, usize)> = vec![];
@@ -42,11 +42,11 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
             let Some(record) = cells.record(variant, length) else { continue };
             let share = record.share_of_dense();
             let Some(score) = cells.mean(variant, length).filter(|_| share.is_finite() && share > 0.0) else {
-                left_out.push(format!("{variant} at {}", tokens(length)));
+                left_out.push(format!("{variant} at {}", short_count(length)));
                 continue;
             };
             let (mut family, mut style) = family(record, most);
-            // Layers that were chosen in another way are another method.
+            // Plans of another folder chose their layers in another way, and are another method.
             if let Some(place) = (style == KEPT).then(|| sets.iter().position(|s| *s == plans(variant))).flatten() {
                 style += place * SERIES;
                 if sets.len() > 1 {
@@ -56,7 +56,7 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
             if families.iter().all(|(f, _)| *f != family) {
                 families.push((family, style));
             }
-            points.push(Point { variant, style, length, share, held: held(record), score });
+            points.push(Point { variant, style, length, share, evicted: after_eviction(record), score });
         }
     }
     if points.is_empty() {
@@ -64,8 +64,8 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
     }
     points.sort_by(|a, b| a.share.total_cmp(&b.share));
     let mut keys: Vec<Key> = families.iter().map(|(name, style)| Key::Series(*style, name.clone())).collect();
-    if points.iter().any(|p| p.held.is_some()) {
-        keys.push(Key::Held("hollow: held after eviction; dashes lead to the peak".into()));
+    if points.iter().any(|p| p.evicted.is_some()) {
+        keys.push(Key::Linked("hollow: held after eviction; dashes lead to the peak".into()));
     }
     if points.iter().any(|p| p.score.low.is_some()) {
         keys.push(Key::Interval("95% interval".into()));
@@ -78,27 +78,28 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
     ];
     let heading = title(&cells.answers.header, "Score against the bytes of the KV cache");
     let mut page = Page::new(&heading, &[vec![target(&cells.answers.header)], about.to_vec()].concat(), &keys);
-    let x = Scale::shares(points.iter().flat_map(|p| [Some(p.share), p.held]).flatten());
+    let x = Scale::shares(points.iter().flat_map(|p| [Some(p.share), p.evicted]).flatten());
     let lengths: Vec<usize> = cells.lengths().into_iter().filter(|l| points.iter().any(|p| p.length == *l)).collect();
     let columns = lengths.len().min(if lengths.len() == 4 { 2 } else { 3 });
     let areas = grid(lengths.len(), columns, (MARGIN, CONTENT), page.y, 290.0);
     for (area, length) in areas.into_iter().zip(lengths) {
-        let beyond = if length > cells.answers.header.trained_positions { ", beyond the trained length" } else { "" };
-        let chart = Chart {
-            title: &format!("{} tokens{beyond}: score, %", tokens(length)),
+        let beyond = if cells.answers.header.extrapolates(length) { ", beyond the trained length" } else { "" };
+        let panel = Panel {
+            title: &format!("{} tokens{beyond}: score, %", short_count(length)),
             x: &x,
             x_name: "KV held at the peak, share of dense",
             y: &Scale::percent(),
             shaded_from: None,
+            crosses: None,
         };
-        let plot = chart.draw(&mut page.scene, area);
+        let plot = panel.draw(&mut page.scene, area);
         for (_, style) in families.iter().rev() {
             let own: Vec<&Point> = points.iter().filter(|p| (p.length, p.style) == (length, *style)).collect();
             let at = |p: &Point| plot.at(p.share, p.score.mean);
             page.scene.series(*style, &own.iter().map(|p| at(p)).collect::<Vec<_>>());
             for point in own {
-                if let Some(held) = point.held {
-                    let end = plot.at(held, point.score.mean);
+                if let Some(evicted) = point.evicted {
+                    let end = plot.at(evicted, point.score.mean);
                     page.scene.dashes(&[at(point), end], Ink::Series(*style), THIN);
                     page.scene.hollow(*style, end, Ink::Series(*style));
                 }
@@ -121,13 +122,13 @@ fn plans(variant: &str) -> Option<&str> {
     Path::new(path.split(',').next()?).parent()?.file_name()?.to_str()
 }
 
-/// What is held in the end, over dense, where that is less than at the peak.
-fn held(record: &VariantRecord) -> Option<f64> {
+/// Bytes of the cache after eviction over a dense cache's, where these are fewer than at the peak.
+fn after_eviction(record: &VariantRecord) -> Option<f64> {
     let kv = &record.kv;
     kv.peak_bytes.filter(|peak| *peak > kv.total_bytes).map(|_| kv.total_bytes as f64 / kv.dense_bytes as f64)
 }
 
-/// Which points are which: the variants of each family in the order of their bytes.
+/// Notes that tell which points are which: the variants of each family in the order of their bytes.
 fn order(points: &[Point], families: &[(String, usize)]) -> Vec<String> {
     let own = |style: usize| {
         let mut names: Vec<&str> = vec![];

@@ -4,21 +4,21 @@ use super::variants;
 use crate::eval::report::{Answers, Cell, Estimate, VariantRecord};
 use std::collections::BTreeSet;
 
-/// Cells that one figure shows: none without answers.
+/// The cells that one figure shows.
 pub struct Cells<'a> {
-    /// As read.
+    /// File of answers as read.
     pub answers: &'a Answers,
-    /// Some of its cells.
+    /// Cells of the file that are shown, each with an answer at least.
     pub cells: Vec<&'a Cell>,
 }
 
 impl<'a> Cells<'a> {
-    /// Lengths, rising.
+    /// The lengths, rising, each once.
     pub fn lengths(&self) -> Vec<usize> {
         self.cells.iter().map(|c| c.length).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
-    /// Tasks, in order of first occurrence.
+    /// The tasks in order of first occurrence.
     pub fn tasks(&self) -> Vec<&'a str> {
         let mut found: Vec<&str> = vec![];
         for cell in &self.cells {
@@ -29,18 +29,18 @@ impl<'a> Cells<'a> {
         found
     }
 
-    /// Variants with their styles, in order of first occurrence.
+    /// The variants with their styles, in order of first occurrence.
     pub fn variants(&self) -> Vec<(&'a str, usize)> {
         variants(self.cells.iter().map(|c| &c.record))
     }
 
-    /// Cells of a variant, at one length or all.
+    /// The cells of a variant, at one length or at all.
     pub fn of<'s>(&'s self, variant: &'s str, length: Option<usize>) -> impl Iterator<Item = &'a Cell> + Clone + 's {
         let wanted = move |c: &&Cell| c.record.variant == variant && length.is_none_or(|l| l == c.length);
         self.cells.iter().copied().filter(wanted)
     }
 
-    /// What a variant is, and held at a length.
+    /// The record of a variant at a length.
     pub fn record(&self, variant: &str, length: usize) -> Option<&'a VariantRecord> {
         self.of(variant, Some(length)).map(|c| &c.record).next()
     }
@@ -50,8 +50,8 @@ impl<'a> Cells<'a> {
         self.of(variant, Some(length)).find(|c| c.task == task).and_then(Cell::score)
     }
 
-    /// The mean over tasks, each with the same weight, in percent; `None` where the variant lacks a task, since means over different
-    /// tasks are not to be compared.
+    /// The mean over tasks, each with the same weight, in percent; `None` where the variant lacks a task, since means over different tasks
+    /// cannot be compared.
     pub fn mean(&self, variant: &str, length: usize) -> Option<Estimate> {
         let scores = |task: &&str| -> Option<Vec<f64>> {
             self.of(variant, Some(length)).find(|c| c.task == *task).map(Cell::independent)
@@ -59,7 +59,7 @@ impl<'a> Cells<'a> {
         Estimate::of_groups(&self.tasks().iter().map(scores).collect::<Option<Vec<_>>>()?)
     }
 
-    /// How questions were put, and how many samples there are of each task.
+    /// A line that tells the number of samples and how they were prompted.
     pub fn asked(&self, per: &str, samples: impl IntoIterator<Item = usize>) -> String {
         let asked = &self.answers.asked;
         let mut parts = vec![format!("{} per {per}", super::count(samples, "sample"))];

@@ -1,27 +1,33 @@
-//! What keeping the most sensitive layers dense gives, against what it costs in bytes.
+//! The score with the most sensitive layers kept dense, against the bytes of the cache.
 
-use super::super::chart::{grid, Chart, Plot};
-use super::super::page::{Key, Page, CONTENT};
-use super::super::place::{above, along, around};
-use super::super::scale::Scale;
-use super::super::scene::{Area, Scene};
-use super::super::target::target;
-use super::super::theme::{Ink, MARGIN};
-use super::super::Figure;
-use super::{read, title};
+use super::{read_line, title, ScoreFigure};
+use crate::eval::plot::labels::{above, along, around};
+use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::panel::{grid, Panel};
+use crate::eval::plot::scale::Scale;
+use crate::eval::plot::scene::{Area, Scene};
+use crate::eval::plot::target::target;
+use crate::eval::plot::theme::{Ink, MARGIN};
+use crate::eval::plot::Figure;
 use crate::eval::report::{harm, CurvePoint, Estimate, Layers, Rank, RankBy, Score};
 
-/// A panel: its title, its figure of a score, and what its values cannot leave.
-type Panel<'a> = (&'static str, Box<dyn Fn(&Score) -> Option<Estimate> + 'a>, (f64, f64));
+/// A curve over the number of layers kept dense.
+struct Curve<'a> {
+    /// Quantity and unit.
+    title: &'static str,
+    /// Figure of a score.
+    of: ScoreFigure<'a>,
+    /// Bounds of the quantity.
+    limits: (f64, f64),
+}
 
-/// The figure; none where the study has no curve.
+/// The figure; `None` where the study has no curve.
 pub fn figure(layers: &Layers) -> Option<Figure> {
     let mut points: Vec<&CurvePoint> = layers.curve.iter().filter(|p| share(p).is_finite()).collect();
     points.sort_by_key(|p| p.dense.len());
-    let panels = panels(layers);
-    let measured = |panel: &Panel| points.iter().any(|p| panel.1(&p.score).is_some());
-    let panels: Vec<Panel> = panels.into_iter().filter(measured).collect();
-    if panels.is_empty() {
+    let measured = |curve: &Curve| points.iter().any(|p| (curve.of)(&p.score).is_some());
+    let curves: Vec<Curve> = curves(layers).into_iter().filter(measured).collect();
+    if curves.is_empty() {
         return None;
     }
     let by = match layers.rank_by {
@@ -38,11 +44,11 @@ pub fn figure(layers: &Layers) -> Option<Figure> {
     keys.extend(several.then(|| Key::Interval("95% interval".into())));
     let heading = title(&layers.header, "What keeping the most sensitive layers dense gives, against its bytes");
     let about = format!("The most sensitive layers stay dense, one more at a time; {ranked}");
-    let measured = read(&layers.header, &layers.probed, layers.stock.texts.len(), layers.stock.answers.len());
+    let measured = read_line(&layers.header, &layers.probed, layers.stock.texts.len(), layers.stock.answers.len());
     let mut page = Page::new(&heading, &[target(&layers.header), measured, about], &keys);
     let x = Scale::linear(points.iter().map(|p| 100.0 * share(p)).chain([0.0, 100.0]), (0.0, f64::INFINITY))?;
-    for (area, panel) in grid(panels.len(), 3, (MARGIN, CONTENT), page.y, 300.0).into_iter().zip(&panels) {
-        draw(&mut page.scene, area, &x, panel, &points);
+    for (area, curve) in grid(curves.len(), 3, (MARGIN, CONTENT), page.y, 300.0).into_iter().zip(&curves) {
+        draw(&mut page.scene, area, &x, curve, &points);
         page.y = area.bottom();
     }
     let order = layers.order.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
@@ -53,24 +59,36 @@ fn share(point: &CurvePoint) -> f64 {
     point.score.record.share_of_dense()
 }
 
-fn panels(layers: &Layers) -> [Panel<'_>; 3] {
+fn curves(layers: &Layers) -> [Curve<'_>; 3] {
     let right = |s: &Score| -> Vec<f64> { s.answers.iter().map(|a| if a.right { 100.0 } else { 0.0 }).collect() };
     let free = (f64::NEG_INFINITY, f64::INFINITY);
     [
-        ("Loss added on answers, nats", Box::new(|s| harm(s, &layers.stock, RankBy::Answers)), free),
-        ("Answers wholly right, %", Box::new(move |s| Estimate::of(&right(s))), (0.0, 100.0)),
-        ("KL from stock on text, nats", Box::new(|s| harm(s, &layers.stock, RankBy::Text)), free),
+        Curve {
+            title: "Loss added on answers, nats",
+            of: Box::new(|s| harm(s, &layers.stock, RankBy::Answers)),
+            limits: free,
+        },
+        Curve {
+            title: "Answers wholly right, %",
+            of: Box::new(move |s| Estimate::of(&right(s))),
+            limits: (0.0, 100.0),
+        },
+        Curve {
+            title: "KL from stock on text, nats",
+            of: Box::new(|s| harm(s, &layers.stock, RankBy::Text)),
+            limits: free,
+        },
     ]
 }
 
-fn draw(scene: &mut Scene, area: Area, x: &Scale, panel: &Panel, points: &[&CurvePoint]) {
-    let (title, of, limits) = panel;
+fn draw(scene: &mut Scene, area: Area, x: &Scale, curve: &Curve, points: &[&CurvePoint]) {
     let values: Vec<(usize, f64, Estimate)> =
-        points.iter().filter_map(|p| Some((p.dense.len(), 100.0 * share(p), of(&p.score)?))).collect();
+        points.iter().filter_map(|p| Some((p.dense.len(), 100.0 * share(p), (curve.of)(&p.score)?))).collect();
     let ends = values.iter().flat_map(|(_, _, e)| [Some(e.mean), e.low, e.high]).flatten();
-    let Some(y) = Scale::linear(ends.chain([0.0]), *limits) else { return };
-    let chart = Chart { title, x, x_name: "KV cache, % of dense", y: &y, shaded_from: None };
-    let plot: Plot = chart.draw(scene, area);
+    let Some(y) = Scale::linear(ends.chain([0.0]), curve.limits) else { return };
+    let panel =
+        Panel { title: curve.title, x, x_name: "KV cache, % of dense", y: &y, shaded_from: None, crosses: None };
+    let plot = panel.draw(scene, area);
     let at = |(_, share, e): &(usize, f64, Estimate)| plot.at(*share, e.mean);
     scene.series(0, &values.iter().map(at).collect::<Vec<_>>());
     let mut taken: Vec<Area> = values.windows(2).flat_map(|pair| along(at(&pair[0]), at(&pair[1]))).collect();

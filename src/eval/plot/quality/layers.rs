@@ -1,14 +1,14 @@
-//! What swapping each layer alone does: which ones a model cannot do without.
+//! The harm of swapping each layer alone.
 
-use super::super::chart::Chart;
-use super::super::page::{Key, Page, CONTENT};
-use super::super::scale::Scale;
-use super::super::scene::Area;
-use super::super::target::target;
-use super::super::theme::{Ink, MARGIN, THIN};
-use super::super::Figure;
-use super::{curve, read, title};
+use super::{curve, read_line, title};
 use crate::error::{Error, Result};
+use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::panel::Panel;
+use crate::eval::plot::scale::Scale;
+use crate::eval::plot::scene::Area;
+use crate::eval::plot::target::target;
+use crate::eval::plot::theme::{Ink, MARGIN, THIN};
+use crate::eval::plot::Figure;
 use crate::eval::report::{harm, Estimate, Layers, RankBy};
 use std::path::Path;
 
@@ -26,10 +26,13 @@ pub fn figures(layers: &Layers, path: &Path) -> Result<Vec<Figure>> {
     }
 }
 
-/// A panel of single layers: its title, and what a swap does by layer.
-struct Panel {
+/// The harm of each layer's swap.
+struct Harms {
+    /// Quantity and unit.
     title: &'static str,
+    /// Layers with the harm of their swaps.
     harms: Vec<(usize, Estimate)>,
+    /// Whether the axis is logarithmic.
     log: bool,
 }
 
@@ -39,16 +42,16 @@ fn figure(layers: &Layers) -> Option<Figure> {
         single.filter_map(|s| Some((s.layer, harm(&s.score, &layers.stock, rank)?))).collect()
     };
     let kl = by(RankBy::Text);
-    let panels = [
-        Panel { title: "Loss added on expected answers, nats", harms: by(RankBy::Answers), log: false },
+    let all = [
+        Harms { title: "Loss added on expected answers, nats", harms: by(RankBy::Answers), log: false },
         // Layers differ by orders of magnitude; a layer that changes nothing has no logarithm.
-        Panel { title: "KL from stock on text, nats", log: kl.iter().all(|(_, e)| e.mean > 0.0), harms: kl },
+        Harms { title: "KL from stock on text, nats", log: kl.iter().all(|(_, e)| e.mean > 0.0), harms: kl },
     ];
-    let panels: Vec<Panel> = panels.into_iter().filter(|p| !p.harms.is_empty()).collect();
-    let numbers = || panels.iter().flat_map(|p| p.harms.iter().map(|(layer, _)| *layer));
+    let all: Vec<Harms> = all.into_iter().filter(|h| !h.harms.is_empty()).collect();
+    let numbers = || all.iter().flat_map(|h| h.harms.iter().map(|(layer, _)| *layer));
     let (low, high) = (numbers().min()?, numbers().max()?);
     let x = Scale::whole(low, high, 36);
-    let estimates = || panels.iter().flat_map(|p| &p.harms);
+    let estimates = || all.iter().flat_map(|h| &h.harms);
     let mut keys = vec![Key::Marker(0, "this layer alone swapped".into())];
     if estimates().any(|(_, e)| e.low.is_some() && !e.differs()) {
         keys.push(Key::Faint("its interval holds 0".into()));
@@ -58,23 +61,23 @@ fn figure(layers: &Layers) -> Option<Figure> {
     }
     let heading = title(&layers.header, "Which layers the model cannot do without");
     let about = "One layer at a time is swapped, all others are as they came; differences from stock are paired".into();
-    let measured = read(&layers.header, &layers.probed, layers.stock.texts.len(), layers.stock.answers.len());
+    let measured = read_line(&layers.header, &layers.probed, layers.stock.texts.len(), layers.stock.answers.len());
     let mut page = Page::new(&heading, &[target(&layers.header), measured, about], &keys);
-    for panel in &panels {
-        let ends = panel.harms.iter().flat_map(|(_, e)| [Some(e.mean), e.low, e.high]).flatten();
-        let y = match panel.log {
+    for one in &all {
+        let ends = one.harms.iter().flat_map(|(_, e)| [Some(e.mean), e.low, e.high]).flatten();
+        let y = match one.log {
             true => Scale::log(ends),
             false => Scale::linear(ends.chain([0.0]), (f64::NEG_INFINITY, f64::INFINITY)),
         };
         let Some(y) = y else { continue };
-        let chart = Chart { title: panel.title, x: &x, x_name: "layer", y: &y, shaded_from: None };
+        let panel = Panel { title: one.title, x: &x, x_name: "layer", y: &y, shaded_from: None, crosses: None };
         let area = Area { x: MARGIN, y: page.y, w: CONTENT, h: 210.0 };
-        let plot = chart.draw(&mut page.scene, area);
-        for (layer, harm) in &panel.harms {
+        let plot = panel.draw(&mut page.scene, area);
+        for (layer, harm) in &one.harms {
             let at = plot.at(*layer as f64, harm.mean);
             let told = harm.low.is_none() || harm.differs();
             let ink = if told { Ink::Series(0) } else { Ink::Muted };
-            if !panel.log {
+            if !one.log {
                 page.scene.line(plot.at(*layer as f64, 0.0), at, ink, THIN);
             }
             plot.interval(&mut page.scene, *layer as f64, 0.0, harm, ink);

@@ -1,26 +1,26 @@
-//! Figures of quality measurements: what a retrofit keeps, and what it costs in bytes.
+//! Figures of quality measurements: what a variant keeps of the stock model, and its bytes.
 //!
 //! | file | draws | of |
 //! |---|---|---|
 //! | `smoke` | distance from stock on real text, by context | `bfly-smoke` |
-//! | `grid` | where a needle is found: a heat map of lengths and depths for each variant | `bfly-answers` with depths |
+//! | `needle` | scores of a needle by length and depth: a heat map for each variant | `bfly-answers` with depths |
 //! | `tasks` | scores by task, with their mean, at each length | `bfly-answers` |
 //! | `bytes` | the mean score against the KV cache's bytes | `bfly-answers` |
-//! | `layers` | what swapping each layer alone does | `bfly-layers` |
-//! | `curve` | what keeping the most sensitive ones dense gives, against its bytes | `bfly-layers` |
+//! | `layers` | the harm of swapping each layer alone | `bfly-layers` |
+//! | `curve` | the score with the most sensitive layers kept dense, against the bytes | `bfly-layers` |
 //! | `ablation` | paired differences of every change from the base | `bfly-ablation` |
 //! | `positions` | the loss by position | `bfly-positions` |
 //!
-//! Intervals are those of [`crate::eval::report::Estimate`]: bootstrap, 95%, over documents or samples. Where there is one of these, there is no
-//! interval, and none is drawn. `answers` says which figures a file of answers has, and `cells` orders them.
+//! Intervals are those of [`Estimate`](crate::eval::report::Estimate): bootstrap, 95%, over documents or samples. A single document or
+//! sample has no interval, and none is drawn. `answers` chooses the figures of a file of answers, and `cells` sorts its cells.
 
 mod ablation;
 mod answers;
 mod bytes;
 mod cells;
 mod curve;
-mod grid;
 mod layers;
+mod needle;
 mod positions;
 mod smoke;
 mod tasks;
@@ -33,13 +33,15 @@ pub use layers::figures as layers;
 pub use positions::figures as positions;
 pub use smoke::figures as smoke;
 
-use super::axis::{brief, tokens};
-use super::page::Key;
-use super::theme::Ink;
-use crate::eval::report::{EvalSetRecord, Header, VariantRecord};
+use super::axis::brief;
+use crate::cli::short_count;
+use crate::eval::report::{Estimate, EvalSetRecord, Header, Score, VariantRecord};
 use crate::eviction::RULES;
 
-/// `title`, with a warning where the weights are random.
+/// A figure of a score, `None` where it was not measured.
+type ScoreFigure<'a> = Box<dyn Fn(&Score) -> Option<Estimate> + 'a>;
+
+/// `title` with a warning where the weights are random.
 fn title(header: &Header, title: &str) -> String {
     match header.random_weights {
         Some(_) => format!("{title} (random weights: says nothing about quality)"),
@@ -47,7 +49,7 @@ fn title(header: &Header, title: &str) -> String {
     }
 }
 
-/// Each variant once, in order, with its style. Stock always has the same, whatever else was measured.
+/// Each variant once, in order of first occurrence, with its style; the style of stock is always the same.
 fn variants<'a>(records: impl IntoIterator<Item = &'a VariantRecord>) -> Vec<(&'a str, usize)> {
     let mut found: Vec<(&str, usize)> = vec![];
     let mut free = [0].into_iter().chain(STOCK + 1..);
@@ -63,12 +65,12 @@ fn variants<'a>(records: impl IntoIterator<Item = &'a VariantRecord>) -> Vec<(&'
 
 const STOCK: usize = 1;
 
-/// What kind of method a variant is, and its style; `most` is the number of layers that the others swap.
+/// The family of methods that a variant belongs to, and its style; `most` is the largest number of layers that a plan swaps.
 fn family(record: &VariantRecord, most: usize) -> (String, usize) {
     match (&record.eviction, &record.plan) {
         (Some(plan), _) => {
             let place = STOCK + 1 + RULES.iter().position(|r| r.name() == plan.rule).unwrap_or(RULES.len());
-            // The last two colours are taken.
+            // Two styles are taken by families of retrofits.
             (plan.rule.clone(), if place < KEPT { place } else { place + 2 })
         }
         (None, Some(plan)) if plan.layers.len() < most => ("retrofit, some layers kept dense".into(), KEPT),
@@ -81,7 +83,7 @@ fn family(record: &VariantRecord, most: usize) -> (String, usize) {
 const KEPT: usize = 4;
 const WINDOW: usize = 5;
 
-/// `0.063×`, or `0.25× to 0.031×` where it is not the same everywhere.
+/// The share of a dense cache, such as `0.063×`, or `0.25× to 0.031×` where records differ.
 fn share_of<'a>(records: impl IntoIterator<Item = &'a VariantRecord>) -> Option<String> {
     let (mut low, mut high) = (f64::INFINITY, 0.0f64);
     for share in records.into_iter().map(VariantRecord::share_of_dense).filter(|s| s.is_finite()) {
@@ -95,9 +97,9 @@ fn share_of<'a>(records: impl IntoIterator<Item = &'a VariantRecord>) -> Option<
     }
 }
 
-/// `Read at 4k tokens: 8 texts (last 128 positions of each after prefill) and 32 questions (niah_single_2, niah_multikey_1)`, and
-/// whether that is beyond the trained length.
-fn read(header: &Header, probed: &EvalSetRecord, texts: usize, questions: usize) -> String {
+/// A line on the evaluation set, such as `Read at 4k tokens: 8 texts (last 128 positions of each after prefill) and 32 questions
+/// (niah_single_2, niah_multikey_1)`, with a remark where it is beyond the trained length.
+fn read_line(header: &Header, probed: &EvalSetRecord, texts: usize, questions: usize) -> String {
     let mut parts = vec![];
     if texts > 0 {
         let of = format!("last {} positions of each after prefill", probed.positions);
@@ -106,14 +108,14 @@ fn read(header: &Header, probed: &EvalSetRecord, texts: usize, questions: usize)
     if questions > 0 {
         parts.push(format!("{} ({})", count([questions], "question"), probed.tasks.join(", ")));
     }
-    let beyond = match probed.ctx > header.trained_positions {
-        true => format!(", beyond the trained {}: extrapolated", tokens(header.trained_positions)),
+    let beyond = match header.extrapolates(probed.ctx) {
+        true => format!(", beyond the trained {}: extrapolated", short_count(header.trained_positions)),
         false => String::new(),
     };
-    format!("Read at {} tokens{beyond}: {}", tokens(probed.ctx), parts.join(" and "))
+    format!("Read at {} tokens{beyond}: {}", short_count(probed.ctx), parts.join(" and "))
 }
 
-/// `8 texts`, `1 text`, `3 to 8 texts`.
+/// A count with its noun, such as `8 texts`, `1 text` or `3 to 8 texts`.
 fn count(numbers: impl IntoIterator<Item = usize>, what: &str) -> String {
     let (mut low, mut high) = (usize::MAX, 0);
     for n in numbers {
@@ -125,11 +127,4 @@ fn count(numbers: impl IntoIterator<Item = usize>, what: &str) -> String {
         (low, high) if low == high => format!("{low} {what}s"),
         (low, high) => format!("{low} to {high} {what}s"),
     }
-}
-
-/// The key of the shade beyond the trained length, where an axis to `high` shows it.
-fn trained_key(header: &Header, high: f64) -> Option<Key> {
-    let trained = header.trained_positions;
-    let text = format!("beyond the trained length ({}): extrapolated", tokens(trained));
-    (high > trained as f64).then_some(Key::Patch(Ink::Shade, text))
 }

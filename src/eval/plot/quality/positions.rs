@@ -1,19 +1,19 @@
-//! The loss by position: whether a variant keeps its loss as the text grows.
+//! The loss on the next token by its position in the text.
 
-use super::super::axis::tokens;
-use super::super::chart::Chart;
-use super::super::page::{Key, Page, CONTENT};
-use super::super::scale::Scale;
-use super::super::scene::{Area, At};
-use super::super::target::target;
-use super::super::theme::{Ink, MARGIN};
-use super::super::Figure;
-use super::{count, share_of, title, trained_key, variants};
+use super::{count, share_of, title, variants};
+use crate::cli::short_count;
 use crate::error::{Error, Result};
+use crate::eval::plot::page::{trained_key, Key, Page, CONTENT};
+use crate::eval::plot::panel::Panel;
+use crate::eval::plot::scale::Scale;
+use crate::eval::plot::scene::{Area, At};
+use crate::eval::plot::target::target;
+use crate::eval::plot::theme::{Ink, MARGIN};
+use crate::eval::plot::Figure;
 use crate::eval::report::{Estimate, PositionRun, Positions};
 use std::path::Path;
 
-/// Points that still have a marker each.
+/// Most points of a line that have a marker each.
 const MARKED: usize = 16;
 
 /// The figure of the losses read from `path`.
@@ -54,11 +54,11 @@ pub fn figures(positions: &Positions, path: &Path) -> Result<Vec<Figure>> {
     if lines.iter().any(|(_, l)| l.iter().flatten().any(|e| e.low.is_some())) {
         keys.push(Key::Patch(Ink::Haze(5), "95% interval of the mean".into()));
     }
-    keys.extend(trained_key(&positions.header, x.high));
+    keys.extend(trained_key(&positions.header, x.high, "extrapolated"));
     let about = format!(
         "Means over {}; a point is the mean of {} positions, of which every {} judged",
         count(runs.iter().map(|r| r.documents.len()), "text"),
-        tokens(positions.bucket),
+        short_count(positions.bucket),
         ordinal(positions.stride)
     );
     let heading = title(&positions.header, "Loss on the next token, by its position in the text");
@@ -68,15 +68,16 @@ pub fn figures(positions: &Positions, path: &Path) -> Result<Vec<Figure>> {
     let Some(y) = Scale::linear(ends, (f64::NEG_INFINITY, f64::INFINITY)) else {
         return fail("holds no losses".into());
     };
-    let chart = Chart {
+    let panel = Panel {
         title: "Loss on the next token, nats",
         x: &x,
         x_name: "position, tokens",
         y: &y,
         shaded_from: Some(positions.header.trained_positions as f64),
+        crosses: None,
     };
     let area = Area { x: MARGIN, y: page.y, w: CONTENT, h: 360.0 };
-    let plot = chart.draw(&mut page.scene, area);
+    let plot = panel.draw(&mut page.scene, area);
     let middle = |bucket: usize| {
         let from = bucket * positions.bucket;
         (from as f64 + from.saturating_add(positions.bucket).min(positions.ctx) as f64) / 2.0
@@ -105,12 +106,12 @@ pub fn figures(positions: &Positions, path: &Path) -> Result<Vec<Figure>> {
     Ok(vec![Figure { name: "positions".into(), scene: page.finish(&[]) }])
 }
 
-/// The mean over documents of a bucket.
+/// The mean loss of a bucket over documents.
 fn loss(run: &PositionRun, bucket: usize) -> Option<Estimate> {
     Estimate::of(&run.documents.iter().filter_map(|d| d.losses.get(bucket).copied()).collect::<Vec<_>>())
 }
 
-/// `one is`, `2nd is`, `16th is`.
+/// An ordinal for "of which every ..", such as `one is`, `2nd is` or `16th is`.
 fn ordinal(n: usize) -> String {
     let ending = match (n % 10, n % 100) {
         (_, 11..=13) => "th",

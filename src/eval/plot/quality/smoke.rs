@@ -1,39 +1,38 @@
-//! How far variants are from stock on real text, by context.
+//! The distance of variants from stock on real text, by context.
 
-use super::super::axis::tokens;
-use super::super::chart::{grid, Chart};
-use super::super::page::{Key, Page, CONTENT};
-use super::super::scale::Scale;
-use super::super::target::target;
-use super::super::theme::{Ink, LINE, MARGIN, SAMPLE};
-use super::super::Figure;
-use super::{count, title, trained_key, variants};
+use super::{count, title, variants};
+use crate::cli::short_count;
 use crate::error::{Error, Result};
-use crate::eval::report::{DocumentScore, Estimate, Smoke, SmokeRun};
+use crate::eval::plot::page::{trained_key, Key, Page, CONTENT};
+use crate::eval::plot::panel::{grid, Panel};
+use crate::eval::plot::scale::Scale;
+use crate::eval::plot::target::target;
+use crate::eval::plot::theme::{Ink, LINE, MARGIN, SAMPLE};
+use crate::eval::plot::Figure;
+use crate::eval::report::{DocumentMetric, Estimate, Smoke, SmokeRun};
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// A panel: its title, its figure of a document, whether its axis is logarithmic, and what its values cannot leave.
-struct Metric {
+/// A distance of a document from stock.
+struct Distance {
+    /// Quantity and unit.
     title: String,
-    of: Box<dyn Fn(&DocumentScore) -> f64>,
+    /// Figure of a document.
+    of: DocumentMetric,
+    /// Whether the axis is logarithmic.
     log: bool,
+    /// Bounds of the quantity.
     limits: (f64, f64),
 }
 
-fn metrics(top: usize) -> [Metric; 4] {
+fn distances(top: usize) -> [Distance; 4] {
     let free = (f64::NEG_INFINITY, f64::INFINITY);
-    let metric = |title: &str, of: fn(&DocumentScore) -> f64, log, limits| Metric {
-        title: title.into(),
-        of: Box::new(of),
-        log,
-        limits,
-    };
+    let distance = |title: &str, of: DocumentMetric, log, limits| Distance { title: title.into(), of, log, limits };
     [
-        metric("KL from stock, nats", |d| d.kl, true, free),
-        metric("Same likeliest token as stock, %", |d| 100.0 * d.top1, false, (0.0, 100.0)),
-        metric(&format!("Shared of the {top} likeliest tokens"), |d| d.overlap, false, (0.0, top as f64)),
-        metric("Loss added to stock's, nats", |d| d.loss - d.stock_loss, false, free),
+        distance("KL from stock, nats", |d| d.kl, true, free),
+        distance("Same likeliest token as stock, %", |d| 100.0 * d.top1, false, (0.0, 100.0)),
+        distance(&format!("Shared of the {top} likeliest tokens"), |d| d.overlap, false, (0.0, top as f64)),
+        distance("Loss added to stock's, nats", |d| d.loss - d.stock_loss, false, free),
     ]
 }
 
@@ -61,13 +60,13 @@ pub fn figures(smoke: &Smoke, path: &Path) -> Result<Vec<Figure>> {
     let variants = variants(runs.iter().map(|r| &r.record));
     let x = Scale::contexts(&contexts);
     let mut keys: Vec<Key> = variants.iter().map(|(name, style)| Key::Series(*style, name.to_string())).collect();
-    keys.push(Key::Sample("single texts".into()));
+    keys.push(Key::Dots("single texts".into()));
     if runs.iter().any(|r| r.documents.len() > 1) {
         keys.push(Key::Interval("95% interval of the mean".into()));
     }
     let farthest = contexts.iter().max().map_or(0.0, |c| *c as f64);
     let past = farthest > smoke.header.trained_positions as f64;
-    keys.extend(trained_key(&smoke.header, farthest));
+    keys.extend(trained_key(&smoke.header, farthest, "extrapolated"));
     let about = format!(
         "At the last {} positions of each text; {} per context; means over texts, intervals by bootstrap",
         smoke.positions,
@@ -77,22 +76,23 @@ pub fn figures(smoke: &Smoke, path: &Path) -> Result<Vec<Figure>> {
     let mut page = Page::new(&heading, &[target(&smoke.header), about], &keys);
     let areas = grid(4, 2, (MARGIN, CONTENT), page.y, 230.0);
     let mut zeros = vec![];
-    for (area, metric) in areas.iter().zip(metrics(smoke.top)) {
-        let values = runs.iter().flat_map(|r| r.documents.iter().map(&metric.of));
-        let scale = match metric.log {
+    for (area, distance) in areas.iter().zip(distances(smoke.top)) {
+        let values = runs.iter().flat_map(|r| r.documents.iter().map(distance.of));
+        let scale = match distance.log {
             true => Scale::log(values.clone()),
-            false => Scale::linear(values.clone().chain((metric.limits.0 != 0.0).then_some(0.0)), metric.limits),
+            false => Scale::linear(values.clone().chain((distance.limits.0 != 0.0).then_some(0.0)), distance.limits),
         };
         // Nothing is above 0: every variant is stock.
         let scale = scale.unwrap_or(Scale { low: 0.0, high: 1.0, log: false, ticks: vec![] });
-        let chart = Chart {
-            title: &metric.title,
+        let panel = Panel {
+            title: &distance.title,
             x: &x,
             x_name: "context, tokens",
             y: &scale,
             shaded_from: past.then_some(smoke.header.trained_positions as f64),
+            crosses: None,
         };
-        let plot = chart.draw(&mut page.scene, *area);
+        let plot = panel.draw(&mut page.scene, *area);
         // Variants stand side by side, within the axis and apart from the next context's.
         let room = 2.0 * (plot.at(contexts[0] as f64, scale.low).0 - plot.area.x) - 14.0;
         let step = (room.min(0.6 * plot.area.w / contexts.len() as f64) / variants.len() as f64).min(13.0);
@@ -103,10 +103,10 @@ pub fn figures(smoke: &Smoke, path: &Path) -> Result<Vec<Figure>> {
             let mut own: Vec<&&SmokeRun> = runs.iter().filter(|r| r.record.variant == *name).collect();
             own.sort_by_key(|r| r.ctx);
             for run in own {
-                let values: Vec<f64> = run.documents.iter().map(&metric.of).collect();
+                let values: Vec<f64> = run.documents.iter().map(distance.of).collect();
                 let Some(mean) = Estimate::of(&values) else { continue };
                 if scale.log && mean.mean <= 0.0 {
-                    zeros.push(format!("{name} at {}", tokens(run.ctx)));
+                    zeros.push(format!("{name} at {}", short_count(run.ctx)));
                     last = None;
                     continue;
                 }

@@ -1,17 +1,18 @@
-//! Scores by task: a row per task and one for their mean, a panel per length, a dot with its interval per variant.
+//! Scores by task: a row per task and one for their mean, a column per length, a marker with its interval per variant.
 
-use super::super::axis::tokens;
-use super::super::chart::grid;
-use super::super::page::{Key, Page, CONTENT};
-use super::super::scene::{shorten, text_width, Anchor, Area, Scene};
-use super::super::target::target;
-use super::super::theme::{Ink, GROUP, HAIR, LABEL, MARGIN, PANEL, THIN, TICK};
-use super::super::Figure;
 use super::cells::Cells;
 use super::{share_of, title};
+use crate::cli::short_count;
+use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::panel::grid;
+use crate::eval::plot::scene::{Anchor, Area, Scene};
+use crate::eval::plot::target::target;
+use crate::eval::plot::text::{shorten, text_width};
+use crate::eval::plot::theme::{Ink, GROUP, HAIR, LABEL, MARGIN, PANEL, THIN, TICK};
+use crate::eval::plot::Figure;
 use crate::eval::report::Estimate;
 
-/// Panels side by side.
+/// Most lengths side by side.
 const PER_ROW: usize = 4;
 
 /// The figure.
@@ -40,9 +41,8 @@ pub fn figure(cells: &Cells) -> Figure {
     let (left, width) = (MARGIN + names, CONTENT - names);
     let areas = grid(lengths.len(), PER_ROW, (left, width), page.y, height);
     for (i, (area, length)) in areas.into_iter().zip(&lengths).enumerate() {
-        let trained = cells.answers.header.trained_positions;
-        let beyond = if *length > trained { ", beyond trained" } else { "" };
-        let name = format!("{} tokens{beyond}", tokens(*length));
+        let beyond = if cells.answers.header.extrapolates(*length) { ", beyond trained" } else { "" };
+        let name = format!("{} tokens{beyond}", short_count(*length));
         page.scene.text((area.x, area.y + 8.0), Anchor::Start, PANEL, shorten(&name, PANEL, area.w));
         let plot = Area { x: area.x, y: area.y + 24.0, w: area.w - 8.0, h: row * rows as f64 };
         frame(&mut page.scene, plot, row);
@@ -67,7 +67,7 @@ pub fn figure(cells: &Cells) -> Figure {
     Figure { name: "tasks".into(), scene: page.finish(&[]) }
 }
 
-/// Grid and labels of a panel.
+/// Draws grid and labels of one length.
 fn frame(scene: &mut Scene, plot: Area, row: f64) {
     for percent in [0, 25, 50, 75, 100] {
         let x = plot.x + plot.w * f64::from(percent) / 100.0;
@@ -86,7 +86,7 @@ fn frame(scene: &mut Scene, plot: Area, row: f64) {
     }
 }
 
-/// The variants' scores in a row, one below the other; a cross left of the axis for one that was not asked.
+/// Draws the variants' scores in a row, one below the other, with a cross left of the axis for a variant without answers.
 fn dots(scene: &mut Scene, band: Area, scores: impl ExactSizeIterator<Item = (usize, Option<Estimate>)>) {
     let step = band.h / (scores.len() + 1) as f64;
     for (i, (style, score)) in scores.enumerate() {

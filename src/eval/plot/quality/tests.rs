@@ -1,9 +1,9 @@
 //! Figures of quality measurements, also of odd ones: nothing touches, and what cannot be drawn is one clear error.
 
-use super::super::scene::Shape;
-use super::super::tests::assert_tidy;
-use super::super::Figure;
 use super::*;
+use crate::eval::plot::scene::Shape;
+use crate::eval::plot::tests::assert_tidy;
+use crate::eval::plot::Figure;
 use crate::eval::report::{
     read, Ablation, Answers, Cell, Header, Layers, PositionRun, Positions, Smoke, SmokeRun, ABLATION, ANSWERS, LAYERS,
     POSITIONS, SMOKE,
@@ -80,7 +80,7 @@ fn a_plans_folder_is_left_out() {
         ("retrofit:sink-tokens=8,plan=dense-4.json", "retrofit:sink-tokens=8,plan=dense-4.json"),
         ("retrofit:kv=1/4,block=32", "retrofit:kv=1/4,block=32"),
     ] {
-        assert_eq!(grid::short(given, 0), want);
+        assert_eq!(needle::short(given, 0), want);
     }
 }
 
@@ -93,8 +93,8 @@ fn folders_of_plans_are_named_where_files_are_alike() {
         (vec![rounds, "retrofit:plan=old/rounds/dense-4.json"], rounds),
     ] {
         let at = given.iter().position(|v| *v == rounds).unwrap();
-        let folders = grid::folders(&given);
-        assert_eq!(grid::short(given[at], folders), want);
+        let folders = needle::folders(&given);
+        assert_eq!(needle::short(given[at], folders), want);
     }
 }
 

@@ -1,20 +1,20 @@
-//! Common words: a numbered list in which ten words come more often than the others; they are asked for.
+//! Common words: a numbered list in which ten words come more often than the others, and a question for these ten.
 
 use super::length_search::{Call, Draft, Maker};
 use super::rng::Rng;
 use super::words::Words;
 use crate::error::Result;
 
-/// How many common words there are.
+/// Number of common words.
 const COMMON: usize = 10;
-/// Prompts under so many tokens have fewer repeats.
+/// Tokens below which a prompt has fewer repeats.
 const SHORT: usize = 4096;
 
-/// How many words there are, and how often the common and the other ones come.
+/// The number of different words, and how often each common and each other word comes.
 #[derive(Clone, Copy)]
 struct Counts(usize, usize, usize);
 
-/// The numbered list of `counts`, and its common words.
+/// A numbered list with `counts`, and its common words.
 fn list(words: &Words, counts: Counts, choice: u64) -> (String, Vec<String>) {
     let Counts(n, often, seldom) = counts;
     let rng = &mut Rng::new(choice, &["words"], 0);
@@ -28,13 +28,13 @@ fn list(words: &Words, counts: Counts, choice: u64) -> (String, Vec<String>) {
     (numbered(&all), chosen[..COMMON.min(n)].to_vec())
 }
 
-/// `1. this 2. that`
+/// The words as `1. this 2. that`.
 fn numbered(words: &[impl AsRef<str>]) -> String {
     let entry = |(i, word): (usize, &_)| format!("{}. {}", i + 1, AsRef::<str>::as_ref(word));
     words.iter().enumerate().map(entry).collect::<Vec<_>>().join(" ")
 }
 
-/// RULER's prompt for a list.
+/// RULER's prompt for a list with its common words.
 fn draft((list, common): (String, Vec<String>)) -> Draft {
     Draft {
         context: format!(
@@ -48,10 +48,10 @@ fn draft((list, common): (String, Vec<String>)) -> Draft {
     }
 }
 
-/// Makes one sample: an example with its answer, then the list.
+/// The maker of one sample: an example with its answer, then the list.
 ///
 /// # Errors
-/// No word lists.
+/// Missing word lists.
 pub(super) fn start<'a>(call: &Call<'a>) -> Result<Maker<'a>> {
     let words = call.sources.words(call.task)?;
     let (shown, often, seldom) = match call.draw.length < SHORT {

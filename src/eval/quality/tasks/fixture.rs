@@ -1,4 +1,4 @@
-//! What the tests of all tasks draw from, and a tokenizer that counts words.
+//! Sources for the tests of all tasks, and a tokenizer that counts words.
 
 use super::hay::Prose;
 use super::words::Words;
@@ -6,12 +6,12 @@ use super::Sources;
 use crate::error::Result;
 use std::cell::Cell;
 
-/// Words between blanks.
+/// The number of words between blanks.
 pub fn words(text: &str) -> Result<usize> {
     Ok(text.split_whitespace().count())
 }
 
-/// The same, and how often it was asked.
+/// A counter of words that also counts its calls.
 #[derive(Default)]
 pub struct Counter(Cell<usize>);
 
@@ -26,7 +26,7 @@ impl Counter {
     }
 }
 
-/// 90 nouns, 40 adjectives and 600 verbs of equal length, so that none is in another, and a real text of 5,000 words.
+/// Sources with 90 nouns, 40 adjectives and 600 verbs of equal length, so that none contains another, and a real text of 5,000 words.
 pub fn sources() -> Sources {
     let make = |kind: char, n: usize| (0..n).map(|i| format!("{kind}{i:03}")).collect();
     Sources {

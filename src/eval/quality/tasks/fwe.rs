@@ -1,27 +1,27 @@
-//! Frequent words: a text of made-up words whose frequencies fall off as a zeta distribution; the three most frequent are asked
-//! for, after dots that are more frequent still.
+//! Frequent words: a text of made-up words whose frequencies follow a zeta distribution, and a question for the three most frequent ones
+//! after dots, which are more frequent still.
 
 use super::length_search::{Call, Draft, Maker};
 use super::rng::Rng;
 use std::f64::consts::PI;
 
-/// `zeta(2)`: the exponent of the distribution is 2.
+/// `zeta(2)`, the normalisation of the distribution, whose exponent is 2.
 const ZETA: f64 = PI * PI / 6.0;
-/// Tokens that the answer may have.
+/// Most tokens of the answer.
 pub(super) const ROOM: usize = 50;
 /// Letters of a made-up word.
 const LETTERS: usize = 6;
 /// The most frequent word.
 const DOTS: &str = "...";
-/// Words from which on the fourth most frequent one is more frequent than the fifth: `1 / (4^-2 - 5^-2) * zeta(2)`.
+/// Number of words from which on the fourth most frequent one is more frequent than the fifth: `1 / (4^-2 - 5^-2) * zeta(2)`.
 const LEAST: usize = 74;
 
-/// How often the word of `rank` (from 1) comes in about `n` words.
+/// Occurrences of the word of `rank` (from 1) in a text of about `n` words.
 fn times(n: usize, rank: usize) -> usize {
     (n as f64 / (rank * rank) as f64 / ZETA) as usize
 }
 
-/// Makes one sample.
+/// The maker of one sample.
 pub(super) fn start<'a>(call: &Call<'a>) -> Maker<'a> {
     let size = (call.draw.length.saturating_sub(ROOM) / 50).max(5);
     let mut rng = call.rng("vocabulary");

@@ -1,43 +1,43 @@
-//! What needles are hidden in: one repeated noise, or real prose cut into sentences.
+//! The text that needles are hidden in: repeated noise, or real prose cut into sentences.
 
 use crate::error::{At, Error, Result};
 use crate::eval::texts::files;
 use std::path::Path;
 
-/// The noise of RULER: five sentences that say nothing, one line of the context.
+/// RULER's noise, five sentences that make one line of the context.
 pub const NOISE: &str = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.";
 
-/// Words whose full stop does not end a sentence.
+/// Abbreviations whose full stop does not end a sentence.
 const ABBREVIATIONS: &[&str] = &[
     "mr", "mrs", "ms", "messrs", "dr", "prof", "rev", "hon", "st", "sr", "jr", "gen", "col", "capt", "lieut", "lt",
     "sgt", "vs", "etc", "e.g", "i.e", "cf", "viz", "vol", "no", "fig", "pp", "p", "ch", "co", "inc", "ltd",
 ];
 
-/// What a context is filled with.
+/// The text that fills a context.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hay {
-    /// [`NOISE`], over and over.
+    /// Repeated [`NOISE`].
     Noise,
-    /// Other needles, whose keys are not asked for.
+    /// Needles with other keys than those of the question.
     Needles,
-    /// [`Prose`].
+    /// Sentences of [`Prose`].
     Essay,
 }
 
-/// Documents as one ring of words with single blanks between them; after the last one comes the first again.
+/// Documents as one ring of words with single blanks between them: the first word follows the last one.
 pub struct Prose {
     text: String,
-    /// Where each word begins, in bytes.
+    /// Byte at which each word begins.
     words: Vec<usize>,
-    /// The first word of each sentence.
+    /// First word of each sentence.
     sentences: Vec<usize>,
 }
 
 impl Prose {
-    /// The documents of a folder that `scripts/fetch_texts.py` fills, in the order of its manifest.
+    /// Reads the documents of a folder that `scripts/fetch_texts.py` fills, in the order of its manifest.
     ///
     /// # Errors
-    /// No documents there, or none with a word in it.
+    /// No documents, or no word in them.
     pub fn open(folder: &Path) -> Result<Self> {
         let read = |path: std::path::PathBuf| std::fs::read_to_string(&path).at(path.display());
         let documents: Vec<String> = files(folder)?.into_iter().map(read).collect::<Result<_>>()?;
@@ -45,7 +45,7 @@ impl Prose {
             .ok_or_else(|| Error::usage(format!("--texts {}", folder.display()), "its documents hold no words"))
     }
 
-    /// Of documents given; none where they hold no word.
+    /// The prose of `documents`; `None` where they hold no word.
     pub fn new<'a>(documents: impl IntoIterator<Item = &'a str>) -> Option<Self> {
         let mut prose = Self { text: String::new(), words: vec![], sentences: vec![] };
         for paragraph in documents.into_iter().flat_map(|d| d.split("\n\n")) {
@@ -64,17 +64,17 @@ impl Prose {
         (!prose.words.is_empty()).then_some(prose)
     }
 
-    /// How many sentences there are.
+    /// The number of sentences.
     pub fn sentences(&self) -> usize {
         self.sentences.len()
     }
 
-    /// Whether `needle` occurs anywhere in it.
+    /// Whether `needle` occurs in the prose.
     pub fn contains(&self, needle: &str) -> bool {
         self.text.contains(needle)
     }
 
-    /// The sentences of `words` words from sentence `first` on; the last one may be cut.
+    /// The sentences of the next `words` words from sentence `first` on; the last sentence may be cut.
     pub fn stretch(&self, first: usize, words: usize) -> Vec<&str> {
         let (mut parts, mut left, mut s) = (vec![], words, first % self.sentences.len());
         while left > 0 {
@@ -88,15 +88,15 @@ impl Prose {
         parts
     }
 
-    /// Words `begin..end`.
+    /// The text of the words `begin..end`.
     fn slice(&self, begin: usize, end: usize) -> &str {
         let stop = self.words.get(end).map_or(self.text.len(), |next| next - 1);
         &self.text[self.words[begin]..stop]
     }
 }
 
-/// Whether a sentence ends between two words of a paragraph: after `.`, `!`, `?` or `…` (and what closes a quotation or bracket),
-/// before a capital or a digit, but not after an abbreviation or an initial.
+/// Whether a sentence ends between two words of a paragraph: after `.`, `!`, `?` or `…` (with closing quotes or brackets) and before a
+/// capital or a digit, but not after an abbreviation or an initial.
 fn ends_sentence(word: &str, next: &str) -> bool {
     let word = word.trim_end_matches(['"', '\'', ')', ']', '}', '”', '’', '»', '_', '*']);
     let next = next.trim_start_matches(['"', '\'', '(', '[', '{', '“', '‘', '«', '_', '*']);

@@ -1,71 +1,78 @@
-//! How much hay fits: the search for the largest prompt within a length.
+//! The search for the largest prompt within a length: how many units of hay fit.
 
 use super::{Count, Draw, Sources};
 use crate::error::Result;
 
-/// What a generator is asked for.
+/// A request for one sample.
 pub(super) struct Call<'a> {
     /// Name of the task.
     pub task: &'a str,
-    /// What it may draw from.
+    /// Words, texts and questions to draw from.
     pub sources: &'a Sources,
-    /// Which sample.
+    /// Length, seed and number of the sample.
     pub draw: Draw,
-    /// Tokens of a text.
+    /// Counts the tokens of a text.
     pub count: Count<'a>,
 }
 
 impl Call<'_> {
-    /// The stream of choices for one part of the sample: the same at every length.
+    /// The random stream of one part of the sample, the same at every length.
     pub fn rng(&self, part: &str) -> super::rng::Rng {
         super::rng::Rng::new(self.draw.seed, &[self.task, part], self.draw.index as u64)
     }
 }
 
-/// A prompt, cut where its question begins, and its answer.
+/// A prompt, split where its question begins, and its answer.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Draft {
+    /// Text before the question.
     pub context: String,
+    /// Question at the end of the prompt.
     pub question: String,
+    /// Beginning of the answer, which the model continues.
     pub answer_prefix: String,
+    /// Strings that the answer should contain.
     pub outputs: Vec<String>,
+    /// Depth of the needle, in a grid of depths.
     pub depth: Option<f64>,
 }
 
-/// Makes one sample with as much hay as it is told, always the same for the same amount.
+/// Makes one sample with any amount of hay, the same for the same amount.
 pub(super) struct Maker<'a> {
     /// Fewest units of hay.
     pub least: usize,
-    /// Most, where the source ends.
+    /// Most units of hay, where the source ends.
     pub most: usize,
-    /// Units by which the tokens of one are first estimated.
+    /// Units of the first step, from which the tokens of a unit are estimated.
     pub step: usize,
-    /// The sample with so many units.
+    /// Makes the sample with a number of units.
     pub draft: Box<dyn Fn(usize) -> Result<Draft> + 'a>,
 }
 
-/// A draft and its tokens.
-pub(super) struct Fitted {
+/// A draft and its length.
+pub(super) struct Counted {
+    /// The draft.
     pub draft: Draft,
+    /// Tokens of its prompt.
     pub tokens: usize,
 }
 
-/// Rounds of interpolation before the search halves instead: a text whose tokens are not in line with its units.
+/// Rounds of interpolation before the search falls back to bisection, for a text whose tokens are not linear in its units.
 const ROUNDS: usize = 6;
 
-/// The draft with the most hay of at most `limit` tokens, to within 1/512 of it; the smallest one where none is.
+/// The draft with the most hay whose prompt has at most `limit` tokens, to within 1/512 of it; the smallest draft where none fits.
 ///
-/// Tokens grow nearly in line with units, so the next size is read off a line through two known ones, as in
-/// `regula falsi`: a long text is counted two or three times, not at every step of a bisection.
-pub(super) fn largest(maker: &Maker, limit: usize, count: Count) -> Result<Fitted> {
-    let make = |units: usize| -> Result<Fitted> {
+/// Tokens are nearly linear in units, so the next size is interpolated between two known ones (regula falsi): a long text is counted two or
+/// three times, not at every step of a bisection.
+pub(super) fn largest(maker: &Maker, limit: usize, count: Count) -> Result<Counted> {
+    let make = |units: usize| -> Result<Counted> {
         let draft = (maker.draft)(units)?;
         let tokens = count(&[&draft.context, draft.question.as_str(), &draft.answer_prefix].concat())?;
-        Ok(Fitted { draft, tokens })
+        Ok(Counted { draft, tokens })
     };
     let mut best = make(maker.least)?;
     let mut low = (maker.least, best.tokens);
-    // The first size that is known not to fit, and its tokens where they are known. A unit has a token at least.
+    // The smallest size known not to fit, and its tokens where they are known. A unit has a token at least.
     let mut high = (maker.most.min(maker.least.saturating_add(limit.saturating_mul(2))).saturating_add(1), None);
     let slack = limit / 512;
     let mut slope = None;

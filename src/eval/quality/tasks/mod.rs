@@ -1,6 +1,6 @@
 //! RULER's thirteen tasks (Hsieh et al. 2024, <https://arxiv.org/abs/2404.06654>, <https://github.com/NVIDIA/RULER>), made and scored natively.
 //!
-//! A task makes prompts of any length whose answer is known. Templates, counts, room for the answer and scoring are RULER's:
+//! A task makes prompts of any length whose answer is known. Templates, counts, tokens of the answer and scoring are RULER's:
 //!
 //! | task | context | asks for | score |
 //! |---|---|---|---|
@@ -22,40 +22,40 @@
 //! needle at a chosen depth, for a grid over lengths and depths (Kamradt 2023, <https://github.com/gkamradt/LLMTest_NeedleInAHaystack>).
 //!
 //! ```text
-//! words, hay, qa (files) --> niah, vt, cwe, fwe, qa (a draft with n units of hay) --> fit (the n) --> sample --> JSONL
-//!                   rng ---^                                                             answer --> score
+//! words, hay, qa (files) --> niah, vt, cwe, fwe, qa (a draft with n units of hay) --> length_search (the n) --> sample --> JSONL
+//!                   rng ---^                                                                       answer --> Rule::score
 //! ```
 //!
-//! A sample depends on task, length, seed and index alone: sample 7 is the same whether 8 or 500 are made. What is hidden, and
-//! where a text begins, does not even depend on the length: it is the same needle in a larger haystack. (Only `cwe` changes its words
-//! where its lists run out.)
+//! A sample depends on task, length, seed and index alone: sample 7 is the same whether 8 or 500 are made. What is hidden, and where a
+//! text begins, does not depend on the length either: it is the same needle in a larger haystack. (Only `cwe` changes its words where its
+//! lists run out.)
 //!
 //! # Lengths
 //!
-//! `length` counts the prompt with the beginning of the answer, and the room for the answer. The caller counts tokens; a
-//! chat template is part of the length if the counter adds it. Each sample has as much hay as fits, to within a
-//! unit of hay or 1/512 of the length. A length that not even the smallest prompt fits is an error.
+//! `length` counts the prompt with the beginning of the answer, and the tokens that the answer may have. The caller counts tokens; a chat
+//! template is part of the length if the counter adds it. Each sample has as much hay as fits, to within a unit of hay or 1/512 of the
+//! length. A length that the smallest prompt exceeds is an error.
 //!
 //! # Where the question begins
 //!
-//! [`Sample::question_at`] parts each prompt into context and question, for methods that must compress the context before they know what
-//! will be asked. The context holds the queried key or value in needles and assignments only. What `cwe` and `fwe` ask
-//! is no secret: it never changes, and the context's first sentence tells it.
+//! [`Sample::question_at`] splits each prompt into context and question, for methods that must evict before they read the question. The
+//! context holds the queried key or value in needles and assignments only. The question of `cwe` and `fwe` never changes, and the
+//! context's first sentence states it.
 //!
 //! # What differs from RULER's own code
 //!
 //! - **The prose** is not Paul Graham's essays, which may not be passed on, but the freely licensed texts of `scripts/fetch_texts.py`, a
 //!   ring of 1.5 million words. Each sample begins at its own sentence; RULER takes the same beginning of the essays for every
 //!   sample. Paragraphs end a sentence besides punctuation; the splitter is ours, not NLTK's.
-//! - **Random choices** are a stream of ours, so samples differ from RULER's word for word. RULER shuffles needles, lists and
+//! - **Random choices** come from another generator, so samples differ from RULER's word for word. RULER shuffles needles, lists and
 //!   documents in the same way in every sample; here each sample has its own order.
 //! - **Keys and values** are all different, and none occurs in the prose by chance. RULER does not check.
-//! - **Each sample is fitted by itself.** RULER finds one amount of hay for a task and takes hay away by the 5 to 500 units where a
-//!   sample is longer than the first. Its loop does not end where nothing fits.
-//! - **`vt`**: the example in front is drawn anew for each sample, its places too, with a value other than the queried one; RULER
-//!   renames the variables of one example.
-//! - **`cwe`**: lists longer than the 8,166 words take pairs of an adjective and a noun with a hyphen between them, all of them; RULER takes
-//!   all of them from a larger list of English words. That happens beyond some 128k tokens.
+//! - **Each sample has its own amount of hay.** RULER finds one amount for a task and removes 5 to 500 units at a time where a sample is
+//!   longer than the first. Its loop does not end where nothing fits.
+//! - **`vt`**: the example in front is drawn for each sample, with a value other than the queried one; RULER renames the variables of one
+//!   example.
+//! - **`cwe`**: lists longer than the 8,166 words consist of hyphenated pairs of an adjective and a noun; RULER's then consist of a larger
+//!   list of English words. That happens beyond some 128k tokens.
 //! - **`fwe`**: at least 74 words, from which on the first four frequencies differ; a vocabulary of five at least.
 //! - **`qa`**: the files are the user's to get. Sample i is question i of the file, as in RULER.
 //! - **Scoring** does not replace control characters in the answer first: that cannot change whether it contains an output.
@@ -72,7 +72,6 @@ mod niah;
 mod qa;
 mod rng;
 mod sample;
-
 mod vt;
 mod words;
 
@@ -88,21 +87,21 @@ use crate::error::{Error, Result};
 use length_search::{Call, Maker};
 use niah::{Kind, Niah, Place};
 
-/// Tokens of a text.
+/// Counts the tokens of a text.
 pub type Count<'a> = &'a dyn Fn(&str) -> Result<usize>;
 
-/// Which sample of a task.
+/// A sample of a task by what it depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Draw {
-    /// Tokens of the prompt and its answer together.
+    /// Most tokens of the prompt and its answer together.
     pub length: usize,
-    /// Seed.
+    /// Seed of all samples.
     pub seed: u64,
     /// Number of the sample, from 0.
     pub index: usize,
 }
 
-/// What tasks draw from. A task that needs what is not there says so.
+/// Words, texts and questions that tasks draw from; a task that needs a missing source says so.
 #[derive(Default)]
 pub struct Sources {
     /// Words for keys and lists.
@@ -137,23 +136,23 @@ impl Sources {
 
 /// A task.
 pub struct Task {
-    /// RULER's name.
+    /// Name of the task in RULER.
     pub name: &'static str,
-    /// One line for help texts.
+    /// The task in a few words.
     pub about: &'static str,
-    /// Room for an answer, in tokens.
+    /// Most tokens of an answer.
     pub max_new_tokens: usize,
-    /// How an answer is scored.
+    /// Rule by which an answer is scored.
     pub rule: Rule,
     start: for<'a> fn(&Call<'a>) -> Result<Maker<'a>>,
 }
 
-/// Needles: hay, keys, values, and how many keys, values of each and queries.
+/// A needle task with `counts` of keys, values per key, and queries.
 const fn niah(hay: Hay, keys: Kind, values: Kind, counts: (usize, usize, usize)) -> Niah {
     Niah { hay, keys, values, counts }
 }
 
-/// Name of [`needle`].
+/// Task name of [`needle`].
 pub const NEEDLE: &str = "needle";
 
 /// RULER's tasks, in its order.
@@ -190,7 +189,7 @@ pub static TASKS: &[Task] = &[
 /// Finds a task by name.
 ///
 /// # Errors
-/// No such task: the names there are.
+/// An unknown name: all names.
 pub fn find(name: &str) -> Result<&'static Task> {
     TASKS.iter().find(|t| t.name == name).ok_or_else(|| {
         let names: Vec<_> = TASKS.iter().map(|t| t.name).collect();
@@ -201,7 +200,7 @@ pub fn find(name: &str) -> Result<&'static Task> {
 /// The tasks that `--tasks` names.
 ///
 /// # Errors
-/// An unknown name, or one given twice: its samples would count as twice as many.
+/// An unknown name, or one given twice, since its samples would count twice.
 pub fn named(names: &[String]) -> Result<Vec<&'static Task>> {
     if let Some((_, name)) = names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)) {
         return Err(Error::usage("--tasks", format!("names `{name}` twice")));
@@ -209,10 +208,10 @@ pub fn named(names: &[String]) -> Result<Vec<&'static Task>> {
     names.iter().map(|name| find(name).map_err(|e| e.within("--tasks"))).collect()
 }
 
-/// How answers of a task are scored, [`NEEDLE`] included.
+/// The rule by which answers of a task are scored, [`NEEDLE`] included.
 ///
 /// # Errors
-/// No such task.
+/// An unknown name.
 pub fn rule(task: &str) -> Result<Rule> {
     match task {
         NEEDLE => Ok(Rule::All),
@@ -221,16 +220,16 @@ pub fn rule(task: &str) -> Result<Rule> {
 }
 
 impl Task {
-    /// One sample.
+    /// Makes one sample.
     ///
     /// # Errors
-    /// A source that is missing, a length that nothing fits, a tokenizer that fails.
+    /// A source that is missing, a length that the smallest prompt exceeds, a tokenizer that fails.
     pub fn sample(&self, sources: &Sources, draw: Draw, count: Count) -> Result<Sample> {
         let call = Call { task: self.name, sources, draw, count };
         finish(&call, &(self.start)(&call)?, self.max_new_tokens)
     }
 
-    /// Samples 0 to `samples`.
+    /// Makes the first `samples` samples.
     ///
     /// # Errors
     /// As [`Self::sample`].
@@ -252,8 +251,8 @@ impl Task {
     }
 }
 
-/// One number under one key at `depth` of the hay (0 its beginning, 1 its end), to within half a sentence: a cell of a grid over
-/// lengths and depths. The needle is the same in every cell of a seed and index.
+/// Makes a sample of one number under one key at `depth` of the hay (0 its beginning, 1 its end), to within half a sentence, for a grid
+/// over lengths and depths. The needle is the same at every length and depth of a seed and index.
 ///
 /// # Errors
 /// A depth outside 0 to 1; otherwise as [`Task::sample`].
@@ -266,11 +265,11 @@ pub fn needle(sources: &Sources, hay: Hay, depth: f64, draw: Draw, count: Count)
     finish(&call, &maker, 128)
 }
 
-/// The largest sample that fits.
+/// The largest sample of `maker` that fits.
 fn finish(call: &Call, maker: &Maker, room: usize) -> Result<Sample> {
     let Draw { length, index, .. } = call.draw;
-    let fitted = length_search::largest(maker, length.saturating_sub(room), call.count)?;
-    let (draft, tokens) = (fitted.draft, fitted.tokens + room);
+    let largest = length_search::largest(maker, length.saturating_sub(room), call.count)?;
+    let (draft, tokens) = (largest.draft, largest.tokens + room);
     if tokens > length {
         let message =
             format!("{length} tokens are too few: its smallest prompt and {room} for the answer take {tokens}");

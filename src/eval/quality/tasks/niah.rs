@@ -1,4 +1,4 @@
-//! Needles in a haystack: sentences that give a key a value, hidden in hay; the values of some keys are asked for.
+//! Needles in a haystack: sentences that give a key a value, hidden in hay, and a question for the values of some keys.
 
 use super::hay::{Hay, Prose, NOISE};
 use super::length_search::{Call, Draft, Maker};
@@ -7,40 +7,44 @@ use super::words::Words;
 use crate::error::{Error, Result};
 use std::collections::HashSet;
 
-/// What a key or a value is.
+/// The kind of a key or a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// Seven digits.
+    /// Numbers of seven digits.
     Numbers,
-    /// An adjective and a noun with a hyphen between them.
+    /// Hyphenated pairs of an adjective and a noun.
     Words,
-    /// A UUID of version 4.
+    /// UUIDs of version 4.
     Uuids,
 }
 
-/// Where needles go.
+/// Where needles are hidden.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Place {
-    /// As RULER puts them.
+    /// At random places, as RULER hides them.
     Drawn,
-    /// Each at this share of the hay.
+    /// At this share of the hay, all of them.
     At(f64),
 }
 
 /// A variant of the task.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Niah {
+    /// Text that needles are hidden in.
     pub hay: Hay,
+    /// Kind of the keys.
     pub keys: Kind,
+    /// Kind of the values.
     pub values: Kind,
-    /// How many keys there are, how many values each has, and how many are asked for.
+    /// Numbers of keys, of values per key, and of keys in the question.
     pub counts: (usize, usize, usize),
 }
 
-/// Depths, in percent, at which RULER hides needles in prose: 40 from 0 to 100.
+/// The `i`-th of the 40 depths in percent, from 0 to 100, at which RULER hides needles in prose.
 fn depth(i: usize) -> usize {
     (200 * i + 39) / 78 // i · 100 / 39, rounded
 }
+/// Number of these depths.
 const DEPTHS: usize = 40;
 
 impl Kind {
@@ -61,7 +65,7 @@ impl Kind {
     }
 }
 
-/// Keys and values of one sample; none twice, and none that the prose holds by chance.
+/// Draws keys and values of one sample: none twice, and none that the prose holds by chance.
 struct Drawn<'a> {
     rng: Rng,
     words: &'a Words,
@@ -69,7 +73,7 @@ struct Drawn<'a> {
     seen: HashSet<String>,
 }
 
-/// Draws before a new key is given up: the prose or the lists leave too few.
+/// Draws after which the word lists are taken to hold no further key.
 const TRIES: usize = 1_000;
 
 impl Drawn<'_> {
@@ -88,15 +92,15 @@ impl Drawn<'_> {
 }
 
 impl Niah {
-    /// The sentence that hides `value` under `key`.
+    /// The sentence that gives `key` the value `value`.
     fn needle(&self, key: &str, value: &str) -> String {
         format!("One of the special magic {} for {key} is: {value}.", self.values.name())
     }
 
-    /// Makes one sample.
+    /// The maker of one sample.
     ///
     /// # Errors
-    /// No word lists or no prose where they are needed.
+    /// Missing word lists, or missing prose where it is needed.
     pub(super) fn start<'a>(self, call: &Call<'a>, place: Place) -> Result<Maker<'a>> {
         let words = call.sources.words(call.task)?;
         let prose = (self.hay == Hay::Essay).then(|| call.sources.prose(call.task)).transpose()?;
@@ -146,7 +150,7 @@ impl Niah {
         Ok(Maker { least, most: usize::MAX, step, draft: Box::new(draft) })
     }
 
-    /// RULER's wording, in the singular where one answer is asked for.
+    /// RULER's prompt, in the singular where the question is for one value.
     fn draft(&self, hay: &str, query: &str, outputs: &[String], place: Place) -> Draft {
         let name = self.values.name();
         let one = outputs.len() == 1;
@@ -165,7 +169,7 @@ impl Niah {
     }
 }
 
-/// `a`, or `a, b, and c`.
+/// Names as a list: `a`, or `a, b, and c`.
 fn list(names: &[&str]) -> String {
     match names.split_last() {
         Some((last, rest)) if !rest.is_empty() => format!("{}, and {last}", rest.join(", ")),
@@ -173,7 +177,7 @@ fn list(names: &[&str]) -> String {
     }
 }
 
-/// Before which sentences `count` needles go, in order. A given share is that of words.
+/// The sentences before which `count` needles go, rising; a share is one of words.
 fn in_prose(sentences: &[&str], count: usize, place: Place, rng: &mut Rng) -> Vec<usize> {
     let mut at: Vec<usize> = match place {
         Place::Drawn => rng.sample(DEPTHS, count).into_iter().map(|i| sentences.len() * depth(i) / 100).collect(),
@@ -195,7 +199,7 @@ fn in_prose(sentences: &[&str], count: usize, place: Place, rng: &mut Rng) -> Ve
     at
 }
 
-/// Before which of `n` lines `count` needles go, in order; drawn ones are all different.
+/// The lines of `n` before which `count` needles go, rising; drawn lines are all different.
 fn in_lines(n: usize, count: usize, place: Place, rng: &mut Rng) -> Vec<usize> {
     let mut at = match place {
         Place::Drawn => rng.sample(n, count),
@@ -205,7 +209,7 @@ fn in_lines(n: usize, count: usize, place: Place, rng: &mut Rng) -> Vec<usize> {
     at
 }
 
-/// `parts` with each of `extra` before the part that `at` names, all joined by `between`.
+/// `parts` with each of `extra` inserted before the part that `at` names, all joined by `between`.
 pub(super) fn insert<P: AsRef<str>>(parts: &[P], extra: &[String], at: &[usize], between: &str) -> String {
     let mut all: Vec<&str> = Vec::with_capacity(parts.len() + extra.len());
     let mut rest = at.iter().zip(extra).peekable();

@@ -1,4 +1,4 @@
-//! Questions about documents: the document with the answer among others. The questions are a file of the user's.
+//! Questions about documents: the document with the answer among others. The user brings the file of questions.
 
 use super::length_search::{Call, Draft, Maker};
 use super::rng::Rng;
@@ -7,21 +7,21 @@ use serde::{de::DeserializeOwned, Deserialize};
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-/// Questions and all documents that they are about.
+/// Questions, and all documents of their file.
 pub struct Questions {
     documents: Vec<String>,
     questions: Vec<Question>,
 }
 
-/// Documents and their numbers.
+/// The number of each document.
 type Numbers = HashMap<String, usize>;
 
 struct Question {
     query: String,
     outputs: Vec<String>,
-    /// Documents that the answer is in or that belong to the question.
+    /// Documents with the answer, and others that belong to the question.
     own: Vec<usize>,
-    /// Documents of the same article, which come before any others.
+    /// Documents of the same article, which are taken before any others.
     related: Vec<usize>,
 }
 
@@ -44,13 +44,13 @@ struct Paragraph {
 #[derive(Deserialize)]
 struct SquadQuestion {
     question: String,
-    answers: Vec<Answer>,
+    answers: Vec<SquadAnswer>,
     #[serde(default)]
     is_impossible: bool,
 }
 
 #[derive(Deserialize)]
-struct Answer {
+struct SquadAnswer {
     text: String,
 }
 
@@ -58,7 +58,7 @@ struct Answer {
 struct HotpotQuestion {
     question: String,
     answer: String,
-    /// Titles and sentences.
+    /// Title and sentences of each document.
     context: Vec<(String, Vec<String>)>,
 }
 
@@ -68,10 +68,10 @@ fn parse<T: DeserializeOwned>(path: &Path, form: &str) -> Result<T> {
 }
 
 impl Questions {
-    /// A file in the form of SQuAD 2.0 (or 1.1), as `dev-v2.0.json`; questions without an answer are left out.
+    /// Reads a file in the form of SQuAD 2.0 or 1.1, such as `dev-v2.0.json`; questions without an answer are left out.
     ///
     /// # Errors
-    /// A file that cannot be read, has another form, or no question that can be answered.
+    /// A file that cannot be read, has another form, or holds no question with an answer.
     pub fn squad(path: &Path) -> Result<Self> {
         let mut made = Self { documents: vec![], questions: vec![] };
         let mut numbers = Numbers::default();
@@ -93,10 +93,10 @@ impl Questions {
         made.checked(path)
     }
 
-    /// A file in the form of HotpotQA, as `hotpot_dev_distractor_v1.json`.
+    /// Reads a file in the form of HotpotQA, such as `hotpot_dev_distractor_v1.json`.
     ///
     /// # Errors
-    /// A file that cannot be read, has another form, or no question.
+    /// A file that cannot be read, has another form, or holds no question.
     pub fn hotpot(path: &Path) -> Result<Self> {
         let mut made = Self { documents: vec![], questions: vec![] };
         let mut numbers = Numbers::default();
@@ -110,7 +110,7 @@ impl Questions {
         made.checked(path)
     }
 
-    /// The number of a document, which is kept once.
+    /// The number of a document, which is stored once.
     fn number(&mut self, document: &str, numbers: &mut Numbers) -> usize {
         *numbers.entry(document.into()).or_insert_with(|| {
             self.documents.push(document.into());
@@ -130,17 +130,17 @@ impl Questions {
         }
     }
 
-    /// How many questions there are.
+    /// The number of questions.
     pub fn len(&self) -> usize {
         self.questions.len()
     }
 
-    /// Never: a file without a question is an error.
+    /// Whether there is no question, which is never so for a file that was read.
     pub fn is_empty(&self) -> bool {
         self.questions.is_empty()
     }
 
-    /// All documents in the order in which they are taken for a question: its own, related ones, others.
+    /// All documents in the order in which they are taken for `q`: its own, then related ones, then others.
     fn order(&self, q: &Question, mut rng: Rng) -> Vec<usize> {
         let mut related = q.related.clone();
         rng.shuffle(&mut related);

@@ -1,17 +1,17 @@
-//! Choices drawn from a seed: the same on every machine.
+//! Random choices from a seed, the same on every machine.
 
 use crate::checkpoint::splitmix;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 
-/// A stream of choices.
+/// A random stream.
 pub struct Rng {
     key: u64,
     next: u64,
 }
 
 impl Rng {
-    /// The stream of `seed`, `names` and `index`. Another name or index is another stream, with nothing in common.
+    /// The stream of `seed`, `names` and `index`; streams of other names or indices are independent.
     pub fn new(seed: u64, names: &[&str], index: u64) -> Self {
         let start = Sha256::new().chain_update(seed.to_le_bytes()).chain_update(index.to_le_bytes());
         let hash = names.iter().fold(start, |h, name| h.chain_update(name).chain_update([0])).finalize();
@@ -24,17 +24,17 @@ impl Rng {
         splitmix(self.key, self.next - 1)
     }
 
-    /// A number of `0..n` (0 where `n` is 0). Some are likelier by at most `n / 2^64`.
+    /// A number of `0..n`, or 0 where `n` is 0; some are likelier by at most `n / 2^64`.
     pub fn below(&mut self, n: usize) -> usize {
         ((u128::from(self.bits()) * n as u128) >> 64) as usize
     }
 
-    /// A number of `range`, its end excluded.
+    /// A number of `range`.
     pub fn range(&mut self, range: std::ops::Range<usize>) -> usize {
         range.start + self.below(range.len())
     }
 
-    /// One of `items`.
+    /// One of `items`; `None` of nothing.
     pub fn choose<'a, T>(&mut self, items: &'a [T]) -> Option<&'a T> {
         (!items.is_empty()).then(|| &items[self.below(items.len())])
     }
@@ -46,7 +46,7 @@ impl Rng {
         }
     }
 
-    /// `k` different numbers of `0..n`, or all of them where there are fewer, in random order. A smaller `k` gives a prefix.
+    /// Up to `k` different numbers of `0..n` in random order; a smaller `k` gives a prefix.
     pub fn sample(&mut self, n: usize, k: usize) -> Vec<usize> {
         // The first k steps of a Fisher-Yates shuffle of 0..n, of which only the moved entries are held.
         let mut moved = HashMap::new();

@@ -1,4 +1,4 @@
-//! One prompt with its expected answer, and files of them: JSON, a sample a line, in RULER's field names and ours.
+//! Samples, each a prompt with its expected answer, and files of them: one JSON object a line, with RULER's field names and ours.
 
 use super::{find, rule};
 use crate::cli::Output;
@@ -8,54 +8,53 @@ use std::collections::HashMap;
 use std::io::BufRead;
 use std::path::Path;
 
-/// A prompt and what its answer should hold.
+/// A prompt and the strings that its answer should contain.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
     /// Name of the task.
     #[serde(default)]
     pub task: String,
-    /// Which sample of the task. (In files of RULER's own needle tasks: where the answer is, in characters.)
+    /// Number of the sample; in files of RULER's own needle tasks the place of the answer in characters.
     pub index: usize,
-    /// What the model reads, without `answer_prefix`.
+    /// Prompt without `answer_prefix`.
     pub input: String,
-    /// Where in `input` the question begins, in bytes: all before it is context, which a method that must not know the question may
-    /// read alone.
+    /// Byte of `input` at which the question begins; everything before it is context.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub question_at: Option<usize>,
-    /// How the answer begins; the model goes on from here.
+    /// Beginning of the answer, which the model continues.
     #[serde(default)]
     pub answer_prefix: String,
-    /// What the answer should contain.
+    /// Strings that the answer should contain.
     pub outputs: Vec<String>,
-    /// Tokens of the prompt, and room for the answer.
+    /// Tokens of the prompt and of the longest answer together.
     pub length: usize,
-    /// The length that it was made to fit, where that is known.
+    /// Length that the sample was made for, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub made_for: Option<usize>,
-    /// The room: tokens that the answer may have.
+    /// Most tokens of the answer.
     #[serde(default)]
     pub max_new_tokens: usize,
-    /// For a grid over lengths and depths: the share of the context before the needle.
+    /// Share of the context before the needle, in a grid of depths.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub depth: Option<f64>,
 }
 
-/// What a file written by RULER does not say.
+/// Facts that a file written by RULER does not hold.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Missing<'a> {
     /// Task of the samples that name none.
     pub task: Option<&'a str>,
-    /// Room for their answers; the task's own unless given.
+    /// Most tokens of an answer; `None` for those of the task.
     pub max_new_tokens: Option<usize>,
 }
 
 impl Sample {
-    /// All that the model reads.
+    /// Everything that the model reads.
     pub fn prompt(&self) -> String {
         format!("{}{}", self.input, self.answer_prefix)
     }
 
-    /// What comes before the question.
+    /// The prompt before the question.
     ///
     /// # Errors
     /// A sample that does not say where its question begins.
@@ -63,7 +62,7 @@ impl Sample {
         self.split().map(|(context, _)| context)
     }
 
-    /// The question and how the answer begins: the prompt without [`Self::context`].
+    /// The prompt without [`Self::context`]: the question and the beginning of the answer.
     ///
     /// # Errors
     /// A sample that does not say where its question begins.
@@ -78,7 +77,7 @@ impl Sample {
         })
     }
 
-    /// What is wrong with it.
+    /// The fault of a sample that cannot be scored or split; `None` of a good one.
     fn fault(&self) -> Option<String> {
         // The empty string occurs in every answer.
         if self.outputs.is_empty() || self.outputs.iter().any(|o| o.trim().is_empty()) {
@@ -106,7 +105,7 @@ pub fn prove_replaceable(path: &Path, flag: &'static str) -> Result<()> {
     Output::prove_over(path, flag, fault)
 }
 
-/// Reads a file of samples, by this program or by RULER.
+/// Reads a file of samples, written by this program or by RULER.
 ///
 /// # Errors
 /// A file that cannot be read or holds no sample; a line that is no sample, with its number.
@@ -143,10 +142,10 @@ pub fn read(path: &Path, missing: Missing) -> Result<Vec<Sample>> {
     }
 }
 
-/// Writes samples to `path`, which `flag` named, whole or not at all.
+/// Writes samples to `path`, which `flag` names, whole or not at all.
 ///
 /// # Errors
-/// No sample, one that could not be read again, or no way to write there.
+/// No sample, a sample that could not be read again, or a place that cannot be written to.
 pub fn write(path: &Path, samples: &[Sample], flag: &'static str) -> Result<()> {
     let output = Output::reserve(path, flag)?;
     let place = || format!("{flag} {}", path.display());

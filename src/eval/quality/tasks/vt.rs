@@ -1,4 +1,4 @@
-//! Variable tracking: a chain of assignments scattered through noise; all variables that end up with its value are asked for.
+//! Variable tracking: a chain of assignments scattered through noise, and a question for all variables with its value.
 
 use super::hay::NOISE;
 use super::length_search::{largest, Call, Draft, Maker};
@@ -8,17 +8,19 @@ use crate::error::Result;
 
 /// Assignments after the first of a chain.
 const HOPS: usize = 4;
-/// Tokens that the example in front may take.
+/// Most tokens of the example in front.
 const EXAMPLE: usize = 500;
 
-/// A chain: its variables in order and the value that the first is given.
+/// A chain of assignments.
 struct Chain {
+    /// Variables in the order of their assignments.
     names: Vec<String>,
+    /// Value of the first assignment.
     value: usize,
 }
 
 impl Chain {
-    /// With names of `letters` letters, all different, and a value other than `not`.
+    /// A chain of different names with `letters` letters each, and a value other than `not`.
     fn new(rng: &mut Rng, letters: usize, not: Option<usize>) -> Self {
         let mut names: Vec<String> = vec![];
         while names.len() <= HOPS {
@@ -34,7 +36,7 @@ impl Chain {
         Self { names, value }
     }
 
-    /// RULER's prompt, with this chain in `n` lines of noise.
+    /// RULER's prompt with this chain in `n` lines of noise.
     fn draft(&self, n: usize, places: &mut Rng) -> Draft {
         let mut lines = vec![format!("VAR {} = {}", self.names[0], self.value)];
         // The blank at the end is RULER's.
@@ -59,7 +61,10 @@ impl Chain {
     }
 }
 
-/// Makes one sample: an example with its answer, then the chain.
+/// The maker of one sample: an example with its answer, then the chain.
+///
+/// # Errors
+/// A tokenizer that fails.
 pub(super) fn start<'a>(call: &Call<'a>) -> Result<Maker<'a>> {
     let chain = Chain::new(&mut call.rng("chain"), 5, None);
     let shown = Chain::new(&mut call.rng("example"), 3, Some(chain.value));

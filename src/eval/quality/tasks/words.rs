@@ -3,11 +3,11 @@
 use crate::error::{At, Error, Result};
 use std::path::Path;
 
-/// Nouns, adjectives and verbs, each once and in the order of its file.
+/// Lists of nouns, adjectives and verbs, each word once and in the order of its file.
 pub struct Words {
     nouns: Vec<String>,
     adjectives: Vec<String>,
-    /// Nouns, adjectives and verbs together, sorted.
+    /// All words of the three lists, sorted.
     all: Vec<String>,
 }
 
@@ -15,7 +15,7 @@ impl Words {
     /// Reads `nouns.txt`, `adjectives.txt` and `verbs.txt`, a word a line.
     ///
     /// # Errors
-    /// Which file is missing, unreadable or without a word.
+    /// A file that is missing, unreadable or without a word.
     pub fn open(folder: &Path) -> Result<Self> {
         let list = |name: &str| -> Result<Vec<String>> {
             let path = folder.join(name);
@@ -33,7 +33,7 @@ impl Words {
         Ok(Self::new(list("nouns.txt")?, list("adjectives.txt")?, list("verbs.txt")?))
     }
 
-    /// Of lists; what stands in one twice counts once.
+    /// The given lists, with words that stand in a list twice counted once.
     pub fn new(nouns: Vec<String>, adjectives: Vec<String>, verbs: Vec<String>) -> Self {
         let once = |words: Vec<String>| {
             let mut seen = std::collections::HashSet::new();
@@ -51,12 +51,12 @@ impl Words {
         &self.all
     }
 
-    /// How many pairs of an adjective and a noun there are.
+    /// The number of pairs of an adjective and a noun.
     pub fn pairs(&self) -> usize {
         self.adjectives.len() * self.nouns.len()
     }
 
-    /// Pair `i`: an adjective, a hyphen and a noun.
+    /// The hyphenated pair `i` of an adjective and a noun.
     pub fn pair(&self, i: usize) -> String {
         format!("{}-{}", self.adjectives[i / self.nouns.len()], self.nouns[i % self.nouns.len()])
     }

@@ -1,35 +1,37 @@
-//! Where a needle is found: for each variant a heat map of lengths and depths.
+//! Heat maps of the scores of a needle by length and depth, one per variant.
 
-use super::super::axis::tokens;
-use super::super::chart::grid as areas;
-use super::super::page::{Key, Page, CONTENT};
-use super::super::scene::{shorten, text_width, Anchor, Area, Scene};
-use super::super::target::target;
-use super::super::theme::{Ink, Type, GROUP, LABEL, MARGIN, PANEL, THIN, TICK};
-use super::super::Figure;
 use super::cells::Cells;
 use super::{share_of, title};
+use crate::cli::short_count;
+use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::panel::grid as panel_grid;
+use crate::eval::plot::scene::{Anchor, Area, Scene};
+use crate::eval::plot::target::target;
+use crate::eval::plot::text::{shorten, text_width, Thinning};
+use crate::eval::plot::theme::{Ink, Type, GROUP, LABEL, MARGIN, PANEL, THIN, TICK};
+use crate::eval::plot::Figure;
 use crate::eval::report::{Cell, Estimate};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Variants to a figure: more would not be seen at once.
+/// Most heat maps to a figure.
 const AT_ONCE: usize = 9;
-/// Room left of a map for its depths.
+/// Room left of a map for the labels of its depths.
 const DEPTHS: f64 = 38.0;
-/// Room above a map for the variant and what it holds.
+/// Room above a map for the variant, its mean score and its bytes.
 const HEAD: f64 = 52.0;
 
 /// Rows and columns of every map of a file.
-struct Frame {
+struct Grid {
+    /// Lengths, rising.
     lengths: Vec<usize>,
-    /// In percent, rising.
+    /// Depths in percent, rising.
     depths: Vec<f64>,
-    /// Lengths within the trained one.
+    /// Number of lengths within the trained one.
     within: usize,
 }
 
-impl Frame {
-    /// Rows that are labelled: each where they are `h` high enough for it, else where whole tens of percent lie among them.
+impl Grid {
+    /// Labelled rows: all where a row's height `h` has room for a label, else those at whole tens of percent.
     fn rows(&self, h: f64) -> Vec<(f64, String)> {
         let label = |depth: f64| format!("{depth:.0}%");
         if h >= TICK.size * 1.3 || self.depths.len() < 2 {
@@ -41,47 +43,43 @@ impl Frame {
         };
         let mut rows: Vec<(f64, String)> = (0..=10).filter_map(|i| place(10.0 * f64::from(i))).collect();
         // Depths need not be evenly apart.
-        let mut free = f64::NEG_INFINITY;
-        rows.retain(|(row, _)| {
-            let kept = h * row >= free;
-            free = if kept { h * row + TICK.size * 1.3 } else { free };
-            kept
-        });
+        let (mut labels, half) = (Thinning::new(0.0), TICK.size * 1.3 / 2.0);
+        rows.retain(|(row, _)| labels.keeps(h * row, half));
         rows
     }
 }
 
 /// The scores of a variant by length and depth.
-struct Map<'a> {
+struct HeatMap<'a> {
     variant: &'a str,
-    /// What tells it from the others.
+    /// Name of the variant, as short as it is unique.
     name: String,
-    /// Mean score and samples by length and the bits of the depth.
+    /// Mean score and number of samples by length and the bits of the depth.
     means: BTreeMap<(usize, u64), (f64, usize)>,
 }
 
-/// One figure, or several where there are many variants.
+/// The figure, or several where there are many variants.
 pub fn figures(cells: &Cells) -> Vec<Figure> {
     let lengths = cells.lengths();
     let mut depths: Vec<f64> = cells.cells.iter().flat_map(|c| scores(c)).map(|(depth, _)| depth).collect();
     depths.sort_by(f64::total_cmp);
     depths.dedup();
     let within = lengths.iter().filter(|l| **l <= cells.answers.header.trained_positions).count();
-    let frame = Frame { lengths, depths, within };
+    let grid = Grid { lengths, depths, within };
     let variants: Vec<&str> = cells.variants().into_iter().map(|(variant, _)| variant).collect();
     let folders = folders(&variants);
-    let maps: Vec<Map> = variants.iter().map(|variant| Map::of(cells, variant, folders)).collect();
+    let maps: Vec<HeatMap> = variants.iter().map(|variant| HeatMap::of(cells, variant, folders)).collect();
     let name = |i: usize| if i == 0 { "needle".into() } else { format!("needle-{}", i + 1) };
     let parts = maps.chunks(AT_ONCE).enumerate();
-    parts.map(|(i, part)| Figure { name: name(i), scene: scene(cells, &frame, part) }).collect()
+    parts.map(|(i, part)| Figure { name: name(i), scene: scene(cells, &grid, part) }).collect()
 }
 
-/// Depth and score of every answer, in percent.
+/// Depth and score of every answer in percent.
 fn scores(cell: &Cell) -> impl Iterator<Item = (f64, f64)> + '_ {
     cell.answers.iter().filter_map(|a| Some((100.0 * a.depth?, 100.0 * a.score)))
 }
 
-impl<'a> Map<'a> {
+impl<'a> HeatMap<'a> {
     fn of(cells: &Cells, variant: &'a str, folders: usize) -> Self {
         let mut groups: BTreeMap<(usize, u64), Vec<f64>> = BTreeMap::new();
         for cell in cells.of(variant, None) {
@@ -99,37 +97,38 @@ impl<'a> Map<'a> {
     }
 }
 
-fn scene(cells: &Cells, frame: &Frame, maps: &[Map]) -> Scene {
+fn scene(cells: &Cells, grid: &Grid, maps: &[HeatMap]) -> Scene {
     let trained = cells.answers.header.trained_positions;
     let mut keys = vec![Key::Heat("mean score of a cell".into())];
-    if frame.within < frame.lengths.len() {
-        keys.push(Key::Dashes(format!("right of it beyond the trained length ({})", tokens(trained))));
+    if grid.within < grid.lengths.len() {
+        keys.push(Key::Dashes(format!("right of it beyond the trained length ({})", short_count(trained))));
     }
-    if maps.iter().any(|m| m.means.len() < frame.lengths.len() * frame.depths.len()) {
+    if maps.iter().any(|m| m.means.len() < grid.lengths.len() * grid.depths.len()) {
         keys.push(Key::Missed("not asked".into()));
     }
     let heading = title(&cells.answers.header, "Where a needle is found, by length and depth");
     let about = "Across: tokens of the text. Down: depth of the needle in it, 0% its beginning, 100% its end".into();
     let asked = cells.asked("cell", maps.iter().flat_map(|m| m.means.values().map(|(_, n)| *n)));
     let mut page = Page::new(&heading, &[target(&cells.answers.header), about, asked], &keys);
-    let columns = frame.lengths.len() as f64;
+    let columns = grid.lengths.len() as f64;
     let most = ((CONTENT + 24.0) / (DEPTHS + 26.0 * columns + 24.0)).floor().clamp(1.0, 3.0) as usize;
     let per_row = most.min(maps.len());
-    let cell = (220.0 / frame.depths.len() as f64).clamp(3.0, 22.0);
-    let height = HEAD + cell * frame.depths.len() as f64 + 20.0;
-    for (area, map) in areas(maps.len(), per_row, (MARGIN, CONTENT), page.y, height).into_iter().zip(maps) {
+    let cell = (220.0 / grid.depths.len() as f64).clamp(3.0, 22.0);
+    let height = HEAD + cell * grid.depths.len() as f64 + 20.0;
+    for (area, map) in panel_grid(maps.len(), per_row, (MARGIN, CONTENT), page.y, height).into_iter().zip(maps) {
         let held = share_of(cells.of(map.variant, None).map(|c| &c.record));
         let groups: Vec<Vec<f64>> = cells.of(map.variant, None).map(Cell::independent).collect();
         let mean = Estimate::of_groups(&groups).map(|e| e.show(0).replacen(' ', "% ", 1));
         let mean = mean.map(|m| format!("mean {m}{}", if m.contains('%') { "" } else { "%" }));
         let about = [mean, held.map(|h| format!("KV {h} of dense"))];
         head(&mut page.scene, area, &map.name, about.into_iter().flatten());
-        draw(&mut page.scene, area, frame, map, cell);
+        draw(&mut page.scene, area, grid, map, cell);
         page.y = area.bottom();
     }
     page.finish(&[])
 }
 
+/// Writes the name of a variant above its map, and `about` below the name.
 fn head(scene: &mut Scene, area: Area, variant: &str, about: impl Iterator<Item = String>) {
     // A long name is smaller, and without what every plan's name begins with, before it is cut.
     let fits = text_width(variant, GROUP) <= area.w;
@@ -142,7 +141,7 @@ fn head(scene: &mut Scene, area: Area, variant: &str, about: impl Iterator<Item 
     }
 }
 
-/// How many folders of the plans' files tell all variants apart: none where the file alone says enough.
+/// The number of folders of plans' paths that makes all variants' short names different; 0 where file names do.
 pub(super) fn folders(variants: &[&str]) -> usize {
     let deepest = variants.iter().map(|v| v.matches('/').count()).max().unwrap_or(0);
     let apart = |folders: &usize| {
@@ -152,7 +151,7 @@ pub(super) fn folders(variants: &[&str]) -> usize {
     (0..deepest).find(apart).unwrap_or(deepest)
 }
 
-/// `retrofit:plan=some/folder/dense-4.json` with so many folders: none leaves `retrofit:plan=dense-4.json`.
+/// A variant's name with the last `folders` folders of its plan's path: 0 leaves `retrofit:plan=dense-4.json`.
 pub(super) fn short(variant: &str, folders: usize) -> String {
     let item = |item: &str| match item.split_once("plan=") {
         Some((before, path)) => {
@@ -164,12 +163,12 @@ pub(super) fn short(variant: &str, folders: usize) -> String {
     variant.split(',').map(item).collect::<Vec<_>>().join(",")
 }
 
-fn draw(scene: &mut Scene, area: Area, frame: &Frame, map: &Map, h: f64) {
+fn draw(scene: &mut Scene, area: Area, grid: &Grid, map: &HeatMap, h: f64) {
     // A map of few lengths does not need the whole width.
-    let w = ((area.w - DEPTHS) / frame.lengths.len() as f64).min(84.0);
+    let w = ((area.w - DEPTHS) / grid.lengths.len() as f64).min(84.0);
     let (left, top) = (area.x + DEPTHS, area.y + HEAD);
-    for (row, depth) in frame.depths.iter().enumerate() {
-        for (column, length) in frame.lengths.iter().enumerate() {
+    for (row, depth) in grid.depths.iter().enumerate() {
+        for (column, length) in grid.lengths.iter().enumerate() {
             let cell = Area { x: left + w * column as f64, y: top + h * row as f64, w, h };
             let middle = (cell.x + w / 2.0, cell.y + h / 2.0);
             match map.at(*length, *depth) {
@@ -189,21 +188,19 @@ fn draw(scene: &mut Scene, area: Area, frame: &Frame, map: &Map, h: f64) {
             }
         }
     }
-    for (row, label) in frame.rows(h) {
+    for (row, label) in grid.rows(h) {
         scene.text((left - 5.0, top + h * (row + 0.5)), Anchor::End, TICK, label);
     }
-    let bottom = top + h * frame.depths.len() as f64;
-    let mut free = f64::NEG_INFINITY;
-    for (column, length) in frame.lengths.iter().enumerate() {
-        let (x, label) = (left + w * (column as f64 + 0.5), tokens(*length));
-        let half = text_width(&label, TICK) / 2.0;
-        if x - half >= free {
+    let bottom = top + h * grid.depths.len() as f64;
+    let mut labels = Thinning::new(4.0);
+    for (column, length) in grid.lengths.iter().enumerate() {
+        let (x, label) = (left + w * (column as f64 + 0.5), short_count(*length));
+        if labels.keeps_text(x, &label, TICK) {
             scene.text((x, bottom + 9.0), Anchor::Middle, TICK, label);
-            free = x + half + 4.0;
         }
     }
-    if frame.within < frame.lengths.len() {
-        let x = left + w * frame.within as f64;
+    if grid.within < grid.lengths.len() {
+        let x = left + w * grid.within as f64;
         let line = [(x, top - 4.0), (x, bottom + 3.0)];
         // On paper of its own, since cells may be as light or as dark as it is.
         scene.line(line[0], line[1], Ink::Paper, 4.0 * THIN);

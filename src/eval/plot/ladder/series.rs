@@ -1,20 +1,20 @@
-//! What a ladder says, as lines to draw: medians with their samples, runs without any, ratios to the better stock.
+//! A ladder as lines to draw: medians with their samples, runs that failed, ratios to the better stock.
 
 use crate::error::{Error, Result};
 use crate::eval::report::{median, percentile, Ladder, LadderRun};
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// What is measured.
+/// A measured quantity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Metric {
+pub enum Quantity {
     /// Seconds of prefill.
     Prefill,
     /// Seconds from ids to the last new token.
     EndToEnd,
-    /// Bytes: the device allocator's highest of all samples.
+    /// Most bytes that the device's allocator held, of all runs.
     PeakMemory,
-    /// Bytes of KV as allocated.
+    /// Bytes of the KV cache as allocated.
     Kv,
     /// Seconds between new tokens.
     InterToken,
@@ -25,9 +25,9 @@ pub enum Metric {
 pub struct Point {
     /// Positions provisioned.
     pub ctx: usize,
-    /// The median; for memory the highest.
+    /// Median of all runs; of memory the maximum.
     pub value: f64,
-    /// Every sample (for inter-token times, each sample's median); none for what is allocated once.
+    /// Value of every run, of inter-token times its median; empty for the cache.
     pub samples: Vec<f64>,
     /// 95th percentile of inter-token times.
     pub p95: Option<f64>,
@@ -36,26 +36,21 @@ pub struct Point {
 /// One engine and variant over contexts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Line {
-    /// `bfly retrofit`.
+    /// Name of engine and variant, such as `bfly retrofit`.
     pub label: String,
-    /// Index of its colour and marker: the same in every figure of a ladder.
+    /// Index of its colour and marker, the same in every figure of a ladder.
     pub style: usize,
-    /// Rising contexts.
+    /// Points in order of contexts.
     pub points: Vec<Point>,
-    /// Contexts whose run did not end well.
+    /// Contexts whose run failed.
     pub missed: Vec<usize>,
 }
 
-/// A ladder that has been looked over: runs in the order in which they are drawn.
+/// The checked runs of a ladder, in the order in which they are drawn.
 pub struct Runs<'a> {
-    /// Engine and variant, retrofits before stocks.
-    pub keys: Vec<(&'a str, &'a str)>,
+    /// Engines and variants, retrofits before stocks.
+    pub names: Vec<(&'a str, &'a str)>,
     runs: Vec<&'a LadderRun>,
-}
-
-/// Whether the run gave samples.
-pub fn ran(run: &LadderRun) -> bool {
-    run.status == "ok"
 }
 
 fn name(engine: &str, variant: &str) -> String {
@@ -66,8 +61,8 @@ fn is_retrofit(engine: &str, variant: &str) -> bool {
     engine == "bfly" && variant != "stock"
 }
 
-impl Metric {
-    /// The run's value and samples, in seconds or bytes; `None` where it does not tell.
+impl Quantity {
+    /// The value and samples of a run, in seconds or bytes; `None` where the engine does not tell.
     pub fn of(self, run: &LadderRun) -> Option<Point> {
         let samples: Vec<f64> = match self {
             Self::Prefill => run.samples.iter().map(|s| s.prefill_s).collect(),
@@ -84,17 +79,17 @@ impl Metric {
             Self::InterToken => (median(&steps())?, percentile(&steps(), 0.95)),
         };
         // Zero is what an engine without the figure writes, and has no place on a logarithmic axis.
-        let drawable = ran(run) && value.is_finite() && value > 0.0;
+        let drawable = run.ran() && value.is_finite() && value > 0.0;
         let samples = samples.into_iter().filter(|s| s.is_finite() && *s > 0.0).collect();
         drawable.then_some(Point { ctx: run.ctx, value, samples, p95 })
     }
 }
 
 impl<'a> Runs<'a> {
-    /// Looks the ladder over.
+    /// Checks the ladder read from `path`, and sorts its runs.
     ///
     /// # Errors
-    /// No runs, a context of 0, the same run twice, or a good run without samples.
+    /// No runs, a context of 0, the same run twice, or a run with status `ok` and no samples.
     pub fn of(ladder: &'a Ladder, path: &Path) -> Result<Self> {
         let fail = |message: String| Err(Error::format(path.display(), message));
         if ladder.runs.is_empty() {
@@ -109,42 +104,42 @@ impl<'a> Runs<'a> {
             if !seen.insert((&run.engine, &run.variant, run.ctx)) {
                 return fail(format!("has two runs of {what}"));
             }
-            if ran(run) && run.samples.is_empty() {
+            if run.ran() && run.samples.is_empty() {
                 return fail(format!("{what} is `ok` but has no samples"));
             }
         }
         let mut runs: Vec<&LadderRun> = ladder.runs.iter().collect();
         runs.sort_by_key(|r| r.ctx);
-        let mut keys: Vec<(&str, &str)> = vec![];
+        let mut names: Vec<(&str, &str)> = vec![];
         for run in &ladder.runs {
-            if !keys.contains(&(&run.engine, &run.variant)) {
-                keys.push((&run.engine, &run.variant));
+            if !names.contains(&run.names()) {
+                names.push((&run.engine, &run.variant));
             }
         }
-        keys.sort_by_key(|(engine, variant)| (!is_retrofit(engine, variant), *engine != "bfly"));
-        Ok(Self { keys, runs })
+        names.sort_by_key(|(engine, variant)| (!is_retrofit(engine, variant), *engine != "bfly"));
+        Ok(Self { names, runs })
     }
 
-    /// Every context, rising.
+    /// All contexts, rising.
     pub fn contexts(&self) -> Vec<usize> {
         self.runs.iter().map(|r| r.ctx).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
-    /// The runs of one engine and variant, by context.
+    /// The runs of one engine and variant, in order of contexts.
     pub fn runs_of<'s>(&'s self, engine: &'s str, variant: &'s str) -> impl Iterator<Item = &'a LadderRun> + 's {
-        self.runs.iter().copied().filter(move |r| (r.engine.as_str(), r.variant.as_str()) == (engine, variant))
+        self.runs.iter().copied().filter(move |r| r.names() == (engine, variant))
     }
 
-    /// Variants of the retrofit.
+    /// The names of all retrofits.
     pub fn retrofits(&self) -> impl Iterator<Item = &'a str> + '_ {
-        self.keys.iter().filter(|(e, v)| is_retrofit(e, v)).map(|(_, v)| *v)
+        self.names.iter().filter(|(e, v)| is_retrofit(e, v)).map(|(_, v)| *v)
     }
 
-    /// One line for every engine and variant, also for one without points.
-    pub fn lines(&self, metric: Metric) -> Vec<Line> {
-        // Further variants of the retrofit take what the first one and the stocks leave, so that these always look the same.
+    /// One line for every engine and variant, also where it has no points.
+    pub fn lines(&self, quantity: Quantity) -> Vec<Line> {
+        // Further retrofits get the styles that the first one and the stocks leave, so that these always look the same.
         let first = self.retrofits().count().min(1);
-        let stocks = self.keys.len() - self.retrofits().count();
+        let stocks = self.names.len() - self.retrofits().count();
         let style = |i: usize| match i {
             0 => 0,
             i if i < self.retrofits().count() => first + stocks + i - 1,
@@ -155,43 +150,43 @@ impl<'a> Runs<'a> {
             Line {
                 label: name(engine, variant),
                 style: style(i),
-                points: own().filter_map(|r| metric.of(r)).collect(),
-                missed: own().filter(|r| !ran(r)).map(|r| r.ctx).collect(),
+                points: own().filter_map(|r| quantity.of(r)).collect(),
+                missed: own().filter(|r| !r.ran()).map(|r| r.ctx).collect(),
             }
         };
-        self.keys.iter().enumerate().map(line).collect()
+        self.names.iter().enumerate().map(line).collect()
     }
 
-    /// The best value of all stocks at `ctx`: the fastest, or the smallest.
-    pub fn best_stock(&self, metric: Metric, ctx: usize) -> Option<f64> {
+    /// The best value of all stocks at `ctx`, the fastest or the smallest.
+    pub fn best_stock(&self, quantity: Quantity, ctx: usize) -> Option<f64> {
         let stocks = self.runs.iter().filter(|r| r.ctx == ctx && !is_retrofit(&r.engine, &r.variant));
-        stocks.filter_map(|r| metric.of(r)).map(|p| p.value).reduce(f64::min)
+        stocks.filter_map(|r| quantity.of(r)).map(|p| p.value).reduce(f64::min)
     }
 
-    /// `variant` of the retrofit over the best stock, at every context where both ran.
-    pub fn ratios(&self, variant: &str, metric: Metric) -> Vec<Point> {
+    /// The ratios of the retrofit `variant` to the best stock, at every context where both ran.
+    pub fn ratios(&self, variant: &str, quantity: Quantity) -> Vec<Point> {
         let ratio = |p: Point| {
-            let best = self.best_stock(metric, p.ctx)?;
+            let best = self.best_stock(quantity, p.ctx)?;
             let samples = p.samples.iter().map(|s| s / best).collect();
             Some(Point { value: p.value / best, samples, p95: None, ..p })
         };
-        self.runs_of("bfly", variant).filter_map(|r| metric.of(r)).filter_map(ratio).collect()
+        self.runs_of("bfly", variant).filter_map(|r| quantity.of(r)).filter_map(ratio).collect()
     }
 
-    /// Contexts at which `variant` ran and no stock does: each failed there, or at a smaller one and was not tried again.
+    /// Contexts at which `variant` ran and every stock failed, there or at a smaller context.
     pub fn without_stock(&self, variant: &str) -> Vec<usize> {
-        let stocks: Vec<_> = self.keys.iter().filter(|(e, v)| !is_retrofit(e, v)).collect();
+        let stocks: Vec<_> = self.names.iter().filter(|(e, v)| !is_retrofit(e, v)).collect();
         let fails = |(engine, variant): &(&str, &str), ctx| {
-            let ran_on = self.runs_of(engine, variant).any(|r| r.ctx >= ctx && ran(r));
-            !ran_on && self.runs_of(engine, variant).any(|r| r.ctx <= ctx && !ran(r))
+            let ran_on = self.runs_of(engine, variant).any(|r| r.ctx >= ctx && r.ran());
+            !ran_on && self.runs_of(engine, variant).any(|r| r.ctx <= ctx && !r.ran())
         };
-        let own = self.runs_of("bfly", variant).filter(|r| ran(r)).map(|r| r.ctx);
+        let own = self.runs_of("bfly", variant).filter(|r| r.ran()).map(|r| r.ctx);
         own.filter(|c| !stocks.is_empty() && stocks.iter().all(|k| fails(k, *c))).collect()
     }
 
-    /// Whether the ladder goes on beyond the last context at which this was tried.
+    /// Whether the ladder has contexts beyond the last one that this engine and variant was tried at, where it failed.
     pub fn given_up(&self, engine: &str, variant: &str) -> bool {
-        self.runs_of(engine, variant).last().is_some_and(|l| !ran(l) && self.runs.iter().any(|r| r.ctx > l.ctx))
+        self.runs_of(engine, variant).last().is_some_and(|l| !l.ran() && self.runs.iter().any(|r| r.ctx > l.ctx))
     }
 }
 
@@ -241,10 +236,10 @@ mod tests {
         let runs = Runs::of(&ladder, Path::new("x")).unwrap();
         let ratios = |m| runs.ratios("retrofit", m).into_iter().map(|p| (p.ctx, p.value)).collect::<Vec<_>>();
         // At 64: transformers is faster (8 against 11), bfly's stock is smaller (200 against 300).
-        assert_eq!(ratios(Metric::EndToEnd), [(32, 0.5), (64, 0.5)]);
-        assert_eq!(ratios(Metric::PeakMemory), [(32, 0.5), (64, 0.25)]);
-        assert_eq!(ratios(Metric::Kv), [(32, 0.02), (64, 0.01)]);
-        assert_eq!(runs.ratios("retrofit", Metric::EndToEnd)[1].samples, [0.5, 0.25, 1.125]);
+        assert_eq!(ratios(Quantity::EndToEnd), [(32, 0.5), (64, 0.5)]);
+        assert_eq!(ratios(Quantity::PeakMemory), [(32, 0.5), (64, 0.25)]);
+        assert_eq!(ratios(Quantity::Kv), [(32, 0.02), (64, 0.01)]);
+        assert_eq!(runs.ratios("retrofit", Quantity::EndToEnd)[1].samples, [0.5, 0.25, 1.125]);
         assert_eq!(runs.without_stock("retrofit"), [] as [usize; 0], "transformers was not tried at 128");
     }
 
@@ -263,7 +258,7 @@ mod tests {
     fn lines_hold_medians_every_sample_and_what_was_missed() {
         let ladder = three();
         let runs = Runs::of(&ladder, Path::new("x")).unwrap();
-        let lines = runs.lines(Metric::EndToEnd);
+        let lines = runs.lines(Quantity::EndToEnd);
         let labels: Vec<_> = lines.iter().map(|l| l.label.as_str()).collect();
         assert_eq!(labels, ["bfly retrofit", "bfly stock", "transformers sdpa"], "retrofits come first");
         assert_eq!(lines.iter().map(|l| l.style).collect::<Vec<_>>(), [0, 1, 2]);
@@ -273,8 +268,8 @@ mod tests {
         assert_eq!(lines[0].points[1].samples, [4.0, 2.0, 9.0]);
         assert_eq!((lines[1].missed.as_slice(), lines[2].missed.as_slice()), ([128].as_slice(), [].as_slice()));
         assert_eq!(runs.contexts(), [32, 64, 128]);
-        assert!(runs.lines(Metric::Kv)[2].points.is_empty(), "this peer reports no KV");
-        let tokens = &runs.lines(Metric::InterToken)[0].points[1];
+        assert!(runs.lines(Quantity::Kv)[2].points.is_empty(), "this peer reports no KV");
+        let tokens = &runs.lines(Quantity::InterToken)[0].points[1];
         // Steps: .04 .08, .02 .04, .09 .18.
         assert!((tokens.value - 0.06).abs() < 1e-12 && tokens.p95 == Some(0.18), "{tokens:?}");
     }
@@ -283,7 +278,7 @@ mod tests {
     fn a_ladders_first_retrofit_and_its_stocks_look_the_same_whatever_else_ran() {
         let styles = |variants: &[(&str, &str)]| {
             let ladder = ladder(variants.iter().map(|(e, v)| run(e, v, 32, &[1.0], 1, None)).collect());
-            let lines = Runs::of(&ladder, Path::new("x")).unwrap().lines(Metric::EndToEnd);
+            let lines = Runs::of(&ladder, Path::new("x")).unwrap().lines(Quantity::EndToEnd);
             lines.into_iter().map(|l| (l.label, l.style)).collect::<Vec<_>>()
         };
         let owned = |all: &[(&str, usize)]| all.iter().map(|(l, s)| (l.to_string(), *s)).collect::<Vec<_>>();
@@ -299,8 +294,8 @@ mod tests {
     fn a_figure_that_was_not_measured_is_no_point() {
         let ladder = ladder(vec![run("bfly", "retrofit", 32, &[3.0], 0, None)]);
         let runs = Runs::of(&ladder, Path::new("x")).unwrap();
-        assert!(runs.lines(Metric::PeakMemory)[0].points.is_empty());
-        assert!(runs.ratios("retrofit", Metric::EndToEnd).is_empty(), "no stock ran");
+        assert!(runs.lines(Quantity::PeakMemory)[0].points.is_empty());
+        assert!(runs.ratios("retrofit", Quantity::EndToEnd).is_empty(), "no stock ran");
         assert!(runs.without_stock("retrofit").is_empty(), "none was tried");
     }
 

@@ -1,21 +1,22 @@
-//! Finding room for a short text beside a mark.
+//! Finding room for a short label beside a mark.
 
-use super::scene::{text_area, Anchor, Area, At, Scene};
+use super::scene::{Anchor, Area, At, Scene};
+use super::text::text_area;
 use super::theme::{Ink, HAIR, LABEL, MARKER};
 
-/// What a marker covers, with a little room.
+/// The area of a marker, with a little room.
 pub fn around(mark: At) -> Area {
     let r = MARKER + 1.5;
     Area { x: mark.0 - r, y: mark.1 - r, w: 2.0 * r, h: 2.0 * r }
 }
 
-/// Small areas along a line, which texts then keep off.
+/// Small areas along a line, for labels to keep off it.
 pub fn along(from: At, to: At) -> impl Iterator<Item = Area> {
     let at = move |k: f64| (from.0 + (to.0 - from.0) * k, from.1 + (to.1 - from.1) * k);
     (0..=60).map(move |i| at(f64::from(i) / 60.0)).map(|(x, y)| Area { x: x - 2.0, y: y - 3.0, w: 4.0, h: 6.0 })
 }
 
-/// Writes `text` beside `mark` where nothing else stands, further off with a leader where it must; nowhere if there is no room.
+/// Writes `text` beside `mark` where nothing else stands, farther off with a leader line where it must; not at all where no room is left.
 pub fn beside(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, mark: At, text: &str) {
     let directions =
         [(1.0, 0.0), (0.7, -0.8), (0.7, 0.8), (0.0, -1.0), (0.0, 1.0), (-0.7, -0.8), (-0.7, 0.8), (-1.0, 0.0)];
@@ -40,8 +41,8 @@ pub fn beside(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, mark: At, te
     scene.text(at, Anchor::Middle, LABEL, text);
 }
 
-/// Writes `text` above what spans `top..bottom` at `x`, higher with a leader where it must, or below it; nowhere if there is no room.
-/// Beside marks that stand close, only straight up is unmistakable.
+/// Writes `text` above a mark that spans `top..bottom` at `x`, higher with a leader line where it must, or below it; not at all where no
+/// room is left. Among marks that stand close, only straight up is unmistakable.
 pub fn above(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, (x, top, bottom): (f64, f64, f64), text: &str) {
     let up = (0..12).map(|i| (i, top - MARKER - 7.0 - 12.0 * f64::from(i), top - MARKER));
     let down = (0..12).map(|i| (i, bottom + MARKER + 7.0 + 12.0 * f64::from(i), bottom + MARKER));

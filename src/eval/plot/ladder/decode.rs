@@ -1,0 +1,31 @@
+//! Milliseconds between new tokens by context: median and 95th percentile.
+
+use super::lines::{draw, Lines};
+use super::series::Quantity;
+use super::view::LadderView;
+use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::scene::Area;
+use crate::eval::plot::theme::MARGIN;
+use crate::eval::plot::Figure;
+
+/// The figure.
+pub fn figure(view: &LadderView) -> Figure {
+    let shown = view.runs.lines(Quantity::InterToken);
+    let extra = [Key::Dashes("95th percentile".into()), Key::Dots("medians of single runs".into())];
+    let keys = view.keys(&shown, &extra);
+    let mut page = Page::new(&view.title("Time between new tokens by context"), &[view.subtitle()], &keys);
+    let area = Area { x: MARGIN, y: page.y, w: CONTENT, h: 340.0 };
+    let lines = Lines {
+        title: "Median time between tokens, milliseconds",
+        lines: &shown,
+        scale: &shown,
+        unit: 1e-3,
+        contexts: &view.runs.contexts(),
+        trained: view.ladder.header.trained_positions,
+        reference: None,
+        label_ends: false,
+    };
+    draw(&mut page.scene, area, &lines);
+    page.y = area.bottom();
+    Figure { name: "decode".into(), scene: page.finish(&view.missed()) }
+}
