@@ -188,7 +188,7 @@ fn join(given: Part, count: u64) -> Result<Vec<Part>> {
     let mut given = Some(given);
     let mut parts = vec![];
     for (i, name) in names.iter().enumerate() {
-        let path = std::path::PathBuf::from(&place).with_file_name(name);
+        let path = Path::new(&place).with_file_name(name);
         let part = match given.take_if(|_| i as u64 + 1 == number) {
             Some(part) => part,
             None if !path.exists() => {

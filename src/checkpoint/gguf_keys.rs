@@ -77,7 +77,8 @@ const REQUIRED: &[&str] = &[
     "attention.layer_norm_rms_epsilon",
 ];
 
-/// Keys of the tokenizer; what is not listed, or has another value, changes token ids and not the model: a warning.
+/// Keys of the tokenizer: one that is not listed, or has another value, gets a warning, since it changes token ids and not
+/// the model.
 pub const TOKENIZER: &[(&str, Meaning)] = &[
     ("tokenizer.ggml.model", Used),
     ("tokenizer.ggml.pre", Used),
@@ -117,7 +118,7 @@ pub const TOKENIZER: &[(&str, Meaning)] = &[
     ("tokenizer.huggingface.json", NoEffect("the lists beside it say the same")),
 ];
 
-/// The metadata in `config.json`'s form, and what is to be warned of.
+/// The metadata in `config.json`'s form, and warnings.
 ///
 /// # Errors
 /// A key that is missing, malformed or not understood, or one with a value that is not supported.

@@ -25,7 +25,7 @@ pub struct Shards {
 }
 
 impl Shards {
-    /// Reads the headers of every shard in `dir`; what is to be warned of goes to `warnings`.
+    /// Reads the headers of every shard in `dir`, and adds to `warnings`.
     ///
     /// # Errors
     /// A file that is missing, truncated or malformed; a tensor that two shards hold.

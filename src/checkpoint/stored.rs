@@ -70,8 +70,8 @@ impl Checkpoint {
         self.family.namings.iter().find(named).copied().unwrap_or(PLAIN)
     }
 
-    /// GGUF files of some families keep Llama 3's scaling as one divisor per frequency, in a tensor; its name, where
-    /// it was read.
+    /// Reads the divisors of rotary frequencies, as which GGUF files of some families keep Llama 3's scaling, and returns
+    /// the tensor's name if there is one.
     fn read_rope_factors(&mut self) -> Result<Option<String>> {
         let factors = TensorSpec::rope_factors(self.spec.head_dim() / 2);
         let stored = matches!(self.store, Store::Gguf(_)) && self.info(&factors).is_some();
@@ -87,9 +87,9 @@ impl Checkpoint {
         Ok(Some(factors.gguf))
     }
 
-    /// The head of a model whose configuration ties it, where the file stores one all the same: as transformers 5,
-    /// equal copies are one matrix, different ones are two, and a head alone is the embedding too. The name of a copy
-    /// that need not be read.
+    /// Settles what the head of a tied model is where the file stores one all the same, as transformers 5 does: equal copies
+    /// are one matrix, different ones are two, and a head without an embedding is both. Returns the name of a copy that is
+    /// not read.
     fn find_head(&mut self) -> Result<Option<String>> {
         let head = TensorSpec::head(&self.spec);
         if !self.spec.tied || self.info(&head).is_none() {

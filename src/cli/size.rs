@@ -58,7 +58,7 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
         _ => return Err(wrong()),
     };
     let n = digits.parse::<f64>().map_err(|_| wrong())? * f64::from(base).powi(power);
-    match n >= 1.0 && n < 1e18 {
+    match (1.0..1e18).contains(&n) {
         true => Ok(n as u64),
         false => Err(format!("`{text}` is not a size of memory")),
     }

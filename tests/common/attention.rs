@@ -140,7 +140,7 @@ pub fn both(c: &Case, dtype: DType, device: &Device) -> Any<(Attended, Attended)
     let index: Vec<u32> = (0..c.kv_heads * listed * places)
         .map(|i| {
             let x = (i as u64 + c.seed % 1000).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-            if x % 5 == 0 {
+            if x.is_multiple_of(5) {
                 NO_ROW
             } else {
                 (x % 100) as u32
