@@ -120,12 +120,6 @@ impl Layout {
         Self::resolve(spec, method, ctx, false)
     }
 
-    /// As [`Layout::new`], for a plan whose settings may contradict each other: a search over budgets counts bytes of plans that its
-    /// result must not be.
-    pub(crate) fn unchecked(spec: &ModelSpec, method: impl Into<Method>, ctx: usize) -> Result<Self> {
-        Self::resolve(spec, method.into(), ctx, false)
-    }
-
     /// As [`Layout::new`], but every summary pool holds all that any block could read, instead of what the layer's stage needs: the
     /// same logits for more memory, which is how the stage-sized pools are checked.
     ///

@@ -47,7 +47,7 @@ impl KvBytes {
 /// A run's report: the ledger's figures and everything needed to repeat the run.
 #[derive(Debug, Clone, Serialize)]
 pub struct Ledger {
-    /// [`LEDGER_KIND`].
+    /// `retrofit`, in every file of this form.
     pub kind: &'static str,
     /// Version of this form.
     pub schema_version: u32,

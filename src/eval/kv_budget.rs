@@ -85,7 +85,7 @@ pub fn retrofit(plan: &RetrofitPlan, spec: &ModelSpec, ctx: usize, share: f64) -
 /// A share that the smallest budget of the rule exceeds.
 pub fn eviction(plan: &EvictionPlan, spec: &ModelSpec, ctx: usize, share: f64) -> Result<EvictionPlan> {
     let with = |budget: usize| EvictionPlan { budget, ..plan.clone() };
-    let bytes = |budget: usize| Layout::unchecked(spec, &with(budget), ctx).map(|l| l.bytes(DTYPE).settled);
+    let bytes = |budget: usize| Layout::new(spec, &with(budget), ctx).map(|l| l.bytes(DTYPE).settled);
     let target = target(spec, ctx, share)?;
     // The smallest budget that the rule allows; where it allows none, its own check says why.
     let least = last_that(ctx, |budget| Ok(with(budget).check().is_err()))?.map_or(1, |refused| refused + 1);
