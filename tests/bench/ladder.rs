@@ -154,7 +154,7 @@ fn bad_flags_get_one_error_before_any_work() -> Any {
         (&["--ctx", "64", "--variants", "dense"], &["--variants", "`dense` is not stock, retrofit"]),
         (&["--ctx", "64", "--device", "tpu"], &["--device", "`tpu` is not auto, cpu, cuda"]),
         (&["--ctx", "64", "--out", "/nowhere/at/all.json"], &["--out /nowhere/at/all.json: cannot be written"]),
-        (&["--ctx", "64", "--out", "."], &["--out", "`.` "]),
+        (&["--ctx", "64", "--out", "."], &["--out", ".: is a directory"]),
         (&["--ctx", "64", "--random-weights", "1", "--model", "nowhere"], &["nowhere: holds no config.json"]),
         (&["--ctx", "64", "--random-weights", "x"], &["--random-weights"]),
         (&["--ctx", "64", "--model", "/nowhere/model"], &["/nowhere/model: no such file or directory"]),

@@ -38,6 +38,7 @@ fn render(template: &ChatTemplate, system: Option<&str>, user: &str) -> Result<S
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     env.set_formatter(python::write);
     env.add_filter("string", |value: &Value| python::to_str(value));
+    env.add_filter("title", python::title);
     env.add_filter("tojson", python::to_json);
     env.add_function("strftime_now", clock::now);
     env.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {

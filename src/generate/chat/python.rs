@@ -42,6 +42,20 @@ fn repr(value: &Value) -> String {
     }
 }
 
+/// Jinja's `title`: words begin after white space, hyphens and opening brackets, and not after other punctuation.
+pub fn title(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut begins = true;
+    for c in text.chars() {
+        match begins {
+            true => out.extend(c.to_uppercase()),
+            false => out.extend(c.to_lowercase()),
+        }
+        begins = c.is_whitespace() || "-({[<".contains(c);
+    }
+    out
+}
+
 fn quoted(text: &str) -> String {
     let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
     let mut out = String::from(quote);
