@@ -132,7 +132,8 @@ fn nothing_measured_is_left_out_of_a_ladders_figures() -> Any {
         assert_eq!(circles(&svg, MARKER), panels * retrofit + kv.0 + 1, "{figure}: the retrofit's markers");
         assert_eq!(svg.matches("<polygon").count(), panels * others + kv.1 + 2, "{figure}: the stocks' markers");
     }
-    // Each line has a stroke between neighbours and one in the legend; a run that did not fit is two strokes and a name.
+    // Each line has a stroke between neighbours and one in the legend; a run that did not fit is two strokes and a
+    // name.
     let time = svg(&dir, "ladder-time-light.svg")?;
     for (i, (engine, variant)) in [("bfly", "retrofit"), ("bfly", "stock"), ("transformers", "sdpa")].iter().enumerate()
     {

@@ -240,6 +240,47 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
 }
 
 #[test]
+fn rulers_own_files_are_one_cell_and_their_questions_can_be_unseen() -> Any {
+    let dir = tempfile::tempdir()?;
+    let (real, out, jsonl) = (smollm2(), path(dir.path(), "answers.json"), path(dir.path(), "ours.jsonl"));
+    let ask = |more: &[&str]| {
+        let args = ["ruler", "--model", real.as_str(), "--variants", "snapkv:budget=96", "--question-unseen"];
+        let asked = quality(&[&args[..], &["--tasks", "niah_single_1"], more].concat()).output().expect("it runs");
+        let stderr = String::from_utf8_lossy(&asked.stderr).into_owned();
+        assert!(asked.status.success(), "{stderr}");
+        stderr
+    };
+    ask(&["--ctx", "330", "--samples", "2", "--export", &jsonl, "--out", &out]);
+    let ours: Answers = read(Path::new(&out), ANSWERS)?;
+    // The same samples with RULER's fields alone.
+    let mut lines = vec![];
+    for line in std::fs::read_to_string(&jsonl)?.lines() {
+        let sample: serde_json::Value = serde_json::from_str(line)?;
+        let keep = |key: &str| (key.to_string(), sample[key].clone());
+        let fields = ["index", "input", "outputs", "length", "answer_prefix"].map(keep);
+        lines.push(serde_json::Value::Object(fields.into_iter().collect()).to_string());
+    }
+    let rulers = path(dir.path(), "validation.jsonl");
+    std::fs::write(&rulers, lines.join("\n"))?;
+    let imported = path(dir.path(), "imported.json");
+    let warned = ask(&["--import", &rulers, "--import-length", "330", "--out", &imported]);
+    assert!(!warned.contains("does not tell the length"), "{warned}");
+    let theirs: Answers = read(Path::new(&imported), ANSWERS)?;
+    assert_eq!((theirs.cells.len(), theirs.cells[0].length), (1, 330));
+    assert_eq!(theirs.cells[0].answers, ours.cells[0].answers, "split at the same place, and evicted at the same time");
+    let args = ["ruler", "--model", real.as_str(), "--tasks", "niah_single_1", "--import", &rulers];
+    refused(&[&args[..], &["--import-length", "200"]].concat(), &["--import-length: 200 is less than the 3", "give 3"]);
+    let alone = ["ruler", "--model", real.as_str(), "--import-length", "200"];
+    refused(&alone, &["--import"]);
+    let warned = ask(&["--import", &rulers]);
+    assert!(
+        warned.contains("validation.jsonl does not tell the length") && warned.contains("--import-length"),
+        "{warned}"
+    );
+    Ok(())
+}
+
+#[test]
 fn a_needle_is_found_where_the_window_still_holds_it() -> Any {
     let dir = tempfile::tempdir()?;
     let (real, out) = (smollm2(), path(dir.path(), "needle.json"));

@@ -29,7 +29,8 @@ pub fn parse_share(text: &str) -> std::result::Result<f64, String> {
     }
 }
 
-/// The last number from 1 to `most` that `fits`, where all before it do and none after it does; `None` where 1 does not.
+/// The last number from 1 to `most` that `fits`, where all before it do and none after it does; `None` where 1 does
+/// not.
 ///
 /// # Errors
 /// Those of `fits`.
@@ -45,8 +46,8 @@ pub fn last_that(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Op
     Ok((last > 0).then_some(last))
 }
 
-/// `settings` with the widest window of up to `most` tokens for which `bytes` is at most `target`; `None` where a window of one block
-/// exceeds it.
+/// `settings` with the widest window of up to `most` tokens for which `bytes` is at most `target`; `None` where a
+/// window of one block exceeds it.
 ///
 /// # Errors
 /// Those of `bytes`.
@@ -78,8 +79,9 @@ pub fn retrofit(plan: &RetrofitPlan, spec: &ModelSpec, ctx: usize, share: f64) -
     }
 }
 
-/// `plan` with the largest budget for which the cache for `ctx` positions takes at most `share` of a dense one: at its peak where the rule
-/// evicts block by block, after the eviction where it evicts once, since before that it holds the whole context.
+/// `plan` with the largest budget for which the cache for `ctx` positions takes at most `share` of a dense one: at its
+/// peak where the rule evicts block by block, after the eviction where it evicts once, since before that it holds the
+/// whole context.
 ///
 /// # Errors
 /// A share that the smallest budget of the rule exceeds.

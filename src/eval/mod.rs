@@ -9,7 +9,8 @@
 //! |---|---|
 //! | [`report`] | the records and JSON forms of all results, resuming, joining, tables |
 //! | [`target`] | the checkpoint under test, how it is opened, the format of its weights |
-//! | [`variant`], [`kv_budget`] | `--variants`: methods and their settings; windows and budgets from a share of a dense cache |
+//! | [`variant`] | `--variants`: methods and their settings |
+//! | [`kv_budget`] | windows and budgets from a share of a dense cache |
 //! | [`texts`] | real text as token ids |
 //! | [`mod@bench`] | speed and memory: ladders, largest contexts, kernels |
 //! | [`quality`] | what a variant keeps: distributions, tasks, ablations, plans |

@@ -1,5 +1,5 @@
-//! The model under test: a checkpoint that is opened but not yet read, the format that its weights will be held in, and what results say
-//! of both.
+//! The model under test: a checkpoint that is opened but not yet read, the format that its weights will be held in, and
+//! what results say of both.
 
 use super::report::{beyond_trained, Header};
 use super::texts::TextStream;
@@ -16,19 +16,20 @@ use std::sync::Arc;
 /// Flags that name the model under test, its variants and its prompts.
 #[derive(Debug, Clone, Args)]
 pub struct TargetArgs {
-    /// Variants to run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window, sink-tokens,
-    /// partner, layers, ...), and to compare with snapkv:budget=1024,window=64,kernel=5 or keydiff:budget=1024,block=128. A
-    /// KEY=VALUE belongs to the name with a colon before it. May be repeated.
+    /// Variants to run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window,
+    /// sink-tokens, partner, layers, ...), and to compare with snapkv:budget=1024,window=64,kernel=5 or
+    /// keydiff:budget=1024,block=128. A KEY=VALUE belongs to the name with a colon before it. May be repeated.
     #[arg(long, value_name = "LIST", default_value = "stock,retrofit")]
     pub variants: Vec<String>,
-    /// Folder of the prompt's documents, as scripts/fetch_texts.py lays them out; a model without a tokenizer gets random ids instead.
+    /// Folder of the prompt's documents, as scripts/fetch_texts.py lays them out; a model without a tokenizer gets
+    /// random ids instead.
     #[arg(long, value_name = "DIR", default_value = "texts")]
     pub texts: PathBuf,
     /// Source and format of the weights.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Draw the weights from a seed: --model is then a config.json, or a directory with one. The results say that only speed and
-    /// memory mean anything.
+    /// Draw the weights from a seed: --model is then a config.json, or a directory with one. The results say that only
+    /// speed and memory mean anything.
     #[arg(long, value_name = "SEED", help_heading = "Model")]
     pub random_weights: Option<u64>,
 }

@@ -1,7 +1,7 @@
 //! Real text as token ids: folders of documents, and prompts that are prefixes of one stream of them.
 //!
-//! A stream is a folder of documents in the order of its manifest (scripts/fetch_texts.py), each read once, so that no prompt repeats
-//! itself. For a model without a tokenizer it is random ids.
+//! A stream is a folder of documents in the order of its manifest (scripts/fetch_texts.py), each read once, so that no
+//! prompt repeats itself. For a model without a tokenizer it is random ids.
 
 use super::report::{hash, PromptSource};
 use crate::checkpoint::{splitmix, Checkpoint, OnProgress, Text};
@@ -41,7 +41,8 @@ pub struct TextStream {
 }
 
 impl TextStream {
-    /// At least `tokens` ids for `checkpoint`: of the documents in `folder`, or drawn from `seed` where it has no tokenizer.
+    /// At least `tokens` ids for `checkpoint`: of the documents in `folder`, or drawn from `seed` where it has no
+    /// tokenizer.
     ///
     /// # Errors
     /// No documents, or too few; a tokenizer that fails or gives an id outside the model's vocabulary.
@@ -109,8 +110,8 @@ fn read(text: &Text, folder: &Path, tokens: usize, progress: OnProgress) -> Resu
     Ok((ids, documents))
 }
 
-/// Ids of one document, without the tokens that begin a text. `go_on` is called with the number of ids so far, and says whether more
-/// are wanted.
+/// Ids of one document, without the tokens that begin a text. `go_on` is called with the number of ids so far, and says
+/// whether more are wanted.
 ///
 /// # Errors
 /// A tokenizer that fails.

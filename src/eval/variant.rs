@@ -1,10 +1,11 @@
 //! `--variants`: how the model's attention is run, as one line.
 //!
-//! A list such as `stock,retrofit,retrofit:window=1024,layers=0-3,5,keydiff:budget=1k,block=64`. An item after `retrofit:` or a rule
-//! of [`crate::eviction`] that is no variant's name belongs to it: a further `KEY=VALUE`, or a further part of a list of layers.
+//! A list such as `stock,retrofit,retrofit:window=1024,layers=0-3,5,keydiff:budget=1k,block=64`. An item after
+//! `retrofit:` or a rule of [`crate::eviction`] that is no variant's name belongs to it: a further `KEY=VALUE`, or a
+//! further part of a list of layers.
 //!
-//! The keys of `retrofit:` are the flags of `bfly-retrofit` ([`RetrofitArgs`]), parsed by the same struct, so that a new flag is a key at
-//! once.
+//! The keys of `retrofit:` are the flags of `bfly-retrofit` ([`RetrofitArgs`]), parsed by the same struct, so that a
+//! new flag is a key at once.
 
 use super::kv_budget::{self, parse_share};
 use crate::cli::{parse_count, RetrofitArgs};
@@ -89,8 +90,8 @@ fn named(e: &clap::Error) -> Error {
     Error::usage(key, why)
 }
 
-/// Parses the items of one or more flags. `base` is the plan that `retrofit` starts from, a patch's, or `None` for the defaults. `ctx` is
-/// the context of the dense cache that `kv=SHARE` is a share of, or `None` where contexts vary.
+/// Parses the items of one or more flags. `base` is the plan that `retrofit` starts from, a patch's, or `None` for the
+/// defaults. `ctx` is the context of the dense cache that `kv=SHARE` is a share of, or `None` where contexts vary.
 ///
 /// # Errors
 /// An unknown variant or key, a value that does not parse or does not fit the model, or the same variant twice.
@@ -184,7 +185,8 @@ fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec, ctx: Opt
     Ok(Variant { name, method: Method::Butterfly(plan) })
 }
 
-/// Takes `kv=SHARE` out of `given`, and returns the share with its context. The share sets `size`, which cannot be given as well.
+/// Takes `kv=SHARE` out of `given`, and returns the share with its context. The share sets `size`, which cannot be
+/// given as well.
 fn share_of(given: &mut Vec<(String, String)>, size: &str, ctx: Option<usize>) -> Result<Option<(f64, usize)>> {
     let Some(at) = given.iter().position(|(key, _)| key == KV) else { return Ok(None) };
     let (_, value) = given.remove(at);

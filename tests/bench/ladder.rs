@@ -55,7 +55,7 @@ fn variants_give_the_tokens_of_a_model_loaded_for_them() -> Any {
     let place = Place { model, ..Place::new()? };
     let variants = format!("{RETROFIT},stock,retrofit:block=16,window=16,layers=0,2");
     let ladder =
-        place.climb(&["--ctx", "100,200", "--repeats", "1", "--variants", &variants, "--prefill-chunk", "50"])?;
+        place.run_ladder(&["--ctx", "100,200", "--repeats", "1", "--variants", &variants, "--prefill-chunk", "50"])?;
     let ids = TextStream::open(&open(&place.model)?, Path::new("none"), 192, 0, &|_, _, _| ())?.ids;
     let settings = |window| Settings { block: 16, window, ..Settings::default() };
     let mut seen = std::collections::HashSet::new();
@@ -117,7 +117,7 @@ fn a_budget_shrinks_chunks_and_what_breaks_it_did_not_fit() -> Any {
     let place = Place::new()?;
     let flags =
         ["--ctx", "512,1k", "--repeats", "1", "--variants", "stock", "--prefill-chunk", "512", "--memory-budget"];
-    let free = place.climb(&[&flags[..], &["4G"]].concat())?;
+    let free = place.run_ladder(&[&flags[..], &["4G"]].concat())?;
     assert!(free.runs.iter().all(|r| r.prefill_chunk == 512 && r.status == "ok"));
     assert_eq!((free.memory_budget, free.prefill_chunk), (Some(4 << 30), Some(512)));
     place.refuses(&[&flags[..], &["5G"]].concat(), &["another --memory-budget"]);
@@ -130,10 +130,10 @@ fn a_budget_shrinks_chunks_and_what_breaks_it_did_not_fit() -> Any {
     assert!(status(&tight, 512).starts_with("out of memory: --memory-budget: 97.7 KiB is "), "{}", status(&tight, 512));
     assert_eq!(status(&tight, 1024), "skipped: did not fit at 512");
     std::fs::remove_file(place.out())?;
-    // A token takes 2976 bytes here, beside some 17.8 MB of weights, cache and allowance. What is found to have taken more
-    // than was allowed did not fit either.
+    // A token takes 2976 bytes here, beside some 17.8 MB of weights, cache and allowance. What is found to have taken
+    // more than was allowed did not fit either.
     let (small, large) = (peer("name=small peak=18500000"), peer("name=large peak=20000000"));
-    let kept = place.climb(&[&flags[..], &["18500000", "--peer", &small, "--peer", &large]].concat())?;
+    let kept = place.run_ladder(&[&flags[..], &["18500000", "--peer", &small, "--peer", &large]].concat())?;
     let stock = run(&kept, "stock", 512);
     assert!(stock.status != "ok" || stock.prefill_chunk == 128, "{stock:?}");
     assert_eq!(run(&kept, "small", 512).status, "ok");
@@ -199,10 +199,10 @@ fn help_shows_examples_and_every_flag() -> Any {
 }
 
 #[test]
-fn rules_that_evict_climb_like_any_variant() -> Any {
+fn rules_that_evict_run_like_any_variant() -> Any {
     let place = Place::new()?;
     let variants = "stock,keydiff:budget=32,block=16,snapkv:budget=32,window=8";
-    let ladder = place.climb(&["--ctx", "128", "--variants", variants, "--repeats", "1"])?;
+    let ladder = place.run_ladder(&["--ctx", "128", "--variants", variants, "--repeats", "1"])?;
     let (stock, keydiff, snapkv) = (
         run(&ladder, "stock", 128),
         run(&ladder, "keydiff:budget=32,block=16", 128),

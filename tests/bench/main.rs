@@ -55,7 +55,7 @@ impl Place {
     }
 
     /// Runs it and reads what it wrote.
-    fn climb(&self, flags: &[&str]) -> Any<Ladder> {
+    fn run_ladder(&self, flags: &[&str]) -> Any<Ladder> {
         self.ladder(flags).assert().success();
         Ok(read(&self.out(), LADDER)?)
     }

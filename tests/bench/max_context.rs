@@ -1,4 +1,4 @@
-//! Fits: the largest context within a budget, what the run that verifies it says, flags.
+//! The largest context within a budget, the run that verifies it, flags.
 
 use super::*;
 use bfly::eval::report::{MaxContextRun, MaxContexts, MAX_CONTEXT};
@@ -9,7 +9,7 @@ use bfly::layout::Layout;
 const HALF: &str = "retrofit:block=16,window=32,layers=0-1";
 const READ: usize = 256;
 
-fn fit(place: &Place, flags: &[&str]) -> Command {
+fn max_context(place: &Place, flags: &[&str]) -> Command {
     let mut command = bench("fit");
     command.args(["--model", &place.model, "--device", "cpu", "--threads", "1", "--read", "256"]);
     command.arg("--out").arg(place.out()).args(flags);
@@ -17,12 +17,12 @@ fn fit(place: &Place, flags: &[&str]) -> Command {
 }
 
 fn found_contexts(place: &Place, flags: &[&str]) -> Any<MaxContexts> {
-    fit(place, flags).assert().success();
+    max_context(place, flags).assert().success();
     Ok(read(&place.out(), MAX_CONTEXT)?)
 }
 
-fn of<'a>(fit: &'a MaxContexts, variant: &str, budget: u64) -> &'a MaxContextRun {
-    fit.runs.iter().find(|r| r.variant == variant && r.memory_budget == budget).expect("the fit has the run")
+fn of<'a>(found: &'a MaxContexts, variant: &str, budget: u64) -> &'a MaxContextRun {
+    found.runs.iter().find(|r| r.variant == variant && r.memory_budget == budget).expect("the file has the run")
 }
 
 #[test]
@@ -36,14 +36,14 @@ fn no_larger_context_fits_and_the_run_is_provisioned_for_it() -> Any {
     let budgets = format!("{short},{exact},4G");
     let variants = format!("stock,{HALF},{RETROFIT}");
     let flags = ["--memory-budget", &budgets, "--variants", &variants, "--most", "65k"];
-    let fit = found_contexts(&place, &flags)?;
-    assert_eq!((fit.decode_tokens, fit.prefill_chunk, fit.most_tokens), (8, 4096, 65 << 10));
-    assert_eq!((fit.header.name.as_str(), fit.header.kv_dtype.as_str()), ("qwen2", "f32"));
-    assert_eq!((fit.prompt.tokens, fit.prompt.sha256.as_str()), (READ, hash(&prompt(READ)?).as_str()));
-    let order: Vec<_> = fit.runs.iter().map(|r| (r.memory_budget, r.variant.as_str())).collect();
+    let found = found_contexts(&place, &flags)?;
+    assert_eq!((found.decode_tokens, found.prefill_chunk, found.most_tokens), (8, 4096, 65 << 10));
+    assert_eq!((found.header.name.as_str(), found.header.kv_dtype.as_str()), ("qwen2", "f32"));
+    assert_eq!((found.prompt.tokens, found.prompt.sha256.as_str()), (READ, hash(&prompt(READ)?).as_str()));
+    let order: Vec<_> = found.runs.iter().map(|r| (r.memory_budget, r.variant.as_str())).collect();
     let each = |budget| ["stock", HALF, RETROFIT].map(|v| (budget, v));
     assert_eq!(order, [exact, short, 4 << 30].map(each).concat(), "budgets rise");
-    for r in &fit.runs {
+    for r in &found.runs {
         let ctx = r.ctx.ok_or("nothing fits")?;
         let at = |ctx| needs(r.plan.as_ref(), ctx);
         assert!(at(ctx)?.chunk_within(r.memory_budget, 128).is_ok());
@@ -63,13 +63,13 @@ fn no_larger_context_fits_and_the_run_is_provisioned_for_it() -> Any {
         assert!(within || r.status.starts_with("out of memory: the run took "), "{}", r.status);
     }
     for budget in [exact, short] {
-        let (stock, half, all) = (of(&fit, "stock", budget), of(&fit, HALF, budget), of(&fit, RETROFIT, budget));
+        let (stock, half, all) = (of(&found, "stock", budget), of(&found, HALF, budget), of(&found, RETROFIT, budget));
         assert_eq!(stock.ctx, Some(20 << 10));
         assert!(stock.ctx < half.ctx && half.ctx < all.ctx, "{:?}, {:?}, {:?}", stock.ctx, half.ctx, all.ctx);
         assert!(!stock.at_most && !half.at_most && all.at_most);
     }
-    assert_eq!(of(&fit, "stock", exact).prefill_chunk, Some(128), "the exact budget has room for no more");
-    assert!(fit.runs.iter().filter(|r| r.memory_budget == 4 << 30).all(|r| r.at_most && r.within));
+    assert_eq!(of(&found, "stock", exact).prefill_chunk, Some(128), "the exact budget has room for no more");
+    assert!(found.runs.iter().filter(|r| r.memory_budget == 4 << 30).all(|r| r.at_most && r.within));
     Ok(())
 }
 
@@ -78,18 +78,18 @@ fn what_fits_nowhere_is_recorded_and_the_rest_goes_on() -> Any {
     let place = Place::new()?;
     let flags = ["--memory-budget", "100000,4G", "--most", "1500", "--random-weights", "7", "--variants"];
     let variants = format!("stock,{RETROFIT}");
-    let out = fit(&place, &[&flags[..], &[&variants]].concat()).output()?;
+    let out = max_context(&place, &[&flags[..], &[&variants]].concat()).output()?;
     let (stdout, stderr) = (String::from_utf8(out.stdout)?, String::from_utf8(out.stderr)?);
     assert!(out.status.success(), "{stderr}");
-    let fit: MaxContexts = read(&place.out(), MAX_CONTEXT)?;
-    assert_eq!((fit.header.random_weights, fit.header.model.is_none(), fit.most_tokens), (Some(7), true, 1024));
+    let found: MaxContexts = read(&place.out(), MAX_CONTEXT)?;
+    assert_eq!((found.header.random_weights, found.header.model.is_none(), found.most_tokens), (Some(7), true, 1024));
     let says = "out of memory: --memory-budget: 97.7 KiB is ";
     for variant in ["stock", RETROFIT] {
-        let r = of(&fit, variant, 100_000);
+        let r = of(&found, variant, 100_000);
         assert!(r.status.starts_with(says) && r.status.contains("too little: weights take"), "{}", r.status);
         assert_eq!((r.ctx, r.at_most, r.within, r.needed_bytes, r.read_tokens), (None, false, false, None, None));
         assert!(r.kv.is_none() && r.sample.is_none() && r.prefill_chunk.is_none() && r.weights_bytes > 100_000);
-        let r = of(&fit, variant, 4 << 30);
+        let r = of(&found, variant, 4 << 30);
         assert_eq!((r.ctx, r.at_most, r.within, r.status.as_str()), (Some(1024), true, true, "ok"));
         assert_eq!(
             (r.read_tokens, r.prefill_chunk),
@@ -105,7 +105,7 @@ fn what_fits_nowhere_is_recorded_and_the_rest_goes_on() -> Any {
 }
 
 #[test]
-fn a_fit_reads_64k_or_what_there_is_room_for_and_replaces_the_file() -> Any {
+fn the_run_reads_64k_or_what_there_is_room_for_and_replaces_the_file() -> Any {
     let place = Place::new()?;
     std::fs::write(place.out(), r#"{"kind":"bfly-fit"}"#)?;
     let mut command = bench("fit");
@@ -113,15 +113,15 @@ fn a_fit_reads_64k_or_what_there_is_room_for_and_replaces_the_file() -> Any {
     command.args(["--most", "2k", "--decode", "3", "--prefill-chunk", "1000", "--quiet", "--out"]).arg(place.out());
     let out = command.output()?;
     assert!(out.status.success() && out.stderr.is_empty(), "{}", String::from_utf8_lossy(&out.stderr));
-    let fit: MaxContexts = read(&place.out(), MAX_CONTEXT)?;
-    let r = of(&fit, RETROFIT, 4 << 30);
+    let found: MaxContexts = read(&place.out(), MAX_CONTEXT)?;
+    let r = of(&found, RETROFIT, 4 << 30);
     assert_eq!((r.ctx, r.read_tokens, r.prefill_chunk), (Some(2048), Some(2045), Some(1000)));
-    assert!(read::<Ladder>(&place.out(), LADDER).is_err(), "a fit is no ladder");
-    // What is no fit is not replaced.
+    assert!(read::<Ladder>(&place.out(), LADDER).is_err(), "a file of largest contexts is no ladder");
+    // A file of another kind is not replaced.
     std::fs::write(place.out(), "{}")?;
     command.assert().code(2).stderr(predicates::str::contains("ladder.json: is no file of results"));
     assert_eq!(std::fs::read_to_string(place.out())?, "{}");
-    std::fs::write(place.out(), serde_json::to_vec(&fit)?)?;
+    std::fs::write(place.out(), serde_json::to_vec(&found)?)?;
     // Nor does a ladder go on with it.
     place.refuses(&["--ctx", "64"], &["is of kind `bfly-fit`; `bfly-ladder` is wanted"]);
     Ok(())

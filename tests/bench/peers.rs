@@ -83,7 +83,7 @@ fn peers_that_fail_are_named() -> Any {
     place.refuses(&["--ctx", "64", "--peer", &peer(""), "--peer", &peer("")], &["two are called fake sdpa"]);
     // A failure that a peer reports is an outcome.
     let command = peer("say='{\"status\": \"failed: something else\"}'");
-    let ladder = place.climb(&["--ctx", "64", "--variants", "stock", "--repeats", "1", "--peer", &command])?;
+    let ladder = place.run_ladder(&["--ctx", "64", "--variants", "stock", "--repeats", "1", "--peer", &command])?;
     assert_eq!(run(&ladder, "sdpa", 64).status, "failed: something else");
     Ok(())
 }

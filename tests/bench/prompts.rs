@@ -24,11 +24,11 @@ fn prompts_are_prefixes_of_the_documents_in_order() -> Any {
     let flags = |ctx: &'static str| {
         ["--ctx", ctx, "--texts", &folder, "--repeats", "1", "--variants", "stock"].map(String::from)
     };
-    let climb = |ctx| place.climb(&flags(ctx).each_ref().map(String::as_str));
-    let first = climb("13")?;
+    let run_ladder = |ctx| place.run_ladder(&flags(ctx).each_ref().map(String::as_str));
+    let first = run_ladder("13")?;
     assert_eq!((first.prompt.documents.as_slice(), first.prompt.tokens), (["early.txt".to_string()].as_slice(), 5));
     assert_eq!(first.prompt.sha256, hash(&[1, 2, 3, 4, 0]));
-    let both = climb("13,20")?;
+    let both = run_ladder("13,20")?;
     assert_eq!(both.prompt.documents, ["early.txt", "late.txt"]);
     assert_eq!(both.prompt.sha256, hash(&[1, 2, 3, 4, 0, 2, 3, 5, 4, 3, 2, 1]));
     assert!(both.prompt.tokenise_s.is_some());

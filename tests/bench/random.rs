@@ -24,7 +24,7 @@ fn random_weights_need_a_configuration_alone_and_results_say_so() -> Any {
         (dir.path().to_path_buf(), "7", "q4_0"),
     ] {
         place.model = model.to_string_lossy().into_owned();
-        let ladder = place.climb(&[&flags[..], &[seed, "--dtype", dtype]].concat())?;
+        let ladder = place.run_ladder(&[&flags[..], &[seed, "--dtype", dtype]].concat())?;
         let h = &ladder.header;
         assert_eq!((h.random_weights, h.model.is_none()), (Some(seed.parse()?), true));
         assert_eq!(h.dtype, if dtype == "auto" { "f32" } else { dtype });

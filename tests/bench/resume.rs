@@ -6,14 +6,14 @@ use super::*;
 fn a_ladder_goes_on_where_it_was_cut_off() -> Any {
     let place = Place::new()?;
     let flags = ["--ctx", "64,128", "--repeats", "2", "--variants", "stock,retrofit:block=16,window=16"];
-    let whole = place.climb(&flags)?;
+    let whole = place.run_ladder(&flags)?;
     // As if interrupted in the second repeat at 128.
     place.edit(|l| {
         let runs = l["runs"].as_array_mut().unwrap();
         runs[2]["samples"].as_array_mut().unwrap().pop();
         runs.pop();
     })?;
-    let resumed = place.climb(&flags)?;
+    let resumed = place.run_ladder(&flags)?;
     assert_eq!((resumed.header.resumed.len(), resumed.header.started.as_str()), (1, whole.header.started.as_str()));
     assert_eq!(resumed.runs.len(), 4);
     for (old, new) in whole.runs.iter().zip(&resumed.runs) {
@@ -27,13 +27,13 @@ fn a_ladder_goes_on_where_it_was_cut_off() -> Any {
     let before = std::fs::read(place.out())?;
     place.ladder(&flags).assert().success().stderr(predicates::str::contains("is complete"));
     assert_eq!(std::fs::read(place.out())?, before);
-    let more = place.climb(&["--ctx", "64,256", "--repeats", "3", "--variants", "stock"])?;
+    let more = place.run_ladder(&["--ctx", "64,256", "--repeats", "3", "--variants", "stock"])?;
     assert_eq!(more.prompt.tokens, 248);
     assert_eq!(run(&more, "stock", 64).samples.len(), 3);
     assert_eq!(run(&more, "stock", 64).samples[..2], run(&resumed, "stock", 64).samples[..]);
     assert_eq!((run(&more, "stock", 128).samples.len(), run(&more, "stock", 256).samples.len()), (2, 3));
     // Fewer than before are taken from the same stream.
-    place.climb(&["--ctx", "64", "--repeats", "4", "--variants", "stock"])?;
+    place.run_ladder(&["--ctx", "64", "--repeats", "4", "--variants", "stock"])?;
     Ok(())
 }
 
@@ -64,7 +64,7 @@ fn a_killed_ladder_leaves_a_whole_file() -> Any {
     assert_eq!((samples(&cut), run(&cut, "stock", 128).samples.len()), (5, 1));
     let entries = std::fs::read_dir(place.dir.path())?.count();
     assert_eq!(entries, 1, "nothing half-written stays beside the file");
-    let whole = place.climb(&[&flags[..], &["--peer", &peer("")]].concat())?;
+    let whole = place.run_ladder(&[&flags[..], &["--peer", &peer("")]].concat())?;
     assert_eq!(samples(&whole), 8);
     assert_eq!(run(&whole, "sdpa", 64).samples, run(&cut, "sdpa", 64).samples);
     Ok(())
@@ -76,7 +76,7 @@ fn files_of_something_else_are_refused() -> Any {
     let flags = ["--ctx", "64", "--repeats", "1", "--variants", "stock,retrofit:block=16,window=16"];
     let fake = peer("");
     let with_peer = [&flags[..], &["--peer", &fake]].concat();
-    place.climb(&with_peer)?;
+    place.run_ladder(&with_peer)?;
     let good = std::fs::read_to_string(place.out())?;
     let file = place.out().display().to_string();
     let spoilt = |text: &str, flags: &[&str], says: &[&str]| -> Any {

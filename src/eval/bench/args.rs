@@ -7,8 +7,8 @@ use super::max_context::{self, MaxContextArgs};
 use crate::error::Result;
 use clap::{Parser, Subcommand};
 
-/// Measures speed and memory: stock, retrofits and other engines on the same prompts, the largest context of each within a memory
-/// budget, and kernels against what the machine itself reaches.
+/// Measures speed and memory: stock, retrofits and other engines on the same prompts, the largest context of each
+/// within a memory budget, and kernels against what the machine itself reaches.
 #[derive(Debug, Parser)]
 #[command(name = "bfly-bench", version, arg_required_else_help = true, after_help = EXAMPLES)]
 pub struct Cli {

@@ -29,8 +29,8 @@ const CEILING_SAMPLES: usize = 10;
 /// Copies or products to a batch.
 const BATCH: usize = 4;
 
-/// Measures what `device` reaches: a copy within its memory and a square matrix product on random data, in bf16 on a GPU
-/// and f32 on a CPU.
+/// Measures what `device` reaches: a copy within its memory and a square matrix product on random data, in bf16 on a
+/// GPU and f32 on a CPU.
 ///
 /// # Errors
 /// Out of memory.

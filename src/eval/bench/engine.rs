@@ -61,8 +61,8 @@ pub struct Facts {
 }
 
 impl BflyEngine {
-    /// An engine over `weights`. With `shared`, memory is handed back to the driver after each run, for other processes on the device, or
-    /// so that the next run begins with the weights alone.
+    /// An engine over `weights`. With `shared`, memory is handed back to the driver after each run, for other processes
+    /// on the device, or so that the next run begins with the weights alone.
     pub fn new(weights: Arc<Weights>, shared: bool) -> Self {
         let device = weights.device().clone();
         Self { weights, device, shared, peaks: HashMap::new() }
@@ -87,7 +87,8 @@ impl BflyEngine {
 
     /// Reads the prompt of `work` and generates its new tokens.
     ///
-    /// The cache is allocated before the clock starts and dropped after it stops, so that only one variant's exists at a time.
+    /// The cache is allocated before the clock starts and dropped after it stops, so that only one variant's exists at
+    /// a time.
     ///
     /// # Errors
     /// Anything but out of memory, which is an outcome.

@@ -25,11 +25,12 @@ pub struct LadderArgs {
     /// Tokens to a prefill chunk.
     #[arg(long, value_name = "TOKENS", default_value = "4096", value_parser = parse_size)]
     pub prefill_chunk: usize,
-    /// Memory that a run may take, such as 10G (GiB; GB is 10^9): prefill chunks shrink to fit, and a run that takes more is recorded as out of memory.
+    /// Memory that a run may take, such as 10G (GiB; GB is 10^9): prefill chunks shrink to fit, and a run that takes more
+    /// is recorded as out of memory.
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub memory_budget: Option<u64>,
-    /// Write the results to FILE.json after every run, compressed where the name ends in .gz. An earlier file of the same ladder is
-    /// taken up where it was cut off.
+    /// Write the results to FILE.json after every run, compressed where the name ends in .gz. An earlier file of the
+    /// same ladder is taken up where it was cut off.
     #[arg(long, value_name = "FILE.json")]
     pub out: PathBuf,
     /// Show no progress, only warnings and the table.

@@ -26,8 +26,8 @@ pub struct MaxContextArgs {
     /// Largest context to consider; contexts are whole multiples of 1k.
     #[arg(long, value_name = "TOKENS", default_value = "1M", value_parser = parse_size)]
     pub most: usize,
-    /// Tokens that the verifying run reads, or fewer where the context found is smaller; the bytes of the cache do not depend on it
-    /// [default: 64k, or what --most has room for]
+    /// Tokens that the verifying run reads, or fewer where the context found is smaller; the bytes of the cache do not
+    /// depend on it [default: 64k, or what --most has room for]
     #[arg(long, value_name = "TOKENS", value_parser = parse_size)]
     pub read: Option<usize>,
     /// New tokens that the verifying run generates.
@@ -36,7 +36,8 @@ pub struct MaxContextArgs {
     /// Most tokens to a prefill chunk; fewer where the budget requires it, down to 128.
     #[arg(long, value_name = "TOKENS", default_value = "4096", value_parser = parse_size)]
     pub prefill_chunk: usize,
-    /// Write the results to FILE.json after every run, compressed where the name ends in .gz; an earlier file is replaced.
+    /// Write the results to FILE.json after every run, compressed where the name ends in .gz; an earlier file is
+    /// replaced.
     #[arg(long, value_name = "FILE.json")]
     pub out: PathBuf,
     /// Show no progress, only warnings and the table.
@@ -87,11 +88,12 @@ impl MaxContextArgs {
     }
 }
 
-/// Finds and verifies the largest context of every variant in every budget, and prints a table. Everything that can be refused is
-/// refused before weights are read.
+/// Finds and verifies the largest context of every variant in every budget, and prints a table. Everything that can be
+/// refused is refused before weights are read.
 ///
 /// # Errors
-/// Bad flags or files: named. A variant that fits at no context, and a run that exceeds its budget, are no errors: they are recorded.
+/// Bad flags or files: named. A variant that fits at no context, and a run that exceeds its budget, are no errors: they
+/// are recorded.
 pub fn run(args: &MaxContextArgs) -> Result<()> {
     let bars = Bars::new(args.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);

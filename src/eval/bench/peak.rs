@@ -4,8 +4,9 @@ use crate::cli::peak_memory;
 use crate::ops::{device_memory, reset_peak};
 use candle_core::{DType, Device, Tensor};
 
-/// Takes memory from the driver in one piece until the allocator holds `peak` bytes, and leaves it with the allocator: memory that
-/// [`crate::ops::release_memory`] gave back would otherwise be taken again piece by piece within a timed run.
+/// Takes memory from the driver in one piece until the allocator holds `peak` bytes, and leaves it with the allocator:
+/// memory that [`crate::ops::release_memory`] gave back would otherwise be taken again piece by piece within a timed
+/// run.
 pub fn take_memory(device: &Device, peak: u64) {
     if let Some(missing) = device_memory(device).and_then(|m| peak.checked_sub(m.used)).filter(|b| *b > 0) {
         // Where it cannot be had in one piece, the run will try in smaller ones.

@@ -1,7 +1,8 @@
 //! Another engine in the same ladder: a process that answers timed runs over a pipe.
 //!
-//! The protocol is that of integrations/transformers/README.md: one JSON object a line. A peer first says that it is ready and what it
-//! is; then each request names a file of token ids and lengths, and the reply is a timed run or a status.
+//! The protocol is that of integrations/transformers/README.md: one JSON object a line. A peer first says that it is
+//! ready and what it is; then each request names a file of token ids and lengths, and the reply is a timed run or a
+//! status.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::report::TimedRun;

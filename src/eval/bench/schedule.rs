@@ -109,7 +109,8 @@ impl Schedule<'_> {
         Ok(())
     }
 
-    /// Makes the `repeat`-th run of entry `i` at `ctx`, unless it is in the file already or an earlier one was out of memory.
+    /// Makes the `repeat`-th run of entry `i` at `ctx`, unless it is in the file already or an earlier one was out of
+    /// memory.
     fn turn(&mut self, i: usize, ctx: usize, repeat: usize) -> Result<()> {
         if self.missing(i, ctx) == 0 || self.timed(i, ctx) > repeat {
             return Ok(());
@@ -128,8 +129,8 @@ impl Schedule<'_> {
 
     /// Makes an untimed run of entry `i` before its first at `ctx`, and returns why it failed, if it did.
     ///
-    /// A first run pays for loading kernels and for memory from the driver, which a run of several seconds hides. A peer may compile as
-    /// well, so it always gets its warm-up.
+    /// A first run pays for loading kernels and for memory from the driver, which a run of several seconds hides. A
+    /// peer may compile as well, so it always gets its warm-up.
     fn warm_up(&mut self, i: usize, ctx: usize) -> Result<Option<String>> {
         let below = self.contexts.iter().rev().find(|c| **c < ctx).and_then(|c| self.run(i, *c));
         let slow = below.and_then(|r| r.summary.as_ref()).is_some_and(|s| s.end_to_end_s > SLOW_S);

@@ -14,8 +14,8 @@ use std::path::PathBuf;
 
 /// Draws figures from the JSON of measurements alone.
 ///
-/// Every figure is written four times: as SVG and as PNG, for light and for dark pages. The kind of measurement is read from each file; the
-/// subcommands ladder and kernels accept theirs alone.
+/// Every figure is written four times: as SVG and as PNG, for light and for dark pages. The kind of measurement is read
+/// from each file; the subcommands ladder and kernels accept theirs alone.
 #[derive(Debug, Parser)]
 #[command(
     name = "bfly-plot",
@@ -142,8 +142,8 @@ impl GraphArgs {
     }
 }
 
-/// Draws what the command line asks for. Every file is read and drawn before the first figure is written; paths go to stdout, remarks to
-/// stderr.
+/// Draws what the command line asks for. Every file is read and drawn before the first figure is written; paths go to
+/// stdout, remarks to stderr.
 ///
 /// # Errors
 /// A file that cannot be read or drawn, or a place that cannot be written to: named.

@@ -1,5 +1,5 @@
-//! Axes: where values lie, which of them are labelled, how numbers are written. [`super::scale`] chooses what a linear axis spans,
-//! [`nice_range`] what a logarithmic one does.
+//! Axes: where values lie, which of them are labelled, how numbers are written. [`super::scale`] chooses what a linear
+//! axis spans, [`nice_range`] what a logarithmic one does.
 
 use super::scene::{Anchor, Area, Scene};
 use super::text::Thinning;
@@ -68,7 +68,8 @@ fn value(m: u32, e: i32) -> f64 {
     format!("{m}e{e}").parse().unwrap_or(f64::NAN)
 }
 
-/// The ticks of a logarithmic axis: 1, 2 and 5 of each decade, or powers of ten over many decades, or some of these over very many.
+/// The ticks of a logarithmic axis: 1, 2 and 5 of each decade, or powers of ten over many decades, or some of these
+/// over very many.
 pub fn ticks(low: f64, high: f64) -> Vec<Tick> {
     let ms: &[u32] = if high / low > 500.0 { &[1] } else { &[1, 2, 5] };
     let every = ((high / low).log10() / 8.0).ceil().max(1.0) as i32;

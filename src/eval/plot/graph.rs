@@ -1,5 +1,5 @@
-//! Which block reads which, stage by stage, and how far information travels through the layers, drawn from the routes that the operator
-//! reads.
+//! Which block reads which, stage by stage, and how far information travels through the layers, drawn from the routes
+//! that the operator reads.
 
 use super::page::{Key, Page, CONTENT};
 use super::scene::{Anchor, Area, Scene};
@@ -137,7 +137,8 @@ impl Drawing {
         }
     }
 
-    /// Edges of a layer at `stage` as (reader, read, length): joined along diagonals, or single where the blocks are few.
+    /// Edges of a layer at `stage` as (reader, read, length): joined along diagonals, or single where the blocks are
+    /// few.
     fn edges(&self, stage: usize) -> Vec<(usize, usize, usize)> {
         let mut runs: Vec<(usize, usize, usize)> = vec![];
         let mut open: Vec<usize> = vec![];
@@ -180,8 +181,8 @@ impl Drawing {
         reached
     }
 
-    /// Draws a row per number of layers, filled where a block reaches the last one, and returns where the rows end; `enough` layers reach
-    /// all blocks.
+    /// Draws a row per number of layers, filled where a block reaches the last one, and returns where the rows end;
+    /// `enough` layers reach all blocks.
     fn reach(&self, scene: &mut Scene, top: f64, enough: Option<usize>) -> f64 {
         let n = self.grid.blocks;
         let title = format!("Blocks whose state reaches block {} through the first k swapped layers", n - 1);

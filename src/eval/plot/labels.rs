@@ -16,7 +16,8 @@ pub fn along(from: At, to: At) -> impl Iterator<Item = Area> {
     (0..=60).map(move |i| at(f64::from(i) / 60.0)).map(|(x, y)| Area { x: x - 2.0, y: y - 3.0, w: 4.0, h: 6.0 })
 }
 
-/// Writes `text` beside `mark` where nothing else stands, farther off with a leader line where it must; not at all where no room is left.
+/// Writes `text` beside `mark` where nothing else stands, farther off with a leader line where it must; not at all
+/// where no room is left.
 pub fn beside(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, mark: At, text: &str) {
     let directions =
         [(1.0, 0.0), (0.7, -0.8), (0.7, 0.8), (0.0, -1.0), (0.0, 1.0), (-0.7, -0.8), (-0.7, 0.8), (-1.0, 0.0)];
@@ -41,8 +42,8 @@ pub fn beside(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, mark: At, te
     scene.text(at, Anchor::Middle, LABEL, text);
 }
 
-/// Writes `text` above a mark that spans `top..bottom` at `x`, higher with a leader line where it must, or below it; not at all where no
-/// room is left. Among marks that stand close, only straight up is unmistakable.
+/// Writes `text` above a mark that spans `top..bottom` at `x`, higher with a leader line where it must, or below it;
+/// not at all where no room is left. Among marks that stand close, only straight up is unmistakable.
 pub fn above(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, (x, top, bottom): (f64, f64, f64), text: &str) {
     let up = (0..12).map(|i| (i, top - MARKER - 7.0 - 12.0 * f64::from(i), top - MARKER));
     let down = (0..12).map(|i| (i, bottom + MARKER + 7.0 + 12.0 * f64::from(i), bottom + MARKER));

@@ -12,8 +12,8 @@
 //! | `quality/` | answers, distributions, layers, settings, positions |
 //! | `graph` | which block reads which, and the reach |
 //!
-//! A figure is a function from a record to a [`scene::Scene`]. It names inks and type sizes of [`theme`] and nothing else about looks, so a
-//! change there changes every figure.
+//! A figure is a function from a record to a [`scene::Scene`]. It names inks and type sizes of [`theme`] and nothing
+//! else about looks, so a change there changes every figure.
 //!
 //! | file | what figures share |
 //! |---|---|

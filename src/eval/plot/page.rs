@@ -87,7 +87,8 @@ impl Key {
     }
 }
 
-/// The entry of the shade beyond the trained length, which `says` what it means; `None` where no value up to `high` lies there.
+/// The entry of the shade beyond the trained length, which `says` what it means; `None` where no value up to `high`
+/// lies there.
 pub fn trained_key(header: &Header, high: f64, says: &str) -> Option<Key> {
     let trained = header.trained_positions;
     let text = format!("beyond the trained length ({}): {says}", short_count(trained));

@@ -1,4 +1,5 @@
-//! A panel: a title, two axes with their labels, and the region beyond the trained length shaded. Everything that has axes is drawn in one.
+//! A panel: a title, two axes with their labels, and the region beyond the trained length shaded. Everything that has
+//! axes is drawn in one.
 
 use super::axis::{draw as draw_axes, Axis};
 use super::scale::Scale;
@@ -26,7 +27,8 @@ pub struct Panel<'a> {
     pub y: &'a Scale,
     /// Value of the horizontal axis from which on the panel is shaded.
     pub shaded_from: Option<f64>,
-    /// Height of the rows of crosses above the plot, for a panel that has them; the shade covers these too, and has no edge line.
+    /// Height of the rows of crosses above the plot, for a panel that has them; the shade covers these too, and has no
+    /// edge line.
     pub crosses: Option<f64>,
 }
 

@@ -1,7 +1,7 @@
 //! Scenes as SVG and PNG.
 //!
-//! plotters places everything on whole units, so both are drawn at [`DETAIL`] times their size: the header of an SVG says at which size it
-//! is shown, and each pixel of a PNG is the mean of four.
+//! plotters places everything on whole units, so both are drawn at [`DETAIL`] times their size: the header of an SVG
+//! says at which size it is shown, and each pixel of a PNG is the mean of four.
 
 use super::scene::{Anchor, Scene, Shape};
 use super::text::{font, EM_TO_LINE};

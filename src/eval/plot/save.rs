@@ -9,7 +9,8 @@ use crate::ErrorKind;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-/// Writes each figure in both themes as SVG and PNG to `dir`, which is created, and returns the paths `PREFIX-NAME-THEME.svg` and `.png`.
+/// Writes each figure in both themes as SVG and PNG to `dir`, which is created, and returns the paths
+/// `PREFIX-NAME-THEME.svg` and `.png`.
 ///
 /// # Errors
 /// A place that cannot be written to, named.

@@ -1,4 +1,5 @@
-//! A drawing as plain data: shapes in figure units with y downwards, in inks rather than colours. [`super::render`] turns it into files.
+//! A drawing as plain data: shapes in figure units with y downwards, in inks rather than colours. [`super::render`]
+//! turns it into files.
 
 use super::text::text_area;
 use super::theme::{self, Ink, Type};

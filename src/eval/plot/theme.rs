@@ -1,8 +1,8 @@
 //! What figures look like: colours for light and dark pages, type sizes, line widths. Nothing else decides any of them.
 //!
-//! Figures name an [`Ink`], never a colour, so that one drawing serves both themes. The series colours are distinguishable to people with
-//! normal vision and with each of the three dichromacies, on the paper they are used on, as tests check. Every series also has a marker of
-//! its own.
+//! Figures name an [`Ink`], never a colour, so that one drawing serves both themes. The series colours are
+//! distinguishable to people with normal vision and with each of the three dichromacies, on the paper they are used on,
+//! as tests check. Every series also has a marker of its own.
 
 /// Red, green and blue.
 pub type Rgb = (u8, u8, u8);

@@ -1,7 +1,9 @@
-//! `ablate`: one setting changed at a time, everything else equal, with differences paired text by text and question by question.
+//! `ablate`: one setting changed at a time, everything else equal, with differences paired text by text and question by
+//! question.
 //!
-//! Partner rules are compared at the same allocated bytes: bytes that a rule does not use widen its window, and a rule that needs more has
-//! a narrower one. Two variants whose measured queries read the same are not compared, since their difference would be noise.
+//! Partner rules are compared at the same allocated bytes: bytes that a rule does not use widen its window, and a rule
+//! that needs more has a narrower one. Two variants whose measured queries read the same are not compared, since their
+//! difference would be noise.
 
 use super::eval_args::EvalArgs;
 use super::eval_set_args::EvalSetArgs;
@@ -107,7 +109,8 @@ pub fn run(args: &AblateArgs) -> Result<()> {
 /// A changed setting, its value, and all settings with it.
 type Changed = (AblationAxis, String, Settings);
 
-/// Every change of `base` along `axes` to a value that it does not have, and the partner rules that do not fit into its bytes.
+/// Every change of `base` along `axes` to a value that it does not have, and the partner rules that do not fit into its
+/// bytes.
 fn changes(
     axes: &[AblationAxis],
     base: &RetrofitPlan,

@@ -4,10 +4,11 @@ use super::{ablate, join, layers, needle, positions, ruler, smoke};
 use crate::error::Result;
 use clap::{Parser, Subcommand};
 
-/// Measures the quality of a retrofit against the stock model: distributions and greedy text, on the same tokens of real text.
+/// Measures the quality of a retrofit against the stock model: distributions and greedy text, on the same tokens of
+/// real text.
 ///
-/// Every figure is a mean over documents with its 95% confidence interval. With --fail-below and --fail-above it guards a CI: the exit
-/// code is 1 where a bound is missed, 2 where nothing could be measured.
+/// Every figure is a mean over documents with its 95% confidence interval. With --fail-below and --fail-above it guards
+/// a CI: the exit code is 1 where a bound is missed, 2 where nothing could be measured.
 #[derive(Debug, Parser)]
 #[command(
     name = "bfly-quality-smoke",
@@ -123,7 +124,8 @@ pub enum Command {
 /// Runs the subcommand, or the smoke test.
 ///
 /// # Errors
-/// See [`smoke::run`], [`ruler::run`], [`needle::run`], [`join::run`], [`layers::run`], [`ablate::run`] and [`positions::run`].
+/// See [`smoke::run`], [`ruler::run`], [`needle::run`], [`join::run`], [`layers::run`], [`ablate::run`] and
+/// [`positions::run`].
 pub fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
         None => smoke::run(&cli.smoke),

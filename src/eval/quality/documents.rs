@@ -1,7 +1,8 @@
 //! The texts that distributions are compared on: the middle of each of several documents.
 //!
-//! A document counts once at a context, with its middle tokens, so that title pages and tables of contents are left out and every context
-//! reads around the same place. A document with fewer tokens than a context is not read at that context.
+//! A document counts once at a context, with its middle tokens, so that title pages and tables of contents are left out
+//! and every context reads around the same place. A document with fewer tokens than a context is not read at that
+//! context.
 
 use crate::checkpoint::{Checkpoint, OnProgress};
 use crate::cli::short_count;
@@ -37,8 +38,9 @@ pub struct Excerpt {
 }
 
 impl Documents {
-    /// Reads up to `count` documents of `folder` that hold at least `least` tokens, in the order of its manifest; all of them for `None`.
-    /// For a checkpoint without a tokenizer they are random ids, long enough for excerpts of `most` tokens.
+    /// Reads up to `count` documents of `folder` that hold at least `least` tokens, in the order of its manifest; all
+    /// of them for `None`. For a checkpoint without a tokenizer they are random ids, long enough for excerpts of `most`
+    /// tokens.
     ///
     /// # Errors
     /// No documents, or none that is long enough.

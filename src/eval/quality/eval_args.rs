@@ -13,12 +13,14 @@ use std::path::PathBuf;
 /// The flags that all quality measurements share.
 #[derive(Debug, Args)]
 pub struct EvalArgs {
-    /// Variants to run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window, sink-tokens,
-    /// partner, layers, ...), plan=FILE, or kv=1/16 for the window with which the cache takes that share of a dense one; snapkv,
-    /// keydiff with budget=N or kv=1/16. A KEY=VALUE belongs to the method before it. May be repeated.
+    /// Variants to run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window,
+    /// sink-tokens, partner, layers, ...), plan=FILE, or kv=1/16 for the window with which the cache takes that share
+    /// of a dense one; snapkv, keydiff with budget=N or kv=1/16. A KEY=VALUE belongs to the method before it. May be
+    /// repeated.
     #[arg(long, value_name = "LIST", default_value = "retrofit")]
     pub variants: Vec<String>,
-    /// Folder of documents, as scripts/fetch_texts.py lays them out; a model without a tokenizer gets random ids instead.
+    /// Folder of documents, as scripts/fetch_texts.py lays them out; a model without a tokenizer gets random ids
+    /// instead.
     #[arg(long, value_name = "DIR", default_value = "texts")]
     pub texts: PathBuf,
     /// Tokens to a prefill chunk.

@@ -1,7 +1,8 @@
-//! The evaluation set of layers and settings: distributions on text, in prefill and in decode, and the loss on expected answers.
+//! The evaluation set of layers and settings: distributions on text, in prefill and in decode, and the loss on expected
+//! answers.
 //!
-//! A score per sample would need hundreds of samples to tell small changes apart. The loss on the expected answer changes smoothly, and
-//! long before a needle is lost.
+//! A score per sample would need hundreds of samples to tell small changes apart. The loss on the expected answer
+//! changes smoothly, and long before a needle is lost.
 
 use super::documents::Excerpt;
 use super::metrics::{compare, Position, Rows};

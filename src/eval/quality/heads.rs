@@ -1,8 +1,8 @@
 //! Retrieval heads, which copy the answer out of the text (Wu et al. 2024, <https://arxiv.org/abs/2404.15574>).
 //!
-//! While the model reads the expected answer token by token, a head scores at a step where the position that it attends to most is that of
-//! the next token inside the needle. A head's score is its share of such steps; 1 copies always, and most heads score 0. Only dense layers
-//! are observed, since a swapped layer may not hold the needle at all.
+//! While the model reads the expected answer token by token, a head scores at a step where the position that it attends
+//! to most is that of the next token inside the needle. A head's score is its share of such steps; 1 copies always, and
+//! most heads score 0. Only dense layers are observed, since a swapped layer may not hold the needle at all.
 
 use super::prompting::Prompt;
 use crate::cache::LayerState;
@@ -35,8 +35,8 @@ impl Tally {
         self.steps
     }
 
-    /// Reads `prompt` and then `answer`, and counts the heads that copy. A prompt that does not contain the tokens of `answer` counts
-    /// nothing.
+    /// Reads `prompt` and then `answer`, and counts the heads that copy. A prompt that does not contain the tokens of
+    /// `answer` counts nothing.
     ///
     /// # Errors
     /// As [`Run::forward`].

@@ -21,7 +21,8 @@ pub struct JoinArgs {
 /// Joins the files, and prints a table.
 ///
 /// # Errors
-/// A file that is none of answers; files of different measurements, or with the same cell: both files, and what differs.
+/// A file that is none of answers; files of different measurements, or with the same cell: both files, and what
+/// differs.
 pub fn run(args: &JoinArgs) -> Result<()> {
     prove_replaceable(&args.out, ANSWERS)?;
     let files = args.files.iter().map(|f| Ok((f.as_path(), read(f, ANSWERS)?))).collect::<Result<Vec<_>>>()?;

@@ -10,8 +10,8 @@
 //! | overlap | how many tokens are among the likeliest [`TOP`] of both |
 //! | loss | `-ln q(next token)`; its mean's exponential is the perplexity |
 //!
-//! Everything is summed in f64 on the host, over every token of the vocabulary: a distance between two lists of likely tokens is another
-//! quantity. Equal logits give exactly 0, equal likeliest tokens and the whole overlap.
+//! Everything is summed in f64 on the host, over every token of the vocabulary: a distance between two lists of likely
+//! tokens is another quantity. Equal logits give exactly 0, equal likeliest tokens and the whole overlap.
 
 use crate::error::{Error, ErrorKind, Result};
 use candle_core::{DType, Device, Tensor};

@@ -1,7 +1,8 @@
 //! Quality: what a variant keeps of the stock model, with confidence intervals and CI gates.
 //!
 //! ```text
-//! documents, tasks --> runner (stock, then each variant, on the same tokens) --> metrics, scores --> report (every sample)
+//! documents, tasks --> runner (stock, then each variant, on the same tokens)
+//!                        `--> metrics, scores --> report (every sample)
 //! ```
 //!
 //! | file | owns |

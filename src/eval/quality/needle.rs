@@ -1,4 +1,5 @@
-//! `needle`: one needle over a grid of lengths and depths (Kamradt 2023, <https://github.com/gkamradt/LLMTest_NeedleInAHaystack>).
+//! `needle`: one needle over a grid of lengths and depths (Kamradt 2023,
+//! <https://github.com/gkamradt/LLMTest_NeedleInAHaystack>).
 
 use super::sample_args::{CellSpec, SampleArgs};
 use super::tasks::{needle, Draw, Hay, Sample, NEEDLE};

@@ -23,7 +23,8 @@ pub struct Prompting {
 /// A sample as tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prompt {
-    /// Ids that are read before the cache is told that the context is over; empty where methods that evict may see the question.
+    /// Ids that are read before the cache is told that the context is over; empty where methods that evict may see the
+    /// question.
     pub context: Vec<u32>,
     /// Ids that are read after the context.
     pub rest: Vec<u32>,
@@ -73,7 +74,8 @@ impl Prompting {
     /// The prompt of `sample`.
     ///
     /// # Errors
-    /// A template that changes the text it is given; a sample that does not say where its question begins, where that is needed.
+    /// A template that changes the text it is given; a sample that does not say where its question begins, where that
+    /// is needed.
     pub fn prompt(&self, sample: &Sample) -> Result<Prompt> {
         let rendered = self.rendered(&sample.input)?;
         // A template brings its own space.

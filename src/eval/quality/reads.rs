@@ -1,4 +1,5 @@
-//! What the measured queries of a plan read: whether two plans differ there at all, and how many summaries a query reads.
+//! What the measured queries of a plan read: whether two plans differ there at all, and how many summaries a query
+//! reads.
 
 use crate::error::Result;
 use crate::layout::Layout;

@@ -1,8 +1,8 @@
 //! `ruler`: RULER's tasks, made natively, answered by every variant, and scored by its rules.
 
-use super::sample_args::{CellSpec, SampleArgs};
+use super::sample_args::{CellSpec, Imported, SampleArgs};
 use super::tasks::{self, Draw, Sample, TASKS};
-use crate::cli::print;
+use crate::cli::{parse_size, print};
 use crate::error::{Error, Result};
 use crate::eval::report::table::answers_table;
 use clap::Args;
@@ -23,6 +23,9 @@ pub struct RulerArgs {
     /// Samples to read instead of making them: as --export writes them, or as RULER itself does.
     #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["samples", "seed", "squad", "hotpot", "ctx", "export"])]
     pub import: Option<PathBuf>,
+    /// Length that the samples of --import were made for, where the file does not tell it, as RULER's own do not.
+    #[arg(long, value_name = "TOKENS", requires = "import", value_parser = parse_size)]
+    pub import_length: Option<usize>,
     /// How samples are made and prompted.
     #[command(flatten)]
     pub sample: SampleArgs,
@@ -68,8 +71,11 @@ pub fn run(args: &RulerArgs) -> Result<()> {
         _ => None,
     };
     let missing = tasks::Missing { task: one, max_new_tokens: None };
-    let read =
-        args.import.as_ref().map(|f| Ok::<_, Error>((f, args.only_named(tasks::read(f, missing)?)?))).transpose()?;
+    let import = |path: &PathBuf| -> Result<Imported> {
+        let samples = args.only_named(tasks::read(path, missing)?)?;
+        Ok(Imported { path: path.clone(), samples, length: args.import_length })
+    };
+    let imported = args.import.as_ref().map(import).transpose()?;
     let sources = args.sample.sources(args.squad.as_ref(), args.hotpot.as_ref())?;
     let cells = args.sample.lengths().into_iter().flat_map(|length| tasks.iter().map(move |task| (length, *task)));
     let (sources, seed) = (&sources, args.sample.seed);
@@ -80,7 +86,7 @@ pub fn run(args: &RulerArgs) -> Result<()> {
         make: Box::new(move |index, count| task.sample(sources, Draw { length, seed, index }, count)),
     });
     let cells: Vec<_> = cells.collect();
-    if let Some(answers) = args.sample.run(&cells, read)? {
+    if let Some(answers) = args.sample.run(&cells, imported)? {
         print(answers_table(&answers))?;
     }
     Ok(())

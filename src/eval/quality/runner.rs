@@ -33,7 +33,8 @@ impl Runner {
 
 /// Workers over one copy of the weights; on a GPU each run has a stream of its own.
 ///
-/// Decode of a small model leaves most of a GPU idle, since a step waits for one small kernel after another; other workers fill it.
+/// Decode of a small model leaves most of a GPU idle, since a step waits for one small kernel after another; other
+/// workers fill it.
 pub struct Runners(Vec<Runner>);
 
 impl Runners {
@@ -59,7 +60,8 @@ impl Runners {
     }
 }
 
-/// The progress callback of one of several workers: it takes what this worker has read so far, and calls `show` with the sum over `all`.
+/// The progress callback of one of several workers: it takes what this worker has read so far, and calls `show` with
+/// the sum over `all`.
 pub fn together<'a>(all: &'a AtomicUsize, show: impl Fn(usize) + 'a) -> impl FnMut(usize) + 'a {
     let mut own = 0;
     move |n: usize| {

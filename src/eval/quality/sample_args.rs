@@ -5,7 +5,7 @@ use super::eval_args::EvalArgs;
 use super::prompting::Prompting;
 use super::runner::Runners;
 use super::tasks::{self, Prose, Questions, Sample, Sources, Words};
-use crate::cli::{at_least_one, parse_size, Bars};
+use crate::cli::{at_least_one, parse_size, short_count, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::resume::AnswersFile;
 use crate::eval::report::{prove_replaceable, Answers, Asked, ANSWERS};
@@ -31,10 +31,12 @@ pub struct SampleArgs {
     /// Render prompts with the model's chat template.
     #[arg(long)]
     pub chat: bool,
-    /// Tell the cache that the context is over before the question is read, so that methods that evict must choose without knowing it.
+    /// Tell the cache that the context is over before the question is read, so that methods that evict must choose
+    /// without knowing it.
     #[arg(long)]
     pub question_unseen: bool,
-    /// Samples answered side by side over one copy of the weights: a GPU that decodes one text of a small model is mostly idle.
+    /// Samples answered side by side over one copy of the weights: a GPU that decodes one text of a small model is
+    /// mostly idle.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
     pub jobs: usize,
     /// Write the samples to FILE.jsonl, one JSON object a line, for any other engine.
@@ -43,8 +45,8 @@ pub struct SampleArgs {
     /// Write the samples of --export and stop before weights are read.
     #[arg(long, requires = "export")]
     pub export_only: bool,
-    /// Write the results to FILE.json with every answer, compressed where the name ends in .gz; an earlier file is taken up where it
-    /// was cut off.
+    /// Write the results to FILE.json with every answer, compressed where the name ends in .gz; an earlier file is
+    /// taken up where it was cut off.
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
     /// Model, variants and texts. (The last field, since the heading of its last group holds for whatever follows.)
@@ -65,6 +67,16 @@ pub struct CellSpec<'a> {
     pub count: usize,
     /// Makes one sample.
     pub make: Make<'a>,
+}
+
+/// Samples that were read from a file.
+pub struct Imported {
+    /// File that they were read from.
+    pub path: PathBuf,
+    /// Samples in the order of the file.
+    pub samples: Vec<Sample>,
+    /// Length that they were made for, where they do not tell it themselves.
+    pub length: Option<usize>,
 }
 
 impl SampleArgs {
@@ -90,12 +102,12 @@ impl SampleArgs {
         })
     }
 
-    /// Makes the samples of `cells`, or takes those of `read`, prompts every variant with them, and returns the whole file of answers;
-    /// `None` with `--export-only`.
+    /// Makes the samples of `cells`, or takes those of `imported`, prompts every variant with them, and returns the
+    /// whole file of answers; `None` with `--export-only`.
     ///
     /// # Errors
     /// Bad flags or files, named, before weights are read; a variant that cannot be run.
-    pub fn run(&self, cells: &[CellSpec], read: Option<(&PathBuf, Vec<Sample>)>) -> Result<Option<Answers>> {
+    pub fn run(&self, cells: &[CellSpec], imported: Option<Imported>) -> Result<Option<Answers>> {
         let bars = Bars::new(self.eval.quiet);
         let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
         self.out.as_deref().map(|out| prove_replaceable(out, ANSWERS)).transpose()?;
@@ -107,15 +119,15 @@ impl SampleArgs {
         }
         let target = self.eval.open(&progress)?;
         // A mistake is told before samples are made, which can take a while.
-        let asked_for = if read.is_none() { self.lengths() } else { vec![] };
+        let asked_for = if imported.is_none() { self.lengths() } else { vec![] };
         self.eval.check_trained(&target, &asked_for, &bars)?;
         asked_for.into_iter().try_for_each(|length| target.variants_at(length).map(drop))?;
         let text = target.checkpoint().text()?;
         target.warn(&bars);
         let prompting = Prompting::new(text, self.chat, self.question_unseen, self.eval.prefill_chunk)?;
-        let from = read.as_ref().map(|(path, _)| path.display().to_string());
-        let sets = match read {
-            Some((_, samples)) => given(samples, &prompting)?,
+        let from = imported.as_ref().map(|i| i.path.display().to_string());
+        let sets = match imported {
+            Some(imported) => given(imported, &prompting, &bars)?,
             None => make(cells, &prompting, &bars)?,
         };
         if let Some(path) = &self.export {
@@ -163,21 +175,46 @@ fn make(cells: &[CellSpec], prompting: &Prompting, bars: &Bars) -> Result<Vec<Sa
     Ok(sets)
 }
 
-/// Sets of samples that were read from a file: one per task and length.
-fn given(samples: Vec<Sample>, prompting: &Prompting) -> Result<Vec<SampleSet>> {
+/// Tokens of which the length of a cell is a multiple, where neither file nor user tell it.
+const UNTOLD: usize = 512;
+
+/// Sets of imported samples: one per task and length.
+///
+/// # Errors
+/// A sample that is longer than the length that is stated for it.
+fn given(imported: Imported, prompting: &Prompting, bars: &Bars) -> Result<Vec<SampleSet>> {
     let mut sets: Vec<SampleSet> = vec![];
-    for sample in samples {
+    let mut untold = false;
+    for sample in imported.samples {
         let prompt = prompting.prompt(&sample)?;
         let tokens = prompt.tokens() + sample.max_new_tokens;
-        // RULER's own files do not tell it; samples fill their length nearly, which is a multiple of 512 as a rule.
-        let length = sample.made_for.filter(|n| *n >= tokens).unwrap_or(tokens.next_multiple_of(512));
+        let length = match (sample.made_for.filter(|n| *n >= tokens), imported.length) {
+            (Some(length), _) => length,
+            (None, Some(length)) if length < tokens => {
+                let message = format!(
+                    "{} is less than the {tokens} tokens of sample {} of {} and its answer; give {tokens} or more",
+                    short_count(length),
+                    sample.index,
+                    sample.task
+                );
+                return Err(Error::usage("--import-length", message));
+            }
+            (None, Some(length)) => length,
+            (None, None) => {
+                untold = true;
+                tokens.next_multiple_of(UNTOLD)
+            }
+        };
         match sets.iter_mut().find(|s| (&s.task, s.length) == (&sample.task, length)) {
             Some(set) => set.samples.push((sample, prompt)),
             None => sets.push(SampleSet { task: sample.task.clone(), length, samples: vec![(sample, prompt)] }),
         }
     }
-    match sets.is_empty() {
-        true => Err(Error::usage("--import", "holds no samples")),
-        false => Ok(sets),
+    if untold {
+        bars.warn(&format!(
+            "{} does not tell the length that it was made for: cells are multiples of {UNTOLD} tokens; --import-length makes them one",
+            imported.path.display()
+        ));
     }
+    Ok(sets)
 }

@@ -1,7 +1,7 @@
 //! Distributions and greedy text of variants against stock, on the same tokens of real text.
 //!
-//! Each text is read by stock, then by every variant, each with a cache of its own. Distributions are compared at the text's last
-//! positions, where a retrofit has the most to lose; greedy text continues from there through decode.
+//! Each text is read by stock, then by every variant, each with a cache of its own. Distributions are compared at the
+//! text's last positions, where a retrofit has the most to lose; greedy text continues from there through decode.
 
 use super::documents::{Documents, Excerpt};
 use super::eval_args::EvalArgs;

@@ -55,7 +55,8 @@ pub struct Ablation {
     pub stock: Score,
     /// Score of the retrofit that everything is changed from.
     pub base: Score,
-    /// Summaries that a measured query of the base reads in a swapped layer, as a mean; null in files of earlier builds.
+    /// Summaries that a measured query of the base reads in a swapped layer, as a mean; null in files of earlier
+    /// builds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_summaries_per_query: Option<f64>,
     /// One entry per changed setting and value.

@@ -11,6 +11,19 @@ use std::collections::BTreeMap;
 /// `kind` of a file of answers.
 pub const ANSWERS: &str = "bfly-answers";
 
+/// Tasks whose questions are in files that the user brings.
+pub const FILE_TASKS: [&str; 2] = ["qa_1", "qa_2"];
+
+/// The means to show over `tasks`, each with its name: one over all, and beside it one over those that need no file of
+/// questions, where some do and some do not.
+pub fn means<'a>(tasks: &[&'a str]) -> Vec<(String, Vec<&'a str>)> {
+    let plain: Vec<&str> = tasks.iter().copied().filter(|t| !FILE_TASKS.contains(t)).collect();
+    match plain.len() {
+        n if n == 0 || n == tasks.len() => vec![("mean".into(), tasks.to_vec())],
+        n => vec![(format!("mean of {n}"), plain), (format!("mean of {}", tasks.len()), tasks.to_vec())],
+    }
+}
+
 /// Answers to tasks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Answers {
@@ -103,7 +116,8 @@ impl Cell {
         Estimate::of(&self.independent())
     }
 
-    /// Scores in percent of what varies independently: of each sample; in a grid of each needle, as its mean over depths.
+    /// Scores in percent of what varies independently: of each sample; in a grid of each needle, as its mean over
+    /// depths.
     pub fn independent(&self) -> Vec<f64> {
         let mut depths: Vec<f64> = self.answers.iter().filter_map(|a| a.depth).collect();
         depths.sort_by(f64::total_cmp);
@@ -124,6 +138,14 @@ impl Cell {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mean_with_questions_stands_beside_the_one_without() {
+        assert_eq!(means(&["vt", "cwe"]), [("mean".to_string(), vec!["vt", "cwe"])]);
+        assert_eq!(means(&["qa_1"]), [("mean".to_string(), vec!["qa_1"])]);
+        let both = [("mean of 2".to_string(), vec!["vt", "cwe"]), ("mean of 3".to_string(), vec!["vt", "qa_2", "cwe"])];
+        assert_eq!(means(&["vt", "qa_2", "cwe"]), both);
+    }
 
     #[test]
     fn a_needle_counts_once_whatever_its_depths() {

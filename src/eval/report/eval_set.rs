@@ -1,4 +1,5 @@
-//! What layers and settings are judged by: distributions on text, in prefill and in decode, and the loss on expected answers.
+//! What layers and settings are judged by: distributions on text, in prefill and in decode, and the loss on expected
+//! answers.
 
 use super::variant::VariantRecord;
 use serde::{Deserialize, Serialize};

@@ -1,7 +1,8 @@
 //! Answers of several processes as one file.
 //!
-//! Only who answered which cells may vary between the files: the model, its weight format, the build, the device and the way of prompting
-//! must be the same, and no cell may be in two files. Cells are put in order of length, then of task and variant as first met.
+//! Only who answered which cells may vary between the files: the model, its weight format, the build, the device and
+//! the way of prompting must be the same, and no cell may be in two files. Cells are put in order of length, then of
+//! task and variant as first met.
 
 use super::answers::{Answers, JoinedPart};
 use crate::cli::short_count;

@@ -52,7 +52,8 @@ pub struct KernelRun {
 }
 
 impl KernelRun {
-    /// Whether the copy is the ceiling that binds this kernel, not the matrix product: its arithmetic intensity lies left of the ridge.
+    /// Whether the copy is the ceiling that binds this kernel, not the matrix product: its arithmetic intensity lies
+    /// left of the ridge.
     pub fn bound_by_copy(&self, ceilings: &Ceilings) -> bool {
         self.flop / self.bytes * ceilings.copy_gb_s / 1e3 < ceilings.matmul_tflop_s
     }

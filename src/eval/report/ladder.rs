@@ -139,8 +139,8 @@ pub struct ReadBytes {
 }
 
 impl ReadBytes {
-    /// The bytes that decode steps at `positions` read under `layout`, as a mean: `weights`, and every key and value that the step's
-    /// queries may see, once per KV head ([`Layout::bytes_read`]).
+    /// The bytes that decode steps at `positions` read under `layout`, as a mean: `weights`, and every key and value
+    /// that the step's queries may see, once per KV head ([`Layout::bytes_read`]).
     ///
     /// # Errors
     /// As [`Layout::bytes_read`].
@@ -159,7 +159,8 @@ pub struct TimedRun {
     pub ttft_s: f64,
     /// Seconds from the ids on the host to the last new token's id on the host.
     pub end_to_end_s: f64,
-    /// Seconds between the tokens after the first: per host synchronisation, the mean over the `fetched_tokens` that it fetched.
+    /// Seconds between the tokens after the first: per host synchronisation, the mean over the `fetched_tokens` that it
+    /// fetched.
     pub inter_token_s: Vec<f64>,
     /// New tokens fetched per host synchronisation.
     pub fetched_tokens: usize,
@@ -188,7 +189,8 @@ pub struct Summary {
     pub prefill_tok_s: f64,
     /// New tokens per second at the median time between tokens.
     pub decode_tok_s: f64,
-    /// Bytes read per decode step over the median time between tokens, in GB/s (10⁹); null where the engine does not tell.
+    /// Bytes read per decode step over the median time between tokens, in GB/s (10⁹); null where the engine does not
+    /// tell.
     pub decode_gb_s: Option<f64>,
     /// Highest peak of all runs in bytes.
     pub peak_device_bytes: u64,
@@ -212,7 +214,8 @@ mod tests {
         assert_eq!(read(None, 100..102), ReadBytes { weights: 99, kv: 4.0 * row as f64 * 101.5 });
         let settings = Settings { block: 16, window: 32, sink_tokens: 4, partner: "all".into(), ..Settings::default() };
         let plan = RetrofitPlan::new(&spec, Some(vec![2]), settings).unwrap();
-        // Position 100 is the fifth of block 6: window from block 4 on, 37 keys; 4 sinks; blocks 0 to 3, all with a summary.
+        // Position 100 is the fifth of block 6: window from block 4 on, 37 keys; 4 sinks; blocks 0 to 3, all with a
+        // summary.
         let want = row as f64 * (3.0 * 101.0 + (37 + 4 + 4) as f64);
         assert_eq!(read(Some(&plan), 100..101).kv, want);
         // Within the first window there are neither sinks to add nor summaries.

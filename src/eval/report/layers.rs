@@ -55,14 +55,16 @@ pub struct Layers {
     pub head_steps: usize,
     /// Scores with one layer swapped at a time, in order of layers.
     pub single: Vec<Single>,
-    /// Rounds after `single`, with [`Rank::Rounds`]; their scores hold answers or texts alone, whichever layers are ranked by.
+    /// Rounds after `single`, with [`Rank::Rounds`]; their scores hold answers or texts alone, whichever layers are
+    /// ranked by.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rounds: Vec<Round>,
     /// All layers, the most sensitive first.
     pub order: Vec<usize>,
     /// Scores with the first layers of `order` kept dense and the others swapped.
     pub curve: Vec<CurvePoint>,
-    /// Scores that stand nowhere else in the file: all of an unfinished study, later those that an earlier ranking asked for.
+    /// Scores that stand nowhere else in the file: all of an unfinished study, later those that an earlier ranking
+    /// asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub judged: Vec<Score>,
 }

@@ -51,7 +51,8 @@ pub fn now() -> String {
     rfc3339(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()))
 }
 
-/// `seconds` since 1970, with days converted to dates as in Hinnant's `civil_from_days` (<https://howardhinnant.github.io/date_algorithms.html>).
+/// `seconds` since 1970, with days converted to dates as in Hinnant's `civil_from_days`
+/// (<https://howardhinnant.github.io/date_algorithms.html>).
 fn rfc3339(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     let shifted = days + 719_468;

@@ -41,8 +41,8 @@ pub struct MaxContextRun {
     pub eviction: Option<EvictionPlan>,
     /// Bytes of memory that the run was allowed to take.
     pub memory_budget: u64,
-    /// Largest context that fits by arithmetic, in whole multiples of 1024 tokens, for which the cache was provisioned; null where none
-    /// fits.
+    /// Largest context that fits by arithmetic, in whole multiples of 1024 tokens, for which the cache was provisioned;
+    /// null where none fits.
     pub ctx: Option<usize>,
     /// Whether `ctx` is the largest that was considered, so that a larger one may fit.
     pub at_most: bool,

@@ -1,7 +1,7 @@
 //! Results: the records of every kind of file, their JSON form, and everything that follows from records alone.
 //!
-//! `bench` and `quality` write these records; tables, gates and figures read them. Nothing here knows how a number was measured or how a
-//! figure looks, and nothing else of [`crate::eval`] is imported.
+//! `bench` and `quality` write these records; tables, gates and figures read them. Nothing here knows how a number was
+//! measured or how a figure looks, and nothing else of [`crate::eval`] is imported.
 //!
 //! | file | owns |
 //! |---|---|
@@ -18,8 +18,8 @@
 //! | `trained` | the warning about contexts beyond the trained length |
 //! | `machine`, `prompt` | facts about the machine; the hash and the description of a prompt |
 //!
-//! Kinds of file are told apart by `kind`. All carry a `schema_version`, and [`read`] refuses another one than [`SCHEMA_VERSION`]. Field
-//! names are the keys of the JSON: renaming one makes earlier results unreadable.
+//! Kinds of file are told apart by `kind`. All carry a `schema_version`, and [`read`] refuses another one than
+//! [`SCHEMA_VERSION`]. Field names are the keys of the JSON: renaming one makes earlier results unreadable.
 
 mod ablation;
 mod answers;
@@ -43,7 +43,7 @@ mod trained;
 mod variant;
 
 pub use ablation::{Ablation, AblationAxis, Change, ABLATION};
-pub use answers::{Answer, Answers, Asked, Cell, JoinedPart, ANSWERS};
+pub use answers::{means, Answer, Answers, Asked, Cell, JoinedPart, ANSWERS, FILE_TASKS};
 pub use eval_set::{AnswerScore, EvalSetRecord, Score, TextScore};
 pub use file::{kind_of, prove_replaceable, prove_writable, read, save, stem};
 pub use header::{Ceilings, Header, Machine, SCHEMA_VERSION};

@@ -1,7 +1,7 @@
 //! How an answer is scored: RULER's two rules.
 //!
-//! Both ask whether an expected output occurs anywhere in the answer, ignoring case. A task's score is the mean over its samples, in
-//! percent.
+//! Both ask whether an expected output occurs anywhere in the answer, ignoring case. A task's score is the mean over
+//! its samples, in percent.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,9 +1,9 @@
 //! Medians and percentiles, and means with confidence intervals: the percentile bootstrap (Efron 1979,
 //! <https://doi.org/10.1214/aos/1176344552>), seeded.
 //!
-//! The bootstrap resamples whatever varies independently: documents, or samples of a task. Positions of one document do not, so a
-//! document counts once, with its mean. Two variants are compared by their paired differences on the same documents or samples: what
-//! they have in common (an easy text, a hard question) falls out.
+//! The bootstrap resamples whatever varies independently: documents, or samples of a task. Positions of one document do
+//! not, so a document counts once, with its mean. Two variants are compared by their paired differences on the same
+//! documents or samples: what they have in common (an easy text, a hard question) falls out.
 
 use crate::checkpoint::splitmix;
 use serde::{Deserialize, Serialize};
@@ -119,7 +119,8 @@ mod tests {
 
     #[test]
     fn it_covers_the_truth_about_as_often_as_it_says() {
-        // Means of 20 values whose expectation is 0.5; the percentile interval is known to be a little narrow at this size.
+        // Means of 20 values whose expectation is 0.5; the percentile interval is known to be a little narrow at this
+        // size.
         let covered = (0..300).filter(|trial| {
             let values: Vec<f64> =
                 (0..20).map(|i| (splitmix(1000 + trial, i) >> 11) as f64 / (1u64 << 53) as f64).collect();

@@ -19,7 +19,8 @@ pub struct Kv {
     pub total_bytes: u64,
     /// Bytes that the stock model allocates for the same context and element type.
     pub dense_bytes: u64,
-    /// Most bytes allocated at once, where that is more than in the end: a rule that evicts once holds the whole context before it does.
+    /// Most bytes allocated at once, where that is more than in the end: a rule that evicts once holds the whole
+    /// context before it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_bytes: Option<u64>,
 }

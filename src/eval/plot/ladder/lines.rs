@@ -14,7 +14,8 @@ pub struct Lines<'a> {
     pub title: &'a str,
     /// Lines of the panel, the most important first.
     pub lines: &'a [Line],
-    /// Lines whose values the vertical axis holds: those of the panel, or also those of another one to be compared with.
+    /// Lines whose values the vertical axis holds: those of the panel, or also those of another one to be compared
+    /// with.
     pub scale: &'a [Line],
     /// Seconds or bytes of one unit of the title.
     pub unit: f64,
@@ -136,7 +137,8 @@ fn curve(scene: &mut Scene, line: &Line, at: &dyn Fn(usize, f64) -> (f64, f64)) 
     }
 }
 
-/// Draws a row of crosses for each line that misses runs, from `top` down, with the line's name where there is room beside them.
+/// Draws a row of crosses for each line that misses runs, from `top` down, with the line's name where there is room
+/// beside them.
 fn crosses(scene: &mut Scene, lines: &[Line], plot: &Plot, top: f64) {
     let missing = lines.iter().filter(|l| !l.missed.is_empty());
     for (row, line) in missing.enumerate() {

@@ -50,13 +50,18 @@ impl<'a> Cells<'a> {
         self.of(variant, Some(length)).find(|c| c.task == task).and_then(Cell::score)
     }
 
-    /// The mean over tasks, each with the same weight, in percent; `None` where the variant lacks a task, since means over different tasks
-    /// cannot be compared.
+    /// The mean over all tasks, as [`Self::mean_of`].
     pub fn mean(&self, variant: &str, length: usize) -> Option<Estimate> {
+        self.mean_of(&self.tasks(), variant, length)
+    }
+
+    /// The mean over `tasks`, each with the same weight, in percent; `None` where the variant lacks a task, since means
+    /// over different tasks cannot be compared.
+    pub fn mean_of(&self, tasks: &[&str], variant: &str, length: usize) -> Option<Estimate> {
         let scores = |task: &&str| -> Option<Vec<f64>> {
             self.of(variant, Some(length)).find(|c| c.task == *task).map(Cell::independent)
         };
-        Estimate::of_groups(&self.tasks().iter().map(scores).collect::<Option<Vec<_>>>()?)
+        Estimate::of_groups(&tasks.iter().map(scores).collect::<Option<Vec<_>>>()?)
     }
 
     /// A line that tells the number of samples and how they were prompted.

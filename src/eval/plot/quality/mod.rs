@@ -11,8 +11,9 @@
 //! | `ablation` | paired differences of every change from the base | `bfly-ablation` |
 //! | `positions` | the loss by position | `bfly-positions` |
 //!
-//! Intervals are those of [`Estimate`](crate::eval::report::Estimate): bootstrap, 95%, over documents or samples. A single document or
-//! sample has no interval, and none is drawn. `answers` chooses the figures of a file of answers, and `cells` sorts its cells.
+//! Intervals are those of [`Estimate`](crate::eval::report::Estimate): bootstrap, 95%, over documents or samples. A
+//! single document or sample has no interval, and none is drawn. `answers` chooses the figures of a file of answers,
+//! and `cells` sorts its cells.
 
 mod ablation;
 mod answers;
@@ -65,7 +66,8 @@ fn variants<'a>(records: impl IntoIterator<Item = &'a VariantRecord>) -> Vec<(&'
 
 const STOCK: usize = 1;
 
-/// The family of methods that a variant belongs to, and its style; `most` is the largest number of layers that a plan swaps.
+/// The family of methods that a variant belongs to, and its style; `most` is the largest number of layers that a plan
+/// swaps.
 fn family(record: &VariantRecord, most: usize) -> (String, usize) {
     match (&record.eviction, &record.plan) {
         (Some(plan), _) => {
@@ -97,8 +99,8 @@ fn share_of<'a>(records: impl IntoIterator<Item = &'a VariantRecord>) -> Option<
     }
 }
 
-/// A line on the evaluation set, such as `Read at 4k tokens: 8 texts (last 128 positions of each after prefill) and 32 questions
-/// (niah_single_2, niah_multikey_1)`, with a remark where it is beyond the trained length.
+/// A line on the evaluation set, such as `Read at 4k tokens: 8 texts (last 128 positions of each after prefill) and 32
+/// questions (niah_single_2, niah_multikey_1)`, with a remark where it is beyond the trained length.
 fn read_line(header: &Header, probed: &EvalSetRecord, texts: usize, questions: usize) -> String {
     let mut parts = vec![];
     if texts > 0 {

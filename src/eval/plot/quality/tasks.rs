@@ -1,4 +1,5 @@
-//! Scores by task: a row per task and one for their mean, a column per length, a marker with its interval per variant.
+//! Scores by task: a row per task and one for their mean (two where some tasks ask questions of a file), a column per
+//! length, a marker with its interval per variant.
 
 use super::cells::Cells;
 use super::{share_of, title};
@@ -10,7 +11,7 @@ use crate::eval::plot::target::target;
 use crate::eval::plot::text::{shorten, text_width};
 use crate::eval::plot::theme::{Ink, GROUP, HAIR, LABEL, MARGIN, PANEL, THIN, TICK};
 use crate::eval::plot::Figure;
-use crate::eval::report::Estimate;
+use crate::eval::report::{means, Estimate};
 
 /// Most lengths side by side.
 const PER_ROW: usize = 4;
@@ -36,7 +37,8 @@ pub fn figure(cells: &Cells) -> Figure {
     let mut page = Page::new(&heading, &[target(&cells.answers.header), about], &keys);
     let names = tasks.iter().map(|t| text_width(t, LABEL)).fold(30.0, f64::max).min(150.0) + 18.0;
     let row = (8.0 * variants.len() as f64 + 8.0).max(20.0);
-    let rows = tasks.len() + usize::from(tasks.len() > 1);
+    let means = if tasks.len() > 1 { means(&tasks) } else { vec![] };
+    let rows = tasks.len() + means.len();
     let height = 24.0 + row * rows as f64 + 34.0;
     let (left, width) = (MARGIN + names, CONTENT - names);
     let areas = grid(lengths.len(), PER_ROW, (left, width), page.y, height);
@@ -54,13 +56,13 @@ pub fn figure(cells: &Cells) -> Figure {
             }
             dots(&mut page.scene, band, variants.iter().map(|(v, s)| (*s, cells.score(v, task, *length))));
         }
-        if rows > tasks.len() {
-            let band = Area { y: plot.y + row * tasks.len() as f64, h: row, ..plot };
+        for (at, (name, of)) in (tasks.len()..).zip(&means) {
+            let band = Area { y: plot.y + row * at as f64, h: row, ..plot };
             page.scene.line((plot.x, band.y), (plot.right(), band.y), Ink::Axis, THIN);
             if i % PER_ROW == 0 {
-                page.scene.text((area.x - 16.0, band.y + row / 2.0), Anchor::End, GROUP, "mean");
+                page.scene.text((area.x - 16.0, band.y + row / 2.0), Anchor::End, GROUP, name);
             }
-            dots(&mut page.scene, band, variants.iter().map(|(v, s)| (*s, cells.mean(v, *length))));
+            dots(&mut page.scene, band, variants.iter().map(|(v, s)| (*s, cells.mean_of(of, v, *length))));
         }
         page.y = area.bottom();
     }
@@ -86,7 +88,8 @@ fn frame(scene: &mut Scene, plot: Area, row: f64) {
     }
 }
 
-/// Draws the variants' scores in a row, one below the other, with a cross left of the axis for a variant without answers.
+/// Draws the variants' scores in a row, one below the other, with a cross left of the axis for a variant without
+/// answers.
 fn dots(scene: &mut Scene, band: Area, scores: impl ExactSizeIterator<Item = (usize, Option<Estimate>)>) {
     let step = band.h / (scores.len() + 1) as f64;
     for (i, (style, score)) in scores.enumerate() {

@@ -227,6 +227,7 @@ fn no_text_of_answers_overlaps_another() {
         ("a fine grid", grid(30, 101, 2)),
         ("many maps", grid(3, 5, 20)),
         ("layers chosen in two ways", ruler_of(two_ways)),
+        ("questions of a file", ruler_of(with_questions)),
     ];
     assert_eq!(all[12].1.as_ref().map(Vec::len).unwrap(), 3, "9 to a figure");
     tidy(all);
@@ -305,6 +306,27 @@ fn tidy<const N: usize>(all: [(&str, crate::Result<Vec<Figure>>); N]) {
             assert_tidy(&format!("{what}, {}", figure.name), &figure.scene);
         }
     }
+}
+
+/// The cells of the first task once more, as a task that asks questions of a file.
+fn with_questions(answers: &mut Answers) {
+    let task = answers.cells[0].task.clone();
+    let more: Vec<Cell> = answers.cells.iter().filter(|c| c.task == task).cloned().collect();
+    answers.cells.extend(more.into_iter().map(|c| Cell { task: "qa_1".into(), ..c }));
+}
+
+#[test]
+fn the_mean_with_questions_stands_beside_the_one_without() {
+    let texts = |figures: crate::Result<Vec<Figure>>| -> Vec<String> {
+        let tasks = figures.unwrap().into_iter().find(|f| f.name == "tasks").unwrap();
+        let text = |s| if let Shape::Text { text, .. } = s { Some(text) } else { None };
+        tasks.scene.shapes.into_iter().filter_map(text).filter(|t| t.starts_with("mean")).collect()
+    };
+    let plain = texts(ruler_of(|_| ()));
+    assert!(plain.contains(&"mean".into()) && !plain.iter().any(|t| t.starts_with("mean of")), "{plain:?}");
+    let both = texts(ruler_of(with_questions));
+    let of: Vec<&String> = both.iter().filter(|t| t.starts_with("mean of")).collect();
+    assert!(of.len() == 2 && of[0] < of[1], "{both:?}");
 }
 
 /// Some layers kept, as two folders of plans say, besides all that is there.

@@ -1,5 +1,6 @@
-//! `layers`: which layers a model cannot do without. One layer is swapped at a time, or all are, round by round; then the most sensitive
-//! ones are kept dense, one more at a time, and each point of that curve has its score and its bytes.
+//! `layers`: which layers a model cannot do without. One layer is swapped at a time, or all are, round by round; then
+//! the most sensitive ones are kept dense, one more at a time, and each point of that curve has its score and its
+//! bytes.
 
 mod rounds;
 mod study;
@@ -30,7 +31,8 @@ pub struct LayersArgs {
     /// What makes a layer sensitive [default: answers, or text with --tasks none]
     #[arg(long)]
     pub rank_by: Option<RankBy>,
-    /// Numbers of layers that are kept dense on the curve, the most sensitive first [default: 0, 1, 2, 3, 4, 6, 8, 12, 16, ...]
+    /// Numbers of layers that are kept dense on the curve, the most sensitive first [default: 0, 1, 2, 3, 4, 6, 8, 12,
+    /// 16, ...]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub keep: Vec<usize>,
     /// Scores computed side by side over one copy of the weights.
@@ -39,8 +41,8 @@ pub struct LayersArgs {
     /// Write the plan of each point as DIR/dense-K.json, for bfly-retrofit --plan.
     #[arg(long, value_name = "DIR")]
     pub plans: Option<PathBuf>,
-    /// Write the results to FILE.json with every document and sample, compressed where the name ends in .gz. Scores that the same
-    /// build has left there are taken over, however it ranked layers.
+    /// Write the results to FILE.json with every document and sample, compressed where the name ends in .gz. Scores
+    /// that the same build has left there are taken over, however it ranked layers.
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
     /// Evaluation set.
@@ -51,8 +53,8 @@ pub struct LayersArgs {
     pub eval: EvalArgs,
 }
 
-/// `layers` in order of their best head in `heads`, which are sorted with the best first; layers without a head keep their order at the
-/// end.
+/// `layers` in order of their best head in `heads`, which are sorted with the best first; layers without a head keep
+/// their order at the end.
 fn by_heads(heads: &[Head], layers: Vec<usize>) -> Vec<usize> {
     let best = |layer: &usize| heads.iter().position(|h| h.layer == *layer).unwrap_or(heads.len());
     let mut layers = layers;

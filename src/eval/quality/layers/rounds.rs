@@ -1,7 +1,8 @@
-//! Backward elimination of layers (sequential backward selection, Marill and Green 1963, <https://doi.org/10.1109/TIT.1963.1057810>).
+//! Backward elimination of layers (sequential backward selection, Marill and Green 1963,
+//! <https://doi.org/10.1109/TIT.1963.1057810>).
 //!
-//! Where two layers can stand in for each other, swapping either alone does nothing, and a ranking by single swaps ends with neither.
-//! Here every round scores the layers that are still dense on top of those already swapped:
+//! Where two layers can stand in for each other, swapping either alone does nothing, and a ranking by single swaps ends
+//! with neither. Here every round scores the layers that are still dense on top of those already swapped:
 //!
 //! ```text
 //! S = {}                                                  // swapped
@@ -10,8 +11,8 @@
 //!     S += the quarter of the layers left, at least one, with the least harm
 //! ```
 //!
-//! The order in which layers are kept is the reverse of that in which they were swapped. It costs about three times as many scores as
-//! swapping every layer once.
+//! The order in which layers are kept is the reverse of that in which they were swapped. It costs about three times as
+//! many scores as swapping every layer once.
 
 use crate::error::Result;
 use crate::eval::report::{by_harm, Round, Single};
@@ -27,8 +28,8 @@ pub fn settings(layers: usize) -> usize {
     std::iter::successors(after(&layers), after).sum()
 }
 
-/// All layers of `first`, the one to keep longest first, and the rounds after it. `score` takes the layers that are swapped already and
-/// those to swap on top of them, one at a time.
+/// All layers of `first`, the one to keep longest first, and the rounds after it. `score` takes the layers that are
+/// swapped already and those to swap on top of them, one at a time.
 ///
 /// # Errors
 /// Those of `score`.

@@ -5,6 +5,8 @@ use super::rng::Rng;
 use super::words::Words;
 use crate::error::Result;
 
+/// The question.
+pub(super) const ASK: &str = "Question: What are the 10 most common words in the above list?";
 /// Number of common words.
 const COMMON: usize = 10;
 /// Tokens below which a prompt has fewer repeats.
@@ -41,7 +43,7 @@ fn draft((list, common): (String, Vec<String>)) -> Draft {
             "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear \
              most often.\n{list}\n"
         ),
-        question: "Question: What are the 10 most common words in the above list?".into(),
+        question: ASK.into(),
         answer_prefix: " Answer: The top 10 words that appear most often in the list are:".into(),
         outputs: common,
         depth: None,

@@ -26,7 +26,8 @@ impl Counter {
     }
 }
 
-/// Sources with 90 nouns, 40 adjectives and 600 verbs of equal length, so that none contains another, and a real text of 5,000 words.
+/// Sources with 90 nouns, 40 adjectives and 600 verbs of equal length, so that none contains another, and a real text
+/// of 5,000 words.
 pub fn sources() -> Sources {
     let make = |kind: char, n: usize| (0..n).map(|i| format!("{kind}{i:03}")).collect();
     Sources {

@@ -1,5 +1,5 @@
-//! Frequent words: a text of made-up words whose frequencies follow a zeta distribution, and a question for the three most frequent ones
-//! after dots, which are more frequent still.
+//! Frequent words: a text of made-up words whose frequencies follow a zeta distribution, and a question for the three
+//! most frequent ones after dots, which are more frequent still.
 
 use super::length_search::{Call, Draft, Maker};
 use super::rng::Rng;
@@ -7,13 +7,18 @@ use std::f64::consts::PI;
 
 /// `zeta(2)`, the normalisation of the distribution, whose exponent is 2.
 const ZETA: f64 = PI * PI / 6.0;
+/// The question.
+pub(super) const ASK: &str =
+    "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently \
+                              appeared words in the above coded text?";
 /// Most tokens of the answer.
 pub(super) const ROOM: usize = 50;
 /// Letters of a made-up word.
 const LETTERS: usize = 6;
 /// The most frequent word.
 const DOTS: &str = "...";
-/// Number of words from which on the fourth most frequent one is more frequent than the fifth: `1 / (4^-2 - 5^-2) * zeta(2)`.
+/// Number of words from which on the fourth most frequent one is more frequent than the fifth: `1 / (4^-2 - 5^-2) *
+/// zeta(2)`.
 const LEAST: usize = 74;
 
 /// Occurrences of the word of `rank` (from 1) in a text of about `n` words.
@@ -44,9 +49,7 @@ pub(super) fn start<'a>(call: &Call<'a>) -> Maker<'a> {
                  coded words. {}\n",
                 words.join(" ")
             ),
-            question: "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most \
-                       frequently appeared words in the above coded text?"
-                .into(),
+            question: ASK.into(),
             answer_prefix: " Answer: According to the coded text above, the three most frequently appeared words are:".into(),
             outputs: vocabulary[1..4].to_vec(),
             depth: None,

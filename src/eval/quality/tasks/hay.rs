@@ -95,8 +95,8 @@ impl Prose {
     }
 }
 
-/// Whether a sentence ends between two words of a paragraph: after `.`, `!`, `?` or `…` (with closing quotes or brackets) and before a
-/// capital or a digit, but not after an abbreviation or an initial.
+/// Whether a sentence ends between two words of a paragraph: after `.`, `!`, `?` or `…` (with closing quotes or
+/// brackets) and before a capital or a digit, but not after an abbreviation or an initial.
 fn ends_sentence(word: &str, next: &str) -> bool {
     let word = word.trim_end_matches(['"', '\'', ')', ']', '}', '”', '’', '»', '_', '*']);
     let next = next.trim_start_matches(['"', '\'', '(', '[', '{', '“', '‘', '«', '_', '*']);

@@ -57,13 +57,15 @@ pub(super) struct Counted {
     pub tokens: usize,
 }
 
-/// Rounds of interpolation before the search falls back to bisection, for a text whose tokens are not linear in its units.
+/// Rounds of interpolation before the search falls back to bisection, for a text whose tokens are not linear in its
+/// units.
 const ROUNDS: usize = 6;
 
-/// The draft with the most hay whose prompt has at most `limit` tokens, to within 1/512 of it; the smallest draft where none fits.
+/// The draft with the most hay whose prompt has at most `limit` tokens, to within 1/512 of it; the smallest draft where
+/// none fits.
 ///
-/// Tokens are nearly linear in units, so the next size is interpolated between two known ones (regula falsi): a long text is counted two or
-/// three times, not at every step of a bisection.
+/// Tokens are nearly linear in units, so the next size is interpolated between two known ones (regula falsi): a long
+/// text is counted two or three times, not at every step of a bisection.
 pub(super) fn largest(maker: &Maker, limit: usize, count: Count) -> Result<Counted> {
     let make = |units: usize| -> Result<Counted> {
         let draft = (maker.draft)(units)?;

@@ -1,6 +1,8 @@
-//! RULER's thirteen tasks (Hsieh et al. 2024, <https://arxiv.org/abs/2404.06654>, <https://github.com/NVIDIA/RULER>), made and scored natively.
+//! RULER's thirteen tasks (Hsieh et al. 2024, <https://arxiv.org/abs/2404.06654>, <https://github.com/NVIDIA/RULER>),
+//! made and scored natively.
 //!
-//! A task makes prompts of any length whose answer is known. Templates, counts, tokens of the answer and scoring are RULER's:
+//! A task makes prompts of any length whose answer is known. Templates, counts, tokens of the answer and scoring are
+//! RULER's:
 //!
 //! | task | context | asks for | score |
 //! |---|---|---|---|
@@ -18,49 +20,56 @@
 //! | `qa_1` | documents, SQuAD | the answer to a question about one | part |
 //! | `qa_2` | documents, HotpotQA | the answer to a question about two | part |
 //!
-//! `all` is the share of the expected outputs that the answer contains, `part` whether it contains any ([`Rule`]). [`needle`] is one
-//! needle at a chosen depth, for a grid over lengths and depths (Kamradt 2023, <https://github.com/gkamradt/LLMTest_NeedleInAHaystack>).
+//! `all` is the share of the expected outputs that the answer contains, `part` whether it contains any ([`Rule`]).
+//! [`needle`] is one needle at a chosen depth, for a grid over lengths and depths (Kamradt 2023,
+//! <https://github.com/gkamradt/LLMTest_NeedleInAHaystack>).
 //!
 //! ```text
-//! words, hay, qa (files) --> niah, vt, cwe, fwe, qa (a draft with n units of hay) --> length_search (the n) --> sample --> JSONL
-//!                   rng ---^                                                                       answer --> Rule::score
+//! words, hay, qa (files), rng --> niah, vt, cwe, fwe, qa (a draft with n units of hay)
+//!                                   `--> length_search (the n) --> sample --> JSONL
+//! answer, sample --> Rule::score
 //! ```
 //!
-//! A sample depends on task, length, seed and index alone: sample 7 is the same whether 8 or 500 are made. What is hidden, and where a
-//! text begins, does not depend on the length either: it is the same needle in a larger haystack. (Only `cwe` changes its words where its
-//! lists run out.)
+//! A sample depends on task, length, seed and index alone: sample 7 is the same whether 8 or 500 are made. What is
+//! hidden, and where a text begins, does not depend on the length either: it is the same needle in a larger haystack.
+//! (Only `cwe` changes its words where its lists run out.)
 //!
 //! # Lengths
 //!
-//! `length` counts the prompt with the beginning of the answer, and the tokens that the answer may have. The caller counts tokens; a chat
-//! template is part of the length if the counter adds it. Each sample has as much hay as fits, to within a unit of hay or 1/512 of the
-//! length. A length that the smallest prompt exceeds is an error.
+//! `length` counts the prompt with the beginning of the answer, and the tokens that the answer may have. The caller
+//! counts tokens; a chat template is part of the length if the counter adds it. Each sample has as much hay as fits, to
+//! within a unit of hay or 1/512 of the length. A length that the smallest prompt exceeds is an error.
 //!
 //! # Where the question begins
 //!
-//! [`Sample::question_at`] splits each prompt into context and question, for methods that must evict before they read the question. The
-//! context holds the queried key or value in needles and assignments only. The question of `cwe` and `fwe` never changes, and the
-//! context's first sentence states it.
+//! [`Sample::question_at`] splits each prompt into context and question, for methods that must evict before they read
+//! the question. The context holds the queried key or value in needles and assignments only. The question of `cwe` and
+//! `fwe` never changes, and the context's first sentence states it.
 //!
 //! # What differs from RULER's own code
 //!
-//! - **The prose** is not Paul Graham's essays, which may not be passed on, but the freely licensed texts of `scripts/fetch_texts.py`, a
-//!   ring of 1.5 million words. Each sample begins at its own sentence; RULER takes the same beginning of the essays for every
-//!   sample. Paragraphs end a sentence besides punctuation; the splitter is ours, not NLTK's.
-//! - **Random choices** come from another generator, so samples differ from RULER's word for word. RULER shuffles needles, lists and
-//!   documents in the same way in every sample; here each sample has its own order.
+//! - **The prose** is not Paul Graham's essays, which may not be passed on, but the freely licensed texts of
+//!   `scripts/fetch_texts.py`, a ring of 1.5 million words. Each sample begins at its own sentence; RULER takes the
+//!   same beginning of the essays for every sample. Paragraphs end a sentence besides punctuation; the splitter is
+//!   ours, not NLTK's.
+//! - **Random choices** come from another generator, so samples differ from RULER's word for word. RULER shuffles
+//!   needles, lists and documents in the same way in every sample; here each sample has its own order.
 //! - **Keys and values** are all different, and none occurs in the prose by chance. RULER does not check.
-//! - **Each sample has its own amount of hay.** RULER finds one amount for a task and removes 5 to 500 units at a time where a sample is
-//!   longer than the first. Its loop does not end where nothing fits.
-//! - **`vt`**: the example in front is drawn for each sample, with a value other than the queried one; RULER renames the variables of one
-//!   example.
-//! - **`cwe`**: lists longer than the 8,166 words consist of hyphenated pairs of an adjective and a noun; RULER's then consist of a larger
-//!   list of English words. That happens beyond some 128k tokens.
+//! - **Each sample has its own amount of hay.** RULER finds one amount for a task and removes 5 to 500 units at a time
+//!   where a sample is longer than the first. Its loop does not end where nothing fits.
+//! - **`vt`**: the example in front is drawn for each sample, with a value other than the queried one; RULER renames
+//!   the variables of one example.
+//! - **`cwe`**: lists longer than the 8,166 words consist of hyphenated pairs of an adjective and a noun; RULER's then
+//!   consist of a larger list of English words. That happens beyond some 128k tokens.
 //! - **`fwe`**: at least 74 words, from which on the first four frequencies differ; a vocabulary of five at least.
-//! - **`qa`**: the files are the user's to get. Sample i is question i of the file, as in RULER.
-//! - **Scoring** does not replace control characters in the answer first: that cannot change whether it contains an output.
-//! - **Files** hold `task`, `question_at`, `max_new_tokens` and `depth` besides RULER's fields. RULER's own files are read as well; in
-//!   those of its needle tasks `index` is the answer's place in the text, not the number of the sample.
+//! - **`qa`**: the user brings the files. Questions are drawn from the whole file by the seed, each at most once; RULER
+//!   takes the first ones.
+//! - **Scoring** does not replace control characters in the answer first: that cannot change whether it contains an
+//!   output.
+//! - **Files** hold `task`, `question_at`, `made_for`, `max_new_tokens` and `depth` in addition to RULER's fields.
+//!   RULER's own files are read as well: the question is found by the words of the task's template ([`question_at`]),
+//!   the length that the file was made for is the user's to state (`--import-length`), and `index` of the needle tasks
+//!   is the place of the answer in the text.
 
 mod cwe;
 #[cfg(test)]
@@ -144,6 +153,8 @@ pub struct Task {
     pub max_new_tokens: usize,
     /// Rule by which an answer is scored.
     pub rule: Rule,
+    /// Beginnings of the question in RULER's template, of which a prompt has one.
+    asks: &'static [&'static str],
     start: for<'a> fn(&Call<'a>) -> Result<Maker<'a>>,
 }
 
@@ -158,31 +169,31 @@ pub const NEEDLE: &str = "needle";
 /// RULER's tasks, in its order.
 #[rustfmt::skip]
 pub static TASKS: &[Task] = &[
-    Task { name: "niah_single_1", about: "one number in noise", max_new_tokens: 128, rule: Rule::All,
+    Task { name: "niah_single_1", about: "one number in noise", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
         start: |c| niah(Hay::Noise, Kind::Words, Kind::Numbers, (1, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_single_2", about: "one number in prose", max_new_tokens: 128, rule: Rule::All,
+    Task { name: "niah_single_2", about: "one number in prose", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
         start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (1, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_single_3", about: "one UUID in prose", max_new_tokens: 128, rule: Rule::All,
+    Task { name: "niah_single_3", about: "one UUID in prose", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
         start: |c| niah(Hay::Essay, Kind::Words, Kind::Uuids, (1, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_multikey_1", about: "one of four keys in prose", max_new_tokens: 128, rule: Rule::All,
+    Task { name: "niah_multikey_1", about: "one of four keys in prose", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
         start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (4, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_multikey_2", about: "one of only needles", max_new_tokens: 128, rule: Rule::All,
+    Task { name: "niah_multikey_2", about: "one of only needles", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
         start: |c| niah(Hay::Needles, Kind::Words, Kind::Numbers, (1, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_multikey_3", about: "one of only needles, all UUIDs", max_new_tokens: 128, rule: Rule::All,
+    Task { name: "niah_multikey_3", about: "one of only needles, all UUIDs", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
         start: |c| niah(Hay::Needles, Kind::Uuids, Kind::Uuids, (1, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_multivalue", about: "four values of one key in prose", max_new_tokens: 128, rule: Rule::All,
+    Task { name: "niah_multivalue", about: "four values of one key in prose", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
         start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (1, 4, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_multiquery", about: "the values of four keys in prose", max_new_tokens: 128, rule: Rule::All,
+    Task { name: "niah_multiquery", about: "the values of four keys in prose", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
         start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (4, 1, 4)).start(c, Place::Drawn) },
-    Task { name: "vt", about: "a chain of five variables in noise", max_new_tokens: 30, rule: Rule::All,
+    Task { name: "vt", about: "a chain of five variables in noise", max_new_tokens: 30, rule: Rule::All, asks: &[vt::ASK],
         start: |c| vt::start(c) },
-    Task { name: "cwe", about: "the ten most common words of a list", max_new_tokens: 120, rule: Rule::All,
+    Task { name: "cwe", about: "the ten most common words of a list", max_new_tokens: 120, rule: Rule::All, asks: &[cwe::ASK],
         start: |c| cwe::start(c) },
-    Task { name: "fwe", about: "the three most frequent coded words", max_new_tokens: fwe::ROOM, rule: Rule::All,
+    Task { name: "fwe", about: "the three most frequent coded words", max_new_tokens: fwe::ROOM, rule: Rule::All, asks: &[fwe::ASK],
         start: |c| Ok(fwe::start(c)) },
-    Task { name: "qa_1", about: "a SQuAD question among documents", max_new_tokens: 32, rule: Rule::Part,
+    Task { name: "qa_1", about: "a SQuAD question among documents", max_new_tokens: 32, rule: Rule::Part, asks: &[qa::ASK],
         start: |c| qa::start(c, c.sources.squad(c.task)?) },
-    Task { name: "qa_2", about: "a HotpotQA question among documents", max_new_tokens: 32, rule: Rule::Part,
+    Task { name: "qa_2", about: "a HotpotQA question among documents", max_new_tokens: 32, rule: Rule::Part, asks: &[qa::ASK],
         start: |c| qa::start(c, c.sources.hotpot(c.task)?) },
 ];
 
@@ -219,6 +230,13 @@ pub fn rule(task: &str) -> Result<Rule> {
     }
 }
 
+/// The byte of `input`, a prompt of `task` as RULER's own files hold it, at which the question begins: where the
+/// template's question comes last. `None` for a task that is none of RULER's, or a prompt of another template.
+pub fn question_at(task: &str, input: &str) -> Option<usize> {
+    let asks = if task == NEEDLE { niah::ASKS } else { find(task).ok()?.asks };
+    asks.iter().filter_map(|ask| input.rfind(ask)).max()
+}
+
 impl Task {
     /// Makes one sample.
     ///
@@ -251,8 +269,8 @@ impl Task {
     }
 }
 
-/// Makes a sample of one number under one key at `depth` of the hay (0 its beginning, 1 its end), to within half a sentence, for a grid
-/// over lengths and depths. The needle is the same at every length and depth of a seed and index.
+/// Makes a sample of one number under one key at `depth` of the hay (0 its beginning, 1 its end), to within half a
+/// sentence, for a grid over lengths and depths. The needle is the same at every length and depth of a seed and index.
 ///
 /// # Errors
 /// A depth outside 0 to 1; otherwise as [`Task::sample`].

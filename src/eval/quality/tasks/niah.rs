@@ -40,6 +40,9 @@ pub(super) struct Niah {
     pub counts: (usize, usize, usize),
 }
 
+/// Beginnings of the question, in the singular and in the plural.
+pub(super) const ASKS: &[&str] = &["What is the special magic ", "What are all the special magic "];
+
 /// The `i`-th of the 40 depths in percent, from 0 to 100, at which RULER hides needles in prose.
 fn depth(i: usize) -> usize {
     (200 * i + 39) / 78 // i · 100 / 39, rounded
@@ -154,14 +157,14 @@ impl Niah {
     fn draft(&self, hay: &str, query: &str, outputs: &[String], place: Place) -> Draft {
         let name = self.values.name();
         let one = outputs.len() == 1;
-        let (some, are, all, name) =
-            if one { ("A", "is", "is", &name[..name.len() - 1]) } else { ("Some", "are", "are all", name) };
+        let (some, are, ask, name) =
+            if one { ("A", "is", ASKS[0], &name[..name.len() - 1]) } else { ("Some", "are", ASKS[1], name) };
         Draft {
             context: format!(
                 "{some} special magic {name} {are} hidden within the following text. Make sure to memorize it. I will quiz you \
                  about the {name} afterwards.\n{hay}\n"
             ),
-            question: format!("What {all} the special magic {name} for {query} mentioned in the provided text?"),
+            question: format!("{ask}{name} for {query} mentioned in the provided text?"),
             answer_prefix: format!(" The special magic {name} for {query} mentioned in the provided text {are}"),
             outputs: outputs.to_vec(),
             depth: if let Place::At(share) = place { Some(share) } else { None },

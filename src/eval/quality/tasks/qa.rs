@@ -7,6 +7,10 @@ use serde::{de::DeserializeOwned, Deserialize};
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
+/// Beginning of the question, and of the whole prompt.
+pub(super) const ASK: &str =
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words.";
+
 /// Questions, and all documents of their file.
 pub struct Questions {
     documents: Vec<String>,
@@ -153,13 +157,15 @@ impl Questions {
     }
 }
 
-/// Makes the sample of question `index` of the file.
+/// The maker of one sample. Its question is drawn by the seed: samples of one seed have different questions.
 ///
 /// # Errors
-/// Fewer questions than that.
+/// Fewer questions than samples.
 pub(super) fn start<'a>(call: &Call<'a>, from: &'a Questions) -> Result<Maker<'a>> {
-    let Some(q) = from.questions.get(call.draw.index) else {
-        let message = format!("asks for sample {}, but its file holds {} questions", call.draw.index, from.len());
+    let index = call.draw.index;
+    let drawn = Rng::new(call.draw.seed, &[call.task, "questions"], 0).sample(from.len(), index + 1);
+    let Some(q) = drawn.get(index).map(|i| &from.questions[*i]) else {
+        let message = format!("asks for sample {index}, but its file holds {} questions", from.len());
         return Err(Error::usage(call.task, message));
     };
     let order = from.order(q, call.rng("documents"));
@@ -170,8 +176,6 @@ pub(super) fn start<'a>(call: &Call<'a>, from: &'a Questions) -> Result<Maker<'a
         Rng::new(places, &["places"], 0).shuffle(&mut chosen);
         let document = |(i, d): (usize, &usize)| format!("Document {}:\n{}", i + 1, from.documents[*d]);
         let documents: Vec<String> = chosen.iter().enumerate().map(document).collect();
-        const ASK: &str =
-            "Answer the question based on the given documents. Only give me the answer and do not output any other words.";
         Ok(Draft {
             context: format!("{ASK}\n\nThe following are given documents.\n\n{}\n\n", documents.join("\n\n")),
             question: format!("{ASK}\n\nQuestion: {}", q.query),
@@ -225,13 +229,14 @@ mod tests {
             let s = task.sample(&sources, Draw { length, seed: 1, index }, &words)?;
             let context = s.context()?;
             assert_eq!(context.matches(&s.outputs[0]).count(), 1);
-            let own = format!("Article {}:", index / 8);
+            let (article, thing) = (&s.outputs[0][1..2], &s.outputs[0][2..3]);
+            let own = format!("Article {article}:");
             let others = context.matches("Article ").count() - context.matches(&own).count();
             assert!(others == 0 || context.matches(&own).count() == 8, "{length}: {others} others too early");
             assert!(length < 900 || others > 8, "{others}");
             let numbers: Vec<_> = context.lines().filter(|l| l.starts_with("Document ")).collect();
             assert!(numbers.iter().enumerate().all(|(i, line)| **line == format!("Document {}:", i + 1)));
-            let query = format!("Question: Which colour has thing-{}-{} today?", index / 8, index % 8);
+            let query = format!("Question: Which colour has thing-{article}-{thing} today?");
             assert!(s.input.ends_with(&query) && !context.contains(&query));
             assert!(s.question()?.starts_with("Answer the question") && s.answer_prefix == " Answer:");
         }
@@ -245,15 +250,31 @@ mod tests {
     }
 
     #[test]
+    fn questions_are_drawn_by_the_seed_each_once() -> Result<()> {
+        let sources = Sources { squad: Some(open(squad(), Questions::squad)?), ..Sources::default() };
+        let asked = |seed| -> Result<Vec<String>> {
+            let sample = |index| find("qa_1")?.sample(&sources, Draw { length: 150, seed, index }, &words);
+            (0..24).map(|index| Ok(sample(index)?.outputs.concat())).collect()
+        };
+        let (one, two) = (asked(1)?, asked(2)?);
+        let file: Vec<String> = (0..3).flat_map(|i| (0..8).map(move |j| format!("c{i}{j}c"))).collect();
+        let sorted = |mut all: Vec<String>| (all.sort(), all).1;
+        assert_eq!((sorted(one.clone()), sorted(two.clone())), (file.clone(), file.clone()), "each question once");
+        assert!(one != two && one != file && two != file, "another seed draws them in another order");
+        Ok(())
+    }
+
+    #[test]
     fn hotpot_questions_bring_their_own_documents() -> Result<()> {
         let sources = Sources { hotpot: Some(open(hotpot(), Questions::hotpot)?), ..Sources::default() };
         let s = find("qa_2")?.sample(&sources, Draw { length: 130, seed: 1, index: 4 }, &words)?;
+        let i = s.input.rsplit("Why ").next().unwrap_or_default().trim_end_matches('?');
         assert!(
-            (0..3).all(|j| s.context().is_ok_and(|c| c.contains(&format!("Title 4{j}\nOne 4{j}. Two.")))),
+            (0..3).all(|j| s.context().is_ok_and(|c| c.contains(&format!("Title {i}{j}\nOne {i}{j}. Two.")))),
             "{}",
             s.input
         );
-        assert_eq!(s.outputs, ["One 41"]);
+        assert_eq!(s.outputs, [format!("One {i}1")]);
         assert!(s.context()?.matches("Document ").count() > 3);
         let small = find("qa_2")?.sample(&sources, Draw { length: 70, seed: 1, index: 4 }, &words);
         assert!(small.expect_err("too small").to_string().contains("qa_2"));

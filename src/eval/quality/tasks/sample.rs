@@ -1,6 +1,7 @@
-//! Samples, each a prompt with its expected answer, and files of them: one JSON object a line, with RULER's field names and ours.
+//! Samples, each a prompt with its expected answer, and files of them: one JSON object a line, with RULER's field names
+//! and ours.
 
-use super::{find, rule};
+use super::{find, question_at, rule};
 use crate::cli::Output;
 use crate::error::{At, Error, Result};
 use serde::{Deserialize, Serialize};
@@ -73,7 +74,8 @@ impl Sample {
     fn split(&self) -> Result<(&str, &str)> {
         self.question_at.and_then(|at| self.input.split_at_checked(at)).ok_or_else(|| {
             let place = format!("sample {} of {}", self.index, self.task);
-            Error::format(place, "does not say where its question begins (question_at); make it with this program")
+            let message = "does not say where its question begins (question_at), and does not ask in the words of RULER's template";
+            Error::format(place, message)
         })
     }
 
@@ -126,6 +128,8 @@ pub fn read(path: &Path, missing: Missing) -> Result<Vec<Sample>> {
                 room.ok_or_else(|| wrong("has no `max_new_tokens`; say how long an answer may be".into()))?;
         }
         rule(&sample.task).map_err(|e| wrong(e.to_string()))?;
+        // RULER's own files do not tell it.
+        sample.question_at = sample.question_at.or_else(|| question_at(&sample.task, &sample.input));
         sample.fault().map_or(Ok(sample), |what| Err(wrong(what)))
     };
     let samples = text.lines().enumerate().map(parse).collect::<Result<Vec<_>>>()?;
@@ -223,6 +227,21 @@ mod tests {
             (known[0].task.as_str(), known[0].max_new_tokens, known[0].prompt()),
             ("qa_1", 32, "café? is".into())
         );
+        assert_eq!(known[0].question_at, None, "it does not ask as the template does");
+        let (before, asks) = (
+            "Documents.\n\n",
+            "Answer the question based on the given documents. Only give me the answer and do not output \
+                              any other words.\n\nQuestion: Who?",
+        );
+        std::fs::write(
+            &path,
+            serde_json::json!({"index": 0, "input": format!("{before}{asks}"), "outputs": ["1"], "length": 9})
+                .to_string(),
+        )
+        .at("file")?;
+        let found = &read(&path, Missing { task: Some("qa_1"), max_new_tokens: None })?[0];
+        assert_eq!((found.context()?, found.question()?.as_str()), (before, asks));
+        std::fs::write(&path, format!("{line}\n")).at("file")?;
         let own = Missing { task: Some("mine"), max_new_tokens: None };
         assert!(read(&path, own).expect_err("no room").to_string().contains("max_new_tokens"));
         let roomy = |task| read(&path, Missing { task: Some(task), max_new_tokens: Some(7) });

@@ -91,10 +91,52 @@ fn the_question_is_not_in_the_context() -> Result<()> {
         // The example of `cwe` asks the same of another list.
         let before = if task.name == "cwe" { context.rsplit("Below is").next().unwrap_or_default() } else { context };
         assert!(!before.contains(asked), "{}: {asked}", task.name);
-        let begins = ["What ", "Question: ", "Answer the question "];
-        assert!(begins.iter().any(|b| asked.starts_with(b)), "{}: {asked}", task.name);
+        // A file without `question_at`, as RULER writes it, is split at the same place, also where line breaks were
+        // removed.
+        assert_eq!(question_at(task.name, &s.input), s.question_at, "{}: {asked}", task.name);
+        let flat = s.input.replace('\n', " ");
+        assert_eq!(question_at(task.name, &flat), s.question_at, "{}: {asked}", task.name);
     }
     Ok(())
+}
+
+#[test]
+fn the_question_of_rulers_own_prompts_is_found() {
+    // Prompts of RULER's templates, with the chat template of its `meta-llama3` and without one; what lies before the
+    // question is context.
+    let long = "The grass is green. ".repeat(3);
+    for (task, context, question) in [
+        (
+            "niah_single_1",
+            format!("A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the \
+                     number afterwards.\n{long}\nOne of the special magic numbers for a-b is: 7.\n{long}\n"),
+            "What is the special magic number for a-b mentioned in the provided text?",
+        ),
+        (
+            "niah_multiquery",
+            format!("Some special magic numbers are hidden within the following text.\n{long}\n"),
+            "What are all the special magic numbers for a-b, and c-d mentioned in the provided text?",
+        ),
+        (
+            "vt",
+            format!("Memorize and track the chain(s) of variable assignment hidden in the following text.\n\nVAR A = 1\nQuestion: Find all \
+                     variables that are assigned the value 1 in the text above. Answer: A\n\nMemorize and track\n\n{long}\n"),
+            "Question: Find all variables that are assigned the value 2 in the text above.",
+        ),
+        (
+            "qa_1",
+            format!("Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\nThe \
+                     following are given documents.\n\nDocument 1:\n{long}\n\n"),
+            "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\nQuestion: Who?",
+        ),
+    ] {
+        for (before, after) in [("", ""), ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>")] {
+            let context = format!("{before}{context}");
+            assert_eq!(question_at(task, &format!("{context}{question}{after}")), Some(context.len()), "{task}");
+        }
+        assert_eq!(question_at(task, &long), None);
+    }
+    assert_eq!(question_at("my_task", "What is the special magic number"), None);
 }
 
 #[test]

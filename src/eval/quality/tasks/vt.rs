@@ -8,6 +8,8 @@ use crate::error::Result;
 
 /// Assignments after the first of a chain.
 const HOPS: usize = 4;
+/// Beginning of the question.
+pub(super) const ASK: &str = "Question: Find all variables that are assigned the value ";
 /// Most tokens of the example in front.
 const EXAMPLE: usize = 500;
 
@@ -49,7 +51,7 @@ impl Chain {
             context: format!(
                 "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{text}\n"
             ),
-            question: format!("Question: Find all variables that are assigned the value {value} in the text above."),
+            question: format!("{ASK}{value} in the text above."),
             answer_prefix: format!(
                 " Answer: According to the chain(s) of variable assignment in the text above, {} variables are assigned the \
                  value {value}, they are: ",

@@ -44,7 +44,8 @@ impl AnswersFile {
         self.answers.cells.iter().position(|c| (c.record.variant.as_str(), c.task.as_str(), c.length) == key)
     }
 
-    /// How many samples of `task` at `length`, whose prompts have the hashes `prompts`, the variant called `variant` has answered.
+    /// How many samples of `task` at `length`, whose prompts have the hashes `prompts`, the variant called `variant`
+    /// has answered.
     ///
     /// # Errors
     /// Answers under the same name to other prompts, or by another plan than that of `method`.
@@ -68,7 +69,8 @@ impl AnswersFile {
         Ok(cell.answers.len())
     }
 
-    /// Adds the answers of `more` to the cell of the same variant, task and length, which is put there if there is none, and saves.
+    /// Adds the answers of `more` to the cell of the same variant, task and length, which is put there if there is
+    /// none, and saves.
     ///
     /// # Errors
     /// A place that cannot be written to.

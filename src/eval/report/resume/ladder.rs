@@ -57,7 +57,8 @@ impl LadderFile {
         self.ladder.runs.iter().find(|r| (r.names(), r.ctx) == (names, ctx))
     }
 
-    /// The number of runs of `repeats` that are yet to come. A long one is timed only twice, and one that was out of memory no more.
+    /// The number of runs of `repeats` that are yet to come. A long one is timed only twice, and one that was out of
+    /// memory no more.
     pub fn missing(&self, names: (&str, &str), ctx: usize, repeats: usize) -> usize {
         let Some(run) = self.run(names, ctx) else { return repeats };
         if !run.ran() {

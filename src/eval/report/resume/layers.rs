@@ -1,4 +1,5 @@
-//! A study of layers: its scores are those of layers swapped together, whatever ranking asked for them, and are taken over.
+//! A study of layers: its scores are those of layers swapped together, whatever ranking asked for them, and are taken
+//! over.
 
 use super::{another, header_difference, show};
 use crate::error::Result;

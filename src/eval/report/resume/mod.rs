@@ -1,5 +1,5 @@
-//! Taking up a file where it was cut off: what an earlier process measured is not measured again, and what it measured of something else
-//! is refused.
+//! Taking up a file where it was cut off: what an earlier process measured is not measured again, and what it measured
+//! of something else is refused.
 
 mod answers;
 mod ladder;

@@ -2,7 +2,7 @@
 
 use super::{columns, extrapolated};
 use crate::cli::short_count;
-use crate::eval::report::{Answers, Cell, Estimate};
+use crate::eval::report::{means, Answers, Cell, Estimate};
 use std::collections::BTreeSet;
 
 /// The lengths of all cells, rising.
@@ -21,7 +21,8 @@ fn distinct<'a, T: PartialEq>(cells: &[&'a Cell], f: impl Fn(&'a Cell) -> T) -> 
     found
 }
 
-/// Renders `answers`: for each length one row per variant, with the mean score of every task in percent and the mean over tasks.
+/// Renders `answers`: for each length one row per variant, with the mean score of every task in percent and the mean
+/// over tasks; where some tasks ask questions of a file, the mean over the others stands beside that over all.
 pub fn answers_table(answers: &Answers) -> String {
     let mut out = String::new();
     for length in lengths(answers) {
@@ -29,7 +30,8 @@ pub fn answers_table(answers: &Answers) -> String {
         let tasks = distinct(&cells, |c| c.task.as_str());
         let mut head = vec![short_count(length), "variant".into(), "KV of dense".into(), "samples".into()];
         head.extend(tasks.iter().map(|t| t.trim_start_matches("niah_").to_string()));
-        head.push("mean".into());
+        let means = means(&tasks);
+        head.extend(means.iter().map(|(name, _)| name.clone()));
         let mut rows = vec![head];
         for variant in distinct(&cells, |c| c.record.variant.as_str()) {
             let own: Vec<&Cell> = cells.iter().copied().filter(|c| c.record.variant == variant).collect();
@@ -42,18 +44,20 @@ pub fn answers_table(answers: &Answers) -> String {
             ];
             let of = |task: &str| own.iter().find(|c| c.task == task).and_then(|c| c.score());
             row.extend(tasks.iter().map(|t| of(t).map_or("-".into(), |e| format!("{:.1}", e.mean))));
-            row.push(mean_score(&own).map_or("-".into(), |e| e.show(1)));
+            row.extend(means.iter().map(|(_, of)| mean_score(&own, of).map_or("-".into(), |e| e.show(1))));
             rows.push(row);
         }
         out += &columns(&rows);
     }
-    out + "scores in percent; the last column is the mean over tasks with its 95% interval; KV is the most that was allocated at once\n"
+    out + "scores in percent; means are over tasks, with their 95% intervals; KV is the most that was allocated at once\n"
         + &extrapolated(&answers.header, lengths(answers))
 }
 
-/// The mean over tasks, each with the same weight; samples are resampled within their task.
-fn mean_score(cells: &[&Cell]) -> Option<Estimate> {
-    let groups: Vec<Vec<f64>> = cells.iter().map(|c| c.independent()).collect();
+/// The mean over those of `tasks` that `cells` hold, each with the same weight; samples are resampled within their
+/// task.
+fn mean_score(cells: &[&Cell], tasks: &[&str]) -> Option<Estimate> {
+    let of = cells.iter().filter(|c| tasks.contains(&c.task.as_str()));
+    let groups: Vec<Vec<f64>> = of.map(|c| c.independent()).collect();
     Estimate::of_groups(&groups)
 }
 
