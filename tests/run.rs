@@ -153,9 +153,11 @@ fn a_run_refuses_use_after_a_chunk_that_failed() -> Any {
 fn what_is_refused_before_any_work_leaves_the_run_usable() -> Any {
     let model = load_golden("llama", Some(&Settings { block: 8, window: 16, ..Settings::default() }), 64)?;
     let mut run = model.run()?;
-    for (bad, words) in
-        [(vec![], "holds no tokens"), (vec![1 << 30], "outside the vocabulary"), (vec![5; 65], "65 tokens do not fit")]
-    {
+    for (bad, words) in [
+        (vec![], "holds no tokens"),
+        (vec![1 << 30], "outside the vocabulary"),
+        (vec![5; 65], "65 tokens after 0 do not fit"),
+    ] {
         let error = run.forward(&bad, &[]).unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
     }

@@ -149,13 +149,33 @@ pub fn deviation(got: &Tensor, want: &Tensor) -> Any<f32> {
     Ok((&got - want)?.abs()?.max_all()?.to_scalar::<f32>()? / std)
 }
 
-/// A copy of a golden checkpoint with another configuration, in a directory that goes away with the value.
+/// A copy of a golden checkpoint with another configuration, in a directory that goes away with the value. Its layers are as many as
+/// the configuration says, those of the golden over and over.
 pub fn variant(name: &str, change: impl FnOnce(&mut serde_json::Value)) -> Any<tempfile::TempDir> {
     let dir = tempfile::tempdir()?;
-    let mut config = serde_json::from_str(&std::fs::read_to_string(golden_dir(name).join("config.json"))?)?;
+    let golden: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(golden_dir(name).join("config.json"))?)?;
+    let mut config = golden.clone();
     change(&mut config);
     std::fs::write(dir.path().join("config.json"), config.to_string())?;
-    std::fs::copy(golden_dir(name).join("model.safetensors"), dir.path().join("model.safetensors"))?;
+    let (from, to) = (golden_dir(name).join("model.safetensors"), dir.path().join("model.safetensors"));
+    match (golden["num_hidden_layers"].as_u64(), config["num_hidden_layers"].as_u64()) {
+        (Some(stored), Some(wanted)) if stored != wanted => {
+            let mut tensors = std::collections::HashMap::new();
+            for (name, tensor) in candle_core::safetensors::load(&from, &Device::Cpu)? {
+                let parts = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+                let Some((layer, rest)) = parts else {
+                    tensors.insert(name, tensor);
+                    continue;
+                };
+                for i in (layer.parse()?..wanted).step_by(stored as usize) {
+                    tensors.insert(format!("model.layers.{i}.{rest}"), tensor.clone());
+                }
+            }
+            candle_core::safetensors::save(&tensors, to)?;
+        }
+        _ => drop(std::fs::copy(from, to)?),
+    }
     Ok(dir)
 }
 

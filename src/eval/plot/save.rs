@@ -36,7 +36,7 @@ pub fn save(dir: &Path, prefix: &str, figures: &[Figure]) -> Result<Vec<PathBuf>
 /// Calls `write` with a hidden file beside the wanted one, and renames it when written.
 fn whole(dir: &Path, stem: &str, kind: &str, write: impl FnOnce(&Path) -> Result<(), String>) -> Result<PathBuf> {
     let path = dir.join(format!("{stem}.{kind}"));
-    if path.exists() && !begins_as_figure(&path) {
+    if path.exists() && !path.is_dir() && !begins_as_figure(&path) {
         return Err(Error::usage(path.display(), format!("is no {kind} file; only an earlier figure is replaced")));
     }
     let error = |e: String| Error::new(ErrorKind::Io, path.display(), format!("cannot be written: {e}"));
