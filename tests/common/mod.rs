@@ -160,7 +160,7 @@ pub fn variant(name: &str, change: impl FnOnce(&mut serde_json::Value)) -> Any<t
     std::fs::write(dir.path().join("config.json"), config.to_string())?;
     let (from, to) = (golden_dir(name).join("model.safetensors"), dir.path().join("model.safetensors"));
     match (golden["num_hidden_layers"].as_u64(), config["num_hidden_layers"].as_u64()) {
-        (Some(stored), Some(wanted)) if stored != wanted => {
+        (Some(stored), Some(wanted @ 1..=64)) if stored != wanted => {
             let mut tensors = std::collections::HashMap::new();
             for (name, tensor) in candle_core::safetensors::load(&from, &Device::Cpu)? {
                 let parts = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
