@@ -4,10 +4,10 @@
 // A thread takes a unit: WORDS words of four 8-bit numbers each, of PARTS units to a block. Word k holds the elements 4 quad(part, k)
 // .. + 3 of the block; the words fall into GROUPS groups of equal size, and an element is scale[group] * number (+ min[group], with MIN).
 //
-// A new one: a struct here, its name in kernels/build.rs, src/ops/cuda.rs and src/ops/matvec/cuda.rs.
+// A new one: a struct here, its name in kernels/build.rs and src/ops/cuda.rs, and a variant of `Ggml` in src/storage.rs.
 //
-// `load` only asks for memory, `widen` takes what came: many loads are in flight before the first is looked at. Blocks of 18, 22, 34 and
-// 210 bytes lie at even addresses, and are read as the 4-byte words that cover them, shifted into place: up to 4 bytes after the
+// `load` only asks for memory, `dequantise` takes what came: many loads are in flight before the first is looked at. Blocks of 18, 22, 34,
+// 110 and 210 bytes lie at even addresses, and are read as the 4-byte words that cover them, shifted into place: up to 4 bytes after the
 // matrix are read, and ignored. Row starts: the base is aligned to 256 bytes, and a row holds whole blocks.
 #pragma once
 #include "decode.cuh"
@@ -60,7 +60,7 @@ struct q4_0 {
   };
   __device__ static int quad(int, int k) { return k; }
   __device__ static void load(Raw &raw, const uint8_t *block, int) { load_words(raw.a, block); }
-  __device__ static void widen(const Raw &raw, const uint8_t *block, int, uint32_t (&w)[8], float (&scale)[1], float (&)[1]) {
+  __device__ static void dequantise(const Raw &raw, const uint8_t *block, int, uint32_t (&w)[8], float (&scale)[1], float (&)[1]) {
     const int shift = shift_of(block);
     scale[0] = half_at(raw.a[0] >> shift);
 #pragma unroll
@@ -81,7 +81,7 @@ struct q4_1 {
   };
   __device__ static int quad(int, int k) { return k; }
   __device__ static void load(Raw &raw, const uint8_t *block, int) { load_words(raw.a, block); }
-  __device__ static void widen(const Raw &raw, const uint8_t *, int, uint32_t (&w)[8], float (&scale)[1], float (&min)[1]) {
+  __device__ static void dequantise(const Raw &raw, const uint8_t *, int, uint32_t (&w)[8], float (&scale)[1], float (&min)[1]) {
     scale[0] = half_at(raw.a[0]);
     min[0] = half_at(raw.a[0] >> 16);
 #pragma unroll
@@ -100,7 +100,7 @@ struct q5_0 {
   };
   __device__ static int quad(int, int k) { return k; }
   __device__ static void load(Raw &raw, const uint8_t *block, int) { load_words(raw.a, block); }
-  __device__ static void widen(const Raw &raw, const uint8_t *block, int, uint32_t (&w)[8], float (&scale)[1], float (&)[1]) {
+  __device__ static void dequantise(const Raw &raw, const uint8_t *block, int, uint32_t (&w)[8], float (&scale)[1], float (&)[1]) {
     const int shift = shift_of(block);
     scale[0] = half_at(raw.a[0] >> shift);
     const uint32_t fifths = __funnelshift_rc(raw.a[0], raw.a[1], shift + 16);
@@ -125,7 +125,7 @@ struct q5_1 {
     raw.q[0] = load8(block + 8);
     raw.q[1] = load8(block + 16);
   }
-  __device__ static void widen(const Raw &raw, const uint8_t *, int, uint32_t (&w)[8], float (&scale)[1], float (&min)[1]) {
+  __device__ static void dequantise(const Raw &raw, const uint8_t *, int, uint32_t (&w)[8], float (&scale)[1], float (&min)[1]) {
     scale[0] = half_at(raw.head.x);
     min[0] = half_at(raw.head.x >> 16);
     const uint32_t q[4] = {raw.q[0].x, raw.q[0].y, raw.q[1].x, raw.q[1].y};
@@ -150,7 +150,7 @@ struct q8_0 {
     load_words(raw.a, block + 2 + 8 * part);
     raw.d = load2(block);
   }
-  __device__ static void widen(const Raw &raw, const uint8_t *block, int, uint32_t (&w)[2], float (&scale)[1], float (&)[1]) {
+  __device__ static void dequantise(const Raw &raw, const uint8_t *block, int, uint32_t (&w)[2], float (&scale)[1], float (&)[1]) {
     const int shift = shift_of(block + 2);
     scale[0] = half_at(raw.d);
     w[0] = __funnelshift_r(raw.a[0], raw.a[1], shift);
@@ -184,7 +184,7 @@ struct q4_k {
     raw.head = load16_cached(block);
     raw.q = load16_cached(block + 16 + 16 * part);
   }
-  __device__ static void widen(const Raw &raw, const uint8_t *, int part, uint32_t (&w)[8], float (&scale)[2], float (&min)[2]) {
+  __device__ static void dequantise(const Raw &raw, const uint8_t *, int part, uint32_t (&w)[8], float (&scale)[2], float (&min)[2]) {
     scales_and_minima(raw.head, part / 2, scale, min);
     const uint32_t q[4] = {raw.q.x, raw.q.y, raw.q.z, raw.q.w};
 #pragma unroll
@@ -207,7 +207,7 @@ struct q5_k {
     raw.fifths = load16_cached(block + 16 + 16 * (part % 2));
     raw.q = load16_cached(block + 48 + 16 * part);
   }
-  __device__ static void widen(const Raw &raw, const uint8_t *, int part, uint32_t (&w)[8], float (&scale)[2], float (&min)[2]) {
+  __device__ static void dequantise(const Raw &raw, const uint8_t *, int part, uint32_t (&w)[8], float (&scale)[2], float (&min)[2]) {
     scales_and_minima(raw.head, part / 2, scale, min);
     const uint32_t q[4] = {raw.q.x, raw.q.y, raw.q.z, raw.q.w};
     const uint32_t fifths[4] = {raw.fifths.x, raw.fifths.y, raw.fifths.z, raw.fifths.w};
@@ -220,7 +220,76 @@ struct q5_k {
   }
 };
 
-// Unit 4 i + t: of half i of the block, elements 8 t .. + 7 of each of its four quarters, which share bytes.
+// Unit 4 i + t: of half i of the block, elements 8 t .. + 7 of each of its four quarters, which share bytes. A scale and a minimum,
+// four bits each, for every 16 elements.
+struct q2_k {
+  static constexpr int BYTES = 84, PARTS = 8, WORDS = 8, GROUPS = 4;
+  static constexpr bool SIGNED = false, MIN = true;
+  struct Raw {
+    uint32_t q[2], scales[2], d;
+  };
+  __device__ static int quad(int part, int k) { return part / 4 * 32 + k / 2 * 8 + part % 4 * 2 + k % 2; }
+  __device__ static void load(Raw &raw, const uint8_t *block, int part) {
+    const int i = part / 4, t = part % 4;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      raw.q[k] = load4(block + 16 + 32 * i + 8 * t + 4 * k);
+      raw.scales[k] = load4(block + 8 * i + 4 * k);
+    }
+    raw.d = load4(block + 80);
+  }
+  __device__ static void dequantise(const Raw &raw, const uint8_t *, int part, uint32_t (&w)[8], float (&scale)[4], float (&min)[4]) {
+    const float2 d = unpack<__half>(raw.d);
+    const int second = part % 4 / 2 * 8;
+#pragma unroll
+    for (int g = 0; g < 4; g++) {
+      const uint32_t s = raw.scales[g / 2] >> (16 * (g % 2) + second);
+      scale[g] = d.x * (float)(s & 15u);
+      min[g] = -(d.y * (float)(s >> 4 & 15u));
+#pragma unroll
+      for (int k = 0; k < 2; k++) w[2 * g + k] = raw.q[k] >> 2 * g & 0x03030303u;
+    }
+  }
+};
+
+// Units as in q2_k; the third bits of both halves share bytes.
+struct q3_k {
+  static constexpr int BYTES = 110, PARTS = 8, WORDS = 8, GROUPS = 4;
+  static constexpr bool SIGNED = true, MIN = false;
+  struct Raw {
+    uint32_t thirds[3], q[3], scales[4];
+    uint16_t d;
+  };
+  __device__ static int quad(int part, int k) { return q2_k::quad(part, k); }
+  __device__ static void load(Raw &raw, const uint8_t *block, int part) {
+    const int i = part / 4, t = part % 4;
+    load_words(raw.thirds, block + 8 * t);
+    load_words(raw.q, block + 32 + 32 * i + 8 * t);
+    load_words(raw.scales, block + 96);
+    raw.d = load2(block + 108);
+  }
+  __device__ static void dequantise(const Raw &raw, const uint8_t *block, int part, uint32_t (&w)[8], float (&scale)[4], float (&)[4]) {
+    const int shift = shift_of(block), i = part / 4, second = part % 4 / 2 * 8;
+    const float d = half_at(raw.d);
+    uint32_t s[3];
+#pragma unroll
+    for (int k = 0; k < 3; k++) s[k] = __funnelshift_r(raw.scales[k], raw.scales[k + 1], shift);
+#pragma unroll
+    for (int g = 0; g < 4; g++) {
+      // Six bits less 32: four of bytes 0..7, two of bytes 8..11.
+      const int at = 16 * (g % 2) + second;
+      const uint32_t bits = (s[g / 2] >> (at + 4 * i) & 15u) | (s[2] >> (at + 4 * i + g / 2 * 2) & 3u) << 4;
+      scale[g] = d * (float)((int)bits - 32);
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const uint32_t q = __funnelshift_r(raw.q[k], raw.q[k + 1], shift), t = __funnelshift_r(raw.thirds[k], raw.thirds[k + 1], shift);
+        w[2 * g + k] = minus<4>((q >> 2 * g & 0x03030303u) | (t >> (4 * i + g) & 0x01010101u) << 2);
+      }
+    }
+  }
+};
+
+// Units as in q2_k; a scale of 8 bits for every 16 elements.
 struct q6_k {
   static constexpr int BYTES = 210, PARTS = 8, WORDS = 8, GROUPS = 4;
   static constexpr bool SIGNED = true, MIN = false;
@@ -237,7 +306,7 @@ struct q6_k {
     load_words(raw.scales, block + 192 + 8 * i);
     raw.d = load2(block + 208);
   }
-  __device__ static void widen(const Raw &raw, const uint8_t *block, int part, uint32_t (&w)[8], float (&scale)[4], float (&)[4]) {
+  __device__ static void dequantise(const Raw &raw, const uint8_t *block, int part, uint32_t (&w)[8], float (&scale)[4], float (&)[4]) {
     const int shift = shift_of(block), second = part % 4 / 2 * 8;
     const float d = half_at(raw.d);
 #pragma unroll

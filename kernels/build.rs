@@ -17,7 +17,7 @@ const BY_DIM: &[(&str, &[u32])] = &[
 ];
 /// The same per format of weights: a model uses a few of them.
 const BY_FORMAT: &[(&str, &[&str])] =
-    &[("quantised", &["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"])];
+    &[("quantised", &["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])];
 const HEADERS: &[&str] = &["common.cuh", "attention.cuh", "blocks.cuh", "decode.cuh", "matvec.cuh", "wgmma.cuh"];
 
 pub fn compile() {

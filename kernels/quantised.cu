@@ -1,5 +1,5 @@
-// Passes over weights that are held quantised, in f32 arithmetic from the blocks as stored, without rounding what they meet: those of a
-// decode step as in decode.cu, and the widening of a matrix for products of many rows. One format to a module (blocks.cuh): a model
+// Passes over quantised weights, in f32 arithmetic from the blocks as stored, without rounding the vector: those of a decode step as
+// in decode.cu, and the dequantisation of a matrix for products of many rows. One format to a module (blocks.cuh): a model
 // uses a few of them, and the driver translates only those.
 //
 // decode_embed_FORMAT   x = embedding[token] * scale, and the rotary tables, as decode_embed.
@@ -7,7 +7,7 @@
 // decode_MODE_FORMAT_R  W v and what becomes of it, as decode_matvec: up to three matrices [rows, N] of this format side by side.
 //                       Grid so that each warp gets R rows at a time, 256 threads, shared memory 16 (q + q / 8 + q / 32) bytes with
 //                       q = N / 4. N whole blocks.
-// widen_FORMAT_T        out = W, each element rounded once to T: `units` units of whole rows that follow one another; out aligned
+// dequantise_FORMAT_T        out = W, each element rounded once to T: `units` units of whole rows that follow one another; out aligned
 //                       to 16 bytes. Grid ceil(units / 256), 256 threads. Bound by the bytes written.
 // gather_FORMAT_T       out[i] = W[ids[i]], each element rounded once to T: ids u32 [n] below W's rows, `units` units in all, `per_row` to
 //                       a row; out aligned to 16 bytes. Grid ceil(units / 256), 256 threads.
@@ -35,7 +35,7 @@ template <typename F, typename Take> __device__ inline void read_unit(const uint
   uint32_t w[F::WORDS];
   float scale[F::GROUPS], min[F::GROUPS] = {};
   F::load(raw, block, part);
-  F::widen(raw, block, part, w, scale, min);
+  F::dequantise(raw, block, part, w, scale, min);
 #pragma unroll
   for (int k = 0; k < F::WORDS; k++) {
     const int g = k * F::GROUPS / F::WORDS;
@@ -62,7 +62,7 @@ __device__ void embed(const uint8_t *table, float factor, float *x, int n, const
 template <typename T> __device__ inline void store4(T *out, float4 v) { *(uint2 *)out = make_uint2(pack<T>(v.x, v.y), pack<T>(v.z, v.w)); }
 template <> __device__ inline void store4(float *out, float4 v) { *(float4 *)out = v; }
 
-template <typename F, typename T> __device__ void widen(const uint8_t *w, T *out, int64_t units) {
+template <typename F, typename T> __device__ void dequantise(const uint8_t *w, T *out, int64_t units) {
   const int64_t unit = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, block = unit / F::PARTS;
   if (unit >= units) return;
   T *to = out + block * (4 * F::PARTS * F::WORDS);
@@ -123,7 +123,7 @@ template <typename F, int MODE, int ROWS> __device__ void matvec(const MatvecPar
         for (int r = 0; r < ROWS; r++) {
           uint32_t w[F::WORDS];
           float scale[F::GROUPS], min[F::GROUPS];
-          F::widen(raw[r][a], block_of(r, unit), part, w, scale, min);
+          F::dequantise(raw[r][a], block_of(r, unit), part, w, scale, min);
 #pragma unroll
           for (int g = 0; g < F::GROUPS; g++) {
             float sum = 0.f;
@@ -142,9 +142,9 @@ template <typename F, int MODE, int ROWS> __device__ void matvec(const MatvecPar
   if (lane == 0) outcome.report(p);
 }
 
-#define WIDEN(FORMAT, NAME, T)                                                                            \
-  extern "C" __global__ void widen_##FORMAT##_##NAME(const uint8_t *w, T *out, int64_t units) { \
-    widen<FORMAT>(w, out, units);                                                                         \
+#define DEQUANTISE(FORMAT, NAME, T)                                                                            \
+  extern "C" __global__ void dequantise_##FORMAT##_##NAME(const uint8_t *w, T *out, int64_t units) { \
+    dequantise<FORMAT>(w, out, units);                                                                         \
   }
 #define GATHER(FORMAT, NAME, T)                                                                           \
   extern "C" __global__ void gather_##FORMAT##_##NAME(const uint8_t *table, const uint32_t *ids, T *out, int64_t units, int per_row) { \
@@ -156,9 +156,9 @@ template <typename F, int MODE, int ROWS> __device__ void matvec(const MatvecPar
                                                    const DecodeState *state) {                                                  \
     embed<FORMAT>(table, scale, x, n, frequencies, amplitudes, cos, sin, tables, half, state);                                  \
   }                                                                                                                             \
-  WIDEN(FORMAT, bf16, __nv_bfloat16)                                                                                            \
-  WIDEN(FORMAT, f16, __half)                                                                                                    \
-  WIDEN(FORMAT, f32, float)                                                                                                     \
+  DEQUANTISE(FORMAT, bf16, __nv_bfloat16)                                                                                            \
+  DEQUANTISE(FORMAT, f16, __half)                                                                                                    \
+  DEQUANTISE(FORMAT, f32, float)                                                                                                     \
   GATHER(FORMAT, bf16, __nv_bfloat16)                                                                                           \
   GATHER(FORMAT, f16, __half)                                                                                                   \
   GATHER(FORMAT, f32, float)                                                                                                    \
@@ -173,6 +173,8 @@ INSTANCE(q4_1)
 INSTANCE(q5_0)
 INSTANCE(q5_1)
 INSTANCE(q8_0)
+INSTANCE(q2_k)
+INSTANCE(q3_k)
 INSTANCE(q4_k)
 INSTANCE(q5_k)
 INSTANCE(q6_k)

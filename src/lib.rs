@@ -77,6 +77,7 @@ pub mod retrofit;
 pub mod run;
 pub mod selector;
 pub mod spec;
+pub mod storage;
 pub mod tensors;
 pub mod weights;
 

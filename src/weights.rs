@@ -92,7 +92,7 @@ impl Weights {
         self.dtype
     }
 
-    /// Bytes held (norms, a few kilobytes, are not counted).
+    /// Size of the matrices in memory, bytes; norms, a few kilobytes, are not counted.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -102,9 +102,9 @@ impl Weights {
         self.bytes - if self.spec.tied { 0 } else { self.embed.bytes() }
     }
 
-    /// Whether any matrix is held quantised.
+    /// Whether a matrix consists of blocks.
     pub fn has_quantised(&self) -> bool {
-        self.matrices().any(|l| matches!(l.weight(), Weight::Quantised(_)))
+        self.matrices().any(|l| matches!(l.weight(), Weight::Blocks(_)))
     }
 
     /// Bytes that the largest product takes besides its result.
@@ -119,12 +119,6 @@ impl Weights {
             [&p.q, &p.k, &p.v, &p.out, &m.gate, &m.up, &m.down]
         }
         self.blocks.iter().flat_map(of_block).chain([&self.head])
-    }
-
-    /// Whether every launch over them goes to the stream of its input: candle's products with block formats that have no kernel here
-    /// run on the stream that holds the matrix.
-    fn on_any_stream(&self) -> bool {
-        self.embed.on_any_stream() && self.matrices().all(|l| l.weight().on_any_stream())
     }
 }
 
@@ -143,9 +137,7 @@ impl Lease {
         let idle = weights.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let device = match idle {
             Some(device) => device,
-            None if weights.on_any_stream() => beside(&weights.device)?,
-            // One stream for all runs, which is slower and no less safe: such weights have no captured step.
-            None => weights.device.clone(),
+            None => beside(&weights.device)?,
         };
         Ok(Self { weights: weights.clone(), device })
     }

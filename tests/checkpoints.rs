@@ -5,8 +5,8 @@ mod common;
 
 use bfly::checkpoint::{Checkpoint, WeightDtype, WeightFormat};
 use bfly::spec::ModelSpec;
+use bfly::storage::{Ggml, Storage};
 use candle_core::quantized::gguf_file::Value as Metadata;
-use candle_core::quantized::GgmlDType;
 use candle_core::{Device, Tensor};
 use common::*;
 use serde_json::json;
@@ -267,22 +267,22 @@ fn a_zero_mscale_counts_as_absent() -> Any {
 }
 
 /// Loads a checkpoint held as `dtype`.
-fn held_as(model: &str, dtype: GgmlDType) -> Any<bfly::Result<Model>> {
+fn held_as(model: &str, dtype: Storage) -> Any<bfly::Result<Model>> {
     let format = WeightFormat::new(WeightDtype::As(dtype), 0, None);
     Ok(load_as(&open(model)?, None, 64, &format, &Device::Cpu))
 }
 
 #[test]
 fn a_value_that_the_type_asked_for_cannot_hold_is_named() -> Any {
-    let refused = |model: &str, dtype: GgmlDType, says: &[&str]| -> Any {
+    let refused = |model: &str, dtype: Storage, says: &[&str]| -> Any {
         let error = held_as(model, dtype)?.err().ok_or(format!("{dtype:?} was accepted"))?.to_string();
         says.iter().for_each(|word| assert!(error.contains(word), "{dtype:?} should say {word}: {error}"));
         Ok(())
     };
     let model = fault_model("f16-overflow/model");
-    refused(&model, GgmlDType::F16, &["down_proj.weight", "row", "column", "too large for f16", "bf16 and f32"])?;
-    held_as(&model, GgmlDType::BF16)??;
-    held_as(&model, GgmlDType::F32)??;
+    refused(&model, Storage::F16, &["down_proj.weight", "row", "column", "too large for f16", "bf16 and f32"])?;
+    held_as(&model, Storage::BF16)??;
+    held_as(&model, Storage::F32)??;
     const UP: &str = "model.layers.1.mlp.up_proj.weight";
     let with = |value: f32| {
         changed(&golden_dir("llama"), |t| {
@@ -295,14 +295,14 @@ fn a_value_that_the_type_asked_for_cannot_hold_is_named() -> Any {
     // The scale of a block of q8_0 is a 127th of its largest value, of q4_0 an eighth, each in f16.
     let wide = with(1e7)?;
     let place = ["row 3, column 5", UP];
-    refused(&wide.path().to_string_lossy(), GgmlDType::Q8_0, &[&place[..], &["q8_0"]].concat())?;
-    refused(&wide.path().to_string_lossy(), GgmlDType::Q4_0, &[&place[..], &["q4_0"]].concat())?;
-    held_as(&wide.path().to_string_lossy(), GgmlDType::BF16)??;
+    refused(&wide.path().to_string_lossy(), Storage::Ggml(Ggml::Q8_0), &[&place[..], &["q8_0"]].concat())?;
+    refused(&wide.path().to_string_lossy(), Storage::Ggml(Ggml::Q4_0), &[&place[..], &["q4_0"]].concat())?;
+    held_as(&wide.path().to_string_lossy(), Storage::BF16)??;
     let fits = with(1e5)?;
-    held_as(&fits.path().to_string_lossy(), GgmlDType::Q8_0)??;
-    refused(&fits.path().to_string_lossy(), GgmlDType::F16, &place)?;
+    held_as(&fits.path().to_string_lossy(), Storage::Ggml(Ggml::Q8_0))??;
+    refused(&fits.path().to_string_lossy(), Storage::F16, &place)?;
     let widest = with(f32::MAX)?;
-    refused(&widest.path().to_string_lossy(), GgmlDType::BF16, &[&place[..], &["bf16", "f32 holds it"]].concat())?;
+    refused(&widest.path().to_string_lossy(), Storage::BF16, &[&place[..], &["bf16", "f32 holds it"]].concat())?;
     Ok(())
 }
 
@@ -319,9 +319,9 @@ fn a_bias_that_the_type_of_activations_cannot_hold_is_named() -> Any {
         let format = WeightFormat::for_gpu(WeightDtype::As(dtype));
         load_as(&checkpoint, None, 64, &format, &Device::Cpu).map(drop)
     };
-    let error = load(GgmlDType::F16).err().ok_or("was accepted")?.to_string();
+    let error = load(Storage::F16).err().ok_or("was accepted")?.to_string();
     assert!([BIAS, "row 0, column 3", "f16"].iter().all(|word| error.contains(word)), "{error}");
-    load(GgmlDType::BF16)?;
+    load(Storage::BF16)?;
     Ok(())
 }
 

@@ -10,16 +10,16 @@ use bfly::ops::{self, AttentionArgs, KeyValues, RowList, Segment, Store, StoreRo
 use bfly::retrofit::{FarPosition, Pool, Settings, WindowAlign};
 use bfly::run::Run;
 use bfly::spec::Activation;
-use candle_core::quantized::GgmlDType;
+use bfly::storage::Storage;
 use candle_core::{DType, Device, Tensor};
-use common::attention::{both, case, lse_difference, values, Case};
+use common::attention::{batch, both, case, lse_difference, values, Case};
 use common::*;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use std::ops::ControlFlow;
 
-const TYPES: [(DType, GgmlDType); 3] =
-    [(DType::F32, GgmlDType::F32), (DType::BF16, GgmlDType::BF16), (DType::F16, GgmlDType::F16)];
+const TYPES: [(DType, Storage); 3] =
+    [(DType::F32, Storage::F32), (DType::BF16, Storage::BF16), (DType::F16, Storage::F16)];
 
 fn norm(x: &Tensor) -> Any<f64> {
     Ok(x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt())
@@ -75,11 +75,23 @@ fn attention_of_one_token_is_shared_out_over_its_keys() -> Any {
         for (start, window) in [(9000, Window::Unbounded), (5000, Window::Tokens(700)), (0, Window::Unbounded)] {
             for (far_runs, places, without) in [(0, 0, 0), (4, 0, 0), (0, 500, 0), (3, 33, 0), (0, 64, 3)] {
                 let c = Case { far_runs, table: (places, 1), without, ..Case::decode(start, shape, window) };
-                let each = |(dtype, _): &(DType, GgmlDType)| {
-                    check_attention(&with_a_kernel(c.clone(), *dtype), *dtype, &device)
-                };
+                let each =
+                    |(dtype, _): &(DType, Storage)| check_attention(&with_a_kernel(c.clone(), *dtype), *dtype, &device);
                 TYPES.iter().try_for_each(each)?;
             }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_batch_gives_what_each_of_its_items_gives() -> Any {
+    let Some(device) = gpu("attention of a batch") else { return Ok(()) };
+    for (dtype, tokens, start) in [(DType::F32, 9, 30), (DType::BF16, 70, 40), (DType::F16, 1, 200)] {
+        let (got, want) = batch(3, (tokens, start), 7, dtype, &device)?;
+        for (b, want) in want.iter().enumerate() {
+            let (off, rounding) = errors(&got.out.get(b)?, &want.out, dtype)?;
+            assert!(off <= 4.0 * rounding + 1e-3, "{dtype:?}, item {b}: off by {off:.2e}");
         }
     }
     Ok(())
@@ -314,7 +326,7 @@ fn what_evicts_equals_the_cpus() -> Any {
                 session.compress()?;
                 Ok([prefill, session.read(&tail)?.to_device(&Device::Cpu)?])
             };
-            let f32s = WeightDtype::As(candle_core::quantized::GgmlDType::F32);
+            let f32s = WeightDtype::As(Storage::F32);
             let want = read(&Device::Cpu, &WeightFormat::new(f32s, 0, None), 100)?;
             let got = read(&device, &WeightFormat::for_gpu(f32s), 130)?;
             for (part, (got, want)) in ["prefill", "decode"].iter().zip(got.iter().zip(&want)) {
@@ -332,7 +344,7 @@ fn captured_decode_takes_the_likeliest_token_and_stops_in_the_middle_of_a_batch(
     let Some(device) = gpu("captured decode") else { return Ok(()) };
     let (checkpoint, prompt) = (open(&golden_dir("llama3_rope").to_string_lossy())?, text(300));
     let s = small(16, 32, 4);
-    let model = load_as(&checkpoint, Some(&s), 400, &WeightFormat::for_gpu(WeightDtype::As(GgmlDType::F16)), &device)?;
+    let model = load_as(&checkpoint, Some(&s), 400, &WeightFormat::for_gpu(WeightDtype::As(Storage::F16)), &device)?;
     let generate = |stop: &[u32]| -> Any<(Vec<u32>, usize)> {
         let request = Request { prompt: &prompt, max_new_tokens: 45, chunk: 128, stop, logits_last: 1 };
         let mut session = model.run()?;
@@ -362,7 +374,7 @@ fn captured_decode_takes_the_likeliest_token_and_stops_in_the_middle_of_a_batch(
 fn captured_decode_that_is_stopped_equals_one_that_never_was() -> Any {
     let Some(device) = gpu("early stops") else { return Ok(()) };
     let (prompt, tail) = (text(300), text(40));
-    let held = WeightFormat::for_gpu(WeightDtype::As(GgmlDType::F16));
+    let held = WeightFormat::for_gpu(WeightDtype::As(Storage::F16));
     for name in ["llama3_rope", "gemma3"] {
         let checkpoint = open(&golden_dir(name).to_string_lossy())?;
         let partner = |rule: &str| Settings { partner: rule.into(), partner_count: 2, ..small(8, 16, 4) };
@@ -412,7 +424,7 @@ fn captured_decode_that_is_stopped_equals_one_that_never_was() -> Any {
 fn runs_with_a_thread_and_a_stream_each_over_shared_weights_read_what_one_reads() -> Any {
     let Some(device) = gpu("runs side by side") else { return Ok(()) };
     let checkpoint = open(&golden_dir("llama3_rope").to_string_lossy())?;
-    let (held, prompt) = (WeightFormat::for_gpu(WeightDtype::As(GgmlDType::F16)), text(300));
+    let (held, prompt) = (WeightFormat::for_gpu(WeightDtype::As(Storage::F16)), text(300));
     let model = load_as(&checkpoint, Some(&small(16, 32, 4)), 400, &held, &device)?;
     let read = move |model: &Model, rounds: usize| -> bfly::Result<Vec<Vec<f32>>> {
         let mut made = vec![];
@@ -443,7 +455,7 @@ fn what_evicts_decodes_captured_as_it_does_step_by_step() -> Any {
     let (checkpoint, prompt, new) = (open(&golden_dir("llama3_rope").to_string_lossy())?, text(430), 150);
     for (rule, set) in [("keydiff", ("block", 64)), ("snapkv", ("window", 40))] {
         let plan = EvictionPlan::new(rule, 150, &[set])?;
-        let held = WeightFormat::for_gpu(WeightDtype::As(GgmlDType::F16));
+        let held = WeightFormat::for_gpu(WeightDtype::As(Storage::F16));
         let model = load_as(&checkpoint, None, 600, &held, &device)?.by(&plan, 600);
         let begun = || -> Any<(Run, Tensor)> {
             let mut session = model.run()?;

@@ -3,7 +3,7 @@
 mod common;
 
 use bfly::checkpoint::{WeightDtype, WeightFormat};
-use candle_core::quantized::GgmlDType;
+use bfly::storage::Storage;
 use candle_core::Device;
 use common::*;
 
@@ -33,7 +33,7 @@ fn stock_logits_equal_transformers_past_8k_positions() -> Any {
 /// own bf16 run is off, and should be off by less, since that rounds activations too.
 #[test]
 fn weights_in_bf16_are_within_twice_transformers_own_bf16_error() -> Any {
-    let hold = || WeightFormat::new(WeightDtype::As(GgmlDType::BF16), 0, None);
+    let hold = || WeightFormat::new(WeightDtype::As(Storage::BF16), 0, None);
     for name in GOLDENS {
         let golden = Golden::open(name)?;
         let checkpoint = open(&golden_dir(name).to_string_lossy())?;

@@ -6,7 +6,7 @@ use bfly::ops::{
     attend, merge_attention, reference, Attended, AttentionArgs, KeyValues, RowList, Segment, Store, StoreRows, Window,
 };
 use candle_core::{DType, Device, Tensor};
-use common::attention::{both, case, lse_difference, values, Case};
+use common::attention::{batch, both, case, lse_difference, values, Case};
 use common::Any;
 use proptest::prelude::*;
 
@@ -78,6 +78,28 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 30, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_batch_gives_what_each_of_its_items_gives(
+        items in 1usize..5, tokens in 1usize..20, start in 0usize..60, seed in any::<u64>(),
+    ) {
+        let run = || -> Any<(f32, f32)> {
+            let (got, want) = batch(items, (tokens, start), seed, DType::F32, &Device::Cpu)?;
+            let (mut out, mut lse) = (0f32, 0f32);
+            for (b, want) in want.iter().enumerate() {
+                let got = Attended { out: got.out.get(b)?, lse: got.lse.as_ref().map(|l| l.get(b)).transpose()? };
+                out = out.max(apart(&got.out, &want.out)?);
+                lse = lse.max(lse_difference(&got, want)?);
+            }
+            Ok((out, lse))
+        };
+        let (out, lse) = run().map_err(|e| TestCaseError::fail(e.to_string()))?;
+        prop_assert!(out < 2e-5 && lse < 2e-5, "off by {out}, log-sum-exp by {lse}");
+    }
+}
+
 #[test]
 fn queries_that_read_nothing_give_zero_and_merge_as_nothing() -> Any {
     let (q, k) = (values((3, 2, 8), 1, 4.0)?, values((5, 1, 8), 2, 4.0)?);
@@ -123,6 +145,13 @@ fn what_does_not_fit_is_refused() -> Any {
     refused(&[], "nothing to attend to");
     refused(&[Segment::Chunk(kv), Segment::Chunk(kv)], "two segments of a kind");
     refused(&[Segment::Sinks(kv, 2)], "2 sinks in 1 rows");
+    let batch = Tensor::stack(&[&x, &x], 0)?;
+    for segments in [[Segment::Chunk(kv)], [Segment::Chunk(KeyValues { k: &batch, v: &x })]] {
+        let (window, segments) = (Window::Unbounded, &segments[..]);
+        let args = AttentionArgs { q: &batch, start: 0, window, scale: 1.0, segments, lse: false };
+        let error = attend(&args).map(drop).unwrap_err().to_string();
+        assert!(error.contains("a tensor [1, 1, 8] in a batch of 2"), "{error}");
+    }
     let read = RowList::Blocks { block: 4, rows: &[] };
     refused(&[Segment::Store(Store { rows: StoreRows::Tensors(kv), read, q: None })], "0 lists for 1 query blocks");
     for (index, words) in [(vec![7u32], "a table names row 7 of 1"), (vec![0, 0], "a table [1, 2, 1] of U32")] {

@@ -5,6 +5,7 @@
 
 use super::TensorInfo;
 use crate::error::{At, Error, ErrorKind, Result};
+use crate::storage::Storage;
 use candle_core::quantized::gguf_file::{Content, Value};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -41,7 +42,6 @@ const TYPE_NAMES: &[(u32, &str)] = &[
     (35, "TQ2_0"),
     (39, "MXFP4"),
 ];
-const SUPPORTED: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K";
 
 impl Gguf {
     /// Reads and checks the headers of the file at `path` and, where it is one of several parts, of all of them.
@@ -156,7 +156,8 @@ impl Part {
                 let message = format!("truncated: its data end {short} bytes past the end of the file");
                 return Err(Error::format(&what, message));
             }
-            Ok(TensorInfo { name: name.clone(), shape: info.shape.dims().to_vec(), dtype: Ok(info.ggml_dtype) })
+            let storage = Storage::from_candle(info.ggml_dtype).ok_or_else(|| format!("type {:?}", info.ggml_dtype));
+            Ok(TensorInfo { name: name.clone(), shape: info.shape.dims().to_vec(), storage })
         };
         self.content.tensor_infos.iter().map(one).collect()
     }
@@ -241,9 +242,10 @@ fn header_error(place: &str, message: &str) -> Error {
     match number {
         Some(n) => {
             let name = TYPE_NAMES.iter().find(|(k, _)| *k == n).map_or("unknown", |(_, name)| *name);
+            let supported = Storage::ALL.map(|s| s.name().to_uppercase()).join(", ");
             Error::unsupported(
                 place,
-                format!("quantisation type {n} ({name}) is not supported; supported: {SUPPORTED}"),
+                format!("quantisation type {n} ({name}) is not supported; supported: {supported}"),
             )
         }
         None => Error::format(place, format!("not a readable GGUF file: {message}")),

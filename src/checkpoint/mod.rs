@@ -31,8 +31,8 @@ use crate::error::{At, Error, ErrorKind, Result};
 use crate::family::{self, Family, Naming, PLAIN};
 use crate::nn::Weight;
 use crate::spec::{Config, ModelSpec};
+use crate::storage::Storage;
 use crate::tensors::{Role, Schema, TensorSpec};
-use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -41,15 +41,15 @@ use std::sync::Mutex;
 /// Told how far a stage is: what is read, units done, units in all.
 pub type OnProgress<'a> = &'a (dyn Fn(&str, u64, u64) + Sync);
 
-/// A stored tensor: `dtype` is the reason it cannot be read where it is not a known one.
+/// A stored tensor.
 #[derive(Debug, Clone)]
 pub struct TensorInfo {
     /// Name in the file.
     pub name: String,
     /// Shape, outermost first.
     pub shape: Vec<usize>,
-    /// Stored type.
-    pub dtype: Result<GgmlDType, String>,
+    /// Encoding, or the name of one that cannot be read.
+    pub storage: Result<Storage, String>,
 }
 
 enum Store {
@@ -284,11 +284,10 @@ impl Checkpoint {
     pub fn held(&self, format: &WeightFormat) -> BTreeMap<String, u64> {
         let mut bytes = BTreeMap::new();
         for t in self.schema.matrices() {
-            let stored = self.info(t).and_then(|i| i.dtype.clone().ok());
-            let held = format.resolve(stored.unwrap_or(GgmlDType::F32), t.shape[1]);
-            let blocks = (t.shape[0] as u64).saturating_mul((t.shape[1] / held.block_size()) as u64);
-            let sum: &mut u64 = bytes.entry(weight_format::type_name(held)).or_default();
-            *sum = sum.saturating_add(blocks.saturating_mul(held.type_size() as u64));
+            let stored = self.info(t).and_then(|i| i.storage.clone().ok());
+            let target = format.resolve(stored.unwrap_or(Storage::F32), t.shape[1]);
+            let sum: &mut u64 = bytes.entry(target.to_string()).or_default();
+            *sum = sum.saturating_add((t.shape[0] as u64).saturating_mul(target.row_bytes(t.shape[1]) as u64));
         }
         bytes
     }
@@ -329,13 +328,9 @@ impl Checkpoint {
     /// # Errors
     /// As [`Checkpoint::matrix`].
     pub fn fits(&self, tensor: &TensorSpec, dtype: DType) -> Result<()> {
-        let held = match dtype {
-            DType::F16 => GgmlDType::F16,
-            DType::BF16 => GgmlDType::BF16,
-            _ => return Ok(()),
-        };
+        let Some(target) = Storage::of_tensor(dtype).filter(|s| *s != Storage::F32) else { return Ok(()) };
         let values = self.vector(tensor, &Device::Cpu)?.to_vec1::<f32>()?;
-        rows::narrow(self, self.expect(tensor)?, held, &values, (0, values.len())).map(drop)
+        rows::encode(self, self.expect(tensor)?, target, &values, (0, values.len())).map(drop)
     }
 
     /// Rows per head where the file interleaves the halves of each.

@@ -6,23 +6,22 @@
 
 use super::{rows, Checkpoint, TensorInfo, WeightFormat};
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::nn::Weight;
+use crate::nn::{Blocks, Weight};
 use crate::spec::Config;
+use crate::storage::Storage;
 use crate::tensors::{Role, Schema, TensorSpec};
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor};
 use sha2::{Digest, Sha256};
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 const STD: f32 = 0.02;
 /// Elements drawn at a time on a GPU: 256 MiB of f32.
 const CHUNK: usize = 64 << 20;
 
-/// Quantised matrices in host memory, by shape and type.
-type Quantised = HashMap<(usize, usize, String), Arc<QTensor>>;
+/// Encoded rows of quantised matrices, by shape and encoding.
+type Quantised = HashMap<(usize, usize, Storage), Vec<u8>>;
 
 /// The tensors of a configuration, by name.
 pub struct Random {
@@ -37,13 +36,13 @@ impl Random {
     /// For the configuration at `path`, stored as if in the type that it names (bf16 if none).
     pub fn new(path: &Path, config: &Config, schema: &Schema, seed: u64) -> Result<Self> {
         let named = config.opt_str("dtype")?.or(config.opt_str("torch_dtype")?);
-        let dtype = match named {
-            Some("float32") => GgmlDType::F32,
-            Some("float16") => GgmlDType::F16,
-            _ => GgmlDType::BF16,
+        let storage = match named {
+            Some("float32") => Storage::F32,
+            Some("float16") => Storage::F16,
+            _ => Storage::BF16,
         };
         let entry = |t: &TensorSpec| {
-            let info = TensorInfo { name: t.name.clone(), shape: t.shape.clone(), dtype: Ok(dtype) };
+            let info = TensorInfo { name: t.name.clone(), shape: t.shape.clone(), storage: Ok(storage) };
             (t.name.clone(), info)
         };
         let entries = schema.iter().map(entry).collect();
@@ -68,9 +67,9 @@ impl Random {
             let first = start / size as u64;
             (first..first + (length / size) as u64).map(move |i| STD * normal(key, i))
         };
-        Ok(match info.dtype {
-            Ok(GgmlDType::F32) => values(4).flat_map(f32::to_le_bytes).collect(),
-            Ok(GgmlDType::F16) => values(2).flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect(),
+        Ok(match info.storage {
+            Ok(Storage::F32) => values(4).flat_map(f32::to_le_bytes).collect(),
+            Ok(Storage::F16) => values(2).flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect(),
             _ => values(2).flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect(),
         })
     }
@@ -89,23 +88,14 @@ impl Random {
         device: &Device,
     ) -> Result<Weight> {
         let (rows, cols) = (info.shape[0], info.shape[1]);
-        let held = match &info.dtype {
-            Ok(stored) => format.resolve(*stored, cols),
-            Err(_) => GgmlDType::F32,
-        };
-        let dense = match held {
-            GgmlDType::F32 => Some(DType::F32),
-            GgmlDType::F16 => Some(DType::F16),
-            GgmlDType::BF16 => Some(DType::BF16),
-            _ => None,
-        };
-        match dense {
-            Some(dtype) if !device.is_cpu() => {
-                format.count(held, rows * cols * dtype.size_in_bytes());
-                Ok(Weight::Dense(self.draw(&info.name, (rows, cols), dtype, device).at(&info.name)?))
+        let target = format.resolve(info.storage.clone().unwrap_or(Storage::F32), cols);
+        match target.dense() {
+            Some(float) if !device.is_cpu() => {
+                format.count(target, rows * target.row_bytes(cols));
+                Ok(Weight::Dense(self.draw(&info.name, (rows, cols), float.dtype(), device).at(&info.name)?))
             }
             Some(_) => rows::load_matrix(from, info, None, format, device),
-            None => self.copy_of_shape(from, info, held, format, device),
+            None => self.copy_of_shape(from, info, target, format, device),
         }
     }
 
@@ -127,27 +117,25 @@ impl Random {
         &self,
         from: &Checkpoint,
         info: &TensorInfo,
-        held: GgmlDType,
+        target: Storage,
         format: &WeightFormat,
         device: &Device,
     ) -> Result<Weight> {
         let shape = (info.shape[0], info.shape[1]);
-        let key = (shape.0, shape.1, format!("{held:?}"));
+        let key = (shape.0, shape.1, target);
         let poisoned = || Error::new(ErrorKind::Backend, &info.name, "another thread failed while drawing weights");
-        let mut kept = self.quantised.lock().map_err(|_| poisoned())?;
-        let first = match kept.get(&key) {
-            Some(first) => {
-                format.count(held, first.storage_size_in_bytes());
-                first.clone()
+        let mut quantised = self.quantised.lock().map_err(|_| poisoned())?;
+        let data = match quantised.get(&key) {
+            Some(data) => {
+                format.count(target, data.len());
+                data
             }
             None => match rows::load_matrix(from, info, None, format, &Device::Cpu)? {
-                Weight::Quantised(first) => kept.entry(key).or_insert(first).clone(),
+                Weight::Blocks(first) => quantised.entry(key).or_insert(first.data().to_vec1()?),
                 dense => return Ok(dense),
             },
         };
-        let bytes = first.data().at(&info.name)?;
-        let storage = QStorage::from_data(Cow::Borrowed(&bytes), device, held).at(&info.name)?;
-        Ok(Weight::Quantised(Arc::new(QTensor::new(storage, shape).at(&info.name)?)))
+        Ok(Weight::Blocks(Blocks::new(target, shape, data.clone(), device).map_err(|e| e.within(&info.name))?))
     }
 
     /// Seed of one tensor.

@@ -1,10 +1,11 @@
-//! From stored bytes to held weights, a few megabytes of rows at a time, spread over the cores.
+//! From stored bytes to weights in memory, a few megabytes of rows at a time, spread over the cores.
 
 use super::{Checkpoint, TensorInfo, WeightFormat};
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::nn::Weight;
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
-use candle_core::{DType, Device, Tensor};
+use crate::nn::{Blocks, Weight};
+use crate::storage::Storage;
+use candle_core::quantized::{QStorage, QTensor};
+use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::ops::Range;
@@ -14,9 +15,9 @@ const CHUNK: usize = 2 << 20;
 
 /// Decodes `rows` of `cols` elements into f32 and refuses NaN and infinity.
 pub fn decode(from: &Checkpoint, info: &TensorInfo, rows: Range<usize>, cols: usize) -> Result<Vec<f32>> {
-    let dtype = stored(info)?;
-    let bytes = read_rows(from, info, dtype, rows.clone(), cols)?;
-    let values = widen(dtype, bytes, rows.len() * cols).at(&info.name)?;
+    let stored = stored(info)?;
+    let bytes = read_rows(from, info, stored, rows.clone(), cols)?;
+    let values = to_f32(stored, bytes, rows.len() * cols).at(&info.name)?;
     match values.iter().position(|v| !v.is_finite()) {
         None => Ok(values),
         Some(at) => {
@@ -37,14 +38,14 @@ pub fn load_matrix(
     device: &Device,
 ) -> Result<Weight> {
     let (rows, cols) = (info.shape[0], info.shape[1]);
-    let dtype = stored(info)?;
-    let held = format.resolve(dtype, cols);
+    let stored = stored(info)?;
+    let target = format.resolve(stored, cols);
     let unit = head_rows.unwrap_or(1);
     let chunk = (CHUNK / cols).max(1).div_ceil(unit) * unit;
-    let row_bytes = cols / held.block_size() * held.type_size();
-    format.count(held, rows * row_bytes);
+    let row_bytes = target.row_bytes(cols);
+    format.count(target, rows * row_bytes);
     let range = |i: usize| i * chunk..rows.min((i + 1) * chunk);
-    if held == GgmlDType::F32 {
+    if target == Storage::F32 {
         let mut out = vec![0f32; rows * cols];
         out.par_chunks_mut(chunk * cols).enumerate().try_for_each(|(i, out)| -> Result<()> {
             let values = decode(from, info, range(i), cols)?;
@@ -58,11 +59,11 @@ pub fn load_matrix(
     }
     let mut out = vec![0u8; rows * row_bytes];
     out.par_chunks_mut(chunk * row_bytes).enumerate().try_for_each(|(i, out)| -> Result<()> {
-        // Decoded even where the bytes are kept as stored: that is how NaN is found.
+        // Decoding finds NaN also where the bytes stay as stored.
         let values = decode(from, info, range(i), cols)?;
-        let bytes = match held == dtype {
-            true => read_rows(from, info, dtype, range(i), cols)?,
-            false => narrow(from, info, held, &values, (range(i).start, cols))?,
+        let bytes = match target == stored {
+            true => read_rows(from, info, stored, range(i), cols)?,
+            false => encode(from, info, target, &values, (range(i).start, cols))?,
         };
         for (r, row) in out.chunks_mut(row_bytes).enumerate() {
             let s = source_row(r, head_rows);
@@ -70,35 +71,30 @@ pub fn load_matrix(
         }
         Ok(())
     })?;
-    let dense = match held {
-        GgmlDType::F16 => Some(DType::F16),
-        GgmlDType::BF16 => Some(DType::BF16),
-        _ => None,
-    };
-    // On a CPU 16-bit types are held as blocks of one, since its GEMM cannot multiply them by f32.
-    if let Some(dtype) = dense.filter(|_| !device.is_cpu()) {
-        return Ok(Weight::Dense(Tensor::from_raw_buffer(&out, dtype, &[rows, cols], device).at(&info.name)?));
+    // On a CPU 16-bit matrices are blocks too, since its GEMM cannot multiply them by f32.
+    if let Some(float) = target.dense().filter(|_| !device.is_cpu()) {
+        let tensor = Tensor::from_raw_buffer(&out, float.dtype(), &[rows, cols], device);
+        return Ok(Weight::Dense(tensor.at(&info.name)?));
     }
-    let storage = QStorage::from_data(Cow::Owned(out), device, held).at(&info.name)?;
-    Ok(Weight::Quantised(std::sync::Arc::new(QTensor::new(storage, (rows, cols)).at(&info.name)?)))
+    Ok(Weight::Blocks(Blocks::new(target, (rows, cols), out, device).map_err(|e| e.within(&info.name))?))
 }
 
-fn stored(info: &TensorInfo) -> Result<GgmlDType> {
-    info.dtype.clone().map_err(|why| Error::unsupported(&info.name, format!("{why} is not supported for weights")))
+fn stored(info: &TensorInfo) -> Result<Storage> {
+    info.storage.clone().map_err(|why| Error::unsupported(&info.name, format!("{why} is not supported for weights")))
 }
 
 fn read_rows(
     from: &Checkpoint,
     info: &TensorInfo,
-    dtype: GgmlDType,
+    stored: Storage,
     rows: Range<usize>,
     cols: usize,
 ) -> Result<Vec<u8>> {
-    if !cols.is_multiple_of(dtype.block_size()) {
-        let message = format!("rows of {cols} elements hold no whole {dtype:?} blocks");
+    if !stored.fits(cols) {
+        let message = format!("rows of {cols} elements hold no whole {stored} blocks");
         return Err(Error::format(&info.name, message));
     }
-    let row_bytes = cols / dtype.block_size() * dtype.type_size();
+    let row_bytes = stored.row_bytes(cols);
     from.read(info, (rows.start * row_bytes) as u64, rows.len() * row_bytes)
 }
 
@@ -116,42 +112,44 @@ fn source_row(row: usize, head_rows: Option<usize>) -> usize {
     head * d + 2 * (within % (d / 2)) + within / (d / 2)
 }
 
-fn widen(dtype: GgmlDType, bytes: Vec<u8>, count: usize) -> candle_core::Result<Vec<f32>> {
+fn to_f32(stored: Storage, bytes: Vec<u8>, count: usize) -> candle_core::Result<Vec<f32>> {
     let half = |f: fn([u8; 2]) -> f32| bytes.chunks_exact(2).map(|b| f([b[0], b[1]])).collect();
-    Ok(match dtype {
-        GgmlDType::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-        GgmlDType::F16 => half(|b| half::f16::from_le_bytes(b).to_f32()),
-        GgmlDType::BF16 => half(|b| half::bf16::from_le_bytes(b).to_f32()),
-        _ => {
-            let storage = QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, dtype)?;
-            QTensor::new(storage, (1, count))?.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?
+    Ok(match stored {
+        Storage::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        Storage::F16 => half(|b| half::f16::from_le_bytes(b).to_f32()),
+        Storage::BF16 => half(|b| half::bf16::from_le_bytes(b).to_f32()),
+        // candle's decoder, unlike the one of products, also gives the infinities and NaN of damaged scales.
+        Storage::Ggml(_) => {
+            let blocks = QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, stored.candle())?;
+            QTensor::new(blocks, (1, count))?.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?
         }
     })
 }
 
-/// Rows of `cols` values, from `first_row` on, as `held`.
+/// Encodes rows of `cols` values, from `first_row` on, in `target`.
 ///
 /// # Errors
-/// A value that it cannot hold.
-pub fn narrow(
+/// A value too large for `target`.
+pub fn encode(
     from: &Checkpoint,
     info: &TensorInfo,
-    held: GgmlDType,
+    target: Storage,
     values: &[f32],
     (first_row, cols): (usize, usize),
 ) -> Result<Vec<u8>> {
-    let bytes = cast(held, values, cols).at(&info.name)?;
-    refuse_overflow(from, info, held, values, &bytes, (first_row, cols))?;
+    let bytes = from_f32(target, values, cols).at(&info.name)?;
+    refuse_overflow(from, info, target, values, &bytes, (first_row, cols))?;
     Ok(bytes)
 }
 
-fn cast(held: GgmlDType, values: &[f32], cols: usize) -> candle_core::Result<Vec<u8>> {
-    Ok(match held {
-        GgmlDType::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
-        GgmlDType::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
-        _ => {
+fn from_f32(target: Storage, values: &[f32], cols: usize) -> candle_core::Result<Vec<u8>> {
+    Ok(match target {
+        Storage::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        Storage::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+        Storage::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+        Storage::Ggml(_) => {
             let tensor = Tensor::from_slice(values, (values.len() / cols, cols), &Device::Cpu)?;
-            QTensor::quantize(&tensor, held)?.data()?.into_owned()
+            QTensor::quantize(&tensor, target.candle())?.data()?.into_owned()
         }
     })
 }
@@ -160,7 +158,7 @@ fn cast(held: GgmlDType, values: &[f32], cols: usize) -> candle_core::Result<Vec
 fn refuse_overflow(
     from: &Checkpoint,
     info: &TensorInfo,
-    held: GgmlDType,
+    target: Storage,
     values: &[f32],
     bytes: &[u8],
     (first_row, cols): (usize, usize),
@@ -168,17 +166,17 @@ fn refuse_overflow(
     if values.iter().all(|v| v.abs() <= half::f16::MAX.to_f32()) {
         return Ok(());
     }
-    let wide = widen(held, bytes.to_vec(), values.len()).at(&info.name)?;
-    let Some(lost) = wide.iter().position(|v| !v.is_finite()) else { return Ok(()) };
+    let decoded = to_f32(target, bytes.to_vec(), values.len()).at(&info.name)?;
+    let Some(lost) = decoded.iter().position(|v| !v.is_finite()) else { return Ok(()) };
     // The scale of a block follows from its largest value.
-    let block = lost / held.block_size() * held.block_size();
+    let (elements, _) = target.block();
+    let block = lost / elements * elements;
     let largest = |at: &usize, other: &usize| values[*at].abs().total_cmp(&values[*other].abs());
-    let at = (block..block + held.block_size()).max_by(largest).unwrap_or(lost);
-    let holders = if held == GgmlDType::BF16 { "f32 holds it" } else { "bf16 and f32 hold it" };
-    let (name, held, value) = (&info.name, super::weight_format::type_name(held), values[at]);
-    let (row, column) = (first_row + at / cols, at % cols);
+    let at = (block..block + elements).max_by(largest).unwrap_or(lost);
+    let alternatives = if target == Storage::BF16 { "f32 holds it" } else { "bf16 and f32 hold it" };
+    let (name, value, row, column) = (&info.name, values[at], first_row + at / cols, at % cols);
     let message = format!(
-        "tensor `{name}` holds {value} at row {row}, column {column}, which is too large for {held}; {holders}"
+        "tensor `{name}` holds {value} at row {row}, column {column}, which is too large for {target}; {alternatives}"
     );
     Err(Error::new(ErrorKind::NotFinite, from.identity.place(), message))
 }

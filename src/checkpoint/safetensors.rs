@@ -5,7 +5,7 @@
 
 use super::TensorInfo;
 use crate::error::{At, Error, Result};
-use candle_core::quantized::GgmlDType;
+use crate::storage::Storage;
 use memmap2::MmapOptions;
 use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors};
 use std::collections::{BTreeMap, BTreeSet};
@@ -65,7 +65,7 @@ impl Shards {
                 name: name.clone(),
                 shape: tensor.shape.clone(),
                 // A reason to refuse only when this tensor is asked for: checkpoints may hold unused buffers.
-                dtype: stored(tensor.dtype).ok_or_else(|| format!("dtype {:?}", tensor.dtype)),
+                storage: stored(tensor.dtype).ok_or_else(|| format!("dtype {:?}", tensor.dtype)),
             };
             let offset = start + tensor.data_offsets.0 as u64;
             if let Some(other) = self.entries.insert(name.clone(), Entry { file: index, offset, info }) {
@@ -102,11 +102,11 @@ impl Shards {
     }
 }
 
-fn stored(dtype: Dtype) -> Option<GgmlDType> {
+fn stored(dtype: Dtype) -> Option<Storage> {
     match dtype {
-        Dtype::F32 => Some(GgmlDType::F32),
-        Dtype::F16 => Some(GgmlDType::F16),
-        Dtype::BF16 => Some(GgmlDType::BF16),
+        Dtype::F32 => Some(Storage::F32),
+        Dtype::F16 => Some(Storage::F16),
+        Dtype::BF16 => Some(Storage::BF16),
         _ => None,
     }
 }

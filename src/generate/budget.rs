@@ -45,7 +45,7 @@ impl Needs {
         Ok(Self {
             weights: weights.bytes(),
             cache: layout.bytes(weights.dtype()).peak,
-            // Logits in two types and a copy; at most this for partial results, routes and vectors of a step; widened weights.
+            // Logits in two types and a copy; at most this for partial results, routes and vectors of a step; dequantised weights.
             fixed: (spec.vocab * 16) as u64 + (16 << 20) + weights.scratch() + evicting,
             token: (size * attention.max(feed_forward) + tables + parts) as u64,
         })

@@ -45,7 +45,7 @@ impl Mlp {
 
     /// Rows whose three intermediate tensors stay within [`BUFFER`]; products with quantised matrices pass through f32.
     fn rows_at_once(&self, dtype: DType) -> Result<usize> {
-        let wide = matches!(self.gate.weight(), Weight::Quantised(_));
+        let wide = matches!(self.gate.weight(), Weight::Blocks(_));
         let size = dtype.size_in_bytes() + if wide { DType::F32.size_in_bytes() } else { 0 };
         let row = 3 * self.gate.weight().dims()?.0 * size;
         Ok((BUFFER / row / 128 * 128).max(128))

@@ -4,8 +4,10 @@ mod linear;
 mod mlp;
 mod norm;
 mod rope;
+mod weight;
 
-pub use linear::{Linear, Weight};
+pub use linear::Linear;
 pub use mlp::Mlp;
 pub use norm::RmsNorm;
 pub use rope::{Rope, RopeTable};
+pub use weight::{Blocks, Weight};

@@ -1,46 +1,72 @@
-//! Quantised blocks to f32, one format each, written so that the loops vectorise.
+//! Decodes encoded elements to f32, one encoding each, written so that the loops vectorise.
 //!
-//! Layouts: ggml's `block_q*` (<https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h>). candle's own widening is scalar
-//! and its few-row products round the input to 8 bits and keep a repacked copy of Q4_K weights; these do neither.
+//! Layouts: GGML's `block_q*` (<https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h>). candle's decoders are scalar, and
+//! its products of a few rows round the input to 8 bits and keep a repacked copy of Q4_K weights; these do neither.
 
-use candle_core::quantized::GgmlDType;
+use crate::storage::{Float, Ggml, Storage};
 
-/// A format: `ELEMENTS` values in `BYTES` bytes.
+/// An encoding: `ELEMENTS` values in `BYTES` bytes.
 pub trait Block {
-    /// Values to a block.
+    /// Values decoded at a time; a multiple of 16.
     const ELEMENTS: usize;
-    /// Bytes to a block.
+    /// Bytes that encode them.
     const BYTES: usize;
 
     /// Writes the `ELEMENTS` values of block `b`.
-    fn widen(b: &[u8], out: &mut [f32]);
+    fn decode(b: &[u8], out: &mut [f32]);
 }
 
-/// Something to be done in whichever format it turns out to be.
-pub trait InFormat {
-    /// What comes of it.
+/// An operation that is generic over the encoding.
+pub trait WithBlock {
+    /// The result.
     type Output;
 
-    /// Does it in format `B`.
+    /// Runs with encoding `B`.
     fn run<B: Block>(self) -> Self::Output;
 }
 
-/// Does `what` in the format of `dtype`; `None` for formats not written here.
-pub fn in_format<W: InFormat>(dtype: GgmlDType, what: W) -> Option<W::Output> {
-    use GgmlDType::*;
-    Some(match dtype {
-        F16 => what.run::<HalfBlock>(),
-        BF16 => what.run::<BrainBlock>(),
-        Q4_0 => what.run::<Q4_0Block>(),
-        Q4_1 => what.run::<Q4_1Block>(),
-        Q5_0 => what.run::<Q5_0Block>(),
-        Q5_1 => what.run::<Q5_1Block>(),
-        Q8_0 => what.run::<Q8_0Block>(),
-        Q4K => what.run::<Q4KBlock>(),
-        Q5K => what.run::<Q5KBlock>(),
-        Q6K => what.run::<Q6KBlock>(),
-        _ => return None,
-    })
+/// Runs `operation` with the encoding that `storage` names.
+pub fn with_block<W: WithBlock>(storage: Storage, operation: W) -> W::Output {
+    match storage {
+        Storage::Dense(Float::F32) => operation.run::<F32Block>(),
+        Storage::Dense(Float::F16) => operation.run::<F16Block>(),
+        Storage::Dense(Float::BF16) => operation.run::<Bf16Block>(),
+        Storage::Ggml(Ggml::Q4_0) => operation.run::<Q4_0Block>(),
+        Storage::Ggml(Ggml::Q4_1) => operation.run::<Q4_1Block>(),
+        Storage::Ggml(Ggml::Q5_0) => operation.run::<Q5_0Block>(),
+        Storage::Ggml(Ggml::Q5_1) => operation.run::<Q5_1Block>(),
+        Storage::Ggml(Ggml::Q8_0) => operation.run::<Q8_0Block>(),
+        Storage::Ggml(Ggml::Q2K) => operation.run::<Q2KBlock>(),
+        Storage::Ggml(Ggml::Q3K) => operation.run::<Q3KBlock>(),
+        Storage::Ggml(Ggml::Q4K) => operation.run::<Q4KBlock>(),
+        Storage::Ggml(Ggml::Q5K) => operation.run::<Q5KBlock>(),
+        Storage::Ggml(Ggml::Q6K) => operation.run::<Q6KBlock>(),
+    }
+}
+
+/// Decodes whole rows: `out.len()` values from the start of `bytes`.
+#[inline(always)]
+pub fn decode<B: Block>(bytes: &[u8], out: &mut [f32]) {
+    let whole = out.len() / B::ELEMENTS;
+    let (blocks, rest) = bytes.split_at(whole * B::BYTES);
+    let (values, tail) = out.split_at_mut(whole * B::ELEMENTS);
+    for (b, out) in blocks.chunks_exact(B::BYTES).zip(values.chunks_exact_mut(B::ELEMENTS)) {
+        B::decode(b, out);
+    }
+    if !tail.is_empty() {
+        let mut last = [0f32; 256];
+        decode_tail::<B>(rest, tail.len(), &mut last);
+        tail.copy_from_slice(&last[..tail.len()]);
+    }
+}
+
+/// Decodes the last `count` values of a row of a dense encoding, less than `ELEMENTS`, with zeros after them.
+#[inline(always)]
+pub fn decode_tail<B: Block>(bytes: &[u8], count: usize, out: &mut [f32; 256]) {
+    let mut padded = [0u8; 64];
+    let length = count * B::BYTES / B::ELEMENTS;
+    padded[..length].copy_from_slice(&bytes[..length]);
+    B::decode(&padded[..B::BYTES], &mut out[..B::ELEMENTS]);
 }
 
 /// A finite half-precision number, without a call that would not be inlined: the exponent is rebased by one exact product.
@@ -51,24 +77,36 @@ fn half(b: &[u8]) -> f32 {
     f32::from_bits(magnitude.to_bits() | ((bits & 0x8000) as u32) << 16)
 }
 
-struct HalfBlock;
-impl Block for HalfBlock {
+struct F32Block;
+impl Block for F32Block {
+    const ELEMENTS: usize = 16;
+    const BYTES: usize = 64;
+    #[inline(always)]
+    fn decode(b: &[u8], out: &mut [f32]) {
+        for (o, b) in out.iter_mut().zip(b.chunks_exact(4)) {
+            *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        }
+    }
+}
+
+struct F16Block;
+impl Block for F16Block {
     const ELEMENTS: usize = 16;
     const BYTES: usize = 32;
     #[inline(always)]
-    fn widen(b: &[u8], out: &mut [f32]) {
+    fn decode(b: &[u8], out: &mut [f32]) {
         for (o, b) in out.iter_mut().zip(b.chunks_exact(2)) {
             *o = half(b);
         }
     }
 }
 
-struct BrainBlock;
-impl Block for BrainBlock {
+struct Bf16Block;
+impl Block for Bf16Block {
     const ELEMENTS: usize = 16;
     const BYTES: usize = 32;
     #[inline(always)]
-    fn widen(b: &[u8], out: &mut [f32]) {
+    fn decode(b: &[u8], out: &mut [f32]) {
         for (o, b) in out.iter_mut().zip(b.chunks_exact(2)) {
             *o = f32::from_bits((u16::from_le_bytes([b[0], b[1]]) as u32) << 16);
         }
@@ -93,7 +131,7 @@ impl Block for Q4_0Block {
     const ELEMENTS: usize = 32;
     const BYTES: usize = 18;
     #[inline(always)]
-    fn widen(b: &[u8], out: &mut [f32]) {
+    fn decode(b: &[u8], out: &mut [f32]) {
         let d = half(b);
         nibbles(&b[2..18], out, |q, _| (q - 8) as f32 * d);
     }
@@ -104,7 +142,7 @@ impl Block for Q4_1Block {
     const ELEMENTS: usize = 32;
     const BYTES: usize = 20;
     #[inline(always)]
-    fn widen(b: &[u8], out: &mut [f32]) {
+    fn decode(b: &[u8], out: &mut [f32]) {
         let (d, m) = (half(b), half(&b[2..]));
         nibbles(&b[4..20], out, |q, _| q as f32 * d + m);
     }
@@ -121,7 +159,7 @@ impl Block for Q5_0Block {
     const ELEMENTS: usize = 32;
     const BYTES: usize = 22;
     #[inline(always)]
-    fn widen(b: &[u8], out: &mut [f32]) {
+    fn decode(b: &[u8], out: &mut [f32]) {
         let (d, bits) = (half(b), u32::from_le_bytes([b[2], b[3], b[4], b[5]]));
         nibbles(&b[6..22], out, |q, j| ((q | fifth(bits, j)) - 16) as f32 * d);
     }
@@ -132,7 +170,7 @@ impl Block for Q5_1Block {
     const ELEMENTS: usize = 32;
     const BYTES: usize = 24;
     #[inline(always)]
-    fn widen(b: &[u8], out: &mut [f32]) {
+    fn decode(b: &[u8], out: &mut [f32]) {
         let (d, m, bits) = (half(b), half(&b[2..]), u32::from_le_bytes([b[4], b[5], b[6], b[7]]));
         nibbles(&b[8..24], out, |q, j| (q | fifth(bits, j)) as f32 * d + m);
     }
@@ -143,7 +181,7 @@ impl Block for Q8_0Block {
     const ELEMENTS: usize = 32;
     const BYTES: usize = 34;
     #[inline(always)]
-    fn widen(b: &[u8], out: &mut [f32]) {
+    fn decode(b: &[u8], out: &mut [f32]) {
         let d = half(b);
         for (o, q) in out.iter_mut().zip(&b[2..34]) {
             *o = *q as i8 as f32 * d;
@@ -161,12 +199,49 @@ fn scale_min(s: &[u8], j: usize) -> (f32, f32) {
     (scale as f32, min as f32)
 }
 
+struct Q2KBlock;
+impl Block for Q2KBlock {
+    const ELEMENTS: usize = 256;
+    const BYTES: usize = 84;
+    #[inline(always)]
+    fn decode(b: &[u8], out: &mut [f32]) {
+        let (scales, d, dmin) = (&b[..16], half(&b[80..]), half(&b[82..]));
+        for (i, out) in out.chunks_exact_mut(16).enumerate() {
+            // Sixteen elements share a scale; two bits of a byte belong to each of four quarters of 32 elements.
+            let (q, shift) = (&b[16 + 32 * (i / 8) + 16 * (i % 2)..][..16], 2 * (i % 8 / 2));
+            let (s, m) = (d * (scales[i] & 15) as f32, dmin * (scales[i] >> 4) as f32);
+            for (o, q) in out.iter_mut().zip(q) {
+                *o = (q >> shift & 3) as f32 * s - m;
+            }
+        }
+    }
+}
+
+struct Q3KBlock;
+impl Block for Q3KBlock {
+    const ELEMENTS: usize = 256;
+    const BYTES: usize = 110;
+    #[inline(always)]
+    fn decode(b: &[u8], out: &mut [f32]) {
+        let (scales, d) = (&b[96..108], half(&b[108..]));
+        for (i, out) in out.chunks_exact_mut(16).enumerate() {
+            let q = &b[32 + 32 * (i / 8) + 16 * (i % 2)..][..16];
+            let (thirds, shift, bit) = (&b[16 * (i % 2)..][..16], 2 * (i % 8 / 2), i / 2);
+            let low = scales[i % 8] >> (4 * (i / 8)) & 15;
+            let s = d * ((low | (scales[8 + i % 4] >> (2 * (i / 4)) & 3) << 4) as i32 - 32) as f32;
+            for ((o, q), t) in out.iter_mut().zip(q).zip(thirds) {
+                *o = ((q >> shift & 3 | (t >> bit & 1) << 2) as i32 - 4) as f32 * s;
+            }
+        }
+    }
+}
+
 struct Q4KBlock;
 impl Block for Q4KBlock {
     const ELEMENTS: usize = 256;
     const BYTES: usize = 144;
     #[inline(always)]
-    fn widen(b: &[u8], out: &mut [f32]) {
+    fn decode(b: &[u8], out: &mut [f32]) {
         let (d, dmin) = (half(b), half(&b[2..]));
         for (i, (q, out)) in b[16..144].chunks_exact(32).zip(out.chunks_exact_mut(64)).enumerate() {
             let ((s0, m0), (s1, m1)) = (scale_min(&b[4..16], 2 * i), scale_min(&b[4..16], 2 * i + 1));
@@ -184,7 +259,7 @@ impl Block for Q5KBlock {
     const ELEMENTS: usize = 256;
     const BYTES: usize = 176;
     #[inline(always)]
-    fn widen(b: &[u8], out: &mut [f32]) {
+    fn decode(b: &[u8], out: &mut [f32]) {
         let (d, dmin, fifths) = (half(b), half(&b[2..]), &b[16..48]);
         for (i, (q, out)) in b[48..176].chunks_exact(32).zip(out.chunks_exact_mut(64)).enumerate() {
             let ((s0, m0), (s1, m1)) = (scale_min(&b[4..16], 2 * i), scale_min(&b[4..16], 2 * i + 1));
@@ -203,7 +278,7 @@ impl Block for Q6KBlock {
     const ELEMENTS: usize = 256;
     const BYTES: usize = 210;
     #[inline(always)]
-    fn widen(b: &[u8], out: &mut [f32]) {
+    fn decode(b: &[u8], out: &mut [f32]) {
         let d = half(&b[208..]);
         for (i, out) in out.chunks_exact_mut(128).enumerate() {
             let (ql, qh, scales) = (&b[64 * i..][..64], &b[128 + 32 * i..][..32], &b[192 + 8 * i..][..8]);
@@ -227,33 +302,41 @@ mod tests {
     use candle_core::quantized::QTensor;
     use candle_core::{Device, Tensor};
 
-    struct Widen<'a>(&'a [u8]);
+    struct Decode<'a>(&'a [u8], usize);
 
-    impl InFormat for Widen<'_> {
+    impl WithBlock for Decode<'_> {
         type Output = Vec<f32>;
         fn run<B: Block>(self) -> Vec<f32> {
-            let mut out = vec![0.0; self.0.len() / B::BYTES * B::ELEMENTS];
-            for (b, out) in self.0.chunks_exact(B::BYTES).zip(out.chunks_exact_mut(B::ELEMENTS)) {
-                B::widen(b, out);
-            }
+            let mut out = vec![0.0; self.1];
+            decode::<B>(self.0, &mut out);
             out
         }
     }
 
     #[test]
-    fn every_format_widens_to_what_candle_gives() -> candle_core::Result<()> {
-        use GgmlDType::*;
+    fn every_encoding_decodes_to_what_candle_gives() -> candle_core::Result<()> {
         let x = Tensor::randn(0f32, 3.0, (7, 512), &Device::Cpu)?;
-        for dtype in [F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K] {
-            let q = QTensor::quantize(&x, dtype)?;
+        for storage in Storage::ALL {
+            let q = QTensor::quantize(&x, storage.candle())?;
             let want = q.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
-            let got = in_format(dtype, Widen(&q.data()?)).unwrap_or_default();
-            assert_eq!(got.len(), want.len(), "{dtype:?}");
+            let got = with_block(storage, Decode(&q.data()?, want.len()));
             let off = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(off < 1e-5, "{dtype:?}: off by {off}");
+            assert!(off < 1e-5, "{storage}: off by {off}");
         }
-        assert!(in_format(Q2K, Widen(&[])).is_none());
         Ok(())
+    }
+
+    #[test]
+    fn dense_rows_of_any_length_decode() {
+        for count in [1, 15, 16, 17, 70] {
+            let values: Vec<f32> = (0..count).map(|i| i as f32 - 3.5).collect();
+            let wide: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let f16: Vec<u8> = values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect();
+            let bf16: Vec<u8> = values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
+            for (storage, bytes) in [(Storage::F32, &wide), (Storage::F16, &f16), (Storage::BF16, &bf16)] {
+                assert_eq!(with_block(storage, Decode(bytes, count)), values, "{storage}");
+            }
+        }
     }
 
     #[test]

@@ -4,12 +4,12 @@
 //! after it. That is what makes handing plain device addresses to a kernel sound.
 
 use crate::error::{At, Error, ErrorKind, Result};
+use crate::storage::Ggml;
 use candle_core::cuda_backend::cudarc::driver::{
     sys, sys::CUfunction_attribute, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr,
 };
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
 use candle_core::op::BackpropOp;
-use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Shape, Storage, Tensor};
 use std::sync::Arc;
 
@@ -37,7 +37,7 @@ pub(crate) enum Module {
     AttentionHopperPieces(usize),
     AttentionPrefill(usize),
     Decode,
-    Quantised(GgmlDType),
+    Quantised(Ggml),
     Pointwise,
     Select,
     Summaries,
@@ -64,14 +64,16 @@ impl Module {
             Self::AttentionPrefill(128) => ("bfly_attention_prefill_128", ptx::ATTENTION_PREFILL_128),
             Self::AttentionPrefill(256) => ("bfly_attention_prefill_256", ptx::ATTENTION_PREFILL_256),
             Self::Decode => ("bfly_decode", ptx::DECODE),
-            Self::Quantised(GgmlDType::Q4_0) => ("bfly_quantised_q4_0", ptx::QUANTISED_Q4_0),
-            Self::Quantised(GgmlDType::Q4_1) => ("bfly_quantised_q4_1", ptx::QUANTISED_Q4_1),
-            Self::Quantised(GgmlDType::Q5_0) => ("bfly_quantised_q5_0", ptx::QUANTISED_Q5_0),
-            Self::Quantised(GgmlDType::Q5_1) => ("bfly_quantised_q5_1", ptx::QUANTISED_Q5_1),
-            Self::Quantised(GgmlDType::Q8_0) => ("bfly_quantised_q8_0", ptx::QUANTISED_Q8_0),
-            Self::Quantised(GgmlDType::Q4K) => ("bfly_quantised_q4_k", ptx::QUANTISED_Q4_K),
-            Self::Quantised(GgmlDType::Q5K) => ("bfly_quantised_q5_k", ptx::QUANTISED_Q5_K),
-            Self::Quantised(GgmlDType::Q6K) => ("bfly_quantised_q6_k", ptx::QUANTISED_Q6_K),
+            Self::Quantised(Ggml::Q4_0) => ("bfly_quantised_q4_0", ptx::QUANTISED_Q4_0),
+            Self::Quantised(Ggml::Q4_1) => ("bfly_quantised_q4_1", ptx::QUANTISED_Q4_1),
+            Self::Quantised(Ggml::Q5_0) => ("bfly_quantised_q5_0", ptx::QUANTISED_Q5_0),
+            Self::Quantised(Ggml::Q5_1) => ("bfly_quantised_q5_1", ptx::QUANTISED_Q5_1),
+            Self::Quantised(Ggml::Q8_0) => ("bfly_quantised_q8_0", ptx::QUANTISED_Q8_0),
+            Self::Quantised(Ggml::Q2K) => ("bfly_quantised_q2_k", ptx::QUANTISED_Q2_K),
+            Self::Quantised(Ggml::Q3K) => ("bfly_quantised_q3_k", ptx::QUANTISED_Q3_K),
+            Self::Quantised(Ggml::Q4K) => ("bfly_quantised_q4_k", ptx::QUANTISED_Q4_K),
+            Self::Quantised(Ggml::Q5K) => ("bfly_quantised_q5_k", ptx::QUANTISED_Q5_K),
+            Self::Quantised(Ggml::Q6K) => ("bfly_quantised_q6_k", ptx::QUANTISED_Q6_K),
             Self::Pointwise => ("bfly_pointwise", ptx::POINTWISE),
             Self::Select => ("bfly_select", ptx::SELECT),
             Self::Summaries => ("bfly_summaries", ptx::SUMMARIES),

@@ -32,9 +32,9 @@ pub use host_rows::HostRows;
 #[cfg(feature = "cuda")]
 pub(crate) use matvec::{
     cuda::{self as on_gpu, quantised_row},
-    widen::{quantised_rows, widened_bytes},
+    dequantise::{quantised_rows, rows_to_a_part},
 };
-pub(crate) use matvec::{has_blocks, matvec, widen, Rows};
+pub(crate) use matvec::{dequantise, matvec, Rows};
 pub use memory::{device_memory, human_bytes, machine_memory, memory_of, release_memory, reset_peak, DeviceMemory};
 pub use norm::add_norm;
 pub use select::highest_rows;

@@ -1,10 +1,10 @@
-//! Reading a CPU tensor's f32 values in place.
+//! Reading a CPU tensor's values in place.
 
 use crate::error::{At, Error, ErrorKind, Result};
-use candle_core::{Storage, Tensor};
+use candle_core::{Storage, Tensor, WithDType};
 use std::ops::Deref;
 
-/// A contiguous f32 tensor's storage, held for reading.
+/// A contiguous CPU tensor's storage, locked for reading.
 pub struct View<G> {
     guard: G,
     start: usize,
@@ -25,9 +25,12 @@ pub fn view<'a>(tensor: &'a Tensor, what: &str) -> Result<View<impl Deref<Target
 
 impl<G: Deref<Target = Storage>> View<G> {
     /// The values.
-    pub fn values(&self) -> Result<&[f32]> {
+    ///
+    /// # Errors
+    /// A tensor of another type than `T`.
+    pub fn values<T: WithDType>(&self) -> Result<&[T]> {
         match &*self.guard {
-            Storage::Cpu(cpu) => Ok(&cpu.as_slice::<f32>().at("f32 values")?[self.start..self.start + self.len]),
+            Storage::Cpu(cpu) => Ok(&cpu.as_slice::<T>().at("tensor")?[self.start..self.start + self.len]),
             _ => Err(Error::unsupported("tensor", "not on the CPU")),
         }
     }

@@ -17,9 +17,9 @@ use bfly::eval::report::{hash, read, Kernels, Ladder, LadderRun, KERNELS, LADDER
 use bfly::eval::texts::TextStream;
 use bfly::generate::{watch, Request, Sampler, Sampling};
 use bfly::retrofit::Settings;
+use bfly::storage::{Ggml, Storage};
 use bfly::tensors::TensorSpec;
 use bfly::weights::Weights;
-use candle_core::quantized::GgmlDType;
 use candle_core::Device;
 use common::*;
 use serde_json::{json, Value};

@@ -51,30 +51,30 @@ fn drawn_matrices_are_close_to_normal_norms_are_one_and_shapes_share_what_is_qua
     let model = dir.path().to_string_lossy().into_owned();
     let checkpoint = Checkpoint::random(&model, 3)?;
     let device = Device::Cpu;
-    let values = |tensor: &TensorSpec, held: GgmlDType| -> Any<Vec<f32>> {
-        let hold = WeightFormat::new(WeightDtype::As(held), 0, None);
+    let values = |tensor: &TensorSpec, storage: Storage| -> Any<Vec<f32>> {
+        let hold = WeightFormat::new(WeightDtype::As(storage), 0, None);
         let ids = candle_core::Tensor::arange(0u32, 64, &device)?;
         let rows = checkpoint.matrix(tensor, &hold, &device)?.rows(&ids, candle_core::DType::F32)?;
         Ok(rows.flatten_all()?.to_vec1()?)
     };
     let layers = &checkpoint.schema.layers;
     let (q, o) = (&layers[0].attention.q.weight, &layers[1].attention.out.weight);
-    let x = values(q, GgmlDType::F32)?;
+    let x = values(q, Storage::F32)?;
     let spread = (x.iter().map(|v| f64::from(v * v)).sum::<f64>() / x.len() as f64).sqrt();
     assert!((spread / 0.02 - 1.0).abs() < 0.05, "a deviation of {spread}");
     assert!(x.iter().all(|v| half::bf16::from_f32(*v).to_f32() == *v), "stored in the configuration's type");
-    assert_ne!(x, values(o, GgmlDType::F32)?, "matrices differ");
-    assert_eq!(x, values(q, GgmlDType::F32)?, "and stay");
-    let hold = WeightFormat::new(WeightDtype::As(GgmlDType::F32), 0, None);
+    assert_ne!(x, values(o, Storage::F32)?, "matrices differ");
+    assert_eq!(x, values(q, Storage::F32)?, "and stay");
+    let hold = WeightFormat::new(WeightDtype::As(Storage::F32), 0, None);
     let other = match Checkpoint::random(&model, 4)?.matrix(q, &hold, &device)? {
         bfly::nn::Weight::Dense(w) => w.flatten_all()?.to_vec1::<f32>()?,
         quantised => panic!("{quantised:?}"),
     };
     assert_ne!(x, other, "another seed draws another matrix");
     let off = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    let eight = values(q, GgmlDType::Q8_0)?;
+    let eight = values(q, Storage::Ggml(Ggml::Q8_0))?;
     assert!(off(&x, &eight) < 0.08 / 127.0, "off by {}", off(&x, &eight));
-    assert_eq!(eight, values(o, GgmlDType::Q8_0)?, "quantised once per shape");
+    assert_eq!(eight, values(o, Storage::Ggml(Ggml::Q8_0))?, "quantised once per shape");
     let one = checkpoint.vector(&layers[2].before_mlp, &device)?.to_vec1::<f32>()?;
     let bias = layers[2].attention.k.bias.as_ref().ok_or("qwen2 has biases")?;
     let bias = checkpoint.vector(bias, &device)?.to_vec1::<f32>()?;

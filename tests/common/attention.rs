@@ -202,3 +202,45 @@ pub fn lse_difference(got: &Attended, want: &Attended) -> Any<f32> {
         .map(apart)
         .fold(0.0, |most, x| if x > most || x.is_nan() { x } else { most }))
 }
+
+/// The operator's result for a batch on `device` in `dtype`, and the definition's for each item alone, all f32 on the CPU.
+pub fn batch(
+    items: usize,
+    (tokens, start): (usize, usize),
+    seed: u64,
+    dtype: DType,
+    device: &Device,
+) -> Any<(Attended, Vec<Attended>)> {
+    let (heads, kv_heads, dim, stored, listed) = (6, 2, 16, 50, 9);
+    let make = |shape, salt: u64| values(shape, seed ^ salt, 4.0)?.to_dtype(dtype)?.to_device(device);
+    // Per item: queries, queries of the store, then keys and values of chunk, ring, sinks and store.
+    let lengths = [tokens, start.max(1), 4, stored];
+    let tensors = |b: u64| -> Any<Vec<Tensor>> {
+        let queries = [1, 2].map(|i| make((tokens, heads, dim), 100 * b + i));
+        let rows = (0..8).map(|i| make((lengths[i / 2], kv_heads, dim), 100 * b + 3 + i as u64));
+        Ok(queries.into_iter().chain(rows).collect::<candle_core::Result<_>>()?)
+    };
+    let table = |b: u64| {
+        let row = |i: usize| (i as u64 * 7 + b * 11 + seed % 13) as u32 % stored as u32;
+        let rows: Vec<u32> = (0..kv_heads * tokens * listed).map(row).collect();
+        Tensor::from_vec(rows, (kv_heads, tokens, listed), device)
+    };
+    let call = |x: &[Tensor], index: &Tensor, run: fn(&AttentionArgs) -> bfly::Result<Attended>| -> Any<Attended> {
+        let pair = |i: usize| KeyValues { k: &x[2 + 2 * i], v: &x[3 + 2 * i] };
+        let read = RowList::Table { block: 1, index };
+        let store = Segment::Store(Store { rows: StoreRows::Tensors(pair(3)), read, q: Some(&x[1]) });
+        let mut segments = vec![Segment::Chunk(pair(0)), Segment::Ring(pair(1)), Segment::Sinks(pair(2), 4)];
+        // No kernel takes queries of a store with a table.
+        segments.extend(device.is_cpu().then_some(store));
+        let (window, scale) = (Window::Tokens(start.max(1)), 0.25);
+        let attended = run(&AttentionArgs { q: &x[0], start, window, scale, segments: &segments, lse: true })?;
+        let host = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F32);
+        Ok(Attended { out: host(&attended.out)?, lse: attended.lse.as_ref().map(host).transpose()? })
+    };
+    let single = (0..items as u64).map(|b| Ok((tensors(b)?, table(b)?))).collect::<Any<Vec<_>>>()?;
+    let stacked = (0..10).map(|i| Tensor::stack(&single.iter().map(|(x, _)| x[i].clone()).collect::<Vec<_>>(), 0));
+    let stacked = stacked.collect::<candle_core::Result<Vec<_>>>()?;
+    let index = Tensor::stack(&single.iter().map(|(_, index)| index.clone()).collect::<Vec<_>>(), 0)?;
+    let want = single.iter().map(|(x, index)| call(x, index, reference)).collect::<Any<Vec<_>>>()?;
+    Ok((call(&stacked, &index, attend)?, want))
+}

@@ -114,7 +114,7 @@ pub fn gpu(test: &str) -> Option<Device> {
 
 /// Loads in f32 for `ctx` positions, with `settings` on every full layer if given.
 pub fn load(checkpoint: &Checkpoint, settings: Option<&Settings>, ctx: usize) -> bfly::Result<Model> {
-    let hold = WeightFormat::new(WeightDtype::As(candle_core::quantized::GgmlDType::F32), 0, None);
+    let hold = WeightFormat::new(WeightDtype::As(bfly::storage::Storage::F32), 0, None);
     load_as(checkpoint, settings, ctx, &hold, &Device::Cpu)
 }
 

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::layout::ButterflyLayer;
-use crate::nn::{Linear, Weight};
+use crate::nn::{Blocks, Linear, Weight};
 use crate::ops::{
     add_norm, attend, gated, highest_rows, pool_blocks, prepare_heads, rope_table, AttentionArgs, FarRow, KeyValues,
     RowList, RunningMean, Segment, Store, StoreRows, Window,
@@ -10,11 +10,10 @@ use crate::ops::{
 use crate::retrofit::Settings;
 use crate::selector;
 use crate::spec::Activation;
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use crate::storage::{Ggml, Storage};
+use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 /// One call of the kernel on one set of inputs.
 pub type Iteration = Box<dyn FnMut() -> Result<()>>;
@@ -102,8 +101,8 @@ pub fn cases(small: bool) -> Vec<Case> {
         norm(4096 / s, 3584),
         activation(4096 / s, 18944),
         heads(4096 / s, 28, 128),
-        quantised("one row", 1, 18944 / s, 3584, GgmlDType::Q4K),
-        quantised("many rows", 4096 / s, 18944 / s, 3584, GgmlDType::Q4K),
+        quantised("one row", 1, 18944 / s, 3584, Ggml::Q4K),
+        quantised("many rows", 4096 / s, 18944 / s, 3584, Ggml::Q4K),
     ]
 }
 
@@ -319,16 +318,15 @@ fn heads(t: usize, h: usize, d: usize) -> Case {
     }
 }
 
-fn quantised(case: &str, t: usize, rows: usize, columns: usize, format: GgmlDType) -> Case {
+fn quantised(case: &str, t: usize, rows: usize, columns: usize, format: Ggml) -> Case {
+    let storage = Storage::Ggml(format);
     let prepare = move |inputs: &InputSpec| -> Result<Iteration> {
         let x = inputs.random([t, columns])?;
-        // Quantising takes longer than the product: the same rows over and over, which no product can tell.
+        // Quantising takes longer than the product, whose time does not depend on the values: the same rows repeat.
         let few = Tensor::randn(0f32, 1.0, (rows.min(32), columns), &Device::Cpu)?;
-        let few = QTensor::quantize(&few, format)?.data()?.into_owned();
-        let bytes = rows * columns / format.block_size() * format.type_size();
-        let bytes: Vec<u8> = few.iter().copied().cycle().take(bytes).collect();
-        let storage = QStorage::from_data(Cow::Owned(bytes), &inputs.device, format)?;
-        let layer = Linear::new(Weight::Quantised(Arc::new(QTensor::new(storage, (rows, columns))?)), None);
+        let few = QTensor::quantize(&few, storage.candle())?.data()?.into_owned();
+        let bytes: Vec<u8> = few.iter().copied().cycle().take(rows * storage.row_bytes(columns)).collect();
+        let layer = Linear::new(Weight::Blocks(Blocks::new(storage, (rows, columns), bytes, &inputs.device)?), None);
         Ok(Box::new(move || layer.forward(&x).map(drop)))
     };
     Case {
@@ -337,7 +335,7 @@ fn quantised(case: &str, t: usize, rows: usize, columns: usize, format: GgmlDTyp
         shape: letters(&[("T", t), ("N", columns), ("rows", rows)]),
         flop: (2 * t * rows * columns) as f64,
         elements: (t * (rows + columns)) as f64,
-        tables: (rows * columns / format.block_size() * format.type_size()) as f64,
+        tables: (rows * storage.row_bytes(columns)) as f64,
         prepare: Box::new(prepare),
     }
 }

@@ -4,26 +4,28 @@ use super::step::Builder;
 use crate::error::{Error, Result};
 use crate::nn::{Linear, RmsNorm, Weight};
 use crate::ops::cuda::{address, address_or_null};
-use crate::ops::on_gpu::{blocks_address, Form, Format, Matrix, Product};
+use crate::ops::on_gpu::{Form, Format, Matrix, Product};
 use crate::spec::Activation;
+use crate::storage::Storage;
 
-/// How a weight is held, if a step can multiply by it.
+/// The format of a weight, if a captured step can multiply by it.
 pub(super) fn format(w: &Weight) -> Option<Format> {
     let (_, columns) = w.dims().ok()?;
     match w {
-        Weight::Dense(w) => Format::dense(w.dtype(), columns).filter(|_| w.is_contiguous()),
-        Weight::Quantised(w) => Format::blocks(w.dtype(), columns),
+        Weight::Dense(w) if w.is_contiguous() => Format::new(Storage::of_tensor(w.dtype())?, columns),
+        Weight::Dense(_) => None,
+        Weight::Blocks(w) => Format::new(w.storage(), columns),
     }
 }
 
 /// A weight on the device, with its bias.
 pub(super) fn matrix(w: &Weight, bias: u64) -> Result<Matrix> {
     let format =
-        format(w).ok_or_else(|| Error::unsupported("decode graph", "a matrix is held in a form without a kernel"))?;
+        format(w).ok_or_else(|| Error::unsupported("decode graph", "a matrix has no kernel for its format"))?;
     let (rows, columns) = w.dims()?;
     let at = match w {
         Weight::Dense(w) => address(w)?,
-        Weight::Quantised(w) => blocks_address(w)?,
+        Weight::Blocks(w) => address(w.data())?,
     };
     Ok(Matrix { format, rows, columns, at, bias })
 }

@@ -13,10 +13,14 @@
 //! The log-sum-exp of each query's logits comes with the output where it is asked for: partial results over disjoint segments merge
 //! exactly ([`merge`]), and the backward pass needs it. A query that reads nothing has output 0 and log-sum-exp `-∞`.
 //!
+//! Queries `[B, T, H, D]` are a batch: every tensor of the segments then has the same leading axis, positions and host lists are
+//! shared, and the results are stacked. Items run one after the other, a kernel launch each; rows in host memory take no batch.
+//!
 //! With an unbounded window chunk and ring are dense causal attention; with a window they are sliding attention. Query head `h` reads
 //! KV head `h / (H / G)`. Tiles carry `(m, l, o)` in f32 and merge exactly, as in FlashAttention (Dao et al. 2022,
-//! arXiv:2205.14135); no `T x T` matrix is ever held.
+//! arXiv:2205.14135); no `T x T` matrix exists.
 
+mod batch;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -34,9 +38,9 @@ use candle_core::{DType, Tensor};
 /// Which raw positions a query reads: `left(p)..=p`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Window {
-    /// All.
+    /// Every position.
     Unbounded,
-    /// The last so many, the query's own among them.
+    /// This many, ending with the query's own.
     Tokens(usize),
     /// The query's block and `count` blocks of `block` before it.
     Blocks {
@@ -173,11 +177,11 @@ pub enum Segment<'a> {
     Store(Store<'a>),
 }
 
-/// A chunk's queries and what they read: f32 and contiguous on a CPU; of one type (f32, bf16 or f16), with heads and rows at any stride,
-/// on a GPU. At most one chunk, one ring and one list of sinks; any number of stores.
+/// A chunk's queries and the segments that they read: f32 and contiguous on a CPU; of one type (f32, bf16 or f16), with heads and rows
+/// at any stride, on a GPU. At most one chunk, one ring and one list of sinks; any number of stores.
 #[derive(Debug, Clone, Copy)]
 pub struct AttentionArgs<'a> {
-    /// `[T, H, D]`, rotated.
+    /// `[T, H, D]` or `[B, T, H, D]`, rotated.
     pub q: &'a Tensor,
     /// Position of the chunk's first token.
     pub start: usize,
@@ -185,18 +189,18 @@ pub struct AttentionArgs<'a> {
     pub window: Window,
     /// Factor on the dot products.
     pub scale: f32,
-    /// What is read, under one softmax.
+    /// Keys and values under one softmax.
     pub segments: &'a [Segment<'a>],
     /// Whether the log-sum-exp is wanted.
     pub lse: bool,
 }
 
-/// What attention gives.
+/// The result of attention.
 #[derive(Debug, Clone)]
 pub struct Attended {
-    /// `[T, H, D]`, in the type of the queries.
+    /// As the queries in shape and type.
     pub out: Tensor,
-    /// f32 `[T, H]`: `ln Σ_j exp(logit_j)`, `-∞` where a query reads nothing.
+    /// f32 `[T, H]` or `[B, T, H]`: `ln Σ_j exp(logit_j)`, `-∞` where a query reads nothing.
     pub lse: Option<Tensor>,
 }
 
@@ -304,6 +308,10 @@ impl<'a> AttentionArgs<'a> {
 /// # Errors
 /// Shapes that do not fit; an element type, a head dim (over 256 on a GPU) or a combination of segments without a kernel.
 pub fn attend(args: &AttentionArgs) -> Result<Attended> {
+    batch::each(args, attend_one)
+}
+
+fn attend_one(args: &AttentionArgs) -> Result<Attended> {
     let parts = args.parts()?;
     #[cfg(feature = "cuda")]
     if args.q.device().is_cuda() {

@@ -1,6 +1,6 @@
 //! The definition, one query at a time, in f64: what every faster path is checked against.
 
-use super::{Attended, AttentionArgs, KeyValues, RowList, StoreRows, NO_ROW};
+use super::{batch, Attended, AttentionArgs, KeyValues, RowList, StoreRows, NO_ROW};
 use crate::error::Result;
 use candle_core::{DType, Device, Tensor};
 
@@ -17,7 +17,14 @@ fn pair(rows: &KeyValues) -> candle_core::Result<(Vec<f32>, Vec<f32>, usize)> {
 }
 
 /// As [`super::attend`], slowly; the output is f32 on the CPU, with the log-sum-exp.
+///
+/// # Errors
+/// Shapes that do not fit.
 pub fn reference(args: &AttentionArgs) -> Result<Attended> {
+    batch::each(args, one)
+}
+
+fn one(args: &AttentionArgs) -> Result<Attended> {
     let parts = args.parts()?;
     let (t, h, g, d) = parts.dims;
     let q = read(args.q)?;

@@ -1,12 +1,13 @@
-//! Launches the products of one row with matrices as they are held: `kernels/decode.cu` for 16-bit types,
-//! `kernels/quantised.cu` for blocks.
+//! Launches the products of one row with matrices in device memory: `kernels/decode.cu` for 16-bit types, `kernels/quantised.cu`
+//! for blocks.
 
-use crate::error::{At, Error, Result};
+use crate::error::{Error, Result};
+use crate::nn::Blocks;
 use crate::ops::cuda::{address, device, suffix, uninitialised, Kernel, Launch, Module};
 use crate::spec::Activation;
+use crate::storage::{Float, Ggml, Storage};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::cuda_backend::CudaDevice;
-use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Tensor};
 
 /// Thread blocks of the product with the output matrix: as many as fit any GPU of today at once.
@@ -48,41 +49,50 @@ pub(crate) enum Form {
     Largest,
 }
 
-/// How a matrix is held that has a kernel.
+/// An encoding that the products of one row have a kernel for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Format {
     /// bf16 or f16.
     Dense(DType),
-    /// ggml's blocks.
-    Blocks(GgmlDType),
+    /// Blocks.
+    Ggml(Ggml),
 }
 
 impl Format {
     /// The format of contiguous rows of `columns` elements, if it has a kernel.
-    pub fn dense(dtype: DType, columns: usize) -> Option<Self> {
-        // A thread loads 16 bytes.
-        (matches!(dtype, DType::BF16 | DType::F16) && columns.is_multiple_of(8)).then_some(Self::Dense(dtype))
+    pub fn new(storage: Storage, columns: usize) -> Option<Self> {
+        match storage {
+            Storage::Ggml(format) => storage.fits(columns).then_some(Self::Ggml(format)),
+            // A thread loads 16 bytes.
+            Storage::Dense(t) => (t != Float::F32 && columns.is_multiple_of(8)).then_some(Self::Dense(t.dtype())),
+        }
     }
 
-    /// The same of rows of blocks.
-    pub fn blocks(dtype: GgmlDType, columns: usize) -> Option<Self> {
-        (block_name(dtype).is_some() && columns.is_multiple_of(dtype.block_size())).then_some(Self::Blocks(dtype))
+    /// The format of blocks.
+    ///
+    /// # Errors
+    /// A dense encoding, which a GPU keeps as a tensor.
+    pub fn of_blocks(w: &Blocks) -> Result<Self> {
+        match w.storage() {
+            Storage::Ggml(format) => Ok(Self::Ggml(format)),
+            dense => Err(Error::unsupported("quantised matrix", format!("{dense} on a GPU"))),
+        }
     }
 
     /// Loads kernel `stem` for this format, with what follows its name.
     pub fn kernel(self, gpu: &CudaDevice, stem: &str, end: &str) -> Result<Kernel> {
         let (module, name) = match self {
             Self::Dense(dtype) => (Module::Decode, suffix(dtype)?),
-            Self::Blocks(dtype) => (Module::Quantised(dtype), block_name(dtype).unwrap_or_default()),
+            Self::Ggml(format) => (Module::Quantised(format), Storage::Ggml(format).name()),
         };
         Kernel::load(gpu, module, format!("{stem}_{name}{end}"))
     }
 
-    /// Elements that a thread takes of a row.
+    /// Elements of a row that a thread reads at a time.
     pub fn unit(self) -> usize {
         match self {
-            Self::Dense(_) | Self::Blocks(GgmlDType::Q8_0) => 8,
-            Self::Blocks(_) => 32,
+            Self::Dense(_) | Self::Ggml(Ggml::Q8_0) => 8,
+            Self::Ggml(_) => 32,
         }
     }
 
@@ -91,25 +101,9 @@ impl Format {
         match self {
             Self::Dense(_) => 4 * n,
             // Spread out: `place` in the kernel's source.
-            Self::Blocks(_) => 16 * (n / 4 + n / 32 + n / 128),
+            Self::Ggml(_) => 16 * (n / 4 + n / 32 + n / 128),
         }
     }
-}
-
-/// How kernels are named by format; `None` for formats without one.
-fn block_name(dtype: GgmlDType) -> Option<&'static str> {
-    use GgmlDType::*;
-    Some(match dtype {
-        Q4_0 => "q4_0",
-        Q4_1 => "q4_1",
-        Q5_0 => "q5_0",
-        Q5_1 => "q5_1",
-        Q8_0 => "q8_0",
-        Q4K => "q4_k",
-        Q5K => "q5_k",
-        Q6K => "q6_k",
-        _ => return None,
-    })
 }
 
 /// A matrix `[rows, columns]` on the device.
@@ -183,11 +177,6 @@ impl Product {
     }
 }
 
-/// Where a quantised matrix's blocks lie: as ggml stores them, one row after the other, padded at the end.
-pub(crate) fn blocks_address(w: &QTensor) -> Result<u64> {
-    Ok(w.device_ptr().at("quantised matrix")? as u64)
-}
-
 /// Rows `ids` of a dense matrix, on the stream of `ids`.
 ///
 /// # Shapes
@@ -203,33 +192,33 @@ pub(crate) fn gather(w: &Tensor, ids: &Tensor) -> Result<Tensor> {
     Ok(out)
 }
 
-/// Rows `ids` of a matrix held as blocks, on the stream of `ids`; `None` where the format has no kernel.
+/// Rows `ids` of a matrix of blocks, on the stream of `ids`.
 ///
 /// # Shapes
 /// `w [rows, cols]`, `ids` u32 `[n]`; the result `[n, cols]` in `dtype`.
-pub(crate) fn gather_blocks(w: &QTensor, ids: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
-    let (gpu, (_, columns), n) = (device(ids)?, w.shape().dims2()?, ids.dim(0)?);
-    let Some(format) = Format::blocks(w.dtype(), columns) else { return Ok(None) };
+pub(crate) fn gather_blocks(w: &Blocks, ids: &Tensor, dtype: DType) -> Result<Tensor> {
+    let (gpu, (_, columns), n) = (device(ids)?, w.dims(), ids.dim(0)?);
+    let format = Format::of_blocks(w)?;
     let out = uninitialised(gpu, dtype, (n, columns))?;
     let kernel = format.kernel(gpu, "gather", &format!("_{}", suffix(dtype)?))?;
     let units = columns / format.unit();
-    let launch = Launch::new(kernel, ((n * units).div_ceil(256), 1, 1), 256).with(blocks_address(w)?);
+    let launch = Launch::new(kernel, ((n * units).div_ceil(256), 1, 1), 256).with(address(w.data())?);
     let launch = launch.with(address(ids)?).with(address(&out)?).with((n * units) as i64).with(units as i32);
-    // SAFETY: as in `gather`; candle pads the matrix by 512 elements.
+    // SAFETY: as in `gather`; blocks are followed by padding.
     unsafe { launch.enqueue(false)? };
-    Ok(Some(out))
+    Ok(out)
 }
 
-/// `x Wᵀ` of one row on a GPU, in f32 from the blocks as stored; `None` where the format has no kernel.
+/// `x Wᵀ` of one row on a GPU, in f32 from the blocks as stored.
 ///
 /// # Shapes
 /// `x [1, cols]`, `w [rows, cols]`; the result `[1, rows]` in `x`'s type.
-pub(crate) fn quantised_row(x: &Tensor, w: &QTensor) -> Result<Option<Tensor>> {
-    let ((tokens, width), (rows, columns)) = (x.dims2()?, w.shape().dims2()?);
-    let Some(format) = Format::blocks(w.dtype(), columns).filter(|_| (tokens, width) == (1, columns)) else {
-        return Ok(None);
-    };
-    let gpu = device(x)?;
+pub(crate) fn quantised_row(x: &Tensor, w: &Blocks) -> Result<Tensor> {
+    let (width, (rows, columns)) = (x.dims2()?, w.dims());
+    if width != (1, columns) {
+        return Err(Error::unsupported("quantised product", format!("{width:?} times {rows} x {columns}")));
+    }
+    let (gpu, format) = (device(x)?, Format::of_blocks(w)?);
     let mut wide = x.to_dtype(DType::F32)?.contiguous()?;
     // The kernel reads 16 bytes at a time; a view may begin anywhere.
     if !address(&wide)?.is_multiple_of(16) {
@@ -238,9 +227,9 @@ pub(crate) fn quantised_row(x: &Tensor, w: &QTensor) -> Result<Option<Tensor>> {
     let out = uninitialised(gpu, DType::F32, (1, rows))?;
     let (form, norm, activation) = (Form::Store, None, None);
     let product = Product { form, x: address(&wide)?, norm, activation, out: address(&out)?, logits: 0, state: 0 };
-    let launch = product.launch(gpu, &[Matrix { format, rows, columns, at: blocks_address(w)?, bias: 0 }])?;
-    // SAFETY: `columns` f32 in, `rows` f32 out, and the matrix, which candle pads by 512 elements; frees are ordered after the
-    // launch on the one stream.
+    let launch = product.launch(gpu, &[Matrix { format, rows, columns, at: address(w.data())?, bias: 0 }])?;
+    // SAFETY: `columns` f32 in, `rows` f32 out, and the matrix with its padding; frees are ordered after the launch on the one
+    // stream.
     unsafe { launch.enqueue(false)? };
-    Ok(Some(out.to_dtype(x.dtype())?))
+    Ok(out.to_dtype(x.dtype())?)
 }

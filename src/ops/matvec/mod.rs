@@ -1,56 +1,43 @@
-//! A few input rows times matrices as they are held, and the widening of held rows for many input rows.
+//! Products of a few input rows with encoded matrices, and the dequantisation of rows for products of many.
 //!
-//! Decode spends its time here. Each matrix row is read once, and several matrices share one parallel region, so that the cost
-//! is the bytes read over the memory's bandwidth. Products are of f32 with f32: a matrix that came quantised gives the result
-//! of its dequantised values, whatever form it is held in.
+//! A decode step on a CPU spends its time here. Each matrix row is read once, and several matrices share one parallel region, so
+//! that the cost is the bytes read over the memory's bandwidth. Elements are decoded to f32 and multiplied in f32.
 
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 #[cfg(feature = "cuda")]
-pub(crate) mod widen;
+pub(crate) mod dequantise;
 
-use super::blocks::{in_format, Block, InFormat};
-use candle_core::quantized::GgmlDType;
+use super::blocks::{decode, decode_tail, with_block, Block, WithBlock};
+use crate::storage::Storage;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 /// A matrix `[rows, cols]` in memory, row-major.
 #[derive(Clone, Copy)]
 pub enum Rows<'a> {
-    /// Plain values.
+    /// f32 values.
     F32(&'a [f32]),
-    /// Blocks of a format.
-    Blocks(GgmlDType, &'a [u8]),
+    /// Encoded rows.
+    Encoded(Storage, &'a [u8]),
 }
 
 /// Matrix elements to a task: about 20 µs of work.
 const TASK: usize = 1 << 17;
-
-/// Whether rows of `cols` values in `dtype` have a path here.
-pub fn has_blocks(dtype: GgmlDType, cols: usize) -> bool {
-    struct Elements;
-    impl InFormat for Elements {
-        type Output = usize;
-        fn run<B: Block>(self) -> usize {
-            B::ELEMENTS
-        }
-    }
-    in_format(dtype, Elements).is_some_and(|n| cols.is_multiple_of(n))
-}
 
 impl<'a> Rows<'a> {
     /// Elements or bytes of a row.
     fn stride(&self, cols: usize) -> usize {
         match self {
             Self::F32(_) => cols,
-            Self::Blocks(t, _) => cols / t.block_size() * t.type_size(),
+            Self::Encoded(t, _) => t.row_bytes(cols),
         }
     }
 
     fn count(&self, cols: usize) -> usize {
         let len = match self {
             Self::F32(w) => w.len(),
-            Self::Blocks(_, w) => w.len(),
+            Self::Encoded(_, w) => w.len(),
         };
         len / self.stride(cols)
     }
@@ -59,7 +46,7 @@ impl<'a> Rows<'a> {
         let range = from * self.stride(cols)..(from + count) * self.stride(cols);
         match *self {
             Self::F32(w) => Self::F32(&w[range]),
-            Self::Blocks(t, w) => Self::Blocks(t, &w[range]),
+            Self::Encoded(t, w) => Self::Encoded(t, &w[range]),
         }
     }
 }
@@ -86,10 +73,7 @@ pub fn matvec(matrices: &[Rows], x: &[f32], cols: usize) -> Vec<Vec<f32>> {
         .collect();
     tasks.into_par_iter().for_each(|(part, out)| match part {
         Rows::F32(w) => Arch::new().dispatch(Plain { w, x, cols, out }),
-        Rows::Blocks(dtype, w) => {
-            let known = in_format(dtype, Product { w, x, cols, out });
-            debug_assert!(known.is_some(), "callers ask has_blocks first");
-        }
+        Rows::Encoded(storage, w) => with_block(storage, Dots { w, x, cols, out }),
     });
     if tokens == 1 {
         return by_row;
@@ -101,14 +85,13 @@ pub fn matvec(matrices: &[Rows], x: &[f32], cols: usize) -> Vec<Vec<f32>> {
     by_row.into_iter().map(transpose).collect()
 }
 
-/// Rows `first..first + out.len() / cols` of a matrix of blocks, as f32, spread over the cores.
-pub fn widen(dtype: GgmlDType, bytes: &[u8], first: usize, cols: usize, out: &mut [f32]) {
-    let rows = Rows::Blocks(dtype, bytes);
-    let share = (out.len() / cols).div_ceil(rayon::current_num_threads()).max(1);
-    out.par_chunks_mut(share * cols).enumerate().for_each(|(i, out)| {
-        if let Rows::Blocks(dtype, part) = rows.part(first + i * share, out.len() / cols, cols) {
-            let known = in_format(dtype, Widen { part, out });
-            debug_assert!(known.is_some(), "callers ask has_blocks first");
+/// Decodes rows `first..first + out.len() / cols` of an encoded matrix, spread over the cores.
+pub fn dequantise(storage: Storage, bytes: &[u8], first: usize, cols: usize, out: &mut [f32]) {
+    let rows = Rows::Encoded(storage, bytes);
+    let per_task = (out.len() / cols).div_ceil(rayon::current_num_threads()).max(1);
+    out.par_chunks_mut(per_task * cols).enumerate().for_each(|(i, out)| {
+        if let Rows::Encoded(storage, part) = rows.part(first + i * per_task, out.len() / cols, cols) {
+            with_block(storage, Dequantise { part, out });
         }
     });
 }
@@ -150,25 +133,26 @@ fn dot(w: &[f32], x: &[f32]) -> f32 {
     tail + (0..16).map(|i| (a[i] + b[i]) + (c[i] + d[i])).sum::<f32>()
 }
 
-struct Product<'a> {
+struct Dots<'a> {
     w: &'a [u8],
     x: &'a [f32],
     cols: usize,
     out: &'a mut [f32],
 }
 
-impl InFormat for Product<'_> {
+impl WithBlock for Dots<'_> {
     type Output = ();
 
     fn run<B: Block>(self) {
-        struct Dispatched<'a, B>(Product<'a>, std::marker::PhantomData<B>);
+        struct Dispatched<'a, B>(Dots<'a>, std::marker::PhantomData<B>);
         impl<B: Block> WithSimd for Dispatched<'_, B> {
             type Output = ();
             #[inline(always)]
             fn with_simd<S: Simd>(self, _: S) {
-                let Product { w, x, cols, out } = self.0;
+                let Dots { w, x, cols, out } = self.0;
                 let tokens = x.len() / cols;
-                let bytes = cols / B::ELEMENTS * B::BYTES;
+                // Dense encodings may end within a block.
+                let bytes = cols * B::BYTES / B::ELEMENTS;
                 for (row, out) in w.chunks_exact(bytes).zip(out.chunks_exact_mut(tokens)) {
                     for (x, out) in x.chunks_exact(cols).zip(out) {
                         *out = dot_blocks::<B>(row, x);
@@ -183,36 +167,41 @@ impl InFormat for Product<'_> {
 #[inline(always)]
 fn dot_blocks<B: Block>(row: &[u8], x: &[f32]) -> f32 {
     let mut sums = [0f32; 16];
-    let mut wide = [0f32; 256];
-    for (block, x) in row.chunks_exact(B::BYTES).zip(x.chunks_exact(B::ELEMENTS)) {
-        let wide = &mut wide[..B::ELEMENTS];
-        B::widen(block, wide);
-        for (w, x) in wide.chunks_exact(16).zip(x.chunks_exact(16)) {
-            for ((s, w), x) in sums.iter_mut().zip(w).zip(x) {
-                *s = w.mul_add(*x, *s);
+    let mut decoded = [0f32; 256];
+    let (mut blocks, mut parts) = (row.chunks_exact(B::BYTES), x.chunks_exact(B::ELEMENTS));
+    for (block, x) in (&mut blocks).zip(&mut parts) {
+        let decoded = &mut decoded[..B::ELEMENTS];
+        B::decode(block, decoded);
+        for (v, x) in decoded.chunks_exact(16).zip(x.chunks_exact(16)) {
+            for ((s, v), x) in sums.iter_mut().zip(v).zip(x) {
+                *s = v.mul_add(*x, *s);
             }
         }
     }
-    sums.iter().sum()
+    let rest = parts.remainder();
+    let mut tail = 0.0;
+    if !rest.is_empty() {
+        decode_tail::<B>(blocks.remainder(), rest.len(), &mut decoded);
+        tail = decoded.iter().zip(rest).map(|(v, x)| v * x).sum();
+    }
+    sums.iter().sum::<f32>() + tail
 }
 
-struct Widen<'a> {
+struct Dequantise<'a> {
     part: &'a [u8],
     out: &'a mut [f32],
 }
 
-impl InFormat for Widen<'_> {
+impl WithBlock for Dequantise<'_> {
     type Output = ();
 
     fn run<B: Block>(self) {
-        struct Dispatched<'a, B>(Widen<'a>, std::marker::PhantomData<B>);
+        struct Dispatched<'a, B>(Dequantise<'a>, std::marker::PhantomData<B>);
         impl<B: Block> WithSimd for Dispatched<'_, B> {
             type Output = ();
             #[inline(always)]
             fn with_simd<S: Simd>(self, _: S) {
-                for (b, out) in self.0.part.chunks_exact(B::BYTES).zip(self.0.out.chunks_exact_mut(B::ELEMENTS)) {
-                    B::widen(b, out);
-                }
+                decode::<B>(self.0.part, self.0.out);
             }
         }
         Arch::new().dispatch(Dispatched::<B>(self, std::marker::PhantomData));
