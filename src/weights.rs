@@ -1,8 +1,8 @@
 //! A checkpoint's weights on a device: immutable, shared by every [`Run`](crate::run::Run) over them.
 //!
-//! On a GPU each run launches on a stream of its own, lent by the weights and handed back when the run is dropped: two runs never
-//! record into each other's captured step, and decode steps of several runs fill a GPU that one leaves idle. Weights are only
-//! read, and only after the stream that loaded them was waited for.
+//! On a GPU each run leases a stream from the weights for its lifetime: two runs never record into each other's
+//! captured step, and decode steps of several runs fill a GPU that one leaves idle. Loading ends with a
+//! synchronisation, after which weights are only read.
 
 use crate::checkpoint::{Checkpoint, OnProgress, WeightFormat};
 use crate::error::{Error, ErrorKind, Result};
@@ -26,7 +26,7 @@ pub(crate) struct Block {
 
 /// The weights of a layer's mixer.
 pub(crate) enum MixerWeights {
-    /// Of an attention layer, whatever it becomes under a method.
+    /// Attention projections, the same under every method.
     Attention(Projections),
 }
 
@@ -49,12 +49,12 @@ pub struct Weights {
     device: Device,
     dtype: DType,
     bytes: u64,
-    /// Device handles that no run uses, each with a stream of its own.
+    /// Device handles that no run leases, each with its own stream.
     idle: Mutex<Vec<Device>>,
 }
 
 impl Weights {
-    /// Loads `checkpoint` onto `device`, matrices in the form that `format` says.
+    /// Loads `checkpoint` onto `device`, with matrices encoded as `format` says.
     ///
     /// # Errors
     /// A missing, misshapen or non-finite tensor; too little memory.
@@ -72,17 +72,17 @@ impl Weights {
             }
             _ => e,
         })?;
-        // Other streams may read them from here on.
+        // Runs read the weights on other streams.
         device.synchronize()?;
         Ok(Arc::new(loaded))
     }
 
-    /// The specification that they were loaded for.
+    /// The model's specification.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
     }
 
-    /// The device that holds them, with the stream that loaded them.
+    /// The device, with the stream that loaded the weights.
     pub fn device(&self) -> &Device {
         &self.device
     }
@@ -97,22 +97,22 @@ impl Weights {
         self.bytes
     }
 
-    /// Bytes that one token's pass reads: all but an embedding table that is not the head too.
+    /// Bytes that a decode step reads: every matrix but an untied embedding table.
     pub fn bytes_per_token(&self) -> u64 {
         self.bytes - if self.spec.tied { 0 } else { self.embed.bytes() }
     }
 
-    /// Whether a matrix consists of blocks.
+    /// Whether any matrix is block-encoded.
     pub fn has_quantised(&self) -> bool {
         self.matrices().any(|l| matches!(l.weight(), Weight::Blocks(_)))
     }
 
-    /// Bytes that the largest product takes besides its result.
+    /// Largest temporary allocation of a product besides its result, bytes.
     pub fn scratch(&self) -> u64 {
         self.matrices().map(|l| l.scratch(self.dtype, &self.device)).max().unwrap_or(0)
     }
 
-    /// Every matrix that multiplies.
+    /// Iterates over the linear layers.
     fn matrices(&self) -> impl Iterator<Item = &Linear> {
         fn of_block(b: &Block) -> [&Linear; 7] {
             let (p, m) = (b.mixer.projections(), &b.mlp);
@@ -122,14 +122,14 @@ impl Weights {
     }
 }
 
-/// A device handle with a stream that no other run uses, handed back when dropped.
+/// A device handle whose stream no other run uses; dropping it returns the handle to the weights.
 pub(crate) struct Lease {
     weights: Arc<Weights>,
     device: Device,
 }
 
 impl Lease {
-    /// An idle handle, or a new one.
+    /// Takes an idle handle or opens a new one.
     ///
     /// # Errors
     /// A GPU that cannot be opened again.
@@ -199,7 +199,7 @@ impl Loader<'_> {
         Ok(Linear::new(self.matrix(&linear.weight)?, bias))
     }
 
-    /// As [`Loader::linear`], for a product whose bias candle adds in the type of the activations.
+    /// Loads a layer whose bias is added in the type of the activations.
     fn linear_with_cast_bias(&self, linear: &LinearSpec) -> Result<Linear> {
         let dtype = self.format.compute();
         linear.bias.as_ref().map_or(Ok(()), |b| self.checkpoint.fits(b, dtype))?;

@@ -7,28 +7,28 @@ use crate::storage::Storage;
 use candle_core::{DType, Device, Module, Tensor};
 use std::ops::Deref;
 
-/// Rows of input up to which a CPU multiplies by a quantised matrix row by row. Beyond, dequantising a part of the matrix once
-/// and calling the f32 GEMM is cheaper than repeated dot products.
+/// Rows of input up to which a CPU multiplies by a quantised matrix row by row. Beyond, dequantising a part of the
+/// matrix once and calling the f32 GEMM is cheaper than repeated dot products.
 const DOT_ROWS: usize = 16;
 /// Elements dequantised at a time on a CPU: 4 MiB of f32, which stays in the caches.
 const PART: usize = 1 << 20;
 
-/// A linear layer.
+/// A linear layer `y = x Wᵀ + b`.
 #[derive(Debug, Clone)]
 pub struct Linear {
     weight: Weight,
     bias: Option<Tensor>,
-    /// The bias in the type of the activations, where products add it in that.
+    /// The bias in the type of the activations.
     cast_bias: Option<Tensor>,
 }
 
 impl Linear {
-    /// `bias` is f32 `[out]`.
+    /// A layer with an optional `bias`, f32 `[out]`.
     pub fn new(weight: Weight, bias: Option<Tensor>) -> Self {
         Self { weight, bias, cast_bias: None }
     }
 
-    /// Keeps the bias in `dtype` too: casting it in [`Linear::forward_all`] would run on the stream that holds it.
+    /// Keeps a copy of the bias in `dtype`: a cast in [`Linear::forward_all`] would run on the stream that loaded it.
     ///
     /// # Errors
     /// A backend's failure.
@@ -42,14 +42,16 @@ impl Linear {
         self.weight.bytes() + self.bias.as_ref().map_or(0, |b| 4 * b.elem_count() as u64)
     }
 
+    /// Computes `x Wᵀ + b`.
+    ///
     /// # Shapes
-    /// `x [T, in]` to `[T, out]`.
+    /// `x [T, in]`; the result `[T, out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let [y] = Self::forward_all([self], x)?;
         Ok(y)
     }
 
-    /// Several layers on one input; few rows on a CPU go through one parallel region.
+    /// Applies several layers to one input; few rows on a CPU share one parallel region.
     pub fn forward_all<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
         let mut products = Self::products(layers, x)?;
         for (l, y) in layers.iter().zip(&mut products) {
@@ -72,7 +74,7 @@ impl Linear {
         products.try_into().map_err(|_| Error::new(ErrorKind::Backend, "linear", "lost a result"))
     }
 
-    /// f32 `[out]`, if it has one.
+    /// The bias, f32 `[out]`.
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }

@@ -6,10 +6,10 @@ use crate::ops;
 use crate::spec::Activation;
 use candle_core::{DType, Tensor};
 
-/// Bytes of gate, up and their product at once, on a GPU: by far the largest activations of a long chunk.
+/// Bound in bytes on gate, up and their product on a GPU, the largest activations of a long chunk.
 const BUFFER: usize = 128 << 20;
 
-/// Gate, up and down projections.
+/// A gated feed-forward layer.
 #[derive(Debug, Clone)]
 pub struct Mlp {
     /// `[I, hidden]`.
@@ -23,8 +23,10 @@ pub struct Mlp {
 }
 
 impl Mlp {
+    /// Computes `down(act(gate x) · up x)`.
+    ///
     /// # Shapes
-    /// `x [T, hidden]` to the same.
+    /// `x` and the result `[T, hidden]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (tokens, rows) = (x.dim(0)?, self.rows_at_once(x.dtype())?);
         if tokens <= rows || x.device().is_cpu() {
@@ -51,7 +53,7 @@ impl Mlp {
         Ok((BUFFER / row / 128 * 128).max(128))
     }
 
-    /// Bytes held.
+    /// Size in memory, bytes.
     pub fn bytes(&self) -> u64 {
         self.gate.bytes() + self.up.bytes() + self.down.bytes()
     }

@@ -1,4 +1,4 @@
-//! The layers between the mixers: linear, norm, rope, feed-forward. Plain data in, candle tensors through.
+//! The layers between the mixers: linear, RMS norm, rotary embedding, feed-forward.
 
 mod linear;
 mod mlp;

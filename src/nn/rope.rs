@@ -1,9 +1,9 @@
 //! Rotary position embedding (Su et al. 2021, arXiv:2104.09864), always from f32 tables.
 //!
-//! The halves of a head are rotated against each other: `(x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin)`. Tables are made for
-//! the positions at hand, never for a whole context, and positions may be fractional: a pooled key stands at the mean of its
-//! block. Angles are the f32 product of position and frequency, as in transformers, since at position 9,000 another rounding
-//! of the same product moves the angle by 5e-4.
+//! The halves of a head are rotated against each other: `(x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin)`. A table covers
+//! the positions of one chunk, and positions may be fractional: a pooled key has the mean position of its block. Angles
+//! are the f32 product of position and frequency, as in transformers, since at position 9,000 another rounding of the
+//! same product moves the angle by 5e-4.
 
 use crate::error::Result;
 use crate::ops;
@@ -11,14 +11,14 @@ use crate::spec::{RopeScaling, RopeSpec};
 use candle_core::{Device, Tensor};
 use std::f64::consts::PI;
 
-/// A rotary embedding: frequencies after scaling.
+/// A rotary embedding, as its scaled frequencies.
 #[derive(Debug, Clone)]
 pub struct Rope {
     inv_freq: Vec<f32>,
     amplitude: f32,
 }
 
-/// cos and sin of some positions, each f32 `[T, D / 2]`.
+/// cos and sin of a chunk's positions, each f32 `[T, D / 2]`.
 #[derive(Debug, Clone)]
 pub struct RopeTable {
     cos: Tensor,
@@ -26,7 +26,7 @@ pub struct RopeTable {
 }
 
 impl Rope {
-    /// Frequencies `θ^(-2i/D)`, scaled as `spec` says.
+    /// Computes the frequencies `θ^(-2i/D)` and scales them as `spec` says.
     pub fn new(spec: &RopeSpec) -> Self {
         let dim = spec.dim as f64;
         let base: Vec<f64> = (0..spec.dim / 2).map(|i| spec.theta.powf(-2.0 * i as f64 / dim)).collect();
@@ -56,7 +56,7 @@ impl Rope {
         Self { inv_freq: scaled.iter().map(|f| *f as f32).collect(), amplitude: amplitude as f32 }
     }
 
-    /// The table of `positions`.
+    /// Computes cos and sin at `positions`.
     pub fn table(&self, positions: impl ExactSizeIterator<Item = f32>, device: &Device) -> Result<RopeTable> {
         let (cos, sin) = ops::rope_table(&self.inv_freq, positions, self.amplitude, device)?;
         Ok(RopeTable { cos, sin })
@@ -68,7 +68,7 @@ impl Rope {
     }
 }
 
-/// Llama 3.1's ramp between kept and divided frequencies.
+/// Llama 3.1's ramp between unscaled and divided frequencies.
 fn llama3(f: f64, factor: f64, low: f64, high: f64, original: f64) -> f64 {
     let wavelength = 2.0 * PI / f;
     if wavelength < original / high {
@@ -90,7 +90,7 @@ impl RopeTable {
     /// Rotates `x` row by row.
     ///
     /// # Shapes
-    /// `x [T, heads, D]` to the same.
+    /// `x` and the result `[T, heads, D]`.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         ops::prepare_heads(x, x.dim(1)?, None, None, Some((&self.cos, &self.sin)))
     }

@@ -1,7 +1,8 @@
 //! Decodes encoded elements to f32, one encoding each, written so that the loops vectorise.
 //!
-//! Layouts: GGML's `block_q*` (<https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h>). candle's decoders are scalar, and
-//! its products of a few rows round the input to 8 bits and keep a repacked copy of Q4_K weights; these do neither.
+//! Layouts: GGML's `block_q*` (<https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h>). candle's decoders are
+//! scalar, and its products of a few rows round the input to 8 bits and keep a repacked copy of Q4_K weights; these do
+//! neither.
 
 use crate::storage::{Float, Ggml, Storage};
 
@@ -69,7 +70,8 @@ pub fn decode_tail<B: Block>(bytes: &[u8], count: usize, out: &mut [f32; 256]) {
     B::decode(&padded[..B::BYTES], &mut out[..B::ELEMENTS]);
 }
 
-/// A finite half-precision number, without a call that would not be inlined: the exponent is rebased by one exact product.
+/// A finite half-precision number, without a call that would not be inlined: the exponent is rebased by one exact
+/// product.
 #[inline(always)]
 fn half(b: &[u8]) -> f32 {
     let bits = u16::from_le_bytes([b[0], b[1]]);

@@ -1,7 +1,7 @@
 //! Launching the kernels of `kernels/` on candle's device, stream and allocator.
 //!
-//! Everything runs on one stream, so that a launch sees what earlier ones wrote and memory freed after a launch is reused only
-//! after it. That is what makes handing plain device addresses to a kernel sound.
+//! Everything runs on one stream, so that a launch sees what earlier ones wrote and memory freed after a launch is
+//! reused only after it. That is what makes handing plain device addresses to a kernel sound.
 
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::storage::Ggml;
@@ -13,7 +13,8 @@ use candle_core::op::BackpropOp;
 use candle_core::{DType, Device, Shape, Storage, Tensor};
 use std::sync::Arc;
 
-/// Asserts the size of a struct that a kernel reads and the offset of each field, as `MIRRORED` and `FIELD` of kernels/common.cuh do.
+/// Asserts the size of a struct that a kernel reads and the offset of each field, as `MIRRORED` and `FIELD` of
+/// kernels/common.cuh do.
 macro_rules! mirrored {
     ($name:ty, $size:expr, { $($field:ident: $offset:expr),* $(,)? }) => {
         const _: () = {
@@ -98,7 +99,7 @@ impl Kernel {
         Ok(Self { function: function.into_cuda_function(), stream: device.cuda_stream(), name, shared: 0 })
     }
 
-    /// With so many bytes of dynamic shared memory.
+    /// Sets the dynamic shared memory, bytes.
     pub fn shared(mut self, bytes: usize) -> Result<Self> {
         let bytes = bytes as i32;
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -114,7 +115,7 @@ impl Kernel {
     }
 }
 
-/// Opens GPU `index` with a stream of our own, which a graph can be captured from.
+/// Opens GPU `index` with a new stream; candle's default stream cannot be captured into a graph.
 pub(crate) fn open(index: usize) -> Result<Device> {
     let place = format!("--device cuda:{index}");
     // The driver's library is loaded on first use, and its absence is a panic in the layer below.
@@ -127,14 +128,14 @@ pub(crate) fn open(index: usize) -> Result<Device> {
     if let Device::Cuda(gpu) = &device {
         // SAFETY: all work goes through this one stream, so that nothing needs an event to wait for.
         unsafe { gpu.disable_event_tracking() };
-        // Freed memory stays with the process: giving it back and mapping it again at every wait costs milliseconds.
+        // Freed memory stays with the process: unmapping and remapping it at every synchronisation costs milliseconds.
         let keep = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         super::memory::pool::set(gpu, keep, u64::MAX);
     }
     Ok(device)
 }
 
-/// What a failed load usually means.
+/// Explains the failure to load a kernel.
 fn explain(name: &str, error: &candle_core::Error) -> Error {
     let text = crate::plain(error);
     let place = format!("kernel {name}");
@@ -150,37 +151,38 @@ fn explain(name: &str, error: &candle_core::Error) -> Error {
     Error::new(ErrorKind::Backend, place, text)
 }
 
-/// The device under a tensor.
+/// Returns a tensor's GPU.
 pub(crate) fn device(tensor: &Tensor) -> Result<&CudaDevice> {
     match tensor.device() {
         Device::Cuda(device) => Ok(device),
-        _ => Err(Error::new(ErrorKind::Backend, "kernel", "given a tensor that is not on a GPU")),
+        _ => Err(Error::new(ErrorKind::Backend, "kernel", "the tensor is not on a GPU")),
     }
 }
 
-/// Whether the warpgroup instructions of compute capability 9.0 exist there.
+/// Whether the GPU has the warpgroup instructions of compute capability 9.0.
 pub(crate) fn is_hopper(device: &CudaDevice) -> bool {
     device.cuda_stream().context().compute_capability().is_ok_and(|c| c == (9, 0))
 }
 
-/// `bf16`, `f16` or `f32`: how kernels are named by element type.
+/// The element type in a kernel's name: `bf16`, `f16` or `f32`.
 pub(crate) fn suffix(dtype: DType) -> Result<&'static str> {
     match dtype {
         DType::BF16 => Ok("bf16"),
         DType::F16 => Ok("f16"),
         DType::F32 => Ok("f32"),
-        other => Err(Error::unsupported("kernel", format!("has no form for {other:?}; use bf16, f16 or f32"))),
+        other => Err(Error::unsupported("kernel", format!("no kernel for {other:?}; use bf16, f16 or f32"))),
     }
 }
 
-/// The device address of a tensor's first element. The last dimension must be contiguous; strides are the caller's to pass.
+/// The device address of a tensor's first element. The last dimension must be contiguous; the caller passes the other
+/// strides.
 pub(crate) fn address(tensor: &Tensor) -> Result<u64> {
     let (storage, layout) = tensor.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else {
-        return Err(Error::new(ErrorKind::Backend, "kernel", "given a tensor that is not on a GPU"));
+        return Err(Error::new(ErrorKind::Backend, "kernel", "the tensor is not on a GPU"));
     };
     if layout.stride().last().is_some_and(|s| *s != 1) && layout.dims().last() != Some(&1) {
-        return Err(Error::new(ErrorKind::Backend, "kernel", "given a tensor whose last dimension is strided"));
+        return Err(Error::new(ErrorKind::Backend, "kernel", "the tensor's last dimension is strided"));
     }
     let stream = storage.device.cuda_stream();
     let base = match &storage.slice {
@@ -190,7 +192,7 @@ pub(crate) fn address(tensor: &Tensor) -> Result<u64> {
         CudaStorageSlice::U32(s) => s.device_ptr(&stream).0,
         CudaStorageSlice::I64(s) => s.device_ptr(&stream).0,
         CudaStorageSlice::U8(s) => s.device_ptr(&stream).0,
-        _ => return Err(Error::unsupported("kernel", "given an element type without a form")),
+        _ => return Err(Error::unsupported("kernel", "no kernel takes this element type")),
     };
     Ok(base + (layout.start_offset() * tensor.dtype().size_in_bytes()) as u64)
 }
@@ -200,24 +202,25 @@ pub(crate) fn address_or_null(tensor: Option<&Tensor>) -> Result<u64> {
     tensor.map_or(Ok(0), address)
 }
 
-/// A tensor that a kernel will fill: its content is whatever the memory held.
+/// Allocates a tensor for a kernel's output, with undefined content.
 pub(crate) fn uninitialised(device: &CudaDevice, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
     let shape = shape.into();
     let n = shape.elem_count();
-    // SAFETY: every kernel writes its whole output before anything reads it (kernels/check.py poisons outputs and looks).
+    // SAFETY: every kernel writes its whole output before anything reads it (kernels/check.py poisons outputs and
+    // looks).
     let storage = unsafe {
         match dtype {
             DType::BF16 => CudaStorage::wrap_cuda_slice(device.alloc::<half::bf16>(n)?, device.clone()),
             DType::F16 => CudaStorage::wrap_cuda_slice(device.alloc::<half::f16>(n)?, device.clone()),
             DType::F32 => CudaStorage::wrap_cuda_slice(device.alloc::<f32>(n)?, device.clone()),
             DType::U32 => CudaStorage::wrap_cuda_slice(device.alloc::<u32>(n)?, device.clone()),
-            other => return Err(Error::unsupported("kernel", format!("has no form for {other:?}"))),
+            other => return Err(Error::unsupported("kernel", format!("no kernel for {other:?}"))),
         }
     };
     Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
 }
 
-/// Uploads plain values; the copy is ordered before later launches.
+/// Copies values to the device, ordered before later launches.
 pub(crate) fn upload<T: DeviceRepr + 'static>(device: &CudaDevice, values: &[T]) -> Result<Uploaded<T>> {
     let slice = device.clone_htod(values).at("upload")?;
     let address = slice.device_ptr(&device.cuda_stream()).0;
@@ -226,29 +229,30 @@ pub(crate) fn upload<T: DeviceRepr + 'static>(device: &CudaDevice, values: &[T])
 
 /// Values on the device, freed (in stream order) when dropped.
 pub(crate) struct Uploaded<T> {
-    /// Where.
+    /// Device address.
     pub address: u64,
     _slice: CudaSlice<T>,
 }
 
-/// A launch made ready, to be enqueued as often as wanted: a captured step is a list of these.
+/// A kernel with its grid and arguments, which can be enqueued any number of times; a captured step is a list of these.
 pub(crate) struct Launch {
     kernel: Kernel,
     grid: (usize, usize, usize),
     threads: usize,
-    /// The arguments' bytes, each from a word of its own on,
+    /// The arguments' bytes, each aligned to a word.
     words: Vec<u64>,
-    /// and where each begins.
+    /// Offset of each argument in `bytes`.
     arguments: Vec<usize>,
 }
 
 impl Launch {
-    /// Without arguments yet.
+    /// A launch without arguments.
     pub fn new(kernel: Kernel, grid: (usize, usize, usize), threads: usize) -> Self {
         Self { kernel, grid, threads, words: vec![], arguments: vec![] }
     }
 
-    /// Adds an argument of the kernel's signature: an address on the device (0 for none), a number, or a struct by value.
+    /// Adds an argument of the kernel's signature: an address on the device (0 for none), a number, or a struct by
+    /// value.
     pub fn with<T: DeviceRepr + Copy>(mut self, value: T) -> Self {
         let size = std::mem::size_of::<T>();
         let at = self.words.len();
@@ -261,12 +265,14 @@ impl Launch {
         self
     }
 
-    /// Enqueues it. With `overlap` it may start while the launch before it still runs, so that it must wait for that one
-    /// itself (`await_previous` in kernels/decode.cuh).
+    /// Enqueues the launch on the run's stream.
+    ///
+    /// With `overlap` it is a programmatic dependent launch: it may start while the one before it still runs and waits
+    /// for it itself (`await_previous` in kernels/decode.cuh).
     ///
     /// # Safety
-    /// The arguments must be those of the kernel's signature, in order, and every address must stay allocated, with what the
-    /// kernel's header asks for, until the stream has passed this launch.
+    /// The arguments must be those of the kernel's signature, in order, and every address must stay allocated, with
+    /// what the kernel's header asks for, until the stream has passed this launch.
     pub unsafe fn enqueue(&self, overlap: bool) -> Result<()> {
         let stream = &self.kernel.stream;
         stream.context().bind_to_thread().map_err(|e| self.kernel.error(e))?;

@@ -1,9 +1,9 @@
-//! Device handles: a second stream on a device, and the device's name.
+//! Device handles: another stream on a device, and the device's name.
 
 use crate::error::Result;
 use candle_core::Device;
 
-/// `device` once more, with a stream of its own where it is a GPU.
+/// Returns another handle to `device`, with a new stream where it is a GPU.
 ///
 /// # Errors
 /// A GPU that cannot be opened again.
@@ -33,7 +33,7 @@ pub fn open_gpu(index: usize) -> Result<Device> {
     super::cuda::open(index)
 }
 
-/// `cpu`, or the GPU's name.
+/// Returns `cpu`, or the GPU's name.
 pub fn describe(device: &Device) -> String {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(gpu) = device {

@@ -10,7 +10,8 @@ const CHUNK: usize = 1 << 14;
 
 /// The gated activation of a feed-forward.
 ///
-/// SiLU is `x σ(x)`; GELU's tanh form is `x σ(2 √(2/π) (x + 0.044715 x³))` (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+/// SiLU is `x σ(x)`; GELU's tanh form is `x σ(2 √(2/π) (x + 0.044715 x³))` (Hendrycks and Gimpel 2016,
+/// arXiv:1606.08415).
 ///
 /// # Shapes
 /// `gate`, `up` and the result `[T, I]`, f32, contiguous.

@@ -2,23 +2,23 @@
 
 use gemm::Parallelism;
 
-/// A row-major matrix inside a slice: `rows` rows of `cols`, `stride` elements apart.
+/// A row-major matrix within a slice, with rows `stride` elements apart.
 #[derive(Clone, Copy)]
-pub struct Matrix<'a> {
+pub struct Strided<'a> {
     /// First element of the first row at index 0.
     pub data: &'a [f32],
     /// Elements from one row to the next.
     pub stride: usize,
 }
 
-impl Matrix<'_> {
+impl Strided<'_> {
     fn check(&self, rows: usize, cols: usize) {
         assert!(rows == 0 || self.data.len() >= (rows - 1) * self.stride + cols, "matrix exceeds its slice");
     }
 }
 
 /// `c[m, n] = a[m, k] · b[n, k]ᵀ`, with `c`'s rows `n` apart.
-pub fn multiply_transposed(m: usize, n: usize, k: usize, a: Matrix, b: Matrix, c: &mut [f32]) {
+pub fn multiply_transposed(m: usize, n: usize, k: usize, a: Strided, b: Strided, c: &mut [f32]) {
     a.check(m, k);
     b.check(n, k);
     assert!(c.len() >= m * n, "output exceeds its slice");
@@ -49,7 +49,7 @@ pub fn multiply_transposed(m: usize, n: usize, k: usize, a: Matrix, b: Matrix, c
 }
 
 /// `c[m, n] += a[m, k] · b[k, n]`, with `c`'s rows `n` apart.
-pub fn multiply_add(m: usize, n: usize, k: usize, a: Matrix, b: Matrix, c: &mut [f32]) {
+pub fn multiply_add(m: usize, n: usize, k: usize, a: Strided, b: Strided, c: &mut [f32]) {
     a.check(m, k);
     b.check(k, n);
     assert!(c.len() >= m * n, "output exceeds its slice");

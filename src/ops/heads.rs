@@ -1,7 +1,7 @@
-//! What happens to queries and keys between projection and attention: bias, norm per head, rotation.
+//! Queries and keys between projection and attention: bias, norm per head, rotation.
 //!
-//! `out[t, h] = rotate(norm(x[t, h] + bias[h]))`, each part optional. The halves of a head are rotated against each other (Su et
-//! al. 2021, arXiv:2104.09864).
+//! `out[t, h] = rotate(norm(x[t, h] + bias[h]))`, each part optional. The halves of a head are rotated against each
+//! other (Su et al. 2021, arXiv:2104.09864).
 
 use crate::error::{At, Result};
 use candle_core::{Device, Tensor};
@@ -48,8 +48,8 @@ pub fn prepare_heads(
     Ok(y)
 }
 
-/// cos and sin of `position * frequency`, times `amplitude`: each f32 `[T, F]`. Angles are the f32 product, as in transformers,
-/// since at position 9,000 another rounding of the same product moves the angle by 5e-4.
+/// cos and sin of `position * frequency`, times `amplitude`: each f32 `[T, F]`. Angles are the f32 product, as in
+/// transformers, since at position 9,000 another rounding of the same product moves the angle by 5e-4.
 pub fn rope_table(
     frequencies: &[f32],
     positions: impl ExactSizeIterator<Item = f32>,
@@ -91,7 +91,8 @@ fn cuda_table(
     let kernel = Kernel::load(gpu, Module::Pointwise, "rope_table".into())?;
     let launch = Launch::new(kernel, ((t * n).div_ceil(256), 1, 1), 256).with(f.address).with(p.address).with(start);
     let launch = launch.with(amplitude).with(c).with(s).with(tokens).with(count);
-    // SAFETY: `t` positions, `n` frequencies and two tables of both; frees are ordered after the launch on the one stream.
+    // SAFETY: `t` positions, `n` frequencies and two tables of both; frees are ordered after the launch on the one
+    // stream.
     unsafe { launch.enqueue(false)? };
     Ok((cos, sin))
 }
@@ -109,7 +110,7 @@ fn cuda(
         return x.reshape((t, heads, dim)).at("heads");
     }
     let gpu = device(x)?;
-    // Heads lie side by side in a row; rows may be part of longer ones.
+    // Heads are adjacent within a row; rows may be strided.
     let inner_is_dense = x.dims().len() == 2 || x.stride()[1] == dim;
     let x = if inner_is_dense { x.clone() } else { x.contiguous()? };
     let out = uninitialised(gpu, x.dtype(), (t, heads, dim))?;
@@ -119,7 +120,7 @@ fn cuda(
     let (cos, sin) = (address_or_null(table.map(|t| t.0))?, address_or_null(table.map(|t| t.1))?);
     let eps = norm.map_or(0.0, |n| n.eps);
     let (tokens, count, width) = (t as i32, heads as i32, dim as i32);
-    // 16 bytes at a time, where heads lie at such addresses and a warp holds whole ones.
+    // The vectorised kernel needs heads aligned to 16 bytes, and whole heads to a warp.
     let aligned = [from, b, w, cos, sin].iter().all(|a| a % 16 == 0) && row % 8 == 0;
     let shared_out = dim.is_multiple_of(16) && (dim / 16).is_power_of_two() && dim <= 256;
     let (form, grid) = match x.dtype() != candle_core::DType::F32 && aligned && shared_out {

@@ -1,4 +1,4 @@
-//! Rows of keys and values in page-locked host memory, which a kernel on the GPU reads in place over the bus.
+//! Rows of keys and values in page-locked host memory, which a GPU reads in place over PCIe.
 
 use crate::error::{At, Error, ErrorKind, Result};
 use candle_core::cuda_backend::cudarc::driver::{sys, PinnedHostSlice};
@@ -14,10 +14,13 @@ pub struct HostRows {
 }
 
 impl HostRows {
-    /// Copies `k` and `v` `[rows, G, D]` into memory that GPU `device` can read.
+    /// Copies `k` and `v` into pinned memory that GPU `device` can read.
+    ///
+    /// # Shapes
+    /// `k`, `v` `[rows, G, D]`.
     ///
     /// # Errors
-    /// Tensors of different shapes or types, a device that is no GPU, or too little memory that can be locked.
+    /// Tensors that differ in shape or type, a device that is not a GPU, or a limit on locked memory that is too low.
     pub fn of(k: &Tensor, v: &Tensor, device: &Device) -> Result<Self> {
         let Device::Cuda(gpu) = device else {
             return Err(Error::unsupported("host rows", "only a GPU reads pinned host memory"));
@@ -51,7 +54,7 @@ impl HostRows {
         self.dtype
     }
 
-    /// Copies of keys and values on the CPU.
+    /// Returns copies of keys and values as CPU tensors.
     ///
     /// # Errors
     /// A failure of the driver.
@@ -65,7 +68,7 @@ impl HostRows {
         Ok((tensor(&self.k)?, tensor(&self.v)?))
     }
 
-    /// Where keys and values lie: unified addressing gives host and device the same address.
+    /// Addresses of keys and values, which unified addressing makes the same on host and device.
     pub(crate) fn addresses(&self) -> Result<(u64, u64)> {
         let at = |slice: &PinnedHostSlice<u8>| slice.as_ptr().map(|p| p as u64).map_err(candle_core::Error::wrap);
         Ok((at(&self.k).at("host rows")?, at(&self.v).at("host rows")?))

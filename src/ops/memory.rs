@@ -1,20 +1,20 @@
-//! What the device's memory holds: totals and the allocator's own high-water mark.
+//! Device memory: total, allocated and peak.
 
 use candle_core::Device;
 
-/// Memory of a GPU, as the driver's stream-ordered allocator counts it (weights, caches and activations; not what libraries
-/// such as cuBLAS take for themselves).
+/// Memory of a GPU as the driver's stream-ordered allocator counts it: weights, caches and activations, without the
+/// workspaces of libraries such as cuBLAS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceMemory {
-    /// Of the whole device.
+    /// Size of the device's memory, bytes.
     pub total: u64,
-    /// Allocated now.
+    /// Currently allocated, bytes.
     pub used: u64,
-    /// Most that was allocated at once since [`reset_peak`].
+    /// Peak since [`reset_peak`], bytes.
     pub peak: u64,
 }
 
-/// Bytes of memory of the machine, or of the GPU, where that can be read.
+/// Size of the machine's memory, or of the GPU's, in bytes, if known.
 pub fn memory_of(device: &Device) -> Option<u64> {
     match device.is_cpu() {
         true => machine_memory(),
@@ -22,14 +22,14 @@ pub fn memory_of(device: &Device) -> Option<u64> {
     }
 }
 
-/// Bytes of memory that the machine has, where that can be read.
+/// Size of the machine's memory in bytes, if known.
 pub fn machine_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
     line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
-/// `1.4 GiB`, `12.5 MiB`, `980 B`.
+/// Formats a size in powers of two: `1.4 GiB`, `12.5 MiB`, `980 B`.
 pub fn human_bytes(bytes: u64) -> String {
     let mut value = bytes as f64;
     for unit in ["B", "KiB", "MiB"] {
@@ -41,7 +41,7 @@ pub fn human_bytes(bytes: u64) -> String {
     format!("{value:.2} GiB")
 }
 
-/// The state of a GPU's memory; `None` on a CPU.
+/// Reads a GPU's memory counters; `None` on a CPU.
 pub fn device_memory(device: &Device) -> Option<DeviceMemory> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(gpu) = device {
@@ -58,7 +58,7 @@ pub fn device_memory(device: &Device) -> Option<DeviceMemory> {
     None
 }
 
-/// Starts a new high-water mark.
+/// Resets [`DeviceMemory`]'s peak.
 pub fn reset_peak(device: &Device) {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(gpu) = device {
@@ -69,7 +69,7 @@ pub fn reset_peak(device: &Device) {
     let _ = device;
 }
 
-/// Hands memory that nothing holds back to the driver, for other processes on the device.
+/// Returns freed memory to the driver, for other processes on the device.
 pub fn release_memory(device: &Device) {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(gpu) = device {
@@ -98,14 +98,14 @@ pub(super) mod pool {
 
     pub fn trim(gpu: &CudaDevice) {
         if let Some(pool) = of(gpu) {
-            // SAFETY: the pool is the open device's. One that refuses keeps what it has.
+            // SAFETY: the pool belongs to the open device; a failure leaves it unchanged.
             let _ = unsafe { result::mem_pool::trim_to(pool, 0) };
         }
     }
 
     pub fn set(gpu: &CudaDevice, attribute: sys::CUmemPool_attribute, mut value: u64) {
         if let Some(pool) = of(gpu) {
-            // SAFETY: these attributes are 64-bit. A pool that refuses keeps its setting, which costs accuracy alone.
+            // SAFETY: these attributes are 64-bit; a failure leaves an old peak, which only makes the figure too large.
             let _ = unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut value).cast()) };
         }
     }

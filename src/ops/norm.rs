@@ -16,7 +16,7 @@ pub fn add_norm(x: &Tensor, y: Option<&Tensor>, weight: &Tensor, eps: f32) -> Re
         Some(y) => (x + y)?,
         None => x.clone(),
     };
-    // candle's fused operator has no backward; training will need another path.
+    // candle's fused operator has no backward pass; training needs another path.
     let normed = candle_nn::ops::rms_norm(&sum, weight, eps).at("rms norm")?;
     Ok((sum, normed))
 }
@@ -39,7 +39,7 @@ fn cuda(x: &Tensor, y: Option<&Tensor>, weight: &Tensor, eps: f32) -> Result<(Te
     };
     let (from, to) = ((address(&x)?, address_or_null(y.as_ref())?), (address(&sum)?, address(&normed)?));
     let (w, count, tokens, name) = (address(weight)?, n as i32, rows as i32, suffix(x.dtype())?);
-    // 16 bytes at a time, where rows lie at such addresses and fit in registers.
+    // The vectorised kernel needs rows that are aligned to 16 bytes and fit in registers.
     let aligned = [from.0, from.1, to.0, to.1, w].iter().all(|a| a % 16 == 0);
     let wide = x.dtype() != candle_core::DType::F32 && n.is_multiple_of(8) && n <= 8192 && aligned;
     let warps = n.div_ceil(1024).next_power_of_two();

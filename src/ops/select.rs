@@ -1,15 +1,15 @@
-//! The tokens with the highest scores of each head.
+//! Selection of the highest scores of each head.
 
 use crate::error::{Error, ErrorKind, Result};
 use candle_core::Tensor;
 
-/// Where the rows of the `keep` highest scores of each head lie, in order of position; of equal scores the later tokens.
+/// Returns the rows of the `keep` highest scores of each head in order of position; later tokens win ties.
 ///
 /// ```text
-/// index[i, g] = s_i G + g,   s_0 < s_1 < .. the tokens kept of head g
+/// index[i, g] = s_i G + g,   s_0 < s_1 < .. the selected tokens of head g
 /// ```
 ///
-/// On a GPU nothing waits for the host (`kernels/select.cu`).
+/// On a GPU there is no host synchronisation (`kernels/select.cu`).
 ///
 /// # Shapes
 /// `scores` f32 `[G, N]`, `1 <= keep <= N`; returns u32 `[keep * G]`, rows of `[N, G, D]` seen as `[N G, D]`.
@@ -27,7 +27,7 @@ pub fn highest_rows(scores: &Tensor, keep: usize) -> Result<Tensor> {
     Ok(Tensor::from_iter(index, scores.device())?)
 }
 
-/// Indices of the `count` highest of `scores`, rising; of equal scores the later.
+/// Indices of the `count` highest of `scores` in ascending order; later ones win ties.
 fn highest(scores: &[f32], count: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     if count < order.len() {

@@ -1,14 +1,15 @@
-//! Loops compiled for the widest vectors at hand (through `pulp`), with an exponential that vectorises.
+//! Loops compiled for the machine's widest vectors (through `pulp`), with a vectorised exponential.
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// `eˣ` for `x ≤ 88`, to 2 ulp; 0 below -87, so that a masked logit of `-∞` gives exactly nothing.
+/// `eˣ` for `x ≤ 88`, to 2 ulp; 0 below -87, so that a masked logit of `-∞` has weight 0.
 ///
 /// Range reduction to `[-ln 2 / 2, ln 2 / 2]` and Cephes' polynomial (`expf.c`, Moshier).
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0; // 1.5 · 2²³: adding it rounds to a whole number.
-                                     // Comparisons and selects, and no float-to-integer cast, which would saturate lane by lane.
+                                     // Comparisons and selects, and no float-to-integer cast, which would saturate lane
+                                     // by lane.
     let clamped = if x > -87.0 { x } else { -87.0 };
     let clamped = if clamped < 88.0 { clamped } else { 88.0 };
     let shifted = clamped.mul_add(std::f32::consts::LOG2_E, MAGIC);
@@ -24,7 +25,7 @@ pub fn exp(x: f32) -> f32 {
     let y = p.mul_add(r * r, r) + 1.0;
     // The low bits of `shifted` are n; moved to the exponent, with the bias added, they are 2ⁿ.
     let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
-    // `0 x` is 0, or NaN where x is: what is wrong upstream must not vanish here.
+    // `0 x` is 0, or NaN where x is: NaN must propagate.
     if x < -87.0 {
         0.0
     } else {
@@ -32,9 +33,9 @@ pub fn exp(x: f32) -> f32 {
     }
 }
 
-/// Turns one row of logits into weights in place and folds it into the running maximum and sum.
+/// Replaces a row of logits by softmax weights and updates the running maximum and sum.
 ///
-/// Returns the factor by which what was accumulated under the old maximum must be multiplied.
+/// Returns the factor that rescales what was accumulated under the old maximum.
 pub fn softmax_row(row: &mut [f32], max: &mut f32, sum: &mut f32) -> f32 {
     struct Row<'a>(&'a mut [f32], &'a mut f32, &'a mut f32);
     impl WithSimd for Row<'_> {

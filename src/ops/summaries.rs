@@ -1,4 +1,5 @@
-//! Block means: `K̄ₙ, V̄ₙ = mean of k, v over the positions of block n that are not sinks`, summed in f32 as keys arrive.
+//! Block means: `K̄ₙ, V̄ₙ = mean of k, v over the positions of block n that are not sinks`, summed in f32 as keys
+//! arrive.
 
 use super::view::view;
 use crate::error::Result;
@@ -28,12 +29,12 @@ pub struct Pooled {
     pub v: Tensor,
     /// Index of the first of these blocks.
     pub first: usize,
-    /// How many.
+    /// Number of blocks.
     pub count: usize,
 }
 
 impl RunningMean {
-    /// Nothing summed yet, for rows of `width = G * D` on `device`.
+    /// A sum of no rows, for rows of `width = G * D` on `device`.
     pub fn new(width: usize, device: &Device) -> Result<Self> {
         Ok(Self(match device.is_cpu() {
             true => Sums::Host { k: vec![0.0; width], v: vec![0.0; width] },
@@ -41,7 +42,7 @@ impl RunningMean {
         }))
     }
 
-    /// Bytes held.
+    /// Size in device memory, bytes.
     pub fn bytes(&self) -> u64 {
         4 * match &self.0 {
             Sums::Host { k, v } => (k.len() + v.len()) as u64,
@@ -61,7 +62,8 @@ impl RunningMean {
 /// Adds a chunk to the running sums and returns the means of the blocks it completes.
 ///
 /// # Shapes
-/// `k`, `v` `[T, G, D]` of positions `start..start + T`; `block` positions to a block; positions below `sinks` are left out.
+/// `k`, `v` `[T, G, D]` of positions `start..start + T`; `block` positions to a block; positions below `sinks` are left
+/// out.
 pub fn pool_blocks(
     k: &Tensor,
     v: &Tensor,
@@ -146,7 +148,7 @@ fn cuda(
     // Heads side by side within a row, rows at any stride.
     let dense = |x: &Tensor| if x.stride()[1] == d || g == 1 { Ok(x.clone()) } else { x.contiguous() };
     let (k, v) = (dense(k)?, dense(v)?);
-    // candle has no empty tensors on a device: one row stands for none.
+    // candle has no empty tensors on a GPU: one row is allocated where no block is complete.
     let means = || uninitialised(gpu, dtype, (count.max(1), g, d));
     let (mean_k, mean_v) = (means()?, means()?);
     let params = Params {

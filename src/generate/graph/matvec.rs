@@ -4,7 +4,7 @@ use super::step::Builder;
 use crate::error::{Error, Result};
 use crate::nn::{Linear, RmsNorm, Weight};
 use crate::ops::cuda::{address, address_or_null};
-use crate::ops::on_gpu::{Form, Format, Matrix, Product};
+use crate::ops::on_gpu::{DeviceMatrix, Form, Format, Matvec};
 use crate::spec::Activation;
 use crate::storage::Storage;
 
@@ -19,7 +19,7 @@ pub(super) fn format(w: &Weight) -> Option<Format> {
 }
 
 /// A weight on the device, with its bias.
-pub(super) fn matrix(w: &Weight, bias: u64) -> Result<Matrix> {
+pub(super) fn matrix(w: &Weight, bias: u64) -> Result<DeviceMatrix> {
     let format =
         format(w).ok_or_else(|| Error::unsupported("decode graph", "a matrix has no kernel for its format"))?;
     let (rows, columns) = w.dims()?;
@@ -27,7 +27,7 @@ pub(super) fn matrix(w: &Weight, bias: u64) -> Result<Matrix> {
         Weight::Dense(w) => address(w)?,
         Weight::Blocks(w) => address(w.data())?,
     };
-    Ok(Matrix { format, rows, columns, at, bias })
+    Ok(DeviceMatrix { format, rows, columns, at, bias })
 }
 
 impl Builder<'_> {
@@ -44,7 +44,7 @@ impl Builder<'_> {
         let norm = norm.map(RmsNorm::parts).map(|(w, eps)| address(w).map(|w| (w, eps))).transpose()?;
         let matrices = layers.iter().map(|l| matrix(l.weight(), address_or_null(l.bias())?));
         let matrices = matrices.collect::<Result<Vec<_>>>()?;
-        let mut product = Product { form, x, norm, activation, out, logits: self.logits, state: self.state };
+        let mut product = Matvec { form, x, norm, activation, out, logits: self.logits, state: self.state };
         for run in matrices.chunk_by(|a, b| a.format == b.format) {
             self.launches.push(product.launch(self.gpu, run)?);
             product.out += 4 * run.iter().map(|m| m.rows as u64).sum::<u64>();

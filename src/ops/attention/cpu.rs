@@ -1,9 +1,9 @@
-//! The tiled CPU path: tasks of (query tile, KV head, share of the keys), each an online softmax over key tiles whose two
-//! products run through the GEMM library. A tile's work depends on what its queries may read, not on the context.
+//! The tiled CPU path: tasks of (query tile, KV head, part of the keys), each an online softmax over key tiles whose
+//! two products run through the GEMM library. A tile's work depends on what its queries may read, not on the context.
 
 use super::{Attended, AttentionArgs, FarRow, KeyValues, Parts, RowList, StoreRows, NO_ROW};
 use crate::error::Result;
-use crate::ops::gemm::{multiply_add, multiply_transposed, Matrix};
+use crate::ops::gemm::{multiply_add, multiply_transposed, Strided};
 use crate::ops::simd;
 use crate::ops::view::{view, View};
 use candle_core::{Device, Tensor};
@@ -30,25 +30,25 @@ enum Source {
     Chunk,
 }
 
-/// Queries that share their block, and what they read.
+/// Queries of one block, and the keys that they read.
 struct Tile {
     queries: Range<usize>,
     runs: Vec<Run>,
 }
 
-/// The tensors' values.
+/// The values of a call's tensors.
 struct Buffers<'a> {
     q: &'a [f32],
     chunk: (&'a [f32], &'a [f32]),
     ring: (&'a [f32], &'a [f32]),
     sinks: (&'a [f32], &'a [f32]),
-    /// Of each store: keys, values, and the queries that score them.
+    /// Per store: keys, values, and the queries that score them.
     stores: Vec<(&'a [f32], &'a [f32], &'a [f32])>,
-    /// Of each store that a table lists: row numbers by KV head, query block and place, and places.
+    /// Per store with a table: row numbers `[G, blocks, n]`, and `n`.
     tables: Vec<Option<(Vec<u32>, usize, usize)>>,
 }
 
-/// A worker's buffers, reused from task to task.
+/// A worker's buffers, reused across tasks.
 #[derive(Default)]
 struct Scratch {
     q: Vec<f32>,
@@ -58,7 +58,7 @@ struct Scratch {
     logits: Vec<f32>,
 }
 
-/// What a task found: maximum and sum per query row, and the weighted values before division.
+/// A task's partial softmax: maximum and sum per query row, and the weighted values before division.
 struct Partial {
     max: Vec<f32>,
     sum: Vec<f32>,
@@ -115,7 +115,7 @@ pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
     };
     let call = Call { args, parts, buffers, group, kv_heads: g, dim: d };
     let tiles = call.tiles(t);
-    // With few tiles (decode) the keys are shared out too, so that no core idles.
+    // With few tiles (decode) the keys are split too, so that no core idles.
     let threads = rayon::current_num_threads();
     let shares = if tiles.len() * g >= 2 * threads { 1 } else { (4 * threads).div_ceil(tiles.len() * g) };
     let tasks: Vec<(usize, usize, Range<usize>, bool)> = tiles
@@ -211,8 +211,8 @@ impl Call<'_> {
             let at = run.row * stride + kv * d;
             scratch.logits.resize(rows * run.len, 0.0);
             let logits = &mut scratch.logits[..rows * run.len];
-            let q = Matrix { data: &scratch.q, stride: d };
-            multiply_transposed(rows, run.len, d, q, Matrix { data: &k[at..], stride }, logits);
+            let q = Strided { data: &scratch.q, stride: d };
+            multiply_transposed(rows, run.len, d, q, Strided { data: &k[at..], stride }, logits);
             let whole = run.position >= self.args.window.left(p_last) && run.position + run.len <= p_first + 1;
             if !whole {
                 for (r, row) in logits.chunks_mut(run.len).enumerate() {
@@ -223,7 +223,7 @@ impl Call<'_> {
                     row[past..].fill(f32::NEG_INFINITY);
                 }
             }
-            partial.fold(logits, run.len, Matrix { data: &v[at..], stride }, d);
+            partial.fold(logits, run.len, Strided { data: &v[at..], stride }, d);
         }
         partial
     }
@@ -294,9 +294,9 @@ impl Call<'_> {
                 scratch.values.extend_from_slice(&v[at..at + d]);
             }
             scratch.logits.resize(rows * n, 0.0);
-            let q = Matrix { data: if far { &scratch.q_far } else { &scratch.q }, stride: d };
+            let q = Strided { data: if far { &scratch.q_far } else { &scratch.q }, stride: d };
             let logits = &mut scratch.logits[..rows * n];
-            multiply_transposed(rows, n, d, q, Matrix { data: &scratch.keys, stride: d }, logits);
+            multiply_transposed(rows, n, d, q, Strided { data: &scratch.keys, stride: d }, logits);
             for (r, row) in logits.chunks_mut(n).enumerate() {
                 let p = self.args.start + tile.queries.start + r / self.group;
                 let left = self.args.window.left(p);
@@ -309,7 +309,7 @@ impl Call<'_> {
                     }
                 }
             }
-            partial.fold(logits, n, Matrix { data: &scratch.values, stride: d }, d);
+            partial.fold(logits, n, Strided { data: &scratch.values, stride: d }, d);
         }
     }
 
@@ -323,7 +323,7 @@ impl Call<'_> {
         }
     }
 
-    /// Merges the shares of one tile and head, divides, and puts the rows in their places.
+    /// Merges the parts of one tile and head, divides, and writes the rows of the output.
     fn merge(&self, tile: &Tile, kv: usize, shares: &[Partial], out: &mut [f32], lse: &mut [f32]) {
         let (d, group) = (self.dim, self.group);
         for r in 0..tile.queries.len() * group {
@@ -351,8 +351,8 @@ enum Extra {
 }
 
 impl Partial {
-    /// Adds a tile: its logits become weights under the new maximum, what was there is rescaled.
-    fn fold(&mut self, logits: &mut [f32], n: usize, values: Matrix, d: usize) {
+    /// Adds a tile: computes weights under the new maximum and rescales the sums so far.
+    fn fold(&mut self, logits: &mut [f32], n: usize, values: Strided, d: usize) {
         let rows = self.max.len();
         for (r, row) in logits.chunks_mut(n).enumerate() {
             let factor = simd::softmax_row(row, &mut self.max[r], &mut self.sum[r]);
@@ -360,6 +360,6 @@ impl Partial {
                 self.out[r * d..(r + 1) * d].iter_mut().for_each(|x| *x *= factor);
             }
         }
-        multiply_add(rows, d, n, Matrix { data: logits, stride: n }, values, &mut self.out);
+        multiply_add(rows, d, n, Strided { data: logits, stride: n }, values, &mut self.out);
     }
 }

@@ -1,5 +1,5 @@
-//! Launches `kernels/attention_hopper.cu` on compute capability 9.0, `attention_prefill.cu` elsewhere, `attention_decode.cu` for one
-//! token, and `attention_any.cu` for f32 and head dims that are no multiple of 8.
+//! Launches `kernels/attention_hopper.cu` on compute capability 9.0, `attention_prefill.cu` elsewhere,
+//! `attention_decode.cu` for one token, and `attention_any.cu` for f32 and head dims that are no multiple of 8.
 
 use super::decode::{Cut, DecodeAttention};
 use super::{Attended, AttentionArgs, FarRow, KeyValues, Parts, RowList, Store, StoreRows, Window};
@@ -166,11 +166,11 @@ pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
         let message = "a table of rows is read by one 16-bit query at a time, with head dims of a multiple of 8";
         return Err(Error::unsupported("attention", message));
     }
-    // The tiled kernels take the keys of the chunk for granted.
+    // The tiled kernels need the chunk's own keys.
     let tiled = wide && k.is_some();
     let hopper =
         HOPPER.iter().find(|s| d <= s.dim).filter(|_| tiled && !one_token && q_far.is_none() && is_hopper(gpu));
-    // Only that kernel takes runs of rows as they are.
+    // Only this kernel reads runs of rows as pieces.
     let extras = Extras::of(args, parts, hopper.is_some())?;
     let on_device = match extras.rows.is_empty() {
         true => None,
@@ -188,7 +188,7 @@ pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
         q_far: address_or_null(q_far)?,
         k: address_or_null(k)?,
         v: address_or_null(v)?,
-        // The tiled kernels form addresses of a ring also where no position lies in it.
+        // The tiled kernels form addresses of a ring even where it holds no position.
         past_k: address_or_null(past_k.or(k.filter(|_| tiled)))?,
         past_v: address_or_null(past_v.or(v.filter(|_| tiled)))?,
         out: address(&out)?,
@@ -223,7 +223,8 @@ pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
     }
     if !tiled {
         let kernel = Kernel::load(gpu, Module::AttentionAny, format!("attention_any_{name}"))?;
-        // SAFETY: the addresses are those of tensors borrowed here; frees are ordered after the launch on the one stream.
+        // SAFETY: the addresses are those of tensors borrowed here; frees are ordered after the launch on the one
+        // stream.
         unsafe { Launch::new(kernel, (t.div_ceil(4), h, 1), 128).with(params).enqueue(false)? };
         return Ok(Attended { out, lse });
     }
@@ -247,22 +248,22 @@ pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
     Ok(Attended { out, lse })
 }
 
-/// Keys and values apart.
+/// Keys and values as two tensors.
 fn pair(rows: Option<KeyValues<'_>>) -> [Option<&Tensor>; 2] {
     rows.map_or([None, None], |r| [Some(r.k), Some(r.v)])
 }
 
-/// The queries that score stores in place of the call's; one tensor for all of them.
+/// The queries that score stores in place of the call's, one tensor for all stores.
 fn far_queries<'a>(parts: &Parts<'a>) -> Result<Option<&'a Tensor>> {
     let mut all = parts.stores.iter().filter_map(|s| s.q);
     let first = all.next();
     match all.all(|q| first.is_some_and(|f| f.id() == q.id())) {
         true => Ok(first),
-        false => Err(Error::unsupported("attention", "stores that are scored by different tensors of queries")),
+        false => Err(Error::unsupported("attention", "stores with different tensors of queries")),
     }
 }
 
-/// A store whose rows a table names: where keys, values and table lie, and places per KV head.
+/// A store with a table: addresses of keys, values and table, and entries per KV head.
 struct Table {
     store: (u64, u64),
     index: u64,
@@ -274,7 +275,7 @@ fn table_of(parts: &Parts) -> Result<Option<Table>> {
     for store in &parts.stores {
         let RowList::Table { index, .. } = store.read else {
             if !matches!(store.rows, StoreRows::Tensors(_)) {
-                return Err(Error::unsupported("attention", "rows in host memory that no table names"));
+                return Err(Error::unsupported("attention", "rows in host memory without a table"));
             }
             continue;
         };
@@ -305,10 +306,10 @@ fn stored_type(store: &Store) -> DType {
     }
 }
 
-/// One token: its keys are shared out over the whole GPU.
+/// Attention of one token, with its keys split over the whole GPU.
 fn one(args: &AttentionArgs, parts: &Parts, p: &Params, extra_count: usize, table: Option<Table>) -> Result<()> {
     let (gpu, (_, h, g, d)) = (device(args.q)?, parts.dims);
-    // Without a ring no position before the token is read.
+    // Without a ring the token reads no earlier position.
     let window = if parts.ring.is_some() { args.window } else { Window::Tokens(1) };
     let (window_kind, window_size, window_count) = window.numbers();
     let raw = args.start + 1 - window.left(args.start);
@@ -345,8 +346,8 @@ fn one(args: &AttentionArgs, parts: &Parts, p: &Params, extra_count: usize, tabl
     unsafe { cut.launch(gpu, args.q.dtype(), &scratch, launch)?.enqueue(false) }
 }
 
-/// Sinks and far rows, listed per tile of positions; far-query rows last in each list. With `pieces`, runs of rows have lists of
-/// their own.
+/// Lists sinks and rows of stores per tile of positions, rows with queries of their own last; with `pieces`, runs of
+/// rows get separate lists.
 #[derive(Default)]
 struct Extras {
     rows: Vec<Extra>,
@@ -398,7 +399,7 @@ impl Extras {
     }
 }
 
-/// The sinks: each seen by the positions whose window begins after it.
+/// Lists the sinks, each read by the positions whose window begins after it.
 fn sinks(args: &AttentionArgs, parts: &Parts) -> Result<Vec<Extra>> {
     let Some((past, count)) = parts.sinks else { return Ok(vec![]) };
     let (k, v) = (contiguous(past.k)?, contiguous(past.v)?);
@@ -425,8 +426,7 @@ fn row_bytes(rows: &Tensor) -> u64 {
     (rows.dims()[1..].iter().product::<usize>() * rows.dtype().size_in_bytes()) as u64
 }
 
-/// Rows of one store that positions `from..until` read: how many, and the first of them. What neighbouring blocks read alike is
-/// listed once.
+/// Rows of one store that positions `from..until` read; a row that neighbouring blocks share is listed once.
 fn far_rows(
     args: &AttentionArgs,
     (store, stored): (&Store, KeyValues),

@@ -1,4 +1,4 @@
-//! Launches `kernels/attention_decode.cu`: one token against its ring, sinks and summaries.
+//! Launches `kernels/attention_decode.cu`: attention of one token over ring, sinks and rows of a store.
 
 use crate::error::Result;
 use crate::ops::cuda::{suffix, uninitialised, Kernel, Launch, Module};
@@ -9,18 +9,18 @@ use std::sync::Mutex;
 
 /// Query heads of a group to a thread block.
 const ROWS: usize = 16;
-/// Keys that make a thread block of their own worthwhile.
+/// Keys per thread block, at least.
 const KEYS_PER_BLOCK: usize = 64;
-/// Thread blocks that fill any GPU of today three times, which is how many fit.
+/// Thread blocks to aim for: three for each multiprocessor of the largest GPU, as many as are resident at once.
 const BLOCKS: usize = 396;
 /// Partial results that the last thread block can merge.
 const SPLITS: usize = 128;
 
-/// Counters made at once for a device.
+/// Counters allocated at once for a device.
 const LISTS: usize = 1024;
 
-/// Zeros between launches, by device: clearing new ones would be a launch of its own each time. All launches of a device are on
-/// one stream, so that none counts while another does.
+/// Counters by device, zero between launches, so that no launch has to clear new ones. All launches of a device handle
+/// are on one stream, so that two never count at once.
 static COUNTERS: Mutex<Vec<(candle_core::cuda_backend::DeviceId, Tensor)>> = Mutex::new(vec![]);
 
 /// `DecodeAttentionParams` of kernels/attention_decode.cu.
@@ -85,13 +85,13 @@ crate::ops::cuda::mirrored!(DecodeAttention, 288, {
     scale: 280, eps: 284,
 });
 
-/// What the blocks of a launch leave for the last of them: kept by the caller for as long as the launch may run.
+/// Partial results that a launch's last thread block merges; the caller keeps them alive until the launch has run.
 pub(crate) struct Scratch {
     partial: Tensor,
     counters: Tensor,
 }
 
-/// How a launch is cut up: for at most `keys` keys.
+/// The split of a launch over thread blocks, for at most `keys` keys.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Cut {
     splits: usize,
@@ -101,7 +101,7 @@ pub(crate) struct Cut {
 }
 
 impl Cut {
-    /// For `heads` query heads over `kv_heads`, of `dim`.
+    /// The split for `heads` query heads over `kv_heads` KV heads of `dim`.
     pub fn new(keys: usize, heads: usize, kv_heads: usize, dim: usize) -> Self {
         let lists = kv_heads * (heads / kv_heads).div_ceil(ROWS);
         // One thread block takes the token itself, sinks and summaries.
@@ -110,19 +110,19 @@ impl Cut {
         Self { splits, lists, kv_heads, dim }
     }
 
-    /// Room for the partial results: `partial` of kernels/attention_decode.cu.
+    /// Size of the partial results (`partial` in kernels/attention_decode.cu), in f32.
     fn partial(&self, gpu: &CudaDevice) -> Result<Tensor> {
         uninitialised(gpu, DType::F32, (self.lists, self.splits, ROWS, self.dim + 4))
     }
 
-    /// Scratch of its own, for a launch that is captured.
+    /// Allocates scratch with its own counters, for a captured launch.
     pub fn scratch(&self, gpu: &CudaDevice) -> Result<Scratch> {
         let partial = self.partial(gpu)?;
         let counters = Tensor::zeros(self.lists, DType::U32, &candle_core::Device::Cuda(gpu.clone()))?;
         Ok(Scratch { partial, counters })
     }
 
-    /// The same for a launch at once: counters are the device's, cleared when they were made and by every launch since.
+    /// Allocates scratch for an immediate launch, with the device's shared counters.
     pub fn scratch_of(&self, gpu: &CudaDevice) -> Result<Scratch> {
         let partial = self.partial(gpu)?;
         let mut all = COUNTERS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -139,7 +139,7 @@ impl Cut {
         Ok(Scratch { partial, counters })
     }
 
-    /// The launch, with the scratch's addresses filled in.
+    /// Returns the launch with the scratch's addresses filled in.
     pub fn launch(&self, gpu: &CudaDevice, dtype: DType, scratch: &Scratch, mut p: DecodeAttention) -> Result<Launch> {
         use crate::ops::cuda::address;
         p.partial = address(&scratch.partial)?;

@@ -4,7 +4,8 @@ use super::{fail, Attended};
 use crate::error::Result;
 use candle_core::{DType, Tensor, D};
 
-/// `out = Σ_i e^{lse_i - lse} out_i` with `lse = ln Σ_i e^{lse_i}`: what attention over all parts' keys under one softmax gives.
+/// `out = Σ_i e^{lse_i - lse} out_i` with `lse = ln Σ_i e^{lse_i}`: equal to attention over the keys of all parts under
+/// one softmax.
 ///
 /// A query that reads nothing in any part has output 0 and log-sum-exp `-∞`.
 ///

@@ -1,7 +1,7 @@
 //! One attention operator for every mixer: segments of keys and values under one softmax.
 //!
-//! `out[t, h] = Σ_j softmax_j(scale · q[t, h] · k_j + bias_j) v_j` over the keys that query position `p = start + t` may read, segment by
-//! segment ([`Segment`]):
+//! `out[t, h] = Σ_j softmax_j(scale · q[t, h] · k_j + bias_j) v_j` over the keys that query position `p = start + t`
+//! may read, segment by segment ([`Segment`]):
 //!
 //! | segment | keys that `p` reads |
 //! |---|---|
@@ -10,15 +10,17 @@
 //! | sinks | positions `0..S` left of `left(p)` |
 //! | store | rows that a list names: on the host per query block, or a table on the device per KV head and query block (or query) |
 //!
-//! The log-sum-exp of each query's logits comes with the output where it is asked for: partial results over disjoint segments merge
-//! exactly ([`merge`]), and the backward pass needs it. A query that reads nothing has output 0 and log-sum-exp `-∞`.
+//! The log-sum-exp of each query's logits comes with the output where it is asked for: partial results over disjoint
+//! segments merge exactly ([`merge`]), and the backward pass needs it. A query that reads nothing has output 0 and
+//! log-sum-exp `-∞`.
 //!
-//! Queries `[B, T, H, D]` are a batch: every tensor of the segments then has the same leading axis, positions and host lists are
-//! shared, and the results are stacked. Items run one after the other, a kernel launch each; rows in host memory take no batch.
+//! Queries `[B, T, H, D]` are a batch: every tensor of the segments then has the same leading axis, positions and host
+//! lists are shared, and the results are stacked. Items run one after the other, a kernel launch each; rows in host
+//! memory take no batch.
 //!
-//! With an unbounded window chunk and ring are dense causal attention; with a window they are sliding attention. Query head `h` reads
-//! KV head `h / (H / G)`. Tiles carry `(m, l, o)` in f32 and merge exactly, as in FlashAttention (Dao et al. 2022,
-//! arXiv:2205.14135); no `T x T` matrix exists.
+//! With an unbounded window chunk and ring are dense causal attention; with a window they are sliding attention. Query
+//! head `h` reads KV head `h / (H / G)`. Tiles carry `(m, l, o)` in f32 and merge exactly, as in FlashAttention (Dao et
+//! al. 2022, arXiv:2205.14135); no `T x T` matrix exists.
 
 mod batch;
 mod cpu;
@@ -118,8 +120,8 @@ pub enum RowList<'a> {
         /// Rows per query block.
         rows: &'a [Vec<FarRow>],
     },
-    /// A table on the device of the queries, per KV head and query block: u32 `[G, blocks, n]`, [`NO_ROW`] where there is none. With
-    /// blocks of 1 each query has rows of its own.
+    /// A table on the device of the queries, per KV head and query block: u32 `[G, blocks, n]`, [`NO_ROW`] where there
+    /// is none. With blocks of 1 each query has rows of its own.
     Table {
         /// Positions per query block.
         block: usize,
@@ -177,8 +179,8 @@ pub enum Segment<'a> {
     Store(Store<'a>),
 }
 
-/// A chunk's queries and the segments that they read: f32 and contiguous on a CPU; of one type (f32, bf16 or f16), with heads and rows
-/// at any stride, on a GPU. At most one chunk, one ring and one list of sinks; any number of stores.
+/// A chunk's queries and the segments that they read: f32 and contiguous on a CPU; of one type (f32, bf16 or f16), with
+/// heads and rows at any stride, on a GPU. At most one chunk, one ring and one list of sinks; any number of stores.
 #[derive(Debug, Clone, Copy)]
 pub struct AttentionArgs<'a> {
     /// `[T, H, D]` or `[B, T, H, D]`, rotated.
@@ -306,7 +308,8 @@ impl<'a> AttentionArgs<'a> {
 /// See [`AttentionArgs`] and [`Attended`].
 ///
 /// # Errors
-/// Shapes that do not fit; an element type, a head dim (over 256 on a GPU) or a combination of segments without a kernel.
+/// Shapes that do not fit; an element type, a head dim (over 256 on a GPU) or a combination of segments without a
+/// kernel.
 pub fn attend(args: &AttentionArgs) -> Result<Attended> {
     batch::each(args, attend_one)
 }

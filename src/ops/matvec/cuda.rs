@@ -1,5 +1,5 @@
-//! Launches the products of one row with matrices in device memory: `kernels/decode.cu` for 16-bit types, `kernels/quantised.cu`
-//! for blocks.
+//! Launches the products of one row with matrices in device memory: `kernels/decode.cu` for 16-bit types,
+//! `kernels/quantised.cu` for blocks.
 
 use crate::error::{Error, Result};
 use crate::nn::Blocks;
@@ -10,7 +10,7 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Tensor};
 
-/// Thread blocks of the product with the output matrix: as many as fit any GPU of today at once.
+/// Thread blocks of the product with the output matrix: four for each of 132 multiprocessors.
 const BLOCKS: usize = 528;
 
 /// `MatvecParams` of kernels/matvec.cuh.
@@ -36,16 +36,16 @@ crate::ops::cuda::mirrored!(Params, 112, {
     w: 0, bias: 24, rows: 48, columns: 60, x: 64, norm: 72, eps: 80, activation: 84, out: 88, logits: 96, state: 104,
 });
 
-/// What a product does with its result.
+/// The epilogue of a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Form {
-    /// Writes it.
+    /// Writes the result.
     Store,
-    /// Adds it.
+    /// Adds the result to `out`.
     Add,
     /// Writes `act(first matrix's) * second's`.
     Gated,
-    /// Finds the largest element.
+    /// Keeps the index of the largest element.
     Largest,
 }
 
@@ -100,7 +100,7 @@ impl Format {
     fn shared(self, n: usize) -> usize {
         match self {
             Self::Dense(_) => 4 * n,
-            // Spread out: `place` in the kernel's source.
+            // With gaps against bank conflicts: `place` in kernels/quantised.cu.
             Self::Ggml(_) => 16 * (n / 4 + n / 32 + n / 128),
         }
     }
@@ -108,19 +108,20 @@ impl Format {
 
 /// A matrix `[rows, columns]` on the device.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Matrix {
+pub(crate) struct DeviceMatrix {
     pub format: Format,
     pub rows: usize,
     pub columns: usize,
-    /// Where it lies; blocks are followed by at least four bytes that may be read.
+    /// Address; blocks are followed by at least four readable bytes.
     pub at: u64,
-    /// f32 `[rows]`; 0 for none.
+    /// Address of the bias, f32 `[rows]`; 0 for none.
     pub bias: u64,
 }
 
-/// A product of one f32 vector, or of its RMS norm, with up to three matrices side by side. Addresses are 0 for none.
+/// A product of one f32 vector, or of its RMS norm, with up to three matrices of one format. An address of 0 means
+/// none.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Product {
+pub(crate) struct Matvec {
     pub form: Form,
     pub x: u64,
     /// Weight and epsilon.
@@ -131,13 +132,13 @@ pub(crate) struct Product {
     pub state: u64,
 }
 
-impl Product {
-    /// The launch for `matrices`, of one format and width.
+impl Matvec {
+    /// Returns the launch for `matrices`, of one format and width.
     ///
     /// # Errors
     /// Matrices that differ, more than three, or with [`Form::Gated`] other than two.
-    pub fn launch(&self, gpu: &CudaDevice, matrices: &[Matrix]) -> Result<Launch> {
-        let differ = |m: &Matrix| (m.format, m.columns) != (matrices[0].format, matrices[0].columns);
+    pub fn launch(&self, gpu: &CudaDevice, matrices: &[DeviceMatrix]) -> Result<Launch> {
+        let differ = |m: &DeviceMatrix| (m.format, m.columns) != (matrices[0].format, matrices[0].columns);
         let odd = self.form == Form::Gated && (matrices.len() != 2 || matrices[0].rows != matrices[1].rows);
         if !(1..=3).contains(&matrices.len()) || odd || matrices.iter().any(differ) {
             return Err(Error::unsupported("product", format!("{:?} of {matrices:?}", self.form)));
@@ -187,7 +188,8 @@ pub(crate) fn gather(w: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let kernel = Kernel::load(gpu, Module::Pointwise, format!("gather_{}", suffix(w.dtype())?))?;
     let launch = Launch::new(kernel, (n, 1, 1), 256).with(address(w)?).with(w.stride()[0] as i64);
     let launch = launch.with(address(ids)?).with(address(&out)?).with(columns as i32);
-    // SAFETY: `ids` are below `rows`, as the run checks before any launch; frees are ordered after the launch on the one stream.
+    // SAFETY: `ids` are below `rows`, as the run checks before any launch; frees are ordered after the launch on the
+    // one stream.
     unsafe { launch.enqueue(false)? };
     Ok(out)
 }
@@ -226,10 +228,10 @@ pub(crate) fn quantised_row(x: &Tensor, w: &Blocks) -> Result<Tensor> {
     }
     let out = uninitialised(gpu, DType::F32, (1, rows))?;
     let (form, norm, activation) = (Form::Store, None, None);
-    let product = Product { form, x: address(&wide)?, norm, activation, out: address(&out)?, logits: 0, state: 0 };
-    let launch = product.launch(gpu, &[Matrix { format, rows, columns, at: address(w.data())?, bias: 0 }])?;
-    // SAFETY: `columns` f32 in, `rows` f32 out, and the matrix with its padding; frees are ordered after the launch on the one
-    // stream.
+    let product = Matvec { form, x: address(&wide)?, norm, activation, out: address(&out)?, logits: 0, state: 0 };
+    let launch = product.launch(gpu, &[DeviceMatrix { format, rows, columns, at: address(w.data())?, bias: 0 }])?;
+    // SAFETY: `columns` f32 in, `rows` f32 out, and the matrix with its padding; frees are ordered after the launch on
+    // the one stream.
     unsafe { launch.enqueue(false)? };
     Ok(out.to_dtype(x.dtype())?)
 }

@@ -1,9 +1,9 @@
-//! Products of many rows with quantised matrices on a GPU: `kernels/quantised.cu` dequantises some rows of the matrix at a time,
-//! cuBLAS multiplies.
+//! Products of many rows with quantised matrices on a GPU: `kernels/quantised.cu` dequantises some rows of the matrix
+//! at a time, cuBLAS multiplies.
 //!
-//! Inputs are never rounded below their own type, unlike in candle's products, which give them 8 bits; and the memory needed is
-//! bounded. A chunk of some hundred tokens hides the dequantisation: two bytes written for each element of the matrix, against two
-//! operations for each element and token.
+//! Inputs are never rounded below their own type, unlike in candle's products, which give them 8 bits; and the memory
+//! needed is bounded. A chunk of some hundred tokens hides the dequantisation: two bytes written for each element of
+//! the matrix, against two operations for each element and token.
 
 use super::cuda::Format;
 use crate::error::{At, Error, Result};
@@ -13,8 +13,8 @@ use candle_core::Tensor;
 
 /// Elements dequantised at a time, about: 64 MiB in 16 bits. A part of fewer rows would leave the product's tiles idle.
 const ELEMENTS: usize = 1 << 25;
-/// Parts hold a multiple of this many rows: cuBLAS's fast kernels want results whose rows begin at aligned addresses, and a last
-/// part of a few rows would cost nearly as much as a whole one.
+/// Parts hold a multiple of this many rows: cuBLAS's fast kernels want results whose rows begin at aligned addresses,
+/// and a last part of a few rows would cost nearly as much as a whole one.
 const ALIGNED: usize = 256;
 
 /// Rows of a `rows` by `columns` matrix that [`quantised_rows`] dequantises at a time.
@@ -41,7 +41,8 @@ pub(crate) fn quantised_rows(x: &Tensor, w: &Blocks) -> Result<Tensor> {
         let units = count * columns / format.unit();
         let launch = Launch::new(format.kernel(gpu, "dequantise", &kernel)?, (units.div_ceil(256), 1, 1), 256);
         let launch = launch.with(from).with(address(&wide)?).with(units as i64);
-        // SAFETY: `count` whole rows in and out, padding after the last; frees are ordered after the launch on the one stream.
+        // SAFETY: `count` whole rows in and out, padding after the last; frees are ordered after the launch on the one
+        // stream.
         unsafe { launch.enqueue(false)? };
         x.matmul(&wide.t()?).at("product with a dequantised matrix")
     };

@@ -1,7 +1,8 @@
 //! Products of a few input rows with encoded matrices, and the dequantisation of rows for products of many.
 //!
-//! A decode step on a CPU spends its time here. Each matrix row is read once, and several matrices share one parallel region, so
-//! that the cost is the bytes read over the memory's bandwidth. Elements are decoded to f32 and multiplied in f32.
+//! A decode step on a CPU spends its time here. Each matrix row is read once, and several matrices share one parallel
+//! region, so that the cost is the bytes read over the memory's bandwidth. Elements are decoded to f32 and multiplied
+//! in f32.
 
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
