@@ -1,12 +1,12 @@
 // What the attention kernels of a chunk share: their parameters and the raw window's edge.
 //
-// out[t, h] = sum_j softmax_j(scale q[t, h] . k_j + bias_j) v_j over the keys that position p = start + t may read:
-// raw positions left(p)..p (from `past` before `start`, from the chunk from there on) and the extra rows (sinks, summaries)
+// out[t, h] = sum_j softmax_j(scale q[t, h] . k_j + bias_j) v_j over the keys that position p = start + t may read: raw
+// positions left(p)..p (from `past` before `start`, from the chunk from there on) and the extra rows (sinks, summaries)
 // listed for p's tile that p sees. Query head h reads KV head h / (H / G).
 #pragma once
 #include "common.cuh"
 
-// Extra rows are listed per tile of so many positions (absolute: tile i holds positions i * TILE ..).
+// Positions per list of extra rows (absolute: tile i begins at position i * TILE).
 constexpr int EXTRA_TILE = 128;
 
 // A key outside the raw window: a sink or a summary. Mirrors `Extra` in src/ops/attention/cuda.rs.
@@ -25,7 +25,8 @@ FIELD(Extra, far_query, 28);
 // Rows of a piece at most.
 constexpr int PIECE = 16;
 
-// Up to PIECE consecutive rows outside the raw window: a part of a raw block. Mirrors `Piece` in src/ops/attention/cuda.rs.
+// Up to PIECE consecutive rows outside the raw window: a part of a raw block. Mirrors `Piece` in
+// src/ops/attention/cuda.rs.
 struct Piece {
   const void *k;  // [rows, G, D]
   const void *v;
@@ -74,7 +75,8 @@ FIELD(AttentionParams, capacity, 188); FIELD(AttentionParams, window_kind, 192);
 FIELD(AttentionParams, window_size, 196); FIELD(AttentionParams, window_count, 200);
 FIELD(AttentionParams, scale, 204);
 
-// Notes the log-sum-exp of query t (of the chunk) and a head: `top` is the largest logit, `sum` that of exp(logit - top).
+// Stores the log-sum-exp of query t of the chunk and a head: `top` is the largest logit, `sum` that of exp(logit -
+// top).
 __device__ inline void note_lse(const AttentionParams &p, int t, int head, float top, float sum) {
   if (p.lse) p.lse[(int64_t)t * p.heads + head] = sum > 0.f ? top + logf(sum) : -INFINITY;
 }

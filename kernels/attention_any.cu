@@ -1,12 +1,12 @@
 // attention_any: attention of a chunk in any element type and any head dim up to 256, one warp per query and head.
 //
-//   as attention.cuh says; f32 arithmetic throughout, one pass, online softmax.
+//   Formula in attention.cuh; f32 arithmetic, one pass, online softmax.
 //
 // Shapes  q [T, H, D], k, v [T, G, D], past [capacity, G, D], out [T, H, D]; D <= 256.
 // Launch  grid (ceil(T / 4), H), 128 threads: warp w takes query 4 x + w.
 //
-// The fallback: f32 runs, head dims that are no multiple of 8, and the device-side check of attention_prefill. It reads every
-// key from L2 and reduces every logit over the warp, so it reaches a few percent of what attention_prefill does.
+// The fallback: f32 runs, head dims that are no multiple of 8, and the device-side check of attention_prefill. It reads
+// every key from L2 and reduces every logit over the warp, so it reaches a few percent of what attention_prefill does.
 #include "attention.cuh"
 
 constexpr int LANE_DIMS = 8;
@@ -20,7 +20,7 @@ __device__ inline void read(float (&x)[LANE_DIMS], const T *row, int dim, int la
   for (int i = 0; i < LANE_DIMS; i++) x[i] = lane + i * WARP < dim ? to_float(row[lane + i * WARP]) : 0.f;
 }
 
-// One key into the running softmax.
+// Adds one key to the running softmax.
 template <typename T>
 __device__ inline void add(const float (&q)[LANE_DIMS], const T *k, const T *v, float scale, float bias, int dim, int lane,
                            float &m, float &l, float (&o)[LANE_DIMS]) {
@@ -43,7 +43,7 @@ template <typename T> __device__ void attention_any(const AttentionParams &p) {
   const int kv = head / (p.heads / p.kv_heads), position = p.start + t;
   float near[LANE_DIMS], m = -INFINITY, l = 0.f, o[LANE_DIMS] = {};
   read(near, (const T *)p.q + t * p.q_row + head * p.q_head, p.dim, lane);
-  // Without keys of the chunk's own, positions before it alone; without a ring, the chunk's own alone.
+  // Without a chunk only the ring is read; without a ring only the chunk.
   const int begin = p.past_k ? left_edge(p, position) : max(left_edge(p, position), p.start);
   for (int x = begin; x <= (p.k ? position : p.start - 1); x++) {
     const bool own = x >= p.start;

@@ -1,22 +1,23 @@
 // attention_decode: attention of one token, split over its keys, one launch for all heads.
 //
-//   as attention.cuh says, for the position in `state` (or `position`, where `state` is null).
-//   With `qkv`, the token's heads are made first: norm and rotation as `heads` in pointwise.cu; key and value go to their row of
-//   the ring and to the sinks, and are added to the block in progress, whose mean is stored once the block is complete
-//   (summaries.cu). Without, `q`, `own_k` and `own_v` hold them; without `own_k` the token itself is not read.
-//   With `table`, each KV head also reads the rows of a store that the table names for it: chosen on the device, the store anywhere
-//   that the device can read.
+//   Formula in attention.cuh, for the position in `state` (or `position`, where `state` is null).
+//   With `qkv`, the kernel first computes the token's heads: norm and rotation as `heads` in pointwise.cu. Key and value go
+//   to their row of the ring and to the sinks, and are added to the block in progress, whose mean is stored once the block
+//   is complete (summaries.cu). Without `qkv` they come in `q`, `own_k` and `own_v`; without `own_k` the token does not
+//   read itself.
+//   With `table`, each KV head also reads the rows of a store that the table lists for it; the store may be in any memory
+//   that the device can read, pinned host memory included.
 //
 // Shapes  q [H, D] in 16 bits, or qkv [H + 2 G, D] f32; ring [capacity, G, D]; out [H, D] f32, or 16 bits at out16; D a multiple
 //         of 8, up to DIM; at most 16 query heads of a group to a block: grid z covers more (without `qkv`).
 // Launch  grid (2 <= splits <= 128, G, ceil(group / 16)), 128 threads, shared memory (4 * 16 * (DIM + 2)) * 4 + 18 * DIM * 2 bytes.
 //
-// The heads of a group are the rows of one tensor-core tile, so that a key is read once for all of them. Each warp streams keys
-// and values from memory into registers, 16 at a time, in the layout of the products' operands: a thread's 16 bytes of a key are
-// taken as whatever columns of the tile it must supply, and the query's columns are permuted alike; a value's 16 bytes are
-// spread over eight tiles, which permutes the output's columns. Nothing is staged in shared memory. The first block of a group
-// takes the sinks, the summaries and the token itself, the others the ring (a list of `extras` is shared out over all of them); the
-// last to finish merges all (m, l, o).
+// The heads of a group are the rows of one tensor-core tile, so that a key is read once for all of them. Each warp
+// streams keys and values from memory into registers, 16 at a time, in the layout of the products' operands: a thread's
+// 16 bytes of a key are taken as whatever columns of the tile it must supply, and the query's columns are permuted
+// alike; a value's 16 bytes are spread over eight tiles, which permutes the output's columns. Nothing is staged in
+// shared memory. The first block of a group takes the sinks, the summaries and the token itself, the others the ring
+// (all blocks split a list of `extras`); the last to finish merges all (m, l, o).
 #include "decode.cuh"
 #include "attention.cuh"
 
@@ -169,8 +170,8 @@ template <typename T, int DIM> struct Decode {
       }
   }
 
-  // Adds the token to the block in progress, and stores the mean of a block that it completes. After the summaries were read:
-  // the mean may replace one of them.
+  // Adds the token to the block in progress, and stores the mean of a block that it completes. After the summaries were
+  // read: the mean may replace one of them.
   __device__ void pool() {
     if (!p.running || stopped || blockIdx.z > 0) return;
     const int n = position / p.block;
@@ -189,8 +190,8 @@ template <typename T, int DIM> struct Decode {
     }
   }
 
-  // Sixteen keys: `k` are the rows of keys row and row + 8, `v` of keys 2 quad, 2 quad + 1, + 8, + 9; bias of those four.
-  // STREAM: from global memory.
+  // Sixteen keys: `k` are the rows of keys row and row + 8, `v` of keys 2 quad, 2 quad + 1, + 8, + 9; bias of those
+  // four. STREAM: from global memory.
   template <bool STREAM> __device__ void tile(const T *const (&k)[2], const T *const (&v)[4], const float (&bias)[4]) {
     uint4 key[2][STEPS], value[4][GROUPS];
 #pragma unroll
@@ -339,7 +340,8 @@ template <typename T, int DIM> struct Decode {
 
   __device__ void extras() {
     const int sinks = min(p.sinks, left), count = 1 + (p.extras ? p.extra_count : sinks + p.route_width);
-    // Where nothing is pooled, a long list is shared out; else one block must have read all before a mean is replaced.
+    // All blocks split a long list, unless the step pools: then one block must read every row before a mean is
+    // replaced.
     const int first = shared_out() ? blockIdx.x * WARPS + warp : warp, step = shared_out() ? gridDim.x * WARPS : WARPS;
     for (int at = first * 16; at < count; at += step * 16) {
       const T *k[2], *v[4], *other;
@@ -357,7 +359,7 @@ template <typename T, int DIM> struct Decode {
     own_heads();
     load_queries();
     const int count = position - left, tiles = (count + 15) / 16, turn = left % p.capacity;
-    // One block for the rows that are looked up one by one, the others for the ring.
+    // The first block reads the listed rows, the others the ring.
     if (blockIdx.x == 0) {
       extras();
       __syncthreads();
@@ -393,8 +395,8 @@ template <typename T, int DIM> struct Decode {
     float *partial = p.partial + (int64_t)lists * gridDim.x * 16 * PART;
     __shared__ float few[16 * WARPS], top[16], total[16];
     weigh_parts<false>(shared, WARPS, few, top, total);
-    // Four columns at a time: the last block of a group reads all parts while the others have ended, so that its loads must be
-    // few and many at once.
+    // Four columns at a time: the last block of a group reads all parts while the others have ended, so that its loads
+    // must be few and many at once.
     const int fours = p.dim / 4;
     for (int e = threadIdx.x; e < heads_here * fours; e += blockDim.x) {
       const int r = e / fours, d = e % fours * 4;
@@ -454,7 +456,8 @@ template <typename T, int DIM> struct Decode {
     else p.out[at] = x;
   }
 
-  // For each row: the greatest maximum of `parts` partial results, what each part is multiplied by to come to it, and the sum.
+  // For each row: the greatest maximum of `parts` partial results, what each part is multiplied by to come to it, and
+  // the sum.
   template <bool GLOBAL> __device__ void weigh_parts(const float *from, int parts, float *factors, float *top, float *total) {
     constexpr int ROW = GLOBAL ? PART : WIDE;
     auto read = [](const float *x) { return GLOBAL ? __ldcg((const float2 *)x) : *(const float2 *)x; };

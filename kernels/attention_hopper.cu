@@ -1,18 +1,18 @@
 // attention_hopper: attention_prefill for compute capability 9.0, on warpgroup matrix products.
 //
-//   as attention.cuh says, with the recurrence of attention_prefill.cu.
+//   Formula in attention.cuh, recurrence in attention_prefill.cu.
 //
-// Shapes  as attention_prefill; far queries are not taken (attention_prefill takes them).
+// Shapes  as attention_prefill; without queries of a store, for which attention_prefill is used.
 // Launch  grid (H, tiles of 128 positions), 384 threads, shared memory SHARED.
 //
-// One warpgroup gathers keys and values (each row from ring or chunk by its own address) into rings of STAGES tiles; two
-// warpgroups own 64 query rows each. While a consumer's products of one tile with V run, it takes the next tile's logits through
-// softmax (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608, section 3.2). Sinks and summaries come first, 16 at a time; raw
-// blocks fill tiles of their own, ahead of the window's.
+// One warpgroup gathers keys and values (each row from ring or chunk by its own address) into rings of STAGES tiles;
+// two warpgroups own 64 query rows each. While a consumer's products of one tile with V run, it takes the next tile's
+// logits through softmax (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608, section 3.2). Sinks and summaries come
+// first, 16 at a time; raw blocks fill tiles of their own, ahead of the window's.
 #include "attention.cuh"
 #include "wgmma.cuh"
 
-// Whether runs of rows are taken too: compiled apart (attention_hopper_pieces.cu), since their masks cost registers.
+// Whether runs of rows are read; a separate module (attention_hopper_pieces.cu), since their masks cost registers.
 #ifndef WITH_PIECES
 #define WITH_PIECES 0
 #endif
@@ -135,7 +135,7 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
     else gather(to, p.past_v, p.v, p.v_row, p.v_head, x_first + (i - listed) * BN);
   }
 
-  // Says that everything this warp has copied (but the last LATER groups) can be read.
+  // Signals that this warp's copies, except the last LATER groups, have arrived.
   template <int LATER> __device__ void publish(uint32_t barrier) const {
     wait<LATER>();
     fence_async();
@@ -300,7 +300,7 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
     }
   }
 
-  // What group `group` may not see of tile `i` of all. Tiles within the windows of all its rows need no mask.
+  // Masks what group `group` may not see of tile `i`. Tiles within the windows of all its rows need no mask.
   __device__ void mask(float (&s)[BN / 2], int group, int i, int inner, int low) const {
     const int x0 = x_first + (i - listed) * BN;
     if (i < listed) mask_pieces(s, group, piece_from + i * PIECES);
@@ -371,7 +371,7 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
     softmax<BN>(s, rows);
     rescale(rows);
     pack_weights<BN>(w, s);
-    // Straight-line inside: with a branch around the products the compiler would wait for each of them.
+    // No branch around the products: the compiler would wait for each of them.
 #pragma unroll 1
     for (int i = 1; i < total; i++) {
       const int stage = i % STAGES, before = (i - 1) % STAGES;
@@ -401,7 +401,7 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
     store(rows, group);
   }
 
-  // Apart from `store`, which so stays as it is where nothing is noted.
+  // A function of its own: inlined into `store` it slows the kernel also where no log-sum-exp is asked for.
   __device__ void note(const Rows &rows, int group) const {
     if (!p.lse) return;
 #pragma unroll
@@ -414,7 +414,7 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
     }
   }
 
-  // Rows leave through this group's part of the query buffer, so that they are written 16 bytes at a time.
+  // Rows pass through this group's part of the query buffer, so that stores are 16 bytes wide.
   __device__ void store(const Rows &rows, int group) const {
     named_sync(1 + group, GROUP);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x % GROUP / WARP, top = group * 64 + warp * 16;

@@ -1,6 +1,7 @@
-// attention_prefill: attention of a chunk on tensor cores, one pass and one softmax over sinks, ring, chunk and summaries.
+// attention_prefill: attention of a chunk on tensor cores, one pass and one softmax over sinks, ring, chunk and
+// summaries.
 //
-//   as attention.cuh says. With m the running maximum of a row's logits s, in f32:
+//   Formula in attention.cuh. With m the running maximum of a row's logits s, in f32:
 //     m' = max(m, max s),  l' = l 2^(m - m') + sum 2^(s - m'),  o' = o 2^(m - m') + 2^(s - m') V,  out = o / l
 //   (FlashAttention-2, Dao 2023, arXiv:2307.08691; logits are kept in units of log2).
 //
@@ -9,14 +10,15 @@
 //         Tiles lie at multiples of BM in absolute positions, so that blocks of BM or more have one left edge per tile and
 //         key tiles left of it are never computed. Later tiles, which read more keys, start first.
 //
-// A warp owns 16 MT query rows and all keys: softmax needs no exchange between warps. K and V have one buffer each: V of a
-// tile arrives while its logits are computed, the next K while V is used; two thread blocks per multiprocessor cover the rest.
+// A warp owns 16 MT query rows and all keys: softmax needs no exchange between warps. K and V have one buffer each: V
+// of a tile arrives while its logits are computed, the next K while V is used; two thread blocks per multiprocessor
+// cover the rest.
 #include "attention.cuh"
 
 template <int DIM> struct Padded { static constexpr int ROW = DIM <= 64 ? 64 : DIM <= 128 ? 128 : 256; };
 
-// Byte offset of 16-byte chunk `j` of row `r`: chunks are permuted within 128 bytes so that neither rows nor columns of 8x8
-// matrices collide in shared memory's banks.
+// Byte offset of 16-byte chunk `j` of row `r`: chunks are permuted within 128 bytes so that neither rows nor columns of
+// 8x8 matrices collide in shared memory's banks.
 template <int ROW> __device__ inline uint32_t place(int r, int j) { return r * ROW * 2 + ((j ^ (r & 7)) << 4); }
 
 template <typename T, int DIM, int BN, int WARPS, int MT> struct Tile {
@@ -126,7 +128,7 @@ template <typename T, int DIM, int BN, int WARPS, int MT> struct Tile {
     }
   }
 
-  // Logits to weights, in place; o and l are brought to the new maximum.
+  // Replaces logits by weights and rescales o and l to the new maximum.
   template <int N> __device__ void softmax(float (&s)[MT][N][4]) {
     const float scale = p.scale * LOG2E;
 #pragma unroll
@@ -278,7 +280,7 @@ template <typename T, int DIM, int BN, int WARPS, int MT> struct Tile {
     store();
   }
 
-  // Apart from `store`, which so stays as it is where nothing is noted.
+  // A function of its own: inlined into `store` it slows the kernel also where no log-sum-exp is asked for.
   __device__ void note() {
     if (!p.lse) return;
 #pragma unroll
@@ -294,7 +296,7 @@ template <typename T, int DIM, int BN, int WARPS, int MT> struct Tile {
     }
   }
 
-  // Rows leave through this warp's part of the query buffer, so that they are written 16 bytes at a time.
+  // Rows pass through this warp's part of the query buffer, so that stores are 16 bytes wide.
   __device__ void store() {
 #pragma unroll
     for (int i = 0; i < MT; i++) {

@@ -1,14 +1,18 @@
-// The quantised formats, one struct each. Layouts: ggml's block_q* (https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h);
-// the same as src/ops/blocks.rs, cut so that a thread's share of a block comes with few wide loads.
+// The quantised formats, one struct each. Layouts: ggml's block_q*
+// (https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h); the same as src/ops/blocks.rs, cut so that a
+// thread's share of a block comes with few wide loads.
 //
-// A thread takes a unit: WORDS words of four 8-bit numbers each, of PARTS units to a block. Word k holds the elements 4 quad(part, k)
-// .. + 3 of the block; the words fall into GROUPS groups of equal size, and an element is scale[group] * number (+ min[group], with MIN).
+// A thread takes a unit: WORDS words of four 8-bit numbers each, of PARTS units to a block. Word k holds the elements 4
+// quad(part, k) .. + 3 of the block; the words fall into GROUPS groups of equal size, and an element is scale[group] *
+// number (+ min[group], with MIN).
 //
-// A new one: a struct here, its name in kernels/build.rs and src/ops/cuda.rs, and a variant of `Ggml` in src/storage.rs.
+// A new one: a struct here, its name in kernels/build.rs and src/ops/cuda.rs, and a variant of `Ggml` in
+// src/storage.rs.
 //
-// `load` only asks for memory, `dequantise` takes what came: many loads are in flight before the first is looked at. Blocks of 18, 22, 34,
-// 110 and 210 bytes lie at even addresses, and are read as the 4-byte words that cover them, shifted into place: up to 4 bytes after the
-// matrix are read, and ignored. Row starts: the base is aligned to 256 bytes, and a row holds whole blocks.
+// `load` issues the loads and `dequantise` uses their values, so that many loads are in flight. Blocks of 18, 22, 34,
+// 110 and 210 bytes lie at even addresses, and are read as the 4-byte words that cover them, shifted into place; up to
+// 4 bytes after the matrix are read and ignored. Row starts: the base is aligned to 256 bytes, and a row holds whole
+// blocks.
 #pragma once
 #include "decode.cuh"
 
@@ -220,8 +224,8 @@ struct q5_k {
   }
 };
 
-// Unit 4 i + t: of half i of the block, elements 8 t .. + 7 of each of its four quarters, which share bytes. A scale and a minimum,
-// four bits each, for every 16 elements.
+// Unit 4 i + t: of half i of the block, elements 8 t .. + 7 of each of its four quarters, which share bytes. A scale
+// and a minimum, four bits each, for every 16 elements.
 struct q2_k {
   static constexpr int BYTES = 84, PARTS = 8, WORDS = 8, GROUPS = 4;
   static constexpr bool SIGNED = false, MIN = true;

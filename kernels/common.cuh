@@ -1,4 +1,4 @@
-// What all kernels share: element types, 16-byte moves, tensor-core instructions of sm_80 and later.
+// Shared by all kernels: element types, 16-byte moves, tensor-core instructions of sm_80 and later.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -32,7 +32,7 @@ template <> __device__ inline uint32_t pack<__half>(float lo, float hi) {
   return *reinterpret_cast<uint32_t *>(&p);
 }
 
-// And back.
+// The inverse of `pack`.
 template <typename T> __device__ inline float2 unpack(uint32_t x);
 template <> __device__ inline float2 unpack<__nv_bfloat16>(uint32_t x) {
   return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));

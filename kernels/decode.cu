@@ -1,14 +1,14 @@
-// The steps of decoding one token, all but attention (attention_decode.cu): each a pass over some weights, in f32 from 16-bit
-// weights; from quantised ones: quantised.cu.
+// The kernels of a decode step but attention (attention_decode.cu): passes over 16-bit weights in f32 arithmetic.
+// Quantised weights: quantised.cu.
 //
 // decode_embed    x = embedding[token] * scale; cos and sin of the position for every rotary table.
 //                 Grid ceil(N / 256), 256 threads.
 // decode_matvec   out = W v (+ bias), or out += W v (+ bias), or out = act(W0 v) * (W1 v), or the largest element of W v;
 //                 v = x, or its RMS norm x / sqrt(mean(x^2) + eps) * w. Up to three matrices [rows, N] side by side.
 //                 Grid so that each warp gets ROWS rows at a time, 256 threads, shared memory 4 N bytes. N a multiple of 8.
-//                 Bound by the weights' bytes; the first of them are asked for before v is there.
-// decode_add_norm x += norm(y) * w, for families that norm what they add. One block, 256 threads.
-// decode_finish   notes the token and moves on. One thread.
+//                 Bound by the weights' bytes; the first loads are issued before v is ready.
+// decode_add_norm x += norm(y) * w, for families with a norm after the mixer. One block, 256 threads.
+// decode_finish   stores the token and increments the position. One thread.
 // decode_journal  saves what the next `count` steps overwrite in rings that are shorter than the context, in summary rows and in
 //                 running sums, or puts it back (`restore`): a batch of steps that was cut off is undone and repeated in part.
 //                 Grid layers, 256 threads. At most JOURNAL steps; rows of a multiple of 16 bytes.

@@ -1,5 +1,5 @@
-// What the kernels of a decode step share. A step is captured once as a graph and replayed for every token, so that everything
-// that changes from token to token lies in device memory.
+// Shared by the kernels of a decode step. A step is captured once as a graph and replayed for every token, so that
+// everything that changes from token to token lies in device memory.
 #pragma once
 #include "common.cuh"
 
@@ -21,8 +21,8 @@ __device__ inline uint32_t ordered(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// A kernel may start before the one ahead of it has ended (programmatic dependent launch): what it reads of that one's work comes
-// after `await_previous`. Without the launch attribute, and before sm_90, both do nothing.
+// A kernel may start before the one ahead of it has ended (programmatic dependent launch): what it reads of that one's
+// work comes after `await_previous`. Without the launch attribute, and before sm_90, both do nothing.
 __device__ inline void await_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

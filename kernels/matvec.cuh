@@ -1,5 +1,5 @@
-// What the matrix-vector products of a decode step share, however their weights are held: parameters, the vector in shared
-// memory, what becomes of a sum. 256 threads.
+// Shared by the matrix-vector products of a decode step in every weight format: parameters, the vector in shared
+// memory, the epilogue. 256 threads.
 #pragma once
 #include "decode.cuh"
 
@@ -30,7 +30,7 @@ template <int MODE> __device__ inline int all_rows(const MatvecParams &p) {
   return MODE == GATED ? 2 * p.rows[0] : p.rows[0] + p.rows[1] + p.rows[2];
 }
 
-// Row i of them, each of so many bytes; with GATED, gate and up alternate.
+// Address of row i, each of `bytes` bytes; with GATED, gate and up alternate.
 template <int MODE> __device__ inline const uint8_t *row_of(const MatvecParams &p, int i, int bytes) {
   if (MODE == GATED) return (const uint8_t *)p.w[i & 1] + (int64_t)(i >> 1) * bytes;
   if (i < p.rows[0]) return (const uint8_t *)p.w[0] + (int64_t)i * bytes;
@@ -47,11 +47,11 @@ __device__ inline float bias_of(const MatvecParams &p, int i) {
   return 0.f;
 }
 
-// Puts x, or its norm, into shared memory, float4 number i at place(i). What does not depend on the launch ahead comes before the
-// wait for it: a caller asks for its first weights before this.
+// Puts x, or its norm, into shared memory, float4 number i at place(i). What does not depend on the launch ahead comes
+// before the wait for it: a caller asks for its first weights before this.
 template <typename Place> __device__ inline void stage(const MatvecParams &p, float *v, Place place) {
-  // Inputs of up to HELD * 1024 elements stay in registers between the two passes of the norm, whose weights are asked for ahead
-  // like the matrix.
+  // Inputs of up to HELD * 1024 elements stay in registers between the two passes of the norm, whose weights are asked
+  // for ahead like the matrix.
   constexpr int HELD = 4;
   const int n = p.columns, quads = n / 4;
   const bool held = p.norm && quads <= HELD * 256;
@@ -106,12 +106,12 @@ template <typename Place> __device__ inline void stage(const MatvecParams &p, fl
   __syncthreads();
 }
 
-// What becomes of the sums of rows first.., and of the largest of all.
+// The epilogue: stores, adds or gates the sums of rows first.., or keeps the largest of all.
 template <int MODE, int ROWS> struct Outcome {
   unsigned long long best = 0;
   bool finite = true;
 
-  // By one lane of a warp, which has them all.
+  // Called by one lane of a warp, which holds all sums.
   __device__ inline void take(const MatvecParams &p, int first, int total, const float (&sums)[ROWS]) {
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -121,7 +121,7 @@ template <int MODE, int ROWS> struct Outcome {
       if (MODE == ADD) p.out[i] += sums[r] + bias_of(p, i);
       if (MODE == GATED && r % 2 == 0) p.out[i >> 1] = activate(sums[r], p.activation) * sums[(r + 1) % ROWS];
       if (MODE == LARGEST) {
-        // The first of equals wins.
+        // The first wins ties.
         const unsigned long long key = (unsigned long long)ordered(sums[r]) << 32 | (0xffffffffu - i);
         best = max(best, key);
         finite = finite && isfinite(sums[r]);
@@ -130,7 +130,7 @@ template <int MODE, int ROWS> struct Outcome {
     }
   }
 
-  // By the same lane, once it has seen all its rows.
+  // Called by the same lane after its last row.
   __device__ inline void report(const MatvecParams &p) const {
     if (MODE != LARGEST) return;
     if (best) atomicMax(&p.state->best, best);
@@ -138,7 +138,8 @@ template <int MODE, int ROWS> struct Outcome {
   }
 };
 
-// All that a step launches, of `matvec<T, MODE, ROWS>`: few rows to a warp, and many. BOUNDS: __launch_bounds__(256, ..).
+// All that a step launches, of `matvec<T, MODE, ROWS>`: few rows to a warp, and many. BOUNDS: __launch_bounds__(256,
+// ..).
 #define MATVECS(NAME, T, BOUNDS)                           \
   MATVEC(decode_store_##NAME##_1, T, STORE, 1, BOUNDS)     \
   MATVEC(decode_store_##NAME##_4, T, STORE, 4, BOUNDS)     \

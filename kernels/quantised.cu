@@ -1,25 +1,26 @@
-// Passes over quantised weights, in f32 arithmetic from the blocks as stored, without rounding the vector: those of a decode step as
-// in decode.cu, and the dequantisation of a matrix for products of many rows. One format to a module (blocks.cuh): a model
-// uses a few of them, and the driver translates only those.
+// Passes over quantised weights, in f32 arithmetic from the blocks as stored, without rounding the vector: those of a
+// decode step as in decode.cu, and the dequantisation of a matrix for products of many rows. One format to a module
+// (blocks.cuh): a model uses a few of them, and the driver translates only those.
 //
 // decode_embed_FORMAT   x = embedding[token] * scale, and the rotary tables, as decode_embed.
 //                       Grid ceil(max(N, tables * half) / 256), 256 threads.
-// decode_MODE_FORMAT_R  W v and what becomes of it, as decode_matvec: up to three matrices [rows, N] of this format side by side.
+// decode_MODE_FORMAT_R  W v and its epilogue, as decode_matvec: up to three matrices [rows, N] of this format.
 //                       Grid so that each warp gets R rows at a time, 256 threads, shared memory 16 (q + q / 8 + q / 32) bytes with
 //                       q = N / 4. N whole blocks.
-// dequantise_FORMAT_T        out = W, each element rounded once to T: `units` units of whole rows that follow one another; out aligned
-//                       to 16 bytes. Grid ceil(units / 256), 256 threads. Bound by the bytes written.
-// gather_FORMAT_T       out[i] = W[ids[i]], each element rounded once to T: ids u32 [n] below W's rows, `units` units in all, `per_row` to
-//                       a row; out aligned to 16 bytes. Grid ceil(units / 256), 256 threads.
+// dequantise_FORMAT_T   out = W, each element rounded once to T: `units` units of consecutive whole rows; out aligned to
+//                       16 bytes. Grid ceil(units / 256), 256 threads. Bound by the bytes written.
+// gather_FORMAT_T       out[i] = W[ids[i]], each element rounded once to T: ids u32 [n] below W's rows, `units` units in
+//                       all, `per_row` to a row; out aligned to 16 bytes. Grid ceil(units / 256), 256 threads.
 //
-// A lane takes a unit of a block, 32 elements (q8_0: 8). A product adds up what the unit's numbers and the vector give before it meets
-// the scale: sum_e (s q_e + m) v_e = s sum_e q_e v_e + m sum_e v_e. Bound by the weights' bytes where rows are many; where they are
-// few, as decode_matvec, by the chain of wait, vector, reduction and store.
+// A lane takes a unit of a block, 32 elements (q8_0: 8). A product adds up what the unit's numbers and the vector give
+// before it meets the scale: sum_e (s q_e + m) v_e = s sum_e q_e v_e + m sum_e v_e. Bound by the weights' bytes where
+// rows are many; where they are few, as decode_matvec, by the chain of wait, vector, reduction and store.
 #include "blocks.cuh"
 #include "matvec.cuh"
 
-// Where float4 number i of the vector lies in shared memory: eight lanes that read at once, each from a unit of its own, find
-// eight different groups of banks. Units in a row are 32 elements apart, or, in the formats of 256, in two rows of 64 or 128.
+// Where float4 number i of the vector lies in shared memory: eight lanes that read at once, each from a unit of its
+// own, find eight different groups of banks. Units in a row are 32 elements apart, or, in the formats of 256, in two
+// rows of 64 or 128.
 template <typename F> __device__ inline int place(int i) { return i + i / 8 + (F::GROUPS > 1 ? i / 32 : 0); }
 
 template <typename F> __device__ inline float number(uint32_t w, int i) {
@@ -29,7 +30,7 @@ template <typename F> __device__ inline float dot4(uint32_t w, float4 v) {
   return number<F>(w, 0) * v.x + number<F>(w, 1) * v.y + number<F>(w, 2) * v.z + number<F>(w, 3) * v.w;
 }
 
-// Asks for a unit, and gives its elements four at a time: take(place among the float4 of the block, value).
+// Loads a unit and passes its elements on four at a time: take(index among the float4 of the block, value).
 template <typename F, typename Take> __device__ inline void read_unit(const uint8_t *block, int part, Take take) {
   typename F::Raw raw;
   uint32_t w[F::WORDS];

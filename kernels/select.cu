@@ -5,14 +5,15 @@
 // Shapes  scores f32 [G, N]; 1 <= keep <= N; index u32 [keep, G]: rows of [N, G, D] seen as [N G, D].
 // Launch  grid G, 1024 threads.
 //
-// Radix selection: four passes find the lowest score that stays, eight bits at a time from the highest, each by a histogram of the
-// scores that agree with the bits found so far. A last pass counts who stays before whom and writes: the same order whatever the
-// scheduling. Bound by the latency of one thread block's passes over N, not by bandwidth; the host is not waited for.
+// Radix selection: four passes find the lowest score that stays, eight bits at a time from the highest, each by a
+// histogram of the scores that agree with the bits found so far. A last pass counts who stays before whom and writes:
+// the same order whatever the scheduling. Bound by the latency of one thread block's passes over N, not by bandwidth;
+// there is no host synchronisation.
 #include "decode.cuh"
 
 constexpr int THREADS = 1024, BINS = 256;
 
-// How many threads of the block before this one have the flag, and how many in all. `counts` must not be the last call's.
+// Number of threads with the flag before this one, and in all. `counts` must differ from the previous call's.
 __device__ inline int before(bool flag, int *counts, int &all) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const uint32_t votes = __ballot_sync(~0u, flag);
@@ -64,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) highest(const float *score
     lowest |= (uint32_t)found << shift;
     left = rest;
   }
-  // Of the scores equal to the lowest the first `skip` go.
+  // The first `skip` of the scores equal to the lowest are dropped.
   const int skip = bins[lowest & (BINS - 1)] - left;
   int written = 0, equals = 0;
   for (int from = 0; from < n; from += THREADS) {

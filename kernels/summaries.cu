@@ -7,7 +7,8 @@
 //         then values.
 // Launch  pool: grid (max(1, blocks finished), ceil(W / 128), 2), 128 threads. The first thread block of a column reads `running`
 //         for the block that it finishes, then overwrites it with the block in progress.
-// One thread owns a column of a block, so sums run in the order of the positions whatever the chunks: the same means bit for bit.
+// One thread owns a column of a block, so sums run in the order of the positions whatever the chunks: the same means
+// bit for bit.
 #include "common.cuh"
 
 struct SummaryParams {

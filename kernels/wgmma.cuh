@@ -1,17 +1,19 @@
 // Warpgroup matrix products (wgmma) and asynchronous barriers of sm_90a.
 //
-// PTX ISA, "Asynchronous warpgroup level matrix instructions". Four consecutive warps multiply a 64-row A (shared memory, or
-// registers in mma.m16n8k16's layout) by a B in shared memory; accumulators lie as in mma.m16n8k16, 16 rows to a warp.
+// PTX ISA, "Asynchronous warpgroup level matrix instructions". Four consecutive warps multiply a 64-row A (shared
+// memory, or registers in mma.m16n8k16's layout) by a B in shared memory; accumulators lie as in mma.m16n8k16, 16 rows
+// to a warp.
 #pragma once
 #include "common.cuh"
 
-// Shared memory is laid out in rows of 64 elements (128 bytes) whose 16-byte chunks are permuted by the row's number modulo 8
-// (the 128-byte swizzle). A tile wider than 64 is split into panels of 64 columns, one after the other.
+// Shared memory is laid out in rows of 64 elements (128 bytes) whose 16-byte chunks are permuted by the row's number
+// modulo 8 (the 128-byte swizzle). A tile wider than 64 is split into panels of 64 columns, one after the other.
 __device__ inline uint32_t panel_place(int rows, int r, int j) {
   return (j >> 3) * rows * 128 + r * 128 + (((j & 7) ^ (r & 7)) << 4);
 }
 
-// Descriptor of a matrix in that layout: address, distance between panels (transposed operands), between groups of 8 rows.
+// Descriptor of a matrix in that layout: address, distance between panels (transposed operands), between groups of 8
+// rows.
 __device__ inline uint64_t matrix_descriptor(uint32_t address, uint32_t panel_bytes) {
   return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(panel_bytes >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
@@ -56,9 +58,9 @@ __device__ inline void barrier_wait(uint32_t b, uint32_t phase) {
 #define ACC_128(C) \
   ACC_64(C), ACC8(C, 64), ACC8(C, 72), ACC8(C, 80), ACC8(C, 88), ACC8(C, 96), ACC8(C, 104), ACC8(C, 112), ACC8(C, 120)
 
-// c[64, N] (+)= a[64, 16] b[N, 16]^T, both in shared memory with the 16 contiguous; with `accumulate` 0, c is overwritten.
-// c[64, N] += a[64, 16] b[16, N], a in registers, b in shared memory with the N contiguous.
-// Operands of the assembly: N / 2 accumulators, then A, B and the flag.
+// c[64, N] (+)= a[64, 16] b[N, 16]^T, both in shared memory with the 16 contiguous; with `accumulate` 0, c is
+// overwritten. c[64, N] += a[64, 16] b[16, N], a in registers, b in shared memory with the N contiguous. Operands of
+// the assembly: N / 2 accumulators, then A, B and the flag.
 template <typename T, int N> struct Wgmma;
 #define WGMMA(TYPE, NAME, N, REGS, A0, A1, A2, A3, A4)                                                                     \
   template <> struct Wgmma<TYPE, N> {                                                                                      \
