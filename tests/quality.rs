@@ -3,8 +3,8 @@
 mod common;
 
 use assert_cmd::Command;
-use bfly::eval::quality::metrics::{compare, Rows, TOP};
-use bfly::eval::report::{read, Ablation, Answers, Layers, Score, Smoke, ABLATION, ANSWERS, LAYERS, SMOKE};
+use bfly::eval::quality::metrics::{compare, LogitRows, TOP};
+use bfly::eval::report::{read, Ablation, Answers, LayerStudy, Score, Smoke, ABLATION, ANSWERS, LAYERS, SMOKE};
 use common::*;
 use std::path::Path;
 
@@ -72,11 +72,11 @@ fn with_transformers_logits_the_same_metrics_come_out() -> Any {
         for (case, last) in [("short", 64), ("long", 8)].into_iter().filter(|(c, _)| *c == "short" || *name == "qwen2")
         {
             let ids = golden.ids(case)?;
-            let ours = Rows::of(&last_logits(&load_golden(name, None, ids.len())?, &ids, 512, last)?)?;
-            let theirs = Rows::of(&golden.logits(case)?)?;
+            let ours = LogitRows::of(&last_logits(&load_golden(name, None, ids.len())?, &ids, 512, last)?)?;
+            let theirs = LogitRows::of(&golden.logits(case)?)?;
             // Any tokens will do as the next ones.
             let next: Vec<u32> = ids[ids.len() - last..].iter().map(|id| id / 2).collect();
-            let other = Rows::of(&golden.logits_bf16(case)?)?;
+            let other = LogitRows::of(&golden.logits_bf16(case)?)?;
             // Both against a third set of logits, and against each other.
             for ((a, b), same) in compare(&ours, &other, &next)?
                 .iter()
@@ -364,7 +364,7 @@ fn looking_on_changes_nothing_and_sees_every_layer() -> Any {
 fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() -> Any {
     let dir = tempfile::tempdir()?;
     let (model, plans) = (golden("qwen3"), path(dir.path(), "plans"));
-    let study = |name: &str, more: &[&str]| -> std::result::Result<Layers, Box<dyn std::error::Error>> {
+    let study = |name: &str, more: &[&str]| -> std::result::Result<LayerStudy, Box<dyn std::error::Error>> {
         let out = path(dir.path(), name);
         let args = ["layers", "--model", model.as_str(), "-q", "--tasks", "none", "--ctx", "96", "--documents", "2"];
         let what = ["--positions", "16", "--decode", "4", "--variants", "retrofit:window=16,block=8", "--out", &out];
@@ -398,7 +398,7 @@ fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() 
     let mut judged: Vec<_> =
         rounds.single.iter().skip(1).chain(&rounds.rounds[0].tried).map(|s| s.score.clone()).collect();
     judged[0].texts[0].decode_kl = 42.5;
-    let cut = Layers { judged, single: vec![], rounds: vec![], order: vec![], curve: vec![], ..rounds.clone() };
+    let cut = LayerStudy { judged, single: vec![], rounds: vec![], order: vec![], curve: vec![], ..rounds.clone() };
     std::fs::write(path(dir.path(), "cut.json"), serde_json::to_vec(&cut)?)?;
     let again = study("cut.json", &["--jobs", "2"])?;
     assert_eq!((&again.header.started, again.header.resumed.len()), (&rounds.header.started, 1));

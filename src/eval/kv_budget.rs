@@ -34,7 +34,7 @@ pub fn parse_share(text: &str) -> std::result::Result<f64, String> {
 ///
 /// # Errors
 /// Those of `fits`.
-pub fn last_that(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Option<usize>> {
+pub fn bisect(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Option<usize>> {
     let (mut last, mut beyond) = (0, most + 1);
     while beyond - last > 1 {
         let middle = usize::midpoint(last, beyond);
@@ -58,7 +58,7 @@ pub fn widest_window(
     bytes: impl Fn(&Settings) -> Result<u64>,
 ) -> Result<Option<Settings>> {
     let with = |blocks: usize| Settings { window: blocks * settings.block, ..settings.clone() };
-    Ok(last_that(most.div_ceil(settings.block), |blocks| Ok(bytes(&with(blocks))? <= target))?.map(with))
+    Ok(bisect(most.div_ceil(settings.block), |blocks| Ok(bytes(&with(blocks))? <= target))?.map(with))
 }
 
 /// `plan` with the widest window whose cache for `ctx` positions takes at most `share` of a dense one.
@@ -90,9 +90,9 @@ pub fn eviction(plan: &EvictionPlan, spec: &ModelSpec, ctx: usize, share: f64) -
     let bytes = |budget: usize| Layout::new(spec, &with(budget), ctx).map(|l| l.bytes(DTYPE).settled);
     let target = target(spec, ctx, share)?;
     // The smallest budget that the rule allows; where it allows none, its own check says why.
-    let least = last_that(ctx, |budget| Ok(with(budget).check().is_err()))?.map_or(1, |refused| refused + 1);
+    let least = bisect(ctx, |budget| Ok(with(budget).check().is_err()))?.map_or(1, |refused| refused + 1);
     with(least.min(ctx)).check()?;
-    match last_that(ctx, |budget| Ok(budget < least || bytes(budget)? <= target))?.filter(|budget| *budget >= least) {
+    match bisect(ctx, |budget| Ok(budget < least || bytes(budget)? <= target))?.filter(|budget| *budget >= least) {
         Some(budget) => Ok(with(budget)),
         None => {
             let what = format!("a budget of {least} for each KV head");

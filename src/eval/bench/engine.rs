@@ -3,7 +3,7 @@
 use super::peak::{begin_peak, peak, take_memory};
 use super::peer::one_line;
 use crate::error::{Error, ErrorKind, Result};
-use crate::eval::report::{hash, Kv, ReadBytes, TimedRun};
+use crate::eval::report::{hash, KvBytes, ReadBytes, TimedRun};
 use crate::eval::variant::Variant;
 use crate::generate::{watch, Generation, Needs, Request, Sampler, Sampling};
 use crate::layout::Layout;
@@ -42,18 +42,18 @@ pub struct Workload<'a> {
 /// The outcome of a run.
 pub enum Outcome {
     /// The timed run, and what does not change from run to run.
-    Ran(Box<TimedRun>, Facts),
+    Ran(Box<TimedRun>, RunSizes),
     /// Why there is none, on one line.
     Failed(String),
 }
 
 /// What is the same for every run of a variant at a context.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Facts {
+pub struct RunSizes {
     /// Tokens to a prefill chunk.
     pub chunk: usize,
     /// Cache of this engine, by pool.
-    pub kv: Option<Kv>,
+    pub kv: Option<KvBytes>,
     /// Bytes of a peer's cache.
     pub kv_bytes: Option<u64>,
     /// Bytes that a decode step reads.
@@ -121,7 +121,7 @@ impl BflyEngine {
                 let sample = timed_run(&made, wall, peak, prompt_s);
                 Ok(Outcome::Ran(
                     Box::new(sample),
-                    Facts { chunk, kv: Some(kv), kv_bytes: None, read_per_token: Some(read()?) },
+                    RunSizes { chunk, kv: Some(kv), kv_bytes: None, read_per_token: Some(read()?) },
                 ))
             }
             Err(e) if is_out_of_memory(&e) => Ok(Outcome::Failed(out_of_memory(&e))),
@@ -151,14 +151,14 @@ fn attempt(
     new: usize,
     chunk: usize,
     on_tokens: &mut dyn FnMut(usize),
-) -> Result<(Generation, Duration, Kv)> {
+) -> Result<(Generation, Duration, KvBytes)> {
     // Allocating may still be under way.
     run.device().synchronize()?;
     let request = Request { prompt, max_new_tokens: new, chunk, stop: &[], logits_last: 1 };
     let mut sampler = Sampler::new(Sampling::GREEDY)?;
     let begin = Instant::now();
     let made = run.generate(&request, &mut sampler, &mut watch(on_tokens), &mut watch(|_| ()))?;
-    Ok((made, begin.elapsed(), Kv::of(run.cache())))
+    Ok((made, begin.elapsed(), KvBytes::of(run.cache())))
 }
 
 /// The record of a generation that took `wall` in all, the time between its parts included.

@@ -4,7 +4,7 @@ use super::ceilings::{ceilings, CeilingSizes};
 use super::engine::BflyEngine;
 use super::ladder_args::LadderArgs;
 use super::peer::Peer;
-use super::schedule::{blank, Engine, Entry, Schedule};
+use super::schedule::{blank, Entry, EntryKind, Schedule};
 use crate::cli::{open_device, print, Bars, Temporary};
 use crate::error::{Error, Result};
 use crate::eval::report::resume::{check_prompt, earlier_ladder, LadderFile};
@@ -40,7 +40,7 @@ pub fn run(args: &LadderArgs) -> Result<()> {
     let file = LadderFile::open(&args.out, earlier, fresh)?;
     target.warn_beyond_trained(&bars, &contexts);
 
-    let mut entries: Vec<Entry> = variants.into_iter().map(|v| Entry::new(Engine::Own(v))).collect();
+    let mut entries: Vec<Entry> = variants.into_iter().map(|v| Entry::new(EntryKind::Bfly(v))).collect();
     entries.iter().try_for_each(|e| file.check(&blank(args, e, contexts[0], None)))?;
     let complete = |e: &Entry| contexts.iter().all(|c| file.missing(e.names(), *c, args.repeats) == 0);
     if args.peers.is_empty() && entries.iter().all(complete) {
@@ -53,7 +53,7 @@ pub fn run(args: &LadderArgs) -> Result<()> {
     let engine = BflyEngine::new(target.load(&progress)?, !peers.is_empty());
     for mut peer in peers.drain(..) {
         let ready = peer.ready()?;
-        entries.push(Entry::new(Engine::Peer(Box::new(peer), ready)));
+        entries.push(Entry::new(EntryKind::Peer(Box::new(peer), ready)));
     }
     let ids = ids.as_ref().map_or(Path::new(""), |f| f.0.path());
     let mut schedule =

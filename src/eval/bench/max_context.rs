@@ -3,7 +3,7 @@
 use super::engine::{out_of_memory, past_budget, BflyEngine, Outcome, Workload};
 use crate::cli::{at_least_one, human_bytes, open_device, parse_bytes, parse_size, print, short_count, Bars};
 use crate::error::{Error, Result};
-use crate::eval::kv_budget::last_that;
+use crate::eval::kv_budget::bisect;
 use crate::eval::report::table::max_context_table;
 use crate::eval::report::{prove_replaceable, save, MaxContextRun, MaxContexts, MAX_CONTEXT, OK};
 use crate::eval::target::{Target, TargetArgs};
@@ -186,7 +186,7 @@ fn search(engine: &BflyEngine, variant: &Variant, limits: &Limits) -> Result<Max
 
 /// The largest multiple of [`STEP`] from one to `most` that `fits`, where all smaller ones do and no larger one does.
 fn largest(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Option<usize>> {
-    Ok(last_that(most / STEP, |k| fits(k * STEP))?.map(|k| k * STEP))
+    Ok(bisect(most / STEP, |k| fits(k * STEP))?.map(|k| k * STEP))
 }
 
 /// Makes the run that `run` describes, once, and adds its outcome to it.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 /// What a peer says of itself.
 #[derive(Debug, Clone, Deserialize)]
-pub struct Ready {
+pub struct PeerInfo {
     ready: bool,
     #[serde(default)]
     status: String,
@@ -37,7 +37,7 @@ pub struct Ready {
 }
 
 #[derive(Serialize)]
-struct Ask<'a> {
+struct PeerRequest<'a> {
     ids: &'a Path,
     prompt_tokens: usize,
     new_tokens: usize,
@@ -45,7 +45,7 @@ struct Ask<'a> {
 }
 
 #[derive(Deserialize)]
-struct Reply {
+struct PeerReply {
     sample: Option<TimedRun>,
     kv_bytes: Option<u64>,
     status: Option<String>,
@@ -90,8 +90,8 @@ impl Peer {
     ///
     /// # Errors
     /// A peer that ends, says something else, or says that it cannot run.
-    pub fn ready(&mut self) -> Result<Ready> {
-        let ready: Ready = self.read("what it is")?;
+    pub fn ready(&mut self) -> Result<PeerInfo> {
+        let ready: PeerInfo = self.read("what it is")?;
         if !ready.ready {
             return Err(self.error(format!("is not ready: {}", ready.status)));
         }
@@ -108,9 +108,9 @@ impl Peer {
     /// # Errors
     /// A peer that ends, or a reply that makes no sense.
     pub fn run(&mut self, ids: &Path, prompt: usize, new: usize, chunk: usize) -> Result<PeerOutcome> {
-        let ask = Ask { ids, prompt_tokens: prompt, new_tokens: new, prefill_chunk: chunk };
+        let ask = PeerRequest { ids, prompt_tokens: prompt, new_tokens: new, prefill_chunk: chunk };
         self.send(&serde_json::to_string(&ask).map_err(|e| self.error(e.to_string()))?)?;
-        let reply: Reply = self.read("a sample")?;
+        let reply: PeerReply = self.read("a sample")?;
         match (reply.sample, reply.status) {
             (Some(sample), _) => match nonsense(&sample, new) {
                 None => Ok(PeerOutcome::Ran(Box::new(sample), reply.kv_bytes)),

@@ -1,8 +1,8 @@
 //! The schedule of a ladder: which entry runs next, at which context, and what is recorded.
 
-use super::engine::{past_budget, BflyEngine, Facts, Outcome, Workload};
+use super::engine::{past_budget, BflyEngine, Outcome, RunSizes, Workload};
 use super::ladder_args::LadderArgs;
-use super::peer::{Peer, PeerOutcome, Ready};
+use super::peer::{Peer, PeerInfo, PeerOutcome};
 use crate::cli::{human_bytes, short_count, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::resume::LadderFile;
@@ -15,16 +15,16 @@ use std::path::Path;
 const SLOW_S: f64 = 5.0;
 
 /// An engine and what it runs.
-pub enum Engine {
+pub enum EntryKind {
     /// This engine with a variant.
-    Own(Variant),
+    Bfly(Variant),
     /// Another engine, with what it says of itself.
-    Peer(Box<Peer>, Ready),
+    Peer(Box<Peer>, PeerInfo),
 }
 
 /// An engine that takes turns in a ladder.
 pub struct Entry {
-    engine: Engine,
+    engine: EntryKind,
     /// Contexts at which the entry has had its warm-up in this process, or needs none.
     warm: HashSet<usize>,
     /// Warm-ups that are not yet in the file.
@@ -33,15 +33,15 @@ pub struct Entry {
 
 impl Entry {
     /// An entry of which nothing has run yet.
-    pub fn new(engine: Engine) -> Self {
+    pub fn new(engine: EntryKind) -> Self {
         Self { engine, warm: HashSet::new(), untimed: 0 }
     }
 
     /// Names of engine and variant.
     pub fn names(&self) -> (&str, &str) {
         match &self.engine {
-            Engine::Own(variant) => ("bfly", &variant.name),
-            Engine::Peer(_, ready) => (&ready.engine, &ready.variant),
+            EntryKind::Bfly(variant) => ("bfly", &variant.name),
+            EntryKind::Peer(_, ready) => (&ready.engine, &ready.variant),
         }
     }
 }
@@ -81,7 +81,7 @@ impl Schedule<'_> {
                 return Err(Error::usage("--peer", format!("two are called {engine} {variant}")));
             }
             self.file.check(&blank(self.args, entry, self.contexts[0], None))?;
-            let Engine::Peer(_, ready) = &entry.engine else { continue };
+            let EntryKind::Peer(_, ready) = &entry.engine else { continue };
             let dtype = &self.file.ladder.header.kv_dtype;
             if let Some(other) = ready.dtype.as_ref().filter(|d| *d != dtype) {
                 self.bars.warn(&format!("{engine} {variant} runs in {other}, bfly in {dtype}: not the same baseline"));
@@ -135,7 +135,7 @@ impl Schedule<'_> {
         let below = self.contexts.iter().rev().find(|c| **c < ctx).and_then(|c| self.run(i, *c));
         let slow = below.and_then(|r| r.summary.as_ref()).is_some_and(|s| s.end_to_end_s > SLOW_S);
         let entry = &mut self.entries[i];
-        let (own, cold) = (matches!(entry.engine, Engine::Own(_)), entry.warm.is_empty());
+        let (own, cold) = (matches!(entry.engine, EntryKind::Bfly(_)), entry.warm.is_empty());
         if !entry.warm.insert(ctx) {
             return Ok(None);
         }
@@ -161,13 +161,15 @@ impl Schedule<'_> {
         bars.show("ladder", done, total);
         let chunk = self.args.prefill_chunk;
         let outcome = match &mut self.entries[i].engine {
-            Engine::Own(variant) => {
+            EntryKind::Bfly(variant) => {
                 let mut on_tokens = |n: usize| bars.show("ladder", (done + n as u64).min(total - 1), total);
                 let (prompt, budget) = (&self.stream[..ctx - new], self.args.memory_budget);
                 self.engine.run(variant, &Workload { ctx, prompt, new, chunk, budget }, &mut on_tokens)?
             }
-            Engine::Peer(peer, _) => match peer.run(self.ids, ctx - new, new, chunk)? {
-                PeerOutcome::Ran(timed, kv_bytes) => Outcome::Ran(timed, Facts { chunk, kv_bytes, ..Facts::default() }),
+            EntryKind::Peer(peer, _) => match peer.run(self.ids, ctx - new, new, chunk)? {
+                PeerOutcome::Ran(timed, kv_bytes) => {
+                    Outcome::Ran(timed, RunSizes { chunk, kv_bytes, ..RunSizes::default() })
+                }
                 PeerOutcome::Status(why) => Outcome::Failed(why),
             },
         };
@@ -182,7 +184,7 @@ impl Schedule<'_> {
     }
 
     /// Adds a timed run of entry `i` at `ctx` to the file.
-    fn record(&mut self, i: usize, ctx: usize, timed: TimedRun, facts: Facts) -> Result<()> {
+    fn record(&mut self, i: usize, ctx: usize, timed: TimedRun, facts: RunSizes) -> Result<()> {
         let (seconds, peak) = (timed.end_to_end_s, timed.peak_device_bytes);
         let empty = blank(self.args, &self.entries[i], ctx, Some(self.engine.weights_bytes()));
         let run = self.file.run_or(empty);
@@ -259,8 +261,8 @@ fn peak_text(peak: u64) -> String {
 pub fn blank(args: &LadderArgs, entry: &Entry, ctx: usize, own_weights: Option<u64>) -> LadderRun {
     let (engine, variant) = entry.names();
     let (plan, eviction, version, weights_bytes) = match &entry.engine {
-        Engine::Own(v) => (v.method.plan().cloned(), v.method.eviction().cloned(), None, own_weights),
-        Engine::Peer(_, ready) => (None, None, ready.version.clone(), ready.weights_bytes),
+        EntryKind::Bfly(v) => (v.method.plan().cloned(), v.method.eviction().cloned(), None, own_weights),
+        EntryKind::Peer(_, ready) => (None, None, ready.version.clone(), ready.weights_bytes),
     };
     LadderRun {
         engine: engine.into(),

@@ -40,7 +40,7 @@ Kinds of files, and what is drawn of each:
   bfly-kernels    a roofline
   bfly-smoke      distance from stock on text by context
   bfly-answers    scores by task and against KV bytes; a needle's heat maps
-  bfly-layers     harm of each layer's swap; quality by layers kept dense
+  bfly-layers     sensitivity of each layer's swap; quality by layers kept dense
   bfly-ablation   paired differences of every setting from the base
   bfly-positions  loss by position
 

@@ -1,7 +1,7 @@
 //! Which block reads which, stage by stage, and how far information travels through the layers, drawn from the routes
 //! that the operator reads.
 
-use super::page::{Key, Page, CONTENT};
+use super::page::{LegendEntry, Page, CONTENT};
 use super::scene::{Anchor, Area, Scene};
 use super::theme::{Ink, HAIR, LABEL, MARGIN, PANEL, THIN, TICK};
 use super::Figure;
@@ -59,11 +59,14 @@ impl Drawing {
             plural(self.layers, "layer"),
         );
         let mut keys = vec![
-            Key::Patch(Ink::Band, "raw: own block and window".into()),
-            Key::Patch(Ink::Series(1), "summary of one block".into()),
+            LegendEntry::Patch(Ink::Band, "raw: own block and window".into()),
+            LegendEntry::Patch(Ink::Series(1), "summary of one block".into()),
         ];
         if settings.sink_tokens > 0 {
-            keys.push(Key::Patch(Ink::Series(2), format!("raw: the first {} tokens (sinks)", settings.sink_tokens)));
+            keys.push(LegendEntry::Patch(
+                Ink::Series(2),
+                format!("raw: the first {} tokens (sinks)", settings.sink_tokens),
+            ));
         }
         let rows = "Rows: the block that reads, from the top. Columns: the block that is read.".to_string();
         let mut page = Page::new(&title, &[subtitle, rows], &keys);

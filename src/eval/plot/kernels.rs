@@ -9,7 +9,7 @@ use super::panel::Panel;
 use super::scale::Scale;
 use super::scene::{Anchor, Area, Scene};
 use super::text::{shorten, text_area, text_width};
-use super::theme::{Ink, Type, HAIR, LABEL, LINE, MARGIN, MARKER, PANEL, THIN, TICK};
+use super::theme::{FontSpec, Ink, HAIR, LABEL, LINE, MARGIN, MARKER, PANEL, THIN, TICK};
 use super::Figure;
 use crate::error::{Error, Result};
 use crate::eval::report::{median, Ceilings, KernelRun, Kernels};
@@ -196,7 +196,7 @@ fn shares(scene: &mut Scene, area: Area, cases: &[Case]) {
         let y = plot.y + ROW * row as f64;
         let number = format!("{}", row + 1);
         scene.marker(case.style, (plot.x + MARKER + 1.0, y + 8.0));
-        let name = Type { bold: true, ..LABEL };
+        let name = FontSpec { bold: true, ..LABEL };
         let mut at = plot.x + 15.0;
         for (text, kind) in [(&number, name), (&case.name, LABEL)] {
             let text = shorten(text, kind, area.right() - at);

@@ -7,10 +7,10 @@ use serde::de::DeserializeOwned;
 use std::path::Path;
 
 /// Figures, and remarks on those that cannot be drawn.
-pub type Drawn = (Vec<Figure>, Vec<String>);
+pub type FiguresAndNotes = (Vec<Figure>, Vec<String>);
 
 /// A kind's name, and the function that draws a file of it.
-type Kind = (&'static str, fn(&Path) -> Result<Drawn>);
+type Kind = (&'static str, fn(&Path) -> Result<FiguresAndNotes>);
 
 /// All kinds that have figures.
 pub static KINDS: &[Kind] = &[
@@ -24,7 +24,11 @@ pub static KINDS: &[Kind] = &[
 ];
 
 /// The figures of a file whose kind is drawn whole or not at all.
-fn whole<T: DeserializeOwned>(path: &Path, kind: &str, draw: fn(&T, &Path) -> Result<Vec<Figure>>) -> Result<Drawn> {
+fn whole<T: DeserializeOwned>(
+    path: &Path,
+    kind: &str,
+    draw: fn(&T, &Path) -> Result<Vec<Figure>>,
+) -> Result<FiguresAndNotes> {
     Ok((draw(&read(path, kind)?, path)?, vec![]))
 }
 
@@ -32,7 +36,7 @@ fn whole<T: DeserializeOwned>(path: &Path, kind: &str, draw: fn(&T, &Path) -> Re
 ///
 /// # Errors
 /// A file that cannot be read, has no figures, or contradicts itself: named.
-pub fn figures_of(path: &Path, wanted: Option<&str>) -> Result<Drawn> {
+pub fn figures_of(path: &Path, wanted: Option<&str>) -> Result<FiguresAndNotes> {
     let found = kind_of(path)?;
     let kind = wanted.unwrap_or(&found);
     match KINDS.iter().find(|(name, _)| *name == kind) {

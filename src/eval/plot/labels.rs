@@ -1,24 +1,24 @@
 //! Finding room for a short label beside a mark.
 
-use super::scene::{Anchor, Area, At, Scene};
+use super::scene::{Anchor, Area, Coord, Scene};
 use super::text::text_area;
 use super::theme::{Ink, HAIR, LABEL, MARKER};
 
 /// The area of a marker, with a little room.
-pub fn around(mark: At) -> Area {
+pub fn around(mark: Coord) -> Area {
     let r = MARKER + 1.5;
     Area { x: mark.0 - r, y: mark.1 - r, w: 2.0 * r, h: 2.0 * r }
 }
 
 /// Small areas along a line, for labels to keep off it.
-pub fn along(from: At, to: At) -> impl Iterator<Item = Area> {
+pub fn along(from: Coord, to: Coord) -> impl Iterator<Item = Area> {
     let at = move |k: f64| (from.0 + (to.0 - from.0) * k, from.1 + (to.1 - from.1) * k);
     (0..=60).map(move |i| at(f64::from(i) / 60.0)).map(|(x, y)| Area { x: x - 2.0, y: y - 3.0, w: 4.0, h: 6.0 })
 }
 
 /// Writes `text` beside `mark` where nothing else stands, farther off with a leader line where it must; not at all
 /// where no room is left.
-pub fn beside(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, mark: At, text: &str) {
+pub fn beside(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, mark: Coord, text: &str) {
     let directions =
         [(1.0, 0.0), (0.7, -0.8), (0.7, 0.8), (0.0, -1.0), (0.0, 1.0), (-0.7, -0.8), (-0.7, 0.8), (-1.0, 0.0)];
     let places = (0..6).flat_map(|ring| {
@@ -26,7 +26,7 @@ pub fn beside(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, mark: At, te
         directions.map(|(dx, dy)| (ring, (mark.0 + dx * reach, mark.1 + dy * reach)))
     });
     let inside = |a: &Area| a.x > plot.x && a.right() < plot.right() && a.y > plot.y && a.bottom() < plot.bottom();
-    let free = |at: At| {
+    let free = |at: Coord| {
         let area = text_area(at, Anchor::Middle, LABEL, text);
         (inside(&area) && !taken.iter().any(|t| t.overlaps(&area))).then_some(area)
     };

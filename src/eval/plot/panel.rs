@@ -3,7 +3,7 @@
 
 use super::axis::{draw as draw_axes, Axis};
 use super::scale::Scale;
-use super::scene::{Anchor, Area, At, Scene};
+use super::scene::{Anchor, Area, Coord, Scene};
 use super::text::shorten;
 use super::theme::{Ink, PANEL, THIN, TICK};
 use crate::eval::report::Estimate;
@@ -33,7 +33,7 @@ pub struct Panel<'a> {
 }
 
 /// Where things lie in a panel.
-pub struct Plot {
+pub struct Axes {
     /// Area inside the axes.
     pub area: Area,
     /// Horizontal axis.
@@ -50,7 +50,7 @@ pub fn plot_area(area: Area, crosses: f64) -> Area {
 
 impl Panel<'_> {
     /// Draws title, shade and axes, and a line at zero where a linear vertical axis has values on both sides of it.
-    pub fn draw(&self, scene: &mut Scene, area: Area) -> Plot {
+    pub fn draw(&self, scene: &mut Scene, area: Area) -> Axes {
         scene.text((area.x, area.y + 8.0), Anchor::Start, PANEL, shorten(self.title, PANEL, area.w));
         let plot = plot_area(area, self.crosses.unwrap_or(0.0));
         let (x, y) = (self.x.on(plot.x, plot.right()), self.y.on(plot.bottom(), plot.y));
@@ -67,13 +67,13 @@ impl Panel<'_> {
         if !self.y.log && self.y.low < 0.0 && self.y.high > 0.0 {
             scene.line((plot.x, y.at(0.0)), (plot.right(), y.at(0.0)), Ink::Axis, THIN);
         }
-        Plot { area: plot, x, y }
+        Axes { area: plot, x, y }
     }
 }
 
-impl Plot {
+impl Axes {
     /// The place of the point `x`, `y`; beyond the axes, at their ends.
-    pub fn at(&self, x: f64, y: f64) -> At {
+    pub fn at(&self, x: f64, y: f64) -> Coord {
         // A logarithm of nothing would be no place at all.
         let place = |axis: &Axis, v: f64| axis.at(v.clamp(axis.low.min(axis.high), axis.high.max(axis.low)));
         (place(&self.x, x), place(&self.y, y))

@@ -1,7 +1,7 @@
 //! Fitting text: how wide it is, what it covers, where it is broken, cut or left out.
 
-use super::scene::{Anchor, Area, At};
-use super::theme::{self, Type};
+use super::scene::{Anchor, Area, Coord};
+use super::theme::{self, FontSpec};
 use plotters::style::{register_font, FontDesc, FontFamily, FontStyle};
 use std::sync::Once;
 
@@ -9,7 +9,7 @@ use std::sync::Once;
 pub(super) const EM_TO_LINE: f64 = 1.164;
 
 /// DejaVu Sans for plotters, at `size` in plotters' units.
-pub(super) fn font(kind: Type, size: f64) -> FontDesc<'static> {
+pub(super) fn font(kind: FontSpec, size: f64) -> FontDesc<'static> {
     static REGISTERED: Once = Once::new();
     REGISTERED.call_once(|| {
         // A font that is refused shows as an error at the first text that is drawn.
@@ -21,7 +21,7 @@ pub(super) fn font(kind: Type, size: f64) -> FontDesc<'static> {
 }
 
 /// The width of `text` in figure units.
-pub fn text_width(text: &str, kind: Type) -> f64 {
+pub fn text_width(text: &str, kind: FontSpec) -> f64 {
     // Measured large, since plotters rounds to whole pixels.
     const DETAIL: f64 = 8.0;
     let box_ = font(kind, kind.size * EM_TO_LINE * DETAIL).layout_box(text);
@@ -29,7 +29,7 @@ pub fn text_width(text: &str, kind: Type) -> f64 {
 }
 
 /// The rectangle that the line of a text covers.
-pub fn text_area(at: At, anchor: Anchor, kind: Type, text: &str) -> Area {
+pub fn text_area(at: Coord, anchor: Anchor, kind: FontSpec, text: &str) -> Area {
     let w = text_width(text, kind);
     let x = match anchor {
         Anchor::Start => at.0,
@@ -40,7 +40,7 @@ pub fn text_area(at: At, anchor: Anchor, kind: Type, text: &str) -> Area {
 }
 
 /// `text` in lines of at most `width`, broken at spaces; a longer word is cut.
-pub fn wrap(text: &str, kind: Type, width: f64) -> Vec<String> {
+pub fn wrap(text: &str, kind: FontSpec, width: f64) -> Vec<String> {
     let mut lines: Vec<String> = vec![];
     for word in text.split_whitespace() {
         let word = shorten(word, kind, width);
@@ -56,7 +56,7 @@ pub fn wrap(text: &str, kind: Type, width: f64) -> Vec<String> {
 }
 
 /// `text`, cut with an ellipsis where it is wider than `width`.
-pub fn shorten(text: &str, kind: Type, width: f64) -> String {
+pub fn shorten(text: &str, kind: FontSpec, width: f64) -> String {
     if text_width(text, kind) <= width {
         return text.into();
     }
@@ -94,7 +94,7 @@ impl Thinning {
     }
 
     /// Whether `text`, centred on `middle`, is kept.
-    pub fn keeps_text(&mut self, middle: f64, text: &str, kind: Type) -> bool {
+    pub fn keeps_text(&mut self, middle: f64, text: &str, kind: FontSpec) -> bool {
         self.keeps(middle, text_width(text, kind) / 2.0)
     }
 }

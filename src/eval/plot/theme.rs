@@ -147,7 +147,7 @@ fn contrast(a: Rgb, b: Rgb) -> f64 {
 
 /// A kind of text.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Type {
+pub struct FontSpec {
     /// Size of the em in figure units.
     pub size: f64,
     /// Whether it is bold.
@@ -157,21 +157,21 @@ pub struct Type {
 }
 
 /// Title of the figure.
-pub const TITLE: Type = Type { size: 16.0, bold: true, ink: Ink::Text };
+pub const TITLE: FontSpec = FontSpec { size: 16.0, bold: true, ink: Ink::Text };
 /// Lines below it.
-pub const SUBTITLE: Type = Type { size: 11.0, bold: false, ink: Ink::Muted };
+pub const SUBTITLE: FontSpec = FontSpec { size: 11.0, bold: false, ink: Ink::Muted };
 /// Names of series.
-pub const LEGEND: Type = Type { size: 11.0, bold: false, ink: Ink::Text };
+pub const LEGEND: FontSpec = FontSpec { size: 11.0, bold: false, ink: Ink::Text };
 /// Title of a panel.
-pub const PANEL: Type = Type { size: 12.0, bold: true, ink: Ink::Text };
+pub const PANEL: FontSpec = FontSpec { size: 12.0, bold: true, ink: Ink::Text };
 /// Numbers along axes, and the axes' names.
-pub const TICK: Type = Type { size: 10.0, bold: false, ink: Ink::Muted };
+pub const TICK: FontSpec = FontSpec { size: 10.0, bold: false, ink: Ink::Muted };
 /// Values and names beside marks.
-pub const LABEL: Type = Type { size: 10.0, bold: false, ink: Ink::Text };
+pub const LABEL: FontSpec = FontSpec { size: 10.0, bold: false, ink: Ink::Text };
 /// Name of a row that heads or sums up others.
-pub const GROUP: Type = Type { size: 10.0, bold: true, ink: Ink::Text };
+pub const GROUP: FontSpec = FontSpec { size: 10.0, bold: true, ink: Ink::Text };
 /// Notes at the foot.
-pub const NOTE: Type = Type { size: 10.0, bold: false, ink: Ink::Muted };
+pub const NOTE: FontSpec = FontSpec { size: 10.0, bold: false, ink: Ink::Muted };
 
 /// Figure width: a PNG is twice as many pixels wide.
 pub const WIDTH: f64 = 800.0;

@@ -7,13 +7,13 @@
 
 use super::eval_args::EvalArgs;
 use super::eval_set_args::EvalSetArgs;
-use super::reads::Reads;
+use super::reads::ReadSet;
 use super::runner::Runner;
 use crate::cli::{print, Bars};
 use crate::error::Result;
 use crate::eval::kv_budget::widest_window;
 use crate::eval::report::table::ablation_table;
-use crate::eval::report::{prove_replaceable, save, Ablation, AblationAxis, Change, ABLATION};
+use crate::eval::report::{prove_replaceable, save, Ablation, AblationAxis, AblationChange, ABLATION};
 use crate::eval::variant::Variant;
 use crate::layout::Layout;
 use crate::method::Method;
@@ -69,7 +69,7 @@ pub fn run(args: &AblateArgs) -> Result<()> {
     let eval_set = args.eval_set.eval_set(&target, &args.eval, &bars)?;
     let runner = Runner::new(target.load(&progress)?);
     let measured = ctx - 1 - args.eval_set.positions - args.eval_set.decode..ctx - 1;
-    let mut reads = vec![(base.name.clone(), Reads::of(&spec, &plan, ctx, measured.clone())?)];
+    let mut reads = vec![(base.name.clone(), ReadSet::of(&spec, &plan, ctx, measured.clone())?)];
     let total = (eval_set.tokens() * (2 + changes.len())) as u64;
     let (reference, stock) = eval_set.reference(&runner, &mut |n| bars.show("ablate", n as u64, total))?;
     let mut done = eval_set.tokens();
@@ -90,7 +90,7 @@ pub fn run(args: &AblateArgs) -> Result<()> {
     };
     for (axis, value, settings) in changes {
         let plan = RetrofitPlan::new(&spec, Some(plan.layers.clone()), settings)?;
-        let own = Reads::of(&spec, &plan, ctx, measured.clone())?;
+        let own = ReadSet::of(&spec, &plan, ctx, measured.clone())?;
         let same_as = reads.iter().find(|(_, r)| *r == own).map(|(name, _)| name.clone());
         let name = format!("{} {value}", axis.name());
         let score = match &same_as {
@@ -99,7 +99,7 @@ pub fn run(args: &AblateArgs) -> Result<()> {
         };
         let summaries_per_query = own.summaries_per_query();
         reads.push((name, own));
-        results.changes.push(Change { axis, value, summaries_per_query, same_as, score });
+        results.changes.push(AblationChange { axis, value, summaries_per_query, same_as, score });
         args.out.as_deref().map(|out| save(out, &results)).transpose()?;
     }
     bars.show("ablate", total, total);

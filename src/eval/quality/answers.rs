@@ -1,7 +1,7 @@
 //! Answers of variants to sets of samples, taken up again where they were cut off.
 
-use super::prompting::{Prompt, Prompting};
-use super::runner::{together, Runners};
+use super::prompting::{PromptIds, Prompter};
+use super::runner::{shared_progress, Workers};
 use super::tasks::{rule, Sample};
 use crate::cli::{short_count, Bars};
 use crate::error::{Error, Result};
@@ -18,14 +18,14 @@ pub struct SampleSet {
     /// Most tokens of a prompt and its answer together.
     pub length: usize,
     /// Samples and their prompts.
-    pub samples: Vec<(Sample, Prompt)>,
+    pub samples: Vec<(Sample, PromptIds)>,
 }
 
 /// The samples of `set` that `variant` has yet to answer.
 ///
 /// # Errors
 /// Answers in `file` under the same name to other prompts, or by another plan.
-fn missing<'a>(file: &AnswersFile, variant: &Variant, set: &'a SampleSet) -> Result<&'a [(Sample, Prompt)]> {
+fn missing<'a>(file: &AnswersFile, variant: &Variant, set: &'a SampleSet) -> Result<&'a [(Sample, PromptIds)]> {
     let hashes = set.samples.iter().map(|(_, p)| hash(&p.ids()));
     let answered = file.answered((&variant.name, &variant.method), (&set.task, set.length), hashes)?;
     Ok(&set.samples[answered.min(set.samples.len())..])
@@ -34,8 +34,8 @@ fn missing<'a>(file: &AnswersFile, variant: &Variant, set: &'a SampleSet) -> Res
 /// Prompts `variant` with the samples of `set` that it has yet to answer, and saves the answers.
 fn answer<'f>(
     file: &'f mut AnswersFile,
-    runners: &mut Runners,
-    prompting: &Prompting,
+    runners: &mut Workers,
+    prompting: &Prompter,
     (variant, set): (&Variant, &SampleSet),
     on_tokens: &(dyn Fn(usize) + Sync),
 ) -> Result<Option<&'f Cell>> {
@@ -47,7 +47,7 @@ fn answer<'f>(
         let (sample, prompt) = &missing[i];
         let room = sample.max_new_tokens;
         let ctx = set.length.max(prompt.tokens() + room);
-        let mut on_own = together(&done, on_tokens);
+        let mut on_own = shared_progress(&done, on_tokens);
         let (answer, tokens, kv) = runner.run(variant, ctx, |run| prompting.answer(run, prompt, room, &mut on_own))?;
         let answer = Answer {
             index: sample.index,
@@ -73,13 +73,13 @@ fn answer<'f>(
 /// A variant that cannot be run; answers under the same name to other prompts; a place that cannot be written to.
 pub fn answer_all(
     file: &mut AnswersFile,
-    runners: &mut Runners,
-    prompting: &Prompting,
+    runners: &mut Workers,
+    prompting: &Prompter,
     variants: &[Vec<Variant>],
     sets: &[SampleSet],
     bars: &Bars,
 ) -> Result<()> {
-    let tokens = |samples: &[(Sample, Prompt)]| samples.iter().map(|(_, p)| p.tokens()).sum::<usize>();
+    let tokens = |samples: &[(Sample, PromptIds)]| samples.iter().map(|(_, p)| p.tokens()).sum::<usize>();
     let mut total = 0;
     for (set, variant) in sets.iter().zip(variants).flat_map(|(s, all)| all.iter().map(move |v| (s, v))) {
         total += tokens(missing(file, variant, set)?);

@@ -3,8 +3,8 @@
 use super::documents::Documents;
 use super::eval_args::EvalArgs;
 use super::eval_set::EvalSet;
-use super::prompting::Prompting;
-use super::tasks::{self, Draw, Prose, Sources, Words};
+use super::prompting::Prompter;
+use super::tasks::{self, Prose, SampleKey, Sources, WordLists};
 use crate::cli::{at_least_one, parse_size, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::EvalSetRecord;
@@ -92,16 +92,16 @@ impl EvalSetArgs {
         let tasks = self.wanted_tasks();
         let mut questions = vec![];
         if !tasks.is_empty() {
-            let prompting = Prompting::new(target.checkpoint().text()?, self.chat, false, eval.prefill_chunk)?;
+            let prompting = Prompter::new(target.checkpoint().text()?, self.chat, false, eval.prefill_chunk)?;
             let sources = Sources {
-                words: Some(Words::open(&self.words)?),
+                words: Some(WordLists::open(&self.words)?),
                 prose: Some(Prose::open(&eval.texts)?),
                 ..Sources::default()
             };
             for task in tasks {
                 let task = tasks::find(task)?;
                 let one = |index| {
-                    let draw = Draw { length: self.ctx, seed: self.seed, index };
+                    let draw = SampleKey { length: self.ctx, seed: self.seed, index };
                     let sample = task.sample(&sources, draw, &|text| prompting.count(text))?;
                     let answer = prompting.answer_ids(&format!(" {}", sample.outputs.join(", ")))?;
                     Ok((prompting.prompt(&sample)?, answer))

@@ -4,28 +4,31 @@
 //! to most is that of the next token inside the needle. A head's score is its share of such steps; 1 copies always, and
 //! most heads score 0. Only dense layers are observed, since a swapped layer may not hold the needle at all.
 
-use super::prompting::Prompt;
+use super::prompting::PromptIds;
 use crate::cache::LayerState;
 use crate::error::Result;
-use crate::eval::report::Head;
+use crate::eval::report::RetrievalHead;
 use crate::run::{Observed, Run};
 use candle_core::{DType, Device, Tensor, D};
 use std::collections::BTreeMap;
 
 /// Steps at which each head attended most to the next token, and the number of all steps.
 #[derive(Debug, Default)]
-pub struct Tally {
+pub struct HeadCounter {
     hits: BTreeMap<(usize, usize), usize>,
     steps: usize,
 }
 
-impl Tally {
+impl HeadCounter {
     /// The heads that scored, the best first.
-    pub fn heads(&self) -> Vec<Head> {
+    pub fn heads(&self) -> Vec<RetrievalHead> {
         let score = |hits: usize| hits as f64 / self.steps.max(1) as f64;
-        let one =
-            |((layer, head), hits): (&(usize, usize), &usize)| Head { layer: *layer, head: *head, score: score(*hits) };
-        let mut heads: Vec<Head> = self.hits.iter().map(one).collect();
+        let one = |((layer, head), hits): (&(usize, usize), &usize)| RetrievalHead {
+            layer: *layer,
+            head: *head,
+            score: score(*hits),
+        };
+        let mut heads: Vec<RetrievalHead> = self.hits.iter().map(one).collect();
         heads.sort_by(|a, b| b.score.total_cmp(&a.score));
         heads
     }
@@ -40,7 +43,7 @@ impl Tally {
     ///
     /// # Errors
     /// As [`Run::forward`].
-    pub fn count(&mut self, run: &mut Run, prompt: &Prompt, answer: &[u32], chunk: usize) -> Result<()> {
+    pub fn count(&mut self, run: &mut Run, prompt: &PromptIds, answer: &[u32], chunk: usize) -> Result<()> {
         let ids = prompt.ids();
         let Some(needle) = ids.windows(answer.len().max(1)).position(|w| w == answer) else { return Ok(()) };
         // The last token of the prompt asks for the first of the answer.
@@ -83,9 +86,9 @@ mod tests {
 
     #[test]
     fn scores_are_shares_of_steps_and_the_best_comes_first() {
-        let tally = Tally { hits: [((3, 1), 2), ((0, 5), 4), ((7, 0), 1)].into(), steps: 4 };
+        let tally = HeadCounter { hits: [((3, 1), 2), ((0, 5), 4), ((7, 0), 1)].into(), steps: 4 };
         let heads = tally.heads();
-        assert_eq!(heads[0], Head { layer: 0, head: 5, score: 1.0 });
+        assert_eq!(heads[0], RetrievalHead { layer: 0, head: 5, score: 1.0 });
         assert_eq!(heads.iter().map(|h| (h.layer, h.score)).collect::<Vec<_>>(), [(0, 1.0), (3, 0.5), (7, 0.25)]);
     }
 }

@@ -22,7 +22,7 @@ pub const TOP: usize = 50;
 
 /// The metrics at one position.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Position {
+pub struct PositionMetrics {
     /// KL of the variant from the reference, in nats.
     pub kl: f64,
     /// KL of the reference from the variant, in nats.
@@ -38,13 +38,13 @@ pub struct Position {
 }
 
 /// Logits on the host, with everything that a comparison needs of them computed once.
-pub struct Rows {
+pub struct LogitRows {
     vocab: usize,
     values: Vec<f32>,
-    rows: Vec<Row>,
+    rows: Vec<RowStats>,
 }
 
-struct Row {
+struct RowStats {
     /// `ln Σ exp(x)`.
     log_sum: f64,
     /// Ids of the [`TOP`] likeliest tokens, rising; of equals the first.
@@ -53,7 +53,7 @@ struct Row {
     argmax: usize,
 }
 
-impl Rows {
+impl LogitRows {
     /// Copies `logits` to the host.
     ///
     /// # Shapes
@@ -64,16 +64,16 @@ impl Rows {
     pub fn of(logits: &Tensor) -> Result<Self> {
         let (_, vocab) = logits.dims2()?;
         let values: Vec<f32> = logits.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-        let rows = values.par_chunks(vocab).map(Row::of).collect::<Result<_>>()?;
+        let rows = values.par_chunks(vocab).map(RowStats::of).collect::<Result<_>>()?;
         Ok(Self { vocab, values, rows })
     }
 
-    fn row(&self, i: usize) -> (&[f32], &Row) {
+    fn row(&self, i: usize) -> (&[f32], &RowStats) {
         (&self.values[i * self.vocab..][..self.vocab], &self.rows[i])
     }
 }
 
-impl Row {
+impl RowStats {
     fn of(x: &[f32]) -> Result<Self> {
         if !x.iter().all(|v| v.is_finite()) {
             return Err(Error::new(ErrorKind::Backend, "metrics", "a logit is not a finite number"));
@@ -89,7 +89,7 @@ impl Row {
 ///
 /// # Errors
 /// Shapes that differ, or a next token outside the vocabulary.
-pub fn compare(reference: &Rows, variant: &Rows, next: &[u32]) -> Result<Vec<Position>> {
+pub fn compare(reference: &LogitRows, variant: &LogitRows, next: &[u32]) -> Result<Vec<PositionMetrics>> {
     let (a, b) = ((reference.rows.len(), reference.vocab), (variant.rows.len(), variant.vocab));
     if a != b || next.len() != a.0 || next.iter().any(|id| *id as usize >= a.1) {
         let message = format!("{a:?} and {b:?} logits and {} next tokens do not fit", next.len());
@@ -106,18 +106,18 @@ pub fn compare(reference: &Rows, variant: &Rows, next: &[u32]) -> Result<Vec<Pos
 ///
 /// # Errors
 /// As [`compare`].
-pub fn losses(logits: &Rows, next: &[u32]) -> Result<Vec<f64>> {
+pub fn losses(logits: &LogitRows, next: &[u32]) -> Result<Vec<f64>> {
     Ok(compare(logits, logits, next)?.iter().map(|p| p.loss).collect())
 }
 
-fn position((a, of_a): (&[f32], &Row), (b, of_b): (&[f32], &Row), next: usize) -> Position {
+fn position((a, of_a): (&[f32], &RowStats), (b, of_b): (&[f32], &RowStats), next: usize) -> PositionMetrics {
     let (mut kl, mut kl_reverse) = (0.0, 0.0);
     for (x, y) in a.iter().zip(b) {
         let (p, q) = (f64::from(*x) - of_a.log_sum, f64::from(*y) - of_b.log_sum);
         kl += p.exp() * (p - q);
         kl_reverse += q.exp() * (q - p);
     }
-    Position {
+    PositionMetrics {
         kl,
         kl_reverse,
         top1: of_a.argmax == of_b.argmax,
@@ -152,9 +152,9 @@ fn likeliest(x: &[f32]) -> Vec<u32> {
 mod tests {
     use super::*;
 
-    fn logits(rows: &[&[f32]]) -> Rows {
+    fn logits(rows: &[&[f32]]) -> LogitRows {
         let flat: Vec<f32> = rows.concat();
-        Rows::of(&Tensor::from_vec(flat, (rows.len(), rows[0].len()), &Device::Cpu).unwrap()).unwrap()
+        LogitRows::of(&Tensor::from_vec(flat, (rows.len(), rows[0].len()), &Device::Cpu).unwrap()).unwrap()
     }
 
     #[test]
@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn equal_logits_give_exactly_nothing() -> Result<()> {
-        let a = Rows::of(&Tensor::randn(0f32, 9.0, (7, 300), &Device::Cpu)?)?;
+        let a = LogitRows::of(&Tensor::randn(0f32, 9.0, (7, 300), &Device::Cpu)?)?;
         for p in compare(&a, &a, &[3, 299, 0, 17, 5, 5, 100])? {
             assert_eq!((p.kl, p.kl_reverse, p.top1, p.overlap), (0.0, 0.0, true, TOP));
             assert_eq!(p.loss, p.reference_loss);
@@ -184,11 +184,11 @@ mod tests {
     #[test]
     fn shifts_change_nothing_and_permutations_do() -> Result<()> {
         let a = Tensor::randn(0f32, 2.0, (3, 400), &Device::Cpu)?;
-        for p in compare(&Rows::of(&a)?, &Rows::of(&(&a + 5.0)?)?, &[1, 2, 3])? {
+        for p in compare(&LogitRows::of(&a)?, &LogitRows::of(&(&a + 5.0)?)?, &[1, 2, 3])? {
             assert!(p.kl.abs() < 1e-6 && p.top1 && p.overlap >= TOP - 1, "{p:?}");
         }
         let reversed = Tensor::cat(&[a.narrow(1, 200, 200)?, a.narrow(1, 0, 200)?], 1)?;
-        for p in compare(&Rows::of(&a)?, &Rows::of(&reversed)?, &[1, 2, 3])? {
+        for p in compare(&LogitRows::of(&a)?, &LogitRows::of(&reversed)?, &[1, 2, 3])? {
             assert!(p.kl > 1.0 && p.kl_reverse > 1.0 && p.overlap < TOP / 2, "{p:?}");
         }
         Ok(())
@@ -208,7 +208,7 @@ mod tests {
     fn of_equals_the_first_are_the_likeliest() -> Result<()> {
         let mut x = vec![1.0f32; 120];
         (x[70], x[110]) = (2.0, 3.0);
-        let got = Row::of(&x)?;
+        let got = RowStats::of(&x)?;
         let wanted: Vec<u32> = (0..48).chain([70, 110]).collect();
         assert_eq!((got.likeliest, got.argmax), (wanted, 110));
         Ok(())
@@ -216,7 +216,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() -> Result<()> {
-        let nan = Rows::of(&Tensor::new(&[[0.0, f32::NAN]], &Device::Cpu)?);
+        let nan = LogitRows::of(&Tensor::new(&[[0.0, f32::NAN]], &Device::Cpu)?);
         assert!(nan.err().ok_or("refused").unwrap().to_string().contains("not a finite"));
         let a = logits(&[&[0.0, 1.0]]);
         assert!(compare(&a, &a, &[2]).is_err() && compare(&a, &a, &[0, 1]).is_err());

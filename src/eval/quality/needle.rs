@@ -2,7 +2,7 @@
 //! <https://github.com/gkamradt/LLMTest_NeedleInAHaystack>).
 
 use super::sample_args::{CellSpec, SampleArgs};
-use super::tasks::{needle, Draw, Hay, Sample, NEEDLE};
+use super::tasks::{needle, Haystack, Sample, SampleKey, NEEDLE};
 use crate::cli::print;
 use crate::error::Result;
 use crate::eval::report::table::grid_table;
@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 
 /// The text that a needle is hidden in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum In {
+pub enum HaystackArg {
     /// Real text.
     Prose,
     /// RULER's noise sentences, repeated.
@@ -25,7 +25,7 @@ pub struct NeedleArgs {
     pub depths: u16,
     /// Text that the needle is hidden in.
     #[arg(long, default_value = "prose")]
-    pub hay: In,
+    pub hay: HaystackArg,
     /// How samples are made and prompted; `--samples` counts those of each depth.
     #[command(flatten)]
     pub sample: SampleArgs,
@@ -38,7 +38,7 @@ pub struct NeedleArgs {
 pub fn run(args: &NeedleArgs) -> Result<()> {
     let sources = args.sample.sources(None, None)?;
     let depths = usize::from(args.depths);
-    let hay = if args.hay == In::Prose { Hay::Essay } else { Hay::Noise };
+    let hay = if args.hay == HaystackArg::Prose { Haystack::Essay } else { Haystack::Noise };
     let (sources, seed) = (&sources, args.sample.seed);
     let cell = |length| CellSpec {
         task: NEEDLE.into(),
@@ -46,7 +46,7 @@ pub fn run(args: &NeedleArgs) -> Result<()> {
         count: depths * args.sample.samples,
         make: Box::new(move |i, count| {
             let depth = (i % depths) as f64 / (depths - 1) as f64;
-            let made = needle(sources, hay, depth, Draw { length, seed, index: i / depths }, count)?;
+            let made = needle(sources, hay, depth, SampleKey { length, seed, index: i / depths }, count)?;
             // A sample's number tells it apart from the same needle at another depth.
             Ok(Sample { index: i, depth: Some(depth), ..made })
         }),

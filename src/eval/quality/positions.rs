@@ -2,13 +2,13 @@
 
 use super::documents::{Documents, Excerpt};
 use super::eval_args::EvalArgs;
-use super::metrics::{losses, Rows};
+use super::metrics::{losses, LogitRows};
 use super::runner::Runner;
 use crate::cli::{at_least_one, parse_size, print, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::table::positions_table;
 use crate::eval::report::{
-    hash, prove_replaceable, save, Kv, PositionLosses, PositionRun, Positions, VariantRecord, POSITIONS,
+    hash, prove_replaceable, save, KvBytes, LossByPosition, PositionLosses, PositionRun, VariantRecord, POSITIONS,
 };
 use crate::run::Run;
 use clap::Args;
@@ -61,7 +61,7 @@ pub fn run(args: &PositionsArgs) -> Result<()> {
     target.warn(&bars);
     let runner = Runner::new(target.load(&progress)?);
     let mut results =
-        Positions { header: target.header(POSITIONS), ctx: args.ctx, stride: args.stride, bucket, runs: vec![] };
+        LossByPosition { header: target.header(POSITIONS), ctx: args.ctx, stride: args.stride, bucket, runs: vec![] };
     let total = args.ctx * texts.len() * variants.len();
     let mut done = 0;
     for variant in &variants {
@@ -96,7 +96,7 @@ fn by_bucket(
     text: &Excerpt,
     (args, bucket): (&PositionsArgs, usize),
     on_tokens: &mut dyn FnMut(usize),
-) -> Result<(Vec<f64>, Kv)> {
+) -> Result<(Vec<f64>, KvBytes)> {
     let buckets = text.ids.len().div_ceil(bucket);
     let (mut sums, mut counts) = (vec![0.0; buckets], vec![0usize; buckets]);
     let mut start = 0;
@@ -106,7 +106,7 @@ fn by_bucket(
         let logits = run.forward(chunk, &want)?;
         if !want.is_empty() {
             let next: Vec<u32> = want.iter().map(|i| text.ids[start + i + 1]).collect();
-            for (i, loss) in want.iter().zip(losses(&Rows::of(&logits)?, &next)?) {
+            for (i, loss) in want.iter().zip(losses(&LogitRows::of(&logits)?, &next)?) {
                 sums[(start + i) / bucket] += loss;
                 counts[(start + i) / bucket] += 1;
             }
@@ -115,5 +115,5 @@ fn by_bucket(
         on_tokens(start);
     }
     let means = sums.iter().zip(&counts).filter(|(_, n)| **n > 0).map(|(sum, n)| sum / *n as f64);
-    Ok((means.collect(), Kv::of(run.cache())))
+    Ok((means.collect(), KvBytes::of(run.cache())))
 }

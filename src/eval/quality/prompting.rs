@@ -1,15 +1,15 @@
 //! Prompting a model with a sample: the prompt as tokens, the greedy answer, the loss on the expected one.
 
-use super::metrics::{losses, Rows};
+use super::metrics::{losses, LogitRows};
 use super::tasks::Sample;
 use crate::checkpoint::Text;
 use crate::error::{Error, Result};
-use crate::eval::report::Kv;
+use crate::eval::report::KvBytes;
 use crate::generate::{render_chat, watch, Request, Sampler, Sampling};
 use crate::run::Run;
 
 /// How samples become prompts.
-pub struct Prompting {
+pub struct Prompter {
     /// Tokenizer, chat template and stop tokens.
     text: Text,
     /// Whether prompts are rendered with the chat template.
@@ -22,7 +22,7 @@ pub struct Prompting {
 
 /// A sample as tokens.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Prompt {
+pub struct PromptIds {
     /// Ids that are read before the cache is told that the context is over; empty where methods that evict may see the
     /// question.
     pub context: Vec<u32>,
@@ -30,7 +30,7 @@ pub struct Prompt {
     pub rest: Vec<u32>,
 }
 
-impl Prompt {
+impl PromptIds {
     /// The number of all ids.
     pub fn tokens(&self) -> usize {
         self.context.len() + self.rest.len()
@@ -42,7 +42,7 @@ impl Prompt {
     }
 }
 
-impl Prompting {
+impl Prompter {
     /// Prompting with the tokenizer and template of `text`.
     ///
     /// # Errors
@@ -76,18 +76,18 @@ impl Prompting {
     /// # Errors
     /// A template that changes the text it is given; a sample that does not say where its question begins, where that
     /// is needed.
-    pub fn prompt(&self, sample: &Sample) -> Result<Prompt> {
+    pub fn prompt(&self, sample: &Sample) -> Result<PromptIds> {
         let rendered = self.rendered(&sample.input)?;
         // A template brings its own space.
         let prefix = if self.chat { sample.answer_prefix.trim_start() } else { &sample.answer_prefix };
         if !self.unseen {
             let rest = self.text.encode(&(rendered + prefix), !self.chat)?;
-            return Ok(Prompt { context: vec![], rest });
+            return Ok(PromptIds { context: vec![], rest });
         }
         let changed = || Error::usage("--chat", "this model's template changes the text it is given");
         let at = rendered.find(&sample.input).ok_or_else(changed)? + sample.context()?.len();
         let (context, question) = rendered.split_at(at);
-        Ok(Prompt {
+        Ok(PromptIds {
             context: self.text.encode(context, !self.chat)?,
             rest: self.text.encode(&format!("{question}{prefix}"), false)?,
         })
@@ -100,10 +100,10 @@ impl Prompting {
     pub fn answer(
         &self,
         run: &mut Run,
-        prompt: &Prompt,
+        prompt: &PromptIds,
         room: usize,
         on_tokens: &mut dyn FnMut(usize),
-    ) -> Result<(String, usize, Kv)> {
+    ) -> Result<(String, usize, KvBytes)> {
         let before = read_context(run, prompt, self.chunk, on_tokens)?;
         let request = Request {
             prompt: &prompt.rest,
@@ -114,7 +114,7 @@ impl Prompting {
         };
         let mut greedy = Sampler::new(Sampling::GREEDY)?;
         let made = run.generate(&request, &mut greedy, &mut watch(|n| on_tokens(before + n)), &mut watch(|_| ()))?;
-        Ok((self.text.decode(&made.tokens)?, made.tokens.len(), Kv::of(run.cache())))
+        Ok((self.text.decode(&made.tokens)?, made.tokens.len(), KvBytes::of(run.cache())))
     }
 
     /// The ids of an answer.
@@ -132,7 +132,7 @@ impl Prompting {
 /// As [`Run::prefill`]; an answer without tokens.
 pub fn loss(
     run: &mut Run,
-    (prompt, answer): (&Prompt, &[u32]),
+    (prompt, answer): (&PromptIds, &[u32]),
     chunk: usize,
     on_tokens: &mut dyn FnMut(usize),
 ) -> Result<(f64, bool)> {
@@ -145,13 +145,13 @@ pub fn loss(
     if !read.is_empty() {
         logits = candle_core::Tensor::cat(&[&logits, &run.read(read)?], 0)?;
     }
-    let losses = losses(&Rows::of(&logits)?, answer)?;
+    let losses = losses(&LogitRows::of(&logits)?, answer)?;
     let likeliest = logits.argmax(1)?.to_vec1::<u32>()? == answer;
     Ok((losses.iter().sum::<f64>() / losses.len() as f64, likeliest))
 }
 
 /// Reads the context, tells the cache that it is over, and returns the number of tokens read.
-fn read_context(run: &mut Run, prompt: &Prompt, chunk: usize, on_tokens: &mut dyn FnMut(usize)) -> Result<usize> {
+fn read_context(run: &mut Run, prompt: &PromptIds, chunk: usize, on_tokens: &mut dyn FnMut(usize)) -> Result<usize> {
     if !prompt.context.is_empty() {
         run.prefill(&prompt.context, chunk, 1, &mut watch(on_tokens))?;
         run.compress()?;

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 /// What the measured queries of a plan read; equal for two plans whose measured queries read the same.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Reads {
+pub struct ReadSet {
     layers: Vec<usize>,
     /// Window, alignment, sinks and block size, which decide the exact positions that are read.
     exact: (usize, String, usize, usize),
@@ -21,7 +21,7 @@ pub struct Reads {
     summaries: Option<(Pool, String, u64)>,
 }
 
-impl Reads {
+impl ReadSet {
     /// The reads of `plan` for `spec`, provisioned for `ctx`, by the queries at `positions`.
     ///
     /// # Errors
@@ -59,10 +59,10 @@ mod tests {
     use crate::checkpoint::Checkpoint;
     use crate::retrofit::Settings;
 
-    fn reads(settings: Settings) -> Reads {
+    fn reads(settings: Settings) -> ReadSet {
         let spec = Checkpoint::random("tests/fixtures/shapes/qwen2.5-0.5b", 0).unwrap().spec;
         let plan = RetrofitPlan::new(&spec, None, settings).unwrap();
-        Reads::of(&spec, &plan, 8192, 8000..8192).unwrap()
+        ReadSet::of(&spec, &plan, 8192, 8000..8192).unwrap()
     }
 
     #[test]

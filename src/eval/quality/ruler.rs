@@ -1,7 +1,7 @@
 //! `ruler`: RULER's tasks, made natively, answered by every variant, and scored by its rules.
 
-use super::sample_args::{CellSpec, Imported, SampleArgs};
-use super::tasks::{self, Draw, Sample, TASKS};
+use super::sample_args::{CellSpec, ImportedSamples, SampleArgs};
+use super::tasks::{self, Sample, SampleKey, TASKS};
 use crate::cli::{parse_size, print};
 use crate::error::{Error, Result};
 use crate::eval::report::table::answers_table;
@@ -70,10 +70,10 @@ pub fn run(args: &RulerArgs) -> Result<()> {
         [name] if name != "all" => Some(name.as_str()),
         _ => None,
     };
-    let missing = tasks::Missing { task: one, max_new_tokens: None };
-    let import = |path: &PathBuf| -> Result<Imported> {
+    let missing = tasks::SampleDefaults { task: one, max_new_tokens: None };
+    let import = |path: &PathBuf| -> Result<ImportedSamples> {
         let samples = args.only_named(tasks::read(path, missing)?)?;
-        Ok(Imported { path: path.clone(), samples, length: args.import_length })
+        Ok(ImportedSamples { path: path.clone(), samples, length: args.import_length })
     };
     let imported = args.import.as_ref().map(import).transpose()?;
     let sources = args.sample.sources(args.squad.as_ref(), args.hotpot.as_ref())?;
@@ -83,7 +83,7 @@ pub fn run(args: &RulerArgs) -> Result<()> {
         task: task.name.into(),
         length,
         count: args.sample.samples,
-        make: Box::new(move |index, count| task.sample(sources, Draw { length, seed, index }, count)),
+        make: Box::new(move |index, count| task.sample(sources, SampleKey { length, seed, index }, count)),
     });
     let cells: Vec<_> = cells.collect();
     if let Some(answers) = args.sample.run(&cells, imported)? {

@@ -35,9 +35,9 @@ impl Runner {
 ///
 /// Decode of a small model leaves most of a GPU idle, since a step waits for one small kernel after another; other
 /// workers fill it.
-pub struct Runners(Vec<Runner>);
+pub struct Workers(Vec<Runner>);
 
-impl Runners {
+impl Workers {
     /// Loads the weights for `jobs` workers.
     ///
     /// # Errors
@@ -56,13 +56,13 @@ impl Runners {
     /// # Errors
     /// An error of `f`, after which no index is begun; a thread that panicked.
     pub fn each<T: Send>(&mut self, count: usize, f: impl Fn(&Runner, usize) -> Result<T> + Sync) -> Result<Vec<T>> {
-        side_by_side(&mut self.0, count, &|runner: &mut Runner, i| f(runner, i))
+        parallel_map(&mut self.0, count, &|runner: &mut Runner, i| f(runner, i))
     }
 }
 
 /// The progress callback of one of several workers: it takes what this worker has read so far, and calls `show` with
 /// the sum over `all`.
-pub fn together<'a>(all: &'a AtomicUsize, show: impl Fn(usize) + 'a) -> impl FnMut(usize) + 'a {
+pub fn shared_progress<'a>(all: &'a AtomicUsize, show: impl Fn(usize) + 'a) -> impl FnMut(usize) + 'a {
     let mut own = 0;
     move |n: usize| {
         let more = n.saturating_sub(own);
@@ -71,8 +71,8 @@ pub fn together<'a>(all: &'a AtomicUsize, show: impl Fn(usize) + 'a) -> impl FnM
     }
 }
 
-/// [`Runners::each`] for workers of any type.
-fn side_by_side<W: Send, T: Send>(
+/// [`Workers::each`] for workers of any type.
+fn parallel_map<W: Send, T: Send>(
     workers: &mut [W],
     count: usize,
     f: &(impl Fn(&mut W, usize) -> Result<T> + Sync),
@@ -116,7 +116,7 @@ mod tests {
     #[test]
     fn every_index_once_in_order_by_all_workers() -> Result<()> {
         let (mut workers, meet) = ([0usize; 3], Barrier::new(3));
-        let made = side_by_side(&mut workers, 50, &|worker: &mut usize, i| {
+        let made = parallel_map(&mut workers, 50, &|worker: &mut usize, i| {
             // The first of each waits for the others: all take part.
             if *worker == 0 {
                 meet.wait();
@@ -133,7 +133,7 @@ mod tests {
     fn what_workers_read_is_added_up() {
         let (all, shown) = (AtomicUsize::new(10), std::cell::RefCell::new(vec![]));
         let show = |n| shown.borrow_mut().push(n);
-        let (mut one, mut two) = (together(&all, show), together(&all, show));
+        let (mut one, mut two) = (shared_progress(&all, show), shared_progress(&all, show));
         one(5);
         two(3);
         one(7);
@@ -145,13 +145,13 @@ mod tests {
     #[test]
     fn a_failure_is_told_and_so_is_a_panic() {
         for workers in [1, 4] {
-            let told = side_by_side(&mut vec![(); workers], 100, &|(), i| match i {
+            let told = parallel_map(&mut vec![(); workers], 100, &|(), i| match i {
                 7 => Err(Error::usage("sample 7", "cannot be read")),
                 _ => Ok(i),
             });
             assert_eq!(told.map(drop).map_err(|e| e.to_string()), Err("sample 7: cannot be read".into()));
         }
-        let told = side_by_side(&mut [(); 2], 9, &|(), i| if i == 3 { panic!("a defect") } else { Ok(i) });
+        let told = parallel_map(&mut [(); 2], 9, &|(), i| if i == 3 { panic!("a defect") } else { Ok(i) });
         assert!(told.is_err_and(|e| e.to_string().contains("a thread panicked")));
     }
 }

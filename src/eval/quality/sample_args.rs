@@ -2,13 +2,13 @@
 
 use super::answers::{answer_all, SampleSet};
 use super::eval_args::EvalArgs;
-use super::prompting::Prompting;
-use super::runner::Runners;
-use super::tasks::{self, Prose, Questions, Sample, Sources, Words};
+use super::prompting::Prompter;
+use super::runner::Workers;
+use super::tasks::{self, Prose, Questions, Sample, Sources, WordLists};
 use crate::cli::{at_least_one, parse_size, short_count, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::resume::AnswersFile;
-use crate::eval::report::{prove_replaceable, Answers, Asked, ANSWERS};
+use crate::eval::report::{prove_replaceable, Answers, PromptSettings, ANSWERS};
 use clap::Args;
 use rayon::prelude::*;
 use std::path::PathBuf;
@@ -55,7 +55,7 @@ pub struct SampleArgs {
 }
 
 /// Makes the sample of a number; the second argument counts the tokens of a prompt.
-pub type Make<'a> = Box<dyn Fn(usize, tasks::Count) -> Result<Sample> + Sync + 'a>;
+pub type MakeSample<'a> = Box<dyn Fn(usize, tasks::CountTokens) -> Result<Sample> + Sync + 'a>;
 
 /// How the samples of a cell are made.
 pub struct CellSpec<'a> {
@@ -66,11 +66,11 @@ pub struct CellSpec<'a> {
     /// Number of samples.
     pub count: usize,
     /// Makes one sample.
-    pub make: Make<'a>,
+    pub make: MakeSample<'a>,
 }
 
 /// Samples that were read from a file.
-pub struct Imported {
+pub struct ImportedSamples {
     /// File that they were read from.
     pub path: PathBuf,
     /// Samples in the order of the file.
@@ -95,7 +95,7 @@ impl SampleArgs {
     pub fn sources(&self, squad: Option<&PathBuf>, hotpot: Option<&PathBuf>) -> Result<Sources> {
         let texts = &self.eval.texts;
         Ok(Sources {
-            words: self.words.exists().then(|| Words::open(&self.words)).transpose()?,
+            words: self.words.exists().then(|| WordLists::open(&self.words)).transpose()?,
             prose: texts.exists().then(|| Prose::open(texts)).transpose()?,
             squad: squad.map(|f| Questions::squad(f)).transpose()?,
             hotpot: hotpot.map(|f| Questions::hotpot(f)).transpose()?,
@@ -107,7 +107,7 @@ impl SampleArgs {
     ///
     /// # Errors
     /// Bad flags or files, named, before weights are read; a variant that cannot be run.
-    pub fn run(&self, cells: &[CellSpec], imported: Option<Imported>) -> Result<Option<Answers>> {
+    pub fn run(&self, cells: &[CellSpec], imported: Option<ImportedSamples>) -> Result<Option<Answers>> {
         let bars = Bars::new(self.eval.quiet);
         let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
         self.out.as_deref().map(|out| prove_replaceable(out, ANSWERS)).transpose()?;
@@ -124,7 +124,7 @@ impl SampleArgs {
         asked_for.into_iter().try_for_each(|length| target.variants_at(length).map(drop))?;
         let text = target.checkpoint().text()?;
         target.warn(&bars);
-        let prompting = Prompting::new(text, self.chat, self.question_unseen, self.eval.prefill_chunk)?;
+        let prompting = Prompter::new(text, self.chat, self.question_unseen, self.eval.prefill_chunk)?;
         let from = imported.as_ref().map(|i| i.path.display().to_string());
         let sets = match imported {
             Some(imported) => given(imported, &prompting, &bars)?,
@@ -142,7 +142,7 @@ impl SampleArgs {
             self.eval.check_trained(&target, &lengths, &bars)?;
         }
         let variants = lengths.iter().map(|l| target.variants_at(*l)).collect::<Result<Vec<_>>>()?;
-        let asked = Asked {
+        let asked = PromptSettings {
             seed: from.is_none().then_some(self.seed),
             from,
             chat: self.chat,
@@ -152,14 +152,14 @@ impl SampleArgs {
         let mut file = AnswersFile::open(self.out.as_deref(), target.header(ANSWERS), asked)?;
         // No more workers than samples to answer.
         let most = sets.iter().map(|s| s.samples.len()).max().unwrap_or(1);
-        let mut runners = Runners::load(&target, self.jobs.min(most), &progress)?;
+        let mut runners = Workers::load(&target, self.jobs.min(most), &progress)?;
         answer_all(&mut file, &mut runners, &prompting, &variants, &sets, &bars)?;
         Ok(Some(file.answers))
     }
 }
 
 /// Makes the samples of every cell, those of a cell in parallel.
-fn make(cells: &[CellSpec], prompting: &Prompting, bars: &Bars) -> Result<Vec<SampleSet>> {
+fn make(cells: &[CellSpec], prompting: &Prompter, bars: &Bars) -> Result<Vec<SampleSet>> {
     let mut sets = vec![];
     for (i, cell) in cells.iter().enumerate() {
         bars.show("samples", i as u64, cells.len() as u64);
@@ -182,7 +182,7 @@ const UNTOLD: usize = 512;
 ///
 /// # Errors
 /// A sample that is longer than the length that is stated for it.
-fn given(imported: Imported, prompting: &Prompting, bars: &Bars) -> Result<Vec<SampleSet>> {
+fn given(imported: ImportedSamples, prompting: &Prompter, bars: &Bars) -> Result<Vec<SampleSet>> {
     let mut sets: Vec<SampleSet> = vec![];
     let mut untold = false;
     for sample in imported.samples {

@@ -6,12 +6,14 @@
 use super::documents::{Documents, Excerpt};
 use super::eval_args::EvalArgs;
 use super::gate::{self, Gate};
-use super::metrics::{compare, Position, Rows, TOP};
+use super::metrics::{compare, LogitRows, PositionMetrics, TOP};
 use super::runner::Runner;
 use crate::cli::{at_least_one, parse_size, print, short_count, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::table::smoke_table;
-use crate::eval::report::{hash, prove_replaceable, save, DocumentScore, Kv, Smoke, SmokeRun, VariantRecord, SMOKE};
+use crate::eval::report::{
+    hash, prove_replaceable, save, DocumentScore, KvBytes, Smoke, SmokeRun, VariantRecord, SMOKE,
+};
 use crate::eval::variant::Variant;
 use crate::generate::{watch, Request, Sampler, Sampling};
 use crate::run::Run;
@@ -71,13 +73,13 @@ impl SmokeArgs {
 }
 
 /// What a variant gives on a text.
-struct Reading {
+struct VariantOutput {
     /// Logits at the compared positions.
-    logits: Rows,
+    logits: LogitRows,
     /// Greedy tokens after the text.
     greedy: Vec<u32>,
     /// Bytes of the cache.
-    kv: Kv,
+    kv: KvBytes,
 }
 
 /// Compares every variant with stock, writes the results, prints a table, and checks the gates.
@@ -146,7 +148,7 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
 }
 
 /// Reads all of `text` but the room for greedy tokens, which are then generated.
-fn reading(run: &mut Run, text: &Excerpt, args: &SmokeArgs, on_tokens: &mut dyn FnMut(usize)) -> Result<Reading> {
+fn reading(run: &mut Run, text: &Excerpt, args: &SmokeArgs, on_tokens: &mut dyn FnMut(usize)) -> Result<VariantOutput> {
     let request = Request {
         prompt: &text.ids[..text.ids.len() - args.greedy],
         max_new_tokens: args.greedy,
@@ -156,13 +158,13 @@ fn reading(run: &mut Run, text: &Excerpt, args: &SmokeArgs, on_tokens: &mut dyn 
     };
     let made =
         run.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut watch(on_tokens), &mut watch(|_| ()))?;
-    Ok(Reading { logits: Rows::of(&made.prompt_logits)?, greedy: made.tokens, kv: Kv::of(run.cache()) })
+    Ok(VariantOutput { logits: LogitRows::of(&made.prompt_logits)?, greedy: made.tokens, kv: KvBytes::of(run.cache()) })
 }
 
 /// Means over `positions`, with the greedy tokens compared; the text is filled in by the caller.
-fn document_score(positions: &[Position], stock: &[u32], greedy: &[u32]) -> DocumentScore {
+fn document_score(positions: &[PositionMetrics], stock: &[u32], greedy: &[u32]) -> DocumentScore {
     let n = positions.len().max(1) as f64;
-    let mean = |f: &dyn Fn(&Position) -> f64| positions.iter().map(f).sum::<f64>() / n;
+    let mean = |f: &dyn Fn(&PositionMetrics) -> f64| positions.iter().map(f).sum::<f64>() / n;
     DocumentScore {
         kl: mean(&|p| p.kl),
         kl_reverse: mean(&|p| p.kl_reverse),
@@ -177,7 +179,7 @@ fn document_score(positions: &[Position], stock: &[u32], greedy: &[u32]) -> Docu
 }
 
 /// The run of `variant` at `ctx`, which is put there if there is none.
-fn entry<'a>(smoke: &'a mut Smoke, variant: &Variant, ctx: usize, kv: Kv) -> &'a mut SmokeRun {
+fn entry<'a>(smoke: &'a mut Smoke, variant: &Variant, ctx: usize, kv: KvBytes) -> &'a mut SmokeRun {
     let same = |r: &SmokeRun| (r.record.variant.as_str(), r.ctx) == (variant.name.as_str(), ctx);
     let at = smoke.runs.iter().position(same).unwrap_or_else(|| {
         smoke.runs.push(SmokeRun {

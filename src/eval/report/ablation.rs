@@ -60,12 +60,12 @@ pub struct Ablation {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_summaries_per_query: Option<f64>,
     /// One entry per changed setting and value.
-    pub changes: Vec<Change>,
+    pub changes: Vec<AblationChange>,
 }
 
 /// One change from the base.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Change {
+pub struct AblationChange {
     /// Setting that is changed.
     pub axis: AblationAxis,
     /// Value that it is changed to.

@@ -2,7 +2,7 @@
 
 use super::header::Header;
 use super::resume::{header_difference, Difference};
-use super::rule::Rule;
+use super::rule::ScoringRule;
 use super::stats::Estimate;
 use super::variant::VariantRecord;
 use serde::{Deserialize, Serialize};
@@ -34,7 +34,7 @@ pub struct Answers {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub joined: Vec<JoinedPart>,
     /// How samples were made and prompted.
-    pub asked: Asked,
+    pub asked: PromptSettings,
     /// One entry per variant, task and length.
     pub cells: Vec<Cell>,
 }
@@ -50,7 +50,7 @@ pub struct JoinedPart {
 
 /// How samples were made and prompted: the same for all cells of a file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Asked {
+pub struct PromptSettings {
     /// Seed of the samples; null where they were read from a file.
     pub seed: Option<u64>,
     /// File that the samples were read from; null where they were made.
@@ -72,7 +72,7 @@ pub struct Cell {
     /// Name of the task.
     pub task: String,
     /// Rule by which its answers are scored.
-    pub rule: Rule,
+    pub rule: ScoringRule,
     /// Most tokens of a prompt and its answer together; also the positions provisioned.
     pub length: usize,
     /// Seconds from tokens to answers for all samples together, with `--jobs` in wall-clock time.
@@ -104,7 +104,7 @@ pub struct Answer {
 impl Answers {
     /// The first thing in which `other` was measured or prompted otherwise.
     pub fn difference(&self, other: &Self) -> Option<Difference> {
-        let show = |a: &Asked| serde_json::to_string(a).unwrap_or_default();
+        let show = |a: &PromptSettings| serde_json::to_string(a).unwrap_or_default();
         header_difference(&self.header, &other.header)
             .or_else(|| (self.asked != other.asked).then(|| ("way of asking", show(&self.asked), show(&other.asked))))
     }
@@ -161,7 +161,7 @@ mod tests {
         let cell = |answers| Cell {
             record: VariantRecord::test("stock"),
             task: "needle".into(),
-            rule: Rule::All,
+            rule: ScoringRule::All,
             length: 9,
             seconds: 0.0,
             answers,

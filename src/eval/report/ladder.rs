@@ -5,7 +5,7 @@
 use super::header::{Ceilings, Header};
 use super::prompt::PromptSource;
 use super::stats::{median, percentile};
-use super::variant::Kv;
+use super::variant::KvBytes;
 use crate::error::Result;
 use crate::eviction::EvictionPlan;
 use crate::layout::Layout;
@@ -64,7 +64,7 @@ pub struct LadderRun {
     /// Bytes of weights as held.
     pub weights_bytes: Option<u64>,
     /// Cache by pool; null for peers.
-    pub kv: Option<Kv>,
+    pub kv: Option<KvBytes>,
     /// Bytes that a peer's cache held in the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_bytes: Option<u64>,
@@ -81,7 +81,7 @@ pub struct LadderRun {
     /// Every timed run.
     pub samples: Vec<TimedRun>,
     /// Medians and derived rates; null without a timed run.
-    pub summary: Option<Summary>,
+    pub summary: Option<TimingSummary>,
 }
 
 impl LadderRun {
@@ -103,13 +103,13 @@ impl LadderRun {
     }
 
     /// Medians over the timed runs, and what follows from them; `None` without one.
-    fn summarise(&self) -> Option<Summary> {
+    fn summarise(&self) -> Option<TimingSummary> {
         let of = |f: fn(&TimedRun) -> f64| median(&self.samples.iter().map(f).collect::<Vec<_>>());
         let steps: Vec<f64> = self.samples.iter().flat_map(|s| s.inter_token_s.iter().copied()).collect();
         let (p50, p95) = (median(&steps).unwrap_or(0.0), percentile(&steps, 0.95).unwrap_or(0.0));
         let per = |amount: f64, seconds: f64| if seconds > 0.0 { amount / seconds } else { 0.0 };
         let prefill_s = of(|s| s.prefill_s)?;
-        Some(Summary {
+        Some(TimingSummary {
             prefill_s,
             ttft_s: of(|s| s.ttft_s)?,
             end_to_end_s: of(|s| s.end_to_end_s)?,
@@ -174,7 +174,7 @@ pub struct TimedRun {
 
 /// Medians over timed runs, and what follows from them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Summary {
+pub struct TimingSummary {
     /// Median seconds of prefill.
     pub prefill_s: f64,
     /// Median seconds to the first new token.

@@ -22,7 +22,7 @@ pub enum RankBy {
 /// How layers are ranked: what a layer is swapped on top of when its harm is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
-pub enum Rank {
+pub enum RankMethod {
     /// On top of nothing: every other layer stays dense. Layers that can stand in for each other all look harmless.
     #[default] // Of files that were written before there was a choice.
     Alone,
@@ -34,7 +34,7 @@ pub enum Rank {
 
 /// What a study found.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Layers {
+pub struct LayerStudy {
     /// Header of kind [`LAYERS`].
     #[serde(flatten)]
     pub header: Header,
@@ -44,21 +44,21 @@ pub struct Layers {
     pub rank_by: RankBy,
     /// How layers were ranked.
     #[serde(default)]
-    pub rank: Rank,
+    pub rank: RankMethod,
     /// Score of the stock model.
     pub stock: Score,
     /// Retrieval heads, the best first; empty where the evaluation set has no tasks.
     #[serde(default)]
-    pub heads: Vec<Head>,
+    pub heads: Vec<RetrievalHead>,
     /// Answer tokens at which heads were observed.
     #[serde(default)]
     pub head_steps: usize,
     /// Scores with one layer swapped at a time, in order of layers.
-    pub single: Vec<Single>,
-    /// Rounds after `single`, with [`Rank::Rounds`]; their scores hold answers or texts alone, whichever layers are
+    pub single: Vec<LayerScore>,
+    /// Rounds after `single`, with [`RankMethod::Rounds`]; their scores hold answers or texts alone, whichever layers are
     /// ranked by.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub rounds: Vec<Round>,
+    pub rounds: Vec<EliminationRound>,
     /// All layers, the most sensitive first.
     pub order: Vec<usize>,
     /// Scores with the first layers of `order` kept dense and the others swapped.
@@ -71,7 +71,7 @@ pub struct Layers {
 
 /// A retrieval head: it copies the answer out of the text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Head {
+pub struct RetrievalHead {
     /// Layer of the head.
     pub layer: usize,
     /// Index among the layer's query heads.
@@ -82,7 +82,7 @@ pub struct Head {
 
 /// The score with one layer swapped on top of others, or of none.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Single {
+pub struct LayerScore {
     /// The layer.
     pub layer: usize,
     /// Score of the model with it swapped.
@@ -91,11 +91,11 @@ pub struct Single {
 
 /// One round of backward elimination after the first, which is the table of single layers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Round {
+pub struct EliminationRound {
     /// Layers that are swapped already, rising.
     pub swapped: Vec<usize>,
     /// Every layer left, swapped on top of them.
-    pub tried: Vec<Single>,
+    pub tried: Vec<LayerScore>,
 }
 
 /// The score with some layers kept dense.
@@ -108,23 +108,23 @@ pub struct CurvePoint {
 }
 
 /// The harm that `score` shows against `stock`: loss added on answers, or KL on text.
-pub fn harm(score: &Score, stock: &Score, by: RankBy) -> Option<Estimate> {
+pub fn sensitivity(score: &Score, stock: &Score, by: RankBy) -> Option<Estimate> {
     match by {
         RankBy::Answers => Estimate::of_differences(&score.answer_losses(), &stock.answer_losses()),
         RankBy::Text => Estimate::of(&score.texts(|t| t.kl)),
     }
 }
 
-/// Layers in order of falling `harm`; of equals the earlier first.
-pub fn by_harm(singles: &[Single], harm: impl Fn(&Single) -> f64) -> Vec<usize> {
-    let mut layers: Vec<(f64, usize)> = singles.iter().map(|s| (harm(s), s.layer)).collect();
+/// Layers in order of falling `sensitivity`; of equals the earlier first.
+pub fn by_sensitivity(singles: &[LayerScore], sensitivity: impl Fn(&LayerScore) -> f64) -> Vec<usize> {
+    let mut layers: Vec<(f64, usize)> = singles.iter().map(|s| (sensitivity(s), s.layer)).collect();
     layers.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
     layers.into_iter().map(|(_, layer)| layer).collect()
 }
 
-impl Layers {
+impl LayerStudy {
     /// A study that has scored nothing but stock yet.
-    pub fn begin(header: Header, probed: EvalSetRecord, (rank_by, rank): (RankBy, Rank), stock: Score) -> Self {
+    pub fn begin(header: Header, probed: EvalSetRecord, (rank_by, rank): (RankBy, RankMethod), stock: Score) -> Self {
         Self {
             header,
             probed,
@@ -148,7 +148,7 @@ impl Layers {
     }
 
     /// The harm of swapping a layer, as a mean, by what this study ranks layers by.
-    pub fn harm_of(&self, single: &Single) -> f64 {
-        harm(&single.score, &self.stock, self.rank_by).map_or(0.0, |e| e.mean)
+    pub fn sensitivity_of(&self, single: &LayerScore) -> f64 {
+        sensitivity(&single.score, &self.stock, self.rank_by).map_or(0.0, |e| e.mean)
     }
 }

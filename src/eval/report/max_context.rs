@@ -3,7 +3,7 @@
 use super::header::Header;
 use super::ladder::TimedRun;
 use super::prompt::PromptSource;
-use super::variant::Kv;
+use super::variant::KvBytes;
 use crate::eviction::EvictionPlan;
 use crate::retrofit::RetrofitPlan;
 use serde::{Deserialize, Serialize};
@@ -51,7 +51,7 @@ pub struct MaxContextRun {
     /// Bytes of weights as held.
     pub weights_bytes: u64,
     /// Cache by pool; null where it was not allocated.
-    pub kv: Option<Kv>,
+    pub kv: Option<KvBytes>,
     /// Tokens to a prefill chunk: as requested, or fewer to stay within the budget or because fewer are read.
     pub prefill_chunk: Option<usize>,
     /// Tokens that the run reads: fewer than are provisioned, since the bytes of these caches do not depend on it.

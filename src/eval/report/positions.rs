@@ -9,7 +9,7 @@ pub const POSITIONS: &str = "bfly-positions";
 
 /// Losses of variants by position.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Positions {
+pub struct LossByPosition {
     /// Header of kind [`POSITIONS`].
     #[serde(flatten)]
     pub header: Header,

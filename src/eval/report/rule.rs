@@ -8,14 +8,14 @@ use serde::{Deserialize, Serialize};
 /// How the outputs that an answer contains become its score.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Rule {
+pub enum ScoringRule {
     /// RULER's `string_match_all`: the share of the outputs that occur.
     All,
     /// RULER's `string_match_part`: 1 where any of them occurs, else 0.
     Part,
 }
 
-impl Rule {
+impl ScoringRule {
     /// Name of the rule in RULER.
     pub fn name(self) -> &'static str {
         match self {
@@ -41,7 +41,7 @@ mod tests {
 
     fn scores(answer: &str, outputs: &[&str]) -> (f64, f64) {
         let outputs: Vec<String> = outputs.iter().map(|o| o.to_string()).collect();
-        (Rule::All.score(answer, &outputs), Rule::Part.score(answer, &outputs))
+        (ScoringRule::All.score(answer, &outputs), ScoringRule::Part.score(answer, &outputs))
     }
 
     #[test]

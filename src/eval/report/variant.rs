@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// Bytes of a KV cache as allocated, by pool.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Kv {
+pub struct KvBytes {
     /// Bytes of exact positions.
     pub local_bytes: u64,
     /// Bytes of block summaries and running sums.
@@ -25,7 +25,7 @@ pub struct Kv {
     pub peak_bytes: Option<u64>,
 }
 
-impl Kv {
+impl KvBytes {
     /// The bytes that `cache` has allocated.
     pub fn of(cache: &Cache) -> Self {
         let (bytes, peak) = (cache.capacity_bytes(), cache.peak_bytes().total());
@@ -56,16 +56,16 @@ pub struct VariantRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eviction: Option<EvictionPlan>,
     /// Bytes of the cache as allocated.
-    pub kv: Kv,
+    pub kv: KvBytes,
 }
 
 impl VariantRecord {
     /// The record of a variant called `name` that runs `method` and allocated `kv`.
-    pub fn of(name: &str, method: &Method, kv: Kv) -> Self {
+    pub fn of(name: &str, method: &Method, kv: KvBytes) -> Self {
         Self { variant: name.into(), plan: method.plan().cloned(), eviction: method.eviction().cloned(), kv }
     }
 
-    /// As [`Kv::share_of_dense`].
+    /// As [`KvBytes::share_of_dense`].
     pub fn share_of_dense(&self) -> f64 {
         self.kv.share_of_dense()
     }
@@ -75,8 +75,14 @@ impl VariantRecord {
 impl VariantRecord {
     /// A record whose cache takes half of a dense one.
     pub(crate) fn test(variant: &str) -> Self {
-        let kv =
-            Kv { local_bytes: 1, summary_bytes: 0, sink_bytes: 0, total_bytes: 1, dense_bytes: 2, peak_bytes: None };
+        let kv = KvBytes {
+            local_bytes: 1,
+            summary_bytes: 0,
+            sink_bytes: 0,
+            total_bytes: 1,
+            dense_bytes: 2,
+            peak_bytes: None,
+        };
         Self { variant: variant.into(), plan: None, eviction: None, kv }
     }
 }

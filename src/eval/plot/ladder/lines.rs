@@ -2,14 +2,14 @@
 
 use super::series::Line;
 use crate::eval::plot::axis::brief;
-use crate::eval::plot::panel::{plot_area, Panel, Plot};
+use crate::eval::plot::panel::{plot_area, Axes, Panel};
 use crate::eval::plot::scale::Scale;
 use crate::eval::plot::scene::{Anchor, Area, Scene};
 use crate::eval::plot::text::{shorten, text_width};
 use crate::eval::plot::theme::{Ink, HAIR, LABEL, SAMPLE, SAMPLE_SHIFT, THIN, TICK};
 
 /// Lines of one panel.
-pub struct Lines<'a> {
+pub struct LinePanel<'a> {
     /// Quantity and unit.
     pub title: &'a str,
     /// Lines of the panel, the most important first.
@@ -33,7 +33,7 @@ pub struct Lines<'a> {
 const ROW: f64 = 15.0;
 
 /// Draws `lines` in a panel.
-pub fn draw(scene: &mut Scene, area: Area, lines: &Lines) {
+pub fn draw(scene: &mut Scene, area: Area, lines: &LinePanel) {
     let head = ROW * lines.lines.iter().filter(|l| !l.missed.is_empty()).count() as f64;
     let points = || lines.scale.iter().flat_map(|l| &l.points);
     let values = points().flat_map(|p| p.samples.iter().copied().chain(p.p95).chain([p.value]));
@@ -100,7 +100,7 @@ fn label_ends(scene: &mut Scene, mut ends: Vec<((f64, f64), String)>, plot: Area
 }
 
 /// The scale of contexts, with room on the right for the labels at the lines' ends; the plot is `width` wide.
-fn x_scale(lines: &Lines, width: f64) -> Scale {
+fn x_scale(lines: &LinePanel, width: f64) -> Scale {
     let mut scale = Scale::contexts(lines.contexts);
     for line in lines.lines.iter().filter(|_| lines.label_ends) {
         if let (Some(last), Some(label)) = (line.points.last(), end_label(line, lines.unit)) {
@@ -139,7 +139,7 @@ fn curve(scene: &mut Scene, line: &Line, at: &dyn Fn(usize, f64) -> (f64, f64)) 
 
 /// Draws a row of crosses for each line that misses runs, from `top` down, with the line's name where there is room
 /// beside them.
-fn crosses(scene: &mut Scene, lines: &[Line], plot: &Plot, top: f64) {
+fn crosses(scene: &mut Scene, lines: &[Line], plot: &Axes, top: f64) {
     let missing = lines.iter().filter(|l| !l.missed.is_empty());
     for (row, line) in missing.enumerate() {
         let y = top + ROW * (row as f64 + 0.5);

@@ -19,7 +19,7 @@ mod view;
 use super::Figure;
 use crate::error::Result;
 use crate::eval::report::Ladder;
-use series::Runs;
+use series::SortedRuns;
 use std::path::Path;
 use view::LadderView;
 
@@ -28,7 +28,7 @@ use view::LadderView;
 /// # Errors
 /// A ladder without runs, or one that contradicts itself.
 pub fn figures(ladder: &Ladder, path: &Path) -> Result<(Vec<Figure>, Vec<String>)> {
-    let view = LadderView { ladder, runs: Runs::of(ladder, path)? };
+    let view = LadderView { ladder, runs: SortedRuns::of(ladder, path)? };
     let (mut figures, remarks) = ratio::figures(&view);
     figures.extend([time::figure(&view), memory::figure(&view), decode::figure(&view)]);
     Ok((figures, remarks))

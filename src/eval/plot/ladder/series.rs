@@ -47,7 +47,7 @@ pub struct Line {
 }
 
 /// The checked runs of a ladder, in the order in which they are drawn.
-pub struct Runs<'a> {
+pub struct SortedRuns<'a> {
     /// Engines and variants, retrofits before stocks.
     pub names: Vec<(&'a str, &'a str)>,
     runs: Vec<&'a LadderRun>,
@@ -85,7 +85,7 @@ impl Quantity {
     }
 }
 
-impl<'a> Runs<'a> {
+impl<'a> SortedRuns<'a> {
     /// Checks the ladder read from `path`, and sorts its runs.
     ///
     /// # Errors
@@ -233,7 +233,7 @@ mod tests {
     #[test]
     fn ratios_are_against_the_faster_and_the_smaller_stock() {
         let ladder = three();
-        let runs = Runs::of(&ladder, Path::new("x")).unwrap();
+        let runs = SortedRuns::of(&ladder, Path::new("x")).unwrap();
         let ratios = |m| runs.ratios("retrofit", m).into_iter().map(|p| (p.ctx, p.value)).collect::<Vec<_>>();
         // At 64: transformers is faster (8 against 11), bfly's stock is smaller (200 against 300).
         assert_eq!(ratios(Quantity::EndToEnd), [(32, 0.5), (64, 0.5)]);
@@ -249,7 +249,7 @@ mod tests {
         all.push(run("t", "sdpa", 64, &[], 0, None));
         all.extend([16, 32, 64, 128].map(|ctx| run("bfly", "retrofit", ctx, &[1.0], 1, None)));
         let ladder = ladder(all);
-        let runs = Runs::of(&ladder, Path::new("x")).unwrap();
+        let runs = SortedRuns::of(&ladder, Path::new("x")).unwrap();
         assert_eq!(runs.without_stock("retrofit"), [64, 128]);
         assert!(runs.given_up("t", "sdpa") && runs.given_up("bfly", "stock") && !runs.given_up("bfly", "retrofit"));
     }
@@ -257,7 +257,7 @@ mod tests {
     #[test]
     fn lines_hold_medians_every_sample_and_what_was_missed() {
         let ladder = three();
-        let runs = Runs::of(&ladder, Path::new("x")).unwrap();
+        let runs = SortedRuns::of(&ladder, Path::new("x")).unwrap();
         let lines = runs.lines(Quantity::EndToEnd);
         let labels: Vec<_> = lines.iter().map(|l| l.label.as_str()).collect();
         assert_eq!(labels, ["bfly retrofit", "bfly stock", "transformers sdpa"], "retrofits come first");
@@ -278,7 +278,7 @@ mod tests {
     fn a_ladders_first_retrofit_and_its_stocks_look_the_same_whatever_else_ran() {
         let styles = |variants: &[(&str, &str)]| {
             let ladder = ladder(variants.iter().map(|(e, v)| run(e, v, 32, &[1.0], 1, None)).collect());
-            let lines = Runs::of(&ladder, Path::new("x")).unwrap().lines(Quantity::EndToEnd);
+            let lines = SortedRuns::of(&ladder, Path::new("x")).unwrap().lines(Quantity::EndToEnd);
             lines.into_iter().map(|l| (l.label, l.style)).collect::<Vec<_>>()
         };
         let owned = |all: &[(&str, usize)]| all.iter().map(|(l, s)| (l.to_string(), *s)).collect::<Vec<_>>();
@@ -293,7 +293,7 @@ mod tests {
     #[test]
     fn a_figure_that_was_not_measured_is_no_point() {
         let ladder = ladder(vec![run("bfly", "retrofit", 32, &[3.0], 0, None)]);
-        let runs = Runs::of(&ladder, Path::new("x")).unwrap();
+        let runs = SortedRuns::of(&ladder, Path::new("x")).unwrap();
         assert!(runs.lines(Quantity::PeakMemory)[0].points.is_empty());
         assert!(runs.ratios("retrofit", Quantity::EndToEnd).is_empty(), "no stock ran");
         assert!(runs.without_stock("retrofit").is_empty(), "none was tried");
@@ -303,7 +303,7 @@ mod tests {
     fn ladders_that_make_no_sense_are_refused() {
         let bad = |runs, words: &str| {
             let ladder = ladder(runs);
-            let e = Runs::of(&ladder, Path::new("file.json")).err().unwrap().to_string();
+            let e = SortedRuns::of(&ladder, Path::new("file.json")).err().unwrap().to_string();
             assert!(e.starts_with("file.json: ") && e.contains(words), "{e}");
         };
         bad(vec![], "without runs");

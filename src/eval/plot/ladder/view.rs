@@ -1,8 +1,8 @@
 //! Title, legend and notes that the figures of a ladder share.
 
-use super::series::{Line, Runs};
+use super::series::{Line, SortedRuns};
 use crate::cli::short_count;
-use crate::eval::plot::page::{trained_key, Key};
+use crate::eval::plot::page::{trained_key, LegendEntry};
 use crate::eval::plot::target::target;
 use crate::eval::report::{Ladder, LadderRun};
 use std::collections::BTreeSet;
@@ -12,7 +12,7 @@ pub struct LadderView<'a> {
     /// Ladder as read.
     pub ladder: &'a Ladder,
     /// Runs of the ladder, checked and sorted.
-    pub runs: Runs<'a>,
+    pub runs: SortedRuns<'a>,
 }
 
 impl LadderView<'_> {
@@ -37,11 +37,11 @@ impl LadderView<'_> {
     }
 
     /// The legend of a panel with `lines` and with `extra` marks.
-    pub fn keys(&self, lines: &[Line], extra: &[Key]) -> Vec<Key> {
-        let mut keys: Vec<Key> = lines.iter().map(|l| Key::Series(l.style, l.label.clone())).collect();
+    pub fn keys(&self, lines: &[Line], extra: &[LegendEntry]) -> Vec<LegendEntry> {
+        let mut keys: Vec<LegendEntry> = lines.iter().map(|l| LegendEntry::Series(l.style, l.label.clone())).collect();
         keys.extend_from_slice(extra);
         if lines.iter().any(|l| !l.missed.is_empty()) {
-            keys.push(Key::Missed("did not fit".into()));
+            keys.push(LegendEntry::Missed("did not fit".into()));
         }
         let longest = self.runs.contexts().last().map_or(0.0, |c| *c as f64);
         keys.extend(trained_key(&self.ladder.header, longest, "speed and memory only"));

@@ -3,14 +3,14 @@
 use super::{read_line, share_of, title, ScoreFigure};
 use crate::error::{Error, Result};
 use crate::eval::plot::axis::grouped;
-use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
 use crate::eval::plot::scale::Scale;
 use crate::eval::plot::scene::{Anchor, Area, Scene};
 use crate::eval::plot::target::target;
 use crate::eval::plot::text::{shorten, Thinning};
 use crate::eval::plot::theme::{Ink, GROUP, HAIR, LABEL, MARGIN, PANEL, THIN, TICK};
 use crate::eval::plot::Figure;
-use crate::eval::report::{Ablation, AblationAxis, Change, Estimate};
+use crate::eval::report::{Ablation, AblationAxis, AblationChange, Estimate};
 use std::path::Path;
 
 /// Height of a row.
@@ -59,11 +59,11 @@ pub fn figures(ablation: &Ablation, path: &Path) -> Result<Vec<Figure>> {
     }
     let differences = || columns.iter().flat_map(|c| scores().filter_map(&c.difference).collect::<Vec<_>>());
     let mut keys = vec![
-        Key::Marker(0, "better than the base".into()),
-        Key::Marker(1, "worse than the base".into()),
-        Key::Faint("not told apart: the interval holds 0".into()),
+        LegendEntry::Marker(0, "better than the base".into()),
+        LegendEntry::Marker(1, "worse than the base".into()),
+        LegendEntry::Faint("not told apart: the interval holds 0".into()),
     ];
-    keys.extend(differences().any(|e| e.low.is_some()).then(|| Key::Interval("95% interval".into())));
+    keys.extend(differences().any(|e| e.low.is_some()).then(|| LegendEntry::Interval("95% interval".into())));
     let kl = Estimate::of(&base.texts(|t| t.kl)).map_or(String::new(), |e| format!(", KL {}", e.show(4)));
     let loss =
         Estimate::of(&base.answer_losses()).map_or(String::new(), |e| format!(", loss on answers {}", e.show(3)));
@@ -90,7 +90,7 @@ pub fn figures(ablation: &Ablation, path: &Path) -> Result<Vec<Figure>> {
 /// The rows of a figure.
 struct Rows<'a> {
     /// Changes, each with the middle of its row.
-    changes: Vec<(&'a Change, f64)>,
+    changes: Vec<(&'a AblationChange, f64)>,
     /// Headings of the changed settings, each with the middle of its row.
     headings: Vec<(&'static str, f64)>,
     /// Top of the first row.
@@ -100,7 +100,7 @@ struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    fn of(changes: &'a [Change], top: f64) -> Self {
+    fn of(changes: &'a [AblationChange], top: f64) -> Self {
         let mut rows = Self { changes: vec![], headings: vec![], top, bottom: top };
         let mut axes: Vec<AblationAxis> = vec![];
         for change in changes {

@@ -3,7 +3,7 @@
 use super::cells::Cells;
 use super::{family, title, KEPT};
 use crate::cli::short_count;
-use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
 use crate::eval::plot::panel::{grid, Panel};
 use crate::eval::plot::scale::Scale;
 use crate::eval::plot::target::target;
@@ -63,12 +63,13 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
         return None;
     }
     points.sort_by(|a, b| a.share.total_cmp(&b.share));
-    let mut keys: Vec<Key> = families.iter().map(|(name, style)| Key::Series(*style, name.clone())).collect();
+    let mut keys: Vec<LegendEntry> =
+        families.iter().map(|(name, style)| LegendEntry::Series(*style, name.clone())).collect();
     if points.iter().any(|p| p.evicted.is_some()) {
-        keys.push(Key::Linked("hollow: held after eviction; dashes lead to the peak".into()));
+        keys.push(LegendEntry::Linked("hollow: held after eviction; dashes lead to the peak".into()));
     }
     if points.iter().any(|p| p.score.low.is_some()) {
-        keys.push(Key::Interval("95% interval".into()));
+        keys.push(LegendEntry::Interval("95% interval".into()));
     }
     let tasks = cells.tasks();
     let what = if tasks.len() > 1 { format!("the {} tasks' mean", tasks.len()) } else { tasks[0].into() };

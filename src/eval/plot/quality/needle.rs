@@ -3,12 +3,12 @@
 use super::cells::Cells;
 use super::{share_of, title};
 use crate::cli::short_count;
-use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
 use crate::eval::plot::panel::grid as panel_grid;
 use crate::eval::plot::scene::{Anchor, Area, Scene};
 use crate::eval::plot::target::target;
 use crate::eval::plot::text::{shorten, text_width, Thinning};
-use crate::eval::plot::theme::{Ink, Type, GROUP, LABEL, MARGIN, PANEL, THIN, TICK};
+use crate::eval::plot::theme::{FontSpec, Ink, GROUP, LABEL, MARGIN, PANEL, THIN, TICK};
 use crate::eval::plot::Figure;
 use crate::eval::report::{Cell, Estimate};
 use std::collections::{BTreeMap, BTreeSet};
@@ -99,12 +99,12 @@ impl<'a> HeatMap<'a> {
 
 fn scene(cells: &Cells, grid: &Grid, maps: &[HeatMap]) -> Scene {
     let trained = cells.answers.header.trained_positions;
-    let mut keys = vec![Key::Heat("mean score of a cell".into())];
+    let mut keys = vec![LegendEntry::Heat("mean score of a cell".into())];
     if grid.within < grid.lengths.len() {
-        keys.push(Key::Dashes(format!("right of it beyond the trained length ({})", short_count(trained))));
+        keys.push(LegendEntry::Dashes(format!("right of it beyond the trained length ({})", short_count(trained))));
     }
     if maps.iter().any(|m| m.means.len() < grid.lengths.len() * grid.depths.len()) {
-        keys.push(Key::Missed("not asked".into()));
+        keys.push(LegendEntry::Missed("not asked".into()));
     }
     let heading = title(&cells.answers.header, "Where a needle is found, by length and depth");
     let about = "Across: tokens of the text. Down: depth of the needle in it, 0% its beginning, 100% its end".into();
@@ -180,7 +180,7 @@ fn draw(scene: &mut Scene, area: Area, grid: &Grid, map: &HeatMap, h: f64) {
                     let gap = if h > 8.0 { 0.5 } else { 0.0 };
                     let inner = Area { x: cell.x + gap, y: cell.y + gap, w: w - 2.0 * gap, h: h - 2.0 * gap };
                     scene.rect(inner, Ink::Heat(percent));
-                    let (kind, text) = (Type { ink: Ink::OnHeat(percent), ..LABEL }, percent.to_string());
+                    let (kind, text) = (FontSpec { ink: Ink::OnHeat(percent), ..LABEL }, percent.to_string());
                     if h >= 14.0 && text_width(&text, kind) + 4.0 <= w {
                         scene.text(middle, Anchor::Middle, kind, text);
                     }

@@ -3,14 +3,14 @@
 use super::{count, share_of, title, variants};
 use crate::cli::short_count;
 use crate::error::{Error, Result};
-use crate::eval::plot::page::{trained_key, Key, Page, CONTENT};
+use crate::eval::plot::page::{trained_key, LegendEntry, Page, CONTENT};
 use crate::eval::plot::panel::Panel;
 use crate::eval::plot::scale::Scale;
-use crate::eval::plot::scene::{Area, At};
+use crate::eval::plot::scene::{Area, Coord};
 use crate::eval::plot::target::target;
 use crate::eval::plot::theme::{Ink, MARGIN};
 use crate::eval::plot::Figure;
-use crate::eval::report::{Estimate, PositionRun, Positions};
+use crate::eval::report::{Estimate, LossByPosition, PositionRun};
 use std::path::Path;
 
 /// Most points of a line that have a marker each.
@@ -20,7 +20,7 @@ const MARKED: usize = 16;
 ///
 /// # Errors
 /// Losses of no document, or a file that contradicts itself.
-pub fn figures(positions: &Positions, path: &Path) -> Result<Vec<Figure>> {
+pub fn figures(positions: &LossByPosition, path: &Path) -> Result<Vec<Figure>> {
     let fail = |message: String| Err(Error::format(path.display(), message));
     if positions.bucket == 0 || positions.ctx == 0 {
         return fail("has a bucket or a context of 0 positions".into());
@@ -48,11 +48,11 @@ pub fn figures(positions: &Positions, path: &Path) -> Result<Vec<Figure>> {
     let x = Scale::positions(positions.ctx);
     let named = |(run, (name, style)): (&&PositionRun, &(&str, usize))| {
         let held = share_of([&run.record]).map_or(String::new(), |h| format!(" · KV {h} of dense"));
-        Key::Series(*style, format!("{name}{held}"))
+        LegendEntry::Series(*style, format!("{name}{held}"))
     };
-    let mut keys: Vec<Key> = runs.iter().zip(&names).map(named).collect();
+    let mut keys: Vec<LegendEntry> = runs.iter().zip(&names).map(named).collect();
     if lines.iter().any(|(_, l)| l.iter().flatten().any(|e| e.low.is_some())) {
-        keys.push(Key::Patch(Ink::Haze(5), "95% interval of the mean".into()));
+        keys.push(LegendEntry::Patch(Ink::Haze(5), "95% interval of the mean".into()));
     }
     keys.extend(trained_key(&positions.header, x.high, "extrapolated"));
     let about = format!(
@@ -85,7 +85,7 @@ pub fn figures(positions: &Positions, path: &Path) -> Result<Vec<Figure>> {
     // Bands first: a line hides none of another's.
     for (style, line) in &lines {
         let known = || line.iter().enumerate().filter_map(|(b, e)| Some((middle(b), (*e)?)));
-        let edge = |f: fn(&Estimate) -> Option<f64>| -> Vec<At> {
+        let edge = |f: fn(&Estimate) -> Option<f64>| -> Vec<Coord> {
             known().filter_map(|(x, e)| Some(plot.at(x, f(&e)?))).collect()
         };
         let (low, high) = (edge(|e| e.low), edge(|e| e.high));
@@ -96,7 +96,7 @@ pub fn figures(positions: &Positions, path: &Path) -> Result<Vec<Figure>> {
         }
     }
     for (style, line) in lines.iter().rev() {
-        let points: Vec<At> =
+        let points: Vec<Coord> =
             line.iter().enumerate().filter_map(|(b, e)| Some(plot.at(middle(b), (*e)?.mean))).collect();
         page.scene.series(*style, &points);
         let every = points.len().div_ceil(MARKED).max(1);

@@ -3,7 +3,7 @@
 use super::{count, title, variants};
 use crate::cli::short_count;
 use crate::error::{Error, Result};
-use crate::eval::plot::page::{trained_key, Key, Page, CONTENT};
+use crate::eval::plot::page::{trained_key, LegendEntry, Page, CONTENT};
 use crate::eval::plot::panel::{grid, Panel};
 use crate::eval::plot::scale::Scale;
 use crate::eval::plot::target::target;
@@ -59,10 +59,11 @@ pub fn figures(smoke: &Smoke, path: &Path) -> Result<Vec<Figure>> {
     let contexts: Vec<usize> = runs.iter().map(|r| r.ctx).collect::<BTreeSet<_>>().into_iter().collect();
     let variants = variants(runs.iter().map(|r| &r.record));
     let x = Scale::contexts(&contexts);
-    let mut keys: Vec<Key> = variants.iter().map(|(name, style)| Key::Series(*style, name.to_string())).collect();
-    keys.push(Key::Dots("single texts".into()));
+    let mut keys: Vec<LegendEntry> =
+        variants.iter().map(|(name, style)| LegendEntry::Series(*style, name.to_string())).collect();
+    keys.push(LegendEntry::Dots("single texts".into()));
     if runs.iter().any(|r| r.documents.len() > 1) {
-        keys.push(Key::Interval("95% interval of the mean".into()));
+        keys.push(LegendEntry::Interval("95% interval of the mean".into()));
     }
     let farthest = contexts.iter().max().map_or(0.0, |c| *c as f64);
     let past = farthest > smoke.header.trained_positions as f64;

@@ -4,7 +4,7 @@
 use super::cells::Cells;
 use super::{share_of, title};
 use crate::cli::short_count;
-use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
 use crate::eval::plot::panel::grid;
 use crate::eval::plot::scene::{Anchor, Area, Scene};
 use crate::eval::plot::target::target;
@@ -22,14 +22,14 @@ pub fn figure(cells: &Cells) -> Figure {
     let named = |(variant, style): &(&str, usize)| {
         let held = share_of(cells.of(variant, None).map(|c| &c.record));
         let held = held.map_or(String::new(), |h| format!(" · KV {h} of dense"));
-        Key::Marker(*style, format!("{variant}{held}"))
+        LegendEntry::Marker(*style, format!("{variant}{held}"))
     };
-    let mut keys: Vec<Key> = variants.iter().map(named).collect();
+    let mut keys: Vec<LegendEntry> = variants.iter().map(named).collect();
     if cells.cells.iter().any(|c| c.answers.len() > 1) {
-        keys.push(Key::Interval("95% interval of the mean".into()));
+        keys.push(LegendEntry::Interval("95% interval of the mean".into()));
     }
     if cells.cells.len() < lengths.len() * tasks.len() * variants.len() {
-        keys.push(Key::Missed("not asked".into()));
+        keys.push(LegendEntry::Missed("not asked".into()));
     }
     let samples = cells.cells.iter().map(|c| c.answers.len());
     let about = format!("{}; KV is the most that was allocated at once", cells.asked("task and length", samples));

@@ -5,8 +5,8 @@ use crate::eval::plot::scene::Shape;
 use crate::eval::plot::tests::assert_tidy;
 use crate::eval::plot::Figure;
 use crate::eval::report::{
-    read, Ablation, Answers, Cell, Header, Layers, PositionRun, Positions, Smoke, SmokeRun, ABLATION, ANSWERS, LAYERS,
-    POSITIONS, SMOKE,
+    read, Ablation, Answers, Cell, Header, LayerStudy, LossByPosition, PositionRun, Smoke, SmokeRun, ABLATION, ANSWERS,
+    LAYERS, POSITIONS, SMOKE,
 };
 use serde::de::DeserializeOwned;
 use serde_json::json;
@@ -36,7 +36,7 @@ fn needle_of(change: impl FnOnce(&mut Answers)) -> crate::Result<Vec<Figure>> {
     of(("needle", ANSWERS), answers, change)
 }
 
-fn layers_of(change: impl FnOnce(&mut Layers)) -> crate::Result<Vec<Figure>> {
+fn layers_of(change: impl FnOnce(&mut LayerStudy)) -> crate::Result<Vec<Figure>> {
     of(("layers", LAYERS), layers, change)
 }
 
@@ -44,7 +44,7 @@ fn ablation_of(change: impl FnOnce(&mut Ablation)) -> crate::Result<Vec<Figure>>
     of(("ablate", ABLATION), ablation, change)
 }
 
-fn positions_of(change: impl FnOnce(&mut Positions)) -> crate::Result<Vec<Figure>> {
+fn positions_of(change: impl FnOnce(&mut LossByPosition)) -> crate::Result<Vec<Figure>> {
     of(("positions", POSITIONS), positions, change)
 }
 
@@ -256,7 +256,7 @@ fn no_text_of_layers_or_ablations_overlaps_another() {
             layers_of(|l| {
                 stretch(&mut l.header);
                 let one = l.single[0].clone();
-                l.single = (0..126).map(|layer| crate::eval::report::Single { layer, ..one.clone() }).collect();
+                l.single = (0..126).map(|layer| crate::eval::report::LayerScore { layer, ..one.clone() }).collect();
                 l.order = (0..126).collect();
                 let one = l.curve[0].clone();
                 let kept = |k| crate::eval::report::CurvePoint { dense: (0..k).collect(), ..one.clone() };

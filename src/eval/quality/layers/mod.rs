@@ -7,27 +7,28 @@ mod study;
 
 use super::eval_args::EvalArgs;
 use super::eval_set_args::EvalSetArgs;
-use super::runner::Runners;
+use super::runner::Workers;
 use crate::cli::{at_least_one, print, Bars, Output};
 use crate::error::{At, Error, Result};
 use crate::eval::report::resume::earlier_layers;
 use crate::eval::report::table::layers_table;
 use crate::eval::report::{
-    by_harm, prove_replaceable, save, CurvePoint, Head, Layers, Rank, RankBy, Score, Single, LAYERS,
+    by_sensitivity, prove_replaceable, save, CurvePoint, LayerScore, LayerStudy, RankBy, RankMethod, RetrievalHead,
+    Score, LAYERS,
 };
 use crate::retrofit::{ranges, RetrofitPlan, Settings};
 use clap::Args;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicUsize;
 use std::sync::Mutex;
-use study::{retrieval_heads, Study};
+use study::{retrieval_heads, LayerScorer};
 
 /// The flags of `layers`.
 #[derive(Debug, Args)]
 pub struct LayersArgs {
     /// How layers are ranked: by what a layer is swapped on top of when its harm is measured, or by retrieval heads.
-    #[arg(long, value_enum, default_value_t = Rank::Rounds)]
-    pub rank: Rank,
+    #[arg(long, value_enum, default_value_t = RankMethod::Rounds)]
+    pub rank: RankMethod,
     /// What makes a layer sensitive [default: answers, or text with --tasks none]
     #[arg(long)]
     pub rank_by: Option<RankBy>,
@@ -55,7 +56,7 @@ pub struct LayersArgs {
 
 /// `layers` in order of their best head in `heads`, which are sorted with the best first; layers without a head keep
 /// their order at the end.
-fn by_heads(heads: &[Head], layers: Vec<usize>) -> Vec<usize> {
+fn by_heads(heads: &[RetrievalHead], layers: Vec<usize>) -> Vec<usize> {
     let best = |layer: &usize| heads.iter().position(|h| h.layer == *layer).unwrap_or(heads.len());
     let mut layers = layers;
     layers.sort_by_key(best);
@@ -81,7 +82,7 @@ pub fn run(args: &LayersArgs) -> Result<()> {
         (None, true) => RankBy::Text,
         (None, false) => RankBy::Answers,
     };
-    if args.rank == Rank::Heads && probed.tasks.is_empty() {
+    if args.rank == RankMethod::Heads && probed.tasks.is_empty() {
         return Err(Error::usage("--rank", "heads are told by answers; give --tasks"));
     }
     let target = args.eval.open(&progress)?;
@@ -90,15 +91,15 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let keep = counts(&args.keep, base.layers.len())?;
     let eval_set = args.eval_set.eval_set(&target, &args.eval, &bars)?;
     let ranking = eval_set.only(rank_by == RankBy::Text);
-    let after = if args.rank == Rank::Rounds { rounds::settings(base.layers.len()) } else { 0 };
+    let after = if args.rank == RankMethod::Rounds { rounds::scores_after_first(base.layers.len()) } else { 0 };
     let total = eval_set.tokens() * (1 + base.layers.len() + keep.len()) + ranking.tokens() * after;
     let jobs = args.jobs.min(base.layers.len().max(keep.len()));
     let earlier =
         args.out.as_deref().map(|out| earlier_layers(out, &target.header(LAYERS), &probed)).transpose()?.flatten();
-    let mut runners = Runners::load(&target, jobs, &progress)?;
+    let mut runners = Workers::load(&target, jobs, &progress)?;
     let on_tokens = &mut |n| bars.show("layers", n as u64, total as u64);
     let (reference, stock) = eval_set.reference(runners.first(), on_tokens)?;
-    let mut results = Layers::begin(target.header(LAYERS), probed, (rank_by, args.rank), stock);
+    let mut results = LayerStudy::begin(target.header(LAYERS), probed, (rank_by, args.rank), stock);
     let known = match (earlier, args.out.as_deref()) {
         (Some(study), Some(out)) => results.take_up(study, out)?,
         _ => vec![],
@@ -108,7 +109,7 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let spec = target.checkpoint().spec.clone();
     let plan = |layers| RetrofitPlan::new(&spec, Some(layers), Settings::clone(&base.settings));
     // Every score is saved at once, so that none is lost.
-    let unfinished = Mutex::new(Layers { judged: known.clone(), ..results.clone() });
+    let unfinished = Mutex::new(LayerStudy { judged: known.clone(), ..results.clone() });
     let on_score = |score: &Score| {
         let Some(out) = &args.out else { return Ok(()) };
         let mut all = unfinished.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -116,7 +117,7 @@ pub fn run(args: &LayersArgs) -> Result<()> {
         save(out, &*all)
     };
     let done = AtomicUsize::new(eval_set.tokens());
-    let mut study = Study {
+    let mut study = LayerScorer {
         runners: &mut runners,
         reference: &reference,
         plan: &plan,
@@ -127,11 +128,11 @@ pub fn run(args: &LayersArgs) -> Result<()> {
         on_score: &on_score,
     };
     results.single = study.on_top(&eval_set, &[], &base.layers)?;
-    let harm = |s: &Single| results.harm_of(s);
+    let sensitivity = |s: &LayerScore| results.sensitivity_of(s);
     (results.order, results.rounds) = match args.rank {
-        Rank::Alone => (by_harm(&results.single, harm), vec![]),
-        Rank::Heads => (by_heads(&results.heads, by_harm(&results.single, harm)), vec![]),
-        Rank::Rounds => rounds::eliminate(&results.single, harm, |swapped, left| {
+        RankMethod::Alone => (by_sensitivity(&results.single, sensitivity), vec![]),
+        RankMethod::Heads => (by_heads(&results.heads, by_sensitivity(&results.single, sensitivity)), vec![]),
+        RankMethod::Rounds => rounds::eliminate(&results.single, sensitivity, |swapped, left| {
             bars.say(&format!("swapped for good: {}; {} layers left", ranges(swapped), left.len()));
             study.on_top(&ranking, swapped, left)
         })?,
@@ -180,7 +181,7 @@ fn reserve_plan(path: &Path) -> Result<Output> {
 }
 
 /// Writes one plan per point that swaps anything.
-fn write_plans(dir: &Path, results: &Layers) -> Result<()> {
+fn write_plans(dir: &Path, results: &LayerStudy) -> Result<()> {
     for point in &results.curve {
         if let Some(plan) = &point.score.record.plan {
             let path = dir.join(format!("dense-{}.json", point.dense.len()));
@@ -197,7 +198,7 @@ mod tests {
 
     #[test]
     fn layers_whose_heads_copy_come_first() {
-        let head = |layer, score| Head { layer, head: 0, score };
+        let head = |layer, score| RetrievalHead { layer, head: 0, score };
         let heads = [head(7, 0.9), head(2, 0.8), head(7, 0.7), head(5, 0.1)];
         assert_eq!(by_heads(&heads, vec![0, 5, 2, 9, 7]), [7, 2, 5, 0, 9]);
     }

@@ -15,7 +15,7 @@
 //! many scores as swapping every layer once.
 
 use crate::error::Result;
-use crate::eval::report::{by_harm, Round, Single};
+use crate::eval::report::{by_sensitivity, EliminationRound, LayerScore};
 
 /// The number of layers that a round swaps, of `left`.
 fn quarter(left: usize) -> usize {
@@ -23,7 +23,7 @@ fn quarter(left: usize) -> usize {
 }
 
 /// The number of scores that the rounds after the first take, of so many layers.
-pub fn settings(layers: usize) -> usize {
+pub fn scores_after_first(layers: usize) -> usize {
     let after = |left: &usize| Some(left - quarter(*left)).filter(|left| *left > 1);
     std::iter::successors(after(&layers), after).sum()
 }
@@ -34,12 +34,12 @@ pub fn settings(layers: usize) -> usize {
 /// # Errors
 /// Those of `score`.
 pub fn eliminate(
-    first: &[Single],
-    harm: impl Fn(&Single) -> f64,
-    mut score: impl FnMut(&[usize], &[usize]) -> Result<Vec<Single>>,
-) -> Result<(Vec<usize>, Vec<Round>)> {
-    let (mut gone, mut rounds): (Vec<usize>, Vec<Round>) = (vec![], vec![]);
-    let mut left = by_harm(first, &harm);
+    first: &[LayerScore],
+    sensitivity: impl Fn(&LayerScore) -> f64,
+    mut score: impl FnMut(&[usize], &[usize]) -> Result<Vec<LayerScore>>,
+) -> Result<(Vec<usize>, Vec<EliminationRound>)> {
+    let (mut gone, mut rounds): (Vec<usize>, Vec<EliminationRound>) = (vec![], vec![]);
+    let mut left = by_sensitivity(first, &sensitivity);
     while !left.is_empty() {
         // The least harm is at the end.
         let stay = left.len() - quarter(left.len());
@@ -49,8 +49,8 @@ pub fn eliminate(
             swapped.sort_unstable();
             left.sort_unstable();
             let tried = score(&swapped, &left)?;
-            left = by_harm(&tried, &harm);
-            rounds.push(Round { swapped, tried });
+            left = by_sensitivity(&tried, &sensitivity);
+            rounds.push(EliminationRound { swapped, tried });
         }
     }
     gone.reverse();
@@ -62,34 +62,34 @@ mod tests {
     use super::*;
     use crate::eval::report::{AnswerScore, Score, VariantRecord};
 
-    fn single(layer: usize, loss: f64) -> Single {
+    fn single(layer: usize, loss: f64) -> LayerScore {
         let answers = vec![AnswerScore { loss, right: false }];
-        Single { layer, score: Score { record: VariantRecord::test("x"), texts: vec![], answers } }
+        LayerScore { layer, score: Score { record: VariantRecord::test("x"), texts: vec![], answers } }
     }
 
     /// Layers 2 and 5 stand in for each other; layer 3 is a little useful of itself.
-    fn harm_of(swapped: &[usize]) -> f64 {
+    fn sensitivity_of(swapped: &[usize]) -> f64 {
         let has = |l| swapped.contains(&l);
         0.001 * swapped.len() as f64 + f64::from(u8::from(has(2) && has(5))) + 0.1 * f64::from(u8::from(has(3)))
     }
 
     #[test]
     fn one_of_two_layers_that_stand_in_for_each_other_is_kept() -> Result<()> {
-        let harm = |s: &Single| s.score.answers[0].loss;
-        let first: Vec<Single> = (0..8).map(|l| single(l, harm_of(&[l]))).collect();
-        assert!(!by_harm(&first, harm)[..2].contains(&5), "alone they look harmless");
+        let sensitivity = |s: &LayerScore| s.score.answers[0].loss;
+        let first: Vec<LayerScore> = (0..8).map(|l| single(l, sensitivity_of(&[l]))).collect();
+        assert!(!by_sensitivity(&first, sensitivity)[..2].contains(&5), "alone they look harmless");
         let mut seen = vec![];
-        let (order, rounds) = eliminate(&first, harm, |swapped, left| {
+        let (order, rounds) = eliminate(&first, sensitivity, |swapped, left| {
             seen.push((swapped.to_vec(), left.to_vec()));
             let all = |l: &usize| [swapped, &[*l]].concat();
-            Ok(left.iter().map(|l| single(*l, harm_of(&all(l)))).collect())
+            Ok(left.iter().map(|l| single(*l, sensitivity_of(&all(l)))).collect())
         })?;
         assert!([2, 5].contains(&order[0]) && order[1] == 3, "{order:?}");
         let mut all = order.clone();
         all.sort_unstable();
         assert_eq!(all, (0..8).collect::<Vec<_>>());
         assert_eq!(seen.len(), rounds.len());
-        assert_eq!(rounds.iter().map(|r| r.tried.len()).sum::<usize>(), settings(8));
+        assert_eq!(rounds.iter().map(|r| r.tried.len()).sum::<usize>(), scores_after_first(8));
         for (swapped, left) in seen {
             let mut both = [swapped, left].concat();
             both.sort_unstable();
@@ -101,7 +101,7 @@ mod tests {
     #[test]
     fn rounds_shrink_to_one() {
         // 28 layers are judged one by one first; then 21, 16, 12, 9, 7, 6, 5, 4, 3 and 2.
-        assert_eq!(settings(28), 85);
-        assert_eq!((settings(1), settings(2), settings(3)), (0, 0, 2));
+        assert_eq!(scores_after_first(28), 85);
+        assert_eq!((scores_after_first(1), scores_after_first(2), scores_after_first(3)), (0, 0, 2));
     }
 }

@@ -1,8 +1,8 @@
 //! Common words: a numbered list in which ten words come more often than the others, and a question for these ten.
 
-use super::length_search::{Call, Draft, Maker};
+use super::length_search::{Draft, PromptMaker, SampleRequest};
 use super::rng::Rng;
-use super::words::Words;
+use super::words::WordLists;
 use crate::error::Result;
 
 /// The question.
@@ -17,7 +17,7 @@ const SHORT: usize = 4096;
 struct Counts(usize, usize, usize);
 
 /// A numbered list with `counts`, and its common words.
-fn list(words: &Words, counts: Counts, choice: u64) -> (String, Vec<String>) {
+fn list(words: &WordLists, counts: Counts, choice: u64) -> (String, Vec<String>) {
     let Counts(n, often, seldom) = counts;
     let rng = &mut Rng::new(choice, &["words"], 0);
     let chosen: Vec<String> = match n <= words.all().len() {
@@ -54,7 +54,7 @@ fn draft((list, common): (String, Vec<String>)) -> Draft {
 ///
 /// # Errors
 /// Missing word lists.
-pub(super) fn start<'a>(call: &Call<'a>) -> Result<Maker<'a>> {
+pub(super) fn start<'a>(call: &SampleRequest<'a>) -> Result<PromptMaker<'a>> {
     let words = call.sources.words(call.task)?;
     let (shown, often, seldom) = match call.draw.length < SHORT {
         true => (Counts(20, 3, 1), 6, 1),
@@ -67,13 +67,13 @@ pub(super) fn start<'a>(call: &Call<'a>) -> Result<Maker<'a>> {
         let plain = draft(list(words, Counts(n, often, seldom), choice));
         Ok(Draft { context: format!("{example}{}", plain.context), ..plain })
     };
-    Ok(Maker { least: COMMON + 1, most: words.all().len().max(words.pairs()), step: 100, draft: Box::new(draft) })
+    Ok(PromptMaker { least: COMMON + 1, most: words.all().len().max(words.pairs()), step: 100, draft: Box::new(draft) })
 }
 
 #[cfg(test)]
 mod tests {
     use crate::eval::quality::tasks::fixture::{sources, words};
-    use crate::eval::quality::tasks::{find, Draw};
+    use crate::eval::quality::tasks::{find, SampleKey};
     use std::collections::HashMap;
 
     /// Words of a numbered list, most frequent first, after checking the numbers.
@@ -94,7 +94,7 @@ mod tests {
         // (length, counts of common and other words, in the example and in the list).
         let cases = [(1_000, (3, 1), (6, 1)), (4_096, (10, 3), (30, 3)), (12_000, (10, 3), (30, 3))];
         for ((length, in_example, in_list), index) in cases.into_iter().flat_map(|c| (0..4).map(move |i| (c, i))) {
-            let draw = Draw { length, seed: 1, index };
+            let draw = SampleKey { length, seed: 1, index };
             let s = find("cwe").expect("cwe").sample(&sources(), draw, &words).expect("sample");
             let lines: Vec<&str> = s.context().expect("context").lines().collect();
             assert_eq!(lines.len(), 5, "header, example, its answer, header, list");

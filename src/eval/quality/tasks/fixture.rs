@@ -1,7 +1,7 @@
 //! Sources for the tests of all tasks, and a tokenizer that counts words.
 
 use super::hay::Prose;
-use super::words::Words;
+use super::words::WordLists;
 use super::Sources;
 use crate::error::Result;
 use std::cell::Cell;
@@ -31,7 +31,7 @@ impl Counter {
 pub fn sources() -> Sources {
     let make = |kind: char, n: usize| (0..n).map(|i| format!("{kind}{i:03}")).collect();
     Sources {
-        words: Some(Words::new(make('n', 90), make('a', 40), make('v', 600))),
+        words: Some(WordLists::new(make('n', 90), make('a', 40), make('v', 600))),
         prose: Prose::new([include_str!("../../../../tests/data/jargon-excerpt.txt")]),
         ..Sources::default()
     }

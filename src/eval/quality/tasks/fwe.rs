@@ -1,7 +1,7 @@
 //! Frequent words: a text of made-up words whose frequencies follow a zeta distribution, and a question for the three
 //! most frequent ones after dots, which are more frequent still.
 
-use super::length_search::{Call, Draft, Maker};
+use super::length_search::{Draft, PromptMaker, SampleRequest};
 use super::rng::Rng;
 use std::f64::consts::PI;
 
@@ -27,7 +27,7 @@ fn times(n: usize, rank: usize) -> usize {
 }
 
 /// The maker of one sample.
-pub(super) fn start<'a>(call: &Call<'a>) -> Maker<'a> {
+pub(super) fn start<'a>(call: &SampleRequest<'a>) -> PromptMaker<'a> {
     let size = (call.draw.length.saturating_sub(ROOM) / 50).max(5);
     let mut rng = call.rng("vocabulary");
     let mut vocabulary = vec![DOTS.to_string()];
@@ -55,20 +55,20 @@ pub(super) fn start<'a>(call: &Call<'a>) -> Maker<'a> {
             depth: None,
         })
     };
-    Maker { least: LEAST, most: usize::MAX, step: 200, draft: Box::new(draft) }
+    PromptMaker { least: LEAST, most: usize::MAX, step: 200, draft: Box::new(draft) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::eval::quality::tasks::fixture::{sources, words};
-    use crate::eval::quality::tasks::{find, Draw};
+    use crate::eval::quality::tasks::{find, SampleKey};
     use std::collections::HashMap;
 
     #[test]
     fn the_three_answers_are_the_most_frequent_words_after_the_dots() {
         for (length, index) in [(200, 0), (300, 1), (1_000, 2), (8_192, 3), (8_192, 4)] {
-            let draw = Draw { length, seed: 1, index };
+            let draw = SampleKey { length, seed: 1, index };
             let s = find("fwe").expect("fwe").sample(&sources(), draw, &words).expect("sample");
             let context = s.context().expect("context");
             let text = context.split_once("coded words. ").expect("text").1;

@@ -15,7 +15,7 @@ const ABBREVIATIONS: &[&str] = &[
 
 /// The text that fills a context.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Hay {
+pub enum Haystack {
     /// Repeated [`NOISE`].
     Noise,
     /// Needles with other keys than those of the question.

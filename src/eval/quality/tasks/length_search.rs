@@ -1,21 +1,21 @@
 //! The search for the largest prompt within a length: how many units of hay fit.
 
-use super::{Count, Draw, Sources};
+use super::{CountTokens, SampleKey, Sources};
 use crate::error::Result;
 
 /// A request for one sample.
-pub(super) struct Call<'a> {
+pub(super) struct SampleRequest<'a> {
     /// Name of the task.
     pub task: &'a str,
     /// Words, texts and questions to draw from.
     pub sources: &'a Sources,
     /// Length, seed and number of the sample.
-    pub draw: Draw,
+    pub draw: SampleKey,
     /// Counts the tokens of a text.
-    pub count: Count<'a>,
+    pub count: CountTokens<'a>,
 }
 
-impl Call<'_> {
+impl SampleRequest<'_> {
     /// The random stream of one part of the sample, the same at every length.
     pub fn rng(&self, part: &str) -> super::rng::Rng {
         super::rng::Rng::new(self.draw.seed, &[self.task, part], self.draw.index as u64)
@@ -38,7 +38,7 @@ pub(super) struct Draft {
 }
 
 /// Makes one sample with any amount of hay, the same for the same amount.
-pub(super) struct Maker<'a> {
+pub(super) struct PromptMaker<'a> {
     /// Fewest units of hay.
     pub least: usize,
     /// Most units of hay, where the source ends.
@@ -50,7 +50,7 @@ pub(super) struct Maker<'a> {
 }
 
 /// A draft and its length.
-pub(super) struct Counted {
+pub(super) struct CountedDraft {
     /// The draft.
     pub draft: Draft,
     /// Tokens of its prompt.
@@ -66,11 +66,11 @@ const ROUNDS: usize = 6;
 ///
 /// Tokens are nearly linear in units, so the next size is interpolated between two known ones (regula falsi): a long
 /// text is counted two or three times, not at every step of a bisection.
-pub(super) fn largest(maker: &Maker, limit: usize, count: Count) -> Result<Counted> {
-    let make = |units: usize| -> Result<Counted> {
+pub(super) fn largest(maker: &PromptMaker, limit: usize, count: CountTokens) -> Result<CountedDraft> {
+    let make = |units: usize| -> Result<CountedDraft> {
         let draft = (maker.draft)(units)?;
         let tokens = count(&[&draft.context, draft.question.as_str(), &draft.answer_prefix].concat())?;
-        Ok(Counted { draft, tokens })
+        Ok(CountedDraft { draft, tokens })
     };
     let mut best = make(maker.least)?;
     let mut low = (maker.least, best.tokens);
@@ -107,7 +107,7 @@ mod tests {
     use super::*;
     use crate::eval::quality::tasks::fixture::{words, Counter};
 
-    fn maker(least: usize, most: usize, text: impl Fn(usize) -> String + 'static) -> Maker<'static> {
+    fn maker(least: usize, most: usize, text: impl Fn(usize) -> String + 'static) -> PromptMaker<'static> {
         let empty = |context| Draft {
             context,
             question: String::new(),
@@ -115,7 +115,7 @@ mod tests {
             outputs: vec![],
             depth: None,
         };
-        Maker { least, most, step: 10, draft: Box::new(move |n| Ok(empty(text(n)))) }
+        PromptMaker { least, most, step: 10, draft: Box::new(move |n| Ok(empty(text(n)))) }
     }
 
     #[test]

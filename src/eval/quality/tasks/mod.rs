@@ -20,7 +20,7 @@
 //! | `qa_1` | documents, SQuAD | the answer to a question about one | part |
 //! | `qa_2` | documents, HotpotQA | the answer to a question about two | part |
 //!
-//! `all` is the share of the expected outputs that the answer contains, `part` whether it contains any ([`Rule`]).
+//! `all` is the share of the expected outputs that the answer contains, `part` whether it contains any ([`ScoringRule`]).
 //! [`needle`] is one needle at a chosen depth, for a grid over lengths and depths (Kamradt 2023,
 //! <https://github.com/gkamradt/LLMTest_NeedleInAHaystack>).
 //!
@@ -84,24 +84,24 @@ mod sample;
 mod vt;
 mod words;
 
-pub use crate::eval::report::Rule;
-pub use hay::{Hay, Prose, NOISE};
+pub use crate::eval::report::ScoringRule;
+pub use hay::{Haystack, Prose, NOISE};
 pub use qa::Questions;
 pub use rng::Rng;
-pub use sample::{prove_replaceable, read, write, Missing, Sample};
-pub use words::Words;
+pub use sample::{prove_replaceable, read, write, Sample, SampleDefaults};
+pub use words::WordLists;
 
 use crate::checkpoint::OnProgress;
 use crate::error::{Error, Result};
-use length_search::{Call, Maker};
-use niah::{Kind, Niah, Place};
+use length_search::{PromptMaker, SampleRequest};
+use niah::{NeedleKind, NeedlePlacement, Niah};
 
 /// Counts the tokens of a text.
-pub type Count<'a> = &'a dyn Fn(&str) -> Result<usize>;
+pub type CountTokens<'a> = &'a dyn Fn(&str) -> Result<usize>;
 
 /// A sample of a task by what it depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Draw {
+pub struct SampleKey {
     /// Most tokens of the prompt and its answer together.
     pub length: usize,
     /// Seed of all samples.
@@ -114,7 +114,7 @@ pub struct Draw {
 #[derive(Default)]
 pub struct Sources {
     /// Words for keys and lists.
-    pub words: Option<Words>,
+    pub words: Option<WordLists>,
     /// Real text to hide needles in.
     pub prose: Option<Prose>,
     /// Questions of `qa_1`.
@@ -124,7 +124,7 @@ pub struct Sources {
 }
 
 impl Sources {
-    fn words(&self, task: &str) -> Result<&Words> {
+    fn words(&self, task: &str) -> Result<&WordLists> {
         let missing = "needs lists of words (a folder that scripts/fetch_words.py fills)";
         self.words.as_ref().ok_or_else(|| Error::usage(task, missing))
     }
@@ -152,14 +152,14 @@ pub struct Task {
     /// Most tokens of an answer.
     pub max_new_tokens: usize,
     /// Rule by which an answer is scored.
-    pub rule: Rule,
+    pub rule: ScoringRule,
     /// Beginnings of the question in RULER's template, of which a prompt has one.
     asks: &'static [&'static str],
-    start: for<'a> fn(&Call<'a>) -> Result<Maker<'a>>,
+    start: for<'a> fn(&SampleRequest<'a>) -> Result<PromptMaker<'a>>,
 }
 
 /// A needle task with `counts` of keys, values per key, and queries.
-const fn niah(hay: Hay, keys: Kind, values: Kind, counts: (usize, usize, usize)) -> Niah {
+const fn niah(hay: Haystack, keys: NeedleKind, values: NeedleKind, counts: (usize, usize, usize)) -> Niah {
     Niah { hay, keys, values, counts }
 }
 
@@ -169,31 +169,31 @@ pub const NEEDLE: &str = "needle";
 /// RULER's tasks, in its order.
 #[rustfmt::skip]
 pub static TASKS: &[Task] = &[
-    Task { name: "niah_single_1", about: "one number in noise", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Noise, Kind::Words, Kind::Numbers, (1, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_single_2", about: "one number in prose", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (1, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_single_3", about: "one UUID in prose", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Essay, Kind::Words, Kind::Uuids, (1, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_multikey_1", about: "one of four keys in prose", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (4, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_multikey_2", about: "one of only needles", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Needles, Kind::Words, Kind::Numbers, (1, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_multikey_3", about: "one of only needles, all UUIDs", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Needles, Kind::Uuids, Kind::Uuids, (1, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_multivalue", about: "four values of one key in prose", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (1, 4, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_multiquery", about: "the values of four keys in prose", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (4, 1, 4)).start(c, Place::Drawn) },
-    Task { name: "vt", about: "a chain of five variables in noise", max_new_tokens: 30, rule: Rule::All, asks: &[vt::ASK],
+    Task { name: "niah_single_1", about: "one number in noise", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Noise, NeedleKind::Words, NeedleKind::Numbers, (1, 1, 1)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "niah_single_2", about: "one number in prose", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Essay, NeedleKind::Words, NeedleKind::Numbers, (1, 1, 1)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "niah_single_3", about: "one UUID in prose", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Essay, NeedleKind::Words, NeedleKind::Uuids, (1, 1, 1)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "niah_multikey_1", about: "one of four keys in prose", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Essay, NeedleKind::Words, NeedleKind::Numbers, (4, 1, 1)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "niah_multikey_2", about: "one of only needles", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Needles, NeedleKind::Words, NeedleKind::Numbers, (1, 1, 1)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "niah_multikey_3", about: "one of only needles, all UUIDs", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Needles, NeedleKind::Uuids, NeedleKind::Uuids, (1, 1, 1)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "niah_multivalue", about: "four values of one key in prose", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Essay, NeedleKind::Words, NeedleKind::Numbers, (1, 4, 1)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "niah_multiquery", about: "the values of four keys in prose", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Essay, NeedleKind::Words, NeedleKind::Numbers, (4, 1, 4)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "vt", about: "a chain of five variables in noise", max_new_tokens: 30, rule: ScoringRule::All, asks: &[vt::ASK],
         start: |c| vt::start(c) },
-    Task { name: "cwe", about: "the ten most common words of a list", max_new_tokens: 120, rule: Rule::All, asks: &[cwe::ASK],
+    Task { name: "cwe", about: "the ten most common words of a list", max_new_tokens: 120, rule: ScoringRule::All, asks: &[cwe::ASK],
         start: |c| cwe::start(c) },
-    Task { name: "fwe", about: "the three most frequent coded words", max_new_tokens: fwe::ROOM, rule: Rule::All, asks: &[fwe::ASK],
+    Task { name: "fwe", about: "the three most frequent coded words", max_new_tokens: fwe::ROOM, rule: ScoringRule::All, asks: &[fwe::ASK],
         start: |c| Ok(fwe::start(c)) },
-    Task { name: "qa_1", about: "a SQuAD question among documents", max_new_tokens: 32, rule: Rule::Part, asks: &[qa::ASK],
+    Task { name: "qa_1", about: "a SQuAD question among documents", max_new_tokens: 32, rule: ScoringRule::Part, asks: &[qa::ASK],
         start: |c| qa::start(c, c.sources.squad(c.task)?) },
-    Task { name: "qa_2", about: "a HotpotQA question among documents", max_new_tokens: 32, rule: Rule::Part, asks: &[qa::ASK],
+    Task { name: "qa_2", about: "a HotpotQA question among documents", max_new_tokens: 32, rule: ScoringRule::Part, asks: &[qa::ASK],
         start: |c| qa::start(c, c.sources.hotpot(c.task)?) },
 ];
 
@@ -223,9 +223,9 @@ pub fn named(names: &[String]) -> Result<Vec<&'static Task>> {
 ///
 /// # Errors
 /// An unknown name.
-pub fn rule(task: &str) -> Result<Rule> {
+pub fn rule(task: &str) -> Result<ScoringRule> {
     match task {
-        NEEDLE => Ok(Rule::All),
+        NEEDLE => Ok(ScoringRule::All),
         _ => find(task).map(|t| t.rule),
     }
 }
@@ -242,8 +242,8 @@ impl Task {
     ///
     /// # Errors
     /// A source that is missing, a length that the smallest prompt exceeds, a tokenizer that fails.
-    pub fn sample(&self, sources: &Sources, draw: Draw, count: Count) -> Result<Sample> {
-        let call = Call { task: self.name, sources, draw, count };
+    pub fn sample(&self, sources: &Sources, draw: SampleKey, count: CountTokens) -> Result<Sample> {
+        let call = SampleRequest { task: self.name, sources, draw, count };
         finish(&call, &(self.start)(&call)?, self.max_new_tokens)
     }
 
@@ -256,12 +256,12 @@ impl Task {
         sources: &Sources,
         (length, seed): (usize, u64),
         samples: usize,
-        count: Count,
+        count: CountTokens,
         progress: OnProgress,
     ) -> Result<Vec<Sample>> {
         let made = (0..samples).map(|index| {
             progress(self.name, index as u64, samples as u64);
-            self.sample(sources, Draw { length, seed, index }, count)
+            self.sample(sources, SampleKey { length, seed, index }, count)
         });
         let made = made.collect::<Result<_>>()?;
         progress(self.name, samples as u64, samples as u64);
@@ -274,18 +274,19 @@ impl Task {
 ///
 /// # Errors
 /// A depth outside 0 to 1; otherwise as [`Task::sample`].
-pub fn needle(sources: &Sources, hay: Hay, depth: f64, draw: Draw, count: Count) -> Result<Sample> {
+pub fn needle(sources: &Sources, hay: Haystack, depth: f64, draw: SampleKey, count: CountTokens) -> Result<Sample> {
     if !(0.0..=1.0).contains(&depth) {
         return Err(Error::usage(NEEDLE, format!("{depth} is not a depth; give 0 (the beginning) to 1 (the end)")));
     }
-    let call = Call { task: NEEDLE, sources, draw, count };
-    let maker = niah(hay, Kind::Words, Kind::Numbers, (1, 1, 1)).start(&call, Place::At(depth))?;
+    let call = SampleRequest { task: NEEDLE, sources, draw, count };
+    let maker =
+        niah(hay, NeedleKind::Words, NeedleKind::Numbers, (1, 1, 1)).start(&call, NeedlePlacement::At(depth))?;
     finish(&call, &maker, 128)
 }
 
 /// The largest sample of `maker` that fits.
-fn finish(call: &Call, maker: &Maker, room: usize) -> Result<Sample> {
-    let Draw { length, index, .. } = call.draw;
+fn finish(call: &SampleRequest, maker: &PromptMaker, room: usize) -> Result<Sample> {
+    let SampleKey { length, index, .. } = call.draw;
     let largest = length_search::largest(maker, length.saturating_sub(room), call.count)?;
     let (draft, tokens) = (largest.draft, largest.tokens + room);
     if tokens > length {

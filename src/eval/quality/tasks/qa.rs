@@ -1,6 +1,6 @@
 //! Questions about documents: the document with the answer among others. The user brings the file of questions.
 
-use super::length_search::{Call, Draft, Maker};
+use super::length_search::{Draft, PromptMaker, SampleRequest};
 use super::rng::Rng;
 use crate::error::{At, Error, Result};
 use serde::{de::DeserializeOwned, Deserialize};
@@ -161,7 +161,7 @@ impl Questions {
 ///
 /// # Errors
 /// Fewer questions than samples.
-pub(super) fn start<'a>(call: &Call<'a>, from: &'a Questions) -> Result<Maker<'a>> {
+pub(super) fn start<'a>(call: &SampleRequest<'a>, from: &'a Questions) -> Result<PromptMaker<'a>> {
     let index = call.draw.index;
     let drawn = Rng::new(call.draw.seed, &[call.task, "questions"], 0).sample(from.len(), index + 1);
     let Some(q) = drawn.get(index).map(|i| &from.questions[*i]) else {
@@ -184,14 +184,14 @@ pub(super) fn start<'a>(call: &Call<'a>, from: &'a Questions) -> Result<Maker<'a
             depth: None,
         })
     };
-    Ok(Maker { least: q.own.len(), most: usize::MAX, step: 10, draft: Box::new(draft) })
+    Ok(PromptMaker { least: q.own.len(), most: usize::MAX, step: 10, draft: Box::new(draft) })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::eval::quality::tasks::fixture::words;
-    use crate::eval::quality::tasks::{find, Draw, Sources};
+    use crate::eval::quality::tasks::{find, SampleKey, Sources};
     use serde_json::json;
 
     /// Three articles of 8 paragraphs; paragraph `j` of article `i` says what colour thing `i.j` has.
@@ -226,7 +226,7 @@ mod tests {
         assert_eq!(sources.squad.as_ref().map(Questions::len), Some(24), "impossible questions are left out");
         let task = find("qa_1")?;
         for (length, index) in [(150, 0), (200, 9), (300, 10), (900, 23)] {
-            let s = task.sample(&sources, Draw { length, seed: 1, index }, &words)?;
+            let s = task.sample(&sources, SampleKey { length, seed: 1, index }, &words)?;
             let context = s.context()?;
             assert_eq!(context.matches(&s.outputs[0]).count(), 1);
             let (article, thing) = (&s.outputs[0][1..2], &s.outputs[0][2..3]);
@@ -241,9 +241,9 @@ mod tests {
             assert!(s.question()?.starts_with("Answer the question") && s.answer_prefix == " Answer:");
         }
         // More than all documents: they come again.
-        let long = task.sample(&sources, Draw { length: 3_000, seed: 1, index: 0 }, &words)?;
+        let long = task.sample(&sources, SampleKey { length: 3_000, seed: 1, index: 0 }, &words)?;
         assert!(long.context()?.matches("Document ").count() > 24 && long.length > 2_900);
-        let beyond = task.sample(&sources, Draw { length: 300, seed: 1, index: 24 }, &words);
+        let beyond = task.sample(&sources, SampleKey { length: 300, seed: 1, index: 24 }, &words);
         let error = beyond.expect_err("too many").to_string();
         assert!(error.contains("qa_1") && error.contains("24 questions"), "{error}");
         Ok(())
@@ -253,7 +253,7 @@ mod tests {
     fn questions_are_drawn_by_the_seed_each_once() -> Result<()> {
         let sources = Sources { squad: Some(open(squad(), Questions::squad)?), ..Sources::default() };
         let asked = |seed| -> Result<Vec<String>> {
-            let sample = |index| find("qa_1")?.sample(&sources, Draw { length: 150, seed, index }, &words);
+            let sample = |index| find("qa_1")?.sample(&sources, SampleKey { length: 150, seed, index }, &words);
             (0..24).map(|index| Ok(sample(index)?.outputs.concat())).collect()
         };
         let (one, two) = (asked(1)?, asked(2)?);
@@ -267,7 +267,7 @@ mod tests {
     #[test]
     fn hotpot_questions_bring_their_own_documents() -> Result<()> {
         let sources = Sources { hotpot: Some(open(hotpot(), Questions::hotpot)?), ..Sources::default() };
-        let s = find("qa_2")?.sample(&sources, Draw { length: 130, seed: 1, index: 4 }, &words)?;
+        let s = find("qa_2")?.sample(&sources, SampleKey { length: 130, seed: 1, index: 4 }, &words)?;
         let i = s.input.rsplit("Why ").next().unwrap_or_default().trim_end_matches('?');
         assert!(
             (0..3).all(|j| s.context().is_ok_and(|c| c.contains(&format!("Title {i}{j}\nOne {i}{j}. Two.")))),
@@ -276,7 +276,7 @@ mod tests {
         );
         assert_eq!(s.outputs, [format!("One {i}1")]);
         assert!(s.context()?.matches("Document ").count() > 3);
-        let small = find("qa_2")?.sample(&sources, Draw { length: 70, seed: 1, index: 4 }, &words);
+        let small = find("qa_2")?.sample(&sources, SampleKey { length: 70, seed: 1, index: 4 }, &words);
         assert!(small.expect_err("too small").to_string().contains("qa_2"));
         Ok(())
     }

@@ -42,7 +42,7 @@ pub struct Sample {
 
 /// Facts that a file written by RULER does not hold.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Missing<'a> {
+pub struct SampleDefaults<'a> {
     /// Task of the samples that name none.
     pub task: Option<&'a str>,
     /// Most tokens of an answer; `None` for those of the task.
@@ -111,7 +111,7 @@ pub fn prove_replaceable(path: &Path, flag: &'static str) -> Result<()> {
 ///
 /// # Errors
 /// A file that cannot be read or holds no sample; a line that is no sample, with its number.
-pub fn read(path: &Path, missing: Missing) -> Result<Vec<Sample>> {
+pub fn read(path: &Path, missing: SampleDefaults) -> Result<Vec<Sample>> {
     let text = std::fs::read_to_string(path).at(path.display())?;
     let at_line = |i: usize, what: String| Error::format(format!("{}: line {}", path.display(), i + 1), what);
     let parse = |(i, line): (usize, &str)| {
@@ -203,13 +203,13 @@ mod tests {
         let samples =
             [sample(), Sample { depth: None, question_at: None, index: 4, input: "Ein Buch.".into(), ..sample() }];
         write(&path, &samples, "--out")?;
-        assert_eq!(read(&path, Missing::default())?, samples);
+        assert_eq!(read(&path, SampleDefaults::default())?, samples);
         // What cannot be read again is not written, and nothing is left of the attempt.
         let bad = [sample(), Sample { outputs: vec![], ..sample() }];
         let error = write(&path, &bad, "--out").expect_err("no outputs").to_string();
         assert!(error.contains("--out") && error.contains("`outputs` is empty"), "{error}");
         assert!(write(&path, &[], "--out").is_err());
-        assert_eq!(read(&path, Missing::default())?.len(), 2, "the earlier file stays");
+        assert_eq!(read(&path, SampleDefaults::default())?.len(), 2, "the earlier file stays");
         assert_eq!(std::fs::read_dir(dir.path()).at("temporary folder")?.count(), 1);
         Ok(())
     }
@@ -220,9 +220,9 @@ mod tests {
         let path = dir.path().join("validation.jsonl");
         let line = r#"{"index": 17, "input": "caf\u00e9?", "outputs": ["1"], "length": 300, "length_w_model_temp": 300, "answer_prefix": " is", "token_position_answer": 9}"#;
         std::fs::write(&path, format!("{line}\n")).at("file")?;
-        let error = read(&path, Missing::default()).expect_err("no task").to_string();
+        let error = read(&path, SampleDefaults::default()).expect_err("no task").to_string();
         assert!(error.contains("validation.jsonl: line 1") && error.contains("`task`"), "{error}");
-        let known = read(&path, Missing { task: Some("qa_1"), max_new_tokens: None })?;
+        let known = read(&path, SampleDefaults { task: Some("qa_1"), max_new_tokens: None })?;
         assert_eq!(
             (known[0].task.as_str(), known[0].max_new_tokens, known[0].prompt()),
             ("qa_1", 32, "café? is".into())
@@ -239,12 +239,12 @@ mod tests {
                 .to_string(),
         )
         .at("file")?;
-        let found = &read(&path, Missing { task: Some("qa_1"), max_new_tokens: None })?[0];
+        let found = &read(&path, SampleDefaults { task: Some("qa_1"), max_new_tokens: None })?[0];
         assert_eq!((found.context()?, found.question()?.as_str()), (before, asks));
         std::fs::write(&path, format!("{line}\n")).at("file")?;
-        let own = Missing { task: Some("mine"), max_new_tokens: None };
+        let own = SampleDefaults { task: Some("mine"), max_new_tokens: None };
         assert!(read(&path, own).expect_err("no room").to_string().contains("max_new_tokens"));
-        let roomy = |task| read(&path, Missing { task: Some(task), max_new_tokens: Some(7) });
+        let roomy = |task| read(&path, SampleDefaults { task: Some(task), max_new_tokens: Some(7) });
         assert_eq!(roomy("qa_1")?[0].max_new_tokens, 7);
         let error = roomy("mine").expect_err("no rule to score it by").to_string();
         assert!(error.contains("validation.jsonl: line 1") && error.contains("`mine` is not one of"), "{error}");
@@ -258,7 +258,7 @@ mod tests {
         let good = serde_json::to_string(&sample()).expect("JSON");
         let says = |text: String, words: &[&str]| -> Result<()> {
             std::fs::write(&path, text).at("file")?;
-            let error = read(&path, Missing::default()).expect_err(words[0]).to_string();
+            let error = read(&path, SampleDefaults::default()).expect_err(words[0]).to_string();
             assert!(words.iter().all(|w| error.contains(w)), "{error} should say {words:?}");
             Ok(())
         };

@@ -1,7 +1,7 @@
 //! Variable tracking: a chain of assignments scattered through noise, and a question for all variables with its value.
 
 use super::hay::NOISE;
-use super::length_search::{largest, Call, Draft, Maker};
+use super::length_search::{largest, Draft, PromptMaker, SampleRequest};
 use super::niah::insert;
 use super::rng::Rng;
 use crate::error::Result;
@@ -67,13 +67,13 @@ impl Chain {
 ///
 /// # Errors
 /// A tokenizer that fails.
-pub(super) fn start<'a>(call: &Call<'a>) -> Result<Maker<'a>> {
+pub(super) fn start<'a>(call: &SampleRequest<'a>) -> Result<PromptMaker<'a>> {
     let chain = Chain::new(&mut call.rng("chain"), 5, None);
     let shown = Chain::new(&mut call.rng("example"), 3, Some(chain.value));
     let (places, shown_places) = (call.rng("places").bits(), call.rng("example places").bits());
     let maker = |chain: Chain, places: u64| {
         let draft = move |n| Ok(chain.draft(n, &mut Rng::new(places, &["places"], 0)));
-        Maker { least: HOPS + 1, most: usize::MAX, step: 25, draft: Box::new(draft) }
+        PromptMaker { least: HOPS + 1, most: usize::MAX, step: 25, draft: Box::new(draft) }
     };
     let e = largest(&maker(shown, shown_places), EXAMPLE, call.count)?.draft;
     let example = format!("{}{}{} {}\n\n", e.context, e.question, e.answer_prefix, e.outputs.join(" "));
@@ -82,13 +82,13 @@ pub(super) fn start<'a>(call: &Call<'a>) -> Result<Maker<'a>> {
         let draft = (plain.draft)(n)?;
         Ok(Draft { context: format!("{example}{}", draft.context), ..draft })
     };
-    Ok(Maker { draft: Box::new(draft), least: HOPS + 1, most: usize::MAX, step: 25 })
+    Ok(PromptMaker { draft: Box::new(draft), least: HOPS + 1, most: usize::MAX, step: 25 })
 }
 
 #[cfg(test)]
 mod tests {
     use crate::eval::quality::tasks::fixture::{sources, words};
-    use crate::eval::quality::tasks::{find, Draw};
+    use crate::eval::quality::tasks::{find, SampleKey};
     use std::collections::HashMap;
 
     /// Runs the assignments of `text` from top to bottom: the variables that hold `value` at the end, in order.
@@ -109,7 +109,7 @@ mod tests {
     #[test]
     fn chains_resolve_to_the_outputs() {
         for index in 0..20 {
-            let draw = Draw { length: 2_500, seed: 1, index };
+            let draw = SampleKey { length: 2_500, seed: 1, index };
             let s = find("vt").expect("vt").sample(&sources(), draw, &words).expect("sample");
             let parts: Vec<&str> = s.context().expect("context").split("Memorize and track").collect();
             let [_, example, context] = parts[..] else { panic!("an example and a context") };

@@ -4,14 +4,14 @@ use crate::error::{At, Error, Result};
 use std::path::Path;
 
 /// Lists of nouns, adjectives and verbs, each word once and in the order of its file.
-pub struct Words {
+pub struct WordLists {
     nouns: Vec<String>,
     adjectives: Vec<String>,
     /// All words of the three lists, sorted.
     all: Vec<String>,
 }
 
-impl Words {
+impl WordLists {
     /// Reads `nouns.txt`, `adjectives.txt` and `verbs.txt`, a word a line.
     ///
     /// # Errors
@@ -71,7 +71,7 @@ mod tests {
         let dir = tempfile::tempdir().at("temporary folder")?;
         let put = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).at(name);
         let refused = |says: &[&str]| {
-            let error = Words::open(dir.path()).err().map(|e| e.to_string()).unwrap_or_default();
+            let error = WordLists::open(dir.path()).err().map(|e| e.to_string()).unwrap_or_default();
             assert!(says.iter().all(|s| error.contains(s)), "{error:?} should say {says:?}");
         };
         refused(&["nouns.txt", "scripts/fetch_words.py"]);
@@ -81,7 +81,7 @@ mod tests {
         put("verbs.txt", " \n")?;
         refused(&["verbs.txt", "no word"]);
         put("verbs.txt", "lake\nrun")?;
-        let words = Words::open(dir.path())?;
+        let words = WordLists::open(dir.path())?;
         assert_eq!(words.all(), ["lake", "old", "run", "tree", "wet"]);
         let pairs: Vec<_> = (0..words.pairs()).map(|i| words.pair(i)).collect();
         assert_eq!(pairs, ["wet-tree", "wet-lake", "old-tree", "old-lake"]);
@@ -90,7 +90,7 @@ mod tests {
 
     #[test]
     fn the_fetched_lists_are_those_that_ruler_uses() -> crate::Result<()> {
-        let words = Words::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("words"))?;
+        let words = WordLists::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("words"))?;
         assert_eq!((words.nouns.len(), words.adjectives.len(), words.all().len()), (6782, 910, 8166));
         assert!(words.all().iter().any(|w| w == "contact lens"), "words may hold a blank");
         Ok(())

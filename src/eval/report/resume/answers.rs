@@ -3,7 +3,7 @@
 use super::another;
 use crate::cli::short_count;
 use crate::error::{Error, Result};
-use crate::eval::report::{prove_writable, read, save, Answers, Asked, Cell, Header, ANSWERS};
+use crate::eval::report::{prove_writable, read, save, Answers, Cell, Header, PromptSettings, ANSWERS};
 use crate::method::Method;
 use std::path::{Path, PathBuf};
 
@@ -19,7 +19,7 @@ impl AnswersFile {
     ///
     /// # Errors
     /// A place that cannot be written to; a file that is none of answers, or of something else: what differs.
-    pub fn open(path: Option<&Path>, header: Header, asked: Asked) -> Result<Self> {
+    pub fn open(path: Option<&Path>, header: Header, asked: PromptSettings) -> Result<Self> {
         let fresh = Answers { header, joined: vec![], asked, cells: vec![] };
         let Some(place) = path else { return Ok(Self { path: None, answers: fresh }) };
         prove_writable(place)?;

@@ -3,18 +3,18 @@
 
 use super::{another, header_difference, show};
 use crate::error::Result;
-use crate::eval::report::{read, EvalSetRecord, Header, Layers, Score, LAYERS};
+use crate::eval::report::{read, EvalSetRecord, Header, LayerStudy, Score, LAYERS};
 use std::path::Path;
 
 /// The study at `path`, if there is one; how it ranked layers does not matter.
 ///
 /// # Errors
 /// A file that is no study; one of another model, machine or build, or on another evaluation set: what differs.
-pub fn earlier_layers(path: &Path, header: &Header, probed: &EvalSetRecord) -> Result<Option<Layers>> {
+pub fn earlier_layers(path: &Path, header: &Header, probed: &EvalSetRecord) -> Result<Option<LayerStudy>> {
     if !path.exists() {
         return Ok(None);
     }
-    let study: Layers = read(path, LAYERS)?;
+    let study: LayerStudy = read(path, LAYERS)?;
     let eval_set = || (study.probed != *probed).then(|| ("evaluation set", show(&study.probed), show(probed)));
     match header_difference(&study.header, header).or_else(eval_set) {
         Some(differs) => Err(another(path, differs)),
@@ -22,7 +22,7 @@ pub fn earlier_layers(path: &Path, header: &Header, probed: &EvalSetRecord) -> R
     }
 }
 
-impl Layers {
+impl LayerStudy {
     /// Goes on from `study`, which lies at `path`, and returns everything that it scored.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use super::{columns, random_weights};
 use crate::cli::{human_bytes, short_count};
-use crate::eval::report::{Ladder, LadderRun, Summary};
+use crate::eval::report::{Ladder, LadderRun, TimingSummary};
 
 const HEAD: [&str; 9] = ["ctx", "", "time", "of stock", "peak", "of stock", "KV of dense", "tokens/s", "GB/s"];
 
@@ -17,7 +17,7 @@ pub fn ladder_table(ladder: &Ladder) -> String {
     runs.sort_by_key(|r| r.ctx);
     let mut rows = vec![HEAD.map(String::from)];
     for run in &runs {
-        let best = |f: fn(&Summary) -> f64| {
+        let best = |f: fn(&TimingSummary) -> f64| {
             let stocks = runs.iter().filter(|r| r.ctx == run.ctx && is_stock(r) && r.ran());
             stocks.filter_map(|r| r.summary.as_ref()).map(f).filter(|v| *v > 0.0).reduce(f64::min)
         };

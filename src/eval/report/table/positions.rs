@@ -2,10 +2,10 @@
 
 use super::{columns, extrapolated};
 use crate::cli::short_count;
-use crate::eval::report::{Estimate, Positions};
+use crate::eval::report::{Estimate, LossByPosition};
 
 /// Renders `positions` from the text's beginning to its end.
-pub fn positions_table(positions: &Positions) -> String {
+pub fn positions_table(positions: &LossByPosition) -> String {
     let mut rows = vec![vec!["position".to_string(), String::new()]];
     rows[0].extend(positions.runs.iter().map(|r| r.record.variant.clone()));
     for bucket in 0..positions.ctx.div_ceil(positions.bucket) {
