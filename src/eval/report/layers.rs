@@ -55,8 +55,8 @@ pub struct LayerStudy {
     pub head_steps: usize,
     /// Scores with one layer swapped at a time, in order of layers.
     pub single: Vec<LayerScore>,
-    /// Rounds after `single`, with [`RankMethod::Rounds`]; their scores hold answers or texts alone, whichever layers are
-    /// ranked by.
+    /// Rounds after `single`, with [`RankMethod::Rounds`]; their scores hold answers or texts alone, whichever layers
+    /// are ranked by.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rounds: Vec<EliminationRound>,
     /// All layers, the most sensitive first.

@@ -20,8 +20,8 @@
 //! | `qa_1` | documents, SQuAD | the answer to a question about one | part |
 //! | `qa_2` | documents, HotpotQA | the answer to a question about two | part |
 //!
-//! `all` is the share of the expected outputs that the answer contains, `part` whether it contains any ([`ScoringRule`]).
-//! [`needle`] is one needle at a chosen depth, for a grid over lengths and depths (Kamradt 2023,
+//! `all` is the share of the expected outputs that the answer contains, `part` whether it contains any
+//! ([`ScoringRule`]). [`needle`] is one needle at a chosen depth, for a grid over lengths and depths (Kamradt 2023,
 //! <https://github.com/gkamradt/LLMTest_NeedleInAHaystack>).
 //!
 //! ```text
