@@ -180,7 +180,7 @@ fn bad_input_is_named() -> Any {
         .args(["join", &elsewhere, &elsewhere, "--out", &notes])
         .output()?;
     let stderr = String::from_utf8_lossy(&joined.stderr).into_owned();
-    assert!(joined.status.code() == Some(2) && stderr.contains("notes.txt: is no file of results"), "{stderr}");
+    assert!(joined.status.code() == Some(2) && stderr.contains("notes.txt: is not a results file"), "{stderr}");
     ruler(&["--export", &notes, "--export-only"], &["--export", "notes.txt: holds no samples"]);
     ruler(&["--export", &no_dir, "--export-only"], &["--export", "where.jsonl"]);
     let both = path(dir.path(), "both.json");
@@ -233,9 +233,9 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
         let same = both.cells.iter().find(|c| (&c.task, &c.record.variant) == key).ok_or("a cell is missing")?;
         assert_eq!((cell.length, &cell.answers), (450, &same.answers), "{}", cell.task);
     }
-    // Another way of asking is another file.
+    // Other prompt settings need another file.
     let args = ["ruler", "--model", real.as_str(), "-q", "--variants", "stock", "--chat", "--samples", "1"];
-    refused(&[&args[..], &made].concat(), &["--out", "another way of asking"]);
+    refused(&[&args[..], &made].concat(), &["--out", "another set of prompt settings"]);
     Ok(())
 }
 
@@ -425,6 +425,6 @@ fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() 
     let mut changed = cut;
     changed.stock.texts[0].loss += 1.0;
     std::fs::write(path(dir.path(), "cut.json"), serde_json::to_vec(&changed)?)?;
-    refused(&[&other[..], &what, &["--ctx", "96"]].concat(), &["cut.json", "outcome of stock", "nats"]);
+    refused(&[&other[..], &what, &["--ctx", "96"]].concat(), &["cut.json", "score of stock", "nats"]);
     Ok(())
 }

@@ -5,7 +5,7 @@ use super::ceilings::{ceilings, CeilingSizes};
 use crate::cli::{at_least_one, open_device, print, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::table::kernels_table;
-use crate::eval::report::{machine, median, now, prove_replaceable, save, KernelRun, Kernels, KERNELS, SCHEMA_VERSION};
+use crate::eval::report::{check_replaceable, machine, median, now, save, KernelRun, Kernels, KERNELS, SCHEMA_VERSION};
 use candle_core::DType;
 use clap::Args;
 use std::path::PathBuf;
@@ -55,7 +55,7 @@ pub struct KernelArgs {
 pub fn run(args: &KernelArgs) -> Result<()> {
     let bars = Bars::new(args.quiet);
     let device = open_device(&args.device)?;
-    args.out.as_deref().map(|out| prove_replaceable(out, KERNELS)).transpose()?;
+    args.out.as_deref().map(|out| check_replaceable(out, KERNELS)).transpose()?;
     let dtype = match args.dtype.as_deref() {
         Some("bf16") => DType::BF16,
         Some("f16") => DType::F16,

@@ -5,7 +5,7 @@ use crate::cli::{at_least_one, human_bytes, open_device, parse_bytes, parse_size
 use crate::error::{Error, Result};
 use crate::eval::kv_budget::bisect;
 use crate::eval::report::table::max_context_table;
-use crate::eval::report::{prove_replaceable, save, MaxContextRun, MaxContexts, MAX_CONTEXT, OK};
+use crate::eval::report::{check_replaceable, save, MaxContextRun, MaxContexts, MAX_CONTEXT, OK};
 use crate::eval::target::{Target, TargetArgs};
 use crate::eval::variant::Variant;
 use clap::Args;
@@ -100,7 +100,7 @@ pub fn run(args: &MaxContextArgs) -> Result<()> {
     args.target.model.set_threads()?;
     let (most, read) = args.limits()?;
     let device = open_device(&args.target.model.device)?;
-    prove_replaceable(&args.out, MAX_CONTEXT)?;
+    check_replaceable(&args.out, MAX_CONTEXT)?;
     let target = Target::open(&args.target, device, &progress)?;
     let variants = target.variants()?;
     target.refuse_too_large()?;

@@ -13,7 +13,7 @@ use crate::cli::{print, Bars};
 use crate::error::Result;
 use crate::eval::kv_budget::widest_window;
 use crate::eval::report::table::ablation_table;
-use crate::eval::report::{prove_replaceable, save, Ablation, AblationAxis, AblationChange, ABLATION};
+use crate::eval::report::{check_replaceable, save, Ablation, AblationAxis, AblationChange, ABLATION};
 use crate::eval::variant::Variant;
 use crate::layout::Layout;
 use crate::method::Method;
@@ -54,7 +54,7 @@ pub fn run(args: &AblateArgs) -> Result<()> {
     let bars = Bars::new(args.eval.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
     args.eval_set.check()?;
-    args.out.as_deref().map(|out| prove_replaceable(out, ABLATION)).transpose()?;
+    args.out.as_deref().map(|out| check_replaceable(out, ABLATION)).transpose()?;
     let target = args.eval.open(&progress)?;
     let ctx = args.eval_set.ctx;
     args.eval.check_trained(&target, &[ctx], &bars)?;

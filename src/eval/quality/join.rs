@@ -3,7 +3,7 @@
 use crate::cli::print;
 use crate::error::Result;
 use crate::eval::report::table::answers_table;
-use crate::eval::report::{join, prove_replaceable, read, save, ANSWERS};
+use crate::eval::report::{check_replaceable, join, read, save, ANSWERS};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -24,7 +24,7 @@ pub struct JoinArgs {
 /// A file that is none of answers; files of different measurements, or with the same cell: both files, and what
 /// differs.
 pub fn run(args: &JoinArgs) -> Result<()> {
-    prove_replaceable(&args.out, ANSWERS)?;
+    check_replaceable(&args.out, ANSWERS)?;
     let files = args.files.iter().map(|f| Ok((f.as_path(), read(f, ANSWERS)?))).collect::<Result<Vec<_>>>()?;
     let joined = join(files)?;
     save(&args.out, &joined)?;

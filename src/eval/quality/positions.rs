@@ -8,7 +8,7 @@ use crate::cli::{at_least_one, parse_size, print, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::table::positions_table;
 use crate::eval::report::{
-    hash, prove_replaceable, save, KvBytes, LossByPosition, PositionLosses, PositionRun, VariantRecord, POSITIONS,
+    check_replaceable, hash, save, KvBytes, LossByPosition, PositionLosses, PositionRun, VariantRecord, POSITIONS,
 };
 use crate::run::Run;
 use clap::Args;
@@ -47,7 +47,7 @@ pub struct PositionsArgs {
 pub fn run(args: &PositionsArgs) -> Result<()> {
     let bars = Bars::new(args.eval.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
-    args.out.as_deref().map(|out| prove_replaceable(out, POSITIONS)).transpose()?;
+    args.out.as_deref().map(|out| check_replaceable(out, POSITIONS)).transpose()?;
     let bucket = args.bucket.unwrap_or(BUCKET.min(args.ctx));
     if bucket > args.ctx || args.stride > bucket {
         let message = format!("{bucket} is not between --stride {} and --ctx {}", args.stride, args.ctx);

@@ -8,7 +8,7 @@ use super::tasks::{self, Prose, Questions, Sample, Sources, WordLists};
 use crate::cli::{at_least_one, parse_size, short_count, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::resume::AnswersFile;
-use crate::eval::report::{prove_replaceable, Answers, PromptSettings, ANSWERS};
+use crate::eval::report::{check_replaceable, Answers, PromptSettings, ANSWERS};
 use clap::Args;
 use rayon::prelude::*;
 use std::path::PathBuf;
@@ -110,12 +110,12 @@ impl SampleArgs {
     pub fn run(&self, cells: &[CellSpec], imported: Option<ImportedSamples>) -> Result<Option<Answers>> {
         let bars = Bars::new(self.eval.quiet);
         let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
-        self.out.as_deref().map(|out| prove_replaceable(out, ANSWERS)).transpose()?;
+        self.out.as_deref().map(|out| check_replaceable(out, ANSWERS)).transpose()?;
         if let Some(export) = &self.export {
             if self.out.as_ref() == Some(export) {
                 return Err(Error::usage("--export", "is the file of --out too; samples and answers need one each"));
             }
-            tasks::prove_replaceable(export, "--export")?;
+            tasks::check_replaceable(export, "--export")?;
         }
         let target = self.eval.open(&progress)?;
         // A mistake is told before samples are made, which can take a while.

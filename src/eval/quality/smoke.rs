@@ -12,7 +12,7 @@ use crate::cli::{at_least_one, parse_size, print, short_count, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::table::smoke_table;
 use crate::eval::report::{
-    hash, prove_replaceable, save, DocumentScore, KvBytes, Smoke, SmokeRun, VariantRecord, SMOKE,
+    check_replaceable, hash, save, DocumentScore, KvBytes, Smoke, SmokeRun, VariantRecord, SMOKE,
 };
 use crate::eval::variant::Variant;
 use crate::generate::{watch, Request, Sampler, Sampling};
@@ -90,7 +90,7 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
     let bars = Bars::new(args.eval.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
     let gates = Gate::parse(&args.fail_below, &args.fail_above)?;
-    args.out.as_deref().map(|out| prove_replaceable(out, SMOKE)).transpose()?;
+    args.out.as_deref().map(|out| check_replaceable(out, SMOKE)).transpose()?;
     let contexts = args.contexts()?;
     let target = args.eval.open(&progress)?;
     args.eval.check_trained(&target, &contexts, &bars)?;

@@ -13,7 +13,7 @@ use crate::error::{At, Error, Result};
 use crate::eval::report::resume::earlier_layers;
 use crate::eval::report::table::layers_table;
 use crate::eval::report::{
-    by_sensitivity, prove_replaceable, save, CurvePoint, LayerScore, LayerStudy, RankBy, RankMethod, RetrievalHead,
+    by_sensitivity, check_replaceable, save, CurvePoint, LayerScore, LayerStudy, RankBy, RankMethod, RetrievalHead,
     Score, LAYERS,
 };
 use crate::retrofit::{ranges, RetrofitPlan, Settings};
@@ -71,8 +71,8 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let bars = Bars::new(args.eval.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
     args.eval_set.check()?;
-    args.out.as_deref().map(|out| prove_replaceable(out, LAYERS)).transpose()?;
-    args.plans.as_deref().map(prove_plans).transpose()?;
+    args.out.as_deref().map(|out| check_replaceable(out, LAYERS)).transpose()?;
+    args.plans.as_deref().map(check_plans).transpose()?;
     let probed = args.eval_set.record();
     let rank_by = match (args.rank_by, probed.tasks.is_empty()) {
         (Some(RankBy::Answers), true) => {
@@ -167,7 +167,7 @@ fn counts(given: &[usize], layers: usize) -> Result<Vec<usize>> {
 }
 
 /// Refuses a directory that plans cannot be written to, before anything is scored.
-fn prove_plans(dir: &Path) -> Result<()> {
+fn check_plans(dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).at(format!("--plans {}", dir.display()))?;
     let earlier = std::fs::read_dir(dir).at(dir.display())?.filter_map(|e| Some(e.ok()?.path()));
     let named = |p: &PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("dense-"));

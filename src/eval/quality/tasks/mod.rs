@@ -88,7 +88,7 @@ pub use crate::eval::report::ScoringRule;
 pub use hay::{Haystack, Prose, NOISE};
 pub use qa::Questions;
 pub use rng::Rng;
-pub use sample::{prove_replaceable, read, write, Sample, SampleDefaults};
+pub use sample::{check_replaceable, read, write, Sample, SampleDefaults};
 pub use words::WordLists;
 
 use crate::checkpoint::OnProgress;

@@ -94,7 +94,7 @@ impl Sample {
 ///
 /// # Errors
 /// Which place, and why.
-pub fn prove_replaceable(path: &Path, flag: &'static str) -> Result<()> {
+pub fn check_replaceable(path: &Path, flag: &'static str) -> Result<()> {
     let fault = |json: bool| {
         let mut first = vec![];
         if json {

@@ -1,4 +1,4 @@
-//! A study of layers: layers by falling harm, then the curve of layers kept dense.
+//! Tables of a layer study: layers by falling sensitivity, then scores by layers kept dense.
 
 use super::{columns, extrapolated};
 use crate::eval::report::{
@@ -44,11 +44,11 @@ pub fn layers_table(study: &LayerStudy) -> String {
     let heads = match study.head_steps {
         0 => String::new(),
         n => format!(
-            "retrieval heads (layer.head, share of {n} answer tokens attended to before they come): {}\n",
+            "retrieval heads (layer.head, share of {n} answer tokens that the head attends to before they are generated): {}\n",
             heads.join(", ")
         ),
     };
     let kept: Vec<String> = study.order.iter().map(usize::to_string).collect();
     let remark = extrapolated(&study.header, [study.probed.ctx]);
-    format!("{}\n{}kept in this order: {}\n{heads}{remark}", columns(&rows), columns(&curve), kept.join(", "))
+    format!("{}\n{}layers, most sensitive first: {}\n{heads}{remark}", columns(&rows), columns(&curve), kept.join(", "))
 }
