@@ -154,7 +154,7 @@ fn bad_input_is_named() -> Any {
     std::fs::write(&broken, format!("{line}\n{{\"task\":"))?;
     ruler(&["--import", &broken], &["broken.jsonl: line 2", "not a sample"]);
     for (second, says) in [
-        (line.to_string(), "is the sample of line 1 again"),
+        (line.to_string(), "repeats the sample of line 1"),
         (line.replace("vt", "my_task"), "`my_task` is not one of"),
         (line.replace(r#"["b"]"#, r#"[""]"#), "nothing to score"),
     ] {
@@ -264,7 +264,7 @@ fn rulers_own_files_are_one_cell_and_their_questions_can_be_unseen() -> Any {
     std::fs::write(&rulers, lines.join("\n"))?;
     let imported = path(dir.path(), "imported.json");
     let warned = ask(&["--import", &rulers, "--import-length", "330", "--out", &imported]);
-    assert!(!warned.contains("does not tell the length"), "{warned}");
+    assert!(!warned.contains("does not state the length"), "{warned}");
     let theirs: Answers = read(Path::new(&imported), ANSWERS)?;
     assert_eq!((theirs.cells.len(), theirs.cells[0].length), (1, 330));
     assert_eq!(theirs.cells[0].answers, ours.cells[0].answers, "split at the same place, and evicted at the same time");
@@ -274,7 +274,7 @@ fn rulers_own_files_are_one_cell_and_their_questions_can_be_unseen() -> Any {
     refused(&alone, &["--import"]);
     let warned = ask(&["--import", &rulers]);
     assert!(
-        warned.contains("validation.jsonl does not tell the length") && warned.contains("--import-length"),
+        warned.contains("validation.jsonl does not state the length") && warned.contains("--import-length"),
         "{warned}"
     );
     Ok(())

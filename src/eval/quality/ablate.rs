@@ -1,9 +1,9 @@
-//! `ablate`: one setting changed at a time, everything else equal, with differences paired text by text and question by
-//! question.
+//! `ablate`: one setting of a retrofit changed at a time, everything else equal, with paired differences over texts and
+//! questions.
 //!
-//! Partner rules are compared at the same allocated bytes: bytes that a rule does not use widen its window, and a rule
-//! that needs more has a narrower one. Two variants whose measured queries read the same are not compared, since their
-//! difference would be noise.
+//! Partner rules are compared at the same allocated bytes: a rule that needs less memory for summaries gets a wider
+//! window, a rule that needs more a narrower one. A variant whose measured queries read the same tokens and summaries
+//! as an earlier one is not measured, since the difference would be noise.
 
 use super::eval_args::EvalArgs;
 use super::eval_set_args::EvalSetArgs;
@@ -27,7 +27,7 @@ use std::path::PathBuf;
 /// The flags of `ablate`.
 #[derive(Debug, Args)]
 pub struct AblateArgs {
-    /// Settings to change, one at a time.
+    /// Settings to change, one at a time, comma-separated.
     #[arg(
         long,
         value_name = "LIST",
@@ -35,21 +35,22 @@ pub struct AblateArgs {
         value_delimiter = ','
     )]
     pub axes: Vec<AblationAxis>,
-    /// Write the results to FILE.json with every document and sample, compressed where the name ends in .gz.
+    /// Write the results to FILE.json with every document and sample, gzip-compressed where the name ends in .gz; an
+    /// earlier file of the same kind is replaced.
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
     /// Evaluation set.
     #[command(flatten)]
     pub eval_set: EvalSetArgs,
-    /// Model, texts, and in `--variants` the one retrofit that everything is changed from.
+    /// Model, texts, and in `--variants` the base retrofit.
     #[command(flatten)]
     pub eval: EvalArgs,
 }
 
-/// Runs the ablation, and prints a table.
+/// Runs the ablation and prints a table.
 ///
 /// # Errors
-/// Bad flags or files; a variant that cannot be run.
+/// Invalid flags or files; a variant that cannot be run.
 pub fn run(args: &AblateArgs) -> Result<()> {
     let bars = Bars::new(args.eval.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
@@ -63,7 +64,7 @@ pub fn run(args: &AblateArgs) -> Result<()> {
     let (changes, left_out) = changes(&args.axes, &plan, &spec, ctx)?;
     for rule in left_out {
         bars.warn(&format!(
-            "partner {rule}: not even one block of window fits the base's bytes beside its summaries; left out"
+            "partner {rule} is left out: its summaries and a window of one block exceed the base's bytes"
         ));
     }
     let eval_set = args.eval_set.eval_set(&target, &args.eval, &bars)?;
@@ -106,10 +107,10 @@ pub fn run(args: &AblateArgs) -> Result<()> {
     print(ablation_table(&results))
 }
 
-/// A changed setting, its value, and all settings with it.
+/// A changed setting, its new value, and all settings with the change.
 type Changed = (AblationAxis, String, Settings);
 
-/// Every change of `base` along `axes` to a value that it does not have, and the partner rules that do not fit into its
+/// Returns every change of `base` along `axes` to another value, and the partner rules that do not fit into the base's
 /// bytes.
 fn changes(
     axes: &[AblationAxis],
@@ -186,7 +187,7 @@ mod tests {
     use crate::checkpoint::Checkpoint;
 
     #[test]
-    fn rules_are_compared_at_the_same_bytes_and_nothing_is_compared_with_itself() -> Result<()> {
+    fn rules_are_compared_at_the_same_bytes_and_no_change_equals_the_base() -> Result<()> {
         let spec = Checkpoint::random("tests/fixtures/shapes/qwen2.5-0.5b", 0)?.spec;
         let settings = Settings { block: 16, window: 512, partner_count: 2, ..Settings::default() };
         let base = RetrofitPlan::new(&spec, None, settings)?;

@@ -1,4 +1,4 @@
-//! Answers of variants to sets of samples, taken up again where they were cut off.
+//! Answers of variants to sets of samples, resumable.
 
 use super::prompting::{PromptIds, Prompter};
 use super::runner::{shared_progress, Workers};
@@ -11,27 +11,27 @@ use crate::eval::variant::Variant;
 use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
 
-/// Samples of one task and length, with their prompts.
+/// Samples of one task at one length, with their prompts.
 pub struct SampleSet {
     /// Name of the task.
     pub task: String,
-    /// Most tokens of a prompt and its answer together.
+    /// Maximum tokens of a prompt and its answer together.
     pub length: usize,
     /// Samples and their prompts.
     pub samples: Vec<(Sample, PromptIds)>,
 }
 
-/// The samples of `set` that `variant` has yet to answer.
+/// Returns the samples of `set` that `variant` has not answered.
 ///
 /// # Errors
-/// Answers in `file` under the same name to other prompts, or by another plan.
+/// Answers in `file` of a variant of this name to other prompts, or with another plan.
 fn missing<'a>(file: &AnswersFile, variant: &Variant, set: &'a SampleSet) -> Result<&'a [(Sample, PromptIds)]> {
     let hashes = set.samples.iter().map(|(_, p)| hash(&p.ids()));
     let answered = file.answered((&variant.name, &variant.method), (&set.task, set.length), hashes)?;
     Ok(&set.samples[answered.min(set.samples.len())..])
 }
 
-/// Prompts `variant` with the samples of `set` that it has yet to answer, and saves the answers.
+/// Prompts `variant` with the samples of `set` that it has not answered, and saves the answers.
 fn answer<'f>(
     file: &'f mut AnswersFile,
     runners: &mut Workers,
@@ -67,10 +67,10 @@ fn answer<'f>(
     file.add(Cell { record, task, rule, length, seconds, answers }).map(Some)
 }
 
-/// Prompts every variant with every set that `variants` lists it for, and says what each scored.
+/// Prompts the variants `variants[i]` with the set `sets[i]` for every `i`, and prints the score of each.
 ///
 /// # Errors
-/// A variant that cannot be run; answers under the same name to other prompts; a place that cannot be written to.
+/// A variant that cannot be run; answers of a variant of this name to other prompts; a file that cannot be written.
 pub fn answer_all(
     file: &mut AnswersFile,
     runners: &mut Workers,

@@ -1,8 +1,8 @@
-//! The evaluation set of layers and settings: distributions on text, in prefill and in decode, and the loss on expected
-//! answers.
+//! The evaluation set of `layers` and `ablate`: KL and loss on text, after prefill and in decode, and the loss on
+//! expected answers.
 //!
-//! A score per sample would need hundreds of samples to tell small changes apart. The loss on the expected answer
-//! changes smoothly, and long before a needle is lost.
+//! Task scores would need hundreds of samples to detect small changes. The loss on the expected answer is continuous
+//! and rises long before a needle is lost.
 
 use super::documents::Excerpt;
 use super::metrics::{compare, LogitRows, PositionMetrics};
@@ -15,17 +15,17 @@ use crate::generate::watch;
 use crate::run::Run;
 use candle_core::Tensor;
 
-/// Texts and questions, ready to be read.
+/// Tokenised texts and questions.
 pub struct EvalSet {
     /// Texts of one length.
     pub texts: Vec<Excerpt>,
     /// Questions, each with the tokens of the expected answer.
     pub questions: Vec<(PromptIds, Vec<u32>)>,
-    /// Last positions of a text that are compared after prefill.
+    /// Number of prefilled positions of a text that are compared, just before the decode positions.
     pub prefill: usize,
-    /// Positions after them that are read one by one, as decode does.
+    /// Number of positions at the end of a text that are read one by one, in decode steps.
     pub decode: usize,
-    /// Tokens to a prefill chunk.
+    /// Prefill chunk in tokens.
     pub chunk: usize,
     /// Positions that the cache is provisioned for.
     pub ctx: usize,
@@ -35,7 +35,7 @@ pub struct EvalSet {
 pub struct ReferenceLogits(Vec<LogitRows>);
 
 impl EvalSet {
-    /// The texts alone, or the questions alone.
+    /// Returns the set with its texts alone, or with its questions alone.
     pub fn only(&self, texts: bool) -> Self {
         Self {
             texts: if texts { self.texts.clone() } else { vec![] },
@@ -44,13 +44,13 @@ impl EvalSet {
         }
     }
 
-    /// Tokens that one variant reads.
+    /// Returns the number of tokens that one variant reads.
     pub fn tokens(&self) -> usize {
         self.texts.iter().map(|t| t.ids.len()).sum::<usize>()
             + self.questions.iter().map(|(p, _)| p.tokens()).sum::<usize>()
     }
 
-    /// Logits and score of the stock model.
+    /// Runs the stock model and returns its logits and score.
     ///
     /// # Errors
     /// A model that cannot be run.
@@ -64,7 +64,7 @@ impl EvalSet {
         Ok((ReferenceLogits(logits), score))
     }
 
-    /// The score of `variant` against `reference`.
+    /// Scores `variant` against `reference`.
     ///
     /// # Errors
     /// A variant that cannot be run.
@@ -78,7 +78,7 @@ impl EvalSet {
         self.score_against(runner, variant, on_tokens, |i, rows, next| compare(&reference.0[i], &rows, next))
     }
 
-    /// The score of `variant`; `against` compares its logits on the text of an index with the reference's.
+    /// Scores `variant`; `against(i, logits, next)` compares its logits on text `i` with the reference's.
     fn score_against(
         &self,
         runner: &Runner,
@@ -86,7 +86,7 @@ impl EvalSet {
         on_tokens: &mut dyn FnMut(usize),
         mut against: impl FnMut(usize, LogitRows, &[u32]) -> Result<Vec<PositionMetrics>>,
     ) -> Result<Score> {
-        let (mut done, mut held) = (0, None);
+        let (mut done, mut cache) = (0, None);
         let mut texts = vec![];
         for (i, text) in self.texts.iter().enumerate() {
             let (logits, kv) =
@@ -94,7 +94,7 @@ impl EvalSet {
             done += text.ids.len();
             let next = &text.ids[text.ids.len() - self.prefill - self.decode..];
             texts.push(text_score(text, &against(i, LogitRows::of(&logits)?, next)?, self.prefill));
-            held = Some(kv);
+            cache = Some(kv);
         }
         let mut answers = vec![];
         for (prompt, wanted) in &self.questions {
@@ -103,14 +103,15 @@ impl EvalSet {
             done += prompt.tokens();
             answers.push(AnswerScore { loss, right });
         }
-        let kv = match held {
+        let kv = match cache {
             Some(kv) => kv,
             None => runner.run(variant, self.ctx, |run| Ok(KvBytes::of(run.cache())))?,
         };
         Ok(Score { record: VariantRecord::of(&variant.name, &variant.method, kv), texts, answers })
     }
 
-    /// Logits at the last `prefill + decode` positions of `text` that have a next token, and the bytes of the cache.
+    /// Returns the logits at the last `prefill + decode` positions of `text` that have a next token, f32
+    /// `[prefill + decode, vocab]`, and the bytes of the cache.
     fn read(&self, run: &mut Run, text: &Excerpt, on_tokens: &mut dyn FnMut(usize)) -> Result<(Tensor, KvBytes)> {
         let (whole, _) = text.ids.split_at(text.ids.len() - 1);
         let (first, tail) = whole.split_at(whole.len() - self.decode);
@@ -123,7 +124,7 @@ impl EvalSet {
     }
 }
 
-/// Means over `positions`, of which the first `prefill` are those after prefill and the others those in decode.
+/// Averages `positions`, of which the first `prefill` are prefilled and the others decoded.
 fn text_score(text: &Excerpt, positions: &[PositionMetrics], prefill: usize) -> TextScore {
     let (first, tail) = positions.split_at(prefill);
     let mean =

@@ -1,6 +1,6 @@
-//! `layers`: which layers a model cannot do without. One layer is swapped at a time, or all are, round by round; then
-//! the most sensitive ones are kept dense, one more at a time, and each point of that curve has its score and its
-//! bytes.
+//! `layers`: the sensitivity of a model to swapping each layer. Layers are ranked by swapping one at a time, by
+//! backward elimination or by retrieval heads; then a curve of scores and cache bytes keeps more and more of the most
+//! sensitive layers dense.
 
 mod rounds;
 mod study;
@@ -23,39 +23,39 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::Mutex;
 use study::{retrieval_heads, LayerScorer};
 
-/// The flags of `layers`.
+/// Flags of `layers`.
 #[derive(Debug, Args)]
 pub struct LayersArgs {
-    /// How layers are ranked: by what a layer is swapped on top of when its harm is measured, or by retrieval heads.
+    /// Ranking method.
     #[arg(long, value_enum, default_value_t = RankMethod::Rounds)]
     pub rank: RankMethod,
-    /// What makes a layer sensitive [default: answers, or text with --tasks none]
+    /// Metric of a layer's sensitivity [default: answers, or text with --tasks none]
     #[arg(long)]
     pub rank_by: Option<RankBy>,
-    /// Numbers of layers that are kept dense on the curve, the most sensitive first [default: 0, 1, 2, 3, 4, 6, 8, 12,
-    /// 16, ...]
+    /// Numbers of most sensitive layers to keep dense, comma-separated; each is a point of the curve [default: 0, 1, 2,
+    /// 3, 4, 6, 8, 12, 16, ...]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub keep: Vec<usize>,
-    /// Scores computed side by side over one copy of the weights.
+    /// Scores computed in parallel over one copy of the weights, each with its own cache; more than 1 helps on a GPU.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
     pub jobs: usize,
-    /// Write the plan of each point as DIR/dense-K.json, for bfly-retrofit --plan.
+    /// Write the plan of each point of the curve to DIR/dense-K.json, K layers kept dense, for bfly-retrofit --plan.
     #[arg(long, value_name = "DIR")]
     pub plans: Option<PathBuf>,
-    /// Write the results to FILE.json with every document and sample, compressed where the name ends in .gz. Scores
-    /// that the same build has left there are taken over, however it ranked layers.
+    /// Write the results to FILE.json with every document and sample, gzip-compressed where the name ends in .gz.
+    /// Scores in an existing file of the same build, model and evaluation set are reused, with any ranking method.
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
     /// Evaluation set.
     #[command(flatten)]
     pub eval_set: EvalSetArgs,
-    /// Model, texts, and in `--variants` the one retrofit whose layers are studied.
+    /// Model, texts, and in `--variants` the retrofit whose layers are studied.
     #[command(flatten)]
     pub eval: EvalArgs,
 }
 
-/// `layers` in order of their best head in `heads`, which are sorted with the best first; layers without a head keep
-/// their order at the end.
+/// Sorts `layers` by their best head in `heads`, which are sorted best first; layers without a head keep their order at
+/// the end.
 fn by_heads(heads: &[RetrievalHead], layers: Vec<usize>) -> Vec<usize> {
     let best = |layer: &usize| heads.iter().position(|h| h.layer == *layer).unwrap_or(heads.len());
     let mut layers = layers;
@@ -66,7 +66,7 @@ fn by_heads(heads: &[RetrievalHead], layers: Vec<usize>) -> Vec<usize> {
 /// Runs the study, writes plans and results, and prints a table.
 ///
 /// # Errors
-/// Bad flags or files; a model without layers to swap.
+/// Invalid flags or files; a model without layers to swap.
 pub fn run(args: &LayersArgs) -> Result<()> {
     let bars = Bars::new(args.eval.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
@@ -76,14 +76,14 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let probed = args.eval_set.record();
     let rank_by = match (args.rank_by, probed.tasks.is_empty()) {
         (Some(RankBy::Answers), true) => {
-            return Err(Error::usage("--rank-by", "answers needs tasks; give --tasks, or --rank-by text"))
+            return Err(Error::usage("--rank-by", "`answers` needs tasks; give --tasks, or --rank-by text"))
         }
         (Some(by), _) => by,
         (None, true) => RankBy::Text,
         (None, false) => RankBy::Answers,
     };
     if args.rank == RankMethod::Heads && probed.tasks.is_empty() {
-        return Err(Error::usage("--rank", "heads are told by answers; give --tasks"));
+        return Err(Error::usage("--rank", "`heads` needs answers to observe; give --tasks"));
     }
     let target = args.eval.open(&progress)?;
     args.eval.check_trained(&target, &[args.eval_set.ctx], &bars)?;
@@ -108,7 +108,7 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     (results.heads, results.head_steps) = (tally.heads(), tally.steps());
     let spec = target.checkpoint().spec.clone();
     let plan = |layers| RetrofitPlan::new(&spec, Some(layers), Settings::clone(&base.settings));
-    // Every score is saved at once, so that none is lost.
+    // Every score is saved as soon as it is computed, so that an interruption loses none.
     let unfinished = Mutex::new(LayerStudy { judged: known.clone(), ..results.clone() });
     let on_score = |score: &Score| {
         let Some(out) = &args.out else { return Ok(()) };
@@ -133,7 +133,7 @@ pub fn run(args: &LayersArgs) -> Result<()> {
         RankMethod::Alone => (by_sensitivity(&results.single, sensitivity), vec![]),
         RankMethod::Heads => (by_heads(&results.heads, by_sensitivity(&results.single, sensitivity)), vec![]),
         RankMethod::Rounds => rounds::eliminate(&results.single, sensitivity, |swapped, left| {
-            bars.say(&format!("swapped for good: {}; {} layers left", ranges(swapped), left.len()));
+            bars.say(&format!("swapped: layers {}; {} layers left", ranges(swapped), left.len()));
             study.on_top(&ranking, swapped, left)
         })?,
     };
@@ -142,7 +142,7 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let swapped = |dense: &Vec<usize>| base.layers.iter().copied().filter(|l| !dense.contains(l)).collect();
     let scores = study.scores(&eval_set, &dense.iter().map(swapped).collect::<Vec<_>>())?;
     results.curve = dense.into_iter().zip(scores).map(|(dense, score)| CurvePoint { dense, score }).collect();
-    let unused = |s: &Score| !results.scores().any(|told| told == s);
+    let unused = |s: &Score| !results.scores().any(|used| used == s);
     results.judged = study.known.into_iter().filter(unused).collect();
     bars.show("layers", total as u64, total as u64);
     args.out.as_deref().map(|out| save(out, &results)).transpose()?;
@@ -152,7 +152,7 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     print(layers_table(&results))
 }
 
-/// The number of layers kept at each point of the curve, rising.
+/// Returns the number of layers kept dense at each point of the curve, rising.
 fn counts(given: &[usize], layers: usize) -> Result<Vec<usize>> {
     if let Some(k) = given.iter().find(|k| **k > layers) {
         return Err(Error::usage("--keep", format!("{k} is more than the {layers} layers that can be swapped")));
@@ -166,7 +166,7 @@ fn counts(given: &[usize], layers: usize) -> Result<Vec<usize>> {
     Ok(keep)
 }
 
-/// Refuses a directory that plans cannot be written to, before anything is scored.
+/// Checks that plans can be written to `dir`, before anything is scored.
 fn check_plans(dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).at(format!("--plans {}", dir.display()))?;
     let earlier = std::fs::read_dir(dir).at(dir.display())?.filter_map(|e| Some(e.ok()?.path()));
@@ -174,13 +174,13 @@ fn check_plans(dir: &Path) -> Result<()> {
     earlier.filter(named).chain([dir.join("dense-0.json")]).try_for_each(|path| reserve_plan(&path).map(drop))
 }
 
-/// Only a plan is replaced by a plan.
+/// Opens `path` for a plan; an existing file is replaced only if it is a plan.
 fn reserve_plan(path: &Path) -> Result<Output> {
     let fault = |_| Ok(RetrofitPlan::load(path).err().map(|_| "is no plan; only plans are replaced".into()));
     Output::reserve_over(path, "--plans", fault)
 }
 
-/// Writes one plan per point that swaps anything.
+/// Writes one plan per point of the curve that swaps at least one layer.
 fn write_plans(dir: &Path, results: &LayerStudy) -> Result<()> {
     for point in &results.curve {
         if let Some(plan) = &point.score.record.plan {

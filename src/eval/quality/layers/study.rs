@@ -1,4 +1,4 @@
-//! Scores of swapped layers, computed side by side.
+//! Scores of sets of swapped layers, computed in parallel.
 
 use crate::cli::Bars;
 use crate::error::Result;
@@ -11,7 +11,7 @@ use crate::method::Method;
 use crate::retrofit::{ranges, RetrofitPlan};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Counts which heads of the stock model copy the answers of `eval_set`.
+/// Counts the steps at which each head of the stock model copies the answers of `eval_set`.
 pub fn retrieval_heads(eval_set: &EvalSet, runner: &Runner) -> Result<HeadCounter> {
     let mut tally = HeadCounter::default();
     for (prompt, answer) in &eval_set.questions {
@@ -20,13 +20,13 @@ pub fn retrieval_heads(eval_set: &EvalSet, runner: &Runner) -> Result<HeadCounte
     Ok(tally)
 }
 
-/// A study under way.
+/// Scores sets of swapped layers, reusing the scores of an earlier process.
 pub struct LayerScorer<'a, P> {
-    /// Workers that compute scores side by side.
+    /// Workers that compute scores in parallel.
     pub runners: &'a mut Workers,
     /// Logits of the stock model on the texts.
     pub reference: &'a ReferenceLogits,
-    /// Makes the plan that swaps some layers.
+    /// Builds the plan that swaps the given layers.
     pub plan: &'a P,
     /// Progress bars.
     pub bars: &'a Bars,
@@ -34,14 +34,14 @@ pub struct LayerScorer<'a, P> {
     pub done: AtomicUsize,
     /// Tokens of the whole study.
     pub total: usize,
-    /// Scores of an earlier process, which are not computed again.
+    /// Scores of an earlier process, to be reused.
     pub known: Vec<Score>,
     /// Called with every new score.
     pub on_score: &'a (dyn Fn(&Score) -> Result<()> + Sync),
 }
 
 impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> LayerScorer<'_, P> {
-    /// The scores with each of `layers` swapped, one at a time, on top of `swapped`.
+    /// Scores each of `layers`, swapped one at a time in addition to `swapped`.
     ///
     /// # Errors
     /// A plan that does not fit the model; an error of `on_score`.
@@ -55,7 +55,7 @@ impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> LayerScorer<'_, P> {
         Ok(layers.iter().zip(scores).map(|(layer, score)| LayerScore { layer: *layer, score }).collect())
     }
 
-    /// The score with the layers of each of `sets` swapped.
+    /// Scores each of `sets` of swapped layers.
     ///
     /// # Errors
     /// A plan that does not fit the model; an error of `on_score`.
@@ -84,7 +84,7 @@ impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> LayerScorer<'_, P> {
         Ok(scores.into_iter().flatten().collect())
     }
 
-    /// The score of `variant` on the same texts and questions that an earlier process computed, if there is one.
+    /// Returns the earlier score of `variant` on the texts and questions of `eval_set`, if there is one.
     fn known(&self, eval_set: &EvalSet, variant: &Variant) -> Option<Score> {
         let texts = |s: &Score| s.texts.iter().map(|t| &t.document).eq(eval_set.texts.iter().map(|t| &t.document));
         let same = |s: &&Score| {

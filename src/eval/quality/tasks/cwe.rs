@@ -1,22 +1,23 @@
-//! Common words: a numbered list in which ten words come more often than the others, and a question for these ten.
+//! Common words (`cwe`): a numbered list in which ten words are more frequent than the others, and the question for
+//! them.
 
 use super::length_search::{Draft, PromptMaker, SampleRequest};
 use super::rng::Rng;
 use super::words::WordLists;
 use crate::error::Result;
 
-/// The question.
+/// Question of the prompt.
 pub(super) const ASK: &str = "Question: What are the 10 most common words in the above list?";
 /// Number of common words.
 const COMMON: usize = 10;
-/// Tokens below which a prompt has fewer repeats.
+/// Length in tokens below which a prompt has fewer repeats.
 const SHORT: usize = 4096;
 
-/// The number of different words, and how often each common and each other word comes.
+/// Number of distinct words, and occurrences of each common and of each other word.
 #[derive(Clone, Copy)]
 struct Counts(usize, usize, usize);
 
-/// A numbered list with `counts`, and its common words.
+/// Generates a numbered list with `counts`, and returns it with its common words.
 fn list(words: &WordLists, counts: Counts, choice: u64) -> (String, Vec<String>) {
     let Counts(n, often, seldom) = counts;
     let rng = &mut Rng::new(choice, &["words"], 0);
@@ -30,13 +31,13 @@ fn list(words: &WordLists, counts: Counts, choice: u64) -> (String, Vec<String>)
     (numbered(&all), chosen[..COMMON.min(n)].to_vec())
 }
 
-/// The words as `1. this 2. that`.
+/// Formats the words as `1. this 2. that`.
 fn numbered(words: &[impl AsRef<str>]) -> String {
     let entry = |(i, word): (usize, &_)| format!("{}. {}", i + 1, AsRef::<str>::as_ref(word));
     words.iter().enumerate().map(entry).collect::<Vec<_>>().join(" ")
 }
 
-/// RULER's prompt for a list with its common words.
+/// Builds RULER's prompt for a list and its common words.
 fn draft((list, common): (String, Vec<String>)) -> Draft {
     Draft {
         context: format!(
@@ -50,7 +51,7 @@ fn draft((list, common): (String, Vec<String>)) -> Draft {
     }
 }
 
-/// The maker of one sample: an example with its answer, then the list.
+/// Returns the maker of one sample: an example with its answer, then the list.
 ///
 /// # Errors
 /// Missing word lists.
@@ -112,7 +113,7 @@ mod tests {
             let answer = lines[2].split_once("in the list are: ").expect("answer").1;
             let shown: Vec<_> = ranked(answer).into_iter().map(|(word, _)| word).collect();
             check(lines[1], &shown, in_example);
-            // Longer lists than there are words take pairs.
+            // Lists longer than the word lists use hyphenated pairs.
             assert_eq!(s.outputs[0].contains('-'), length == 12_000, "{:?}", s.outputs);
         }
     }

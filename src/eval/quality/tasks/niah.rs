@@ -1,4 +1,5 @@
-//! Needles in a haystack: sentences that give a key a value, hidden in hay, and a question for the values of some keys.
+//! Needles in a haystack (`niah`): sentences that assign a value to a key, hidden in hay, and a question for the values
+//! of some keys.
 
 use super::hay::{Haystack, Prose, NOISE};
 use super::length_search::{Draft, PromptMaker, SampleRequest};
@@ -7,7 +8,7 @@ use super::words::WordLists;
 use crate::error::{Error, Result};
 use std::collections::HashSet;
 
-/// The kind of a key or a value.
+/// Kind of a key or a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NeedleKind {
     /// Numbers of seven digits.
@@ -18,19 +19,19 @@ pub(super) enum NeedleKind {
     Uuids,
 }
 
-/// Where needles are hidden.
+/// Placement of needles in the hay.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum NeedlePlacement {
-    /// At random places, as RULER hides them.
+    /// Random places, as in RULER.
     Drawn,
-    /// At this share of the hay, all of them.
+    /// All needles at this share of the hay, 0 to 1.
     At(f64),
 }
 
-/// A variant of the task.
+/// A needle task.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Niah {
-    /// Text that needles are hidden in.
+    /// Text in which needles are hidden.
     pub hay: Haystack,
     /// Kind of the keys.
     pub keys: NeedleKind,
@@ -40,10 +41,10 @@ pub(super) struct Niah {
     pub counts: (usize, usize, usize),
 }
 
-/// Beginnings of the question, in the singular and in the plural.
+/// Starts of the question, for one value and for several.
 pub(super) const ASKS: &[&str] = &["What is the special magic ", "What are all the special magic "];
 
-/// The `i`-th of the 40 depths in percent, from 0 to 100, at which RULER hides needles in prose.
+/// Returns the `i`-th of the 40 depths, in percent, at which RULER hides needles in prose.
 fn depth(i: usize) -> usize {
     (200 * i + 39) / 78 // i · 100 / 39, rounded
 }
@@ -68,7 +69,7 @@ impl NeedleKind {
     }
 }
 
-/// Draws keys and values of one sample: none twice, and none that the prose holds by chance.
+/// Draws the keys and values of one sample, all different and none of them in the prose.
 struct UniqueDraws<'a> {
     rng: Rng,
     words: &'a WordLists,
@@ -76,7 +77,7 @@ struct UniqueDraws<'a> {
     seen: HashSet<String>,
 }
 
-/// Draws after which the word lists are taken to hold no further key.
+/// Number of failed draws after which the word lists are considered exhausted.
 const TRIES: usize = 1_000;
 
 impl UniqueDraws<'_> {
@@ -88,22 +89,21 @@ impl UniqueDraws<'_> {
                 return Ok(new);
             }
         }
-        let message =
-            format!("too few {} that are neither taken nor in the texts; give longer word lists", kind.name());
+        let message = format!("too few {} that are neither used nor in the texts; give longer word lists", kind.name());
         Err(Error::usage("needles", message))
     }
 }
 
 impl Niah {
-    /// The sentence that gives `key` the value `value`.
+    /// Returns the sentence that assigns `value` to `key`.
     fn needle(&self, key: &str, value: &str) -> String {
         format!("One of the special magic {} for {key} is: {value}.", self.values.name())
     }
 
-    /// The maker of one sample.
+    /// Returns the maker of one sample.
     ///
     /// # Errors
-    /// Missing word lists, or missing prose where it is needed.
+    /// Missing word lists, or missing prose for a task in prose.
     pub(super) fn start<'a>(self, call: &SampleRequest<'a>, place: NeedlePlacement) -> Result<PromptMaker<'a>> {
         let words = call.sources.words(call.task)?;
         let prose = (self.hay == Haystack::Essay).then(|| call.sources.prose(call.task)).transpose()?;
@@ -153,7 +153,7 @@ impl Niah {
         Ok(PromptMaker { least, most: usize::MAX, step, draft: Box::new(draft) })
     }
 
-    /// RULER's prompt, in the singular where the question is for one value.
+    /// Builds RULER's prompt, in the singular where the question is for one value.
     fn draft(&self, hay: &str, query: &str, outputs: &[String], place: NeedlePlacement) -> Draft {
         let name = self.values.name();
         let one = outputs.len() == 1;
@@ -172,7 +172,7 @@ impl Niah {
     }
 }
 
-/// Names as a list: `a`, or `a, b, and c`.
+/// Formats names as `a`, or `a, b, and c`.
 fn list(names: &[&str]) -> String {
     match names.split_last() {
         Some((last, rest)) if !rest.is_empty() => format!("{}, and {last}", rest.join(", ")),
@@ -180,7 +180,7 @@ fn list(names: &[&str]) -> String {
     }
 }
 
-/// The sentences before which `count` needles go, rising; a share is one of words.
+/// Returns the sentences before which `count` needles are inserted, rising; a share is measured in words.
 fn in_prose(sentences: &[&str], count: usize, place: NeedlePlacement, rng: &mut Rng) -> Vec<usize> {
     let mut at: Vec<usize> = match place {
         NeedlePlacement::Drawn => {
@@ -204,7 +204,7 @@ fn in_prose(sentences: &[&str], count: usize, place: NeedlePlacement, rng: &mut 
     at
 }
 
-/// The lines of `n` before which `count` needles go, rising; drawn lines are all different.
+/// Returns the lines of `n` before which `count` needles are inserted, rising; random lines are all different.
 fn in_lines(n: usize, count: usize, place: NeedlePlacement, rng: &mut Rng) -> Vec<usize> {
     let mut at = match place {
         NeedlePlacement::Drawn => rng.sample(n, count),
@@ -214,7 +214,7 @@ fn in_lines(n: usize, count: usize, place: NeedlePlacement, rng: &mut Rng) -> Ve
     at
 }
 
-/// `parts` with each of `extra` inserted before the part that `at` names, all joined by `between`.
+/// Inserts `extra[i]` before part `at[i]` of `parts`, and joins all of them with `between`.
 pub(super) fn insert<P: AsRef<str>>(parts: &[P], extra: &[String], at: &[usize], between: &str) -> String {
     let mut all: Vec<&str> = Vec::with_capacity(parts.len() + extra.len());
     let mut rest = at.iter().zip(extra).peekable();
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn one_answer_is_asked_for_in_the_singular() {
+    fn the_question_for_one_value_is_in_the_singular() {
         let s = sample("niah_single_3", 800, 0);
         let needles = needles(&s);
         let key = needles[0].0;
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_the_prose_holds_by_chance_are_not_taken() {
+    fn keys_that_occur_in_the_prose_are_not_used() {
         let names = |names: &[&str]| names.iter().map(|n| n.to_string()).collect();
         let words = WordLists::new(names(&["tree", "lake", "fox"]), names(&["red"]), names(&["run"]));
         let prose = Prose::new(["Under the red-tree, by the red-lake. Nothing happened."]);
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn a_single_needle_lies_where_it_is_asked_to() {
+    fn a_needle_lies_at_the_requested_depth() {
         let all = sources();
         for hay in [Haystack::Essay, Haystack::Noise, Haystack::Needles] {
             let mut keys = HashSet::new();

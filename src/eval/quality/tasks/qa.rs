@@ -1,4 +1,5 @@
-//! Questions about documents: the document with the answer among others. The user brings the file of questions.
+//! Questions about documents (`qa`): the document with the answer among others. The user provides the file of
+//! questions.
 
 use super::length_search::{Draft, PromptMaker, SampleRequest};
 use super::rng::Rng;
@@ -7,25 +8,25 @@ use serde::{de::DeserializeOwned, Deserialize};
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-/// Beginning of the question, and of the whole prompt.
+/// Start of the question, and of the whole prompt.
 pub(super) const ASK: &str =
     "Answer the question based on the given documents. Only give me the answer and do not output any other words.";
 
-/// Questions, and all documents of their file.
+/// Questions of a file, with all of its documents.
 pub struct Questions {
     documents: Vec<String>,
     questions: Vec<Question>,
 }
 
-/// The number of each document.
+/// Index of each document.
 type Numbers = HashMap<String, usize>;
 
 struct Question {
     query: String,
     outputs: Vec<String>,
-    /// Documents with the answer, and others that belong to the question.
+    /// Documents of the question, that with the answer among them.
     own: Vec<usize>,
-    /// Documents of the same article, which are taken before any others.
+    /// Other documents of the same article, which are used before documents of other articles.
     related: Vec<usize>,
 }
 
@@ -68,14 +69,15 @@ struct HotpotQuestion {
 
 fn parse<T: DeserializeOwned>(path: &Path, form: &str) -> Result<T> {
     let text = std::fs::read_to_string(path).at(path.display())?;
-    serde_json::from_str(&text).map_err(|e| Error::format(path.display(), format!("not in the form of {form}: {e}")))
+    serde_json::from_str(&text).map_err(|e| Error::format(path.display(), format!("not in the format of {form}: {e}")))
 }
 
 impl Questions {
-    /// Reads a file in the form of SQuAD 2.0 or 1.1, such as `dev-v2.0.json`; questions without an answer are left out.
+    /// Reads a file in the format of SQuAD 2.0 or 1.1, such as `dev-v2.0.json`; questions without an answer are
+    /// skipped.
     ///
     /// # Errors
-    /// A file that cannot be read, has another form, or holds no question with an answer.
+    /// A file that cannot be read, has another format, or has no question with an answer.
     pub fn squad(path: &Path) -> Result<Self> {
         let mut made = Self { documents: vec![], questions: vec![] };
         let mut numbers = Numbers::default();
@@ -97,10 +99,10 @@ impl Questions {
         made.checked(path)
     }
 
-    /// Reads a file in the form of HotpotQA, such as `hotpot_dev_distractor_v1.json`.
+    /// Reads a file in the format of HotpotQA, such as `hotpot_dev_distractor_v1.json`.
     ///
     /// # Errors
-    /// A file that cannot be read, has another form, or holds no question.
+    /// A file that cannot be read, has another format, or has no question.
     pub fn hotpot(path: &Path) -> Result<Self> {
         let mut made = Self { documents: vec![], questions: vec![] };
         let mut numbers = Numbers::default();
@@ -114,7 +116,7 @@ impl Questions {
         made.checked(path)
     }
 
-    /// The number of a document, which is stored once.
+    /// Returns the index of a document; equal documents are stored once.
     fn number(&mut self, document: &str, numbers: &mut Numbers) -> usize {
         *numbers.entry(document.into()).or_insert_with(|| {
             self.documents.push(document.into());
@@ -124,7 +126,7 @@ impl Questions {
 
     fn checked(self, path: &Path) -> Result<Self> {
         if self.questions.is_empty() {
-            return Err(Error::format(path.display(), "holds no question that can be answered"));
+            return Err(Error::format(path.display(), "has no question with an answer"));
         }
         match self.questions.iter().find(|q| q.outputs.is_empty() || q.own.is_empty()) {
             Some(q) => {
@@ -134,17 +136,17 @@ impl Questions {
         }
     }
 
-    /// The number of questions.
+    /// Returns the number of questions.
     pub fn len(&self) -> usize {
         self.questions.len()
     }
 
-    /// Whether there is no question, which is never so for a file that was read.
+    /// Returns whether there is no question; false for every file that was read.
     pub fn is_empty(&self) -> bool {
         self.questions.is_empty()
     }
 
-    /// All documents in the order in which they are taken for `q`: its own, then related ones, then others.
+    /// Returns all documents in the order in which `q` uses them: its own, then related ones, then others.
     fn order(&self, q: &Question, mut rng: Rng) -> Vec<usize> {
         let mut related = q.related.clone();
         rng.shuffle(&mut related);
@@ -157,7 +159,7 @@ impl Questions {
     }
 }
 
-/// The maker of one sample. Its question is drawn by the seed: samples of one seed have different questions.
+/// Returns the maker of one sample. The seed draws its question; samples of one seed have different questions.
 ///
 /// # Errors
 /// Fewer questions than samples.
@@ -165,13 +167,14 @@ pub(super) fn start<'a>(call: &SampleRequest<'a>, from: &'a Questions) -> Result
     let index = call.draw.index;
     let drawn = Rng::new(call.draw.seed, &[call.task, "questions"], 0).sample(from.len(), index + 1);
     let Some(q) = drawn.get(index).map(|i| &from.questions[*i]) else {
-        let message = format!("asks for sample {index}, but its file holds {} questions", from.len());
+        let message =
+            format!("sample {index} does not exist: the file has {} questions; give fewer --samples", from.len());
         return Err(Error::usage(call.task, message));
     };
     let order = from.order(q, call.rng("documents"));
     let places = call.rng("places").bits();
     let draft = move |n: usize| {
-        // More than there are: they come again.
+        // Where `n` exceeds the number of documents, they repeat.
         let mut chosen: Vec<usize> = (0..n).map(|i| order[i % order.len()]).collect();
         Rng::new(places, &["places"], 0).shuffle(&mut chosen);
         let document = |(i, d): (usize, &usize)| format!("Document {}:\n{}", i + 1, from.documents[*d]);
@@ -240,7 +243,7 @@ mod tests {
             assert!(s.input.ends_with(&query) && !context.contains(&query));
             assert!(s.question()?.starts_with("Answer the question") && s.answer_prefix == " Answer:");
         }
-        // More than all documents: they come again.
+        // Longer than all documents together: they repeat.
         let long = task.sample(&sources, SampleKey { length: 3_000, seed: 1, index: 0 }, &words)?;
         assert!(long.context()?.matches("Document ").count() > 24 && long.length > 2_900);
         let beyond = task.sample(&sources, SampleKey { length: 300, seed: 1, index: 24 }, &words);

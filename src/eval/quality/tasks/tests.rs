@@ -1,4 +1,4 @@
-//! What holds for every task.
+//! Tests of properties that all tasks share.
 
 use super::fixture::{sources, words, Counter};
 use super::*;
@@ -88,7 +88,7 @@ fn the_question_is_not_in_the_context() -> Result<()> {
         assert_eq!(format!("{context}{question}"), s.prompt());
         assert!(context.ends_with('\n') && question.ends_with(&s.answer_prefix));
         let asked = &s.input[context.len()..];
-        // The example of `cwe` asks the same of another list.
+        // The example of `cwe` has the same question about another list.
         let before = if task.name == "cwe" { context.rsplit("Below is").next().unwrap_or_default() } else { context };
         assert!(!before.contains(asked), "{}: {asked}", task.name);
         // A file without `question_at`, as RULER writes it, is split at the same place, also where line breaks were
@@ -102,7 +102,7 @@ fn the_question_is_not_in_the_context() -> Result<()> {
 
 #[test]
 fn the_question_of_rulers_own_prompts_is_found() {
-    // Prompts of RULER's templates, with the chat template of its `meta-llama3` and without one; what lies before the
+    // Prompts of RULER's templates, with the chat template of its `meta-llama3` and without one; everything before the
     // question is context.
     let long = "The grass is green. ".repeat(3);
     for (task, context, question) in [

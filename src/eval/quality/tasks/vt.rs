@@ -1,4 +1,5 @@
-//! Variable tracking: a chain of assignments scattered through noise, and a question for all variables with its value.
+//! Variable tracking (`vt`): a chain of assignments scattered through noise, and the question for all variables with
+//! its value.
 
 use super::hay::NOISE;
 use super::length_search::{largest, Draft, PromptMaker, SampleRequest};
@@ -8,9 +9,9 @@ use crate::error::Result;
 
 /// Assignments after the first of a chain.
 const HOPS: usize = 4;
-/// Beginning of the question.
+/// Start of the question.
 pub(super) const ASK: &str = "Question: Find all variables that are assigned the value ";
-/// Most tokens of the example in front.
+/// Maximum tokens of the example in front.
 const EXAMPLE: usize = 500;
 
 /// A chain of assignments.
@@ -22,7 +23,7 @@ struct Chain {
 }
 
 impl Chain {
-    /// A chain of different names with `letters` letters each, and a value other than `not`.
+    /// Draws a chain of different names with `letters` letters each, and a value other than `not`.
     fn new(rng: &mut Rng, letters: usize, not: Option<usize>) -> Self {
         let mut names: Vec<String> = vec![];
         while names.len() <= HOPS {
@@ -38,7 +39,7 @@ impl Chain {
         Self { names, value }
     }
 
-    /// RULER's prompt with this chain in `n` lines of noise.
+    /// Builds RULER's prompt with this chain in `n` lines of noise.
     fn draft(&self, n: usize, places: &mut Rng) -> Draft {
         let mut lines = vec![format!("VAR {} = {}", self.names[0], self.value)];
         // The blank at the end is RULER's.
@@ -63,7 +64,7 @@ impl Chain {
     }
 }
 
-/// The maker of one sample: an example with its answer, then the chain.
+/// Returns the maker of one sample: an example with its answer, then the chain.
 ///
 /// # Errors
 /// A tokenizer that fails.
@@ -91,7 +92,7 @@ mod tests {
     use crate::eval::quality::tasks::{find, SampleKey};
     use std::collections::HashMap;
 
-    /// Runs the assignments of `text` from top to bottom: the variables that hold `value` at the end, in order.
+    /// Executes the assignments of `text` and returns the variables with `value` at the end, in order.
     fn interpret(text: &str, value: &str) -> Vec<String> {
         let (mut held, mut order) = (HashMap::new(), vec![]);
         for line in text.lines().filter_map(|l| l.strip_prefix("VAR ")) {
