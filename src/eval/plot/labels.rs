@@ -1,23 +1,23 @@
-//! Finding room for a short label beside a mark.
+//! Placement of short labels next to marks.
 
 use super::scene::{Anchor, Area, Coord, Scene};
 use super::text::text_area;
 use super::theme::{Ink, HAIR, LABEL, MARKER};
 
-/// The area of a marker, with a little room.
+/// Returns the area of a marker, with some margin.
 pub fn around(mark: Coord) -> Area {
     let r = MARKER + 1.5;
     Area { x: mark.0 - r, y: mark.1 - r, w: 2.0 * r, h: 2.0 * r }
 }
 
-/// Small areas along a line, for labels to keep off it.
+/// Returns small areas along a line, which labels must not overlap.
 pub fn along(from: Coord, to: Coord) -> impl Iterator<Item = Area> {
     let at = move |k: f64| (from.0 + (to.0 - from.0) * k, from.1 + (to.1 - from.1) * k);
     (0..=60).map(move |i| at(f64::from(i) / 60.0)).map(|(x, y)| Area { x: x - 2.0, y: y - 3.0, w: 4.0, h: 6.0 })
 }
 
-/// Writes `text` beside `mark` where nothing else stands, farther off with a leader line where it must; not at all
-/// where no room is left.
+/// Draws `text` next to `mark` where it overlaps nothing, farther off with a leader line if necessary; nothing where no
+/// room is left.
 pub fn beside(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, mark: Coord, text: &str) {
     let directions =
         [(1.0, 0.0), (0.7, -0.8), (0.7, 0.8), (0.0, -1.0), (0.0, 1.0), (-0.7, -0.8), (-0.7, 0.8), (-1.0, 0.0)];
@@ -37,13 +37,13 @@ pub fn beside(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, mark: Coord,
         let along = |d: f64| (mark.0 + (at.0 - mark.0) * d / length, mark.1 + (at.1 - mark.1) * d / length);
         scene.line(along(MARKER), along(length - 7.0), Ink::Axis, HAIR);
     }
-    // Two numbers side by side would read as one.
+    // Two adjacent numbers would read as one.
     taken.push(Area { x: area.x - 4.0, w: area.w + 8.0, ..area });
     scene.text(at, Anchor::Middle, LABEL, text);
 }
 
-/// Writes `text` above a mark that spans `top..bottom` at `x`, higher with a leader line where it must, or below it;
-/// not at all where no room is left. Among marks that stand close, only straight up is unmistakable.
+/// Draws `text` above a mark that spans `top..bottom` at `x`, higher with a leader line if necessary, or below it;
+/// nothing where no room is left. Labels are placed vertically only, since marks may be close to each other.
 pub fn above(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, (x, top, bottom): (f64, f64, f64), text: &str) {
     let up = (0..12).map(|i| (i, top - MARKER - 7.0 - 12.0 * f64::from(i), top - MARKER));
     let down = (0..12).map(|i| (i, bottom + MARKER + 7.0 + 12.0 * f64::from(i), bottom + MARKER));

@@ -1,4 +1,4 @@
-//! What surrounds the panels of a figure: title, subtitles, legend, notes.
+//! The frame of a figure around its panels: title, subtitles, legend, notes.
 
 use super::scene::{Anchor, Area, Scene};
 use super::text::{shorten, text_width, wrap};
@@ -11,21 +11,21 @@ use crate::eval::report::Header;
 pub enum LegendEntry {
     /// Line and marker of a series.
     Series(usize, String),
-    /// Marker of a series whose points are not joined.
+    /// Marker of a series without a line.
     Marker(usize, String),
-    /// Hollow marker of points whose interval holds zero.
+    /// Hollow marker, for points whose interval contains zero.
     Faint(String),
-    /// Hollow marker with dashes, a second place of a point.
+    /// Hollow marker with a dashed line, for a second value of a point.
     Linked(String),
     /// Interval of any series.
     Interval(String),
-    /// Dots of single runs or texts.
+    /// Dots, for single runs or texts.
     Dots(String),
     /// Dashed line.
     Dashes(String),
-    /// Cross of a run that failed.
+    /// Cross, for a run that failed or is missing.
     Missed(String),
-    /// Area of an ink.
+    /// Patch of an ink.
     Patch(Ink, String),
     /// Scale of [`Ink::Heat`].
     Heat(String),
@@ -87,8 +87,8 @@ impl LegendEntry {
     }
 }
 
-/// The entry of the shade beyond the trained length, which `says` what it means; `None` where no value up to `high`
-/// lies there.
+/// Returns the legend entry of the shade beyond the trained length, with `says` as its meaning; `None` where no value
+/// up to `high` is beyond it.
 pub fn trained_key(header: &Header, high: f64, says: &str) -> Option<LegendEntry> {
     let trained = header.trained_positions;
     let text = format!("beyond the trained length ({}): {says}", short_count(trained));
@@ -97,14 +97,14 @@ pub fn trained_key(header: &Header, high: f64, says: &str) -> Option<LegendEntry
 
 /// Width of a legend entry's glyph.
 const GLYPH: f64 = 22.0;
-/// Steps of the scale of heat.
+/// Steps of the heat scale.
 const HEATS: u8 = 21;
 
-/// A figure that grows downwards.
+/// A figure under construction, filled from the top down.
 pub struct Page {
     /// Drawing so far.
     pub scene: Scene,
-    /// Top of the next part.
+    /// Top of the next part, in figure units.
     pub y: f64,
 }
 
@@ -112,7 +112,7 @@ pub struct Page {
 pub const CONTENT: f64 = WIDTH - 2.0 * MARGIN;
 
 impl Page {
-    /// A page with title, subtitles and legend.
+    /// Creates a page with title, subtitles and legend.
     pub fn new(title: &str, subtitles: &[String], keys: &[LegendEntry]) -> Self {
         let mut page = Self { scene: Scene::new(), y: MARGIN };
         page.lines(title, TITLE);
@@ -154,7 +154,7 @@ impl Page {
         self.y += row;
     }
 
-    /// The finished drawing, with `notes` at its foot, each on its own line.
+    /// Adds `notes` at the foot, each on its own line, and returns the drawing.
     pub fn finish(mut self, notes: &[String]) -> Scene {
         if !notes.is_empty() {
             self.y += 6.0;

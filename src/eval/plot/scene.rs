@@ -1,5 +1,5 @@
-//! A drawing as plain data: shapes in figure units with y downwards, in inks rather than colours. [`super::render`]
-//! turns it into files.
+//! Drawings as plain data: shapes in figure units with y downwards, in inks instead of colours. [`super::render`]
+//! writes them to files.
 
 use super::text::text_area;
 use super::theme::{self, FontSpec, Ink};
@@ -7,14 +7,14 @@ use super::theme::{self, FontSpec, Ink};
 /// Coordinates x and y in figure units.
 pub type Coord = (f64, f64);
 
-/// Which end of a text stands at its position.
+/// Horizontal alignment of a text to its position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Anchor {
-    /// The left end.
+    /// The left end is at the position.
     Start,
-    /// The middle.
+    /// The middle is at the position.
     Middle,
-    /// The right end.
+    /// The right end is at the position.
     End,
 }
 
@@ -53,15 +53,15 @@ pub enum Shape {
         /// Colour of the filling.
         ink: Ink,
     },
-    /// A line of text, its capitals centred on `at.1`.
+    /// A line of text, its capitals vertically centred on `at.1`.
     Text {
         /// Position of the text.
         at: Coord,
-        /// End of the text that stands at the position.
+        /// Horizontal alignment.
         anchor: Anchor,
         /// Size, weight and colour.
         kind: FontSpec,
-        /// The text itself.
+        /// Content of the text.
         text: String,
     },
 }
@@ -80,33 +80,33 @@ pub struct Area {
 }
 
 impl Area {
-    /// Right edge.
+    /// Returns the right edge.
     pub fn right(&self) -> f64 {
         self.x + self.w
     }
 
-    /// Lower edge.
+    /// Returns the lower edge.
     pub fn bottom(&self) -> f64 {
         self.y + self.h
     }
 
-    /// Whether two rectangles share more than an edge.
+    /// Returns whether two rectangles share more than an edge.
     pub fn overlaps(&self, other: &Self) -> bool {
         self.x < other.right() && other.x < self.right() && self.y < other.bottom() && other.y < self.bottom()
     }
 }
 
-/// A drawing: shapes in the order in which they are drawn.
+/// A drawing: shapes in drawing order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scene {
     /// Height in figure units; the width is always [`theme::WIDTH`].
     pub height: f64,
-    /// All shapes, the lowest first.
+    /// Shapes, from the back to the front.
     pub shapes: Vec<Shape>,
 }
 
 impl Scene {
-    /// An empty drawing.
+    /// Creates an empty drawing.
     pub fn new() -> Self {
         Self { height: 0.0, shapes: vec![] }
     }
@@ -160,12 +160,12 @@ impl Scene {
 
     /// Draws a line of text.
     pub fn text(&mut self, at: Coord, anchor: Anchor, kind: FontSpec, text: impl Into<String>) {
-        // Messages of other programs may hold what XML cannot.
+        // Messages of other programs may have control characters, which XML does not allow.
         let text = text.into().replace(char::is_control, " ");
         self.shapes.push(Shape::Text { at, anchor, kind, text });
     }
 
-    /// Draws a line of text on a patch of `behind`, which hides grid lines.
+    /// Draws a line of text on a patch of the ink `behind`, which hides grid lines.
     pub fn text_on(&mut self, behind: Ink, at: Coord, anchor: Anchor, kind: FontSpec, text: &str) {
         self.rect(text_area(at, anchor, kind, text), behind);
         self.text(at, anchor, kind, text);
@@ -184,7 +184,7 @@ impl Scene {
         self.mark(i, at, theme::MARKER, Ink::Series(i));
     }
 
-    /// Draws the marker of series `i` as an outline.
+    /// Draws the marker of series `i` hollow.
     pub fn hollow(&mut self, i: usize, at: Coord, ink: Ink) {
         self.mark(i, at, theme::MARKER, ink);
         self.mark(i, at, theme::MARKER * 0.55, Ink::Paper);
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn every_series_index_has_its_own_pair_of_colour_and_marker() {
+    fn every_series_index_has_a_unique_pair_of_colour_and_marker() {
         let look = |i| {
             let mut scene = Scene::new();
             scene.marker(i, (0.0, 0.0));
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn text_carries_nothing_that_xml_cannot() {
+    fn control_characters_in_text_become_spaces() {
         let mut scene = Scene::new();
         scene.text((0.0, 0.0), Anchor::Start, theme::NOTE, "a\u{7}b\nc");
         assert!(matches!(&scene.shapes[0], Shape::Text { text, .. } if text == "a b c"));

@@ -1,4 +1,4 @@
-//! Milliseconds between new tokens by context: median and 95th percentile.
+//! Figure of the time between new tokens by context: median and 95th percentile.
 
 use super::lines::{draw, LinePanel};
 use super::series::Quantity;
@@ -8,7 +8,7 @@ use crate::eval::plot::scene::Area;
 use crate::eval::plot::theme::MARGIN;
 use crate::eval::plot::Figure;
 
-/// The figure.
+/// Draws the figure.
 pub fn figure(view: &LadderView) -> Figure {
     let shown = view.runs.lines(Quantity::InterToken);
     let extra = [LegendEntry::Dashes("95th percentile".into()), LegendEntry::Dots("medians of single runs".into())];

@@ -1,4 +1,4 @@
-//! Bytes by context: the device's peak and the KV cache, every engine and variant.
+//! Figure of memory by context: peak device memory and KV cache of every engine and variant.
 
 use super::lines::{draw, LinePanel};
 use super::series::Quantity;
@@ -11,7 +11,7 @@ use crate::eval::plot::Figure;
 
 const GIB: f64 = (1u64 << 30) as f64;
 
-/// The figure.
+/// Draws the figure.
 pub fn figure(view: &LadderView) -> Figure {
     let keys = view.keys(&view.runs.lines(Quantity::PeakMemory), &[LegendEntry::Dots("single runs".into())]);
     let explained =

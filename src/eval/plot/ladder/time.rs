@@ -1,4 +1,4 @@
-//! Seconds by context: prefill and end to end, every engine and variant.
+//! Figure of time by context: prefill and end to end, every engine and variant.
 
 use super::lines::{draw, LinePanel};
 use super::series::Quantity;
@@ -8,12 +8,12 @@ use crate::eval::plot::scene::Area;
 use crate::eval::plot::theme::MARGIN;
 use crate::eval::plot::Figure;
 
-/// The figure.
+/// Draws the figure.
 pub fn figure(view: &LadderView) -> Figure {
     let panels = [(Quantity::Prefill, "Prefill, seconds"), (Quantity::EndToEnd, "End to end, seconds")];
     let keys = view.keys(&view.runs.lines(Quantity::Prefill), &[LegendEntry::Dots("single runs".into())]);
     let mut page = Page::new(&view.title("Time by context"), &[view.subtitle()], &keys);
-    // One scale for both, so that the difference is the time of decode.
+    // Both panels share one scale, so that their difference shows the decode time.
     let scale: Vec<_> = panels.iter().flat_map(|(quantity, _)| view.runs.lines(*quantity)).collect();
     let (gap, y) = (24.0, page.y);
     let w = (CONTENT - gap) / 2.0;

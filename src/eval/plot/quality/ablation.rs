@@ -1,4 +1,4 @@
-//! What each setting is worth: paired differences of every change from the base, with their confidence intervals.
+//! Figure of an ablation: paired differences of every change from the base, with confidence intervals.
 
 use super::{read_line, share_of, title, ScoreFigure};
 use crate::error::{Error, Result};
@@ -28,13 +28,13 @@ const GAP: f64 = 14.0;
 struct Column<'a> {
     /// Quantity and unit.
     title: &'static str,
-    /// Decimals of its numbers.
+    /// Decimals of the numbers.
     decimals: usize,
-    /// Difference of a score from the base.
+    /// Difference of a score from the base's.
     difference: ScoreFigure<'a>,
 }
 
-/// The figure of the ablation read from `path`.
+/// Draws the figure of the ablation read from `path`.
 ///
 /// # Errors
 /// An ablation in which no change was measured.
@@ -87,11 +87,11 @@ pub fn figures(ablation: &Ablation, path: &Path) -> Result<Vec<Figure>> {
     Ok(vec![Figure { name: "ablation".into(), scene: page.finish(&[]) }])
 }
 
-/// The rows of a figure.
+/// Rows of the figure.
 struct Rows<'a> {
-    /// Changes, each with the middle of its row.
+    /// Changes, each with the vertical middle of its row.
     changes: Vec<(&'a AblationChange, f64)>,
-    /// Headings of the changed settings, each with the middle of its row.
+    /// Headings of the changed settings, each with the vertical middle of its row.
     headings: Vec<(&'static str, f64)>,
     /// Top of the first row.
     top: f64,
@@ -120,7 +120,7 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// The heading of the changes of a setting.
+/// Returns the heading of the changes of a setting.
 fn heading(axis: AblationAxis) -> &'static str {
     match axis {
         AblationAxis::Partner => "partner rule, at no more bytes",
@@ -133,7 +133,7 @@ fn heading(axis: AblationAxis) -> &'static str {
     }
 }
 
-/// The areas of the columns' plots.
+/// Returns the plot areas of the columns.
 fn column_areas(count: usize, top: f64, bottom: f64) -> Vec<Area> {
     let each = (CONTENT - NAMES - SUMMARIES) / count as f64;
     let left = |i: usize| MARGIN + NAMES + each * i as f64 + GAP;
@@ -179,7 +179,7 @@ fn draw(scene: &mut Scene, area: Area, column: &Column, rows: &Rows) {
     }
 }
 
-/// Writes the names of changes, why a change was not measured, and summaries per query.
+/// Draws the names of changes, the reason where a change was not measured, and summaries per query.
 fn labels(scene: &mut Scene, rows: &Rows, base: &str, (first, right): (Area, f64)) {
     let end = MARGIN + CONTENT;
     scene.text((end, rows.top - 24.0), Anchor::End, TICK, "summaries");

@@ -1,4 +1,4 @@
-//! The score with the most sensitive layers kept dense, against the bytes of the cache.
+//! Figure of the scores with the most sensitive layers kept dense, against the bytes of the cache.
 
 use super::{read_line, title, ScoreFigure};
 use crate::eval::plot::labels::{above, along, around};
@@ -11,17 +11,17 @@ use crate::eval::plot::theme::{Ink, MARGIN};
 use crate::eval::plot::Figure;
 use crate::eval::report::{sensitivity, CurvePoint, Estimate, LayerStudy, RankBy, RankMethod, Score};
 
-/// A curve over the number of layers kept dense.
+/// A metric as a curve over the number of layers kept dense.
 struct Curve<'a> {
     /// Quantity and unit.
     title: &'static str,
-    /// Figure of a score.
+    /// Metric of a score.
     of: ScoreFigure<'a>,
-    /// Bounds of the quantity.
+    /// Range of the metric.
     limits: (f64, f64),
 }
 
-/// The figure; `None` where the study has no curve.
+/// Draws the figure; `None` where the study has no curve.
 pub fn figure(layers: &LayerStudy) -> Option<Figure> {
     let mut points: Vec<&CurvePoint> = layers.curve.iter().filter(|p| share(p).is_finite()).collect();
     points.sort_by_key(|p| p.dense.len());

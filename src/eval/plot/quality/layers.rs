@@ -1,4 +1,4 @@
-//! The harm of swapping each layer alone.
+//! Figure of the sensitivity to swapping each layer alone.
 
 use super::{curve, read_line, title};
 use crate::error::{Error, Result};
@@ -12,25 +12,25 @@ use crate::eval::plot::Figure;
 use crate::eval::report::{sensitivity, Estimate, LayerStudy, RankBy};
 use std::path::Path;
 
-/// The figures of the study read from `path`.
+/// Draws the figures of the layer study read from `path`.
 ///
 /// # Errors
-/// A study in which nothing was measured.
+/// A study without measured layers.
 pub fn figures(layers: &LayerStudy, path: &Path) -> Result<Vec<Figure>> {
     let mut figures = vec![];
     figures.extend(figure(layers));
     figures.extend(curve::figure(layers));
     match figures.is_empty() {
-        true => Err(Error::format(path.display(), "is a study of layers without one that was measured")),
+        true => Err(Error::format(path.display(), "is a layer study without a measured layer")),
         false => Ok(figures),
     }
 }
 
-/// The harm of each layer's swap.
+/// A metric of the sensitivity to each layer's swap.
 struct Sensitivities {
     /// Quantity and unit.
     title: &'static str,
-    /// Layers with the harm of their swaps.
+    /// Layers with the metric of their swaps.
     values: Vec<(usize, Estimate)>,
     /// Whether the axis is logarithmic.
     log: bool,
@@ -44,7 +44,7 @@ fn figure(layers: &LayerStudy) -> Option<Figure> {
     let kl = by(RankBy::Text);
     let all = [
         Sensitivities { title: "Loss added on expected answers, nats", values: by(RankBy::Answers), log: false },
-        // Layers differ by orders of magnitude; a layer that changes nothing has no logarithm.
+        // Layers differ by orders of magnitude; a layer with KL 0 forces a linear axis.
         Sensitivities { title: "KL from stock on text, nats", log: kl.iter().all(|(_, e)| e.mean > 0.0), values: kl },
     ];
     let all: Vec<Sensitivities> = all.into_iter().filter(|h| !h.values.is_empty()).collect();
@@ -75,13 +75,13 @@ fn figure(layers: &LayerStudy) -> Option<Figure> {
         let plot = panel.draw(&mut page.scene, area);
         for (layer, sensitivity) in &one.values {
             let at = plot.at(*layer as f64, sensitivity.mean);
-            let told = sensitivity.low.is_none() || sensitivity.differs();
-            let ink = if told { Ink::Series(0) } else { Ink::Muted };
+            let significant = sensitivity.low.is_none() || sensitivity.differs();
+            let ink = if significant { Ink::Series(0) } else { Ink::Muted };
             if !one.log {
                 page.scene.line(plot.at(*layer as f64, 0.0), at, ink, THIN);
             }
             plot.interval(&mut page.scene, *layer as f64, 0.0, sensitivity, ink);
-            match told {
+            match significant {
                 true => page.scene.marker(0, at),
                 false => page.scene.hollow(0, at, ink),
             }

@@ -1,4 +1,4 @@
-//! The loss on the next token by its position in the text.
+//! Figure of the loss on the next token by position in the text.
 
 use super::{count, share_of, title, variants};
 use crate::cli::short_count;
@@ -13,13 +13,13 @@ use crate::eval::plot::Figure;
 use crate::eval::report::{Estimate, LossByPosition, PositionRun};
 use std::path::Path;
 
-/// Most points of a line that have a marker each.
+/// Maximum number of points of a line with a marker each.
 const MARKED: usize = 16;
 
-/// The figure of the losses read from `path`.
+/// Draws the figure of the losses read from `path`.
 ///
 /// # Errors
-/// Losses of no document, or a file that contradicts itself.
+/// A file without losses, or an inconsistent one.
 pub fn figures(positions: &LossByPosition, path: &Path) -> Result<Vec<Figure>> {
     let fail = |message: String| Err(Error::format(path.display(), message));
     if positions.bucket == 0 || positions.ctx == 0 {
@@ -34,7 +34,7 @@ pub fn figures(positions: &LossByPosition, path: &Path) -> Result<Vec<Figure>> {
     if let Some(run) = runs.iter().find(|r| r.documents.iter().any(|d| d.losses.len() > buckets)) {
         return fail(format!("{} has more losses than the {buckets} buckets there are", run.record.variant));
     }
-    // What was read to the end, if the file was cut off.
+    // A file of an interrupted run has fewer buckets.
     let buckets = runs.iter().flat_map(|r| &r.documents).map(|d| d.losses.len()).max().unwrap_or(0);
     let names = variants(runs.iter().map(|r| &r.record));
     if names.len() < runs.len() {
@@ -82,7 +82,7 @@ pub fn figures(positions: &LossByPosition, path: &Path) -> Result<Vec<Figure>> {
         let from = bucket * positions.bucket;
         (from as f64 + from.saturating_add(positions.bucket).min(positions.ctx) as f64) / 2.0
     };
-    // Bands first: a line hides none of another's.
+    // Bands are drawn before all lines, so that they hide no line.
     for (style, line) in &lines {
         let known = || line.iter().enumerate().filter_map(|(b, e)| Some((middle(b), (*e)?)));
         let edge = |f: fn(&Estimate) -> Option<f64>| -> Vec<Coord> {
@@ -106,12 +106,12 @@ pub fn figures(positions: &LossByPosition, path: &Path) -> Result<Vec<Figure>> {
     Ok(vec![Figure { name: "positions".into(), scene: page.finish(&[]) }])
 }
 
-/// The mean loss of a bucket over documents.
+/// Estimates the mean loss of a bucket over documents.
 fn loss(run: &PositionRun, bucket: usize) -> Option<Estimate> {
     Estimate::of(&run.documents.iter().filter_map(|d| d.losses.get(bucket).copied()).collect::<Vec<_>>())
 }
 
-/// An ordinal for "of which every ..", such as `one is`, `2nd is` or `16th is`.
+/// Formats an ordinal for "of which every ..", such as `one is`, `2nd is` or `16th is`.
 fn ordinal(n: usize) -> String {
     let ending = match (n % 10, n % 100) {
         (_, 11..=13) => "th",

@@ -1,5 +1,5 @@
-//! Scores by task: a row per task and one for their mean (two where some tasks ask questions of a file), a column per
-//! length, a marker with its interval per variant.
+//! Figure of scores by task: a row per task and one for their mean (two where some tasks use question files), a column
+//! per length, a marker with its interval per variant.
 
 use super::cells::Cells;
 use super::{share_of, title};
@@ -13,10 +13,10 @@ use crate::eval::plot::theme::{Ink, GROUP, HAIR, LABEL, MARGIN, PANEL, THIN, TIC
 use crate::eval::plot::Figure;
 use crate::eval::report::{means, Estimate};
 
-/// Most lengths side by side.
+/// Maximum number of lengths per row.
 const PER_ROW: usize = 4;
 
-/// The figure.
+/// Draws the figure.
 pub fn figure(cells: &Cells) -> Figure {
     let (lengths, tasks, variants) = (cells.lengths(), cells.tasks(), cells.variants());
     let named = |(variant, style): &(&str, usize)| {
@@ -75,7 +75,7 @@ fn frame(scene: &mut Scene, plot: Area, row: f64) {
         let x = plot.x + plot.w * f64::from(percent) / 100.0;
         let ink = if percent == 0 { Ink::Axis } else { Ink::Grid };
         scene.line((x, plot.y), (x, plot.bottom()), ink, HAIR);
-        // Others would touch in a narrow panel.
+        // More labels would touch in a narrow panel.
         if percent % 50 == 0 {
             scene.text((x, plot.bottom() + 9.0), Anchor::Middle, TICK, percent.to_string());
         }
@@ -88,8 +88,8 @@ fn frame(scene: &mut Scene, plot: Area, row: f64) {
     }
 }
 
-/// Draws the variants' scores in a row, one below the other, with a cross left of the axis for a variant without
-/// answers.
+/// Draws the scores of the variants within a row, one below the other, with a cross left of the axis for a variant
+/// without answers.
 fn dots(scene: &mut Scene, band: Area, scores: impl ExactSizeIterator<Item = (usize, Option<Estimate>)>) {
     let step = band.h / (scores.len() + 1) as f64;
     for (i, (style, score)) in scores.enumerate() {
