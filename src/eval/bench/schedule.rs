@@ -72,7 +72,7 @@ impl Schedule<'_> {
     /// Refuses two entries with one name, and entries that differ from those of the same name in the file.
     ///
     /// # Errors
-    /// The entry, and what is wrong with it.
+    /// A repeated name, or a version or plan that differs from the file's.
     pub fn check(&self) -> Result<()> {
         let mut seen = HashSet::new();
         for entry in &self.entries {

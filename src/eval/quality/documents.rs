@@ -82,7 +82,7 @@ impl Documents {
         Ok(Self { all, begin })
     }
 
-    /// Returns the middle `tokens` tokens of every document that has at least so many.
+    /// Returns the middle `tokens` tokens of every document with at least that many.
     pub fn excerpts(&self, tokens: usize) -> Vec<Excerpt> {
         let own = tokens.saturating_sub(self.begin.len());
         let enough = self.all.iter().filter(|d| d.ids.len() >= own);

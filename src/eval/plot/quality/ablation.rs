@@ -67,11 +67,11 @@ pub fn figures(ablation: &Ablation, path: &Path) -> Result<Vec<Figure>> {
     let kl = Estimate::of(&base.texts(|t| t.kl)).map_or(String::new(), |e| format!(", KL {}", e.show(4)));
     let loss =
         Estimate::of(&base.answer_losses()).map_or(String::new(), |e| format!(", loss on answers {}", e.show(3)));
-    let held = share_of([&base.record]).map_or(String::new(), |h| format!(", KV {h} of dense"));
+    let kv_share = share_of([&base.record]).map_or(String::new(), |h| format!(", KV {h} of dense"));
     let about = [
         target(&ablation.header),
         read_line(&ablation.header, &ablation.probed, base.texts.len(), base.answers.len()),
-        format!("Base: {}{held}{kl}{loss}", base.record.variant),
+        format!("Base: {}{kv_share}{kl}{loss}", base.record.variant),
         "One setting is changed at a time. Each difference is paired, text by text and question by question".into(),
     ];
     let heading = title(&ablation.header, "What each setting is worth: differences from the base");

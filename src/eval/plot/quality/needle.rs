@@ -116,11 +116,11 @@ fn scene(cells: &Cells, grid: &Grid, maps: &[HeatMap]) -> Scene {
     let cell = (220.0 / grid.depths.len() as f64).clamp(3.0, 22.0);
     let height = HEAD + cell * grid.depths.len() as f64 + 20.0;
     for (area, map) in panel_grid(maps.len(), per_row, (MARGIN, CONTENT), page.y, height).into_iter().zip(maps) {
-        let held = share_of(cells.of(map.variant, None).map(|c| &c.record));
+        let kv_share = share_of(cells.of(map.variant, None).map(|c| &c.record));
         let groups: Vec<Vec<f64>> = cells.of(map.variant, None).map(Cell::independent).collect();
         let mean = Estimate::of_groups(&groups).map(|e| e.show(0).replacen(' ', "% ", 1));
         let mean = mean.map(|m| format!("mean {m}{}", if m.contains('%') { "" } else { "%" }));
-        let about = [mean, held.map(|h| format!("KV {h} of dense"))];
+        let about = [mean, kv_share.map(|h| format!("KV {h} of dense"))];
         head(&mut page.scene, area, &map.name, about.into_iter().flatten());
         draw(&mut page.scene, area, grid, map, cell);
         page.y = area.bottom();

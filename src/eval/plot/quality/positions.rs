@@ -47,8 +47,8 @@ pub fn figures(positions: &LossByPosition, path: &Path) -> Result<Vec<Figure>> {
         .collect();
     let x = Scale::positions(positions.ctx);
     let named = |(run, (name, style)): (&&PositionRun, &(&str, usize))| {
-        let held = share_of([&run.record]).map_or(String::new(), |h| format!(" · KV {h} of dense"));
-        LegendEntry::Series(*style, format!("{name}{held}"))
+        let kv_share = share_of([&run.record]).map_or(String::new(), |h| format!(" · KV {h} of dense"));
+        LegendEntry::Series(*style, format!("{name}{kv_share}"))
     };
     let mut keys: Vec<LegendEntry> = runs.iter().zip(&names).map(named).collect();
     if lines.iter().any(|(_, l)| l.iter().flatten().any(|e| e.low.is_some())) {

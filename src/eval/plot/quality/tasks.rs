@@ -20,9 +20,9 @@ const PER_ROW: usize = 4;
 pub fn figure(cells: &Cells) -> Figure {
     let (lengths, tasks, variants) = (cells.lengths(), cells.tasks(), cells.variants());
     let named = |(variant, style): &(&str, usize)| {
-        let held = share_of(cells.of(variant, None).map(|c| &c.record));
-        let held = held.map_or(String::new(), |h| format!(" · KV {h} of dense"));
-        LegendEntry::Marker(*style, format!("{variant}{held}"))
+        let kv_share = share_of(cells.of(variant, None).map(|c| &c.record));
+        let kv_share = kv_share.map_or(String::new(), |h| format!(" · KV {h} of dense"));
+        LegendEntry::Marker(*style, format!("{variant}{kv_share}"))
     };
     let mut keys: Vec<LegendEntry> = variants.iter().map(named).collect();
     if cells.cells.iter().any(|c| c.answers.len() > 1) {

@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn the_largest_that_fits_is_found_with_few_counts() -> Result<()> {
-        // (units -> tokens), what the best size has.
+        // (tokens of n units, limit).
         type Tokens = fn(usize) -> usize;
         let cases: [(Tokens, usize); 4] =
             [(|n| 50 + 7 * n, 130_000), (|n| n, 4_000), (|n| 300 + 26 * n + n % 3, 16_000), (|n| 900 + 500 * n, 8_000)];

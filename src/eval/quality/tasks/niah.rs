@@ -244,7 +244,7 @@ mod tests {
 
     #[test]
     fn answers_are_the_values_of_the_queried_keys_and_occur_once() {
-        // (task, needles with the asked keys, keys in all but distractors).
+        // (task, needles with the queried keys, keys without distractors).
         let tasks = [
             ("niah_single_1", 1, 1),
             ("niah_single_2", 1, 1),
