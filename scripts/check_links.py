@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Checks the pages: links, figures, the size of results/, the length of lines.
+"""Check all *.md files in git: links, figures, the size of results/, line lengths.
 
-  - Every relative link and image of a page is a file or folder in git, and its #anchor a heading there.
-  - Every figure under results/ and docs/figures/ is shown or linked by a page: scripts/reproduce.sh draws the others.
-  - results/ holds at most 15 MB, and JSON over 200 kB is gzipped.
-  - A line of prose holds at most 120 characters. Tables, code, HTML and the targets of links do not count.
+  - Every relative link and image is a file or folder in git, and its #anchor is a heading there.
+  - Every figure in results/ and docs/figures/ is shown or linked by a page; scripts/reproduce.sh draws the others.
+  - results/ has at most 15 MB, and JSON files over 200 kB are gzipped.
+  - A line of prose has at most 120 characters, not counting tables, code, HTML and link targets.
 
-Pages are all *.md in git. Prints each fault as FILE:LINE: what; exits with 1 if there is any. Standard library only.
+Prints each fault as FILE:LINE: MESSAGE, and exits with 1 if there is any. Standard library only.
 """
 import os
 import re
@@ -33,7 +33,7 @@ class Line(NamedTuple):
 
 
 def lines_of(text: str) -> Iterator[Line]:
-    """Lines outside fenced and indented code."""
+    """Yield the lines outside fenced and indented code."""
     fence, before, code, in_list = "", "", False, False
     for number, line in enumerate(text.split("\n"), 1):
         opens = FENCE.match(line)
@@ -48,7 +48,7 @@ def lines_of(text: str) -> Iterator[Line]:
             in_list = True
         elif line and not line.startswith(" "):
             in_list = False
-        # Four spaces begin code after an empty line, but in a list they go on with its item.
+        # Four spaces after an empty line start code, but within a list they continue its item.
         code = line.startswith("    ") and not in_list and (code or not before.strip())
         before = line
         if not code:
@@ -61,7 +61,7 @@ def links_of(line: str) -> Iterator[str]:
 
 
 def anchors_of(text: str) -> Set[str]:
-    """The anchors that GitHub gives to headings."""
+    """Return the anchors that GitHub generates for headings."""
     found: Dict[str, int] = {}
     anchors = set()
     for line in lines_of(text):
@@ -76,7 +76,7 @@ def anchors_of(text: str) -> Set[str]:
 
 
 def check_page(page: str, texts: Dict[str, str], tracked: Set[str]) -> Tuple[List[str], Set[str]]:
-    """The faults of a page, and the files that it links."""
+    """Return the faults of a page, and the files that it links."""
     faults, linked = [], set()
     for line in lines_of(texts[page]):
         here = f"{page}:{line.number}"
@@ -89,7 +89,7 @@ def check_page(page: str, texts: Dict[str, str], tracked: Set[str]) -> Tuple[Lis
             if file not in tracked:
                 faults.append(f"{here}: {target} is not in git")
             elif anchor and file in texts and anchor not in anchors_of(texts[file]):
-                faults.append(f"{here}: {target}: {file} has no heading of this anchor")
+                faults.append(f"{here}: {target}: {file} has no heading with this anchor")
         seen = re.sub(r"https?://[^\s)>]+", "", re.sub(r"\]\([^)]*\)", "]", line.text))
         if line.prose and len(seen) > LONGEST_LINE:
             faults.append(f"{here}: {len(seen)} characters of prose, more than {LONGEST_LINE}")
@@ -101,7 +101,7 @@ def check_results(files: List[str], linked: Set[str]) -> List[str]:
     faults = [f"{file}: no page shows or links this figure" for file in unseen]
     sizes = {file: (ROOT / file).stat().st_size for file in files if file.startswith("results/")}
     faults += [
-        f"{file}: {size:,} bytes of JSON; gzip -9 -n what is over {LARGEST_PLAIN_JSON:,}"
+        f"{file}: {size:,} bytes of JSON, more than {LARGEST_PLAIN_JSON:,}; compress it with gzip -9 -n"
         for file, size in sizes.items()
         if file.endswith(".json") and size > LARGEST_PLAIN_JSON
     ]

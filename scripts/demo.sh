@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
-# One document through one small model, retrofitted and as it came, and what each run took.
+# Runs one document through a small model, retrofitted and stock, and compares time and memory.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
 Usage: scripts/demo.sh [options]
 
-Fetches SmolLM2-135M-Instruct (a 93 MB download, once, into models/), builds bfly-retrofit, lets the model continue
-tests/data/jargon-excerpt.txt with butterfly attention and then with its own attention, and prints both runs side by side.
+Fetches SmolLM2-135M-Instruct (a 93 MB download, once, into models/), builds bfly-retrofit, continues
+tests/data/jargon-excerpt.txt with butterfly attention and then with stock attention, and prints a comparison.
 
-  --model PATH|ID   another checkpoint: a .gguf file, a directory, or a hub id; nothing is fetched by this script then
-  --ctx TOKENS      context to provision; the document and the new tokens must fit (default: 8k)
-  -n N              tokens to write (default: 64)
+  --model PATH|ID   another checkpoint: a .gguf file, a directory, or a hub id; then this script fetches nothing
+  --ctx TOKENS      context to provision, for the document and the new tokens (default: 8k)
+  -n N              new tokens (default: 64)
   --threads N       threads (default: all cores)
-  --keep DIR        keep the two reports there, as retrofit.json and stock.json
-  -h, --help        this text
+  --keep DIR        save the two reports as DIR/retrofit.json and DIR/stock.json
+  -h, --help        print this text
+
+Examples:
+  scripts/demo.sh
+  scripts/demo.sh --model models/gemma-3-270m-q4_k_m.gguf --ctx 16k --keep demo
 
 Needs Rust (https://rustup.rs) with a C compiler, and Python 3.9 or later with pip.
 TEXT
@@ -39,7 +43,7 @@ while [ $# -gt 0 ]; do
   shift 2
 done
 
-# Paths are the caller's, everything else is the repository's.
+# Paths on the command line are relative to the caller's directory, all others to the repository.
 [ -z "$model" ] || [ ! -e "$model" ] || model=$(cd "$(dirname "$model")" && pwd)/$(basename "$model")
 if [ -n "$keep" ]; then
   mkdir -p "$keep" || fail "--keep $keep: cannot be created"
@@ -63,13 +67,13 @@ if [ -z "$model" ]; then
 fi
 
 say "build"
-# Without benchmarks and figures; a hub id, which is no path, needs the hub.
+# Without benchmarks and figures; a hub id, which is not an existing path, needs the feature hub.
 features=cli
 [ -e "$model" ] || features=cli,hub
 cargo build --release --no-default-features --features "$features" --bin bfly-retrofit || fail "the build failed; see above"
 binary=${CARGO_TARGET_DIR:-target}/release/bfly-retrofit
 
-# The text goes to stdout, progress and the run's own ledger to stderr.
+# The text goes to stdout, progress and the memory ledger to stderr.
 run() {
   local report=$1
   shift
@@ -78,10 +82,10 @@ run() {
 }
 say "continue $document with butterfly attention"
 run retrofit
-say "continue it with the model's own attention"
+say "continue it with stock attention"
 run stock --stock
 
-say "side by side"
+say "comparison"
 python3 - "$out" <<'PYTHON'
 import json
 import sys
@@ -113,9 +117,9 @@ kv, prefill, decode = (
     for show in (lambda r: size(r["kv"]["total_bytes"]), lambda r: f"{r['prefill_tok_s']:,.0f}", lambda r: f"{r['decode_tok_s']:,.1f}")
 )
 print(f"""
-Seen: for the same {retrofit['prompt_tokens']:,} tokens and a context of {retrofit['ctx']:,}, the cache took {kv[0]} with butterfly
-attention and {kv[1]} with the model's own; prefill ran at {prefill[0]} against {prefill[1]} tokens/s, decode at {decode[0]} against {decode[1]}.
-Not claimed: that the two continuations are equally good. Beyond its window a swapped layer reads one mean per block, and such
-means do not carry single facts (docs/theory.md, section 3).""")
+For {retrofit['prompt_tokens']:,} tokens and a context of {retrofit['ctx']:,}, the KV cache takes {kv[0]} with butterfly attention and {kv[1]}
+with stock attention; prefill runs at {prefill[0]} and {prefill[1]} tokens/s, decode at {decode[0]} and {decode[1]} tokens/s.
+This does not compare the quality of the two continuations: beyond its window a swapped layer reads one mean per block, and
+means do not preserve single facts (docs/theory.md, section 3).""")
 PYTHON
 [ -z "$keep" ] || echo "Reports: $out/retrofit.json, $out/stock.json" >&2

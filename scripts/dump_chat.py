@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Write chat template fixtures: templates and what transformers renders from them.
+"""Write chat template fixtures: templates, and the text that transformers renders from them.
 
-This script owns tests/fixtures/chat.json. The templates are written here and cover what published ones do: white space control,
-Python's methods and printing, `tojson`, `{% generation %}`, tools, namespaces, macros, loop controls and special tokens by name.
+This script writes tests/fixtures/chat.json. Its templates cover the features that published ones use: white space
+control, Python's methods and printing, `tojson`, `{% generation %}`, tools, namespaces, macros, loop controls and
+special tokens by name.
 
 Needs transformers and jinja2.
 """

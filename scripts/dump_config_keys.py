@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Record the keys and defaults of transformers' configuration classes.
 
-This script owns tests/fixtures/config_keys. A file there is named after the version of transformers it is of, and holds
+This script writes tests/fixtures/config_keys. A file there is named after its version of transformers and has the
+fields
 
-    classes      by class: its model_type, every key that it saves, and the default of every one that it takes by name
-    generation   defaults of generation, which older versions saved in config.json too
+    classes      by class: its model_type, every key that it saves, and the default of every argument
+    generation   generation settings, which older versions saved in config.json too
 
-tests/unread.rs compares the table in src/family/keys.rs with these: a class that gains a key fails the test.
+tests/unread.rs compares the table in src/family/keys.rs with these files: a class that gains a key fails the test.
 
-Needs transformers, and no torch. Record a version of 4 and one of 5, since checkpoints of both are around:
+Needs transformers, without torch. Record one version 4 and one version 5, since there are checkpoints of both:
 
     pip install transformers==4.57.6 && python scripts/dump_config_keys.py
 """
@@ -25,7 +26,7 @@ OUT = Path(__file__).parent.parent / "tests/fixtures/config_keys"
 
 
 def defaults(cls) -> dict:
-    """What stands where a configuration leaves a key out: of a dataclass (version 5), or of a constructor (4)."""
+    """Return the default of every key, from a dataclass's fields (version 5) or a constructor's arguments (version 4)."""
     if dataclasses.is_dataclass(cls):
         fields = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
         theta = cls.default_theta

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Write a golden case: a small model, token ids, and the logits transformers computes for them.
+"""Write a golden case: a small model, token ids, and the logits that transformers computes for them.
 
-This script owns tests/fixtures/goldens. A case is a folder that holds
+This script writes tests/fixtures/goldens. A case is a folder with
 
-    config.json         the model's configuration, byte for byte as given (so old and new spellings stay covered)
+    config.json         the model's configuration, byte for byte as given, so that old and new spellings are covered
     model.safetensors   f32 weights, randomly initialised from a seed
     golden.safetensors  short, long                            i32 token ids
                         short_logits, long_logits              f32 logits of the last --short-last, --long-last positions
-                        short_logits_bf16, long_logits_bf16    the same from transformers' own bf16 run (--bf16)
+                        short_logits_bf16, long_logits_bf16    the same from transformers' bf16 run (--bf16)
 
-The initialisation makes attention sharp (its logits have a standard deviation of 3), so that an error in positions,
-masks or head order moves the model's logits by far more than any tolerance; --sensitivity prints by how much.
+The initialisation makes attention sharp (the standard deviation of its logits is 3), so that an error in positions,
+masks or head order changes the model's logits by far more than any tolerance; --sensitivity prints by how much.
 
 Needs torch, transformers and safetensors.
 """
@@ -32,10 +32,10 @@ WEIGHT_STD, NORM_STD, BIAS_STD, EMBED_STD = 0.08, 0.1, 0.1, 0.5
 
 
 def initialise(model, seed: int) -> None:
-    """Fills every parameter from a seeded normal distribution; norms keep their default (0 or 1) as the mean.
+    """Fill every parameter from a seeded normal distribution; norms keep their default (0 or 1) as the mean.
 
     With a normalised input of width h, a query times a key over sqrt(D) has the standard deviation std^2 * h; where
-    queries and keys are normed per head, it is the product of their norms' gains.
+    queries and keys are normalised per head, it is the product of the gains of their norms.
     """
     rng = torch.Generator().manual_seed(seed)
     config = model.config.get_text_config()
@@ -60,7 +60,7 @@ def initialise(model, seed: int) -> None:
 
 
 def create(config_file: Path, out: Path, seed: int) -> None:
-    """config.json and model.safetensors of a randomly initialised model."""
+    """Write config.json and model.safetensors of a randomly initialised model."""
     out.mkdir(parents=True, exist_ok=True)
     if config_file.resolve() != (out / "config.json").resolve():
         shutil.copyfile(config_file, out / "config.json")
@@ -71,19 +71,22 @@ def create(config_file: Path, out: Path, seed: int) -> None:
 
 
 def logits(folder: Path, ids: dict, keep: dict, dtype: torch.dtype, config=None) -> dict:
-    """Logits of the last positions of each text. Loaded with the dtype, not cast: casting would round RoPE's tables."""
+    """Compute the logits of the last positions of each text.
+
+    The model is loaded with the dtype, not cast to it, since a cast would round the RoPE tables.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, config=config, attn_implementation="sdpa").eval()
     with torch.no_grad():
         return {name: model(ids[name][None].long(), logits_to_keep=keep[name], use_cache=False).logits[0] for name in ids}
 
 
 def off(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference, in standard deviations of the reference `b`."""
+    """Return the largest difference, in standard deviations of the reference `b`."""
     return ((a.double() - b.double()).abs().max() / b.double().std()).item()
 
 
 def perturbed(folder: Path):
-    """Configurations that are wrong in one thing each: what a faulty reader of config.json would compute."""
+    """Yield configurations with one wrong value each, as a faulty reader of config.json would give."""
     rope = AutoConfig.from_pretrained(folder).rope_parameters
     nested = "rope_theta" not in rope  # Gemma 3: one set per kind of layer
     for key in ("rope_type", "attention_factor", "factor", "rope_theta"):
@@ -104,7 +107,7 @@ def perturbed(folder: Path):
 
 
 def report_sensitivity(folder: Path, ids: dict, keep: dict, reference: dict) -> None:
-    """What the tolerances have to tell apart: rounding on one side, mistakes on the other."""
+    """Print the error of rounding and of wrong settings, between which the tolerances must lie."""
     def line(label, got):
         print(f"  {label:24}" + "".join(f"  {name} {off(got[name], reference[name]):.1e}" for name in ids), file=sys.stderr)
 
@@ -119,20 +122,21 @@ def main() -> int:
         description="Write a golden case with transformers.", formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
                "  dump_golden.py --config CASE/config.json --out CASE --bf16 --sensitivity\n"
-               "  dump_golden.py --model CASE --bf16        # keep what golden.safetensors holds, add the bf16 logits\n"
+               "  dump_golden.py --model CASE --bf16        # keep golden.safetensors and add the bf16 logits\n"
                "  dump_golden.py --model DIR --out CASE     # logits of an existing checkpoint")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--config", type=Path, help="config.json of a model to initialise at random")
+    source.add_argument("--config", type=Path, help="config.json of a model to initialise randomly")
     source.add_argument("--model", type=Path, help="folder of an existing checkpoint (config.json, model.safetensors)")
-    parser.add_argument("--out", type=Path, help="folder of the case (default: --model's)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and token ids (default 0)")
-    parser.add_argument("--short", type=int, default=300, help="tokens of the short text (default 300)")
-    parser.add_argument("--short-last", type=int, default=64, help="positions whose logits are kept (default 64)")
-    parser.add_argument("--long", type=int, default=9001, help="tokens of the long text (default 9001)")
-    parser.add_argument("--long-last", type=int, default=8, help="positions whose logits are kept (default 8)")
+    parser.add_argument("--out", type=Path, help="folder of the case (default: that of --model)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and token ids (default: 0)")
+    parser.add_argument("--short", type=int, default=300, help="tokens of the short text (default: 300)")
+    parser.add_argument("--short-last", type=int, default=64, help="last positions of the short text to save logits of (default: 64)")
+    parser.add_argument("--long", type=int, default=9001,
+                        help="tokens of the long text (default: 9001, beyond 8k and not a multiple of any block)")
+    parser.add_argument("--long-last", type=int, default=8, help="last positions of the long text to save logits of (default: 8)")
     parser.add_argument("--bf16", action="store_true", help="add the logits of a bf16 run")
-    parser.add_argument("--sensitivity", action="store_true", help="print how far wrong settings would move the logits")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sensitivity", action="store_true", help="print by how much wrong settings change the logits")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     args = parser.parse_args()
     if args.config and not args.out:
         parser.error("--config needs --out")
@@ -160,7 +164,7 @@ def main() -> int:
     for name in ids:
         known = golden.setdefault(f"{name}_logits", fresh[name])
         if off(fresh[name], known) > 1e-4:
-            print(f"dump_golden.py: {golden_file}: {name}_logits are not this model's", file=sys.stderr)
+            print(f"dump_golden.py: {golden_file}: {name}_logits are not those of this model", file=sys.stderr)
             return 2
     golden.update(ids)
     if args.bf16:

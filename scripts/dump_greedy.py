@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Record what transformers makes of a real GGUF checkpoint: greedy ids, margins and logits, in f32.
+"""Record transformers' output for a real GGUF checkpoint in f32: greedy ids, margins and logits.
 
-This script owns tests/fixtures/real. The GGUF weights are dequantised to f32 by transformers, so a fixture is free of
-the rounding that quantised matrix products add; top2_margin says how much rounding each greedy id can stand.
+This script writes tests/fixtures/real. transformers dequantises the GGUF weights to f32, so a fixture does not have the
+rounding error of quantised matrix products; top2_margin is the error that each greedy id tolerates.
 
     prompt_ids        the first --prompt tokens of the passage
     prompt_nll        mean negative log-likelihood of prompt tokens 1.. given those before (nats)
-    greedy_ids        the continuation by argmax; top2_margin: logit of the best minus the second best, at each step
-    last_logits       of the last prompt position: mean, std, the ten largest and 64 evenly spaced ones
-    cache_error       one forward pass over the whole text against the cached steps, in standard deviations
+    greedy_ids        the continuation by argmax
+    top2_margin       best minus second-best logit at each step
+    last_logits       logits of the last prompt position: mean, std, the ten largest and 64 evenly spaced ones
+    cache_error       largest difference between one pass over the text and the cached steps, in standard deviations
 
 Needs torch, transformers and gguf; scripts/fetch_models.py fetches the models.
 """
@@ -27,7 +28,7 @@ from fetch_models import MODELS, sha256_of
 
 
 def passage(path: Path, start: str):
-    """The text from the first occurrence of `start`, and that place in characters."""
+    """Return the text from the first occurrence of `start`, and its offset in characters."""
     text = gzip.open(path, "rt", encoding="utf-8").read() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
     at = text.find(start)
     if at < 0:
@@ -37,7 +38,7 @@ def passage(path: Path, start: str):
 
 @torch.no_grad()
 def greedy(model, prompt: list, steps: int) -> dict:
-    """Prefill, then argmax with the cache; afterwards the same positions again in one pass, as a check on both."""
+    """Prefill, then decode greedily with the cache; then recompute the same positions in one pass, as a check."""
     out = model(torch.tensor([prompt]), use_cache=True)
     logits, cache, rows, ids = out.logits[0, -1], out.past_key_values, [], []
     nll = torch.nn.functional.cross_entropy(out.logits[0, :-1], torch.tensor(prompt[1:])).item()
@@ -62,7 +63,7 @@ def statistics(row: torch.Tensor) -> dict:
 
 
 def rounded(value):
-    """Floats to seven significant digits: what f32 holds."""
+    """Round floats to seven significant digits, the precision of f32."""
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -77,13 +78,13 @@ def main() -> int:
                "  dump_greedy.py gemma3-270m qwen2.5-coder-0.5b --text book.txt --start 'It was' --threads 2")
     parser.add_argument("names", nargs="+", choices=list(MODELS), metavar="NAME", help=", ".join(MODELS))
     parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text, plain or .gz")
-    parser.add_argument("--text-name", help="how to call it in the fixture (default: the file's name)")
-    parser.add_argument("--start", required=True, help="the passage starts where this first occurs")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default 512)")
-    parser.add_argument("--steps", type=int, default=32, help="greedy tokens (default 32)")
-    parser.add_argument("--dir", type=Path, default=Path("models"), help="where the models are (default: models)")
-    parser.add_argument("--out", type=Path, default=Path("tests/fixtures/real"))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--text-name", help="name of the text in the fixture (default: the file's name)")
+    parser.add_argument("--start", required=True, help="the passage starts at the first occurrence of this string")
+    parser.add_argument("--prompt", type=int, default=512, help="prompt length in tokens (default: 512)")
+    parser.add_argument("--steps", type=int, default=32, help="greedy new tokens (default: 32)")
+    parser.add_argument("--dir", type=Path, default=Path("models"), help="folder of the models (default: models)")
+    parser.add_argument("--out", type=Path, default=Path("tests/fixtures/real"), help="folder of the fixtures (default: tests/fixtures/real)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()

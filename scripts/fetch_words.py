@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Fetch the English nouns, adjectives and verbs that retrieval and counting tasks draw their words from.
+"""Fetch lists of English nouns, adjectives and verbs, from which retrieval and counting tasks draw their words.
 
-They are the lists of the package `wonderwords` (MIT), which RULER uses too. They come out of its wheel on the Python package
-index, through the ordinary pip client, so any index, mirror or proxy that pip is configured for works. Nothing of the package
-is installed or run: its files are read out of the archive.
+The lists are those of the package `wonderwords` (MIT), which RULER uses too. They are extracted from its wheel on the
+Python package index, downloaded with the ordinary pip client, so any index, mirror or proxy that pip is configured for
+works. The package is neither installed nor run.
 
-Each list becomes one UTF-8 file with a word a line and no trailing blanks, and gets its name only once its SHA-256 is the
-pinned one. The package's licence lies beside them, and manifest.json, written last, says where everything is from. What is
-already there is kept.
+Each list becomes one UTF-8 file with one word per line and no trailing spaces; it gets its final name only after its
+SHA-256 matches the pinned one. The package's licence is saved with the lists, and manifest.json, written last, records
+the source of each file. Existing verified files are kept.
 
-The last lines on stdout are the paths, one a line; everything else goes to stderr. Standard library only.
+The last lines on stdout are the paths, one per line; everything else goes to stderr. Standard library only.
 """
 import argparse
 import hashlib
@@ -28,7 +28,7 @@ PACKAGE, VERSION, DOWNLOAD = "wonderwords", "3.0.1", 51_658  # and bytes of its 
 
 
 class File(NamedTuple):
-    """One file: its name here, where it is in the wheel and what it must look like."""
+    """One file: its name, its path in the wheel, its size in bytes and its hash."""
 
     file: str
     title: str
@@ -50,7 +50,7 @@ FILES = (
 
 
 def tidy(data: bytes) -> bytes:
-    """UTF-8 with plain newlines and no trailing blanks."""
+    """Return UTF-8 with plain newlines and without trailing spaces."""
     return ("\n".join(line.rstrip() for line in data.decode("utf-8").strip().splitlines()) + "\n").encode("utf-8")
 
 
@@ -61,7 +61,7 @@ def manifest() -> bytes:
 
 
 def fetch(folder: Path, quiet: bool) -> List[Path]:
-    """Every list, the licence and the manifest."""
+    """Fetch every list and the licence, write the manifest, and return all paths."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [file for file in FILES if not present(file, folder)]
     if missing:
@@ -75,7 +75,7 @@ def fetch(folder: Path, quiet: bool) -> List[Path]:
                 raise Failed(f"{wheel.name}: {error}") from error
         for file, data in made:
             if hashlib.sha256(data).hexdigest() != file.sha256:
-                raise Failed(f"{PACKAGE} {VERSION}: {file.file}: SHA-256 is not the pinned one")
+                raise Failed(f"{PACKAGE} {VERSION}: {file.file}: SHA-256 differs from the pinned one")
         for file, data in made:
             write(folder / file.file, data)
         progress.show(DOWNLOAD)
@@ -96,11 +96,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Fetch lists of English words through pip and verify them.", formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  fetch_words.py\n  fetch_words.py --dir /data/words\n  fetch_words.py --list")
-    parser.add_argument("--dir", type=Path, default=Path("words"), help="where the files go (default: words)")
-    parser.add_argument("--list", action="store_true", help="print the files, where they come from and whether they are here")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only errors and paths")
+    parser.add_argument("--dir", type=Path, default=Path("words"), help="folder of the files (default: words)")
+    parser.add_argument("--list", action="store_true", help="print the files, their sources and whether they are fetched, and exit")
+    parser.add_argument("--quiet", action="store_true", help="print no progress, only errors and paths")
     args = parser.parse_args()
-    os.environ["PIP_IGNORE_REQUIRES_PYTHON"] = "1"  # the words are read, not the code
+    os.environ["PIP_IGNORE_REQUIRES_PYTHON"] = "1"  # the package's code is not run
     try:
         if args.list:
             return listing(args.dir)

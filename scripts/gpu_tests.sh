@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# GPU tests on a machine that has a GPU but no Rust.
+# Runs the GPU tests on a machine with a GPU and without Rust.
 #
-#   scripts/gpu_tests.sh pack [DIR]            build the GPU test binaries here and collect them in DIR
-#   scripts/gpu_tests.sh run [DIR] [REPORT]    run them there; the report is Markdown
-#   scripts/gpu_tests.sh run --sanitize [DIR]  under compute-sanitizer (memcheck), a few tests each
+#   scripts/gpu_tests.sh pack [DIR]            build the GPU test binaries and copy them to DIR [target/gpu-tests]
+#   scripts/gpu_tests.sh run [DIR] [REPORT]    run them and write a Markdown report [target/gpu-tests/report.md]
+#   scripts/gpu_tests.sh run --sanitize [DIR]  run the kernels' own tests under compute-sanitizer (memcheck)
 #
-# DIR is target/gpu-tests. Packing needs Rust and nvcc (README, "Building for CUDA"); running needs the checkout, DIR and a driver,
-# with cuBLAS and cuRAND of the toolkit's major version on LD_LIBRARY_PATH. A test without a GPU counts as skipped, never as passed.
+# Packing needs Rust and nvcc (README, "Building for CUDA"). Running needs the checkout, DIR and a driver, with cuBLAS
+# and cuRAND of the toolkit's major version on LD_LIBRARY_PATH. Tests that find no GPU count as skipped, never as passed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -28,7 +28,7 @@ run() {
   local sanitize=""
   [ "${1:-}" = --sanitize ] && { sanitize=1; shift; }
   local dir=${1:-target/gpu-tests} report=${2:-target/gpu-tests/report.md} failed=0
-  command -v nvidia-smi >/dev/null || echo "gpu_tests.sh: no nvidia-smi here; tests without a GPU are counted as skipped" >&2
+  command -v nvidia-smi >/dev/null || echo "gpu_tests.sh: nvidia-smi is missing; tests that find no GPU count as skipped" >&2
   local log; log=$(mktemp)
   {
     echo "# GPU tests"
@@ -43,7 +43,7 @@ run() {
   for binary in "$dir"/*; do
     [ -x "$binary" ] && [ -f "$binary" ] || continue
     local command=("$binary" --test-threads=1 --nocapture)
-    # Everything under the checker takes hours: the kernels' own tests are enough.
+    # All tests under compute-sanitizer would take hours, so only the kernels' own tests run.
     [ -n "$sanitize" ] && command=(compute-sanitizer --error-exitcode 9 "$binary" --test-threads=1 --nocapture
       small_operators block_means attention_of_one products_of captured_decode highest_scores)
     CARGO_MANIFEST_DIR=$root "${command[@]}" >"$log" 2>&1 || failed=1
@@ -64,7 +64,7 @@ for line in lines:
         print(f"| {name} | {'skipped: ' + skipped if skipped and ended[1] == 'ok' else 'passed' if ended[1] == 'ok' else 'FAILED'} |")
         name = None
 if name:
-    print(f"| {name} | FAILED: the process ended |")
+    print(f"| {name} | FAILED: the process exited |")
 P
   done
   rm -f "$log"

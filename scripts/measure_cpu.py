@@ -1,23 +1,23 @@
 #!/usr/bin/env python3
-"""Measure bfly-retrofit on this CPU and hold every figure against its limit.
+"""Measure bfly-retrofit on this CPU and compare every figure with its limit.
 
     end_to_end    seconds for a long prompt and 32 tokens, retrofit / stock, f32
     flat_prefill  prefill tokens/s of the longest prompt / of 2k tokens, retrofit, f32
     flat_decode   decode tokens/s at the depth of the longest prompt / at depth 512, retrofit, f32 and q8_0
-    gemm_share    GFLOP/s of a stock f32 prefill of 1k tokens / those of a plain matrix product, run just before and after
+    gemm_share    GFLOP/s of a stock f32 prefill of 1k tokens / a plain matrix product's, run just before and after
     peer          prefill and decode tokens/s / llama.cpp's on the same file and ids (needs --peer-python)
-    kv            KV bytes / dense KV bytes at 8k, 64k, 256k and 1M; the same bytes however many tokens are fed
-    peak          peak memory less weights and KV, the largest of all the bfly runs above (derived: no runs of its own)
-    kl            KL(f32 || held) over a 2k prompt's last 256 positions, and top-1 agreement, for other weight types
+    kv            KV bytes / dense KV bytes at 8k, 64k, 256k and 1M; the same bytes for any number of prompt tokens
+    peak          peak memory less weights and KV, the maximum over all bfly runs above (derived, without runs of its own)
+    kl            KL(f32 || weight type) over the last 256 positions of a 2k prompt, and top-1 agreement, for other weight types
 
-Every run is a process of its own and leaves raw/<name>-<variant>-<repeat>.json: its own report, with what this script adds
-under "run". A run whose file is there is skipped, so a call that was cut short can be given again, and --only adds to
-what is there. Variants take turns within a repeat, every other repeat in reverse. Ratios are taken within a repeat. How many
-cores other processes keep busy is sampled for a second before each run, and over the run itself. At the end OUT/report.md and
-OUT/summary.json are written from all the raw files in OUT.
+Every run is a separate process and writes raw/<name>-<variant>-<repeat>.json: the report of bfly-retrofit, with the
+fields of this script under "run". A run whose file exists is skipped, so an interrupted call can be repeated, and
+--only adds to earlier results. Variants are interleaved within a repeat, in reverse order in every other repeat; ratios
+are computed within a repeat. The number of cores that other processes keep busy is measured for one second before each
+run, and during the run. OUT/report.md and OUT/summary.json are written at the end from all raw files in OUT.
 
-"8k" is the longest prompt that fits beside 32 new tokens, or all of --text where that is shorter; text is never repeated.
-Exit codes: 0 (also where a limit is missed), 1 (a run failed; the others are reported), 2 (bad input).
+"8k" is the longest prompt that fits with 32 new tokens, or all of --text where that is shorter; text is never repeated.
+Exit codes: 0 (also where a limit is missed), 1 (a run failed; the others are reported), 2 (invalid input).
 """
 import argparse
 import hashlib
@@ -38,7 +38,7 @@ from pathlib import Path
 
 ROOT = Path(os.path.abspath(__file__)).parent.parent
 NAMES = ["end_to_end", "flat_prefill", "flat_decode", "gemm_share", "peer", "kv", "peak", "kl"]
-HELD = ["q8_0", "q4_0", "bf16", "native"]
+WEIGHT_TYPES = ["q8_0", "q4_0", "bf16", "native"]
 KV_LIMITS = {"8k": 0.083, "64k": 0.0115, "256k": 0.0036, "1M": None}
 CTX, NEW, BUSY, MIB = 8192, 32, 0.2, 1 << 20
 FIXTURE, TEXT = ROOT / "tests/fixtures/real/smollm2-135m.json", ROOT / "tests/data/jargon-excerpt.txt"
@@ -53,13 +53,13 @@ def say(text):
 
 
 def near(path):
-    """As children are given it: relative to the repository where it lies inside."""
+    """Return the path for child processes: relative to the repository for paths inside it."""
     path = Path(os.path.abspath(path))
     return path.relative_to(ROOT) if ROOT in path.parents else path
 
 
 def show(path):
-    """As reports name it: never more than the repository knows."""
+    """Return the path for reports: relative to the repository, or the file name alone for paths outside it."""
     path = near(path)
     return path.name if path.is_absolute() else str(path)
 
@@ -85,14 +85,14 @@ def read_json(path):
 
 
 def write(path, value):
-    """The file appears whole or not at all."""
+    """Write a file atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(value if isinstance(value, str) else json.dumps(value, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 def busy_seconds():
-    """Seconds that all cores together were busy, and those of finished children of this process; none off Linux."""
+    """Return the busy seconds of all cores and the CPU seconds of finished child processes; None outside Linux."""
     try:
         ticks = [int(t) for t in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     except (OSError, ValueError):
@@ -102,12 +102,12 @@ def busy_seconds():
 
 
 def others(before, after, wall):
-    """Cores that other processes kept busy."""
+    """Return the mean number of cores that other processes kept busy."""
     return max(0.0, (after[0] - before[0] - after[1] + before[1]) / wall) if before and after else None
 
 
 def tensor(path, name):
-    """Where a safetensors file keeps a tensor: offset in the file, shape."""
+    """Return a tensor's offset in a safetensors file, and its shape."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         info = json.loads(file.read(size))[name]
@@ -115,7 +115,7 @@ def tensor(path, name):
 
 
 def divergence(reference, other):
-    """KL(reference || other) in nats and whether the best token agrees, per position of two files of logits."""
+    """Return, per position of two files of logits, KL(reference || other) in nats and whether the best token agrees."""
     (at, (rows, vocab)), (other_at, other_shape) = tensor(reference, "logits"), tensor(other, "logits")
     if other_shape != [rows, vocab]:
         raise Failure("kl: two files of logits differ in shape")
@@ -135,7 +135,7 @@ def divergence(reference, other):
 
 
 class Bench:
-    """Runs what is missing."""
+    """Makes the runs whose files are missing."""
 
     def __init__(self, args):
         self.args, self.out, self.raw, self.made = args, Path(args.out), Path(args.out) / "raw", 0
@@ -145,7 +145,7 @@ class Bench:
         try:
             self.raw.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise Failure(f"--out: cannot be made: {e.strerror}")
+            raise Failure(f"--out: cannot be created: {e.strerror}")
         self.binary = sha256(args.bfly)
         text = args.text or (None if args.quick else TEXT)
         base = {"model": Path(args.model).name, "model_sha256": sha256(args.model), "threads": args.threads, "quick": args.quick,
@@ -155,13 +155,13 @@ class Bench:
             self.settings = read_json(kept)
             for key, value in base.items():
                 if self.settings.get(key) != value:
-                    raise Failure(f"--out {show(self.out)} holds runs with {key} {self.settings.get(key)}, not {value}; give another")
+                    raise Failure(f"--out {show(self.out)} has runs with {key} {self.settings.get(key)}, not {value}; choose another --out")
             self.all_ids = read_json(self.raw / f"ids-{self.settings['longest']}.json")
         else:
             cap = 512 if args.quick else CTX - NEW
             self.all_ids = (self.tokenise(text, cap) if text else read_json(FIXTURE)["prompt_ids"])[:cap]
             if len(self.all_ids) < (192 if args.quick else 2048):
-                raise Failure(f"--text {show(text)}: has {len(self.all_ids)} tokens only")
+                raise Failure(f"--text {show(text)}: has only {len(self.all_ids)} tokens")
             self.settings = {**base, "longest": len(self.all_ids), "longest_asked": cap}
             self.ids(len(self.all_ids))
             write(kept, self.settings)
@@ -170,7 +170,7 @@ class Bench:
         self.short, self.k1, self.k2 = (64, 96, 128) if args.quick else (512, 1024, 2048)
 
     def tokenise(self, text, cap):
-        """Ids of a text by the model's own tokenizer; bfly writes them beside the logits."""
+        """Tokenise a text with the model's tokenizer; bfly writes the ids to its file of logits."""
         say(f"tokenising {show(text)}")
         cut, logits = self.raw / ".text.txt", self.raw / ".text.safetensors"
         try:
@@ -187,7 +187,7 @@ class Bench:
                 path.unlink(missing_ok=True)
 
     def ids(self, n):
-        """A file of the first n ids."""
+        """Return a file with the first n ids."""
         path = self.raw / f"ids-{n}.json"
         if not path.exists():
             write(path, json.dumps(self.all_ids[:n]) + "\n")
@@ -205,7 +205,7 @@ class Bench:
         return done.stdout
 
     def one(self, name, variant, repeat, command, env=None, again=False, after=None):
-        """A run, unless its file is there. Paths in `command` are Path; the word JSON stands for the report's file."""
+        """Make a run, unless its file exists; in `command`, paths are Path, and JSON stands for the report's path."""
         final = self.raw / f"{name}-{variant}-{repeat}.json"
         if final.exists() and not again:
             return
@@ -238,7 +238,7 @@ class Bench:
                 "--threads", str(self.args.threads), "--quiet", "--json", "JSON", *flags]
 
     def turns(self, name, variants):
-        """Variants one after the other, every other repeat in reverse."""
+        """Run variants one after the other, in reverse order in every other repeat."""
         for repeat in range(self.args.repeats):
             for variant, command in list(variants.items())[::1 if repeat % 2 == 0 else -1]:
                 self.one(name, variant, repeat, command)
@@ -268,7 +268,7 @@ class Bench:
             raise Failure("the ceiling bench is not built; run cargo bench --bench ceiling")
         env = {"RAYON_NUM_THREADS": str(self.args.threads)}
         for repeat in range(self.args.repeats):
-            # A ceiling that was measured at another time is worth little: all three again where one is missing.
+            # The ceiling varies over time, so all three are measured again where one is missing.
             again = not all((self.raw / f"gemm_share-{v}-{repeat}.json").exists() for v in ("before", "stock", "after"))
             self.one("gemm_share", "before", repeat, [built()], env, again)
             self.one("gemm_share", "stock", repeat, self.bfly(self.k1, "--dtype", "f32", "--stock"), None, again)
@@ -289,9 +289,9 @@ class Bench:
             self.one("kv", f"fed_{at}", 0, self.bfly(n, "--dtype", "f32", new=1))
 
     def kl(self):
-        if all((self.raw / f"kl-{d}-0.json").exists() for d in ["f32", *HELD]):
+        if all((self.raw / f"kl-{d}-0.json").exists() for d in ["f32", *WEIGHT_TYPES]):
             return
-        k, files = min(256, self.k2 // 2), {d: self.raw / f".kl-{d}.safetensors" for d in ["f32", *HELD]}
+        k, files = min(256, self.k2 // 2), {d: self.raw / f".kl-{d}.safetensors" for d in ["f32", *WEIGHT_TYPES]}
         try:
             for d, file in files.items():
                 command = self.bfly(self.k2, "--dtype", d, "--logits-last", str(k), "--logits-out", file, new=0)
@@ -314,7 +314,7 @@ def work(spec, tokens):
 
 
 def extra(r):
-    """Memory that is neither weights nor KV, in MiB."""
+    """Return the peak memory without weights and KV, in MiB."""
     peak = r.get("peak_memory_bytes")
     return None if peak is None else (peak - r["weights_bytes"] - r["kv"]["total_bytes"]) / MIB
 
@@ -324,7 +324,7 @@ def is_bfly(r):
 
 
 def pairs(variants, f, *names):
-    """f of the named variants' reports, for each repeat that has all of them."""
+    """Return `f` of the named variants' reports for each repeat that has all of them."""
     common = set.intersection(*(set(variants.get(n, {})) for n in names))
     return [f(*(variants[n][i] for n in names)) for i in sorted(common)]
 
@@ -334,7 +334,7 @@ def ratio(key):
 
 
 def figures(runs, lengths):
-    """All figures that the raw files yield."""
+    """Compute all figures from the raw files."""
     made = []
 
     def add(group, what, dtype, values, limit=None, unit="", value=statistics.median):
@@ -388,7 +388,7 @@ def figures(runs, lengths):
             who = {None: "all bfly runs but kl", False: "retrofit", True: "stock"}[stock]
             add("peak", f"peak less weights and KV, largest of {who}: {n} {v}", r["dtype"], [x[0] for x in part],
                 ["<=", 400] if stock is None else None, "MiB", max)
-    for d in HELD:
+    for d in WEIGHT_TYPES:
         for r in get("kl").get(d, {}).values():
             n, held = len(r["run"]["kl"]), dtype_of(r)
             add("kl", f"KL(f32 || held), nats, mean of {n} positions", held, r["run"]["kl"], value=statistics.mean)
@@ -437,18 +437,18 @@ def write_report(bench, runs, failed, took):
     host, s, wall = machine(), bench.settings, sum(r["run"]["wall_s"] for *_, r in rows)
     notes = [str(f) for f in failed]
     if s["quick"]:
-        notes.append("--quick: prompts too short to say anything; a check of this script, not a measurement")
+        notes.append("--quick: the prompts are too short for a measurement; this only checks the script")
     if s["longest"] < s["longest_asked"]:
-        notes.append(f"\"8k\" is {s['longest']:,} tokens, all of {s['text']}; {s['longest_asked']:,} would have fitted")
+        notes.append(f"\"8k\" is {s['longest']:,} tokens, all of {s['text']}; {s['longest_asked']:,} would fit")
     if len({r["run"]["binary_sha256"] for *_, r in rows if is_bfly(r)}) > 1:
-        notes.append("runs of more than one build of bfly-retrofit are mixed here")
+        notes.append("the runs are of more than one build of bfly-retrofit")
     if builds and builds != [sha]:
         notes.append(f"bfly-retrofit was built from {', '.join(builds)}; the checkout is at {sha}")
     loud = [f"{n} {v} {i}" for n, v, i, r in rows if max(r["run"]["others_before"] or 0, r["run"]["others_during"] or 0) > BUSY]
     if loud:
         notes.append(f"other processes kept more than {BUSY} cores busy before or during {len(loud)} of {len(rows)} runs: {', '.join(loud)}")
     if any(r["run"]["others_before"] is None for *_, r in rows):
-        notes.append("how busy other processes were is not known on this system")
+        notes.append("the load of other processes is unknown on this system")
     notes += ["bfly's KV cache is f32 in every run; llama.cpp's is f16. Medians are over repeats; ratios are taken within a repeat",
               "decode tokens/s count the tokens after the first; loading is not timed"]
     last = {}
@@ -510,21 +510,22 @@ def main():
                "      --only peer --peer-python .venv/bin/python --repeats 5\n"
                "  measure_cpu.py --model models/SmolLM2-135M-Instruct.Q4_1.gguf --out try --quick --repeats 1")
     p.add_argument("--model", required=True, type=Path, help="a GGUF file")
-    p.add_argument("--out", required=True, type=Path, help="folder for report.md, summary.json and raw/; made if missing")
+    p.add_argument("--out", required=True, type=Path, help="folder of report.md, summary.json and raw/; created if missing")
     p.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each timed variant [3]; kv and kl run once")
-    p.add_argument("--only", default=",".join(NAMES), metavar="NAME,...", help="run these only; the report covers all raw files")
+    p.add_argument("--only", default=",".join(NAMES), metavar="NAME,...", help="measurements to run [all]; the report covers all raw files")
     p.add_argument("--threads", type=int, default=2, metavar="N", help="threads of every run [2]")
-    p.add_argument("--text", type=Path, help=f"the prompt's text [{show(TEXT)}]")
-    p.add_argument("--quick", action="store_true", help="prompts of 512 tokens and fewer: tries this script, measures nothing")
-    p.add_argument("--bfly", type=Path, help="the binary [target/release/bfly-retrofit]")
-    p.add_argument("--peer-python", metavar="PYTHON", help="an interpreter with integrations/llama-cpp/requirements.txt installed")
+    p.add_argument("--text", type=Path, help=f"text of the prompts [{show(TEXT)}]")
+    p.add_argument("--quick", action="store_true", help="use prompts of at most 512 tokens, to check this script only")
+    p.add_argument("--bfly", type=Path, help="bfly-retrofit to measure [target/release/bfly-retrofit]")
+    p.add_argument("--peer-python", metavar="PYTHON",
+                   help="Python interpreter with integrations/llama-cpp/requirements.txt installed; without it peer is skipped")
     args = p.parse_args()
     begin, failed = time.perf_counter(), []
     try:
         only = [n for n in args.only.split(",") if n]
         bad = [n for n in only if n not in NAMES]
         if bad or args.repeats < 1 or args.threads < 1:
-            raise Failure(f"--only {bad[0]}: not one of {', '.join(NAMES)}" if bad else "--repeats and --threads start at 1")
+            raise Failure(f"--only {bad[0]}: not one of {', '.join(NAMES)}" if bad else "--repeats and --threads must be at least 1")
         args.bfly = args.bfly or ROOT / os.environ.get("CARGO_TARGET_DIR", "target") / "release/bfly-retrofit"
         args.peer_python = args.peer_python and Path(shutil.which(args.peer_python) or args.peer_python)
         bench = Bench(args)

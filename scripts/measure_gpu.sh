@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# The published GPU measurements, one after another, on a machine with a GPU.
+# Makes the published GPU measurements, one after another.
 #
 #   scripts/measure_gpu.sh --model DIR --out results/2026-01-01-h100-ladders [STAGE...]
 #
-#   --model DIR    Qwen2.5-Coder-0.5B-Instruct in Hugging Face's layout, bf16, tied (integrations/transformers/convert_gguf.py)
-#   --bench FILE   bfly-bench built with --features cuda          [target/release/bfly-bench]
-#   --peer  CMD    python that has transformers                   [python3]
-#   --out DIR      JSON goes to DIR/raw; ladders there are taken up where they were cut off
+#   --model DIR    Qwen2.5-Coder-0.5B-Instruct, bf16, tied, as integrations/transformers/convert_gguf.py writes it
+#   --bench FILE   bfly-bench built with --features cuda [target/release/bfly-bench]
+#   --peer  CMD    Python interpreter with transformers [python3]
+#   --out DIR      directory of the results, which go to DIR/raw; interrupted ladders there are resumed
 #
-# Stages, all by default: kernels, ladder (64k to 1M, stock, retrofit, transformers to 256k), chunked (the peer in chunks, for memory),
-# shapes (random weights: Qwen3-4B and Qwen2.5-7B to 256k), budget (largest contexts in 10 and 24 GB, bf16 and 4 bits).
+# Stages (default: all): kernels; ladder (stock, retrofit and transformers from 4k to 256k, retrofit to 1M); chunked (the
+# peer with chunked prefill, for memory); shapes (Qwen3-4B and Qwen2.5-7B with random weights, to 256k); budget (largest
+# contexts in 10 and 24 GiB).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-usage() { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 bench=target/release/bfly-bench model="" out="" python=python3 stages=()
 while [ $# -gt 0 ]; do
   case "$1" in

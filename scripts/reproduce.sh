@@ -1,24 +1,28 @@
 #!/usr/bin/env bash
-# Draws every figure again: those of results/ from their JSON, and the graph of the documentation.
+# Redraws every figure: those of results/ from their JSON, and the graph of the documentation.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
 Usage: scripts/reproduce.sh [options]
 
-Draws the figures of each results/<date>-<device>-<subject>/raw/*.json and *.json.gz of a kind that bfly-plot knows;
-other JSON there is left alone. Then draws the default partner rule's graph. Figures are SVG and PNG, for light and dark
-pages.
+Draws the figures of every file results/<date>-<device>-<subject>/raw/*.json and *.json.gz of a kind that bfly-plot
+draws, and skips other JSON. Then draws the graph of the default partner rule. Figures are SVG and PNG, for light and
+dark pages. No measurement is repeated.
 
-Git keeps only the figures that a page shows: results/*/figures/ and docs/figures/. All others are made here.
+The repository contains only the figures that a page shows, in results/*/figures/ and docs/figures/.
 
   --out DIR       draw into DIR/<date>-<device>-<subject>/, and the graph into DIR/docs/ [target/figures]
-  --in-place      redraw the figures that are in results/*/figures/ and docs/figures/, where they are, and add no others
-  --results DIR   read the measurements of DIR instead of results/
-  --binary FILE   a bfly-plot that is already built; else it is built with cargo
-  -h, --help      this text
+  --in-place      replace the figures that exist in results/*/figures/ and docs/figures/, and add no others
+  --results DIR   read the results in DIR instead of results/
+  --binary FILE   use this bfly-plot instead of building it with cargo
+  -h, --help      print this text
 
-Needs Rust (https://rustup.rs) with a C compiler, and nothing else: no measurement is repeated.
+Examples:
+  scripts/reproduce.sh
+  scripts/reproduce.sh --in-place --binary target/release/bfly-plot
+
+Needs Rust (https://rustup.rs) with a C compiler.
 TEXT
 }
 fail() { echo "reproduce.sh: $*" >&2; exit 2; }
@@ -57,25 +61,25 @@ else
   cargo build --release --features plot --bin bfly-plot || fail "the build failed; see above"
 fi
 
-# Whether a file, plain or gzipped, is of a kind that bfly-plot draws. The kind stands near the top; a half-written file
-# is left to bfly-plot, which names it.
+# Succeeds for a file, plain or gzipped, of a kind that bfly-plot draws. The kind is near the start of the file;
+# bfly-plot itself reports truncated files.
 is_drawn() {
   local top
   top=$(gzip -cdf -- "$1" 2>/dev/null | head -c 4096) || true # head closes the pipe early
   [[ $top =~ \"kind\"[[:space:]]*:[[:space:]]*\"bfly-(ladder|kernels|smoke|answers|layers|ablation|positions)\" ]]
 }
 count() { printf '%s\n' "$1" | wc -l | tr -d ' '; }
-# Replaces each figure in directory $2 by the one of the same name in $1.
+# Replaces each figure in directory $2 with the one of the same name in $1.
 refresh() {
   local figure new=$1 shown=$2 refreshed=0
   [ -d "$shown" ] || return 0
   for figure in "$shown"/*; do
     [ -e "$figure" ] || continue
-    [ -e "$new/$(basename "$figure")" ] || fail "$figure: no measurement draws it any more"
+    [ -e "$new/$(basename "$figure")" ] || fail "$figure: no results file draws this figure; remove it"
     cp -- "$new/$(basename "$figure")" "$figure"
     refreshed=$((refreshed + 1))
   done
-  say "$shown: $refreshed figures drawn again"
+  say "$shown: $refreshed figures redrawn"
 }
 
 drawn=0 skipped=0
@@ -84,7 +88,7 @@ for raw in "$results"/*/raw; do
   files=()
   for file in "$raw"/*.json "$raw"/*.json.gz; do
     [ -e "$file" ] || continue
-    case "$file" in *.gz) [ ! -e "${file%.gz}" ] || fail "$file: ${file%.gz} is there too; remove one of them" ;; esac
+    case "$file" in *.gz) [ ! -e "${file%.gz}" ] || fail "$file: ${file%.gz} exists too; remove one of them" ;; esac
     if is_drawn "$file"; then files+=("$file"); else skipped=$((skipped + 1)); fi
   done
   [ ${#files[@]} -gt 0 ] || continue
@@ -104,4 +108,4 @@ if [ -n "$in_place" ]; then
 else
   say "$out/docs: $(count "$written") files from the selector"
 fi
-say "done: $drawn result files drawn, $skipped of other kinds left alone"
+say "done: $drawn results files drawn, $skipped files of other kinds skipped"

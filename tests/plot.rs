@@ -419,7 +419,7 @@ fn what_cannot_be_drawn_gets_one_clear_error_and_no_figure() -> Any {
     let ladder = fixture("ladder.json").to_string_lossy().into_owned();
     refused(
         &["kernels", &ladder, "--out", &out],
-        &["ladder.json", "is of kind `bfly-ladder`; `bfly-kernels` is wanted"],
+        &["ladder.json", "is of kind `bfly-ladder`; expected `bfly-kernels`"],
     )?;
     // A bad file among good ones: nothing is drawn at all.
     refused(&[&ladder, &at("half.json"), "--out", &out], &["half.json"])?;

@@ -3,8 +3,8 @@
 mod common;
 
 use assert_cmd::Command;
-use bfly::eval::quality::metrics::{compare, Rows, TOP};
-use bfly::eval::report::{read, Ablation, Answers, Layers, Score, Smoke, ABLATION, ANSWERS, LAYERS, SMOKE};
+use bfly::eval::quality::metrics::{compare, LogitRows, TOP};
+use bfly::eval::report::{read, Ablation, Answers, LayerStudy, Score, Smoke, ABLATION, ANSWERS, LAYERS, SMOKE};
 use common::*;
 use std::path::Path;
 
@@ -72,11 +72,11 @@ fn with_transformers_logits_the_same_metrics_come_out() -> Any {
         for (case, last) in [("short", 64), ("long", 8)].into_iter().filter(|(c, _)| *c == "short" || *name == "qwen2")
         {
             let ids = golden.ids(case)?;
-            let ours = Rows::of(&last_logits(&load_golden(name, None, ids.len())?, &ids, 512, last)?)?;
-            let theirs = Rows::of(&golden.logits(case)?)?;
+            let ours = LogitRows::of(&last_logits(&load_golden(name, None, ids.len())?, &ids, 512, last)?)?;
+            let theirs = LogitRows::of(&golden.logits(case)?)?;
             // Any tokens will do as the next ones.
             let next: Vec<u32> = ids[ids.len() - last..].iter().map(|id| id / 2).collect();
-            let other = Rows::of(&golden.logits_bf16(case)?)?;
+            let other = LogitRows::of(&golden.logits_bf16(case)?)?;
             // Both against a third set of logits, and against each other.
             for ((a, b), same) in compare(&ours, &other, &next)?
                 .iter()
@@ -154,7 +154,7 @@ fn bad_input_is_named() -> Any {
     std::fs::write(&broken, format!("{line}\n{{\"task\":"))?;
     ruler(&["--import", &broken], &["broken.jsonl: line 2", "not a sample"]);
     for (second, says) in [
-        (line.to_string(), "is the sample of line 1 again"),
+        (line.to_string(), "repeats the sample of line 1"),
         (line.replace("vt", "my_task"), "`my_task` is not one of"),
         (line.replace(r#"["b"]"#, r#"[""]"#), "nothing to score"),
     ] {
@@ -180,7 +180,7 @@ fn bad_input_is_named() -> Any {
         .args(["join", &elsewhere, &elsewhere, "--out", &notes])
         .output()?;
     let stderr = String::from_utf8_lossy(&joined.stderr).into_owned();
-    assert!(joined.status.code() == Some(2) && stderr.contains("notes.txt: is no file of results"), "{stderr}");
+    assert!(joined.status.code() == Some(2) && stderr.contains("notes.txt: is not a results file"), "{stderr}");
     ruler(&["--export", &notes, "--export-only"], &["--export", "notes.txt: holds no samples"]);
     ruler(&["--export", &no_dir, "--export-only"], &["--export", "where.jsonl"]);
     let both = path(dir.path(), "both.json");
@@ -233,9 +233,9 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
         let same = both.cells.iter().find(|c| (&c.task, &c.record.variant) == key).ok_or("a cell is missing")?;
         assert_eq!((cell.length, &cell.answers), (450, &same.answers), "{}", cell.task);
     }
-    // Another way of asking is another file.
+    // Other prompt settings need another file.
     let args = ["ruler", "--model", real.as_str(), "-q", "--variants", "stock", "--chat", "--samples", "1"];
-    refused(&[&args[..], &made].concat(), &["--out", "another way of asking"]);
+    refused(&[&args[..], &made].concat(), &["--out", "another set of prompt settings"]);
     Ok(())
 }
 
@@ -264,7 +264,7 @@ fn rulers_own_files_are_one_cell_and_their_questions_can_be_unseen() -> Any {
     std::fs::write(&rulers, lines.join("\n"))?;
     let imported = path(dir.path(), "imported.json");
     let warned = ask(&["--import", &rulers, "--import-length", "330", "--out", &imported]);
-    assert!(!warned.contains("does not tell the length"), "{warned}");
+    assert!(!warned.contains("does not state the length"), "{warned}");
     let theirs: Answers = read(Path::new(&imported), ANSWERS)?;
     assert_eq!((theirs.cells.len(), theirs.cells[0].length), (1, 330));
     assert_eq!(theirs.cells[0].answers, ours.cells[0].answers, "split at the same place, and evicted at the same time");
@@ -274,7 +274,7 @@ fn rulers_own_files_are_one_cell_and_their_questions_can_be_unseen() -> Any {
     refused(&alone, &["--import"]);
     let warned = ask(&["--import", &rulers]);
     assert!(
-        warned.contains("validation.jsonl does not tell the length") && warned.contains("--import-length"),
+        warned.contains("validation.jsonl does not state the length") && warned.contains("--import-length"),
         "{warned}"
     );
     Ok(())
@@ -364,7 +364,7 @@ fn looking_on_changes_nothing_and_sees_every_layer() -> Any {
 fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() -> Any {
     let dir = tempfile::tempdir()?;
     let (model, plans) = (golden("qwen3"), path(dir.path(), "plans"));
-    let study = |name: &str, more: &[&str]| -> std::result::Result<Layers, Box<dyn std::error::Error>> {
+    let study = |name: &str, more: &[&str]| -> std::result::Result<LayerStudy, Box<dyn std::error::Error>> {
         let out = path(dir.path(), name);
         let args = ["layers", "--model", model.as_str(), "-q", "--tasks", "none", "--ctx", "96", "--documents", "2"];
         let what = ["--positions", "16", "--decode", "4", "--variants", "retrofit:window=16,block=8", "--out", &out];
@@ -398,7 +398,7 @@ fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() 
     let mut judged: Vec<_> =
         rounds.single.iter().skip(1).chain(&rounds.rounds[0].tried).map(|s| s.score.clone()).collect();
     judged[0].texts[0].decode_kl = 42.5;
-    let cut = Layers { judged, single: vec![], rounds: vec![], order: vec![], curve: vec![], ..rounds.clone() };
+    let cut = LayerStudy { judged, single: vec![], rounds: vec![], order: vec![], curve: vec![], ..rounds.clone() };
     std::fs::write(path(dir.path(), "cut.json"), serde_json::to_vec(&cut)?)?;
     let again = study("cut.json", &["--jobs", "2"])?;
     assert_eq!((&again.header.started, again.header.resumed.len()), (&rounds.header.started, 1));
@@ -425,6 +425,6 @@ fn layers_are_ranked_by_rounds_and_alike_however_many_are_judged_side_by_side() 
     let mut changed = cut;
     changed.stock.texts[0].loss += 1.0;
     std::fs::write(path(dir.path(), "cut.json"), serde_json::to_vec(&changed)?)?;
-    refused(&[&other[..], &what, &["--ctx", "96"]].concat(), &["cut.json", "outcome of stock", "nats"]);
+    refused(&[&other[..], &what, &["--ctx", "96"]].concat(), &["cut.json", "score of stock", "nats"]);
     Ok(())
 }

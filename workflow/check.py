@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Checks the workflow without a model or a GPU: check.py [--snakemake FILE] [--quality FILE]
+"""Check the workflow without a model or a GPU: check.py [--snakemake FILE] [--quality FILE]
 
-A dry run plans every stage. Each command that it would run is then given to bfly-quality-smoke, with a model that is
-not there: only of that may it complain, which shows that it knows all flags. Standard library only.
+A dry run plans every stage. Each planned command is then run by bfly-quality-smoke with a model that does not exist;
+the missing model must be the only error, which shows that all flags are valid. Standard library only.
 """
 import argparse
 import os
@@ -30,7 +30,7 @@ def planned(snakemake: str, out: str) -> List[List[str]]:
     jobs = re.search(r"^total +(\d+)$", run.stdout, re.MULTILINE)
     # One of the jobs is the target itself.
     if not jobs or len(found) != int(jobs[1]) - 1:
-        sys.exit(f"check.py: {len(found)} commands told of {jobs[1] if jobs else 'no'} jobs:\n{run.stdout}")
+        sys.exit(f"check.py: the dry run shows {len(found)} commands for {jobs[1] if jobs else 'no'} jobs:\n{run.stdout}")
     return found
 
 
@@ -39,20 +39,20 @@ def fault(quality: str, command: List[str]) -> Optional[str]:
     missing = "no-model" if command[0] != "join" else "niah_single_1.json"
     if run.returncode == 2 and missing in run.stderr and "Usage:" not in run.stderr:
         return None
-    return f"{shlex.join([quality, *command])}\n  ended with {run.returncode}: {run.stderr.strip()}"
+    return f"{shlex.join([quality, *command])}\n  exited with {run.returncode}: {run.stderr.strip()}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--snakemake", default="snakemake", help="as requirements.txt has it [%(default)s]")
-    parser.add_argument("--quality", default="target/debug/bfly-quality-smoke", help="[%(default)s]")
+    parser.add_argument("--snakemake", default="snakemake", help="Snakemake of the version in requirements.txt [%(default)s]")
+    parser.add_argument("--quality", default="target/debug/bfly-quality-smoke", help="bfly-quality-smoke to check with [%(default)s]")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as out, ThreadPoolExecutor(os.cpu_count()) as pool:
         for folder in ("raw", "work"):
             os.mkdir(f"{out}/{folder}")
         commands = planned(args.snakemake, out)
         faults = [f for f in pool.map(lambda c: fault(args.quality, c), commands) if f]
-    print("\n".join(faults) if faults else f"{len(commands)} commands, all flags known")
+    print("\n".join(faults) if faults else f"{len(commands)} commands, all flags valid")
     return 1 if faults else 0
 
 

@@ -1,4 +1,4 @@
-//! `kv=SHARE`: the window or the budget with which a method's cache takes a given share of a dense one.
+//! `kv=SHARE`: the largest window or eviction budget whose cache takes at most a given share of a dense cache's bytes.
 
 use crate::cli::short_count;
 use crate::error::{Error, Result};
@@ -10,13 +10,13 @@ use crate::retrofit::{RetrofitPlan, Settings};
 use crate::spec::ModelSpec;
 use candle_core::DType;
 
-/// Element type by which shares are computed; the running sums, a few rows, are f32 whatever it is.
+/// Element type for which shares are computed; the running sums, a few rows, are f32 at any element type.
 const DTYPE: DType = DType::BF16;
 
 /// Parses a share such as `1/16` or `0.25`: more than 0, at most 1.
 ///
 /// # Errors
-/// A text that is no such share.
+/// Text that is neither a fraction nor a decimal number in this range.
 pub fn parse_share(text: &str) -> std::result::Result<f64, String> {
     let number = |t: &str| t.trim().parse::<f64>().ok();
     let share = match text.split_once('/') {
@@ -29,12 +29,12 @@ pub fn parse_share(text: &str) -> std::result::Result<f64, String> {
     }
 }
 
-/// The last number from 1 to `most` that `fits`, where all before it do and none after it does; `None` where 1 does
-/// not.
+/// Returns the largest `n` from 1 to `most` for which `fits(n)` holds, by bisection; `None` where `fits(1)` does not.
+/// `fits` must be monotone: true up to some `n`, false beyond it.
 ///
 /// # Errors
 /// Those of `fits`.
-pub fn last_that(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Option<usize>> {
+pub fn bisect(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Option<usize>> {
     let (mut last, mut beyond) = (0, most + 1);
     while beyond - last > 1 {
         let middle = usize::midpoint(last, beyond);
@@ -46,8 +46,8 @@ pub fn last_that(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Op
     Ok((last > 0).then_some(last))
 }
 
-/// `settings` with the widest window of up to `most` tokens for which `bytes` is at most `target`; `None` where a
-/// window of one block exceeds it.
+/// Returns `settings` with the widest window of up to `most` tokens for which `bytes` is at most `target`; `None` where
+/// a window of one block exceeds it.
 ///
 /// # Errors
 /// Those of `bytes`.
@@ -58,10 +58,10 @@ pub fn widest_window(
     bytes: impl Fn(&Settings) -> Result<u64>,
 ) -> Result<Option<Settings>> {
     let with = |blocks: usize| Settings { window: blocks * settings.block, ..settings.clone() };
-    Ok(last_that(most.div_ceil(settings.block), |blocks| Ok(bytes(&with(blocks))? <= target))?.map(with))
+    Ok(bisect(most.div_ceil(settings.block), |blocks| Ok(bytes(&with(blocks))? <= target))?.map(with))
 }
 
-/// `plan` with the widest window whose cache for `ctx` positions takes at most `share` of a dense one.
+/// Returns `plan` with the widest window whose cache for `ctx` positions takes at most `share` of a dense one.
 ///
 /// # Errors
 /// A share that a window of one block exceeds.
@@ -79,9 +79,9 @@ pub fn retrofit(plan: &RetrofitPlan, spec: &ModelSpec, ctx: usize, share: f64) -
     }
 }
 
-/// `plan` with the largest budget for which the cache for `ctx` positions takes at most `share` of a dense one: at its
-/// peak where the rule evicts block by block, after the eviction where it evicts once, since before that it holds the
-/// whole context.
+/// Returns `plan` with the largest budget whose cache for `ctx` positions takes at most `share` of a dense one: at the
+/// peak for a rule that evicts block by block, after eviction for a rule that evicts once, since the whole context is
+/// cached before that.
 ///
 /// # Errors
 /// A share that the smallest budget of the rule exceeds.
@@ -89,10 +89,10 @@ pub fn eviction(plan: &EvictionPlan, spec: &ModelSpec, ctx: usize, share: f64) -
     let with = |budget: usize| EvictionPlan { budget, ..plan.clone() };
     let bytes = |budget: usize| Layout::new(spec, &with(budget), ctx).map(|l| l.bytes(DTYPE).settled);
     let target = target(spec, ctx, share)?;
-    // The smallest budget that the rule allows; where it allows none, its own check says why.
-    let least = last_that(ctx, |budget| Ok(with(budget).check().is_err()))?.map_or(1, |refused| refused + 1);
+    // The smallest budget that the rule allows; where it allows none, `check` returns the error.
+    let least = bisect(ctx, |budget| Ok(with(budget).check().is_err()))?.map_or(1, |refused| refused + 1);
     with(least.min(ctx)).check()?;
-    match last_that(ctx, |budget| Ok(budget < least || bytes(budget)? <= target))?.filter(|budget| *budget >= least) {
+    match bisect(ctx, |budget| Ok(budget < least || bytes(budget)? <= target))?.filter(|budget| *budget >= least) {
         Some(budget) => Ok(with(budget)),
         None => {
             let what = format!("a budget of {least} for each KV head");

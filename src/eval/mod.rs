@@ -1,4 +1,4 @@
-//! Evaluation harness: speed, memory and quality of a retrofit against the model as it came.
+//! Evaluation harness: speed, memory and quality of a retrofit against the stock model.
 //!
 //! ```text
 //! target, variant, texts --> bench ----+
@@ -13,7 +13,7 @@
 //! | [`kv_budget`] | windows and budgets from a share of a dense cache |
 //! | [`texts`] | real text as token ids |
 //! | [`mod@bench`] | speed and memory: ladders, largest contexts, kernels |
-//! | [`quality`] | what a variant keeps: distributions, tasks, ablations, plans |
+//! | [`quality`] | quality against stock: distributions, tasks, ablations, layer sensitivity |
 //! | `plot` | figures from results (feature `plot`) |
 //!
 //! `bench` and `quality` do not import each other, and `plot` imports `report` alone: `tests/imports.rs` checks both.

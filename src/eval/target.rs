@@ -1,5 +1,5 @@
-//! The model under test: a checkpoint that is opened but not yet read, the format that its weights will be held in, and
-//! what results say of both.
+//! The model under test: an opened checkpoint whose weights are not loaded yet, the format to load them in, and the
+//! header that describes both in results.
 
 use super::report::{beyond_trained, Header};
 use super::texts::TextStream;
@@ -16,40 +16,41 @@ use std::sync::Arc;
 /// Flags that name the model under test, its variants and its prompts.
 #[derive(Debug, Clone, Args)]
 pub struct TargetArgs {
-    /// Variants to run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window,
-    /// sink-tokens, partner, layers, ...), and to compare with snapkv:budget=1024,window=64,kernel=5 or
-    /// keydiff:budget=1024,block=128. A KEY=VALUE belongs to the name with a colon before it. May be repeated.
+    /// Variants to run, comma-separated: stock; retrofit, or retrofit:KEY=VALUE,.. with the flags of bfly-retrofit as
+    /// keys (window, sink-tokens, partner, layers, ..); an eviction rule to compare with, such as
+    /// snapkv:budget=1024,window=64,kernel=5 or keydiff:budget=1024,block=128. A KEY=VALUE belongs to the method before
+    /// it. May be repeated.
     #[arg(long, value_name = "LIST", default_value = "stock,retrofit")]
     pub variants: Vec<String>,
-    /// Folder of the prompt's documents, as scripts/fetch_texts.py lays them out; a model without a tokenizer gets
-    /// random ids instead.
+    /// Folder of documents that prompts are cut from, as scripts/fetch_texts.py writes it; a model without a tokenizer
+    /// gets random ids instead.
     #[arg(long, value_name = "DIR", default_value = "texts")]
     pub texts: PathBuf,
     /// Source and format of the weights.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Draw the weights from a seed: --model is then a config.json, or a directory with one. The results say that only
-    /// speed and memory mean anything.
+    /// Initialise the weights randomly from this seed: --model is then a config.json, or a directory with one. The
+    /// results are marked as valid for speed and memory only.
     #[arg(long, value_name = "SEED", help_heading = "Model")]
     pub random_weights: Option<u64>,
 }
 
-/// The model under test, on the device that it runs on.
+/// The model under test and its device.
 pub struct Target {
     args: TargetArgs,
     checkpoint: Checkpoint,
-    /// The patch that --model names, if it names one.
+    /// Patch that `--model` names, if it names one.
     patch: Option<Patch>,
     format: WeightFormat,
-    /// Device that it runs on.
+    /// Device that the model runs on.
     pub device: Device,
 }
 
 impl Target {
-    /// Opens the checkpoint that `args` name; weights are not read.
+    /// Opens the checkpoint that `args` names, without reading its weights.
     ///
     /// # Errors
-    /// A checkpoint that does not exist or is not understood.
+    /// A checkpoint that does not exist, is damaged, or is of an unsupported architecture.
     pub fn open(args: &TargetArgs, device: Device, progress: OnProgress) -> Result<Self> {
         let (checkpoint, patch) = open(args, progress)?;
         let format = weight_format(args.model.dtype.parse::<WeightDtype>()?, &checkpoint, &device);
@@ -61,18 +62,18 @@ impl Target {
         &self.checkpoint
     }
 
-    /// The variants that `--variants` names, for any context.
+    /// Parses `--variants` for any context; `kv=SHARE` is refused.
     ///
     /// # Errors
-    /// Those of [`variant::parse`].
+    /// As [`variant::parse`].
     pub fn variants(&self) -> Result<Vec<Variant>> {
         self.parse_variants(None)
     }
 
-    /// The variants that `--variants` names at `ctx`, where a variant may be given as a share of a dense cache.
+    /// Parses `--variants` for context `ctx`, at which `kv=SHARE` is a share of the dense cache.
     ///
     /// # Errors
-    /// Those of [`variant::parse`].
+    /// As [`variant::parse`].
     pub fn variants_at(&self, ctx: usize) -> Result<Vec<Variant>> {
         self.parse_variants(Some(ctx))
     }
@@ -81,7 +82,7 @@ impl Target {
         variant::parse(&self.args.variants, self.patch.as_ref().map(|p| &p.plan), &self.checkpoint.spec, ctx)
     }
 
-    /// Refuses weights that are larger than the memory, before an allocation fails and ends the process.
+    /// Refuses weights that are larger than the device's memory, before an allocation fails and ends the process.
     ///
     /// # Errors
     /// Weights that take more bytes than the machine, or the GPU, has.
@@ -92,15 +93,15 @@ impl Target {
             Some(memory) => Err(Error::new(
                 ErrorKind::Unsupported,
                 self.checkpoint.identity.place(),
-                format!("its weights take {}; there are {} of memory", human_bytes(need), human_bytes(memory)),
+                format!("its weights take {}; the device has {}", human_bytes(need), human_bytes(memory)),
             )),
         }
     }
 
-    /// A stream of at least `tokens` ids.
+    /// Opens a stream of at least `tokens` ids.
     ///
     /// # Errors
-    /// Those of [`TextStream::open`].
+    /// As [`TextStream::open`].
     pub fn stream(&self, tokens: usize, progress: OnProgress) -> Result<TextStream> {
         let seed = self.args.random_weights.unwrap_or(0);
         TextStream::open(&self.checkpoint, &self.args.texts, tokens, seed, progress)
@@ -114,28 +115,29 @@ impl Target {
         Weights::load(&self.checkpoint, &self.format, &self.device, progress)
     }
 
-    /// Prints the warnings of the files read so far, each once.
+    /// Prints each warning about the files read so far, once.
     pub fn warn(&self, bars: &Bars) {
         self.checkpoint.take_warnings().iter().for_each(|w| bars.warn(w));
     }
 
-    /// Warns of what the checkpoint warns of, and of contexts beyond the trained length, where only speed and memory mean anything.
+    /// Prints the checkpoint's warnings, and one about contexts beyond the trained length, where only speed and memory
+    /// are valid.
     pub fn warn_beyond_trained(&self, bars: &Bars, contexts: &[usize]) {
         self.warn(bars);
         let trained = self.checkpoint.spec.max_positions;
         if let Some(beyond) = beyond_trained(trained, contexts.iter().copied()) {
             let trained = short_count(trained);
-            bars.warn(&format!("trained for {trained} positions: at {beyond} this is speed and memory only"));
+            bars.warn(&format!("the model was trained for {trained} positions: at {beyond}, speed and memory only"));
         }
     }
 
-    /// The header of results of `kind`.
+    /// Returns the header of results of `kind`.
     pub fn header(&self, kind: &str) -> Header {
         let given = self.args.model.model.as_deref().unwrap_or_default();
         let held = self.checkpoint.held(&self.format);
         let most = held.iter().max_by_key(|(_, bytes)| **bytes).map_or(String::new(), |(name, _)| name.clone());
         Header {
-            // A patch is not its base.
+            // The identity of a patched model is that of its base, which `given` does not name.
             model: self.args.random_weights.is_none().then(|| match self.patch.is_some() {
                 true => self.checkpoint.identity.clone(),
                 false => self.checkpoint.identity.as_given(given),
@@ -168,7 +170,7 @@ fn open(args: &TargetArgs, progress: OnProgress) -> Result<(Checkpoint, Option<P
     Ok((checkpoint, patch))
 }
 
-/// The model's name for people: a hub id as it is, or the last part of a path without its extension.
+/// Display name of the model: a hub id unchanged, or the last part of a path without its extension.
 fn display_name(given: &str) -> String {
     let path = Path::new(given);
     if !path.exists() {

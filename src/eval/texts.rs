@@ -1,7 +1,7 @@
-//! Real text as token ids: folders of documents, and prompts that are prefixes of one stream of them.
+//! Real text as token ids: the documents of a folder as one stream, of which every prompt is a prefix.
 //!
-//! A stream is a folder of documents in the order of its manifest (scripts/fetch_texts.py), each read once, so that no
-//! prompt repeats itself. For a model without a tokenizer it is random ids.
+//! Documents are read in the order of the folder's manifest (scripts/fetch_texts.py), each once, so that no prompt
+//! repeats text. A model without a tokenizer gets random ids.
 
 use super::report::{hash, PromptSource};
 use crate::checkpoint::{splitmix, Checkpoint, OnProgress, Text};
@@ -11,12 +11,12 @@ use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Name that stands for the documents of a stream of random ids.
+/// Document name that results show for a stream of random ids.
 pub const RANDOM_IDS: &str = "random ids";
 
-/// Bytes, about, of the pieces in which text is tokenised; each ends where a paragraph does.
+/// Approximate size in bytes of a piece of text tokenised at once; pieces end at paragraph ends.
 const PIECE: usize = 32 << 10;
-/// Pieces that are tokenised in parallel before the ids are counted.
+/// Pieces tokenised in parallel before the ids are counted.
 const BATCH: usize = 64;
 
 #[derive(Deserialize)]
@@ -30,22 +30,22 @@ struct ManifestEntry {
     file: String,
 }
 
-/// A stream of ids, and where it comes from.
+/// A stream of token ids and its source.
 pub struct TextStream {
-    /// Ids of the stream.
+    /// Token ids.
     pub ids: Vec<u32>,
-    /// Names of the documents that the ids are of.
+    /// Names of the documents that the ids come from.
     pub documents: Vec<String>,
-    /// Seconds for making the stream.
+    /// Seconds taken to read and tokenise the documents.
     pub seconds: f64,
 }
 
 impl TextStream {
-    /// At least `tokens` ids for `checkpoint`: of the documents in `folder`, or drawn from `seed` where it has no
-    /// tokenizer.
+    /// Reads at least `tokens` ids for `checkpoint` from the documents in `folder`, or generates them from `seed` where
+    /// the checkpoint has no tokenizer.
     ///
     /// # Errors
-    /// No documents, or too few; a tokenizer that fails or gives an id outside the model's vocabulary.
+    /// No documents, or too few; a tokenizer that fails or returns an id outside the model's vocabulary.
     pub fn open(
         checkpoint: &Checkpoint,
         folder: &Path,
@@ -60,13 +60,13 @@ impl TextStream {
         };
         if let Some(id) = ids.iter().find(|id| **id as usize >= checkpoint.spec.vocab) {
             let message =
-                format!("the tokenizer gives id {id}, outside the model's vocabulary of {}", checkpoint.spec.vocab);
+                format!("the tokenizer returns id {id}, outside the model's vocabulary of {}", checkpoint.spec.vocab);
             return Err(Error::format(checkpoint.identity.place(), message));
         }
         Ok(Self { ids, documents, seconds: begin.elapsed().as_secs_f64() })
     }
 
-    /// What results say of a prompt of the first `tokens` ids.
+    /// Returns the record of a prompt that consists of the first `tokens` ids.
     pub fn describe(&self, tokens: usize) -> PromptSource {
         PromptSource {
             documents: self.documents.clone(),
@@ -77,7 +77,7 @@ impl TextStream {
     }
 }
 
-/// Random ids below `vocab`; a shorter stream of the same seed is a prefix.
+/// Generates random ids below `vocab`; a shorter stream of the same seed is a prefix of a longer one.
 pub fn random(tokens: usize, vocab: usize, seed: u64) -> Vec<u32> {
     (0..tokens as u64).map(|i| (splitmix(seed, i) % vocab as u64) as u32).collect()
 }
@@ -90,17 +90,17 @@ fn read(text: &Text, folder: &Path, tokens: usize, progress: OnProgress) -> Resu
         }
         let content = std::fs::read_to_string(&path).at(path.display())?;
         let before = ids.len();
-        let mut go_on = |n: usize| {
+        let mut wants_more = |n: usize| {
             progress("tokenise", (before + n).min(tokens) as u64, tokens as u64);
             before + n < tokens
         };
-        ids.extend(encode(text, &content, &mut go_on)?);
+        ids.extend(encode(text, &content, &mut wants_more)?);
         documents.push(path.file_name().unwrap_or_default().to_string_lossy().into_owned());
     }
     if ids.len() < tokens {
         let message = format!(
-            "its {} documents hold {} tokens of the {tokens} that the largest prompt needs: {} are missing. Add documents, or \
-             read less",
+            "its {} documents hold {} tokens of the {tokens} that the largest prompt needs: {} are missing; add documents, or \
+             reduce the context",
             documents.len(),
             ids.len(),
             tokens - ids.len()
@@ -110,24 +110,24 @@ fn read(text: &Text, folder: &Path, tokens: usize, progress: OnProgress) -> Resu
     Ok((ids, documents))
 }
 
-/// Ids of one document, without the tokens that begin a text. `go_on` is called with the number of ids so far, and says
-/// whether more are wanted.
+/// Tokenises one document, without BOS. After each batch `wants_more` is called with the number of ids so far;
+/// tokenisation stops where it returns false.
 ///
 /// # Errors
 /// A tokenizer that fails.
-pub fn encode(text: &Text, content: &str, go_on: &mut dyn FnMut(usize) -> bool) -> Result<Vec<u32>> {
+pub fn encode(text: &Text, content: &str, wants_more: &mut dyn FnMut(usize) -> bool) -> Result<Vec<u32>> {
     let mut ids = vec![];
     for batch in pieces(content).chunks(BATCH) {
         let parts: Result<Vec<_>> = batch.par_iter().map(|piece| text.encode(piece, false)).collect();
         ids.extend(parts?.into_iter().flatten());
-        if !go_on(ids.len()) {
+        if !wants_more(ids.len()) {
             break;
         }
     }
     Ok(ids)
 }
 
-/// The documents of a folder in the order of its manifest.
+/// Returns the paths of a folder's documents, in the order of its manifest.
 ///
 /// # Errors
 /// No manifest, or one that lists a document twice or outside the folder.
@@ -142,19 +142,22 @@ pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     found.documents.sort_by_key(|d| d.order);
     for (i, d) in found.documents.iter().enumerate() {
         if Path::new(&d.file).file_name().is_none_or(|n| n != d.file.as_str()) {
-            return Err(Error::format(manifest.display(), format!("`{}` is not the name of a file beside it", d.file)));
+            return Err(Error::format(
+                manifest.display(),
+                format!("`{}` is not the name of a file in its folder", d.file),
+            ));
         }
         if found.documents[..i].iter().any(|other| other.file == d.file) {
             return Err(Error::format(
                 manifest.display(),
-                format!("lists `{}` twice; no prompt may repeat itself", d.file),
+                format!("lists `{}` twice; prompts must not repeat text", d.file),
             ));
         }
     }
     Ok(found.documents.iter().map(|d| folder.join(&d.file)).collect())
 }
 
-/// `text` cut after paragraphs, or anywhere where a paragraph is too long.
+/// Cuts `text` after paragraphs, or inside a paragraph that is longer than [`PIECE`].
 fn pieces(text: &str) -> Vec<&str> {
     let (mut pieces, mut rest) = (vec![], text);
     while rest.len() > PIECE {

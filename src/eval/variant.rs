@@ -1,11 +1,11 @@
-//! `--variants`: how the model's attention is run, as one line.
+//! `--variants`: the attention methods to compare, with their settings, as one comma-separated list.
 //!
-//! A list such as `stock,retrofit,retrofit:window=1024,layers=0-3,5,keydiff:budget=1k,block=64`. An item after
-//! `retrofit:` or a rule of [`crate::eviction`] that is no variant's name belongs to it: a further `KEY=VALUE`, or a
-//! further part of a list of layers.
+//! An example is `stock,retrofit,retrofit:window=1024,layers=0-3,5,keydiff:budget=1k,block=64`. After `retrofit:` or a
+//! rule of [`crate::eviction`] with a colon, every item that is not a variant's name belongs to that variant: another
+//! `KEY=VALUE`, or another part of a list of layers.
 //!
-//! The keys of `retrofit:` are the flags of `bfly-retrofit` ([`RetrofitArgs`]), parsed by the same struct, so that a
-//! new flag is a key at once.
+//! The keys of `retrofit:` are the flags of `bfly-retrofit` ([`RetrofitArgs`]), parsed by the same struct, so that
+//! every flag is a key.
 
 use super::kv_budget::{self, parse_share};
 use crate::cli::{parse_count, RetrofitArgs};
@@ -17,9 +17,9 @@ use crate::spec::ModelSpec;
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapErrorKind};
 use clap::{CommandFactory, Parser};
 
-/// The key that sets a window or a budget from the most bytes that may be allocated, as a share of a dense cache.
+/// Key that sets the window or the budget from the cache's size, as a share of a dense cache.
 const KV: &str = "kv";
-/// The flag that messages name.
+/// Flag that error messages name.
 const FLAG: &str = "--variants";
 
 /// One way to run the model.
@@ -27,18 +27,18 @@ const FLAG: &str = "--variants";
 pub struct Variant {
     /// Name as given: `stock`, `retrofit`, `retrofit:window=1024`, `snapkv:budget=1024`.
     pub name: String,
-    /// Method that the full-attention layers are run by.
+    /// Method that the full-attention layers run.
     pub method: Method,
 }
 
 impl Variant {
-    /// The stock model.
+    /// Returns the stock model, without a method.
     pub fn stock() -> Self {
         Self { name: "stock".into(), method: Method::Stock }
     }
 }
 
-/// The settings of a `retrofit:` variant: the flags of `bfly-retrofit` and its seed, each given as `KEY=VALUE`.
+/// Settings of a `retrofit:` variant: the flags of `bfly-retrofit` and the seed, each given as `KEY=VALUE`.
 #[derive(Debug, Parser)]
 #[command(no_binary_name = true, disable_help_flag = true)]
 struct RetrofitKeys {
@@ -51,14 +51,14 @@ struct RetrofitKeys {
 }
 
 impl RetrofitKeys {
-    /// Every flag with a value is a key.
+    /// Returns the names of all flags that take a value.
     fn keys() -> Vec<String> {
         let command = Self::command();
         let flags = command.get_arguments().filter(|a| a.get_action().takes_values());
         flags.filter_map(|a| a.get_long()).map(String::from).collect()
     }
 
-    /// Parses `pairs`; messages begin with `place`.
+    /// Parses `pairs`; error messages begin with `place`.
     fn parse_pairs(pairs: &[(String, String)], place: &str) -> Result<Self> {
         let keys = Self::keys();
         if let Some((key, _)) = pairs.iter().find(|(key, _)| !keys.contains(key)) {
@@ -70,7 +70,7 @@ impl RetrofitKeys {
     }
 }
 
-/// The error of clap's parser, which speaks of flags, as one of `KEY=VALUE`.
+/// Rewrites an error of clap, which names a flag, to name the key of `KEY=VALUE`.
 fn named(e: &clap::Error) -> Error {
     let text = |kind| match e.get(kind) {
         Some(ContextValue::String(text)) => text.clone(),
@@ -90,8 +90,8 @@ fn named(e: &clap::Error) -> Error {
     Error::usage(key, why)
 }
 
-/// Parses the items of one or more flags. `base` is the plan that `retrofit` starts from, a patch's, or `None` for the
-/// defaults. `ctx` is the context of the dense cache that `kv=SHARE` is a share of, or `None` where contexts vary.
+/// Parses the values of one or more `--variants` flags. `retrofit` starts from the plan `base` (a patch's), or from the
+/// defaults for `None`. `ctx` is the context of the dense cache that `kv=SHARE` refers to; `None` where contexts vary.
 ///
 /// # Errors
 /// An unknown variant or key, a value that does not parse or does not fit the model, or the same variant twice.
@@ -117,13 +117,13 @@ pub fn parse(
                 _ if item.contains('=') => {
                     return Err(Error::usage(
                         FLAG,
-                        format!("`{item}` belongs to no `retrofit:`, as in retrofit:{item}"),
+                        format!("`{item}` belongs to no `retrofit:`; write retrofit:{item}"),
                     ));
                 }
                 _ => {
                     let rules: Vec<_> = RULES.iter().map(|r| r.name()).collect();
                     let message = format!(
-                        "`{item}` is not stock, retrofit, {}, or one of them but stock with :KEY=VALUE,..",
+                        "`{item}` is not stock, retrofit, {}, or one of the latter with :KEY=VALUE,..",
                         rules.join(", ")
                     );
                     return Err(Error::usage(FLAG, message));
@@ -139,7 +139,7 @@ pub fn parse(
     names.into_iter().map(|name| variant(name, base, spec, ctx)).collect()
 }
 
-/// Whether `KEY=VALUE` may follow a variant's name.
+/// Returns whether the variant called `name` takes `KEY=VALUE` settings.
 fn has_settings(name: &str) -> bool {
     name == "retrofit" || RULES.iter().any(|r| r.name() == name)
 }
@@ -165,7 +165,7 @@ fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec, ctx: Opt
     let args = keys.retrofit;
     let saved = args.plan.as_deref().map(RetrofitPlan::load).transpose().map_err(|e| e.within(place()))?;
     if let (Some(plan), Some(path)) = (&saved, &args.plan) {
-        // A plan of another model is named by its file.
+        // The file is at fault here, not the variant's settings.
         plan.check(spec).map_err(|e| e.within(format!("{}: {}", place(), path.display())))?;
     }
     let base = saved.as_ref().or(base);
@@ -174,7 +174,7 @@ fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec, ctx: Opt
     let layers = args.layers.as_deref().map(parse_layers).transpose().map_err(|e| e.within(place()))?;
     let layers = layers.unwrap_or_else(|| base.map(|p| p.layers.clone()));
     if share.is_some() {
-        // Any window that the block allows, until the share sets it.
+        // A placeholder that every block size allows; the share sets the window below.
         settings.window = settings.block;
     }
     let plan = RetrofitPlan::new(spec, layers, settings).and_then(|plan| match share {
@@ -185,8 +185,8 @@ fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec, ctx: Opt
     Ok(Variant { name, method: Method::Butterfly(plan) })
 }
 
-/// Takes `kv=SHARE` out of `given`, and returns the share with its context. The share sets `size`, which cannot be
-/// given as well.
+/// Removes `kv=SHARE` from `given` and returns the share with its context. The share sets `size`, so `given` must not
+/// hold `size` too.
 fn share_of(given: &mut Vec<(String, String)>, size: &str, ctx: Option<usize>) -> Result<Option<(f64, usize)>> {
     let Some(at) = given.iter().position(|(key, _)| key == KV) else { return Ok(None) };
     let (_, value) = given.remove(at);
@@ -202,12 +202,12 @@ fn share_of(given: &mut Vec<(String, String)>, size: &str, ctx: Option<usize>) -
     }
 }
 
-/// The plan of `rule` with the settings of `given`, the budget among them.
+/// Builds the plan of the eviction rule `rule` from `given`: the budget and the rule's own settings.
 fn eviction(rule: &str, given: &[(String, String)]) -> Result<EvictionPlan> {
     let (mut budget, mut settings) = (DEFAULT_BUDGET, vec![]);
     let known = eviction::find(rule)?.settings();
     for (key, text) in given {
-        // An unknown key is the plan's to refuse, whatever its value.
+        // `EvictionPlan::new` refuses unknown keys, whatever their value.
         let named = key == "budget" || known.iter().any(|s| s.name == key);
         let value = match parse_count(text) {
             Err(why) if named => return Err(Error::usage(key, why)),

@@ -119,11 +119,11 @@ fn the_run_reads_64k_or_what_there_is_room_for_and_replaces_the_file() -> Any {
     assert!(read::<Ladder>(&place.out(), LADDER).is_err(), "a file of largest contexts is no ladder");
     // A file of another kind is not replaced.
     std::fs::write(place.out(), "{}")?;
-    command.assert().code(2).stderr(predicates::str::contains("ladder.json: is no file of results"));
+    command.assert().code(2).stderr(predicates::str::contains("ladder.json: is not a results file"));
     assert_eq!(std::fs::read_to_string(place.out())?, "{}");
     std::fs::write(place.out(), serde_json::to_vec(&found)?)?;
     // Nor does a ladder go on with it.
-    place.refuses(&["--ctx", "64"], &["is of kind `bfly-fit`; `bfly-ladder` is wanted"]);
+    place.refuses(&["--ctx", "64"], &["is of kind `bfly-fit`; expected `bfly-ladder`"]);
     Ok(())
 }
 
@@ -133,7 +133,7 @@ fn bad_flags_get_one_error_before_any_work() -> Any {
     for (flags, says) in [
         (&["--memory-budget", "10X"][..], &["--memory-budget", "`10X` is not a size such as 10G"][..]),
         (&["--memory-budget", "1G,,2G"], &["--memory-budget", "`` is not a size"]),
-        (&["--most", "1000"], &["--most: 1000 is less than 1k, the smallest context"]),
+        (&["--most", "1000"], &["--most: 1000 is less than 1k, the smallest context considered"]),
         (&["--most", "1Q"], &["--most", "`1Q` is not a number of tokens"]),
         (&["--decode", "1k"], &["--decode", "not a whole number from 1 to"]),
         (&["--decode", "1024"], &["--decode: 1024 tokens leave no room for a prompt in 1k"]),

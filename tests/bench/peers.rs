@@ -62,14 +62,14 @@ fn peers_that_fail_are_named() -> Any {
     let sample = json!({"sample": {"prefill_s": 0.1, "ttft_s": 0.1, "end_to_end_s": 0.2, "inter_token_s": [0.1],
         "fetched_tokens": 1, "peak_device_bytes": 1, "prompt_s": 0, "tokens_sha256": ""}});
     for (args, says) in [
-        ("mood=deaf".to_string(), &["ended without saying what it is (exit status: 3)"][..]),
+        ("mood=deaf".to_string(), &["exited before its ready message (exit status: 3)"][..]),
         ("mood=unready".into(), &["is not ready: failed: no such model"]),
-        ("mood=dying".into(), &["ended without saying a sample (exit status: 7)"]),
+        ("mood=dying".into(), &["exited before a reply (exit status: 7)"]),
         ("mood=backwards".into(), &["a sample whose times do not rise: 1 0.25 0.5 s"]),
         ("engine=bfly".into(), &["calls itself `bfly`"]),
-        ("say=hello".into(), &["should have said a sample, not `hello`"]),
+        ("say=hello".into(), &["expected a reply, got `hello`"]),
         ("say={}".into(), &["neither a sample nor a status"]),
-        (format!("say='{sample}'"), &["times between tokens are of about 1 tokens, not 7"]),
+        (format!("say='{sample}'"), &["times between tokens cover about 1 tokens, not 7"]),
     ] {
         let command = peer(&args);
         let flags = ["--ctx", "64", "--variants", "retrofit", "--repeats", "1", "--peer", &command];

@@ -94,7 +94,7 @@ fn files_of_something_else_are_refused() -> Any {
     spoilt(
         &good.replace("bfly-ladder", "bfly-kernels"),
         &flags,
-        &["is of kind `bfly-kernels`; `bfly-ladder` is wanted"],
+        &["is of kind `bfly-kernels`; expected `bfly-ladder`"],
     )?;
     spoilt(
         &good.replace("\"decode_tokens\":8", "\"decode_tokens\":9"),

@@ -1,4 +1,4 @@
-# What the rules share: the configuration, names of files, and what each stage of tasks puts to the model.
+# Shared by the rules: the configuration, file names, and the variants and flags of each stage.
 import shlex
 from pathlib import Path
 
@@ -9,7 +9,7 @@ validate(config, "../config.schema.yaml")
 
 
 def listed(value):
-    """A list of the configuration, which --config may give as a,b."""
+    """Return a list setting, which --config may give as a,b."""
     return [one for one in value.split(",") if one] if isinstance(value, str) else value
 
 
@@ -30,9 +30,9 @@ TASKS = listed(config["tasks"]) or [
     *(["qa_2"] if config["hotpot"] else []),
 ]
 
-# How layers are ranked, by the suffix of the stage. Layers that matter to needles need not be those that matter to
-# chains and counts: -mixed judges by these too. It asks half as many questions in rounds, which ask them three times as
-# often.
+# Flags of the layer rankings, by suffix of the stage. The layers that needles need may differ from those that chains
+# and counts need, so -mixed includes tasks of these kinds. With rounds, which take three times as many scores, -mixed
+# uses half as many samples.
 MIXED = "--tasks niah_multikey_1,vt,cwe,fwe"
 RANKINGS = {
     "": "--samples 8 --rank alone",
@@ -44,7 +44,7 @@ RANKINGS = {
 KEPT = ["" if ranking == "alone" else f"-{ranking}" for ranking in listed(config["kept"]) if ranking != "none"]
 for suffix in KEPT:
     if suffix not in RANKINGS:
-        raise WorkflowError(f"kept: {suffix[1:]} is no ranking; known: alone, rounds, mixed, rounds-mixed, heads, none")
+        raise WorkflowError(f"kept: unknown ranking {suffix[1:]}; known: alone, rounds, mixed, rounds-mixed, heads, none")
 # Plan dense-K keeps the K most sensitive layers dense; `layers` writes it for K below the model's number of layers.
 WRITTEN = [k for k in (1, 2, 4, 8, 12, 16) if not config["layers"] or k < config["layers"]]
 CUMULATIVE = [k for k in (16, 12, 8, 4) if k in WRITTEN]
@@ -74,12 +74,12 @@ def variants(*parts):
 
 
 def measure(more=""):
-    """The shell command of a rule with the parameters `what` and `args`.
+    """Return the shell command of a rule with the parameters `what` and `args`.
 
-    bfly-quality-smoke saves whole files as it goes, and takes up the answers and the studies of layers that it finds at
-    --out. Snakemake deletes the outputs of a job before it begins and after it fails, so the file that grows lies in
-    work/, of which Snakemake knows nothing, and raw/ gets a hard link to it once it is complete. Saving renames: a
-    later run that adds to the file in work/ leaves the one in raw/ as it is.
+    bfly-quality-smoke saves its file repeatedly, and resumes answers and layer studies that exist at --out. Snakemake
+    deletes the outputs of a job before it starts and after it fails, so the incomplete file is in work/, which
+    Snakemake does not track, and raw/ gets a hard link to it once it is complete. Each save replaces the file by a
+    rename, so a later run that adds to the file in work/ does not change the one in raw/.
     """
     return (
         "mkdir -p {OUT}/work && python3 workflow/scripts/on_gpu.py {QUALITY} {params.what} {params.model}"
@@ -87,7 +87,7 @@ def measure(more=""):
     )
 
 
-# Not among the parameters: more samples side by side change no answer, so nothing is run again for them.
+# Not a parameter of the rules, since the number of parallel samples does not change results and must not cause reruns.
 JOBS = " --jobs {config[jobs]}"
 
 
@@ -108,14 +108,14 @@ def task_plans(stage):
 
 
 def task_variants(stage):
-    """Every method at one setting, or with `bytes` at budgets from 1/2 to 1/64 of a dense cache."""
+    """Return every method at one setting, or for `bytes` at budgets from 1/2 to 1/64 of a dense cache."""
     length, kept = kilo(task_ctx(stage)), dense(*task_plans(stage))
     if stage != "bytes":
-        # An eviction is some thirty launches in every layer: KeyDiff's blocks grow with the text.
+        # An eviction takes about thirty kernel launches per layer, so KeyDiff's blocks grow with the text.
         return ["stock", "retrofit", PUBLISHED, LOCAL, *kept, "snapkv:kv=1/4", f"keydiff:kv=1/4,block={length * 32}"]
     methods = ["stock", *kept]
     for share in (2, 4, 8, 16, 32, 64):
-        # Blocks small enough for the smallest shares.
+        # Blocks must be small enough for the smallest shares.
         evicted = min(max(length * 256 // share, 64), 256)
         methods += [f"retrofit:kv=1/{share},block=32", f"snapkv:kv=1/{share}", f"keydiff:kv=1/{share},block={evicted}"]
         methods += [f"{LOCAL},kv=1/{share},block=32"] if share in (4, 16, 64) else []
@@ -129,7 +129,7 @@ def task_args(stage, task):
 
 
 def stages():
-    """What each stage leaves, in the order in which they are listed."""
+    """Return the output files of each stage, in the order in which stages are listed."""
     ablated = [length for length in ("4k", "8k", "16k") if kilo(length) <= kilo(config["ctx"])]
     return {
         "smoke": [raw("smoke")],

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Runs a command on one GPU: on_gpu.py COMMAND [ARGUMENT...]
+"""Run a command on one GPU: on_gpu.py COMMAND [ARGUMENT...]
 
-CUDA_VISIBLE_DEVICES names the GPU that runs the fewest commands begun this way, of those that it named before, or of
-all. The caller limits how many run at once. Without a GPU the command runs as it is. Standard library only.
+Sets CUDA_VISIBLE_DEVICES to the GPU with the fewest commands started by this script, among those that the variable
+lists, or all GPUs. The caller limits the number of parallel commands. Without a GPU the command runs unchanged.
+Standard library only.
 
-A command holds a lock on its place, the file GPU.0, GPU.1 and so on in a folder of this user, until it ends, however it
-ends.
+Each command holds a lock on a slot, one of the files GPU.0, GPU.1, ... in a folder of the user, until its process
+exits.
+
+Example: on_gpu.py target/release/bfly-quality-smoke --model MODEL.gguf --out smoke.json
 """
 import fcntl
 import itertools
@@ -30,7 +33,7 @@ def gpus() -> List[str]:
 
 
 def take(names: List[str], places: Path) -> str:
-    """A GPU with the fewest places taken; the lock stays with this process and what it becomes."""
+    """Return a GPU with the fewest slots taken; the lock is kept by this process and the command that replaces it."""
     places.mkdir(mode=0o700, exist_ok=True)
     for level in itertools.count():
         for gpu in names:
@@ -42,7 +45,7 @@ def take(names: List[str], places: Path) -> str:
                 continue
             os.set_inheritable(place, True)
             return gpu
-    raise AssertionError("levels have no end")
+    raise AssertionError("unreachable: the slots of a GPU are unlimited")
 
 
 def main() -> int:
@@ -52,7 +55,7 @@ def main() -> int:
         return 2
     names = gpus()
     if names:
-        # Two jobs of a Slurm cluster on one host may both call different GPUs 0.
+        # In two Slurm jobs on one host, GPU 0 may be two different devices.
         job = os.environ.get("SLURM_JOB_ID", "")
         gpu = take(names, Path(tempfile.gettempdir()) / f"bfly-gpus-{os.getuid()}{'-' + job if job else ''}")
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu

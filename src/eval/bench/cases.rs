@@ -1,4 +1,4 @@
-//! The shapes that kernels are timed on, with the work of their definition.
+//! The shapes that kernels are timed on, with the FLOP and bytes of their definition.
 
 use crate::error::Result;
 use crate::layout::ButterflyLayer;
@@ -15,18 +15,18 @@ use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// One call of the kernel on one set of inputs.
+/// Launches the kernel once on one set of inputs.
 pub type Iteration = Box<dyn FnMut() -> Result<()>>;
 
-/// Makes a set of inputs.
+/// Allocates a set of random inputs.
 pub type Prepare = Box<dyn Fn(&InputSpec) -> Result<Iteration>>;
 
-/// Device and element type of inputs.
+/// Device and element type of the inputs.
 #[derive(Debug, Clone)]
 pub struct InputSpec {
-    /// Device that inputs are made on.
+    /// Device of the inputs.
     pub device: Device,
-    /// Element type of inputs.
+    /// Element type of the inputs.
     pub dtype: DType,
 }
 
@@ -40,25 +40,25 @@ impl InputSpec {
     }
 }
 
-/// A kernel on a shape.
+/// A kernel on one shape.
 pub struct Case {
     /// Name of the kernel.
     pub kernel: &'static str,
-    /// The case in a few words.
+    /// Short description of the case, such as `dense causal`.
     pub case: String,
     /// Sizes by letter: T, H, G, D, keys, ...
     pub shape: BTreeMap<String, usize>,
-    /// Floating-point operations of the definition.
+    /// Floating-point operations of the definition; masked positions do not count.
     pub flop: f64,
     /// Elements of the inputs and outputs, each read or written once.
     pub elements: f64,
-    /// Bytes of f32 tables, in addition to the elements.
+    /// Bytes of f32 and quantised tables, in addition to the elements.
     pub tables: f64,
-    /// Makes a set of inputs.
+    /// Allocates a set of random inputs.
     pub prepare: Prepare,
 }
 
-/// All cases; `small` ones take a CPU a moment.
+/// Returns all cases; `small` ones have 1/64 of the tokens, for a CPU.
 pub fn cases(small: bool) -> Vec<Case> {
     let s = if small { 64 } else { 1 };
     let dense =
@@ -110,7 +110,7 @@ fn letters(sizes: &[(&str, usize)]) -> BTreeMap<String, usize> {
     sizes.iter().map(|(name, size)| (name.to_string(), *size)).collect()
 }
 
-/// Attention of `t` queries from position `start` on.
+/// A case of attention with `t` queries at positions `start..start + t`.
 #[derive(Debug, Clone, Copy)]
 struct Attention {
     case: &'static str,
@@ -120,19 +120,19 @@ struct Attention {
     d: usize,
     start: usize,
     window: Window,
-    /// Positions that a retrofit with default settings is provisioned for; `None` reads the window alone.
+    /// Context in positions of a retrofit with default settings; `None` reads the window alone.
     butterfly: Option<usize>,
-    /// Whole earlier blocks that each query block reads row by row, in addition.
+    /// Number of earlier blocks that each query block reads raw, in addition.
     raw: usize,
 }
 
 const BLANK: Attention =
     Attention { case: "", t: 0, h: 0, g: 0, d: 0, start: 0, window: Window::Unbounded, butterfly: None, raw: 0 };
 
-/// Blocks of the store that query blocks read row by row.
+/// Blocks of the store from which query blocks read raw blocks.
 const STORED: usize = 64;
 
-/// Ordinal of the timed layer among the swapped ones: its stage reads 40 blocks back.
+/// Ordinal of the timed layer among the swapped layers; its stage reads 40 blocks back.
 const ORDINAL: usize = 3;
 
 impl Attention {
@@ -166,7 +166,7 @@ impl Attention {
         }
     }
 
-    /// The blocks whose summaries each query block reads.
+    /// Returns the blocks whose summaries each query block reads.
     fn routes(&self) -> Vec<Vec<usize>> {
         let Some(ctx) = self.butterfly else { return vec![] };
         let s = Settings::default();
@@ -175,7 +175,7 @@ impl Attention {
         blocks.map(|b| layer.route(b)).collect()
     }
 
-    /// The blocks that the `i`-th query block reads row by row, spread over the store.
+    /// Returns the blocks that the `i`-th query block reads raw, spread over the store.
     fn raw_blocks(&self, i: usize) -> impl Iterator<Item = usize> {
         (0..self.raw).map(move |j| (i * 5 + j * 11) % STORED)
     }
@@ -274,7 +274,7 @@ fn select(g: usize, n: usize, keep: usize) -> Case {
         kernel: "select",
         case: "a quarter".into(),
         shape: letters(&[("G", g), ("N", n), ("keep", keep)]),
-        // A comparison per score is the least that it takes.
+        // At least one comparison per score.
         flop: (g * n) as f64,
         elements: 0.0,
         tables: (4 * g * (n + keep)) as f64,
@@ -322,7 +322,8 @@ fn quantised(case: &str, t: usize, rows: usize, columns: usize, format: Ggml) ->
     let storage = Storage::Ggml(format);
     let prepare = move |inputs: &InputSpec| -> Result<Iteration> {
         let x = inputs.random([t, columns])?;
-        // Quantising takes longer than the product, whose time does not depend on the values: the same rows repeat.
+        // Quantising takes longer than the product, so 32 rows are repeated; the product's time does not depend on
+        // values.
         let few = Tensor::randn(0f32, 1.0, (rows.min(32), columns), &Device::Cpu)?;
         let few = QTensor::quantize(&few, storage.candle())?.data()?.into_owned();
         let bytes: Vec<u8> = few.iter().copied().cycle().take(rows * storage.row_bytes(columns)).collect();
@@ -345,7 +346,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn work_is_what_the_definition_asks_for() {
+    fn flop_and_elements_are_those_of_the_definition() {
         let all = cases(false);
         let find = |kernel: &str, case: &str, d: usize| {
             all.iter()
@@ -362,7 +363,7 @@ mod tests {
         assert_eq!((c.shape["keys"], c.flop), (32768, 4.0 * 32.0 * 128.0 * 32768.0));
         // Keys and values once, 134 MB in bf16, and the query and its output.
         assert_eq!(c.elements, 2.0 * 32768.0 * 8.0 * 128.0 + 2.0 * 32.0 * 128.0);
-        // 512 before the block, 4 sinks, one summary.
+        // The window of 512, the query itself, 4 sinks, one summary.
         assert_eq!(find("attention_decode", "butterfly", 64).shape["keys"], 512 + 1 + 4 + 1);
     }
 

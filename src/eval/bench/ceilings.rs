@@ -1,20 +1,20 @@
-//! What the machine itself reaches: the ceilings that kernels and ladders are judged against.
+//! Ceilings of the machine, measured: copy bandwidth and matmul throughput, to which kernels and ladders are compared.
 
 use crate::error::{At, Result};
 use crate::eval::report::{median, Ceilings};
 use candle_core::{DType, Device, Tensor};
 use std::time::Instant;
 
-/// Sizes of the copy and of the matrix product that ceilings are taken from.
+/// Sizes of the copy and of the matrix product that measure the ceilings.
 pub struct CeilingSizes {
     /// Bytes of the copied buffer.
     pub copy: usize,
-    /// Rows and columns of the product's factors.
+    /// Rows and columns of the factors.
     pub matmul: usize,
 }
 
 impl CeilingSizes {
-    /// Sizes at which the limits of `device` itself show; `small` ones take a moment.
+    /// Returns sizes that saturate `device`; `small` sizes do not, and serve tests and `--small`.
     pub fn of(device: &Device, small: bool) -> Self {
         match (device.is_cpu(), small) {
             (false, false) => Self { copy: 1 << 30, matmul: 8192 },
@@ -24,12 +24,12 @@ impl CeilingSizes {
     }
 }
 
-/// Batches that are timed.
+/// Number of timed batches.
 const CEILING_SAMPLES: usize = 10;
-/// Copies or products to a batch.
+/// Copies or products per batch.
 const BATCH: usize = 4;
 
-/// Measures what `device` reaches: a copy within its memory and a square matrix product on random data, in bf16 on a
+/// Measures the ceilings of `device`: a copy within its memory and a square matrix product on random data, in bf16 on a
 /// GPU and f32 on a CPU.
 ///
 /// # Errors
@@ -57,7 +57,7 @@ pub fn ceilings(device: &Device, sizes: &CeilingSizes) -> Result<Ceilings> {
     })
 }
 
-/// Seconds per call of `f` in each of ten batches.
+/// Returns the seconds per call of `f` for each of [`CEILING_SAMPLES`] batches, after an untimed one.
 fn samples(device: &Device, f: impl Fn() -> candle_core::Result<Tensor>) -> candle_core::Result<Vec<f64>> {
     let batch = || {
         device.synchronize()?;

@@ -1,9 +1,9 @@
-//! Timed runs of this engine.
+//! Timed runs of bfly.
 
-use super::peak::{begin_peak, peak, take_memory};
+use super::peak::{begin_peak, peak, reserve_memory};
 use super::peer::one_line;
 use crate::error::{Error, ErrorKind, Result};
-use crate::eval::report::{hash, Kv, ReadBytes, TimedRun};
+use crate::eval::report::{hash, KvBytes, ReadBytes, TimedRun};
 use crate::eval::variant::Variant;
 use crate::generate::{watch, Generation, Needs, Request, Sampler, Sampling};
 use crate::layout::Layout;
@@ -15,65 +15,65 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// One set of weights, run as one variant after another at one context after another.
+/// bfly as an engine under test: one set of weights, run as any variant at any context.
 pub struct BflyEngine {
     weights: Arc<Weights>,
     device: Device,
-    /// Whether memory is handed back to the driver after each run.
+    /// Whether memory is released to the driver after each run.
     shared: bool,
-    /// Most bytes that a variant took at a context.
+    /// Peak bytes of a variant at a context.
     peaks: HashMap<(String, usize), u64>,
 }
 
-/// What a variant reads and generates in one run.
+/// Prompt and limits of one run.
 pub struct Workload<'a> {
-    /// Positions that the cache is provisioned for: those of the prompt and the new tokens, or more.
+    /// Positions that the cache is provisioned for, at least those of the prompt and the new tokens.
     pub ctx: usize,
     /// Ids of the prompt.
     pub prompt: &'a [u32],
-    /// Tokens that are generated after the prompt, past any end of text.
+    /// New tokens to generate; end-of-text tokens do not stop generation.
     pub new: usize,
-    /// Most tokens to a prefill chunk; fewer where `budget` requires it.
+    /// Largest prefill chunk in tokens; the chunk is smaller where `budget` requires it.
     pub chunk: usize,
-    /// Bytes of memory that the run may take.
+    /// Memory limit of the run in bytes.
     pub budget: Option<u64>,
 }
 
-/// The outcome of a run.
+/// Outcome of a run.
 pub enum Outcome {
-    /// The timed run, and what does not change from run to run.
-    Ran(Box<TimedRun>, Facts),
-    /// Why there is none, on one line.
+    /// The run's timings and its sizes.
+    Ran(Box<TimedRun>, RunSizes),
+    /// The reason of the failure, on one line.
     Failed(String),
 }
 
-/// What is the same for every run of a variant at a context.
+/// Sizes that are the same for every run of a variant at a context.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Facts {
-    /// Tokens to a prefill chunk.
+pub struct RunSizes {
+    /// Prefill chunk in tokens.
     pub chunk: usize,
-    /// Cache of this engine, by pool.
-    pub kv: Option<Kv>,
-    /// Bytes of a peer's cache.
+    /// Bytes of bfly's cache by pool; `None` for peers.
+    pub kv: Option<KvBytes>,
+    /// Bytes of a peer's cache; `None` for bfly.
     pub kv_bytes: Option<u64>,
-    /// Bytes that a decode step reads.
+    /// Bytes that a decode step reads; `None` for peers.
     pub read_per_token: Option<ReadBytes>,
 }
 
 impl BflyEngine {
-    /// An engine over `weights`. With `shared`, memory is handed back to the driver after each run, for other processes
-    /// on the device, or so that the next run begins with the weights alone.
+    /// Creates an engine over `weights`. With `shared`, memory is released to the driver after each run, for other
+    /// processes on the device, or so that the next run starts with the weights alone.
     pub fn new(weights: Arc<Weights>, shared: bool) -> Self {
         let device = weights.device().clone();
         Self { weights, device, shared, peaks: HashMap::new() }
     }
 
-    /// Bytes of the weights as held.
+    /// Returns the size of the weights in memory, in bytes.
     pub fn weights_bytes(&self) -> u64 {
         self.weights.bytes()
     }
 
-    /// The memory that `variant` needs when provisioned for `ctx`, by arithmetic.
+    /// Computes the memory that `variant` needs at context `ctx`.
     ///
     /// # Errors
     /// As [`Needs::of`].
@@ -85,13 +85,12 @@ impl BflyEngine {
         Layout::new(self.weights.spec(), &variant.method, ctx)
     }
 
-    /// Reads the prompt of `work` and generates its new tokens.
+    /// Prefills the prompt of `work` and generates its new tokens.
     ///
-    /// The cache is allocated before the clock starts and dropped after it stops, so that only one variant's exists at
-    /// a time.
+    /// The cache is allocated before the clock starts and dropped after it stops, so that at most one exists at a time.
     ///
     /// # Errors
-    /// Anything but out of memory, which is an outcome.
+    /// Any failure but out of memory, which is returned as [`Outcome::Failed`].
     pub fn run(&mut self, variant: &Variant, work: &Workload, on_tokens: &mut dyn FnMut(usize)) -> Result<Outcome> {
         let (ctx, new) = (work.ctx, work.new);
         let begin = Instant::now();
@@ -100,7 +99,7 @@ impl BflyEngine {
         let layout = self.layout(variant, ctx)?;
         let key = (variant.name.clone(), ctx);
         if let Some(peak) = self.peaks.get(&key).filter(|_| self.shared) {
-            take_memory(&self.device, *peak);
+            reserve_memory(&self.device, *peak);
         }
         begin_peak(&self.device);
         let chunk = match work.budget {
@@ -111,7 +110,7 @@ impl BflyEngine {
             let run = Run::with_layout(&self.weights, layout.clone())?;
             Ok((chunk, attempt(run, &prompt, new, chunk, on_tokens)?))
         });
-        // The last token is made, not read.
+        // The last token is generated but not read.
         let positions = prompt.len()..prompt.len() + new.saturating_sub(1).max(1);
         let read = || ReadBytes::of(&layout, positions, self.weights.bytes_per_token(), self.weights.dtype());
         let outcome = match made {
@@ -121,7 +120,7 @@ impl BflyEngine {
                 let sample = timed_run(&made, wall, peak, prompt_s);
                 Ok(Outcome::Ran(
                     Box::new(sample),
-                    Facts { chunk, kv: Some(kv), kv_bytes: None, read_per_token: Some(read()?) },
+                    RunSizes { chunk, kv: Some(kv), kv_bytes: None, read_per_token: Some(read()?) },
                 ))
             }
             Err(e) if is_out_of_memory(&e) => Ok(Outcome::Failed(out_of_memory(&e))),
@@ -134,12 +133,12 @@ impl BflyEngine {
     }
 }
 
-/// The `status` of a run that ended with `e`, out of memory.
+/// Returns the `status` of a run that failed with the out-of-memory error `e`.
 pub fn out_of_memory(e: &Error) -> String {
     format!("out of memory: {}", one_line(&e.to_string()))
 }
 
-/// The `status` of a run that took `peak` bytes, where that is more than `budget`; `None` where it stayed within.
+/// Returns the `status` of a run whose `peak` exceeds `budget` (both in bytes); `None` for a run within its budget.
 pub fn past_budget(peak: u64, budget: u64) -> Option<String> {
     let (took, allowed) = (human_bytes(peak), human_bytes(budget));
     (peak > budget).then(|| format!("out of memory: the run took {took}, {allowed} were allowed"))
@@ -151,17 +150,17 @@ fn attempt(
     new: usize,
     chunk: usize,
     on_tokens: &mut dyn FnMut(usize),
-) -> Result<(Generation, Duration, Kv)> {
-    // Allocating may still be under way.
+) -> Result<(Generation, Duration, KvBytes)> {
+    // Allocation is asynchronous and may not have finished.
     run.device().synchronize()?;
     let request = Request { prompt, max_new_tokens: new, chunk, stop: &[], logits_last: 1 };
     let mut sampler = Sampler::new(Sampling::GREEDY)?;
     let begin = Instant::now();
     let made = run.generate(&request, &mut sampler, &mut watch(on_tokens), &mut watch(|_| ()))?;
-    Ok((made, begin.elapsed(), Kv::of(run.cache())))
+    Ok((made, begin.elapsed(), KvBytes::of(run.cache())))
 }
 
-/// The record of a generation that took `wall` in all, the time between its parts included.
+/// Builds the record of a generation whose wall-clock time is `wall`.
 fn timed_run(made: &Generation, wall: Duration, peak_device_bytes: u64, prompt_s: f64) -> TimedRun {
     let timing = &made.timing;
     let mean = |batch: &[Duration]| batch.iter().sum::<Duration>().as_secs_f64() / batch.len() as f64;
@@ -177,7 +176,7 @@ fn timed_run(made: &Generation, wall: Duration, peak_device_bytes: u64, prompt_s
     }
 }
 
-/// Whether `e` says out of memory: the cache was refused before it was allocated, or an allocator failed.
+/// Returns whether `e` means out of memory: the cache was refused before its allocation, or an allocator failed.
 fn is_out_of_memory(e: &Error) -> bool {
     let text = e.to_string().to_lowercase();
     matches!(e.kind(), ErrorKind::Context | ErrorKind::Memory)

@@ -1,11 +1,11 @@
-//! Single kernels against what the machine itself reaches.
+//! `kernel`: single kernels against the machine's ceilings.
 
 use super::cases::{cases, Case, InputSpec, Iteration};
 use super::ceilings::{ceilings, CeilingSizes};
 use crate::cli::{at_least_one, open_device, print, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::table::kernels_table;
-use crate::eval::report::{machine, median, now, prove_replaceable, save, KernelRun, Kernels, KERNELS, SCHEMA_VERSION};
+use crate::eval::report::{check_replaceable, machine, median, now, save, KernelRun, Kernels, KERNELS, SCHEMA_VERSION};
 use candle_core::DType;
 use clap::Args;
 use std::path::PathBuf;
@@ -15,45 +15,47 @@ use std::time::Instant;
 pub const NAMES: [&str; 8] =
     ["attention_prefill", "attention_decode", "summaries", "select", "add_norm", "gated", "prepare_heads", "quantised"];
 
-/// Fewest bytes of all input sets of a case together: more than any second-level cache holds.
-const ROTATION: f64 = (256 << 20) as f64;
-/// Most input sets of a case.
-const MOST_SETS: usize = 32;
+/// Minimum total size of a case's input sets in bytes: larger than any L2 cache, so that every launch reads device
+/// memory.
+const MIN_ROTATION: f64 = (256 << 20) as f64;
+/// Maximum number of input sets of a case.
+const MAX_SETS: usize = 32;
 
 /// The flags of `kernel`.
 #[derive(Debug, Args)]
 pub struct KernelArgs {
-    /// Kernels to time [default: all]
+    /// Kernels to time, comma-separated [default: all]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(NAMES))]
     pub kernel: Vec<String>,
-    /// Time shapes that a CPU runs in a moment.
+    /// Time small shapes, with 1/64 of the tokens: for a CPU, or to check that every kernel runs.
     #[arg(long)]
     pub small: bool,
-    /// Element type [default: bf16, on a CPU f32]
+    /// Element type of the inputs [default: bf16 on a GPU; f32 on a CPU, which has no kernels for other types]
     #[arg(long, value_name = "TYPE", value_parser = ["bf16", "f16", "f32"])]
     pub dtype: Option<String>,
     /// Device: auto, cpu, cuda or cuda:1.
     #[arg(long, default_value = "auto")]
     pub device: String,
-    /// Samples per case; a sample is the mean of a batch of launches.
+    /// Samples per case; a sample is the mean time of a batch of launches, at least 20 ms on a GPU and 2 ms on a CPU.
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = at_least_one)]
     pub samples: usize,
-    /// Write the results to FILE.json, compressed where the name ends in .gz.
+    /// Write the results to FILE.json, gzip-compressed where the name ends in .gz; an earlier file of kernel results is
+    /// replaced.
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
-    /// Show no progress, only the table.
+    /// Print no progress, only the table.
     #[arg(long, short)]
     pub quiet: bool,
 }
 
-/// Times the kernels that `args` names, and prints a table.
+/// Times the kernels that `args` names and prints a table.
 ///
 /// # Errors
-/// A type that the device has no kernels for, out of memory, or a place that cannot be written to.
+/// An element type that the device has no kernels for, out of memory, or an `--out` that cannot be written.
 pub fn run(args: &KernelArgs) -> Result<()> {
     let bars = Bars::new(args.quiet);
     let device = open_device(&args.device)?;
-    args.out.as_deref().map(|out| prove_replaceable(out, KERNELS)).transpose()?;
+    args.out.as_deref().map(|out| check_replaceable(out, KERNELS)).transpose()?;
     let dtype = match args.dtype.as_deref() {
         Some("bf16") => DType::BF16,
         Some("f16") => DType::F16,
@@ -95,7 +97,7 @@ pub fn run(args: &KernelArgs) -> Result<()> {
 /// Times `case` in `samples` batches of launches.
 fn time(case: &Case, inputs: &InputSpec, samples: usize) -> Result<KernelRun> {
     let bytes = case.elements * inputs.dtype.size_in_bytes() as f64 + case.tables;
-    let sets = ((ROTATION / bytes).ceil() as usize).clamp(1, if inputs.device.is_cpu() { 2 } else { MOST_SETS });
+    let sets = ((MIN_ROTATION / bytes).ceil() as usize).clamp(1, if inputs.device.is_cpu() { 2 } else { MAX_SETS });
     let mut iterations = (0..sets).map(|_| (case.prepare)(inputs)).collect::<Result<Vec<Iteration>>>()?;
     let mut at = 0;
     let mut batch = |count: usize| -> Result<f64> {

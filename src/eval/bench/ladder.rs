@@ -1,10 +1,10 @@
-//! The ladder: every variant and peer at rising contexts, taking turns.
+//! `ladder`: every variant and peer at rising contexts, interleaved.
 
 use super::ceilings::{ceilings, CeilingSizes};
 use super::engine::BflyEngine;
 use super::ladder_args::LadderArgs;
 use super::peer::Peer;
-use super::schedule::{blank, Engine, Entry, Schedule};
+use super::schedule::{empty_run, Entry, EntryKind, Schedule};
 use crate::cli::{open_device, print, Bars, Temporary};
 use crate::error::{Error, Result};
 use crate::eval::report::resume::{check_prompt, earlier_ladder, LadderFile};
@@ -14,10 +14,10 @@ use crate::eval::target::Target;
 use crate::ops::release_memory;
 use std::path::Path;
 
-/// Runs the ladder, and prints a table. Everything that can be refused is refused before weights are read.
+/// Runs the ladder and prints a table. All flags and files are checked before weights are read.
 ///
 /// # Errors
-/// Bad flags, files or peers: named. A run that is out of memory is no error: it is recorded, and the ladder goes on.
+/// Invalid flags, files or peers. A run that is out of memory is recorded, and the ladder continues.
 pub fn run(args: &LadderArgs) -> Result<()> {
     let bars = Bars::new(args.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
@@ -40,20 +40,20 @@ pub fn run(args: &LadderArgs) -> Result<()> {
     let file = LadderFile::open(&args.out, earlier, fresh)?;
     target.warn_beyond_trained(&bars, &contexts);
 
-    let mut entries: Vec<Entry> = variants.into_iter().map(|v| Entry::new(Engine::Own(v))).collect();
-    entries.iter().try_for_each(|e| file.check(&blank(args, e, contexts[0], None)))?;
+    let mut entries: Vec<Entry> = variants.into_iter().map(|v| Entry::new(EntryKind::Bfly(v))).collect();
+    entries.iter().try_for_each(|e| file.check(&empty_run(args, e, contexts[0], None)))?;
     let complete = |e: &Entry| contexts.iter().all(|c| file.missing(e.names(), *c, args.repeats) == 0);
     if args.peers.is_empty() && entries.iter().all(complete) {
         bars.say(&format!("{} is complete", args.out.display()));
         return print(ladder_table(&file.ladder));
     }
     let ids = (!args.peers.is_empty()).then(|| IdFile::write(&stream.ids[..tokens])).transpose()?;
-    // Peers load while this engine does.
+    // Peers load their weights while bfly loads its own.
     let mut peers = args.peers.iter().map(|c| Peer::start(c)).collect::<Result<Vec<_>>>()?;
     let engine = BflyEngine::new(target.load(&progress)?, !peers.is_empty());
     for mut peer in peers.drain(..) {
         let ready = peer.ready()?;
-        entries.push(Entry::new(Engine::Peer(Box::new(peer), ready)));
+        entries.push(Entry::new(EntryKind::Peer(Box::new(peer), ready)));
     }
     let ids = ids.as_ref().map_or(Path::new(""), |f| f.0.path());
     let mut schedule =
@@ -79,7 +79,7 @@ fn ladder(args: &LadderArgs, header: Header, prompt: PromptSource) -> Ladder {
     }
 }
 
-/// A file with the prompt's ids for peers to read, removed when dropped.
+/// Temporary file with the prompt's ids, which peers read; removed when dropped.
 struct IdFile(Temporary);
 
 impl IdFile {

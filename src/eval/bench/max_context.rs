@@ -1,17 +1,17 @@
-//! The largest context within a memory budget, found by arithmetic and verified by a run.
+//! `fit`: the largest context within a memory budget, computed and then verified by a run.
 
 use super::engine::{out_of_memory, past_budget, BflyEngine, Outcome, Workload};
 use crate::cli::{at_least_one, human_bytes, open_device, parse_bytes, parse_size, print, short_count, Bars};
 use crate::error::{Error, Result};
-use crate::eval::kv_budget::last_that;
+use crate::eval::kv_budget::bisect;
 use crate::eval::report::table::max_context_table;
-use crate::eval::report::{prove_replaceable, save, MaxContextRun, MaxContexts, MAX_CONTEXT, OK};
+use crate::eval::report::{check_replaceable, save, MaxContextRun, MaxContexts, MAX_CONTEXT, OK};
 use crate::eval::target::{Target, TargetArgs};
 use crate::eval::variant::Variant;
 use clap::Args;
 use std::path::PathBuf;
 
-/// Tokens of which every considered context is a whole multiple.
+/// Granularity of the search in tokens: contexts are multiples of it.
 pub const STEP: usize = 1 << 10;
 
 /// Default of `--read` in tokens.
@@ -20,36 +20,37 @@ const DEFAULT_READ: usize = 64 << 10;
 /// The flags of `fit`.
 #[derive(Debug, Args)]
 pub struct MaxContextArgs {
-    /// Memory budgets to fill with weights, cache and activations, such as 10G,24G (GiB; GB is 10^9).
+    /// Memory budgets for weights, cache and activations, such as 10G,24G (GiB; 10GB is 10^9 bytes).
     #[arg(long, value_name = "LIST", required = true, value_delimiter = ',', value_parser = parse_bytes)]
     pub memory_budget: Vec<u64>,
-    /// Largest context to consider; contexts are whole multiples of 1k.
+    /// Largest context to consider in tokens; contexts are multiples of 1k.
     #[arg(long, value_name = "TOKENS", default_value = "1M", value_parser = parse_size)]
     pub most: usize,
-    /// Tokens that the verifying run reads, or fewer where the context found is smaller; the bytes of the cache do not
-    /// depend on it [default: 64k, or what --most has room for]
+    /// Prompt tokens of the verifying run, or fewer where the context found is smaller. The cache is allocated for the
+    /// whole context at any prompt length [default: 64k, or --most less --decode where that is smaller]
     #[arg(long, value_name = "TOKENS", value_parser = parse_size)]
     pub read: Option<usize>,
     /// New tokens that the verifying run generates.
     #[arg(long, value_name = "TOKENS", default_value_t = 8, value_parser = at_least_one)]
     pub decode: usize,
-    /// Most tokens to a prefill chunk; fewer where the budget requires it, down to 128.
+    /// Largest prefill chunk in tokens; the chunk is smaller where the budget requires it, down to 128.
     #[arg(long, value_name = "TOKENS", default_value = "4096", value_parser = parse_size)]
     pub prefill_chunk: usize,
-    /// Write the results to FILE.json after every run, compressed where the name ends in .gz; an earlier file is
-    /// replaced.
+    /// Write the results to FILE.json after every run, gzip-compressed where the name ends in .gz; an earlier file of
+    /// the same kind is replaced.
     #[arg(long, value_name = "FILE.json")]
     pub out: PathBuf,
-    /// Show no progress, only warnings and the table.
+    /// Print no progress, only warnings and the table.
     #[arg(long, short)]
     pub quiet: bool,
-    /// Model, variants and prompt. (The last field, since the heading of its last group holds for whatever follows.)
+    /// Model, variants and prompt.
+    // Last, since clap puts all flags after a group under that group's help heading.
     #[command(flatten)]
     pub target: TargetArgs,
 }
 
 impl MaxContextArgs {
-    /// The budgets, rising, each once.
+    /// Returns the budgets in bytes, in rising order without duplicates.
     pub fn budgets(&self) -> Vec<u64> {
         let mut budgets = self.memory_budget.clone();
         budgets.sort_unstable();
@@ -57,19 +58,19 @@ impl MaxContextArgs {
         budgets
     }
 
-    /// The largest context to consider, and the most tokens that a run reads.
+    /// Returns the largest context to consider and the prompt length of the verifying runs, in tokens.
     ///
     /// # Errors
-    /// Flags that leave no context to consider, or no room for a prompt or for what is to be read.
+    /// Flags that leave no context to consider, or no room for the prompt.
     pub fn limits(&self) -> Result<(usize, usize)> {
         let (least, most) = (short_count(STEP), self.most / STEP * STEP);
         if most == 0 {
-            let message = format!("{} is less than {least}, the smallest context that is considered", self.most);
+            let message = format!("{} is less than {least}, the smallest context considered", self.most);
             return Err(Error::usage("--most", message));
         }
         if self.decode >= STEP {
             let message = format!(
-                "{} tokens leave no room for a prompt in {least}, the smallest context that is considered",
+                "{} tokens leave no room for a prompt in {least}, the smallest context considered",
                 self.decode
             );
             return Err(Error::usage("--decode", message));
@@ -88,19 +89,18 @@ impl MaxContextArgs {
     }
 }
 
-/// Finds and verifies the largest context of every variant in every budget, and prints a table. Everything that can be
-/// refused is refused before weights are read.
+/// Finds and verifies the largest context of every variant in every budget, and prints a table. All flags and files are
+/// checked before weights are read.
 ///
 /// # Errors
-/// Bad flags or files: named. A variant that fits at no context, and a run that exceeds its budget, are no errors: they
-/// are recorded.
+/// Invalid flags or files. A variant that fits at no context and a run that exceeds its budget are recorded.
 pub fn run(args: &MaxContextArgs) -> Result<()> {
     let bars = Bars::new(args.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
     args.target.model.set_threads()?;
     let (most, read) = args.limits()?;
     let device = open_device(&args.target.model.device)?;
-    prove_replaceable(&args.out, MAX_CONTEXT)?;
+    check_replaceable(&args.out, MAX_CONTEXT)?;
     let target = Target::open(&args.target, device, &progress)?;
     let variants = target.variants()?;
     target.refuse_too_large()?;
@@ -114,7 +114,7 @@ pub fn run(args: &MaxContextArgs) -> Result<()> {
         prompt: stream.describe(read),
         runs: vec![],
     };
-    // Each run begins with the weights alone, as it would in a process of its own.
+    // Each run starts with the weights alone in memory, as in a process of its own.
     let mut engine = BflyEngine::new(target.load(&progress)?, true);
     let mut found = vec![];
     for budget in args.budgets() {
@@ -140,21 +140,21 @@ pub fn run(args: &MaxContextArgs) -> Result<()> {
     print(max_context_table(&results))
 }
 
-/// The limits of a search.
+/// Limits of a search.
 struct Limits {
-    /// Bytes of memory.
+    /// Memory budget in bytes.
     budget: u64,
     /// Largest context to consider.
     most: usize,
-    /// Most tokens that the verifying run reads.
+    /// Prompt tokens of the verifying run, at most.
     read: usize,
     /// New tokens that the verifying run generates.
     decode: usize,
-    /// Most tokens to a prefill chunk.
+    /// Largest prefill chunk in tokens.
     chunk: usize,
 }
 
-/// The largest context of `variant` by arithmetic, as the record of a run that is yet to be made.
+/// Computes the largest context of `variant` and returns it as the record of the verifying run, without its outcome.
 ///
 /// # Errors
 /// A variant that does not fit the model.
@@ -163,7 +163,7 @@ fn search(engine: &BflyEngine, variant: &Variant, limits: &Limits) -> Result<Max
     let ctx = largest(limits.most, fits)?;
     let needs = engine.needs(variant, ctx.unwrap_or(STEP))?;
     let read = ctx.map(|ctx| limits.read.min(ctx - limits.decode));
-    // A chunk that is not filled would not be verified.
+    // The run verifies a full chunk only, so the chunk is no longer than the prompt.
     let wanted = read.map_or(limits.chunk, |read| read.min(limits.chunk));
     let chunk = needs.chunk_within(limits.budget, wanted);
     Ok(MaxContextRun {
@@ -184,15 +184,15 @@ fn search(engine: &BflyEngine, variant: &Variant, limits: &Limits) -> Result<Max
     })
 }
 
-/// The largest multiple of [`STEP`] from one to `most` that `fits`, where all smaller ones do and no larger one does.
+/// Returns the largest multiple of [`STEP`] up to `most` for which the monotone `fits` holds; `None` without one.
 fn largest(most: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Option<usize>> {
-    Ok(last_that(most / STEP, |k| fits(k * STEP))?.map(|k| k * STEP))
+    Ok(bisect(most / STEP, |k| fits(k * STEP))?.map(|k| k * STEP))
 }
 
-/// Makes the run that `run` describes, once, and adds its outcome to it.
+/// Runs what `run` describes once, and records the outcome in it.
 ///
 /// # Errors
-/// A failure of the engine other than out of memory.
+/// Any failure of the engine but out of memory.
 fn verify(
     engine: &mut BflyEngine,
     variant: &Variant,
@@ -215,7 +215,7 @@ fn verify(
     Ok(())
 }
 
-/// The line on stderr for a finished run.
+/// Formats the line on stderr for a finished run.
 fn line(run: &MaxContextRun) -> String {
     let what = format!("{:>10}  {}", human_bytes(run.memory_budget), run.variant);
     match (run.ctx, &run.sample) {
@@ -269,7 +269,7 @@ mod tests {
 
     #[test]
     fn no_cache_shrinks_as_its_context_grows() -> Result<()> {
-        // What bisection rests on, also where one more stage makes layers trade theirs.
+        // Bisection needs monotone bytes, also where an additional stage changes the stages of all layers.
         for shape in ["qwen2.5-0.5b", "qwen2.5-7b", "qwen3-4b"] {
             let spec = Checkpoint::random(&format!("tests/fixtures/shapes/{shape}"), 0)?.spec;
             for rule in SELECTORS {

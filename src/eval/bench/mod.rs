@@ -1,20 +1,20 @@
 //! Speed and memory: end-to-end ladders, the largest contexts within memory budgets, and single kernels.
 //!
 //! ```text
-//! args --> ladder --> schedule --> engine (this one) ------------> report (saved after every timed run)
-//!            |                `--> peer (another one, by pipe) ---^
+//! args --> ladder --> schedule --> engine (bfly) ---------------------> report (saved after every timed run)
+//!            |                `--> peer (another engine, by pipe) ---^
 //!            `------> texts: prompts are prefixes of one stream of documents
-//! args --> max_context --> engine, verifying what arithmetic found
+//! args --> max_context --> engine, which verifies the computed context
 //! args --> kernel --> cases --> ops
 //! ```
 //!
 //! # A ladder
 //!
-//! At each context, rising, every variant and every peer takes its turn, and the order rotates from one repeat to the
-//! next, so that a drift of the machine falls on all of them alike. A run reads `ctx - decode` tokens and generates
-//! `decode` more, greedily and past any end of text. Weights are held once for all variants; a cache exists only while
-//! its run does. Before its first run at a context each gets an untimed one, except this engine where the next smaller
-//! context took it several seconds.
+//! At each context, in rising order, every variant and every peer runs once per repeat, and the order rotates from one
+//! repeat to the next, so that drift of the machine affects all of them alike. A run prefills `ctx - decode` tokens and
+//! generates `decode` more, greedily; end-of-text tokens do not stop it. All variants share one copy of the weights; a
+//! cache exists only during its run. The first run at a context is preceded by an untimed warm-up, except for bfly
+//! where the next smaller context took several seconds.
 //!
 //! | figure | from | to |
 //! |---|---|---|
@@ -22,38 +22,38 @@
 //! | `ttft_s` | the same | the first new token on the host |
 //! | `end_to_end_s` | the same | the last new token on the host |
 //! | `inter_token_s` | a token on the host | the next one; within a batch fetched by one host sync, the batch's mean |
-//! | `prompt_s` | | taking the prompt from the stream, outside all of these |
+//! | `prompt_s` | | copying the prompt from the stream; not part of the figures above |
 //!
-//! `peak_device_bytes` is the most that the device's allocator held during the run: weights, cache and activations, but
-//! not the driver's own memory. On a CPU it is the highest resident memory of the process, its code and files included.
+//! `peak_device_bytes` is the peak of the device allocator during the run: weights, cache and activations, without the
+//! driver's own memory. On a CPU it is the peak resident memory of the process, code and mapped files included.
 //!
-//! `decode_gb_s` is the bytes that a decode step has to read over the median time between tokens: every matrix once in
-//! the form it is held, without the embedding table unless the head reads it too, and every key and value that the
-//! token may see, once per KV head (all earlier positions, a sliding window, or a retrofit's window, sinks and routed
-//! summaries). Norms, biases, activations and writes are left out.
+//! `decode_gb_s` is the bytes that a decode step must read, divided by the median time between tokens. They are every
+//! weight matrix once, as stored (the embedding table only where it is also the head), and every key and value that the
+//! token may attend to, once per KV head (all earlier positions, a sliding window, or a retrofit's window, sinks and
+//! routed summaries). Norms, biases, activations and writes are not counted.
 //!
-//! A run that is out of memory is recorded with the allocator's message, and larger contexts are skipped.
+//! A run that is out of memory is recorded with the allocator's message, and that entry skips larger contexts.
 //!
 //! # The largest context
 //!
-//! The largest context of a variant within a budget is the largest `ctx`, in whole multiples of 1024 tokens, for which
+//! The largest context of a variant within a budget is the largest `ctx`, a multiple of 1024 tokens, for which
 //!
 //! ```text
 //! weights + cache(ctx) + buffers + 128 · activations of a token  <=  budget        (bytes; see generate::Needs)
 //! ```
 //!
-//! Bisection finds it, since no cache shrinks as its context grows, and a run verifies it: with a cache for exactly
-//! that context and as large a prefill chunk as the rest of the budget has room for, its peak is compared with the
-//! budget. The run may read fewer tokens than are provisioned. A cache is allocated whole before the first token, and
-//! activations depend on the chunk alone, so its peak is that of a longer run; its seconds are not. (A rule that evicts
-//! once copies what it keeps, with room for what may follow: `cache(ctx)` counts the most that this can be.) Memory is
-//! handed back between runs, so that each begins with the weights alone.
+//! Bisection finds it, since a cache never shrinks as its context grows. A run then verifies it: its cache is
+//! provisioned for exactly that context, its prefill chunk is as large as the rest of the budget allows, and its peak
+//! is compared with the budget. The run may read fewer tokens than are provisioned: the cache is allocated in full
+//! before the first token and activations depend on the chunk alone, so the peak equals that of a longer run; the time
+//! does not. (A rule that evicts once copies the tokens it keeps into a cache with room for the remaining context:
+//! `cache(ctx)` is the maximum over both.) Memory is released between runs, so that each starts with the weights alone.
 //!
 //! # Kernels
 //!
 //! A sample is the mean of a batch of launches between two device synchronisations; batches take at least 20 ms on a
-//! GPU. Inputs rotate over sets that are together larger than the second-level cache. FLOP and bytes are those of the
-//! definition: masked positions are no work, each input is read once and each output written once.
+//! GPU. Launches rotate over input sets whose total size exceeds the L2 cache. FLOP and bytes are those of the
+//! definition: masked positions do not count, each input is read once and each output is written once.
 
 pub mod args;
 mod cases;

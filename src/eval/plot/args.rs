@@ -1,4 +1,4 @@
-//! The flags of `bfly-plot`, and what they do.
+//! Flags and commands of `bfly-plot`.
 
 use super::kinds::figures_of;
 use super::save::save;
@@ -12,10 +12,10 @@ use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
-/// Draws figures from the JSON of measurements alone.
+/// Draws figures from the results of bfly-bench and bfly-quality-smoke.
 ///
-/// Every figure is written four times: as SVG and as PNG, for light and for dark pages. The kind of measurement is read
-/// from each file; the subcommands ladder and kernels accept theirs alone.
+/// Every figure is written four times: as SVG and as PNG, for light and for dark pages. Files may be of any kind, which
+/// is read from each; the subcommands ladder and kernels accept files of their kind alone.
 #[derive(Debug, Parser)]
 #[command(
     name = "bfly-plot",
@@ -35,54 +35,59 @@ pub struct Cli {
 }
 
 const EXAMPLES: &str = "\
-Kinds of files, and what is drawn of each:
-  bfly-ladder     ratio to the better stock, time, memory, decode by context
-  bfly-kernels    a roofline
-  bfly-smoke      distance from stock on text by context
-  bfly-answers    scores by task and against KV bytes; a needle's heat maps
-  bfly-layers     harm of each layer's swap; quality by layers kept dense
+Kinds of files and their figures:
+  bfly-ladder     ratios to the best stock; time, memory and decode by context
+  bfly-kernels    roofline
+  bfly-smoke      distance from stock on text, by context
+  bfly-answers    scores by task, and against KV bytes; heat maps of needle grids
+  bfly-layers     sensitivity to each layer's swap; scores by layers kept dense
   bfly-ablation   paired differences of every setting from the base
   bfly-positions  loss by position
 
 Examples:
-  # Whatever these files hold, compressed or not, into figures/
+  # Files of any kind, compressed or not, into figures/
   bfly-plot results/2027-01-01-h200-ladder/raw/*.json results/2027-01-01-h200-quality/raw/*.json.gz
 
-  # Time, memory and decode of a ladder by context, and its ratios to the better stock
+  # Time, memory and decode of a ladder by context, and its ratios to the best stock
   bfly-plot ladder ladder.json --out figures
 
   # The roofline of a kernel report
   bfly-plot kernels kernels.json
 
-  # Which block reads which, and how far that reaches through 24 layers
+  # The blocks that each block reads, and the reach through 24 layers
   bfly-plot graph --ctx 8k --window 512 --block 128 --partner causal_shift";
+
+const COMPLETIONS_EXAMPLE: &str = "\
+Example:
+  bfly-plot completions bash > ~/.local/share/bash-completion/completions/bfly-plot";
 
 /// A kind of figure.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// End-to-end runs over rising contexts: ratios to the better stock, time, memory, decode.
+    /// A ladder: ratios to the best stock, and time, memory and decode by context.
     #[command(after_help = "Example:\n  bfly-plot ladder ladder.json --out figures")]
     Ladder(FileArgs),
-    /// Kernels against the machine's own ceilings: a roofline with each case's share.
+    /// Kernels: a roofline, with each case's share of its ceiling.
     #[command(after_help = "Example:\n  bfly-plot kernels kernels.json --out figures")]
     Kernels(FileArgs),
-    /// The graph of a partner rule, stage by stage, and its reach; needs no file.
+    /// The graph of a partner rule, stage by stage, and its reach; needs no results.
     #[command(after_help = "Example:\n  bfly-plot graph --ctx 8k --partner xor --layers 30 --out docs/figures")]
     Graph(GraphArgs),
     /// Print a completion script for a shell.
+    #[command(after_help = COMPLETIONS_EXAMPLE)]
     Completions {
         /// Shell that the script is for.
         shell: clap_complete::Shell,
     },
 }
 
-/// Files to draw, and where the figures go.
+/// Files to draw, and the output directory.
 #[derive(Debug, Args)]
 pub struct FileArgs {
     /// Results of bfly-bench and bfly-quality-smoke, .json or .json.gz; figures are named after their file.
     #[arg(value_name = "FILE.json", required = true)]
     pub files: Vec<PathBuf>,
-    /// Directory of the figures; created if need be.
+    /// Output directory, created where it does not exist; earlier figures are replaced.
     #[arg(long, value_name = "DIR", default_value = "figures")]
     pub out: PathBuf,
 }
@@ -92,37 +97,37 @@ fn partner_names() -> PossibleValuesParser {
     SELECTORS.iter().map(value).collect::<Vec<_>>().into()
 }
 
-/// The flags of `graph`.
+/// Flags of `graph`.
 #[derive(Debug, Args)]
 pub struct GraphArgs {
-    /// Positions, such as 8192 or 16k; at most 512 blocks can be drawn, and 64 are easy to read.
+    /// Context in tokens, such as 8192 or 16k; it may have 2 to 512 blocks, and 64 are easy to read.
     #[arg(long, value_name = "TOKENS", default_value = "8k", value_parser = parse_size)]
     pub ctx: usize,
-    /// Exact window in tokens, a whole number of blocks.
+    /// Exact window in tokens, a multiple of --block.
     #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = crate::cli::parse_count)]
     pub window: usize,
-    /// Tokens to a block.
+    /// Block size in tokens.
     #[arg(long, value_name = "TOKENS", default_value = "128", value_parser = parse_size)]
     pub block: usize,
-    /// First tokens that are always read exactly.
+    /// Attention sinks: the first tokens of the text, which are always read exactly.
     #[arg(long, value_name = "TOKENS", default_value = "4", value_parser = crate::cli::parse_count)]
     pub sink_tokens: usize,
-    /// Rule that chooses the earlier blocks whose summaries are read.
+    /// Partner rule, which selects the earlier blocks whose summaries a block reads.
     #[arg(long, value_name = "RULE", default_value = SELECTORS[0].name(), value_parser = partner_names())]
     pub partner: String,
-    /// Number of stages read at once.
+    /// Number of stages read per layer.
     #[arg(long, value_name = "K", default_value_t = 1)]
     pub partner_count: usize,
-    /// Distance of stage 0 in blocks [default: window blocks + 1]
+    /// Distance of stage 0 in blocks [default: window blocks + 1, the first block outside the window]
     #[arg(long, value_name = "BLOCKS")]
     pub shift_unit: Option<usize>,
-    /// Seed of the random rule.
+    /// Seed of the partner rule random; other rules ignore it.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Swapped layers that information travels through.
+    /// Number of swapped layers, for the reach.
     #[arg(long, value_name = "N", default_value_t = 24, value_parser = clap::value_parser!(u16).range(1..=512))]
     pub layers: u16,
-    /// Directory of the figure; created if need be.
+    /// Output directory, created where it does not exist; an earlier figure is replaced.
     #[arg(long, value_name = "DIR", default_value = "figures")]
     pub out: PathBuf,
 }
@@ -142,11 +147,11 @@ impl GraphArgs {
     }
 }
 
-/// Draws what the command line asks for. Every file is read and drawn before the first figure is written; paths go to
+/// Runs the command. Every file is read and drawn before the first figure is written; the paths of the figures go to
 /// stdout, remarks to stderr.
 ///
 /// # Errors
-/// A file that cannot be read or drawn, or a place that cannot be written to: named.
+/// A file that cannot be read or drawn, or a directory that cannot be written.
 pub fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
         None => files(&cli.files, None),
@@ -156,7 +161,7 @@ pub fn run(cli: &Cli) -> Result<()> {
             let figure = graph::figure(&args.settings(), args.ctx, args.layers.into())?;
             list(&save(&args.out, "graph", &[figure])?)
         }
-        // Needs the command itself, which the binary has.
+        // Handled by the binary, which has the clap command.
         Some(Command::Completions { .. }) => Ok(()),
     }
 }
@@ -166,7 +171,7 @@ fn files(args: &FileArgs, wanted: Option<&str>) -> Result<()> {
     for path in &args.files {
         let stem = stem(path).unwrap_or_else(|| "figure".into());
         if drawn.iter().any(|(other, _)| *other == stem) {
-            let message = format!("another file is also called {stem}; draw them into different --out directories");
+            let message = format!("another file is also called {stem}; draw the two into different --out directories");
             return Err(Error::usage(path.display(), message));
         }
         let (figures, remarks) = figures_of(path, wanted)?;
@@ -181,7 +186,7 @@ fn files(args: &FileArgs, wanted: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Lists the figures on stdout.
+/// Prints the paths of the figures on stdout.
 fn list(paths: &[PathBuf]) -> Result<()> {
     paths.iter().try_for_each(|path| print(format_args!("{}\n", path.display())))
 }

@@ -1,27 +1,27 @@
-//! Axes: where values lie, which of them are labelled, how numbers are written. [`super::scale`] chooses what a linear
-//! axis spans, [`nice_range`] what a logarithmic one does.
+//! Axes: mapping values to places, ticks, and number formats. [`super::scale`] chooses the range of a linear axis,
+//! [`nice_range`] that of a logarithmic one.
 
 use super::scene::{Anchor, Area, Scene};
 use super::text::Thinning;
 use super::theme::{Ink, HAIR, THIN, TICK};
 
-/// An axis from `from` to `to`; the values of a logarithmic one are positive.
+/// An axis from place `from` to place `to`; a logarithmic axis has positive values.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Axis {
     /// Value at `from`.
     pub low: f64,
     /// Value at `to`.
     pub high: f64,
-    /// Place of the axis's beginning, in figure units.
+    /// Start of the axis, in figure units.
     pub from: f64,
-    /// Place of the axis's end, in figure units.
+    /// End of the axis, in figure units.
     pub to: f64,
-    /// Whether it is logarithmic rather than linear.
+    /// Whether the axis is logarithmic.
     pub log: bool,
 }
 
 impl Axis {
-    /// The place of `value`, in figure units.
+    /// Returns the place of `value`, in figure units.
     pub fn at(&self, value: f64) -> f64 {
         let share = match self.log {
             true => (value / self.low).ln() / (self.high / self.low).ln(),
@@ -34,16 +34,17 @@ impl Axis {
 /// A labelled mark on an axis.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tick {
-    /// Value that it marks.
+    /// Marked value.
     pub value: f64,
-    /// Text beside it.
+    /// Text of the mark.
     pub label: String,
 }
 
-/// The range between two of 1, 2, 5, 10, .. that holds every positive value with a little room; `None` without one.
+/// Returns the range, with ends among 1, 2, 5, 10, .., that contains every positive value with some margin; `None`
+/// without a positive value.
 pub fn nice_range(values: impl IntoIterator<Item = f64>) -> Option<(f64, f64)> {
     let (mut low, mut high) = (f64::INFINITY, 0.0f64);
-    // Beyond these, powers of ten are no numbers any more.
+    // Powers of ten beyond these overflow or underflow.
     for v in values.into_iter().filter(|v| (1e-300..1e300).contains(v)) {
         (low, high) = (low.min(v), high.max(v));
     }
@@ -56,20 +57,20 @@ pub fn nice_range(values: impl IntoIterator<Item = f64>) -> Option<(f64, f64)> {
     from.zip(to).map(|(a, b)| (value(a.0, a.1), value(b.0, b.1)))
 }
 
-/// The factors of `m · 10^e` for every `m` and every decade that `low..high` touches.
+/// Returns `(m, e)` of `m · 10^e` for every `m` of `ms` and every decade that `low..high` touches.
 fn steps(low: f64, high: f64, ms: &[u32]) -> std::vec::IntoIter<(u32, i32)> {
     let decades = low.log10().floor() as i32..=high.log10().ceil() as i32;
     decades.flat_map(|e| ms.iter().map(move |m| (*m, e))).collect::<Vec<_>>().into_iter()
 }
 
-/// The number `m · 10^e`.
+/// Returns `m · 10^e`.
 fn value(m: u32, e: i32) -> f64 {
-    // Through text, so that 0.3 is the number that reads so.
+    // Parsed from text, so that 3e-1 is the double nearest to 0.3.
     format!("{m}e{e}").parse().unwrap_or(f64::NAN)
 }
 
-/// The ticks of a logarithmic axis: 1, 2 and 5 of each decade, or powers of ten over many decades, or some of these
-/// over very many.
+/// Returns the ticks of a logarithmic axis: 1, 2 and 5 of each decade, powers of ten over many decades, every few
+/// powers of ten over very many.
 pub fn ticks(low: f64, high: f64) -> Vec<Tick> {
     let ms: &[u32] = if high / low > 500.0 { &[1] } else { &[1, 2, 5] };
     let every = ((high / low).log10() / 8.0).ceil().max(1.0) as i32;
@@ -81,7 +82,7 @@ pub fn ticks(low: f64, high: f64) -> Vec<Tick> {
     steps(low, high, ms).filter(|(_, e)| e % every == 0).filter_map(inside).collect()
 }
 
-/// The label of `m · 10^e`.
+/// Formats `m · 10^e` as a label.
 fn number(m: u32, e: i32) -> String {
     if (-4..7).contains(&e) {
         return grouped(value(m, e), (-e).max(0) as usize);
@@ -95,7 +96,7 @@ fn number(m: u32, e: i32) -> String {
     }
 }
 
-/// A number with commas between thousands, such as `12,345.6`.
+/// Formats a number with commas between thousands, such as `12,345.6`.
 pub fn grouped(v: f64, decimals: usize) -> String {
     let text = format!("{v:.decimals$}");
     let (whole, fraction) = text.split_at(text.find('.').unwrap_or(text.len()));
@@ -109,7 +110,7 @@ pub fn grouped(v: f64, decimals: usize) -> String {
     out + fraction
 }
 
-/// A number with three significant digits, such as `0.00234`, `7.58`, `790` or `4,012`.
+/// Formats a number with three significant digits, such as `0.00234`, `7.58`, `790` or `4,012`.
 pub fn brief(v: f64) -> String {
     match v.abs() {
         0.0 => return "0".into(),
@@ -121,7 +122,7 @@ pub fn brief(v: f64) -> String {
 
 const SUPERSCRIPTS: [char; 10] = ['⁰', '¹', '²', '³', '⁴', '⁵', '⁶', '⁷', '⁸', '⁹'];
 
-/// Draws grid, axes and labels of a plot; a label that would touch the one before it is left out.
+/// Draws grid, axes and labels of a plot; a label that would touch the previous one is left out.
 pub fn draw(scene: &mut Scene, plot: Area, x: (&Axis, &[Tick]), y: (&Axis, &[Tick])) {
     for tick in y.1 {
         let at = y.0.at(tick.value);
@@ -145,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_lie_evenly_by_their_logarithm_or_by_themselves() {
+    fn places_are_linear_in_the_value_or_in_its_logarithm() {
         let axis = Axis { low: 1.0, high: 100.0, from: 300.0, to: 100.0, log: true };
         assert_eq!(axis.at(1.0), 300.0);
         assert!((axis.at(10.0) - 200.0).abs() < 1e-9 && (axis.at(100.0) - 100.0).abs() < 1e-9);

@@ -1,7 +1,7 @@
-//! Which block reads which, stage by stage, and how far information travels through the layers, drawn from the routes
-//! that the operator reads.
+//! The blocks that each block reads, stage by stage, and the reach through the layers, drawn from the routes that the
+//! attention operator uses.
 
-use super::page::{Key, Page, CONTENT};
+use super::page::{LegendEntry, Page, CONTENT};
 use super::scene::{Anchor, Area, Scene};
 use super::theme::{Ink, HAIR, LABEL, MARGIN, PANEL, THIN, TICK};
 use super::Figure;
@@ -10,23 +10,23 @@ use crate::error::{Error, Result};
 use crate::retrofit::Settings;
 use crate::selector::{self, find, route, Grid, Selector};
 
-/// Most blocks: more would be smaller than a printed dot.
-const MOST_BLOCKS: usize = 512;
-/// Most blocks whose edges are drawn one by one; edges of more are joined into lines.
+/// Maximum number of blocks: with more, a block is smaller than a pixel.
+const MAX_BLOCKS: usize = 512;
+/// Maximum number of blocks whose edges are drawn as single squares; with more, edges are joined into diagonal lines.
 const SINGLE_EDGES: usize = 128;
-/// Panels side by side.
+/// Panels per row.
 const COLUMNS: usize = 4;
 
-/// The figure of `settings` at `ctx` positions, for a model with `layers` swapped layers.
+/// Draws the figure of `settings` at `ctx` positions, for a model with `layers` swapped layers.
 ///
 /// # Errors
-/// Settings that contradict each other, and grids with too few or too many blocks to draw.
+/// Invalid settings, and grids with too few or too many blocks.
 pub fn figure(settings: &Settings, ctx: usize, layers: usize) -> Result<Figure> {
     settings.validate()?;
     let grid = settings.grid(ctx);
-    if !(2..=MOST_BLOCKS).contains(&grid.blocks) {
+    if !(2..=MAX_BLOCKS).contains(&grid.blocks) {
         let message = format!(
-            "{ctx} positions are {} blocks of {}; 2 to {MOST_BLOCKS} can be drawn: change --ctx or --block",
+            "{ctx} positions are {} blocks of {}; 2 to {MAX_BLOCKS} can be drawn: change --ctx or --block",
             grid.blocks, settings.block
         );
         return Err(Error::usage("--ctx", message));
@@ -59,11 +59,14 @@ impl Drawing {
             plural(self.layers, "layer"),
         );
         let mut keys = vec![
-            Key::Patch(Ink::Band, "raw: own block and window".into()),
-            Key::Patch(Ink::Series(1), "summary of one block".into()),
+            LegendEntry::Patch(Ink::Band, "raw: own block and window".into()),
+            LegendEntry::Patch(Ink::Series(1), "summary of one block".into()),
         ];
         if settings.sink_tokens > 0 {
-            keys.push(Key::Patch(Ink::Series(2), format!("raw: the first {} tokens (sinks)", settings.sink_tokens)));
+            keys.push(LegendEntry::Patch(
+                Ink::Series(2),
+                format!("raw: the first {} tokens (sinks)", settings.sink_tokens),
+            ));
         }
         let rows = "Rows: the block that reads, from the top. Columns: the block that is read.".to_string();
         let mut page = Page::new(&title, &[subtitle, rows], &keys);
@@ -92,7 +95,7 @@ impl Drawing {
         page.finish(&[note])
     }
 
-    /// Draws one stage: a row per reading block, a column per block that is read.
+    /// Draws one stage: a row per query block, a column per block that is read.
     fn stage(&self, scene: &mut Scene, plot: Area, stage: usize, sinks: bool) {
         let n = self.grid.blocks;
         let cell = plot.w / n as f64;
@@ -137,8 +140,8 @@ impl Drawing {
         }
     }
 
-    /// Edges of a layer at `stage` as (reader, read, length): joined along diagonals, or single where the blocks are
-    /// few.
+    /// Returns the edges of a layer at `stage` as (query block, block read, length): joined along diagonals, or of
+    /// length 1 where the blocks are few.
     fn edges(&self, stage: usize) -> Vec<(usize, usize, usize)> {
         let mut runs: Vec<(usize, usize, usize)> = vec![];
         let mut open: Vec<usize> = vec![];
@@ -165,7 +168,7 @@ impl Drawing {
         runs
     }
 
-    /// The blocks whose state reaches the last block through the first `layers` swapped layers.
+    /// Returns the blocks whose state reaches the last block through the first `layers` swapped layers.
     fn reached(&self, layers: usize) -> Vec<bool> {
         let n = self.grid.blocks;
         let mut reached = vec![false; n];
@@ -181,8 +184,8 @@ impl Drawing {
         reached
     }
 
-    /// Draws a row per number of layers, filled where a block reaches the last one, and returns where the rows end;
-    /// `enough` layers reach all blocks.
+    /// Draws a row per number of layers, filled where a block reaches the last one, and returns the bottom of the rows;
+    /// all blocks reach it through `enough` layers.
     fn reach(&self, scene: &mut Scene, top: f64, enough: Option<usize>) -> f64 {
         let n = self.grid.blocks;
         let title = format!("Blocks whose state reaches block {} through the first k swapped layers", n - 1);
@@ -234,7 +237,7 @@ fn counted(n: usize, noun: &str) -> String {
     format!("{n} {}", plural(n, noun))
 }
 
-/// The swapped layers at a stage by their ordinals, such as `layers 0, 4, .., 20`.
+/// Lists the ordinals of the swapped layers at a stage, such as `layers 0, 4, .., 20`.
 fn users(stage: usize, cycle: usize, layers: usize) -> String {
     let all: Vec<String> = (stage..layers).step_by(cycle).map(|l| l.to_string()).collect();
     match all.as_slice() {
@@ -256,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn edges_are_the_routes_also_where_they_are_joined_into_lines() {
+    fn drawn_edges_are_the_routes_single_or_joined_into_lines() {
         for rule in selector::SELECTORS {
             for blocks in [40, 200] {
                 let d = drawing(blocks, 4, rule.name(), 2);
@@ -274,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_as_reached_is_what_the_selector_counts() {
+    fn the_drawn_reach_is_that_of_the_selector() {
         for rule in selector::SELECTORS {
             let d = drawing(64, 4, rule.name(), 1);
             for k in 1..6 {

@@ -1,6 +1,6 @@
-//! Kernels against what the machine reaches: a roofline, and each case's share of the ceiling that binds it.
+//! Kernels against the machine's ceilings: a roofline, and each case's share of its binding ceiling.
 //!
-//! Cases are numbered, and the bars are the roofline's legend.
+//! Cases are numbered; the bars serve as the legend of the roofline.
 
 use super::axis::brief;
 use super::labels::{along, around, beside};
@@ -9,13 +9,13 @@ use super::panel::Panel;
 use super::scale::Scale;
 use super::scene::{Anchor, Area, Scene};
 use super::text::{shorten, text_area, text_width};
-use super::theme::{Ink, Type, HAIR, LABEL, LINE, MARGIN, MARKER, PANEL, THIN, TICK};
+use super::theme::{FontSpec, Ink, HAIR, LABEL, LINE, MARGIN, MARKER, PANEL, THIN, TICK};
 use super::Figure;
 use crate::error::{Error, Result};
 use crate::eval::report::{median, Ceilings, KernelRun, Kernels};
 use std::path::Path;
 
-/// One case, judged by its ceiling.
+/// One case with its share of the binding ceiling.
 #[derive(Debug, Clone, PartialEq)]
 struct Case {
     /// Kernel and case.
@@ -28,19 +28,19 @@ struct Case {
     style: usize,
     /// Arithmetic intensity in FLOP per byte.
     intensity: f64,
-    /// Rate at the median in TFLOP/s.
+    /// Throughput at the median time, in TFLOP/s.
     tflop_s: f64,
-    /// Share of the ceiling at the median.
+    /// Share of the ceiling at the median time.
     share: f64,
     /// Share of the ceiling at the slowest sample.
     slowest: f64,
     /// Share of the ceiling at the fastest sample.
     fastest: f64,
-    /// Rate at the median, in the unit of the ceiling.
+    /// Rate at the median time, in the unit of the ceiling.
     reached: String,
 }
 
-/// The ceiling at an arithmetic intensity, in TFLOP/s.
+/// Returns the roof at an arithmetic intensity, in TFLOP/s.
 fn roof(c: &Ceilings, intensity: f64) -> f64 {
     c.matmul_tflop_s.min(intensity * c.copy_gb_s / 1e3)
 }
@@ -71,10 +71,10 @@ impl Case {
     }
 }
 
-/// The figure of the report read from `path`.
+/// Draws the figure of the report read from `path`.
 ///
 /// # Errors
-/// A report without kernels, or one whose numbers are no measurements.
+/// A report without kernels, or with numbers that are not positive.
 pub fn figures(report: &Kernels, path: &Path) -> Result<Vec<Figure>> {
     let fail = |message: String| Err(Error::format(path.display(), message));
     let c = &report.ceilings;
@@ -94,7 +94,7 @@ pub fn figures(report: &Kernels, path: &Path) -> Result<Vec<Figure>> {
         });
         let what = format!("{} ({})", run.kernel, run.case);
         if !(usable(run.bytes) && run.flop.is_finite() && run.flop >= 0.0) {
-            return fail(format!("{what} moves no bytes or does a negative amount of work"));
+            return fail(format!("{what} has no bytes, or a negative FLOP count"));
         }
         if run.samples_s.iter().any(|s| !usable(*s)) {
             return fail(format!("{what} has a sample that is not above 0 seconds"));
@@ -158,7 +158,7 @@ fn roofline(scene: &mut Scene, area: Area, c: &Ceilings, cases: &[Case]) {
     let copy = format!("copy {} GB/s", brief(c.copy_gb_s));
     let at_share =
         |k: f64| (corners[0].0 + (corners[1].0 - corners[0].0) * k, corners[0].1 + (corners[1].1 - corners[0].1) * k);
-    // Numbers keep off the roof, and off its names.
+    // The numbers of cases must not overlap the roof or its labels.
     let mut taken: Vec<Area> = along(corners[0], corners[1]).collect();
     taken.push(Area { x: corners[1].0, y: corners[1].1 - 16.0, w: plot.right() - corners[1].0, h: 18.0 });
     let left_of = |k: f64| (at_share(k).0 - 10.0, at_share(k).1);
@@ -196,14 +196,14 @@ fn shares(scene: &mut Scene, area: Area, cases: &[Case]) {
         let y = plot.y + ROW * row as f64;
         let number = format!("{}", row + 1);
         scene.marker(case.style, (plot.x + MARKER + 1.0, y + 8.0));
-        let name = Type { bold: true, ..LABEL };
+        let name = FontSpec { bold: true, ..LABEL };
         let mut at = plot.x + 15.0;
         for (text, kind) in [(&number, name), (&case.name, LABEL)] {
             let text = shorten(text, kind, area.right() - at);
             scene.text((at, y + 8.0), Anchor::Start, kind, &text);
             at += text_width(&text, kind) + 7.0;
         }
-        // As much of type and shape as there is room for, never half a number.
+        // Type and shape where there is room for both, else the type alone; never cut within a number.
         let fits = |text: &&String| at + text_width(text, TICK) <= area.right();
         if let Some(text) = [&case.detail, &case.dtype].into_iter().find(fits) {
             scene.text((at, y + 8.0), Anchor::Start, TICK, text);
@@ -211,7 +211,7 @@ fn shares(scene: &mut Scene, area: Area, cases: &[Case]) {
         let bar = Area { x: plot.x, y: y + 18.0, w: x(case.share) - plot.x, h: 10.0 };
         scene.rect(bar, Ink::Series(case.style));
         let middle = bar.y + bar.h / 2.0;
-        // Edged with the paper's colour, to be seen on dark bars too.
+        // Outlined in the paper's colour, to be visible on dark bars too.
         for (ink, width, cap) in [(Ink::Paper, 3.0 * THIN, 4.0), (Ink::Text, THIN, 3.0)] {
             scene.line((x(case.slowest), middle), (x(case.fastest), middle), ink, width);
             for end in [case.slowest, case.fastest] {
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_case_is_judged_by_the_ceiling_that_binds_it() {
+    fn a_case_has_its_share_of_the_binding_ceiling() {
         let c = ceilings();
         // The ridge is at 100 FLOP per byte.
         assert_eq!([50.0, 100.0, 200.0].map(|i| roof(&c, i)), [50.0, 100.0, 100.0]);

@@ -1,4 +1,4 @@
-//! The kinds of files that have figures, one line each.
+//! The kinds of results files that have figures, one line each.
 
 use super::{kernels, ladder, quality, Figure};
 use crate::error::{Error, Result};
@@ -6,11 +6,11 @@ use crate::eval::report::{kind_of, read, ABLATION, ANSWERS, KERNELS, LADDER, LAY
 use serde::de::DeserializeOwned;
 use std::path::Path;
 
-/// Figures, and remarks on those that cannot be drawn.
-pub type Drawn = (Vec<Figure>, Vec<String>);
+/// Figures, and remarks about those that cannot be drawn.
+pub type FiguresAndNotes = (Vec<Figure>, Vec<String>);
 
-/// A kind's name, and the function that draws a file of it.
-type Kind = (&'static str, fn(&Path) -> Result<Drawn>);
+/// Name of a kind, and the function that draws a file of this kind.
+type Kind = (&'static str, fn(&Path) -> Result<FiguresAndNotes>);
 
 /// All kinds that have figures.
 pub static KINDS: &[Kind] = &[
@@ -23,16 +23,20 @@ pub static KINDS: &[Kind] = &[
     (POSITIONS, |path| whole(path, POSITIONS, quality::positions)),
 ];
 
-/// The figures of a file whose kind is drawn whole or not at all.
-fn whole<T: DeserializeOwned>(path: &Path, kind: &str, draw: fn(&T, &Path) -> Result<Vec<Figure>>) -> Result<Drawn> {
+/// Draws a file of a kind whose figures are all drawn or all refused.
+fn whole<T: DeserializeOwned>(
+    path: &Path,
+    kind: &str,
+    draw: fn(&T, &Path) -> Result<Vec<Figure>>,
+) -> Result<FiguresAndNotes> {
     Ok((draw(&read(path, kind)?, path)?, vec![]))
 }
 
-/// The figures of one file, which must be of the `wanted` kind where one is.
+/// Draws the figures of one file, which must be of the kind `wanted` where it is given.
 ///
 /// # Errors
-/// A file that cannot be read, has no figures, or contradicts itself: named.
-pub fn figures_of(path: &Path, wanted: Option<&str>) -> Result<Drawn> {
+/// A file that cannot be read, is of a kind without figures, or is inconsistent.
+pub fn figures_of(path: &Path, wanted: Option<&str>) -> Result<FiguresAndNotes> {
     let found = kind_of(path)?;
     let kind = wanted.unwrap_or(&found);
     match KINDS.iter().find(|(name, _)| *name == kind) {

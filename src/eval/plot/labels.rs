@@ -1,24 +1,24 @@
-//! Finding room for a short label beside a mark.
+//! Placement of short labels next to marks.
 
-use super::scene::{Anchor, Area, At, Scene};
+use super::scene::{Anchor, Area, Coord, Scene};
 use super::text::text_area;
 use super::theme::{Ink, HAIR, LABEL, MARKER};
 
-/// The area of a marker, with a little room.
-pub fn around(mark: At) -> Area {
+/// Returns the area of a marker, with some margin.
+pub fn around(mark: Coord) -> Area {
     let r = MARKER + 1.5;
     Area { x: mark.0 - r, y: mark.1 - r, w: 2.0 * r, h: 2.0 * r }
 }
 
-/// Small areas along a line, for labels to keep off it.
-pub fn along(from: At, to: At) -> impl Iterator<Item = Area> {
+/// Returns small areas along a line, which labels must not overlap.
+pub fn along(from: Coord, to: Coord) -> impl Iterator<Item = Area> {
     let at = move |k: f64| (from.0 + (to.0 - from.0) * k, from.1 + (to.1 - from.1) * k);
     (0..=60).map(move |i| at(f64::from(i) / 60.0)).map(|(x, y)| Area { x: x - 2.0, y: y - 3.0, w: 4.0, h: 6.0 })
 }
 
-/// Writes `text` beside `mark` where nothing else stands, farther off with a leader line where it must; not at all
-/// where no room is left.
-pub fn beside(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, mark: At, text: &str) {
+/// Draws `text` next to `mark` where it overlaps nothing, farther off with a leader line if necessary; nothing where no
+/// room is left.
+pub fn beside(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, mark: Coord, text: &str) {
     let directions =
         [(1.0, 0.0), (0.7, -0.8), (0.7, 0.8), (0.0, -1.0), (0.0, 1.0), (-0.7, -0.8), (-0.7, 0.8), (-1.0, 0.0)];
     let places = (0..6).flat_map(|ring| {
@@ -26,7 +26,7 @@ pub fn beside(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, mark: At, te
         directions.map(|(dx, dy)| (ring, (mark.0 + dx * reach, mark.1 + dy * reach)))
     });
     let inside = |a: &Area| a.x > plot.x && a.right() < plot.right() && a.y > plot.y && a.bottom() < plot.bottom();
-    let free = |at: At| {
+    let free = |at: Coord| {
         let area = text_area(at, Anchor::Middle, LABEL, text);
         (inside(&area) && !taken.iter().any(|t| t.overlaps(&area))).then_some(area)
     };
@@ -37,13 +37,13 @@ pub fn beside(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, mark: At, te
         let along = |d: f64| (mark.0 + (at.0 - mark.0) * d / length, mark.1 + (at.1 - mark.1) * d / length);
         scene.line(along(MARKER), along(length - 7.0), Ink::Axis, HAIR);
     }
-    // Two numbers side by side would read as one.
+    // Two adjacent numbers would read as one.
     taken.push(Area { x: area.x - 4.0, w: area.w + 8.0, ..area });
     scene.text(at, Anchor::Middle, LABEL, text);
 }
 
-/// Writes `text` above a mark that spans `top..bottom` at `x`, higher with a leader line where it must, or below it;
-/// not at all where no room is left. Among marks that stand close, only straight up is unmistakable.
+/// Draws `text` above a mark that spans `top..bottom` at `x`, higher with a leader line if necessary, or below it;
+/// nothing where no room is left. Labels are placed vertically only, since marks may be close to each other.
 pub fn above(scene: &mut Scene, taken: &mut Vec<Area>, plot: Area, (x, top, bottom): (f64, f64, f64), text: &str) {
     let up = (0..12).map(|i| (i, top - MARKER - 7.0 - 12.0 * f64::from(i), top - MARKER));
     let down = (0..12).map(|i| (i, bottom + MARKER + 7.0 + 12.0 * f64::from(i), bottom + MARKER));

@@ -1,4 +1,4 @@
-//! Figures from measurements: SVG and PNG, for light and dark pages, drawn from result JSON alone.
+//! Figures of results: SVG and PNG, for light and dark pages, drawn from results JSON alone.
 //!
 //! ```text
 //! report (JSON) --> kinds --> one file per figure --> Scene (plain shapes) --> render --> save
@@ -7,21 +7,21 @@
 //!
 //! | file | draws |
 //! |---|---|
-//! | `ladder/` | time, memory and decode of every engine by context, and ratios to the better stock |
+//! | `ladder/` | time, memory and decode of every engine by context, and ratios to the best stock |
 //! | `kernels` | a roofline with each case's share of its ceiling |
 //! | `quality/` | answers, distributions, layers, settings, positions |
-//! | `graph` | which block reads which, and the reach |
+//! | `graph` | the blocks that each block reads, and the reach |
 //!
-//! A figure is a function from a record to a [`scene::Scene`]. It names inks and type sizes of [`theme`] and nothing
-//! else about looks, so a change there changes every figure.
+//! A figure is a function from a record to a [`scene::Scene`]. Its colours, type sizes and line widths come from
+//! [`theme`] alone, so a change there changes every figure.
 //!
 //! | file | what figures share |
 //! |---|---|
 //! | `page` | title, legend and notes around the panels |
-//! | `panel`, `axis`, `scale` | a plot with axes, where values lie, what is labelled |
-//! | `text`, `labels` | the width of texts, breaking and cutting them, room beside marks |
+//! | `panel`, `axis`, `scale` | a plot with axes, the mapping of values to places, ticks |
+//! | `text`, `labels` | text width, line breaking and shortening, placement of labels |
 //! | `scene`, `theme`, `render`, `save` | shapes, colours, SVG and PNG, files |
-//! | `kinds` | the kinds of files that have figures, one line each |
+//! | `kinds` | the kinds of results files that have figures, one line each |
 
 mod args;
 mod axis;
@@ -75,7 +75,7 @@ mod tests {
         kernels::figures(&report, path).unwrap()
     }
 
-    /// Texts overlap neither each other nor the edge of the page; marks stay on the page.
+    /// Asserts that texts overlap neither each other nor the edge of the page, and that marks are on the page.
     pub(super) fn assert_tidy(what: &str, scene: &Scene) {
         let page = Area { x: 0.0, y: 0.0, w: theme::WIDTH, h: scene.height };
         let on_page = |x: f64, y: f64| (0.0..=page.w).contains(&x) && (0.0..=page.h).contains(&y);

@@ -1,37 +1,37 @@
-//! What surrounds the panels of a figure: title, subtitles, legend, notes.
+//! The frame of a figure around its panels: title, subtitles, legend, notes.
 
 use super::scene::{Anchor, Area, Scene};
 use super::text::{shorten, text_width, wrap};
-use super::theme::{self, Ink, Type, LEADING, LEGEND, MARGIN, NOTE, SUBTITLE, TITLE, WIDTH};
+use super::theme::{self, FontSpec, Ink, LEADING, LEGEND, MARGIN, NOTE, SUBTITLE, TITLE, WIDTH};
 use crate::cli::short_count;
 use crate::eval::report::Header;
 
 /// An entry of the legend.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Key {
+pub enum LegendEntry {
     /// Line and marker of a series.
     Series(usize, String),
-    /// Marker of a series whose points are not joined.
+    /// Marker of a series without a line.
     Marker(usize, String),
-    /// Hollow marker of points whose interval holds zero.
+    /// Hollow marker, for points whose interval contains zero.
     Faint(String),
-    /// Hollow marker with dashes, a second place of a point.
+    /// Hollow marker with a dashed line, for a second value of a point.
     Linked(String),
     /// Interval of any series.
     Interval(String),
-    /// Dots of single runs or texts.
+    /// Dots, for single runs or texts.
     Dots(String),
     /// Dashed line.
     Dashes(String),
-    /// Cross of a run that failed.
+    /// Cross, for a run that failed or is missing.
     Missed(String),
-    /// Area of an ink.
+    /// Patch of an ink.
     Patch(Ink, String),
     /// Scale of [`Ink::Heat`].
     Heat(String),
 }
 
-impl Key {
+impl LegendEntry {
     fn text(&self) -> &str {
         match self {
             Self::Series(_, t) | Self::Marker(_, t) | Self::Patch(_, t) | Self::Heat(t) => t,
@@ -79,7 +79,7 @@ impl Key {
                     let area = Area { x: x + part * f64::from(i), y: y - 7.5, w: part, h: 15.0 };
                     scene.rect(area, Ink::Heat(i * (100 / (HEATS - 1))));
                 }
-                let on = |percent| Type { ink: Ink::OnHeat(percent), ..LEGEND };
+                let on = |percent| FontSpec { ink: Ink::OnHeat(percent), ..LEGEND };
                 scene.text((x + 4.0, y), Anchor::Start, on(0), "0%");
                 scene.text((x + self.glyph() - 4.0, y), Anchor::End, on(100), "100%");
             }
@@ -87,24 +87,24 @@ impl Key {
     }
 }
 
-/// The entry of the shade beyond the trained length, which `says` what it means; `None` where no value up to `high`
-/// lies there.
-pub fn trained_key(header: &Header, high: f64, says: &str) -> Option<Key> {
+/// Returns the legend entry of the shade beyond the trained length, with `says` as its meaning; `None` where no value
+/// up to `high` is beyond it.
+pub fn trained_key(header: &Header, high: f64, says: &str) -> Option<LegendEntry> {
     let trained = header.trained_positions;
     let text = format!("beyond the trained length ({}): {says}", short_count(trained));
-    (high > trained as f64).then_some(Key::Patch(Ink::Shade, text))
+    (high > trained as f64).then_some(LegendEntry::Patch(Ink::Shade, text))
 }
 
 /// Width of a legend entry's glyph.
 const GLYPH: f64 = 22.0;
-/// Steps of the scale of heat.
+/// Steps of the heat scale.
 const HEATS: u8 = 21;
 
-/// A figure that grows downwards.
+/// A figure under construction, filled from the top down.
 pub struct Page {
     /// Drawing so far.
     pub scene: Scene,
-    /// Top of the next part.
+    /// Top of the next part, in figure units.
     pub y: f64,
 }
 
@@ -112,8 +112,8 @@ pub struct Page {
 pub const CONTENT: f64 = WIDTH - 2.0 * MARGIN;
 
 impl Page {
-    /// A page with title, subtitles and legend.
-    pub fn new(title: &str, subtitles: &[String], keys: &[Key]) -> Self {
+    /// Creates a page with title, subtitles and legend.
+    pub fn new(title: &str, subtitles: &[String], keys: &[LegendEntry]) -> Self {
         let mut page = Self { scene: Scene::new(), y: MARGIN };
         page.lines(title, TITLE);
         page.y += 2.0;
@@ -126,7 +126,7 @@ impl Page {
         page
     }
 
-    fn lines(&mut self, text: &str, kind: Type) {
+    fn lines(&mut self, text: &str, kind: FontSpec) {
         for line in wrap(text, kind, CONTENT) {
             let height = kind.size * LEADING;
             self.scene.text((MARGIN, self.y + height / 2.0), Anchor::Start, kind, line);
@@ -134,7 +134,7 @@ impl Page {
         }
     }
 
-    fn legend(&mut self, keys: &[Key]) {
+    fn legend(&mut self, keys: &[LegendEntry]) {
         if keys.is_empty() {
             return;
         }
@@ -154,7 +154,7 @@ impl Page {
         self.y += row;
     }
 
-    /// The finished drawing, with `notes` at its foot, each on its own line.
+    /// Adds `notes` at the foot, each on its own line, and returns the drawing.
     pub fn finish(mut self, notes: &[String]) -> Scene {
         if !notes.is_empty() {
             self.y += 6.0;

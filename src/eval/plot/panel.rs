@@ -1,9 +1,8 @@
-//! A panel: a title, two axes with their labels, and the region beyond the trained length shaded. Everything that has
-//! axes is drawn in one.
+//! Panels: a plot with a title, two axes with their labels, and the region beyond the trained length shaded.
 
 use super::axis::{draw as draw_axes, Axis};
 use super::scale::Scale;
-use super::scene::{Anchor, Area, At, Scene};
+use super::scene::{Anchor, Area, Coord, Scene};
 use super::text::shorten;
 use super::theme::{Ink, PANEL, THIN, TICK};
 use crate::eval::report::Estimate;
@@ -15,7 +14,7 @@ const TITLE: f64 = 24.0;
 /// Room below the plot for its labels and the name of the horizontal axis.
 const FOOT: f64 = 34.0;
 
-/// A panel before anything is drawn in it.
+/// Specification of a panel.
 pub struct Panel<'a> {
     /// Quantity and unit of the vertical axis.
     pub title: &'a str,
@@ -25,15 +24,15 @@ pub struct Panel<'a> {
     pub x_name: &'a str,
     /// Scale of the vertical axis.
     pub y: &'a Scale,
-    /// Value of the horizontal axis from which on the panel is shaded.
+    /// Value of the horizontal axis from which the panel is shaded.
     pub shaded_from: Option<f64>,
-    /// Height of the rows of crosses above the plot, for a panel that has them; the shade covers these too, and has no
+    /// Height of the rows of crosses above the plot, for a panel with such rows; the shade covers them too, without an
     /// edge line.
     pub crosses: Option<f64>,
 }
 
-/// Where things lie in a panel.
-pub struct Plot {
+/// Area and axes of a drawn panel.
+pub struct Axes {
     /// Area inside the axes.
     pub area: Area,
     /// Horizontal axis.
@@ -42,15 +41,15 @@ pub struct Plot {
     pub y: Axis,
 }
 
-/// The area inside the axes of a panel that takes `area`, with `crosses` above it.
+/// Returns the area inside the axes of a panel that occupies `area`, with rows of crosses of height `crosses` above it.
 pub fn plot_area(area: Area, crosses: f64) -> Area {
     let top = area.y + TITLE + crosses;
     Area { x: area.x + LABELS, y: top, w: area.w - LABELS, h: area.bottom() - FOOT - top }
 }
 
 impl Panel<'_> {
-    /// Draws title, shade and axes, and a line at zero where a linear vertical axis has values on both sides of it.
-    pub fn draw(&self, scene: &mut Scene, area: Area) -> Plot {
+    /// Draws title, shade and axes, and a line at zero where a linear vertical axis has values of both signs.
+    pub fn draw(&self, scene: &mut Scene, area: Area) -> Axes {
         scene.text((area.x, area.y + 8.0), Anchor::Start, PANEL, shorten(self.title, PANEL, area.w));
         let plot = plot_area(area, self.crosses.unwrap_or(0.0));
         let (x, y) = (self.x.on(plot.x, plot.right()), self.y.on(plot.bottom(), plot.y));
@@ -67,19 +66,19 @@ impl Panel<'_> {
         if !self.y.log && self.y.low < 0.0 && self.y.high > 0.0 {
             scene.line((plot.x, y.at(0.0)), (plot.right(), y.at(0.0)), Ink::Axis, THIN);
         }
-        Plot { area: plot, x, y }
+        Axes { area: plot, x, y }
     }
 }
 
-impl Plot {
-    /// The place of the point `x`, `y`; beyond the axes, at their ends.
-    pub fn at(&self, x: f64, y: f64) -> At {
-        // A logarithm of nothing would be no place at all.
+impl Axes {
+    /// Returns the place of the point `x`, `y`, clamped to the axes.
+    pub fn at(&self, x: f64, y: f64) -> Coord {
+        // Clamping also keeps the logarithm of 0 finite.
         let place = |axis: &Axis, v: f64| axis.at(v.clamp(axis.low.min(axis.high), axis.high.max(axis.low)));
         (place(&self.x, x), place(&self.y, y))
     }
 
-    /// Draws the interval of `estimate` at `x`, moved right by `shift`; nothing where it has none.
+    /// Draws the interval of `estimate` at `x`, moved right by `shift`; nothing for an estimate without an interval.
     pub fn interval(&self, scene: &mut Scene, x: f64, shift: f64, estimate: &Estimate, ink: Ink) {
         if let (Some(low), Some(high)) = (estimate.low, estimate.high) {
             let (a, b) = (self.at(x, low), self.at(x, high));
@@ -88,7 +87,7 @@ impl Plot {
     }
 }
 
-/// Areas for `count` panels, `columns` to a row, from `top` down; each row's height is `h`.
+/// Returns the areas of `count` panels, `columns` per row, from `top` down; each row has height `h`.
 pub fn grid(count: usize, columns: usize, (left, width): (f64, f64), top: f64, h: f64) -> Vec<Area> {
     const GAP: (f64, f64) = (24.0, 18.0);
     let columns = columns.clamp(1, count.max(1));

@@ -1,7 +1,7 @@
-//! Scenes as SVG and PNG.
+//! Rendering of scenes to SVG and PNG.
 //!
-//! plotters places everything on whole units, so both are drawn at [`DETAIL`] times their size: the header of an SVG
-//! says at which size it is shown, and each pixel of a PNG is the mean of four.
+//! plotters rounds coordinates to whole units, so both formats are drawn at [`DETAIL`] times their size: the header of
+//! an SVG states the display size, and each pixel of a PNG is the mean of four.
 
 use super::scene::{Anchor, Scene, Shape};
 use super::text::{font, EM_TO_LINE};
@@ -12,23 +12,24 @@ use plotters::style::{Color, RGBColor, ShapeStyle, TextStyle};
 use std::fmt::Display;
 use std::path::Path;
 
-/// Drawn units to a figure unit.
+/// Drawn units per figure unit.
 pub const DETAIL: i32 = 4;
-/// Pixels of a PNG to a figure unit.
+/// Pixels of a PNG per figure unit.
 const PNG_SCALE: u32 = 2;
 
-/// How a backend places text: its size per em, and the distance of its reference line from the middle of the capitals.
+/// Text metrics of a backend: its size per em, and the distance in ems from its reference line to the middle of the
+/// capitals.
 struct TextMetrics {
     size: f64,
     drop: f64,
 }
 
-/// plotters-svg divides sizes by 1.24 and puts the middle of the small letters at the position.
+/// Metrics of plotters-svg, which divides sizes by 1.24 and centres lower-case letters on the position.
 const SVG_TEXT: TextMetrics = TextMetrics { size: 1.24, drop: 0.09 };
-/// ab_glyph takes the height of a line; plotters' baseline then lies 0.113 em below the position.
+/// Metrics of ab_glyph, whose size is the line height; the baseline of plotters lies 0.113 em below the position.
 const PNG_TEXT: TextMetrics = TextMetrics { size: EM_TO_LINE, drop: 0.25 };
 
-/// The figure as SVG; `name` is its title for screen readers.
+/// Renders the figure as SVG; `name` is its title for screen readers.
 pub fn svg(scene: &Scene, theme: &Theme, name: &str) -> Result<String, String> {
     let (w, h) = size(scene);
     let mut out = String::new();
@@ -43,7 +44,7 @@ pub fn svg(scene: &Scene, theme: &Theme, name: &str) -> Result<String, String> {
     Ok(out.replacen(&drawn, &shown, 1).replacen('\n', &format!("\n<title>{name}</title>\n"), 1))
 }
 
-/// Writes the figure to `path`, which ends in `.png`.
+/// Renders the figure as PNG to `path`.
 pub fn png(scene: &Scene, theme: &Theme, path: &Path) -> Result<(), String> {
     let (w, h) = size(scene);
     let mut fine = vec![0; 3 * w as usize * h as usize];
@@ -57,7 +58,7 @@ pub fn png(scene: &Scene, theme: &Theme, path: &Path) -> Result<(), String> {
     let mut encoder = png::Encoder::new(std::io::BufWriter::new(file), w / by, h / by);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
-    // Flat colours repeat as they are; differences between neighbours do not.
+    // Areas of flat colour compress better without a filter.
     encoder.set_filter(png::FilterType::NoFilter);
     encoder.set_compression(png::Compression::Best);
     let mut writer = encoder.write_header().map_err(plain)?;
@@ -74,7 +75,7 @@ fn plain(e: impl Display) -> String {
     e.to_string()
 }
 
-/// Means over squares of `by` pixels in rows of `width`.
+/// Downscales by averaging squares of `by` × `by` pixels; `width` is the width of a row.
 fn shrink(rgb: &[u8], width: usize, by: usize) -> Vec<u8> {
     let height = rgb.len() / 3 / width;
     let mut out = Vec::with_capacity(rgb.len() / (by * by));
@@ -147,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn an_svg_says_its_size_and_name_and_escapes_text() {
+    fn an_svg_has_its_size_and_title_and_escapes_text() {
         let svg = svg(&scene(), &THEMES[0], "x < y").unwrap();
         assert!(svg.starts_with("<svg width=\"800\" height=\"60\" role=\"img\" viewBox=\"0 0 3200 240\""), "{svg}");
         assert!(svg.contains("<title>x &lt; y</title>") && svg.contains("a &lt; b &amp; c"), "{svg}");

@@ -1,4 +1,4 @@
-//! Figures as files, each of which appears whole or not at all.
+//! Writing figures to files, atomically.
 
 use super::render::{png, svg};
 use super::theme::THEMES;
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 /// `PREFIX-NAME-THEME.svg` and `.png`.
 ///
 /// # Errors
-/// A place that cannot be written to, named.
+/// A directory or file that cannot be written, or a file that is not an earlier figure.
 pub fn save(dir: &Path, prefix: &str, figures: &[Figure]) -> Result<Vec<PathBuf>> {
     let unwritable =
         |e| Error::new(ErrorKind::Io, format!("--out {}", dir.display()), format!("cannot be created: {e}"));
@@ -33,14 +33,14 @@ pub fn save(dir: &Path, prefix: &str, figures: &[Figure]) -> Result<Vec<PathBuf>
     Ok(written)
 }
 
-/// Calls `write` with a hidden file beside the wanted one, and renames it when written.
+/// Calls `write` with a hidden temporary file in `dir`, then renames it to its final name.
 fn whole(dir: &Path, stem: &str, kind: &str, write: impl FnOnce(&Path) -> Result<(), String>) -> Result<PathBuf> {
     let path = dir.join(format!("{stem}.{kind}"));
     if path.exists() && !path.is_dir() && !begins_as_figure(&path) {
-        return Err(Error::usage(path.display(), format!("is no {kind} file; only an earlier figure is replaced")));
+        return Err(Error::usage(path.display(), "is not a figure; only earlier figures are replaced"));
     }
     let error = |e: String| Error::new(ErrorKind::Io, path.display(), format!("cannot be written: {e}"));
-    // The encoder goes by the ending, so it stays.
+    // The extension is kept, since the encoder chooses the format by it.
     let hidden = dir.join(format!(".{stem}.{}.partial.{kind}", std::process::id()));
     let partial = Temporary::new(hidden).map_err(|e| error(e.to_string()))?;
     let done = write(partial.path()).and_then(|()| std::fs::rename(partial.path(), &path).map_err(|e| e.to_string()));
@@ -48,7 +48,7 @@ fn whole(dir: &Path, stem: &str, kind: &str, write: impl FnOnce(&Path) -> Result
     Ok(path)
 }
 
-/// Whether a file begins as the figures here do: as PNG or as SVG.
+/// Returns whether a file starts as a figure does: as PNG or as SVG, or is empty.
 fn begins_as_figure(path: &Path) -> bool {
     let mut first = vec![];
     let read = |first: &mut Vec<u8>| std::fs::File::open(path)?.take(4).read_to_end(first);

@@ -1,47 +1,48 @@
-//! What an axis spans and where it is labelled, chosen from the values that are drawn on it.
+//! Range and ticks of axes, chosen from the values.
 
 use super::axis::{grouped, nice_range, ticks, Axis, Tick};
 use crate::cli::short_count;
 
-/// The span and the ticks of an axis, without its place.
+/// Range and ticks of an axis, without its place in the figure.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scale {
     /// Lowest value.
     pub low: f64,
     /// Highest value.
     pub high: f64,
-    /// Whether it is logarithmic.
+    /// Whether the axis is logarithmic.
     pub log: bool,
     /// Labelled marks.
     pub ticks: Vec<Tick>,
 }
 
-/// Labels of a linear axis, approximately.
+/// Approximate number of labels of a linear axis.
 const LABELS: f64 = 5.0;
 
 impl Scale {
-    /// The axis from `from` to `to`.
+    /// Places the scale on an axis from `from` to `to`, in figure units.
     pub fn on(&self, from: f64, to: f64) -> Axis {
         Axis { low: self.low, high: self.high, from, to, log: self.log }
     }
 
-    /// A logarithmic scale with round ends; `None` where no value is positive.
+    /// Creates a logarithmic scale with round ends; `None` where no value is positive.
     pub fn log(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let (low, high) = nice_range(values)?;
         Some(Self { low, high, log: true, ticks: ticks(low, high) })
     }
 
-    /// A linear scale with a little room at both ends, but within `limits`, as the values are; `None` without values.
+    /// Creates a linear scale with some margin at both ends, clamped to `limits`, the range of the quantity; `None`
+    /// without values.
     pub fn linear(values: impl IntoIterator<Item = f64>, limits: (f64, f64)) -> Option<Self> {
         let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
-        // Larger ones would have no sum.
+        // The difference of larger values could overflow.
         for v in values.into_iter().filter(|v| v.abs() <= 1e300) {
             (low, high) = (low.min(v), high.max(v));
         }
         if low > high {
             return None;
         }
-        // Values that are all the same get an axis too; zero, where values end there, is the axis's end.
+        // Equal values get a scale of some width; a smallest or largest value of zero is the end of the axis.
         let room = if high > low { 0.04 * (high - low) } else { (0.1 * high.abs()).max(1e-3) };
         let step = step((high - low).max(2.0 * room) / LABELS);
         let half = step / 2.0;
@@ -53,13 +54,13 @@ impl Scale {
         Some(Self { low, high, log: false, ticks })
     }
 
-    /// The linear scale from 0 to 100.
+    /// Creates the linear scale from 0 to 100.
     pub fn percent() -> Self {
         let ticks = [0, 25, 50, 75, 100].map(|p| Tick { value: f64::from(p), label: p.to_string() }).into();
         Self { low: 0.0, high: 100.0, log: false, ticks }
     }
 
-    /// A logarithmic scale of rising contexts, each labelled, with room on both sides.
+    /// Creates a logarithmic scale of rising contexts, each labelled, with margins on both sides.
     pub fn contexts(contexts: &[usize]) -> Self {
         let ends = |i: Option<&usize>| i.map_or(1.0, |c| (*c).max(1) as f64);
         let room = 2f64.powf(0.4);
@@ -67,26 +68,26 @@ impl Scale {
         Self { low: ends(contexts.first()) / room, high: ends(contexts.last()) * room, log: true, ticks }
     }
 
-    /// A linear scale of positions from 0 to `end`, labelled at multiples of a power of two.
+    /// Creates a linear scale of positions from 0 to `end`, labelled at multiples of a power of two.
     pub fn positions(end: usize) -> Self {
         let step = (end / 8).max(1).next_power_of_two();
         let ticks = (0..=end / step).map(|i| Tick { value: (i * step) as f64, label: short_count(i * step) }).collect();
         Self { low: 0.0, high: end.max(1) as f64, log: false, ticks }
     }
 
-    /// A linear scale of whole numbers, with half a one beyond each end and at most `most` labels.
+    /// Creates a linear scale of integers, extended by 0.5 at each end, with at most `most` labels.
     pub fn whole(low: usize, high: usize, most: usize) -> Self {
         let powers = std::iter::successors(Some(10), |p: &usize| p.checked_mul(10));
         let steps = [1, 2, 4, 5].into_iter().chain(powers.flat_map(|p| [1, 2, 5].map(|m| p.saturating_mul(m))));
         let step = steps.into_iter().find(|s| (high - low) / s < most.max(1)).unwrap_or(usize::MAX);
-        // One that stands alone is labelled whatever it is.
+        // A single integer is labelled whether or not it is a multiple of the step.
         let first = if high == low { low } else { low.checked_next_multiple_of(step).unwrap_or(high) };
         let labelled = (first..=high).step_by(step);
         let ticks = labelled.map(|i| Tick { value: i as f64, label: i.to_string() }).collect();
         Self { low: low as f64 - 0.5, high: high as f64 + 0.5, log: false, ticks }
     }
 
-    /// A logarithmic scale of shares of a whole, labelled at powers of a half from `1/64` to `1`, or wider.
+    /// Creates a logarithmic scale of shares, labelled at powers of 1/2 from `1/64` to `1`, or wider.
     pub fn shares(values: impl IntoIterator<Item = f64>) -> Self {
         let (mut low, mut high) = (1.0f64 / 64.0, 1.0f64);
         for v in values.into_iter().filter(|v| v.is_finite() && *v > 0.0) {
@@ -99,13 +100,13 @@ impl Scale {
     }
 }
 
-/// The smallest of 1, 2 and 5 times powers of ten that is at least `least`.
+/// Returns the smallest of 1, 2 and 5 times powers of ten that is at least `least`.
 fn step(least: f64) -> f64 {
     let power = 10f64.powf(least.log10().floor());
     [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|s| *s >= least * (1.0 - 1e-9)).unwrap_or(least)
 }
 
-/// The tick of `value` among ticks `step` apart.
+/// Returns the tick of `value`, with the decimals that ticks `step` apart need.
 fn linear_tick(value: f64, step: f64) -> Tick {
     let decimals = (-step.log10() - 1e-9).ceil().max(0.0) as usize;
     let value = if value.abs() < step / 2.0 { 0.0 } else { value };
@@ -132,7 +133,7 @@ mod tests {
     const FREE: (f64, f64) = (f64::NEG_INFINITY, f64::INFINITY);
 
     #[test]
-    fn a_linear_scale_holds_its_values_on_round_numbers() {
+    fn a_linear_scale_contains_its_values_and_has_round_ticks() {
         let scale = linear(&[-0.02, 0.31], FREE);
         assert_eq!(labels(&scale), ["0", "0.1", "0.2", "0.3"]);
         assert!((scale.low + 0.05).abs() < 1e-12 && (scale.high - 0.35).abs() < 1e-12);

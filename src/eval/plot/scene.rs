@@ -1,20 +1,20 @@
-//! A drawing as plain data: shapes in figure units with y downwards, in inks rather than colours. [`super::render`]
-//! turns it into files.
+//! Drawings as plain data: shapes in figure units with y downwards, in inks instead of colours. [`super::render`]
+//! writes them to files.
 
 use super::text::text_area;
-use super::theme::{self, Ink, Type};
+use super::theme::{self, FontSpec, Ink};
 
 /// Coordinates x and y in figure units.
-pub type At = (f64, f64);
+pub type Coord = (f64, f64);
 
-/// Which end of a text stands at its position.
+/// Horizontal alignment of a text to its position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Anchor {
-    /// The left end.
+    /// The left end is at the position.
     Start,
-    /// The middle.
+    /// The middle is at the position.
     Middle,
-    /// The right end.
+    /// The right end is at the position.
     End,
 }
 
@@ -24,7 +24,7 @@ pub enum Shape {
     /// An open path.
     Path {
         /// Corners of the path.
-        points: Vec<At>,
+        points: Vec<Coord>,
         /// Colour of the stroke.
         ink: Ink,
         /// Width of the stroke.
@@ -33,7 +33,7 @@ pub enum Shape {
     /// A filled polygon.
     Polygon {
         /// Corners of the polygon.
-        points: Vec<At>,
+        points: Vec<Coord>,
         /// Colour of the filling.
         ink: Ink,
     },
@@ -47,21 +47,21 @@ pub enum Shape {
     /// A filled circle.
     Dot {
         /// Centre of the circle.
-        at: At,
+        at: Coord,
         /// Radius of the circle.
         radius: f64,
         /// Colour of the filling.
         ink: Ink,
     },
-    /// A line of text, its capitals centred on `at.1`.
+    /// A line of text, its capitals vertically centred on `at.1`.
     Text {
         /// Position of the text.
-        at: At,
-        /// End of the text that stands at the position.
+        at: Coord,
+        /// Horizontal alignment.
         anchor: Anchor,
         /// Size, weight and colour.
-        kind: Type,
-        /// The text itself.
+        kind: FontSpec,
+        /// Content of the text.
         text: String,
     },
 }
@@ -80,49 +80,49 @@ pub struct Area {
 }
 
 impl Area {
-    /// Right edge.
+    /// Returns the right edge.
     pub fn right(&self) -> f64 {
         self.x + self.w
     }
 
-    /// Lower edge.
+    /// Returns the lower edge.
     pub fn bottom(&self) -> f64 {
         self.y + self.h
     }
 
-    /// Whether two rectangles share more than an edge.
+    /// Returns whether two rectangles share more than an edge.
     pub fn overlaps(&self, other: &Self) -> bool {
         self.x < other.right() && other.x < self.right() && self.y < other.bottom() && other.y < self.bottom()
     }
 }
 
-/// A drawing: shapes in the order in which they are drawn.
+/// A drawing: shapes in drawing order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scene {
     /// Height in figure units; the width is always [`theme::WIDTH`].
     pub height: f64,
-    /// All shapes, the lowest first.
+    /// Shapes, from the back to the front.
     pub shapes: Vec<Shape>,
 }
 
 impl Scene {
-    /// An empty drawing.
+    /// Creates an empty drawing.
     pub fn new() -> Self {
         Self { height: 0.0, shapes: vec![] }
     }
 
     /// Draws a path through `points`.
-    pub fn path(&mut self, points: Vec<At>, ink: Ink, width: f64) {
+    pub fn path(&mut self, points: Vec<Coord>, ink: Ink, width: f64) {
         self.shapes.push(Shape::Path { points, ink, width });
     }
 
     /// Draws a straight line.
-    pub fn line(&mut self, from: At, to: At, ink: Ink, width: f64) {
+    pub fn line(&mut self, from: Coord, to: Coord, ink: Ink, width: f64) {
         self.path(vec![from, to], ink, width);
     }
 
     /// Draws a dashed path.
-    pub fn dashes(&mut self, points: &[At], ink: Ink, width: f64) {
+    pub fn dashes(&mut self, points: &[Coord], ink: Ink, width: f64) {
         const DASH: [f64; 2] = [5.0, 3.5];
         let (mut part, mut left) = (0, DASH[0]);
         for pair in points.windows(2) {
@@ -149,30 +149,30 @@ impl Scene {
     }
 
     /// Draws a filled polygon.
-    pub fn polygon(&mut self, points: Vec<At>, ink: Ink) {
+    pub fn polygon(&mut self, points: Vec<Coord>, ink: Ink) {
         self.shapes.push(Shape::Polygon { points, ink });
     }
 
     /// Draws a filled circle.
-    pub fn dot(&mut self, at: At, radius: f64, ink: Ink) {
+    pub fn dot(&mut self, at: Coord, radius: f64, ink: Ink) {
         self.shapes.push(Shape::Dot { at, radius, ink });
     }
 
     /// Draws a line of text.
-    pub fn text(&mut self, at: At, anchor: Anchor, kind: Type, text: impl Into<String>) {
-        // Messages of other programs may hold what XML cannot.
+    pub fn text(&mut self, at: Coord, anchor: Anchor, kind: FontSpec, text: impl Into<String>) {
+        // Messages of other programs may have control characters, which XML does not allow.
         let text = text.into().replace(char::is_control, " ");
         self.shapes.push(Shape::Text { at, anchor, kind, text });
     }
 
-    /// Draws a line of text on a patch of `behind`, which hides grid lines.
-    pub fn text_on(&mut self, behind: Ink, at: At, anchor: Anchor, kind: Type, text: &str) {
+    /// Draws a line of text on a patch of the ink `behind`, which hides grid lines.
+    pub fn text_on(&mut self, behind: Ink, at: Coord, anchor: Anchor, kind: FontSpec, text: &str) {
         self.rect(text_area(at, anchor, kind, text), behind);
         self.text(at, anchor, kind, text);
     }
 
     /// Draws the line of series `i`, dashed once the colours repeat.
-    pub fn series(&mut self, i: usize, points: &[At]) {
+    pub fn series(&mut self, i: usize, points: &[Coord]) {
         match i < theme::SERIES {
             true => self.path(points.to_vec(), Ink::Series(i), theme::LINE),
             false => self.dashes(points, Ink::Series(i), theme::LINE),
@@ -180,19 +180,19 @@ impl Scene {
     }
 
     /// Draws the marker of series `i`.
-    pub fn marker(&mut self, i: usize, at: At) {
+    pub fn marker(&mut self, i: usize, at: Coord) {
         self.mark(i, at, theme::MARKER, Ink::Series(i));
     }
 
-    /// Draws the marker of series `i` as an outline.
-    pub fn hollow(&mut self, i: usize, at: At, ink: Ink) {
+    /// Draws the marker of series `i` hollow.
+    pub fn hollow(&mut self, i: usize, at: Coord, ink: Ink) {
         self.mark(i, at, theme::MARKER, ink);
         self.mark(i, at, theme::MARKER * 0.55, Ink::Paper);
     }
 
-    fn mark(&mut self, i: usize, (x, y): At, r: f64, ink: Ink) {
+    fn mark(&mut self, i: usize, (x, y): Coord, r: f64, ink: Ink) {
         let round = i / theme::SERIES;
-        let corners: &[At] = match (i + round) % theme::SERIES {
+        let corners: &[Coord] = match (i + round) % theme::SERIES {
             0 => return self.dot((x, y), r, ink),
             1 => &[(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
             2 => &[(0.0, -1.3), (1.3, 0.0), (0.0, 1.3), (-1.3, 0.0)],
@@ -204,7 +204,7 @@ impl Scene {
     }
 
     /// Draws an interval from `a` to `b`, with caps across it.
-    pub fn whisker(&mut self, a: At, b: At, ink: Ink) {
+    pub fn whisker(&mut self, a: Coord, b: Coord, ink: Ink) {
         const CAP: f64 = 3.0;
         let (dx, dy) = if (b.0 - a.0).abs() > (b.1 - a.1).abs() { (0.0, CAP) } else { (CAP, 0.0) };
         self.line(a, b, ink, theme::THIN);
@@ -214,7 +214,7 @@ impl Scene {
     }
 
     /// Draws a small ×, the mark of a run that failed.
-    pub fn cross(&mut self, ink: Ink, (x, y): At) {
+    pub fn cross(&mut self, ink: Ink, (x, y): Coord) {
         let r = 3.2;
         self.line((x - r, y - r), (x + r, y + r), ink, theme::LINE);
         self.line((x - r, y + r), (x + r, y - r), ink, theme::LINE);
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn every_series_index_has_its_own_pair_of_colour_and_marker() {
+    fn every_series_index_has_a_unique_pair_of_colour_and_marker() {
         let look = |i| {
             let mut scene = Scene::new();
             scene.marker(i, (0.0, 0.0));
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn text_carries_nothing_that_xml_cannot() {
+    fn control_characters_in_text_become_spaces() {
         let mut scene = Scene::new();
         scene.text((0.0, 0.0), Anchor::Start, theme::NOTE, "a\u{7}b\nc");
         assert!(matches!(&scene.shapes[0], Shape::Text { text, .. } if text == "a b c"));

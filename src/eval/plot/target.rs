@@ -3,7 +3,7 @@
 use super::axis::grouped;
 use crate::eval::report::Header;
 
-/// Model, types and device of a result.
+/// Formats model, types and device of a result.
 pub fn target(header: &Header) -> String {
     format!(
         "{}, {} parameters · weights {}, KV {} · {}",
@@ -15,7 +15,7 @@ pub fn target(header: &Header) -> String {
     )
 }
 
-/// A number of parameters in millions or billions, such as `494M` or `1.5B`.
+/// Formats a number of parameters in millions or billions, such as `494M` or `1.5B`.
 fn millions(n: u64) -> String {
     match n as f64 / 1e6 {
         m if m >= 9995.0 => format!("{}B", grouped(m / 1e3, 0)),

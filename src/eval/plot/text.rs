@@ -1,18 +1,18 @@
-//! Fitting text: how wide it is, what it covers, where it is broken, cut or left out.
+//! Text layout: width, area, line breaking, shortening, and thinning of labels.
 
-use super::scene::{Anchor, Area, At};
-use super::theme::{self, Type};
+use super::scene::{Anchor, Area, Coord};
+use super::theme::{self, FontSpec};
 use plotters::style::{register_font, FontDesc, FontFamily, FontStyle};
 use std::sync::Once;
 
-/// Height of a DejaVu font's line over its em, by which ab_glyph scales.
+/// Line height of the DejaVu fonts in ems; ab_glyph scales by the line height.
 pub(super) const EM_TO_LINE: f64 = 1.164;
 
-/// DejaVu Sans for plotters, at `size` in plotters' units.
-pub(super) fn font(kind: Type, size: f64) -> FontDesc<'static> {
+/// Returns DejaVu Sans at `size` in the units of plotters.
+pub(super) fn font(kind: FontSpec, size: f64) -> FontDesc<'static> {
     static REGISTERED: Once = Once::new();
     REGISTERED.call_once(|| {
-        // A font that is refused shows as an error at the first text that is drawn.
+        // A failed registration surfaces as an error when the first text is drawn.
         let _ = register_font(theme::FAMILY, FontStyle::Normal, dejavu::sans::regular());
         let _ = register_font(theme::FAMILY, FontStyle::Bold, dejavu::sans::bold());
     });
@@ -20,16 +20,16 @@ pub(super) fn font(kind: Type, size: f64) -> FontDesc<'static> {
     FontDesc::new(FontFamily::Name(theme::FAMILY), size, style)
 }
 
-/// The width of `text` in figure units.
-pub fn text_width(text: &str, kind: Type) -> f64 {
-    // Measured large, since plotters rounds to whole pixels.
+/// Returns the width of `text` in figure units.
+pub fn text_width(text: &str, kind: FontSpec) -> f64 {
+    // Measured at a larger size, since plotters rounds to whole pixels.
     const DETAIL: f64 = 8.0;
     let box_ = font(kind, kind.size * EM_TO_LINE * DETAIL).layout_box(text);
     box_.map_or(0.0, |((left, _), (right, _))| f64::from(right - left) / DETAIL)
 }
 
-/// The rectangle that the line of a text covers.
-pub fn text_area(at: At, anchor: Anchor, kind: Type, text: &str) -> Area {
+/// Returns the rectangle that a line of text covers.
+pub fn text_area(at: Coord, anchor: Anchor, kind: FontSpec, text: &str) -> Area {
     let w = text_width(text, kind);
     let x = match anchor {
         Anchor::Start => at.0,
@@ -39,8 +39,8 @@ pub fn text_area(at: At, anchor: Anchor, kind: Type, text: &str) -> Area {
     Area { x, y: at.1 - 0.6 * kind.size, w, h: 1.2 * kind.size }
 }
 
-/// `text` in lines of at most `width`, broken at spaces; a longer word is cut.
-pub fn wrap(text: &str, kind: Type, width: f64) -> Vec<String> {
+/// Breaks `text` at spaces into lines of at most `width`; a longer word is shortened.
+pub fn wrap(text: &str, kind: FontSpec, width: f64) -> Vec<String> {
     let mut lines: Vec<String> = vec![];
     for word in text.split_whitespace() {
         let word = shorten(word, kind, width);
@@ -55,8 +55,8 @@ pub fn wrap(text: &str, kind: Type, width: f64) -> Vec<String> {
     lines
 }
 
-/// `text`, cut with an ellipsis where it is wider than `width`.
-pub fn shorten(text: &str, kind: Type, width: f64) -> String {
+/// Shortens `text` with an ellipsis where it is wider than `width`.
+pub fn shorten(text: &str, kind: FontSpec, width: f64) -> String {
     if text_width(text, kind) <= width {
         return text.into();
     }
@@ -70,21 +70,21 @@ pub fn shorten(text: &str, kind: Type, width: f64) -> String {
     }
 }
 
-/// Leaves out labels along an axis that would come too close to the one before.
+/// Thins out labels along an axis: a label too close to the previous one is left out.
 pub struct Thinning {
-    /// Where the next label may begin.
+    /// Minimum start of the next label.
     free: f64,
-    /// Room between two labels.
+    /// Minimum distance between two labels.
     gap: f64,
 }
 
 impl Thinning {
-    /// Keeps `gap` between two labels.
+    /// Creates a thinning with at least `gap` between two labels.
     pub fn new(gap: f64) -> Self {
         Self { free: f64::NEG_INFINITY, gap }
     }
 
-    /// Whether a label that reaches `half` to both sides of `middle` is kept.
+    /// Returns whether a label that extends `half` to both sides of `middle` is kept, and records it if so.
     pub fn keeps(&mut self, middle: f64, half: f64) -> bool {
         let kept = middle - half >= self.free;
         if kept {
@@ -93,8 +93,8 @@ impl Thinning {
         kept
     }
 
-    /// Whether `text`, centred on `middle`, is kept.
-    pub fn keeps_text(&mut self, middle: f64, text: &str, kind: Type) -> bool {
+    /// Returns whether `text`, centred on `middle`, is kept, and records it if so.
+    pub fn keeps_text(&mut self, middle: f64, text: &str, kind: FontSpec) -> bool {
         self.keeps(middle, text_width(text, kind) / 2.0)
     }
 }

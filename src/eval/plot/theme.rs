@@ -1,16 +1,16 @@
-//! What figures look like: colours for light and dark pages, type sizes, line widths. Nothing else decides any of them.
+//! Style of all figures: colours for light and dark pages, type sizes, line widths.
 //!
-//! Figures name an [`Ink`], never a colour, so that one drawing serves both themes. The series colours are
-//! distinguishable to people with normal vision and with each of the three dichromacies, on the paper they are used on,
-//! as tests check. Every series also has a marker of its own.
+//! Figures use an [`Ink`], never a colour, so that one drawing serves both themes. Tests check that the series colours
+//! are distinguishable on their background with normal vision and with each of the three dichromacies. Every series
+//! also has its own marker.
 
 /// Red, green and blue.
 pub type Rgb = (u8, u8, u8);
 
-/// The purpose of a shape; a [`Theme`] gives its colour.
+/// Role of a shape's colour; a [`Theme`] maps it to a colour.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ink {
-    /// The background.
+    /// Background.
     Paper,
     /// Titles and names.
     Text,
@@ -22,19 +22,19 @@ pub enum Ink {
     Grid,
     /// Regions beyond the trained length.
     Shade,
-    /// The raw window in block diagrams.
+    /// Raw window in block diagrams.
     Band,
-    /// The series of an index; beyond [`SERIES`] the colours repeat, with other markers and dashed lines.
+    /// Series of an index; beyond [`SERIES`] the colours repeat, with other markers and dashed lines.
     Series(usize),
-    /// The interval around the series of an index, in its colour but translucent, so that intervals may overlap.
+    /// Interval band of a series, in its colour and translucent, so that bands may overlap.
     Haze(usize),
-    /// A value in percent, on a scale of one hue whose lightness runs away from the paper's.
+    /// Heat-map cell of a value in percent, on a scale of one hue from the paper's lightness away.
     Heat(u8),
-    /// Text on a value in percent.
+    /// Text on a heat-map cell of a value in percent.
     OnHeat(u8),
 }
 
-/// The colours of one background.
+/// Colours for one background.
 #[derive(Debug)]
 pub struct Theme {
     /// Name of the theme in file names, `light` or `dark`.
@@ -53,7 +53,7 @@ pub struct Theme {
 /// Number of distinct series colours.
 pub const SERIES: usize = 6;
 
-/// The themes that every figure is drawn in.
+/// Themes in which every figure is drawn.
 pub static THEMES: [Theme; 2] = [
     Theme {
         name: "light",
@@ -82,7 +82,7 @@ pub static THEMES: [Theme; 2] = [
 ];
 
 impl Theme {
-    /// The colour of `ink`.
+    /// Returns the colour of `ink`.
     pub fn rgb(&self, ink: Ink) -> Rgb {
         let hex = match ink {
             Ink::Paper => self.paper,
@@ -102,7 +102,7 @@ impl Theme {
         parts(hex)
     }
 
-    /// The opacity of `ink`, 0 to 1.
+    /// Returns the opacity of `ink`, 0 to 1.
     pub fn alpha(&self, ink: Ink) -> f64 {
         match ink {
             Ink::Haze(_) => 0.2,
@@ -126,7 +126,7 @@ fn parts(hex: u32) -> Rgb {
     ((hex >> 16) as u8, (hex >> 8) as u8, hex as u8)
 }
 
-/// sRGB to linear light.
+/// Converts sRGB to linear light.
 fn linear(c: Rgb) -> [f64; 3] {
     [c.0, c.1, c.2].map(|v| {
         let v = f64::from(v) / 255.0;
@@ -138,44 +138,44 @@ fn linear(c: Rgb) -> [f64; 3] {
     })
 }
 
-/// Contrast ratio of WCAG 2.
+/// Returns the contrast ratio of WCAG 2.
 fn contrast(a: Rgb, b: Rgb) -> f64 {
     let luminance = |c| linear(c).iter().zip([0.2126, 0.7152, 0.0722]).map(|(v, k)| v * k).sum::<f64>() + 0.05;
     let (a, b) = (luminance(a), luminance(b));
     a.max(b) / a.min(b)
 }
 
-/// A kind of text.
+/// Size, weight and colour of a text.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Type {
+pub struct FontSpec {
     /// Size of the em in figure units.
     pub size: f64,
-    /// Whether it is bold.
+    /// Whether the text is bold.
     pub bold: bool,
     /// Colour of the text.
     pub ink: Ink,
 }
 
 /// Title of the figure.
-pub const TITLE: Type = Type { size: 16.0, bold: true, ink: Ink::Text };
-/// Lines below it.
-pub const SUBTITLE: Type = Type { size: 11.0, bold: false, ink: Ink::Muted };
+pub const TITLE: FontSpec = FontSpec { size: 16.0, bold: true, ink: Ink::Text };
+/// Lines below the title.
+pub const SUBTITLE: FontSpec = FontSpec { size: 11.0, bold: false, ink: Ink::Muted };
 /// Names of series.
-pub const LEGEND: Type = Type { size: 11.0, bold: false, ink: Ink::Text };
+pub const LEGEND: FontSpec = FontSpec { size: 11.0, bold: false, ink: Ink::Text };
 /// Title of a panel.
-pub const PANEL: Type = Type { size: 12.0, bold: true, ink: Ink::Text };
+pub const PANEL: FontSpec = FontSpec { size: 12.0, bold: true, ink: Ink::Text };
 /// Numbers along axes, and the axes' names.
-pub const TICK: Type = Type { size: 10.0, bold: false, ink: Ink::Muted };
-/// Values and names beside marks.
-pub const LABEL: Type = Type { size: 10.0, bold: false, ink: Ink::Text };
-/// Name of a row that heads or sums up others.
-pub const GROUP: Type = Type { size: 10.0, bold: true, ink: Ink::Text };
+pub const TICK: FontSpec = FontSpec { size: 10.0, bold: false, ink: Ink::Muted };
+/// Values and names next to marks.
+pub const LABEL: FontSpec = FontSpec { size: 10.0, bold: false, ink: Ink::Text };
+/// Name of a row that is a heading or a mean.
+pub const GROUP: FontSpec = FontSpec { size: 10.0, bold: true, ink: Ink::Text };
 /// Notes at the foot.
-pub const NOTE: Type = Type { size: 10.0, bold: false, ink: Ink::Muted };
+pub const NOTE: FontSpec = FontSpec { size: 10.0, bold: false, ink: Ink::Muted };
 
-/// Figure width: a PNG is twice as many pixels wide.
+/// Figure width in figure units; a PNG has twice as many pixels.
 pub const WIDTH: f64 = 800.0;
-/// Space around everything.
+/// Margin around the figure.
 pub const MARGIN: f64 = 20.0;
 /// Distance between text baselines, in ems.
 pub const LEADING: f64 = 1.45;
@@ -211,7 +211,7 @@ mod tests {
         [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
     ];
 
-    /// Oklab (Ottosson 2020) of a colour as an eye sees it.
+    /// Returns the Oklab coordinates (Ottosson 2020) of a colour as seen with `eye`.
     fn seen(c: Rgb, eye: [[f64; 3]; 3]) -> [f64; 3] {
         let lms = times(
             [
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn text_and_marks_stand_out_from_what_lies_behind_them() {
+    fn text_and_marks_have_enough_contrast_with_their_background() {
         for theme in &THEMES {
             for behind in [Ink::Paper, Ink::Shade].map(|i| theme.rgb(i)) {
                 for ink in [Ink::Text, Ink::Muted] {
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn no_two_series_look_alike_to_any_eye() {
+    fn series_colours_are_distinguishable_with_every_kind_of_vision() {
         for theme in &THEMES {
             for eye in EYES {
                 for (i, j) in (0..SERIES).flat_map(|i| (0..i).map(move |j| (i, j))) {
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_scale_of_heat_is_even_in_lightness_and_can_be_written_on() {
+    fn the_heat_scale_is_even_in_lightness_and_has_readable_text() {
         for theme in &THEMES {
             let lightness = |percent| seen(theme.rgb(Ink::Heat(percent)), EYES[0])[0];
             let steps: Vec<f64> = (0..20u8).map(|i| lightness(5 * i + 5) - lightness(5 * i)).collect();

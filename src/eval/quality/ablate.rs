@@ -1,19 +1,19 @@
-//! `ablate`: one setting changed at a time, everything else equal, with differences paired text by text and question by
-//! question.
+//! `ablate`: one setting of a retrofit changed at a time, everything else equal, with paired differences over texts and
+//! questions.
 //!
-//! Partner rules are compared at the same allocated bytes: bytes that a rule does not use widen its window, and a rule
-//! that needs more has a narrower one. Two variants whose measured queries read the same are not compared, since their
-//! difference would be noise.
+//! Partner rules are compared at the same allocated bytes: a rule that needs less memory for summaries gets a wider
+//! window, a rule that needs more a narrower one. A variant whose measured queries read the same tokens and summaries
+//! as an earlier one is not measured, since the difference would be noise.
 
 use super::eval_args::EvalArgs;
 use super::eval_set_args::EvalSetArgs;
-use super::reads::Reads;
+use super::reads::ReadSet;
 use super::runner::Runner;
 use crate::cli::{print, Bars};
 use crate::error::Result;
 use crate::eval::kv_budget::widest_window;
 use crate::eval::report::table::ablation_table;
-use crate::eval::report::{prove_replaceable, save, Ablation, AblationAxis, Change, ABLATION};
+use crate::eval::report::{check_replaceable, save, Ablation, AblationAxis, AblationChange, ABLATION};
 use crate::eval::variant::Variant;
 use crate::layout::Layout;
 use crate::method::Method;
@@ -27,7 +27,7 @@ use std::path::PathBuf;
 /// The flags of `ablate`.
 #[derive(Debug, Args)]
 pub struct AblateArgs {
-    /// Settings to change, one at a time.
+    /// Settings to change, one at a time, comma-separated.
     #[arg(
         long,
         value_name = "LIST",
@@ -35,26 +35,27 @@ pub struct AblateArgs {
         value_delimiter = ','
     )]
     pub axes: Vec<AblationAxis>,
-    /// Write the results to FILE.json with every document and sample, compressed where the name ends in .gz.
+    /// Write the results to FILE.json with every document and sample, gzip-compressed where the name ends in .gz; an
+    /// earlier file of the same kind is replaced.
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
     /// Evaluation set.
     #[command(flatten)]
     pub eval_set: EvalSetArgs,
-    /// Model, texts, and in `--variants` the one retrofit that everything is changed from.
+    /// Model, texts, and in `--variants` the base retrofit.
     #[command(flatten)]
     pub eval: EvalArgs,
 }
 
-/// Runs the ablation, and prints a table.
+/// Runs the ablation and prints a table.
 ///
 /// # Errors
-/// Bad flags or files; a variant that cannot be run.
+/// Invalid flags or files; a variant that cannot be run.
 pub fn run(args: &AblateArgs) -> Result<()> {
     let bars = Bars::new(args.eval.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
     args.eval_set.check()?;
-    args.out.as_deref().map(|out| prove_replaceable(out, ABLATION)).transpose()?;
+    args.out.as_deref().map(|out| check_replaceable(out, ABLATION)).transpose()?;
     let target = args.eval.open(&progress)?;
     let ctx = args.eval_set.ctx;
     args.eval.check_trained(&target, &[ctx], &bars)?;
@@ -63,13 +64,13 @@ pub fn run(args: &AblateArgs) -> Result<()> {
     let (changes, left_out) = changes(&args.axes, &plan, &spec, ctx)?;
     for rule in left_out {
         bars.warn(&format!(
-            "partner {rule}: not even one block of window fits the base's bytes beside its summaries; left out"
+            "partner {rule} is left out: its summaries and a window of one block exceed the base's bytes"
         ));
     }
     let eval_set = args.eval_set.eval_set(&target, &args.eval, &bars)?;
     let runner = Runner::new(target.load(&progress)?);
     let measured = ctx - 1 - args.eval_set.positions - args.eval_set.decode..ctx - 1;
-    let mut reads = vec![(base.name.clone(), Reads::of(&spec, &plan, ctx, measured.clone())?)];
+    let mut reads = vec![(base.name.clone(), ReadSet::of(&spec, &plan, ctx, measured.clone())?)];
     let total = (eval_set.tokens() * (2 + changes.len())) as u64;
     let (reference, stock) = eval_set.reference(&runner, &mut |n| bars.show("ablate", n as u64, total))?;
     let mut done = eval_set.tokens();
@@ -90,7 +91,7 @@ pub fn run(args: &AblateArgs) -> Result<()> {
     };
     for (axis, value, settings) in changes {
         let plan = RetrofitPlan::new(&spec, Some(plan.layers.clone()), settings)?;
-        let own = Reads::of(&spec, &plan, ctx, measured.clone())?;
+        let own = ReadSet::of(&spec, &plan, ctx, measured.clone())?;
         let same_as = reads.iter().find(|(_, r)| *r == own).map(|(name, _)| name.clone());
         let name = format!("{} {value}", axis.name());
         let score = match &same_as {
@@ -99,17 +100,17 @@ pub fn run(args: &AblateArgs) -> Result<()> {
         };
         let summaries_per_query = own.summaries_per_query();
         reads.push((name, own));
-        results.changes.push(Change { axis, value, summaries_per_query, same_as, score });
+        results.changes.push(AblationChange { axis, value, summaries_per_query, same_as, score });
         args.out.as_deref().map(|out| save(out, &results)).transpose()?;
     }
     bars.show("ablate", total, total);
     print(ablation_table(&results))
 }
 
-/// A changed setting, its value, and all settings with it.
+/// A changed setting, its new value, and all settings with the change.
 type Changed = (AblationAxis, String, Settings);
 
-/// Every change of `base` along `axes` to a value that it does not have, and the partner rules that do not fit into its
+/// Returns every change of `base` along `axes` to another value, and the partner rules that do not fit into the base's
 /// bytes.
 fn changes(
     axes: &[AblationAxis],
@@ -186,7 +187,7 @@ mod tests {
     use crate::checkpoint::Checkpoint;
 
     #[test]
-    fn rules_are_compared_at_the_same_bytes_and_nothing_is_compared_with_itself() -> Result<()> {
+    fn rules_are_compared_at_the_same_bytes_and_no_change_equals_the_base() -> Result<()> {
         let spec = Checkpoint::random("tests/fixtures/shapes/qwen2.5-0.5b", 0)?.spec;
         let settings = Settings { block: 16, window: 512, partner_count: 2, ..Settings::default() };
         let base = RetrofitPlan::new(&spec, None, settings)?;

@@ -1,7 +1,7 @@
-//! Answers of variants to sets of samples, taken up again where they were cut off.
+//! Answers of variants to sets of samples, resumable.
 
-use super::prompting::{Prompt, Prompting};
-use super::runner::{together, Runners};
+use super::prompting::{PromptIds, Prompter};
+use super::runner::{shared_progress, Workers};
 use super::tasks::{rule, Sample};
 use crate::cli::{short_count, Bars};
 use crate::error::{Error, Result};
@@ -11,31 +11,31 @@ use crate::eval::variant::Variant;
 use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
 
-/// Samples of one task and length, with their prompts.
+/// Samples of one task at one length, with their prompts.
 pub struct SampleSet {
     /// Name of the task.
     pub task: String,
-    /// Most tokens of a prompt and its answer together.
+    /// Maximum tokens of a prompt and its answer together.
     pub length: usize,
     /// Samples and their prompts.
-    pub samples: Vec<(Sample, Prompt)>,
+    pub samples: Vec<(Sample, PromptIds)>,
 }
 
-/// The samples of `set` that `variant` has yet to answer.
+/// Returns the samples of `set` that `variant` has not answered.
 ///
 /// # Errors
-/// Answers in `file` under the same name to other prompts, or by another plan.
-fn missing<'a>(file: &AnswersFile, variant: &Variant, set: &'a SampleSet) -> Result<&'a [(Sample, Prompt)]> {
+/// Answers in `file` of a variant of this name to other prompts, or with another plan.
+fn missing<'a>(file: &AnswersFile, variant: &Variant, set: &'a SampleSet) -> Result<&'a [(Sample, PromptIds)]> {
     let hashes = set.samples.iter().map(|(_, p)| hash(&p.ids()));
     let answered = file.answered((&variant.name, &variant.method), (&set.task, set.length), hashes)?;
     Ok(&set.samples[answered.min(set.samples.len())..])
 }
 
-/// Prompts `variant` with the samples of `set` that it has yet to answer, and saves the answers.
+/// Prompts `variant` with the samples of `set` that it has not answered, and saves the answers.
 fn answer<'f>(
     file: &'f mut AnswersFile,
-    runners: &mut Runners,
-    prompting: &Prompting,
+    runners: &mut Workers,
+    prompting: &Prompter,
     (variant, set): (&Variant, &SampleSet),
     on_tokens: &(dyn Fn(usize) + Sync),
 ) -> Result<Option<&'f Cell>> {
@@ -47,7 +47,7 @@ fn answer<'f>(
         let (sample, prompt) = &missing[i];
         let room = sample.max_new_tokens;
         let ctx = set.length.max(prompt.tokens() + room);
-        let mut on_own = together(&done, on_tokens);
+        let mut on_own = shared_progress(&done, on_tokens);
         let (answer, tokens, kv) = runner.run(variant, ctx, |run| prompting.answer(run, prompt, room, &mut on_own))?;
         let answer = Answer {
             index: sample.index,
@@ -67,19 +67,19 @@ fn answer<'f>(
     file.add(Cell { record, task, rule, length, seconds, answers }).map(Some)
 }
 
-/// Prompts every variant with every set that `variants` lists it for, and says what each scored.
+/// Prompts the variants `variants[i]` with the set `sets[i]` for every `i`, and prints the score of each.
 ///
 /// # Errors
-/// A variant that cannot be run; answers under the same name to other prompts; a place that cannot be written to.
+/// A variant that cannot be run; answers of a variant of this name to other prompts; a file that cannot be written.
 pub fn answer_all(
     file: &mut AnswersFile,
-    runners: &mut Runners,
-    prompting: &Prompting,
+    runners: &mut Workers,
+    prompting: &Prompter,
     variants: &[Vec<Variant>],
     sets: &[SampleSet],
     bars: &Bars,
 ) -> Result<()> {
-    let tokens = |samples: &[(Sample, Prompt)]| samples.iter().map(|(_, p)| p.tokens()).sum::<usize>();
+    let tokens = |samples: &[(Sample, PromptIds)]| samples.iter().map(|(_, p)| p.tokens()).sum::<usize>();
     let mut total = 0;
     for (set, variant) in sets.iter().zip(variants).flat_map(|(s, all)| all.iter().map(move |v| (s, v))) {
         total += tokens(missing(file, variant, set)?);

@@ -4,11 +4,11 @@ use super::{ablate, join, layers, needle, positions, ruler, smoke};
 use crate::error::Result;
 use clap::{Parser, Subcommand};
 
-/// Measures the quality of a retrofit against the stock model: distributions and greedy text, on the same tokens of
-/// real text.
+/// Measures the quality of a retrofit against the stock model: next-token distributions and greedy text, on the same
+/// tokens of real text.
 ///
-/// Every figure is a mean over documents with its 95% confidence interval. With --fail-below and --fail-above it guards
-/// a CI: the exit code is 1 where a bound is missed, 2 where nothing could be measured.
+/// Every figure is a mean over documents with its 95% confidence interval. --fail-below and --fail-above are gates for
+/// CI: the exit code is 1 where a bound is missed, 2 where nothing could be measured.
 #[derive(Debug, Parser)]
 #[command(
     name = "bfly-quality-smoke",
@@ -29,30 +29,33 @@ pub struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
-  # The defaults against stock, as far as the model goes
+  # The defaults against stock, up to the model's trained length
   bfly-quality-smoke --model qwen2.5-coder-0.5b.gguf --ctx 1k,4k,8k,16k,32k --out smoke.json
 
-  # Other settings beside them, on four documents
+  # The defaults and other settings, on four documents
   bfly-quality-smoke --model MODEL --ctx 4k --documents 4 --variants retrofit,retrofit:window=1k,layers=0-11
 
-  # In a CI: ends with 1 where less than nine in ten likeliest tokens are kept
+  # In CI: exit code 1 where less than 90% of the likeliest tokens are stock's
   bfly-quality-smoke --model MODEL --ctx 2k --fail-below top1=0.9 --fail-above kl=0.1";
 
 const RULER_EXAMPLES: &str = "\
 Examples:
-  # The eleven tasks that need no file, stock and two retrofits, taken up again where it was cut off
-  bfly-quality-smoke ruler --model MODEL --ctx 4k,8k --samples 50 --variants stock,retrofit,retrofit:window=1k --out ruler.json
+  # The eleven tasks that need no file, with stock and two retrofits; the same command resumes an interrupted run
+  bfly-quality-smoke ruler --model MODEL --ctx 4k,8k --samples 50 \\
+      --variants stock,retrofit,retrofit:window=1k --out ruler.json
 
-  # Other methods, which must choose what they keep before they know the question
-  bfly-quality-smoke ruler --model MODEL --ctx 8k --question-unseen --variants snapkv:budget=1k,keydiff:budget=1k --out unseen.json
+  # Eviction rules, which must evict before they read the question
+  bfly-quality-smoke ruler --model MODEL --ctx 8k --question-unseen \\
+      --variants snapkv:budget=1k,keydiff:budget=1k --out unseen.json
 
-  # At the same bytes
-  bfly-quality-smoke ruler --model MODEL --ctx 8k --question-unseen --variants retrofit:kv=1/8,keydiff:kv=1/8 --out bytes.json
+  # A retrofit and an eviction rule at the same cache size
+  bfly-quality-smoke ruler --model MODEL --ctx 8k --question-unseen \\
+      --variants retrofit:kv=1/8,keydiff:kv=1/8 --out bytes.json
 
-  # Six samples side by side on one GPU
+  # Six samples in parallel on one GPU
   bfly-quality-smoke ruler --model MODEL --ctx 32k --samples 50 --jobs 6 --out ruler.json
 
-  # The same prompts for another engine
+  # Write the prompts for another engine, and stop
   bfly-quality-smoke ruler --model MODEL --ctx 4k --tasks niah_single_2 --export niah.jsonl --export-only";
 
 const NEEDLE_EXAMPLES: &str = "\
@@ -62,41 +65,46 @@ Examples:
 
 const JOIN_EXAMPLES: &str = "\
 Examples:
-  # A GPU for each half of the tasks
-  CUDA_VISIBLE_DEVICES=0 bfly-quality-smoke ruler --model MODEL --ctx 32k --tasks niah_single_1,niah_single_2 --out a.json &
-  CUDA_VISIBLE_DEVICES=1 bfly-quality-smoke ruler --model MODEL --ctx 32k --tasks vt,cwe,fwe --out b.json; wait
+  # One GPU for each half of the tasks
+  export RULER='bfly-quality-smoke ruler --model MODEL --ctx 32k'
+  CUDA_VISIBLE_DEVICES=0 $RULER --tasks niah_single_1,niah_single_2 --out a.json &
+  CUDA_VISIBLE_DEVICES=1 $RULER --tasks vt,cwe,fwe --out b.json; wait
   bfly-quality-smoke join a.json b.json --out ruler.json";
 
 const LAYERS_EXAMPLES: &str = "\
 Examples:
-  # Which layers do the answers of needles need? Plans that keep the first of them; four scores at a time on one GPU
+  # Rank layers by the loss on needle answers and write plans that keep the first K dense; four scores at a time
   bfly-quality-smoke layers --model MODEL --ctx 8k --jobs 4 --plans plans --out layers.json
   bfly-retrofit --model MODEL --plan plans/dense-4.json --prompt-file book.txt
 
-  # What does each layer do alone? A third of the time, but layers can stand in for each other, and then all look harmless
+  # Rank by swapping each layer alone: a third of the time, but it misses layers that compensate for each other
   bfly-quality-smoke layers --model MODEL --ctx 8k --rank alone --out alone.json
 
-  # By text alone
+  # Rank by KL on text, without tasks
   bfly-quality-smoke layers --model MODEL --ctx 4k --tasks none --variants retrofit:window=1k";
 
 const ABLATE_EXAMPLES: &str = "\
 Examples:
-  # Everything, from the defaults
+  # All settings, from the default retrofit
   bfly-quality-smoke ablate --model MODEL --ctx 4k --out ablate.json
 
-  # Partner rules with small blocks, where summaries take a share of the bytes that is worth a window
+  # Partner rules with small blocks, whose summaries take enough memory to narrow the window
   bfly-quality-smoke ablate --model MODEL --ctx 8k --axes partner --variants retrofit:block=16,partner-count=4";
 
 const POSITIONS_EXAMPLES: &str = "\
 Examples:
-  # Does the loss stay what it is beyond 32k?
+  # The loss up to 128k, beyond the trained length of 32k
   bfly-quality-smoke positions --model MODEL --ctx 128k --allow-extrapolation \\
       --variants stock,retrofit,retrofit:pool=pre-rope,far-position=clamp --out positions.json";
+
+const COMPLETIONS_EXAMPLE: &str = "\
+Example:
+  bfly-quality-smoke completions bash > ~/.local/share/bash-completion/completions/bfly-quality-smoke";
 
 /// A measurement other than the smoke test.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// RULER's tasks, made natively and scored by its rules.
+    /// RULER's tasks, generated natively and scored by RULER's rules.
     #[command(after_help = RULER_EXAMPLES)]
     Ruler(Box<ruler::RulerArgs>),
     /// One needle over a grid of lengths and depths.
@@ -105,16 +113,17 @@ pub enum Command {
     /// Join the answers of several processes into one file.
     #[command(after_help = JOIN_EXAMPLES)]
     Join(join::JoinArgs),
-    /// Which layers the model cannot do without; writes plans that keep them.
+    /// Sensitivity of the model to swapping each layer; writes plans that keep the most sensitive layers dense.
     #[command(after_help = LAYERS_EXAMPLES)]
     Layers(Box<layers::LayersArgs>),
-    /// One setting changed at a time, partner rules at the same allocated bytes, differences paired.
+    /// One setting changed at a time, with paired differences; partner rules at the same allocated bytes.
     #[command(after_help = ABLATE_EXAMPLES)]
     Ablate(Box<ablate::AblateArgs>),
-    /// The loss on the next token by position, also beyond the trained length.
+    /// The loss on the next token by position, within and beyond the trained length.
     #[command(after_help = POSITIONS_EXAMPLES)]
     Positions(Box<positions::PositionsArgs>),
     /// Print a completion script for a shell.
+    #[command(after_help = COMPLETIONS_EXAMPLE)]
     Completions {
         /// Shell that the script is for.
         shell: clap_complete::Shell,
@@ -135,7 +144,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Some(Command::Layers(args)) => layers::run(args),
         Some(Command::Ablate(args)) => ablate::run(args),
         Some(Command::Positions(args)) => positions::run(args),
-        // Needs the command itself, which the binary has.
+        // Handled by the binary, which has the clap command.
         Some(Command::Completions { .. }) => Ok(()),
     }
 }

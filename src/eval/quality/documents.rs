@@ -1,8 +1,7 @@
-//! The texts that distributions are compared on: the middle of each of several documents.
+//! Texts on which distributions are compared: the middle of each of several documents.
 //!
-//! A document counts once at a context, with its middle tokens, so that title pages and tables of contents are left out
-//! and every context reads around the same place. A document with fewer tokens than a context is not read at that
-//! context.
+//! Each document gives one text per context, its middle tokens, which skips title pages and tables of contents and
+//! centres all contexts on the same passage. A document with fewer tokens than a context is skipped at that context.
 
 use crate::checkpoint::{Checkpoint, OnProgress};
 use crate::cli::short_count;
@@ -10,7 +9,7 @@ use crate::error::{At, Error, Result};
 use crate::eval::texts::{encode, files, random, RANDOM_IDS};
 use std::path::Path;
 
-/// A document as ids.
+/// A document as token ids.
 #[derive(Debug, Clone)]
 pub struct Document {
     /// Name of its file, or `random ids` with a number.
@@ -18,29 +17,28 @@ pub struct Document {
     ids: Vec<u32>,
 }
 
-/// Several documents, tokenised alike.
+/// Tokenised documents.
 #[derive(Debug)]
 pub struct Documents {
     all: Vec<Document>,
-    /// Ids that every text begins with.
+    /// Ids that begin every text, such as BOS.
     begin: Vec<u32>,
 }
 
-/// A stretch of a document.
+/// A contiguous part of a document.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Excerpt {
     /// Name of the document.
     pub document: String,
-    /// Token of the document at which the excerpt begins.
+    /// Token offset of the excerpt in the document.
     pub offset: usize,
-    /// Ids of the excerpt, with those that every text begins with.
+    /// Ids of the excerpt, BOS included.
     pub ids: Vec<u32>,
 }
 
 impl Documents {
-    /// Reads up to `count` documents of `folder` that hold at least `least` tokens, in the order of its manifest; all
-    /// of them for `None`. For a checkpoint without a tokenizer they are random ids, long enough for excerpts of `most`
-    /// tokens.
+    /// Reads up to `count` documents of `folder` with at least `least` tokens, in the order of its manifest; `None`
+    /// reads all of them. A checkpoint without a tokenizer gets random ids, enough for excerpts of `most` tokens.
     ///
     /// # Errors
     /// No documents, or none that is long enough.
@@ -84,7 +82,7 @@ impl Documents {
         Ok(Self { all, begin })
     }
 
-    /// The middle `tokens` of every document that has as many.
+    /// Returns the middle `tokens` tokens of every document with at least that many.
     pub fn excerpts(&self, tokens: usize) -> Vec<Excerpt> {
         let own = tokens.saturating_sub(self.begin.len());
         let enough = self.all.iter().filter(|d| d.ids.len() >= own);

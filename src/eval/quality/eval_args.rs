@@ -1,4 +1,4 @@
-//! The flags that all quality measurements share: the model under test, its variants and its texts.
+//! Flags shared by all quality measurements: the model under test, its variants and its texts.
 
 use crate::checkpoint::OnProgress;
 use crate::cli::{open_device, parse_size, short_count, Bars, ModelArgs};
@@ -10,26 +10,26 @@ use crate::retrofit::RetrofitPlan;
 use clap::Args;
 use std::path::PathBuf;
 
-/// The flags that all quality measurements share.
+/// Flags shared by all quality measurements.
 #[derive(Debug, Args)]
 pub struct EvalArgs {
-    /// Variants to run: stock, retrofit, retrofit:KEY=VALUE,.. with keys as the flags of bfly-retrofit (window,
-    /// sink-tokens, partner, layers, ...), plan=FILE, or kv=1/16 for the window with which the cache takes that share
-    /// of a dense one; snapkv, keydiff with budget=N or kv=1/16. A KEY=VALUE belongs to the method before it. May be
-    /// repeated.
+    /// Variants to run, comma-separated: stock; retrofit, or retrofit:KEY=VALUE,.. with the flags of bfly-retrofit as
+    /// keys (window, sink-tokens, partner, layers, plan, ..), or kv=1/16 for the widest window whose cache takes at
+    /// most that share of a dense one; snapkv or keydiff with budget=TOKENS or kv=1/16. A KEY=VALUE belongs to the
+    /// method before it. May be repeated.
     #[arg(long, value_name = "LIST", default_value = "retrofit")]
     pub variants: Vec<String>,
-    /// Folder of documents, as scripts/fetch_texts.py lays them out; a model without a tokenizer gets random ids
-    /// instead.
+    /// Folder of documents, as scripts/fetch_texts.py writes it; a model without a tokenizer gets random ids instead.
     #[arg(long, value_name = "DIR", default_value = "texts")]
     pub texts: PathBuf,
-    /// Tokens to a prefill chunk.
+    /// Prefill chunk in tokens: more use more memory for activations, fewer run slower.
     #[arg(long, value_name = "TOKENS", default_value = "4096", value_parser = parse_size)]
     pub prefill_chunk: usize,
-    /// Allow contexts beyond the positions that the model was trained for; the results say so.
+    /// Allow contexts beyond the trained length of the model, which are refused otherwise; tables and figures mark
+    /// them.
     #[arg(long)]
     pub allow_extrapolation: bool,
-    /// Show no progress, only warnings and the table.
+    /// Print no progress, only warnings and the table.
     #[arg(long, short)]
     pub quiet: bool,
     /// Source and format of the weights.
@@ -38,7 +38,7 @@ pub struct EvalArgs {
 }
 
 impl EvalArgs {
-    /// Opens the model under test; weights are not read.
+    /// Opens the model under test without reading its weights.
     ///
     /// # Errors
     /// A device or a checkpoint that does not exist, or weights that are larger than the memory.
@@ -56,32 +56,33 @@ impl EvalArgs {
         Ok(target)
     }
 
-    /// The one retrofit that `--variants` names.
+    /// Returns the one retrofit that `--variants` names.
     ///
     /// # Errors
-    /// No variant, several, or one that is no retrofit.
+    /// No variant, several variants, or a variant that is not a retrofit.
     pub fn one_retrofit(&self, target: &Target, ctx: usize) -> Result<(Variant, RetrofitPlan)> {
         let mut variants = target.variants_at(ctx)?;
         let one = variants.pop().filter(|_| variants.is_empty());
         one.and_then(|v| v.method.plan().cloned().map(|plan| (v, plan)))
-            .ok_or_else(|| Error::usage("--variants", "one retrofit is studied; name one"))
+            .ok_or_else(|| Error::usage("--variants", "give exactly one retrofit"))
     }
 
     /// Refuses contexts beyond the trained length, or warns of them with `--allow-extrapolation`.
     ///
     /// # Errors
-    /// The contexts that are too long.
+    /// Contexts beyond the trained length without `--allow-extrapolation`.
     pub fn check_trained(&self, target: &Target, contexts: &[usize], bars: &Bars) -> Result<()> {
         target.warn(bars);
         let trained = target.checkpoint().spec.max_positions;
         let Some(beyond) = beyond_trained(trained, contexts.iter().copied()) else { return Ok(()) };
         let trained = short_count(trained);
         if !self.allow_extrapolation {
-            let message =
-                format!("{beyond}: the model was trained for {trained} positions; --allow-extrapolation goes beyond");
+            let message = format!(
+                "{beyond}: the model was trained for {trained} positions; give --allow-extrapolation to exceed them"
+            );
             return Err(Error::usage("--ctx", message));
         }
-        bars.warn(&format!("trained for {trained} positions: {beyond} is extrapolated"));
+        bars.warn(&format!("the model was trained for {trained} positions: {beyond} is extrapolation"));
         Ok(())
     }
 }

@@ -1,41 +1,41 @@
-//! The evaluation set of layers and settings: distributions on text, in prefill and in decode, and the loss on expected
-//! answers.
+//! The evaluation set of `layers` and `ablate`: KL and loss on text, after prefill and in decode, and the loss on
+//! expected answers.
 //!
-//! A score per sample would need hundreds of samples to tell small changes apart. The loss on the expected answer
-//! changes smoothly, and long before a needle is lost.
+//! Task scores would need hundreds of samples to detect small changes. The loss on the expected answer is continuous
+//! and rises long before a needle is lost.
 
 use super::documents::Excerpt;
-use super::metrics::{compare, Position, Rows};
-use super::prompting::{loss, Prompt};
+use super::metrics::{compare, LogitRows, PositionMetrics};
+use super::prompting::{loss, PromptIds};
 use super::runner::Runner;
 use crate::error::Result;
-use crate::eval::report::{AnswerScore, Kv, Score, TextScore, VariantRecord};
+use crate::eval::report::{AnswerScore, KvBytes, Score, TextScore, VariantRecord};
 use crate::eval::variant::Variant;
 use crate::generate::watch;
 use crate::run::Run;
 use candle_core::Tensor;
 
-/// Texts and questions, ready to be read.
+/// Tokenised texts and questions.
 pub struct EvalSet {
     /// Texts of one length.
     pub texts: Vec<Excerpt>,
     /// Questions, each with the tokens of the expected answer.
-    pub questions: Vec<(Prompt, Vec<u32>)>,
-    /// Last positions of a text that are compared after prefill.
+    pub questions: Vec<(PromptIds, Vec<u32>)>,
+    /// Number of prefilled positions of a text that are compared, just before the decode positions.
     pub prefill: usize,
-    /// Positions after them that are read one by one, as decode does.
+    /// Number of positions at the end of a text that are read one by one, in decode steps.
     pub decode: usize,
-    /// Tokens to a prefill chunk.
+    /// Prefill chunk in tokens.
     pub chunk: usize,
     /// Positions that the cache is provisioned for.
     pub ctx: usize,
 }
 
 /// Logits of the stock model on the texts.
-pub struct Reference(Vec<Rows>);
+pub struct ReferenceLogits(Vec<LogitRows>);
 
 impl EvalSet {
-    /// The texts alone, or the questions alone.
+    /// Returns the set with its texts alone, or with its questions alone.
     pub fn only(&self, texts: bool) -> Self {
         Self {
             texts: if texts { self.texts.clone() } else { vec![] },
@@ -44,27 +44,27 @@ impl EvalSet {
         }
     }
 
-    /// Tokens that one variant reads.
+    /// Returns the number of tokens that one variant reads.
     pub fn tokens(&self) -> usize {
         self.texts.iter().map(|t| t.ids.len()).sum::<usize>()
             + self.questions.iter().map(|(p, _)| p.tokens()).sum::<usize>()
     }
 
-    /// Logits and score of the stock model.
+    /// Runs the stock model and returns its logits and score.
     ///
     /// # Errors
     /// A model that cannot be run.
-    pub fn reference(&self, runner: &Runner, on_tokens: &mut dyn FnMut(usize)) -> Result<(Reference, Score)> {
+    pub fn reference(&self, runner: &Runner, on_tokens: &mut dyn FnMut(usize)) -> Result<(ReferenceLogits, Score)> {
         let mut logits = vec![];
         let score = self.score_against(runner, &Variant::stock(), on_tokens, |_, rows, next| {
             let same = compare(&rows, &rows, next);
             logits.push(rows);
             same
         })?;
-        Ok((Reference(logits), score))
+        Ok((ReferenceLogits(logits), score))
     }
 
-    /// The score of `variant` against `reference`.
+    /// Scores `variant` against `reference`.
     ///
     /// # Errors
     /// A variant that cannot be run.
@@ -72,29 +72,29 @@ impl EvalSet {
         &self,
         runner: &Runner,
         variant: &Variant,
-        reference: &Reference,
+        reference: &ReferenceLogits,
         on_tokens: &mut dyn FnMut(usize),
     ) -> Result<Score> {
         self.score_against(runner, variant, on_tokens, |i, rows, next| compare(&reference.0[i], &rows, next))
     }
 
-    /// The score of `variant`; `against` compares its logits on the text of an index with the reference's.
+    /// Scores `variant`; `against(i, logits, next)` compares its logits on text `i` with the reference's.
     fn score_against(
         &self,
         runner: &Runner,
         variant: &Variant,
         on_tokens: &mut dyn FnMut(usize),
-        mut against: impl FnMut(usize, Rows, &[u32]) -> Result<Vec<Position>>,
+        mut against: impl FnMut(usize, LogitRows, &[u32]) -> Result<Vec<PositionMetrics>>,
     ) -> Result<Score> {
-        let (mut done, mut held) = (0, None);
+        let (mut done, mut cache) = (0, None);
         let mut texts = vec![];
         for (i, text) in self.texts.iter().enumerate() {
             let (logits, kv) =
                 runner.run(variant, self.ctx, |run| self.read(run, text, &mut |n| on_tokens(done + n)))?;
             done += text.ids.len();
             let next = &text.ids[text.ids.len() - self.prefill - self.decode..];
-            texts.push(text_score(text, &against(i, Rows::of(&logits)?, next)?, self.prefill));
-            held = Some(kv);
+            texts.push(text_score(text, &against(i, LogitRows::of(&logits)?, next)?, self.prefill));
+            cache = Some(kv);
         }
         let mut answers = vec![];
         for (prompt, wanted) in &self.questions {
@@ -103,15 +103,16 @@ impl EvalSet {
             done += prompt.tokens();
             answers.push(AnswerScore { loss, right });
         }
-        let kv = match held {
+        let kv = match cache {
             Some(kv) => kv,
-            None => runner.run(variant, self.ctx, |run| Ok(Kv::of(run.cache())))?,
+            None => runner.run(variant, self.ctx, |run| Ok(KvBytes::of(run.cache())))?,
         };
         Ok(Score { record: VariantRecord::of(&variant.name, &variant.method, kv), texts, answers })
     }
 
-    /// Logits at the last `prefill + decode` positions of `text` that have a next token, and the bytes of the cache.
-    fn read(&self, run: &mut Run, text: &Excerpt, on_tokens: &mut dyn FnMut(usize)) -> Result<(Tensor, Kv)> {
+    /// Returns the logits at the last `prefill + decode` positions of `text` that have a next token, f32
+    /// `[prefill + decode, vocab]`, and the bytes of the cache.
+    fn read(&self, run: &mut Run, text: &Excerpt, on_tokens: &mut dyn FnMut(usize)) -> Result<(Tensor, KvBytes)> {
         let (whole, _) = text.ids.split_at(text.ids.len() - 1);
         let (first, tail) = whole.split_at(whole.len() - self.decode);
         let mut logits = run.prefill(first, self.chunk, self.prefill, &mut watch(on_tokens))?;
@@ -119,14 +120,15 @@ impl EvalSet {
         if !tail.is_empty() {
             logits = Tensor::cat(&[&logits, &run.read(tail)?], 0)?;
         }
-        Ok((logits, Kv::of(run.cache())))
+        Ok((logits, KvBytes::of(run.cache())))
     }
 }
 
-/// Means over `positions`, of which the first `prefill` are those after prefill and the others those in decode.
-fn text_score(text: &Excerpt, positions: &[Position], prefill: usize) -> TextScore {
+/// Averages `positions`, of which the first `prefill` are prefilled and the others decoded.
+fn text_score(text: &Excerpt, positions: &[PositionMetrics], prefill: usize) -> TextScore {
     let (first, tail) = positions.split_at(prefill);
-    let mean = |of: &[Position], f: fn(&Position) -> f64| of.iter().map(f).sum::<f64>() / of.len().max(1) as f64;
+    let mean =
+        |of: &[PositionMetrics], f: fn(&PositionMetrics) -> f64| of.iter().map(f).sum::<f64>() / of.len().max(1) as f64;
     TextScore {
         document: text.document.clone(),
         kl: mean(first, |p| p.kl),

@@ -1,10 +1,10 @@
-//! The flags that `layers` and `ablate` share, and the evaluation set that they make.
+//! Flags shared by `layers` and `ablate`, and the evaluation set that they define.
 
 use super::documents::Documents;
 use super::eval_args::EvalArgs;
 use super::eval_set::EvalSet;
-use super::prompting::Prompting;
-use super::tasks::{self, Draw, Prose, Sources, Words};
+use super::prompting::Prompter;
+use super::tasks::{self, Prose, SampleKey, Sources, WordLists};
 use crate::cli::{at_least_one, parse_size, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::EvalSetRecord;
@@ -13,31 +13,31 @@ use clap::Args;
 use rayon::prelude::*;
 use std::path::PathBuf;
 
-/// The flags of an evaluation set.
+/// Flags of an evaluation set.
 #[derive(Debug, Args)]
 pub struct EvalSetArgs {
-    /// Tokens of each text and of each question.
+    /// Tokens of each text, and of each question with its answer.
     #[arg(long, value_name = "TOKENS", default_value = "4k", value_parser = parse_size)]
     pub ctx: usize,
-    /// Most documents to read; those that are too short are left out [default: all]
+    /// Maximum number of documents; those with fewer than --ctx tokens are skipped [default: all]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub documents: Option<usize>,
-    /// Last positions of each text to compare after prefill.
+    /// Prefilled positions of each text to compare, just before those of --decode.
     #[arg(long, value_name = "K", default_value_t = 128, value_parser = at_least_one)]
     pub positions: usize,
-    /// Positions after those of --positions to read one by one, as decode does.
+    /// Positions at the end of each text to read one by one, in decode steps.
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one)]
     pub decode: usize,
-    /// Tasks whose expected answers are judged by their loss; none for text alone.
+    /// Tasks whose expected answers are scored by their loss, comma-separated; none for text alone.
     #[arg(long, value_name = "none|LIST", default_value = "niah_single_2,niah_multikey_1", value_delimiter = ',')]
     pub tasks: Vec<String>,
     /// Samples per task.
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one)]
     pub samples: usize,
-    /// Seed of the samples; other than that of `ruler`, so that no plan is chosen on samples that it is scored on.
+    /// Seed of the samples. Its default differs from that of `ruler`, so that plans are not selected on test samples.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
-    /// Folder of word lists, as scripts/fetch_words.py lays them out.
+    /// Folder of word lists, as scripts/fetch_words.py writes it.
     #[arg(long, value_name = "DIR", default_value = "words")]
     pub words: PathBuf,
     /// Render questions with the model's chat template.
@@ -46,7 +46,7 @@ pub struct EvalSetArgs {
 }
 
 impl EvalSetArgs {
-    /// The record of the evaluation set, for results.
+    /// Returns the record of the evaluation set, for results.
     pub fn record(&self) -> EvalSetRecord {
         EvalSetRecord {
             ctx: self.ctx,
@@ -59,7 +59,7 @@ impl EvalSetArgs {
         }
     }
 
-    /// The tasks by name; none for `none`.
+    /// Returns the names of the tasks; empty for `none`.
     fn wanted_tasks(&self) -> &[String] {
         match self.tasks.as_slice() {
             [one] if one == "none" => &[],
@@ -67,10 +67,10 @@ impl EvalSetArgs {
         }
     }
 
-    /// Refuses flags that contradict each other, before weights are read.
+    /// Checks the flags against each other, before weights are read.
     ///
     /// # Errors
-    /// The flag, and what is wrong with it.
+    /// A context too small for its positions; an unknown or repeated task.
     pub fn check(&self) -> Result<()> {
         if self.positions + self.decode >= self.ctx {
             let message =
@@ -80,7 +80,7 @@ impl EvalSetArgs {
         tasks::named(self.wanted_tasks()).map(drop)
     }
 
-    /// Makes the evaluation set for `target`.
+    /// Builds the evaluation set for `target`.
     ///
     /// # Errors
     /// Documents that are too short; questions for a checkpoint without a tokenizer; a task whose sources are missing.
@@ -92,16 +92,16 @@ impl EvalSetArgs {
         let tasks = self.wanted_tasks();
         let mut questions = vec![];
         if !tasks.is_empty() {
-            let prompting = Prompting::new(target.checkpoint().text()?, self.chat, false, eval.prefill_chunk)?;
+            let prompting = Prompter::new(target.checkpoint().text()?, self.chat, false, eval.prefill_chunk)?;
             let sources = Sources {
-                words: Some(Words::open(&self.words)?),
+                words: Some(WordLists::open(&self.words)?),
                 prose: Some(Prose::open(&eval.texts)?),
                 ..Sources::default()
             };
             for task in tasks {
                 let task = tasks::find(task)?;
                 let one = |index| {
-                    let draw = Draw { length: self.ctx, seed: self.seed, index };
+                    let draw = SampleKey { length: self.ctx, seed: self.seed, index };
                     let sample = task.sample(&sources, draw, &|text| prompting.count(text))?;
                     let answer = prompting.answer_ids(&format!(" {}", sample.outputs.join(", ")))?;
                     Ok((prompting.prompt(&sample)?, answer))

@@ -1,19 +1,23 @@
-//! `--fail-below` and `--fail-above`: bounds that a smoke test must keep, so that it can guard a CI.
+//! `--fail-below` and `--fail-above`: CI gates on the metrics of a smoke test.
 
 use crate::cli::short_count;
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::report::{DocumentMetric, Estimate, Smoke, METRICS};
 
-/// The help text of `--fail-below`.
+/// Returns the help text of `--fail-below`.
 pub fn help() -> String {
-    format!("Fail where the mean of a metric is below a value, such as top1=0.9. May be repeated. Metrics: {}", names())
+    format!(
+        "Exit with code 1 where a metric's mean over documents is below a value for any variant and context, such as \
+         top1=0.9. May be repeated. Metrics: {}",
+        names()
+    )
 }
 
 fn names() -> String {
     METRICS.iter().map(|(n, ..)| *n).collect::<Vec<_>>().join(", ")
 }
 
-/// A bound on the mean over documents, for every variant at every context.
+/// A bound on a metric's mean over documents, for every variant at every context.
 #[derive(Debug, Clone)]
 pub struct Gate {
     name: &'static str,
@@ -23,7 +27,7 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// The gates of both flags.
+    /// Parses the gates of both flags.
     ///
     /// # Errors
     /// A value that is not `METRIC=VALUE`, or an unknown metric.
@@ -47,7 +51,7 @@ impl Gate {
     /// Checks every run against every gate.
     ///
     /// # Errors
-    /// All gates that were missed, in one message.
+    /// All missed gates, in one message.
     pub fn check(gates: &[Self], smoke: &Smoke) -> Result<()> {
         let mut missed = vec![];
         for run in &smoke.runs {
@@ -88,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn means_are_held_against_bounds_from_both_sides() {
+    fn means_are_compared_with_lower_and_upper_bounds() {
         let check = |below: &str, above: &str, top1: &[f64]| {
             let list = |text: &str| if text.is_empty() { vec![] } else { vec![text.to_string()] };
             Gate::check(&Gate::parse(&list(below), &list(above)).unwrap(), &smoke(top1))
@@ -100,7 +104,7 @@ mod tests {
         let text = missed.to_string();
         assert!(text.contains("top1 of retrofit at 4k is 0.8500, below 0.9"), "{text}");
         assert!(text.contains("kl of retrofit at 4k is 0.1500, above 0.1"), "{text}");
-        assert!(check("top1=0.0", "", &[f64::NAN]).is_err(), "what is no number passes no gate");
+        assert!(check("top1=0.0", "", &[f64::NAN]).is_err(), "NaN passes no gate");
     }
 
     #[test]

@@ -7,29 +7,29 @@
 //! | KL | `Σ p (ln p - ln q)`, in nats |
 //! | reverse KL | `Σ q (ln q - ln p)` |
 //! | top 1 | whether both have the same likeliest token |
-//! | overlap | how many tokens are among the likeliest [`TOP`] of both |
-//! | loss | `-ln q(next token)`; its mean's exponential is the perplexity |
+//! | overlap | number of tokens among the [`TOP`] likeliest of both |
+//! | loss | `-ln q(next token)`; the exponential of its mean is the perplexity |
 //!
-//! Everything is summed in f64 on the host, over every token of the vocabulary: a distance between two lists of likely
-//! tokens is another quantity. Equal logits give exactly 0, equal likeliest tokens and the whole overlap.
+//! Sums run in f64 on the host, over the whole vocabulary, not over the likeliest tokens alone. Equal logits give KL
+//! exactly 0, the same likeliest token and full overlap.
 
 use crate::error::{Error, ErrorKind, Result};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-/// Likeliest tokens whose overlap is counted.
+/// Number of likeliest tokens whose overlap is counted.
 pub const TOP: usize = 50;
 
-/// The metrics at one position.
+/// Metrics at one position.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Position {
-    /// KL of the variant from the reference, in nats.
+pub struct PositionMetrics {
+    /// KL(reference ‖ variant), in nats.
     pub kl: f64,
-    /// KL of the reference from the variant, in nats.
+    /// KL(variant ‖ reference), in nats.
     pub kl_reverse: f64,
     /// Whether the likeliest token is the same.
     pub top1: bool,
-    /// Number of tokens among the likeliest [`TOP`] of both.
+    /// Number of tokens among the [`TOP`] likeliest of both.
     pub overlap: usize,
     /// Loss of the reference on the next token, in nats.
     pub reference_loss: f64,
@@ -37,24 +37,24 @@ pub struct Position {
     pub loss: f64,
 }
 
-/// Logits on the host, with everything that a comparison needs of them computed once.
-pub struct Rows {
+/// Logits on the host, one row per position, with the statistics that comparisons need.
+pub struct LogitRows {
     vocab: usize,
     values: Vec<f32>,
-    rows: Vec<Row>,
+    rows: Vec<RowStats>,
 }
 
-struct Row {
+struct RowStats {
     /// `ln Σ exp(x)`.
     log_sum: f64,
-    /// Ids of the [`TOP`] likeliest tokens, rising; of equals the first.
+    /// Ids of the [`TOP`] likeliest tokens, rising; ties go to the lower id.
     likeliest: Vec<u32>,
-    /// Id of the likeliest token, the first of equals, as greedy decode chooses.
+    /// Id of the likeliest token; ties go to the lower id, as in greedy decoding.
     argmax: usize,
 }
 
-impl Rows {
-    /// Copies `logits` to the host.
+impl LogitRows {
+    /// Copies `logits` to the host and computes the statistics.
     ///
     /// # Shapes
     /// `logits` f32 `[K, vocab]`, on any device.
@@ -64,16 +64,16 @@ impl Rows {
     pub fn of(logits: &Tensor) -> Result<Self> {
         let (_, vocab) = logits.dims2()?;
         let values: Vec<f32> = logits.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-        let rows = values.par_chunks(vocab).map(Row::of).collect::<Result<_>>()?;
+        let rows = values.par_chunks(vocab).map(RowStats::of).collect::<Result<_>>()?;
         Ok(Self { vocab, values, rows })
     }
 
-    fn row(&self, i: usize) -> (&[f32], &Row) {
+    fn row(&self, i: usize) -> (&[f32], &RowStats) {
         (&self.values[i * self.vocab..][..self.vocab], &self.rows[i])
     }
 }
 
-impl Row {
+impl RowStats {
     fn of(x: &[f32]) -> Result<Self> {
         if !x.iter().all(|v| v.is_finite()) {
             return Err(Error::new(ErrorKind::Backend, "metrics", "a logit is not a finite number"));
@@ -85,39 +85,39 @@ impl Row {
     }
 }
 
-/// Compares `reference` and `variant` row by row; `next` holds the token that follows each row's position.
+/// Compares `reference` and `variant` row by row; `next[i]` is the token that follows the position of row `i`.
 ///
 /// # Errors
 /// Shapes that differ, or a next token outside the vocabulary.
-pub fn compare(reference: &Rows, variant: &Rows, next: &[u32]) -> Result<Vec<Position>> {
+pub fn compare(reference: &LogitRows, variant: &LogitRows, next: &[u32]) -> Result<Vec<PositionMetrics>> {
     let (a, b) = ((reference.rows.len(), reference.vocab), (variant.rows.len(), variant.vocab));
     if a != b || next.len() != a.0 || next.iter().any(|id| *id as usize >= a.1) {
-        let message = format!("{a:?} and {b:?} logits and {} next tokens do not fit", next.len());
+        let message = format!("logits of shapes {a:?} and {b:?} and {} next tokens do not match", next.len());
         return Err(Error::new(ErrorKind::Usage, "metrics", message));
     }
     let one = |(i, id): (usize, &u32)| position(reference.row(i), variant.row(i), *id as usize);
     Ok(next.par_iter().enumerate().map(one).collect())
 }
 
-/// The loss on the next token at every row.
+/// Returns the loss on the next token at every row, in nats.
 ///
 /// # Shapes
-/// `next` `[K]`; the result `[K]`, in nats.
+/// `next` `[K]`; the result `[K]`.
 ///
 /// # Errors
 /// As [`compare`].
-pub fn losses(logits: &Rows, next: &[u32]) -> Result<Vec<f64>> {
+pub fn losses(logits: &LogitRows, next: &[u32]) -> Result<Vec<f64>> {
     Ok(compare(logits, logits, next)?.iter().map(|p| p.loss).collect())
 }
 
-fn position((a, of_a): (&[f32], &Row), (b, of_b): (&[f32], &Row), next: usize) -> Position {
+fn position((a, of_a): (&[f32], &RowStats), (b, of_b): (&[f32], &RowStats), next: usize) -> PositionMetrics {
     let (mut kl, mut kl_reverse) = (0.0, 0.0);
     for (x, y) in a.iter().zip(b) {
         let (p, q) = (f64::from(*x) - of_a.log_sum, f64::from(*y) - of_b.log_sum);
         kl += p.exp() * (p - q);
         kl_reverse += q.exp() * (q - p);
     }
-    Position {
+    PositionMetrics {
         kl,
         kl_reverse,
         top1: of_a.argmax == of_b.argmax,
@@ -127,7 +127,7 @@ fn position((a, of_a): (&[f32], &Row), (b, of_b): (&[f32], &Row), next: usize) -
     }
 }
 
-/// The ids of the [`TOP`] largest of `x`, rising; of equals the first.
+/// Returns the indices of the [`TOP`] largest values of `x`, rising; ties go to the lower index.
 fn likeliest(x: &[f32]) -> Vec<u32> {
     if x.len() <= TOP {
         return (0..x.len() as u32).collect();
@@ -136,7 +136,7 @@ fn likeliest(x: &[f32]) -> Vec<u32> {
     let (_, least, _) = sorted.select_nth_unstable_by(TOP - 1, |a, b| b.total_cmp(a));
     let least = *least;
     let above = x.iter().filter(|v| **v > least).count();
-    // Of those that equal the least, the first.
+    // Of the values that tie with the least, the first ones.
     let mut room = TOP - above;
     let mut taken = vec![];
     for (i, v) in x.iter().enumerate() {
@@ -152,9 +152,9 @@ fn likeliest(x: &[f32]) -> Vec<u32> {
 mod tests {
     use super::*;
 
-    fn logits(rows: &[&[f32]]) -> Rows {
+    fn logits(rows: &[&[f32]]) -> LogitRows {
         let flat: Vec<f32> = rows.concat();
-        Rows::of(&Tensor::from_vec(flat, (rows.len(), rows[0].len()), &Device::Cpu).unwrap()).unwrap()
+        LogitRows::of(&Tensor::from_vec(flat, (rows.len(), rows[0].len()), &Device::Cpu).unwrap()).unwrap()
     }
 
     #[test]
@@ -166,14 +166,14 @@ mod tests {
         let reverse = 0.5 * 2f64.ln() + 0.5 * (2.0 / 3.0f64).ln();
         assert!((got.kl - kl).abs() < 1e-7 && (got.kl_reverse - reverse).abs() < 1e-7, "{got:?}");
         assert!((got.loss - 2f64.ln()).abs() < 1e-12 && (got.reference_loss - (4.0 / 3.0f64).ln()).abs() < 1e-7);
-        // Of equals the first is the likeliest.
+        // The tie goes to the lower id.
         assert!(!got.top1 && got.overlap == 2);
         Ok(())
     }
 
     #[test]
-    fn equal_logits_give_exactly_nothing() -> Result<()> {
-        let a = Rows::of(&Tensor::randn(0f32, 9.0, (7, 300), &Device::Cpu)?)?;
+    fn equal_logits_give_kl_exactly_zero() -> Result<()> {
+        let a = LogitRows::of(&Tensor::randn(0f32, 9.0, (7, 300), &Device::Cpu)?)?;
         for p in compare(&a, &a, &[3, 299, 0, 17, 5, 5, 100])? {
             assert_eq!((p.kl, p.kl_reverse, p.top1, p.overlap), (0.0, 0.0, true, TOP));
             assert_eq!(p.loss, p.reference_loss);
@@ -182,13 +182,13 @@ mod tests {
     }
 
     #[test]
-    fn shifts_change_nothing_and_permutations_do() -> Result<()> {
+    fn shifts_do_not_change_metrics_and_permutations_do() -> Result<()> {
         let a = Tensor::randn(0f32, 2.0, (3, 400), &Device::Cpu)?;
-        for p in compare(&Rows::of(&a)?, &Rows::of(&(&a + 5.0)?)?, &[1, 2, 3])? {
+        for p in compare(&LogitRows::of(&a)?, &LogitRows::of(&(&a + 5.0)?)?, &[1, 2, 3])? {
             assert!(p.kl.abs() < 1e-6 && p.top1 && p.overlap >= TOP - 1, "{p:?}");
         }
         let reversed = Tensor::cat(&[a.narrow(1, 200, 200)?, a.narrow(1, 0, 200)?], 1)?;
-        for p in compare(&Rows::of(&a)?, &Rows::of(&reversed)?, &[1, 2, 3])? {
+        for p in compare(&LogitRows::of(&a)?, &LogitRows::of(&reversed)?, &[1, 2, 3])? {
             assert!(p.kl > 1.0 && p.kl_reverse > 1.0 && p.overlap < TOP / 2, "{p:?}");
         }
         Ok(())
@@ -205,18 +205,18 @@ mod tests {
     }
 
     #[test]
-    fn of_equals_the_first_are_the_likeliest() -> Result<()> {
+    fn ties_go_to_the_lower_id() -> Result<()> {
         let mut x = vec![1.0f32; 120];
         (x[70], x[110]) = (2.0, 3.0);
-        let got = Row::of(&x)?;
+        let got = RowStats::of(&x)?;
         let wanted: Vec<u32> = (0..48).chain([70, 110]).collect();
         assert_eq!((got.likeliest, got.argmax), (wanted, 110));
         Ok(())
     }
 
     #[test]
-    fn what_does_not_fit_is_refused() -> Result<()> {
-        let nan = Rows::of(&Tensor::new(&[[0.0, f32::NAN]], &Device::Cpu)?);
+    fn nan_and_mismatched_shapes_are_refused() -> Result<()> {
+        let nan = LogitRows::of(&Tensor::new(&[[0.0, f32::NAN]], &Device::Cpu)?);
         assert!(nan.err().ok_or("refused").unwrap().to_string().contains("not a finite"));
         let a = logits(&[&[0.0, 1.0]]);
         assert!(compare(&a, &a, &[2]).is_err() && compare(&a, &a, &[0, 1]).is_err());

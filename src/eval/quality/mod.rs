@@ -1,4 +1,4 @@
-//! Quality: what a variant keeps of the stock model, with confidence intervals and CI gates.
+//! Quality of variants against the stock model, with confidence intervals and CI gates.
 //!
 //! ```text
 //! documents, tasks --> runner (stock, then each variant, on the same tokens)
@@ -7,15 +7,15 @@
 //!
 //! | file | owns |
 //! |---|---|
-//! | [`documents`] | which tokens of real text are read |
-//! | [`tasks`] | prompts whose answer is known |
-//! | [`runner`] | one set of weights as one variant after another, and workers side by side |
-//! | [`prompting`] | one sample prompted: its tokens, the greedy answer, the loss on the expected one |
+//! | [`documents`] | excerpts of real text |
+//! | [`tasks`] | prompts with known answers (RULER) |
+//! | [`runner`] | running variants over one copy of the weights, on several workers |
+//! | [`prompting`] | prompting with one sample: its tokens, the greedy answer, the loss on the expected answer |
 //! | [`metrics`] | distances between next-token distributions, over the whole vocabulary |
 //! | [`smoke`], [`gate`] | distributions and greedy text against stock; `--fail-below`, `--fail-above` |
-//! | [`ruler`], [`needle`], [`answers`], [`join`] | tasks and needle grids answered by every variant; files joined |
-//! | [`eval_set`], [`layers`], [`heads`], [`ablate`], [`reads`] | which layers, heads and settings matter |
-//! | [`positions`] | the loss by position, beyond the trained length |
+//! | [`ruler`], [`needle`], [`answers`], [`join`] | scores in tasks and needle grids; joining files |
+//! | [`eval_set`], [`layers`], [`heads`], [`ablate`], [`reads`] | sensitivity to layers, heads and settings |
+//! | [`positions`] | loss by position, within and beyond the trained length |
 //! | [`args`], [`eval_args`], [`eval_set_args`], [`sample_args`] | flags |
 
 pub mod ablate;

@@ -2,43 +2,43 @@
 //! <https://github.com/gkamradt/LLMTest_NeedleInAHaystack>).
 
 use super::sample_args::{CellSpec, SampleArgs};
-use super::tasks::{needle, Draw, Hay, Sample, NEEDLE};
+use super::tasks::{needle, Haystack, Sample, SampleKey, NEEDLE};
 use crate::cli::print;
 use crate::error::Result;
 use crate::eval::report::table::grid_table;
 use clap::{Args, ValueEnum};
 
-/// The text that a needle is hidden in.
+/// Text in which the needle is hidden, as `--hay` names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum In {
-    /// Real text.
+pub enum HaystackArg {
+    /// Real text from the folder of --texts.
     Prose,
     /// RULER's noise sentences, repeated.
     Noise,
 }
 
-/// The flags of `needle`.
+/// Flags of `needle`.
 #[derive(Debug, Args)]
 pub struct NeedleArgs {
-    /// Number of depths, evenly spaced from the context's beginning to its end.
+    /// Number of depths, evenly spaced from the start of the context to its end.
     #[arg(long, value_name = "N", default_value_t = 11, value_parser = clap::value_parser!(u16).range(2..=101))]
     pub depths: u16,
-    /// Text that the needle is hidden in.
+    /// Text in which the needle is hidden.
     #[arg(long, default_value = "prose")]
-    pub hay: In,
-    /// How samples are made and prompted; `--samples` counts those of each depth.
+    pub hay: HaystackArg,
+    /// Generation and prompting of samples; `--samples` is the number per depth.
     #[command(flatten)]
     pub sample: SampleArgs,
 }
 
-/// Runs the grid, and prints a table.
+/// Runs the grid and prints a table.
 ///
 /// # Errors
-/// Bad flags or files; a variant that cannot be run.
+/// Invalid flags or files; a variant that cannot be run.
 pub fn run(args: &NeedleArgs) -> Result<()> {
     let sources = args.sample.sources(None, None)?;
     let depths = usize::from(args.depths);
-    let hay = if args.hay == In::Prose { Hay::Essay } else { Hay::Noise };
+    let hay = if args.hay == HaystackArg::Prose { Haystack::Essay } else { Haystack::Noise };
     let (sources, seed) = (&sources, args.sample.seed);
     let cell = |length| CellSpec {
         task: NEEDLE.into(),
@@ -46,8 +46,8 @@ pub fn run(args: &NeedleArgs) -> Result<()> {
         count: depths * args.sample.samples,
         make: Box::new(move |i, count| {
             let depth = (i % depths) as f64 / (depths - 1) as f64;
-            let made = needle(sources, hay, depth, Draw { length, seed, index: i / depths }, count)?;
-            // A sample's number tells it apart from the same needle at another depth.
+            let made = needle(sources, hay, depth, SampleKey { length, seed, index: i / depths }, count)?;
+            // Each depth of a needle is a sample with its own index.
             Ok(Sample { index: i, depth: Some(depth), ..made })
         }),
     };

@@ -1,52 +1,51 @@
-//! Prompting a model with a sample: the prompt as tokens, the greedy answer, the loss on the expected one.
+//! Prompting a model with a sample: the prompt's tokens, the greedy answer, the loss on the expected answer.
 
-use super::metrics::{losses, Rows};
+use super::metrics::{losses, LogitRows};
 use super::tasks::Sample;
 use crate::checkpoint::Text;
 use crate::error::{Error, Result};
-use crate::eval::report::Kv;
+use crate::eval::report::KvBytes;
 use crate::generate::{render_chat, watch, Request, Sampler, Sampling};
 use crate::run::Run;
 
-/// How samples become prompts.
-pub struct Prompting {
+/// Builds prompts from samples and generates answers.
+pub struct Prompter {
     /// Tokenizer, chat template and stop tokens.
     text: Text,
     /// Whether prompts are rendered with the chat template.
     chat: bool,
-    /// Whether a method that evicts must do so before it reads the question.
+    /// Whether eviction takes place before the question is read.
     unseen: bool,
-    /// Tokens to a prefill chunk.
+    /// Prefill chunk in tokens.
     chunk: usize,
 }
 
-/// A sample as tokens.
+/// Token ids of a prompt.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Prompt {
-    /// Ids that are read before the cache is told that the context is over; empty where methods that evict may see the
-    /// question.
+pub struct PromptIds {
+    /// Ids read before eviction; empty where eviction may use the question.
     pub context: Vec<u32>,
-    /// Ids that are read after the context.
+    /// Ids read after `context`: the question, or the whole prompt.
     pub rest: Vec<u32>,
 }
 
-impl Prompt {
-    /// The number of all ids.
+impl PromptIds {
+    /// Returns the number of ids.
     pub fn tokens(&self) -> usize {
         self.context.len() + self.rest.len()
     }
 
-    /// All ids in order.
+    /// Returns all ids in order.
     pub fn ids(&self) -> Vec<u32> {
         [self.context.as_slice(), &self.rest].concat()
     }
 }
 
-impl Prompting {
-    /// Prompting with the tokenizer and template of `text`.
+impl Prompter {
+    /// Creates a prompter with the tokenizer and chat template of `text`.
     ///
     /// # Errors
-    /// `chat` without a template.
+    /// `chat` for a model without a chat template.
     pub fn new(text: Text, chat: bool, unseen: bool, chunk: usize) -> Result<Self> {
         if chat {
             text.chat_template()?;
@@ -54,7 +53,7 @@ impl Prompting {
         Ok(Self { text, chat, unseen, chunk })
     }
 
-    /// The number of tokens of a prompt, its chat template included.
+    /// Counts the tokens of a prompt, its chat template included.
     ///
     /// # Errors
     /// A tokenizer or template that fails.
@@ -63,7 +62,7 @@ impl Prompting {
         Ok(template + self.text.encode(prompt, !self.chat)?.len())
     }
 
-    /// `user` in the chat template, or as it is.
+    /// Renders `user` with the chat template, or returns it unchanged without `chat`.
     fn rendered(&self, user: &str) -> Result<String> {
         match self.chat {
             true => render_chat(self.text.chat_template()?, None, user),
@@ -71,39 +70,40 @@ impl Prompting {
         }
     }
 
-    /// The prompt of `sample`.
+    /// Tokenises the prompt of `sample`.
     ///
     /// # Errors
-    /// A template that changes the text it is given; a sample that does not say where its question begins, where that
-    /// is needed.
-    pub fn prompt(&self, sample: &Sample) -> Result<Prompt> {
+    /// A template that alters the user's text, or a sample without the place of its question, where eviction must not
+    /// use the question.
+    pub fn prompt(&self, sample: &Sample) -> Result<PromptIds> {
         let rendered = self.rendered(&sample.input)?;
-        // A template brings its own space.
+        // A template ends with its own whitespace.
         let prefix = if self.chat { sample.answer_prefix.trim_start() } else { &sample.answer_prefix };
         if !self.unseen {
             let rest = self.text.encode(&(rendered + prefix), !self.chat)?;
-            return Ok(Prompt { context: vec![], rest });
+            return Ok(PromptIds { context: vec![], rest });
         }
-        let changed = || Error::usage("--chat", "this model's template changes the text it is given");
+        let changed = || Error::usage("--chat", "this model's chat template alters the user's text");
         let at = rendered.find(&sample.input).ok_or_else(changed)? + sample.context()?.len();
         let (context, question) = rendered.split_at(at);
-        Ok(Prompt {
+        Ok(PromptIds {
             context: self.text.encode(context, !self.chat)?,
             rest: self.text.encode(&format!("{question}{prefix}"), false)?,
         })
     }
 
-    /// The greedy answer of at most `room` tokens: its text, its tokens, and the bytes of the cache.
+    /// Generates the greedy answer of at most `room` tokens; returns its text, its number of tokens and the cache's
+    /// bytes.
     ///
     /// # Errors
     /// As [`Run::generate`].
     pub fn answer(
         &self,
         run: &mut Run,
-        prompt: &Prompt,
+        prompt: &PromptIds,
         room: usize,
         on_tokens: &mut dyn FnMut(usize),
-    ) -> Result<(String, usize, Kv)> {
+    ) -> Result<(String, usize, KvBytes)> {
         let before = read_context(run, prompt, self.chunk, on_tokens)?;
         let request = Request {
             prompt: &prompt.rest,
@@ -114,10 +114,10 @@ impl Prompting {
         };
         let mut greedy = Sampler::new(Sampling::GREEDY)?;
         let made = run.generate(&request, &mut greedy, &mut watch(|n| on_tokens(before + n)), &mut watch(|_| ()))?;
-        Ok((self.text.decode(&made.tokens)?, made.tokens.len(), Kv::of(run.cache())))
+        Ok((self.text.decode(&made.tokens)?, made.tokens.len(), KvBytes::of(run.cache())))
     }
 
-    /// The ids of an answer.
+    /// Tokenises an answer, without BOS.
     ///
     /// # Errors
     /// A tokenizer that fails.
@@ -126,18 +126,18 @@ impl Prompting {
     }
 }
 
-/// The mean loss on the tokens of `answer` after the prompt, in nats, and whether each is the likeliest.
+/// Returns the mean loss on the tokens of `answer` after the prompt, in nats, and whether each token is the likeliest.
 ///
 /// # Errors
 /// As [`Run::prefill`]; an answer without tokens.
 pub fn loss(
     run: &mut Run,
-    (prompt, answer): (&Prompt, &[u32]),
+    (prompt, answer): (&PromptIds, &[u32]),
     chunk: usize,
     on_tokens: &mut dyn FnMut(usize),
 ) -> Result<(f64, bool)> {
     let Some((_, read)) = answer.split_last() else {
-        return Err(Error::usage("samples", "an expected answer is empty"));
+        return Err(Error::usage("samples", "an expected answer has no tokens"));
     };
     let before = read_context(run, prompt, chunk, on_tokens)?;
     let mut logits = run.prefill(&prompt.rest, chunk, 1, &mut watch(|n| on_tokens(before + n)))?;
@@ -145,13 +145,13 @@ pub fn loss(
     if !read.is_empty() {
         logits = candle_core::Tensor::cat(&[&logits, &run.read(read)?], 0)?;
     }
-    let losses = losses(&Rows::of(&logits)?, answer)?;
+    let losses = losses(&LogitRows::of(&logits)?, answer)?;
     let likeliest = logits.argmax(1)?.to_vec1::<u32>()? == answer;
     Ok((losses.iter().sum::<f64>() / losses.len() as f64, likeliest))
 }
 
-/// Reads the context, tells the cache that it is over, and returns the number of tokens read.
-fn read_context(run: &mut Run, prompt: &Prompt, chunk: usize, on_tokens: &mut dyn FnMut(usize)) -> Result<usize> {
+/// Prefills the context, evicts, and returns the number of tokens read.
+fn read_context(run: &mut Run, prompt: &PromptIds, chunk: usize, on_tokens: &mut dyn FnMut(usize)) -> Result<usize> {
     if !prompt.context.is_empty() {
         run.prefill(&prompt.context, chunk, 1, &mut watch(on_tokens))?;
         run.compress()?;

@@ -1,5 +1,5 @@
-//! What the measured queries of a plan read: whether two plans differ there at all, and how many summaries a query
-//! reads.
+//! Tokens and summaries that the measured queries of a plan read, to detect plans that read the same, and to count
+//! summaries per query.
 
 use crate::error::Result;
 use crate::layout::Layout;
@@ -7,22 +7,22 @@ use crate::retrofit::{Pool, RetrofitPlan};
 use crate::spec::ModelSpec;
 use std::ops::Range;
 
-/// What the measured queries of a plan read; equal for two plans whose measured queries read the same.
+/// Tokens and summaries that the measured queries of a plan read; equal for plans whose measured queries read the same.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Reads {
+pub struct ReadSet {
     layers: Vec<usize>,
-    /// Window, alignment, sinks and block size, which decide the exact positions that are read.
+    /// Window, alignment, sinks and block size, which determine the raw positions that are read.
     exact: (usize, String, usize, usize),
-    /// Blocks whose summaries are read, per swapped layer and measured block.
+    /// Blocks whose summaries are read, per swapped layer and measured query block.
     routes: Vec<Vec<Vec<usize>>>,
-    /// Number of measured queries per measured block.
+    /// Number of measured queries per measured query block.
     queries: Vec<usize>,
-    /// How summaries are pooled and scored; `None` where none is read.
+    /// Pooling, far position and bias (as bits) of summaries; `None` where none is read.
     summaries: Option<(Pool, String, u64)>,
 }
 
-impl Reads {
-    /// The reads of `plan` for `spec`, provisioned for `ctx`, by the queries at `positions`.
+impl ReadSet {
+    /// Computes what the queries at `positions` read under `plan` for `spec`, provisioned for `ctx`.
     ///
     /// # Errors
     /// A plan that does not fit the model.
@@ -43,7 +43,7 @@ impl Reads {
         })
     }
 
-    /// Summaries that a query reads in a swapped layer, as a mean over layers and measured queries.
+    /// Returns the mean number of summaries that a measured query reads per swapped layer.
     pub fn summaries_per_query(&self) -> f64 {
         let of_layer = |blocks: &Vec<Vec<usize>>| -> usize {
             blocks.iter().zip(&self.queries).map(|(read, queries)| read.len() * queries).sum()
@@ -59,14 +59,14 @@ mod tests {
     use crate::checkpoint::Checkpoint;
     use crate::retrofit::Settings;
 
-    fn reads(settings: Settings) -> Reads {
+    fn reads(settings: Settings) -> ReadSet {
         let spec = Checkpoint::random("tests/fixtures/shapes/qwen2.5-0.5b", 0).unwrap().spec;
         let plan = RetrofitPlan::new(&spec, None, settings).unwrap();
-        Reads::of(&spec, &plan, 8192, 8000..8192).unwrap()
+        ReadSet::of(&spec, &plan, 8192, 8000..8192).unwrap()
     }
 
     #[test]
-    fn what_is_never_read_makes_no_difference() {
+    fn settings_of_summaries_matter_only_where_summaries_are_read() {
         let local = Settings { partner: "local".into(), ..Settings::default() };
         let biased = Settings { summary_bias: 1.0, ..local.clone() };
         assert_eq!(reads(local.clone()), reads(biased.clone()), "a bias on summaries that no query reads");

@@ -1,4 +1,4 @@
-//! One set of weights, run as one variant after another, by one worker or by several side by side.
+//! Running variants over one copy of the weights, on one worker or on several in parallel.
 
 use crate::checkpoint::OnProgress;
 use crate::error::{Error, ErrorKind, Result};
@@ -9,14 +9,14 @@ use crate::weights::Weights;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
-/// One set of weights, run as one variant after another.
+/// Runs any variant over one copy of the weights.
 #[derive(Clone)]
 pub struct Runner {
     weights: Arc<Weights>,
 }
 
 impl Runner {
-    /// A runner over `weights`.
+    /// Creates a runner over `weights`.
     pub fn new(weights: Arc<Weights>) -> Self {
         Self { weights }
     }
@@ -24,20 +24,20 @@ impl Runner {
     /// Calls `f` with a fresh run of `variant`, provisioned for `ctx` positions.
     ///
     /// # Errors
-    /// A variant that does not fit the model, and the errors of `f`, with the variant named.
+    /// A variant that does not fit the model, and the errors of `f`; the message names the variant.
     pub fn run<T>(&self, variant: &Variant, ctx: usize, f: impl FnOnce(&mut Run) -> Result<T>) -> Result<T> {
         let run = || f(&mut Run::new(&self.weights, &variant.method, ctx)?);
         run().map_err(|e| e.within(format!("{} at {ctx}", variant.name)))
     }
 }
 
-/// Workers over one copy of the weights; on a GPU each run has a stream of its own.
+/// Workers over one copy of the weights; on a GPU each run has its own stream.
 ///
-/// Decode of a small model leaves most of a GPU idle, since a step waits for one small kernel after another; other
-/// workers fill it.
-pub struct Runners(Vec<Runner>);
+/// Decode of a small model leaves most of a GPU idle, since a step is a sequence of small kernels; several workers use
+/// more of it.
+pub struct Workers(Vec<Runner>);
 
-impl Runners {
+impl Workers {
     /// Loads the weights for `jobs` workers.
     ///
     /// # Errors
@@ -46,23 +46,24 @@ impl Runners {
         Ok(Self(vec![Runner::new(target.load(progress)?); jobs.max(1)]))
     }
 
-    /// The first worker, for what is done once.
+    /// Returns the first worker, for work that is done once.
     pub fn first(&self) -> &Runner {
         &self.0[0]
     }
 
-    /// The results of `f` for every index below `count`, in order; each index goes to the first worker that is free.
+    /// Calls `f` for every index below `count` and returns the results in order; the next index goes to the first free
+    /// worker.
     ///
     /// # Errors
-    /// An error of `f`, after which no index is begun; a thread that panicked.
+    /// An error of `f`, after which no further index is started; a thread that panicked.
     pub fn each<T: Send>(&mut self, count: usize, f: impl Fn(&Runner, usize) -> Result<T> + Sync) -> Result<Vec<T>> {
-        side_by_side(&mut self.0, count, &|runner: &mut Runner, i| f(runner, i))
+        parallel_map(&mut self.0, count, &|runner: &mut Runner, i| f(runner, i))
     }
 }
 
-/// The progress callback of one of several workers: it takes what this worker has read so far, and calls `show` with
-/// the sum over `all`.
-pub fn together<'a>(all: &'a AtomicUsize, show: impl Fn(usize) + 'a) -> impl FnMut(usize) + 'a {
+/// Creates the progress callback of one worker. It takes the tokens that this worker has read so far, adds the increase
+/// to `all`, and calls `show` with the sum over all workers.
+pub fn shared_progress<'a>(all: &'a AtomicUsize, show: impl Fn(usize) + 'a) -> impl FnMut(usize) + 'a {
     let mut own = 0;
     move |n: usize| {
         let more = n.saturating_sub(own);
@@ -71,8 +72,8 @@ pub fn together<'a>(all: &'a AtomicUsize, show: impl Fn(usize) + 'a) -> impl FnM
     }
 }
 
-/// [`Runners::each`] for workers of any type.
-fn side_by_side<W: Send, T: Send>(
+/// [`Workers::each`] for workers of any type.
+fn parallel_map<W: Send, T: Send>(
     workers: &mut [W],
     count: usize,
     f: &(impl Fn(&mut W, usize) -> Result<T> + Sync),
@@ -100,7 +101,7 @@ fn side_by_side<W: Send, T: Send>(
     let work = &work;
     let parts = std::thread::scope(|scope| {
         let threads: Vec<_> = workers.iter_mut().map(|w| scope.spawn(move || work(w))).collect();
-        let panicked = |_| Err(Error::new(ErrorKind::Backend, "--jobs", "a thread panicked"));
+        let panicked = |_| Err(Error::new(ErrorKind::Backend, "--jobs", "a worker thread panicked"));
         threads.into_iter().map(|t| t.join().unwrap_or_else(panicked)).collect::<Result<Vec<_>>>()
     })?;
     let mut made: Vec<(usize, T)> = parts.into_iter().flatten().collect();
@@ -116,8 +117,8 @@ mod tests {
     #[test]
     fn every_index_once_in_order_by_all_workers() -> Result<()> {
         let (mut workers, meet) = ([0usize; 3], Barrier::new(3));
-        let made = side_by_side(&mut workers, 50, &|worker: &mut usize, i| {
-            // The first of each waits for the others: all take part.
+        let made = parallel_map(&mut workers, 50, &|worker: &mut usize, i| {
+            // Each worker's first call waits for the others, so that all take part.
             if *worker == 0 {
                 meet.wait();
             }
@@ -130,10 +131,10 @@ mod tests {
     }
 
     #[test]
-    fn what_workers_read_is_added_up() {
+    fn progress_is_the_sum_over_workers() {
         let (all, shown) = (AtomicUsize::new(10), std::cell::RefCell::new(vec![]));
         let show = |n| shown.borrow_mut().push(n);
-        let (mut one, mut two) = (together(&all, show), together(&all, show));
+        let (mut one, mut two) = (shared_progress(&all, show), shared_progress(&all, show));
         one(5);
         two(3);
         one(7);
@@ -143,15 +144,15 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_is_told_and_so_is_a_panic() {
+    fn errors_and_panics_of_workers_are_returned() {
         for workers in [1, 4] {
-            let told = side_by_side(&mut vec![(); workers], 100, &|(), i| match i {
+            let told = parallel_map(&mut vec![(); workers], 100, &|(), i| match i {
                 7 => Err(Error::usage("sample 7", "cannot be read")),
                 _ => Ok(i),
             });
             assert_eq!(told.map(drop).map_err(|e| e.to_string()), Err("sample 7: cannot be read".into()));
         }
-        let told = side_by_side(&mut [(); 2], 9, &|(), i| if i == 3 { panic!("a defect") } else { Ok(i) });
-        assert!(told.is_err_and(|e| e.to_string().contains("a thread panicked")));
+        let told = parallel_map(&mut [(); 2], 9, &|(), i| if i == 3 { panic!("a defect") } else { Ok(i) });
+        assert!(told.is_err_and(|e| e.to_string().contains("a worker thread panicked")));
     }
 }

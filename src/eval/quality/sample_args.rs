@@ -1,86 +1,87 @@
-//! The flags that tasks and needle grids share: how samples are made, prompted and answered.
+//! Flags shared by `ruler` and `needle`: generation, prompting and answering of samples.
 
 use super::answers::{answer_all, SampleSet};
 use super::eval_args::EvalArgs;
-use super::prompting::Prompting;
-use super::runner::Runners;
-use super::tasks::{self, Prose, Questions, Sample, Sources, Words};
+use super::prompting::Prompter;
+use super::runner::Workers;
+use super::tasks::{self, Prose, Questions, Sample, Sources, WordLists};
 use crate::cli::{at_least_one, parse_size, short_count, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::resume::AnswersFile;
-use crate::eval::report::{prove_replaceable, Answers, Asked, ANSWERS};
+use crate::eval::report::{check_replaceable, Answers, PromptSettings, ANSWERS};
 use clap::Args;
 use rayon::prelude::*;
 use std::path::PathBuf;
 
-/// How samples are made, prompted and answered.
+/// Flags for generating, prompting and answering samples.
 #[derive(Debug, Args)]
 pub struct SampleArgs {
-    /// Most tokens of a prompt and its answer together; one cell per length.
+    /// Lengths in tokens, comma-separated: the maximum of a prompt and its answer together. Each task, length and
+    /// variant is a cell of the results.
     #[arg(long, value_name = "LIST", default_value = "4k", value_delimiter = ',', value_parser = parse_size)]
     pub ctx: Vec<usize>,
-    /// Samples per cell.
+    /// Samples per cell; for needle, per depth of a cell.
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = at_least_one)]
     pub samples: usize,
-    /// Seed of the samples.
+    /// Seed of the samples; the same seed gives the same samples for every model with the same tokenizer.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Folder of word lists, as scripts/fetch_words.py lays them out.
+    /// Folder of word lists, as scripts/fetch_words.py writes it.
     #[arg(long, value_name = "DIR", default_value = "words")]
     pub words: PathBuf,
     /// Render prompts with the model's chat template.
     #[arg(long)]
     pub chat: bool,
-    /// Tell the cache that the context is over before the question is read, so that methods that evict must choose
-    /// without knowing it.
+    /// Evict after the context and before the question is read, so that eviction rules cannot use the question.
     #[arg(long)]
     pub question_unseen: bool,
-    /// Samples answered side by side over one copy of the weights: a GPU that decodes one text of a small model is
-    /// mostly idle.
+    /// Samples answered in parallel over one copy of the weights, each with its own cache; more than 1 helps on a GPU,
+    /// which is mostly idle while it decodes a single sequence of a small model.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
     pub jobs: usize,
-    /// Write the samples to FILE.jsonl, one JSON object a line, for any other engine.
+    /// Write the samples to FILE.jsonl, one JSON object per line, for use with other engines.
     #[arg(long, value_name = "FILE.jsonl")]
     pub export: Option<PathBuf>,
-    /// Write the samples of --export and stop before weights are read.
+    /// Write the samples of --export and exit before weights are read.
     #[arg(long, requires = "export")]
     pub export_only: bool,
-    /// Write the results to FILE.json with every answer, compressed where the name ends in .gz; an earlier file is
-    /// taken up where it was cut off.
+    /// Write the results to FILE.json with every answer, gzip-compressed where the name ends in .gz. An existing file
+    /// of the same measurement is resumed.
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
-    /// Model, variants and texts. (The last field, since the heading of its last group holds for whatever follows.)
+    /// Model, variants and texts.
+    // Last, since clap puts all flags after a group under that group's help heading.
     #[command(flatten)]
     pub eval: EvalArgs,
 }
 
-/// Makes the sample of a number; the second argument counts the tokens of a prompt.
-pub type Make<'a> = Box<dyn Fn(usize, tasks::Count) -> Result<Sample> + Sync + 'a>;
+/// Generates the sample of an index; the second argument counts the tokens of a prompt.
+pub type MakeSample<'a> = Box<dyn Fn(usize, tasks::CountTokens) -> Result<Sample> + Sync + 'a>;
 
-/// How the samples of a cell are made.
+/// Specification of a cell's samples.
 pub struct CellSpec<'a> {
     /// Name of the task.
     pub task: String,
-    /// Most tokens of a prompt and its answer together.
+    /// Maximum tokens of a prompt and its answer together.
     pub length: usize,
     /// Number of samples.
     pub count: usize,
-    /// Makes one sample.
-    pub make: Make<'a>,
+    /// Generates one sample.
+    pub make: MakeSample<'a>,
 }
 
-/// Samples that were read from a file.
-pub struct Imported {
+/// Samples read from a file.
+pub struct ImportedSamples {
     /// File that they were read from.
     pub path: PathBuf,
     /// Samples in the order of the file.
     pub samples: Vec<Sample>,
-    /// Length that they were made for, where they do not tell it themselves.
+    /// Length in tokens that the samples were generated for, where the file does not state it.
     pub length: Option<usize>,
 }
 
 impl SampleArgs {
-    /// The lengths, rising, each once.
+    /// Returns the lengths in rising order without duplicates.
     pub fn lengths(&self) -> Vec<usize> {
         let mut lengths = self.ctx.clone();
         lengths.sort_unstable();
@@ -88,43 +89,43 @@ impl SampleArgs {
         lengths
     }
 
-    /// Word lists and texts as far as they exist; a task that needs missing ones says so.
+    /// Opens the word lists and texts that exist; a task that needs a missing source returns an error when it is run.
     ///
     /// # Errors
     /// A source that exists and cannot be read.
     pub fn sources(&self, squad: Option<&PathBuf>, hotpot: Option<&PathBuf>) -> Result<Sources> {
         let texts = &self.eval.texts;
         Ok(Sources {
-            words: self.words.exists().then(|| Words::open(&self.words)).transpose()?,
+            words: self.words.exists().then(|| WordLists::open(&self.words)).transpose()?,
             prose: texts.exists().then(|| Prose::open(texts)).transpose()?,
             squad: squad.map(|f| Questions::squad(f)).transpose()?,
             hotpot: hotpot.map(|f| Questions::hotpot(f)).transpose()?,
         })
     }
 
-    /// Makes the samples of `cells`, or takes those of `imported`, prompts every variant with them, and returns the
-    /// whole file of answers; `None` with `--export-only`.
+    /// Generates the samples of `cells`, or takes those of `imported`, prompts every variant with them, and returns all
+    /// answers of the file; `None` with `--export-only`.
     ///
     /// # Errors
-    /// Bad flags or files, named, before weights are read; a variant that cannot be run.
-    pub fn run(&self, cells: &[CellSpec], imported: Option<Imported>) -> Result<Option<Answers>> {
+    /// Invalid flags or files, before weights are read; a variant that cannot be run.
+    pub fn run(&self, cells: &[CellSpec], imported: Option<ImportedSamples>) -> Result<Option<Answers>> {
         let bars = Bars::new(self.eval.quiet);
         let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
-        self.out.as_deref().map(|out| prove_replaceable(out, ANSWERS)).transpose()?;
+        self.out.as_deref().map(|out| check_replaceable(out, ANSWERS)).transpose()?;
         if let Some(export) = &self.export {
             if self.out.as_ref() == Some(export) {
-                return Err(Error::usage("--export", "is the file of --out too; samples and answers need one each"));
+                return Err(Error::usage("--export", "is the file of --out too; samples and answers need two files"));
             }
-            tasks::prove_replaceable(export, "--export")?;
+            tasks::check_replaceable(export, "--export")?;
         }
         let target = self.eval.open(&progress)?;
-        // A mistake is told before samples are made, which can take a while.
-        let asked_for = if imported.is_none() { self.lengths() } else { vec![] };
-        self.eval.check_trained(&target, &asked_for, &bars)?;
-        asked_for.into_iter().try_for_each(|length| target.variants_at(length).map(drop))?;
+        // Mistakes are reported before samples are generated, which can take a while.
+        let requested = if imported.is_none() { self.lengths() } else { vec![] };
+        self.eval.check_trained(&target, &requested, &bars)?;
+        requested.into_iter().try_for_each(|length| target.variants_at(length).map(drop))?;
         let text = target.checkpoint().text()?;
         target.warn(&bars);
-        let prompting = Prompting::new(text, self.chat, self.question_unseen, self.eval.prefill_chunk)?;
+        let prompting = Prompter::new(text, self.chat, self.question_unseen, self.eval.prefill_chunk)?;
         let from = imported.as_ref().map(|i| i.path.display().to_string());
         let sets = match imported {
             Some(imported) => given(imported, &prompting, &bars)?,
@@ -142,7 +143,7 @@ impl SampleArgs {
             self.eval.check_trained(&target, &lengths, &bars)?;
         }
         let variants = lengths.iter().map(|l| target.variants_at(*l)).collect::<Result<Vec<_>>>()?;
-        let asked = Asked {
+        let asked = PromptSettings {
             seed: from.is_none().then_some(self.seed),
             from,
             chat: self.chat,
@@ -152,14 +153,14 @@ impl SampleArgs {
         let mut file = AnswersFile::open(self.out.as_deref(), target.header(ANSWERS), asked)?;
         // No more workers than samples to answer.
         let most = sets.iter().map(|s| s.samples.len()).max().unwrap_or(1);
-        let mut runners = Runners::load(&target, self.jobs.min(most), &progress)?;
+        let mut runners = Workers::load(&target, self.jobs.min(most), &progress)?;
         answer_all(&mut file, &mut runners, &prompting, &variants, &sets, &bars)?;
         Ok(Some(file.answers))
     }
 }
 
-/// Makes the samples of every cell, those of a cell in parallel.
-fn make(cells: &[CellSpec], prompting: &Prompting, bars: &Bars) -> Result<Vec<SampleSet>> {
+/// Generates the samples of every cell, those of a cell in parallel.
+fn make(cells: &[CellSpec], prompting: &Prompter, bars: &Bars) -> Result<Vec<SampleSet>> {
     let mut sets = vec![];
     for (i, cell) in cells.iter().enumerate() {
         bars.show("samples", i as u64, cells.len() as u64);
@@ -175,16 +176,17 @@ fn make(cells: &[CellSpec], prompting: &Prompting, bars: &Bars) -> Result<Vec<Sa
     Ok(sets)
 }
 
-/// Tokens of which the length of a cell is a multiple, where neither file nor user tell it.
-const UNTOLD: usize = 512;
+/// Multiple to which the tokens of a sample are rounded up, where neither the file nor `--import-length` states its
+/// length.
+const LENGTH_STEP: usize = 512;
 
-/// Sets of imported samples: one per task and length.
+/// Groups imported samples into sets, one per task and length.
 ///
 /// # Errors
-/// A sample that is longer than the length that is stated for it.
-fn given(imported: Imported, prompting: &Prompting, bars: &Bars) -> Result<Vec<SampleSet>> {
+/// A sample longer than `--import-length`.
+fn given(imported: ImportedSamples, prompting: &Prompter, bars: &Bars) -> Result<Vec<SampleSet>> {
     let mut sets: Vec<SampleSet> = vec![];
-    let mut untold = false;
+    let mut unstated = false;
     for sample in imported.samples {
         let prompt = prompting.prompt(&sample)?;
         let tokens = prompt.tokens() + sample.max_new_tokens;
@@ -201,8 +203,8 @@ fn given(imported: Imported, prompting: &Prompting, bars: &Bars) -> Result<Vec<S
             }
             (None, Some(length)) => length,
             (None, None) => {
-                untold = true;
-                tokens.next_multiple_of(UNTOLD)
+                unstated = true;
+                tokens.next_multiple_of(LENGTH_STEP)
             }
         };
         match sets.iter_mut().find(|s| (&s.task, s.length) == (&sample.task, length)) {
@@ -210,9 +212,10 @@ fn given(imported: Imported, prompting: &Prompting, bars: &Bars) -> Result<Vec<S
             None => sets.push(SampleSet { task: sample.task.clone(), length, samples: vec![(sample, prompt)] }),
         }
     }
-    if untold {
+    if unstated {
         bars.warn(&format!(
-            "{} does not tell the length that it was made for: cells are multiples of {UNTOLD} tokens; --import-length makes them one",
+            "{} does not state the length of its samples: each is rounded up to a multiple of {LENGTH_STEP} tokens; \
+             --import-length puts them in one cell",
             imported.path.display()
         ));
     }

@@ -1,54 +1,59 @@
-//! Distributions and greedy text of variants against stock, on the same tokens of real text.
+//! The smoke test: next-token distributions and greedy text of variants against stock, on the same tokens of real text.
 //!
-//! Each text is read by stock, then by every variant, each with a cache of its own. Distributions are compared at the
-//! text's last positions, where a retrofit has the most to lose; greedy text continues from there through decode.
+//! Each text is read by stock, then by every variant, each with its own cache. Distributions are compared at the text's
+//! last positions, where a retrofit reads the smallest share of the context; greedy decoding continues from there.
 
 use super::documents::{Documents, Excerpt};
 use super::eval_args::EvalArgs;
 use super::gate::{self, Gate};
-use super::metrics::{compare, Position, Rows, TOP};
+use super::metrics::{compare, LogitRows, PositionMetrics, TOP};
 use super::runner::Runner;
 use crate::cli::{at_least_one, parse_size, print, short_count, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::table::smoke_table;
-use crate::eval::report::{hash, prove_replaceable, save, DocumentScore, Kv, Smoke, SmokeRun, VariantRecord, SMOKE};
+use crate::eval::report::{
+    check_replaceable, hash, save, DocumentScore, KvBytes, Smoke, SmokeRun, VariantRecord, SMOKE,
+};
 use crate::eval::variant::Variant;
 use crate::generate::{watch, Request, Sampler, Sampling};
 use crate::run::Run;
 use clap::Args;
 use std::path::PathBuf;
 
-/// The flags of the smoke test.
+/// Flags of the smoke test.
 #[derive(Debug, Args)]
 pub struct SmokeArgs {
-    /// Contexts to run; each holds a text and the new tokens after it.
+    /// Contexts to run in tokens, comma-separated; a context is a text and the --greedy new tokens.
     #[arg(long, value_name = "LIST", default_value = "1k,4k,8k", value_delimiter = ',', value_parser = parse_size)]
     pub ctx: Vec<usize>,
-    /// Most documents to read; those too short for a context are left out there [default: all]
+    /// Maximum number of documents; those too short for a context are skipped at that context [default: all]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub documents: Option<usize>,
-    /// Last positions of each text at which distributions are compared.
+    /// Number of positions at the end of each text at which distributions are compared.
     #[arg(long, value_name = "K", default_value_t = 256, value_parser = at_least_one)]
     pub positions: usize,
-    /// New tokens of greedy text after each text.
+    /// Greedy new tokens after each text, compared with stock's.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = at_least_one)]
     pub greedy: usize,
     /// Lower bounds of metrics.
     #[arg(long, value_name = "METRIC=VALUE", help = gate::help())]
     pub fail_below: Vec<String>,
-    /// Fail where the mean of a metric is above a value, such as kl=0.1. May be repeated.
+    /// Exit with code 1 where a metric's mean over documents is above a value for any variant and context, such as
+    /// kl=0.1. May be repeated. Metrics: as for --fail-below.
     #[arg(long, value_name = "METRIC=VALUE")]
     pub fail_above: Vec<String>,
-    /// Write the results to FILE.json with every document, compressed where the name ends in .gz.
+    /// Write the results to FILE.json with every document, gzip-compressed where the name ends in .gz; an earlier file
+    /// of the same kind is replaced.
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
-    /// Model, variants and texts. (The last field, since the heading of its last group holds for whatever follows.)
+    /// Model, variants and texts.
+    // Last, since clap puts all flags after a group under that group's help heading.
     #[command(flatten)]
     pub eval: EvalArgs,
 }
 
 impl SmokeArgs {
-    /// The contexts, rising, each once.
+    /// Returns the contexts in rising order without duplicates.
     ///
     /// # Errors
     /// A context that is too short for the positions and the new tokens.
@@ -70,36 +75,36 @@ impl SmokeArgs {
     }
 }
 
-/// What a variant gives on a text.
-struct Reading {
+/// Output of a variant on one text.
+struct VariantOutput {
     /// Logits at the compared positions.
-    logits: Rows,
+    logits: LogitRows,
     /// Greedy tokens after the text.
     greedy: Vec<u32>,
     /// Bytes of the cache.
-    kv: Kv,
+    kv: KvBytes,
 }
 
 /// Compares every variant with stock, writes the results, prints a table, and checks the gates.
 ///
 /// # Errors
-/// Bad flags or files, named, before weights are read; a variant that cannot be run; a gate that was missed.
+/// Invalid flags or files, before weights are read; a variant that cannot be run; a missed gate.
 pub fn run(args: &SmokeArgs) -> Result<()> {
     let bars = Bars::new(args.eval.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
     let gates = Gate::parse(&args.fail_below, &args.fail_above)?;
-    args.out.as_deref().map(|out| prove_replaceable(out, SMOKE)).transpose()?;
+    args.out.as_deref().map(|out| check_replaceable(out, SMOKE)).transpose()?;
     let contexts = args.contexts()?;
     let target = args.eval.open(&progress)?;
     args.eval.check_trained(&target, &contexts, &bars)?;
-    // All of them now, so that a mistake is reported before weights are read.
+    // All contexts' variants are parsed first, so that a mistake is reported before weights are read.
     let variants = contexts.iter().map(|c| target.variants_at(*c)).collect::<Result<Vec<_>>>()?;
     let (least, most) = (contexts[0], contexts[contexts.len() - 1]);
     let documents = Documents::open(target.checkpoint(), &args.eval.texts, args.documents, (least, most), &progress)?;
     target.warn(&bars);
     let work: Vec<(usize, Vec<Excerpt>)> = contexts.iter().map(|c| (*c, documents.excerpts(*c))).collect();
     if let Some((ctx, _)) = work.iter().find(|(_, texts)| texts.is_empty()) {
-        let message = format!("no document of {} holds {} tokens", args.eval.texts.display(), short_count(*ctx));
+        let message = format!("no document in {} has {} tokens", args.eval.texts.display(), short_count(*ctx));
         return Err(Error::usage("--ctx", message));
     }
     let runner = Runner::new(target.load(&progress)?);
@@ -137,7 +142,7 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
                 entry(&mut smoke, variant, *ctx, other.kv).documents.push(score);
             }
         }
-        // The file is whole after every context.
+        // Saved after every context, so that an interruption loses one context at most.
         args.out.as_deref().map(|out| save(out, &smoke)).transpose()?;
     }
     bars.show("smoke", total as u64, total as u64);
@@ -145,8 +150,8 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
     Gate::check(&gates, &smoke)
 }
 
-/// Reads all of `text` but the room for greedy tokens, which are then generated.
-fn reading(run: &mut Run, text: &Excerpt, args: &SmokeArgs, on_tokens: &mut dyn FnMut(usize)) -> Result<Reading> {
+/// Prefills `text` without its last `--greedy` tokens, then generates as many greedily.
+fn reading(run: &mut Run, text: &Excerpt, args: &SmokeArgs, on_tokens: &mut dyn FnMut(usize)) -> Result<VariantOutput> {
     let request = Request {
         prompt: &text.ids[..text.ids.len() - args.greedy],
         max_new_tokens: args.greedy,
@@ -156,13 +161,13 @@ fn reading(run: &mut Run, text: &Excerpt, args: &SmokeArgs, on_tokens: &mut dyn 
     };
     let made =
         run.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut watch(on_tokens), &mut watch(|_| ()))?;
-    Ok(Reading { logits: Rows::of(&made.prompt_logits)?, greedy: made.tokens, kv: Kv::of(run.cache()) })
+    Ok(VariantOutput { logits: LogitRows::of(&made.prompt_logits)?, greedy: made.tokens, kv: KvBytes::of(run.cache()) })
 }
 
-/// Means over `positions`, with the greedy tokens compared; the text is filled in by the caller.
-fn document_score(positions: &[Position], stock: &[u32], greedy: &[u32]) -> DocumentScore {
+/// Averages `positions` and compares the greedy tokens; the caller fills in the text.
+fn document_score(positions: &[PositionMetrics], stock: &[u32], greedy: &[u32]) -> DocumentScore {
     let n = positions.len().max(1) as f64;
-    let mean = |f: &dyn Fn(&Position) -> f64| positions.iter().map(f).sum::<f64>() / n;
+    let mean = |f: &dyn Fn(&PositionMetrics) -> f64| positions.iter().map(f).sum::<f64>() / n;
     DocumentScore {
         kl: mean(&|p| p.kl),
         kl_reverse: mean(&|p| p.kl_reverse),
@@ -176,8 +181,8 @@ fn document_score(positions: &[Position], stock: &[u32], greedy: &[u32]) -> Docu
     }
 }
 
-/// The run of `variant` at `ctx`, which is put there if there is none.
-fn entry<'a>(smoke: &'a mut Smoke, variant: &Variant, ctx: usize, kv: Kv) -> &'a mut SmokeRun {
+/// Returns the run of `variant` at `ctx`, which is added where there is none.
+fn entry<'a>(smoke: &'a mut Smoke, variant: &Variant, ctx: usize, kv: KvBytes) -> &'a mut SmokeRun {
     let same = |r: &SmokeRun| (r.record.variant.as_str(), r.ctx) == (variant.name.as_str(), ctx);
     let at = smoke.runs.iter().position(same).unwrap_or_else(|| {
         smoke.runs.push(SmokeRun {

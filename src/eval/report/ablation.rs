@@ -1,4 +1,4 @@
-//! Ablations: one setting changed at a time from a base, everything else equal.
+//! Ablations: one setting of a base retrofit changed at a time, everything else equal.
 
 use super::eval_set::{EvalSetRecord, Score};
 use super::header::Header;
@@ -12,24 +12,24 @@ pub const ABLATION: &str = "bfly-ablation";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum AblationAxis {
-    /// The partner rule, at the same allocated bytes.
+    /// Partner rule, at the same allocated bytes.
     Partner,
-    /// The exact window.
+    /// Size of the exact window.
     Window,
-    /// The number of attention sinks.
+    /// Number of attention sinks.
     Sinks,
-    /// The block size, at the same window.
+    /// Block size, at the same window.
     Block,
-    /// How keys are pooled, and at what distance summaries are scored.
+    /// Pooling of keys before or after RoPE, and the position of summaries.
     Pool,
-    /// β, the bias on a summary's logit.
+    /// Bias β on a summary's logit.
     Bias,
-    /// The number of stages read at once.
+    /// Number of stages read per layer.
     Count,
 }
 
 impl AblationAxis {
-    /// Its name in tables and flags.
+    /// Returns the name of the setting in tables and flags.
     pub fn name(self) -> &'static str {
         match self {
             Self::Partner => "partner",
@@ -43,38 +43,38 @@ impl AblationAxis {
     }
 }
 
-/// What an ablation found.
+/// Results of an ablation.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Ablation {
     /// Header of kind [`ABLATION`].
     #[serde(flatten)]
     pub header: Header,
-    /// Evaluation set that was read.
+    /// Evaluation set.
     pub probed: EvalSetRecord,
     /// Score of the stock model.
     pub stock: Score,
-    /// Score of the retrofit that everything is changed from.
+    /// Score of the base retrofit.
     pub base: Score,
-    /// Summaries that a measured query of the base reads in a swapped layer, as a mean; null in files of earlier
+    /// Mean number of summaries that a measured query of the base reads per swapped layer; null in files of earlier
     /// builds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_summaries_per_query: Option<f64>,
-    /// One entry per changed setting and value.
-    pub changes: Vec<Change>,
+    /// One entry per setting and value.
+    pub changes: Vec<AblationChange>,
 }
 
-/// One change from the base.
+/// One setting of the base, changed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Change {
+pub struct AblationChange {
     /// Setting that is changed.
     pub axis: AblationAxis,
-    /// Value that it is changed to.
+    /// New value of the setting.
     pub value: String,
-    /// Summaries that a measured query reads in a swapped layer, as a mean.
+    /// Mean number of summaries that a measured query reads per swapped layer.
     pub summaries_per_query: f64,
-    /// Name of the variant that reads the same at the measured positions, in which case nothing was measured.
+    /// Name of the variant whose measured queries read the same tokens and summaries; the change is then not measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub same_as: Option<String>,
-    /// Score of the changed retrofit; null where it was not measured.
+    /// Score of the changed retrofit; null where the change was not measured.
     pub score: Option<Score>,
 }

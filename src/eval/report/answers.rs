@@ -1,21 +1,21 @@
-//! Answers of variants to samples of tasks: one cell per task, length and variant, with every sample.
+//! Answers of variants to the samples of tasks: one cell per task, length and variant, with every answer.
 
 use super::header::Header;
 use super::resume::{header_difference, Difference};
-use super::rule::Rule;
+use super::rule::ScoringRule;
 use super::stats::Estimate;
 use super::variant::VariantRecord;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// `kind` of a file of answers.
+/// `kind` of an answers file.
 pub const ANSWERS: &str = "bfly-answers";
 
-/// Tasks whose questions are in files that the user brings.
+/// Tasks whose questions come from files that the user provides.
 pub const FILE_TASKS: [&str; 2] = ["qa_1", "qa_2"];
 
-/// The means to show over `tasks`, each with its name: one over all, and beside it one over those that need no file of
-/// questions, where some do and some do not.
+/// Returns the means to show over `tasks`, each with its name and tasks. It is one mean over all tasks, preceded by the
+/// mean over those outside [`FILE_TASKS`] where `tasks` holds both kinds.
 pub fn means<'a>(tasks: &[&'a str]) -> Vec<(String, Vec<&'a str>)> {
     let plain: Vec<&str> = tasks.iter().copied().filter(|t| !FILE_TASKS.contains(t)).collect();
     match plain.len() {
@@ -24,22 +24,22 @@ pub fn means<'a>(tasks: &[&'a str]) -> Vec<(String, Vec<&'a str>)> {
     }
 }
 
-/// Answers to tasks.
+/// Results of the tasks.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Answers {
     /// Header of kind [`ANSWERS`].
     #[serde(flatten)]
     pub header: Header,
-    /// Processes whose files were joined into this one, if it was joined.
+    /// Processes whose files were joined into this one; empty for the file of one process.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub joined: Vec<JoinedPart>,
-    /// How samples were made and prompted.
-    pub asked: Asked,
+    /// How samples were generated and prompted.
+    pub asked: PromptSettings,
     /// One entry per variant, task and length.
     pub cells: Vec<Cell>,
 }
 
-/// A process that answered a part of a joined file.
+/// A process that produced a part of a joined file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct JoinedPart {
     /// Start of the process, RFC 3339 in UTC.
@@ -48,22 +48,22 @@ pub struct JoinedPart {
     pub command: Vec<String>,
 }
 
-/// How samples were made and prompted: the same for all cells of a file.
+/// How samples were generated and prompted, the same for all cells of a file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Asked {
-    /// Seed of the samples; null where they were read from a file.
+pub struct PromptSettings {
+    /// Seed of the samples; null for samples read from a file.
     pub seed: Option<u64>,
-    /// File that the samples were read from; null where they were made.
+    /// File that the samples were read from; null for generated samples.
     pub from: Option<String>,
     /// Whether prompts were rendered with the model's chat template.
     pub chat: bool,
-    /// Whether methods that evict had to do so before they read the question.
+    /// Whether eviction took place before the question was read.
     pub question_unseen: bool,
-    /// Tokens to a prefill chunk.
+    /// Prefill chunk in tokens.
     pub prefill_chunk: usize,
 }
 
-/// A variant on the samples of one task and length.
+/// Answers of one variant to the samples of one task at one length.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Cell {
     /// Variant and its cache.
@@ -71,26 +71,26 @@ pub struct Cell {
     pub record: VariantRecord,
     /// Name of the task.
     pub task: String,
-    /// Rule by which its answers are scored.
-    pub rule: Rule,
-    /// Most tokens of a prompt and its answer together; also the positions provisioned.
+    /// Scoring rule of the task.
+    pub rule: ScoringRule,
+    /// Maximum tokens of a prompt and its answer together; also the positions provisioned.
     pub length: usize,
-    /// Seconds from tokens to answers for all samples together, with `--jobs` in wall-clock time.
+    /// Wall-clock seconds from prompt tokens to answers, for all samples together.
     pub seconds: f64,
-    /// Every answer.
+    /// One entry per sample.
     pub answers: Vec<Answer>,
 }
 
 /// The answer to one sample.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Answer {
-    /// Number of the sample.
+    /// Index of the sample.
     pub index: usize,
     /// Hash of the prompt's ids.
     pub sha256: String,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Depth of the needle in the context, 0 to 1, in a grid of depths.
+    /// Depth of the needle in the context, 0 to 1; null outside depth grids.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub depth: Option<f64>,
     /// Text of the answer.
@@ -102,21 +102,22 @@ pub struct Answer {
 }
 
 impl Answers {
-    /// The first thing in which `other` was measured or prompted otherwise.
+    /// Returns the first difference between this measurement and `other` that forbids mixing their cells.
     pub fn difference(&self, other: &Self) -> Option<Difference> {
-        let show = |a: &Asked| serde_json::to_string(a).unwrap_or_default();
-        header_difference(&self.header, &other.header)
-            .or_else(|| (self.asked != other.asked).then(|| ("way of asking", show(&self.asked), show(&other.asked))))
+        let show = |a: &PromptSettings| serde_json::to_string(a).unwrap_or_default();
+        header_difference(&self.header, &other.header).or_else(|| {
+            (self.asked != other.asked).then(|| ("set of prompt settings", show(&self.asked), show(&other.asked)))
+        })
     }
 }
 
 impl Cell {
-    /// The mean score in percent, with its interval.
+    /// Returns the mean score in percent with its confidence interval; `None` without answers.
     pub fn score(&self) -> Option<Estimate> {
         Estimate::of(&self.independent())
     }
 
-    /// Scores in percent of what varies independently: of each sample; in a grid of each needle, as its mean over
+    /// Returns the independent scores in percent: one per sample, or in a depth grid one per needle, its mean over
     /// depths.
     pub fn independent(&self) -> Vec<f64> {
         let mut depths: Vec<f64> = self.answers.iter().filter_map(|a| a.depth).collect();
@@ -125,7 +126,7 @@ impl Cell {
         if depths.is_empty() {
             return self.answers.iter().map(|a| 100.0 * a.score).collect();
         }
-        // A grid numbers its samples needle by needle.
+        // A grid's sample indices run over the depths of one needle, then over those of the next.
         let mut needles: BTreeMap<usize, (f64, usize)> = BTreeMap::new();
         for answer in &self.answers {
             let (sum, count) = needles.entry(answer.index / depths.len()).or_default();
@@ -140,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mean_with_questions_stands_beside_the_one_without() {
+    fn the_mean_without_file_tasks_comes_before_the_mean_of_all() {
         assert_eq!(means(&["vt", "cwe"]), [("mean".to_string(), vec!["vt", "cwe"])]);
         assert_eq!(means(&["qa_1"]), [("mean".to_string(), vec!["qa_1"])]);
         let both = [("mean of 2".to_string(), vec!["vt", "cwe"]), ("mean of 3".to_string(), vec!["vt", "qa_2", "cwe"])];
@@ -148,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_needle_counts_once_whatever_its_depths() {
+    fn a_needle_counts_once_however_many_depths_it_has() {
         let answer = |index: usize, depth: Option<f64>, score: f64| Answer {
             index,
             sha256: String::new(),
@@ -161,7 +162,7 @@ mod tests {
         let cell = |answers| Cell {
             record: VariantRecord::test("stock"),
             task: "needle".into(),
-            rule: Rule::All,
+            rule: ScoringRule::All,
             length: 9,
             seconds: 0.0,
             answers,

@@ -1,19 +1,20 @@
-//! What layers and settings are judged by: distributions on text, in prefill and in decode, and the loss on expected
-//! answers.
+//! Scores on the evaluation set, by which layers and settings are compared: KL and loss on text, after prefill and in
+//! decode, and the loss on expected answers.
 
 use super::variant::VariantRecord;
 use serde::{Deserialize, Serialize};
 
-/// The evaluation set that was read.
+/// Evaluation set of a study or an ablation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EvalSetRecord {
-    /// Tokens of texts and of questions; also the positions provisioned.
+    /// Tokens of each text and of each question; also the positions provisioned.
     pub ctx: usize,
-    /// Last positions of each text that were compared after prefill.
+    /// Number of prefilled positions of each text at which distributions were compared, just before the decode
+    /// positions.
     pub positions: usize,
-    /// Positions after them that were read one by one, as decode does.
+    /// Number of positions at the end of each text that were read one by one, in decode steps.
     pub decode: usize,
-    /// Tasks whose expected answers were judged.
+    /// Tasks whose expected answers were scored by their loss.
     pub tasks: Vec<String>,
     /// Samples of each task.
     pub samples: usize,
@@ -23,7 +24,7 @@ pub struct EvalSetRecord {
     pub chat: bool,
 }
 
-/// What a variant is worth on the evaluation set.
+/// Score of a variant on the evaluation set.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Score {
     /// Variant and its cache.
@@ -35,39 +36,39 @@ pub struct Score {
     pub answers: Vec<AnswerScore>,
 }
 
-/// A variant against stock on one text; means over positions.
+/// A variant against stock on one text, as means over positions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TextScore {
     /// File name of the document.
     pub document: String,
-    /// KL from stock after prefill, in nats.
+    /// KL from stock at the prefilled positions, in nats.
     pub kl: f64,
-    /// KL from stock in decode, in nats.
+    /// KL from stock at the decode positions, in nats.
     pub decode_kl: f64,
-    /// Loss on the next token after prefill, in nats.
+    /// Loss on the next token at the prefilled positions, in nats.
     pub loss: f64,
-    /// Loss on the next token in decode, in nats.
+    /// Loss on the next token at the decode positions, in nats.
     pub decode_loss: f64,
-    /// Share of all positions with stock's likeliest token.
+    /// Share of all positions at which the likeliest token is stock's.
     pub top1: f64,
 }
 
 /// A variant on one question.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AnswerScore {
-    /// Mean loss on the expected answer's tokens, in nats.
+    /// Mean loss on the tokens of the expected answer, in nats.
     pub loss: f64,
-    /// Whether each of these tokens was the likeliest.
+    /// Whether each of these tokens was the likeliest at its position.
     pub right: bool,
 }
 
 impl Score {
-    /// The figure `f` of every text.
+    /// Returns the metric `f` of every text.
     pub fn texts(&self, f: impl Fn(&TextScore) -> f64) -> Vec<f64> {
         self.texts.iter().map(f).collect()
     }
 
-    /// The loss on every expected answer, in nats.
+    /// Returns the loss on every expected answer, in nats.
     pub fn answer_losses(&self) -> Vec<f64> {
         self.answers.iter().map(|a| a.loss).collect()
     }

@@ -1,4 +1,4 @@
-//! Files of results: JSON, gzip-compressed where the name ends in `.gz`, written whole or not at all.
+//! Results files: JSON, gzip-compressed where the name ends in `.gz`, written atomically.
 
 use super::header::SCHEMA_VERSION;
 use crate::cli::Output;
@@ -11,15 +11,15 @@ use serde::Serialize;
 use std::io::{Read, Write};
 use std::path::Path;
 
-/// Reads a file of `kind`.
+/// Reads a results file of `kind`.
 ///
 /// # Errors
-/// A file that is not JSON (a half-written one), of another kind, or of another schema version: each named.
+/// A file that is not JSON (such as a truncated one), of another kind, or of another schema version.
 pub fn read<T: DeserializeOwned>(path: &Path, kind: &str) -> Result<T> {
     let value: serde_json::Value = parse(path)?;
     let found = value.get("kind").and_then(|k| k.as_str()).unwrap_or("none");
     if found != kind {
-        return Err(Error::format(path.display(), format!("is of kind `{found}`; `{kind}` is wanted")));
+        return Err(Error::format(path.display(), format!("is of kind `{found}`; expected `{kind}`")));
     }
     let version = value.get("schema_version").and_then(|v| v.as_u64());
     if version != Some(SCHEMA_VERSION.into()) {
@@ -30,10 +30,10 @@ pub fn read<T: DeserializeOwned>(path: &Path, kind: &str) -> Result<T> {
     serde_json::from_value(value).map_err(|e| Error::format(path.display(), e))
 }
 
-/// The kind that the file says it is, or `none`. Everything else about it is judged by [`read`].
+/// Returns the `kind` field of a file, or `none` without one. [`read`] checks everything else.
 ///
 /// # Errors
-/// A file that cannot be read or is no JSON.
+/// A file that cannot be read or is not JSON.
 pub fn kind_of(path: &Path) -> Result<String> {
     #[derive(serde::Deserialize)]
     struct Head {
@@ -44,7 +44,7 @@ pub fn kind_of(path: &Path) -> Result<String> {
     Ok(head.kind.as_str().unwrap_or("none").into())
 }
 
-/// The name of a file of results without `.json` and `.gz`.
+/// Returns the name of a results file without `.json` and `.gz`.
 pub fn stem(path: &Path) -> Option<String> {
     let name = path.file_name()?.to_string_lossy();
     let name = name.strip_suffix(".gz").unwrap_or(&name);
@@ -67,31 +67,31 @@ fn parse<T: DeserializeOwned>(path: &Path) -> Result<T> {
     serde_json::from_slice(&text).map_err(|e| Error::format(path.display(), format!("is not a whole JSON file: {e}")))
 }
 
-/// Refuses a place that cannot be written to, before anything is measured.
+/// Checks that `path` can be written, before anything is measured.
 ///
 /// # Errors
-/// Which place, and why.
-pub fn prove_writable(path: &Path) -> Result<()> {
+/// A path that cannot be written, with the reason.
+pub fn check_writable(path: &Path) -> Result<()> {
     Output::prove(path, "--out")
 }
 
-/// Refuses a place that cannot be written to, and one that holds anything but earlier results of `kind`.
+/// Checks that `path` can be written, and that it is not an existing file other than earlier results of `kind`.
 ///
 /// # Errors
-/// Which place, and why.
-pub fn prove_replaceable(path: &Path, kind: &str) -> Result<()> {
+/// A path that cannot be written or must not be replaced, with the reason.
+pub fn check_replaceable(path: &Path, kind: &str) -> Result<()> {
     let fault = |json: bool| {
         let found = if json || is_gz(path) { kind_of(path).ok().filter(|k| k != "none") } else { None };
-        let found = found.as_deref().unwrap_or("no file of results");
+        let found = found.as_deref().unwrap_or("not a results file");
         Ok((found != kind).then(|| format!("is {found}; only results of kind `{kind}` are replaced")))
     };
     Output::prove_over(path, "--out", fault)
 }
 
-/// Puts `results` in place at `path`, whole.
+/// Writes `results` to `path` atomically.
 ///
 /// # Errors
-/// A place that cannot be written to.
+/// A path that cannot be written.
 pub fn save(path: &Path, results: &impl Serialize) -> Result<()> {
     let mut bytes = serde_json::to_vec(results).map_err(|e| Error::format(path.display(), e))?;
     bytes.push(b'\n');
@@ -108,7 +108,7 @@ mod tests {
     use crate::eval::report::{Ladder, LADDER};
 
     #[test]
-    fn what_is_written_compressed_is_read_as_what_it_was() -> Result<()> {
+    fn compressed_results_read_back_unchanged() -> Result<()> {
         let dir = tempfile::tempdir().at("temporary folder")?;
         let ladder: Ladder = read(Path::new("tests/fixtures/bench/ladder.json"), LADDER)?;
         let (plain, gz) = (dir.path().join("ladder.json"), dir.path().join("ladder.json.gz"));
@@ -121,8 +121,8 @@ mod tests {
         assert_eq!(show(&read(&gz, LADDER)?), show(&ladder));
         assert_eq!((stem(&plain), stem(&gz)), (Some("ladder".into()), Some("ladder".into())));
         assert_eq!(stem(Path::new("a/qwen2.5-7b.json.gz")), Some("qwen2.5-7b".into()));
-        prove_replaceable(&gz, LADDER)?;
-        let refused = prove_replaceable(&gz, "bfly-smoke").unwrap_err().to_string();
+        check_replaceable(&gz, LADDER)?;
+        let refused = check_replaceable(&gz, "bfly-smoke").unwrap_err().to_string();
         assert!(refused.contains("ladder.json.gz: is bfly-ladder"), "{refused}");
         Ok(())
     }
@@ -140,7 +140,7 @@ mod tests {
         for damaged in [&whole[..whole.len() / 2], b"{\"kind\": \"bfly-ladder\"}"] {
             std::fs::write(&gz, damaged).at("file")?;
             says(&gz, "is not a whole gzip file");
-            assert!(prove_replaceable(&gz, LADDER).is_err(), "what cannot be read is not replaced");
+            assert!(check_replaceable(&gz, LADDER).is_err(), "an unreadable file is not replaced");
         }
         let plain = dir.path().join("half.json");
         std::fs::write(&plain, &whole).at("file")?;

@@ -22,14 +22,14 @@ pub struct Machine {
     pub memory_bytes: u64,
 }
 
-/// What the machine itself reaches, measured in the same process: every rate is judged against these.
+/// Copy bandwidth and matmul throughput of the machine, measured in the same process, to which rates are compared.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Ceilings {
     /// Seconds of each device-to-device copy of `copy_bytes`.
     pub copy_s: Vec<f64>,
-    /// Bytes of the copied buffer; a copy reads and writes each of them.
+    /// Size of the copied buffer in bytes; a copy reads and writes each byte once.
     pub copy_bytes: u64,
-    /// Bytes read and written per second at the median, in GB/s (10⁹).
+    /// Bytes read and written per second at the median time, in GB/s (10⁹).
     pub copy_gb_s: f64,
     /// Seconds of each square matrix product on random data.
     pub matmul_s: Vec<f64>,
@@ -37,49 +37,49 @@ pub struct Ceilings {
     pub matmul_size: usize,
     /// Element type of the factors.
     pub matmul_dtype: String,
-    /// Rate of the product at the median, in TFLOP/s (10¹²).
+    /// Throughput of the product at the median time, in TFLOP/s (10¹²).
     pub matmul_tflop_s: f64,
 }
 
-/// What a file holds, and of which model, weight format, build and machine: the top level of all results of a model.
+/// Kind of a results file, with its model, weight format, build and machine: the top level of all results of a model.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Header {
     /// Kind of the file, such as `bfly-ladder`.
     pub kind: String,
-    /// Version of the form, [`SCHEMA_VERSION`].
+    /// Schema version, [`SCHEMA_VERSION`].
     pub schema_version: u32,
     /// Commit of the build.
     pub git_sha: String,
     /// Start of the first process that measured, RFC 3339 in UTC.
     pub started: String,
-    /// Command line of that process.
+    /// Command line of the first process.
     pub command: Vec<String>,
-    /// Machine that it ran on.
+    /// Machine of the measurement.
     pub machine: Machine,
     /// Identity of the checkpoint; null with random weights.
     pub model: Option<Identity>,
-    /// The model's name for people.
+    /// Display name of the model.
     pub name: String,
-    /// Seed of random weights, with which only speed and memory mean anything; null for real ones.
+    /// Seed of random weights, with which results are valid for speed and memory only; null for real weights.
     pub random_weights: Option<u64>,
     /// Number of parameters.
     pub parameters: u64,
     /// Positions that the model was trained for.
     pub trained_positions: usize,
-    /// Type of most of the weights' bytes as held (`bf16`, `f32`, `q4_k`, ...).
+    /// Storage type of most of the weights' bytes (`bf16`, `f32`, `q4_k`, ...).
     pub dtype: String,
-    /// Bytes of matrices by the type that they were held in.
+    /// Bytes of the weight matrices in memory, by storage type.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub held: BTreeMap<String, u64>,
     /// Element type of keys and values.
     pub kv_dtype: String,
-    /// Start of each further process that took the file up again.
+    /// Start of each process that resumed the file.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub resumed: Vec<String>,
 }
 
 impl Header {
-    /// A header of this process on `device`, with no model in it yet.
+    /// Creates the header of this process on `device`, without a model.
     pub fn new(kind: &str, device: &Device) -> Self {
         Self {
             kind: kind.into(),
@@ -100,7 +100,7 @@ impl Header {
         }
     }
 
-    /// Whether a context of `ctx` positions reaches beyond those that the model was trained for.
+    /// Returns whether a context of `ctx` positions exceeds the trained length.
     pub fn extrapolates(&self, ctx: usize) -> bool {
         ctx > self.trained_positions
     }

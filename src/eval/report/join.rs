@@ -1,18 +1,18 @@
-//! Answers of several processes as one file.
+//! Joining the answers files of several processes into one.
 //!
-//! Only who answered which cells may vary between the files: the model, its weight format, the build, the device and
-//! the way of prompting must be the same, and no cell may be in two files. Cells are put in order of length, then of
-//! task and variant as first met.
+//! The files must agree in model, weight format, build, device and prompt settings, and no cell may be in two of them.
+//! The joined cells are sorted by length, then by task and variant in order of first occurrence.
 
 use super::answers::{Answers, JoinedPart};
 use crate::cli::short_count;
 use crate::error::{Error, Result};
 use std::path::Path;
 
-/// Joins `files`, each with the path that messages name.
+/// Joins `files`; the paths are for error messages.
 ///
 /// # Errors
-/// No file; files of different measurements, or with the same cell: both files, and what differs.
+/// No files, or files that differ in model, build, device or prompt settings or share a cell; the message names both
+/// files and the difference.
 pub fn join(files: Vec<(&Path, Answers)>) -> Result<Answers> {
     let mut files = files.into_iter();
     let Some((first, mut all)) = files.next() else { return Err(Error::usage("join", "no files")) };
@@ -26,7 +26,7 @@ pub fn join(files: Vec<(&Path, Answers)>) -> Result<Answers> {
             return Err(Error::usage(path.display(), message));
         }
         let parts = if other.joined.is_empty() { vec![part(&other)] } else { other.joined };
-        // Parts cut out of one file tell the same: once is enough.
+        // Parts of one file that was split carry the same entries.
         add_new(&mut all.joined, parts);
         add_new(&mut all.header.resumed, other.header.resumed);
         for cell in other.cells {
@@ -34,7 +34,7 @@ pub fn join(files: Vec<(&Path, Answers)>) -> Result<Answers> {
                 all.cells.iter().filter(|c| (&c.record.variant, c.length) == (&cell.record.variant, cell.length));
             let what = || format!("{} at {}", cell.record.variant, short_count(cell.length));
             if same.clone().any(|c| c.task == cell.task) {
-                let message = format!("holds {} of {}, which an earlier file holds too", cell.task, what());
+                let message = format!("has {} of {}, which an earlier file has too", cell.task, what());
                 return Err(Error::usage(path.display(), message));
             }
             if same.any(|c| (&c.record.plan, &c.record.eviction) != (&cell.record.plan, &cell.record.eviction)) {
@@ -104,7 +104,7 @@ mod tests {
         };
         assert_eq!(key(&all), key(&ruler()), "every cell once");
         assert!(all.cells.is_sorted_by_key(|c| c.length));
-        // Cut anew and put together again: what it came from is told once.
+        // Splitting the joined file and joining it again lists each process once.
         let cut = |first: bool| {
             let mut part = all.clone();
             part.cells.retain(|c| (c.task == all.cells[0].task) == first);
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_belong_together_is_named() {
+    fn files_that_cannot_be_joined_are_named() {
         let fails = |change: &dyn Fn(&mut Answers)| {
             let (one, mut rest) = parts();
             change(&mut rest);
@@ -124,9 +124,9 @@ mod tests {
         let e = fails(&|a| a.header.git_sha = "0000000".into());
         assert!(e.starts_with("b.json") && e.contains("another build") && e.contains("0000000"), "{e}");
         let e = fails(&|a| a.asked.question_unseen = !a.asked.question_unseen);
-        assert!(e.contains("another way of asking than a.json"), "{e}");
+        assert!(e.contains("another set of prompt settings than a.json"), "{e}");
         let e = fails(&|a| a.cells = parts().0.cells);
-        assert!(e.contains("which an earlier file holds too"), "{e}");
+        assert!(e.contains("which an earlier file has too"), "{e}");
         let e = joined(parts().0, {
             let mut rest = parts().1;
             let at = rest.cells.iter().position(|c| c.record.plan.is_some()).unwrap();

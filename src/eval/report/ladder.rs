@@ -1,11 +1,11 @@
 //! Ladders: end-to-end runs of every variant and peer over rising contexts.
 //!
-//! Peers in other languages (integrations/) hand in [`TimedRun`]s of the same form.
+//! Peers in other languages (integrations/) send [`TimedRun`]s as JSON of the same form.
 
 use super::header::{Ceilings, Header};
 use super::prompt::PromptSource;
 use super::stats::{median, percentile};
-use super::variant::Kv;
+use super::variant::KvBytes;
 use crate::error::Result;
 use crate::eviction::EvictionPlan;
 use crate::layout::Layout;
@@ -19,7 +19,7 @@ pub const LADDER: &str = "bfly-ladder";
 /// `status` of a run that was timed, or that stayed within its budget.
 pub const OK: &str = "ok";
 
-/// Each variant at each context, interleaved.
+/// Results of a ladder: every variant and peer at every context.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Ladder {
     /// Header of kind [`LADDER`].
@@ -29,10 +29,10 @@ pub struct Ladder {
     pub ceilings: Option<Ceilings>,
     /// New tokens per run.
     pub decode_tokens: usize,
-    /// Tokens to a prefill chunk as requested; each run tells what it took.
+    /// Requested prefill chunk in tokens; each run has the chunk that it used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefill_chunk: Option<usize>,
-    /// Bytes of memory that a run was allowed to take.
+    /// Memory limit of a run in bytes; null without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_budget: Option<u64>,
     /// Source of the prompts.
@@ -46,70 +46,70 @@ pub struct Ladder {
 pub struct LadderRun {
     /// `bfly`, or the name of a peer such as `transformers`.
     pub engine: String,
-    /// Name of the variant, or what a peer ran, such as `sdpa`.
+    /// Name of the variant, or of a peer's configuration, such as `sdpa`.
     pub variant: String,
     /// Plan of a retrofit; null for stock, evictions and peers.
     pub plan: Option<RetrofitPlan>,
-    /// Plan of a method that evicts.
+    /// Plan of an eviction rule; null for other methods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eviction: Option<EvictionPlan>,
-    /// Positions that the cache is provisioned for: the prompt and the new tokens.
+    /// Positions that the cache is provisioned for: those of the prompt and the new tokens.
     pub ctx: usize,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Tokens to a prefill chunk.
+    /// Prefill chunk in tokens.
     pub prefill_chunk: usize,
-    /// Version of a peer.
+    /// Version of a peer; null for bfly, whose build is in the header.
     pub version: Option<String>,
-    /// Bytes of weights as held.
+    /// Size of the weights in memory, in bytes.
     pub weights_bytes: Option<u64>,
     /// Cache by pool; null for peers.
-    pub kv: Option<Kv>,
-    /// Bytes that a peer's cache held in the end.
+    pub kv: Option<KvBytes>,
+    /// Size of a peer's cache at the end of the run, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_bytes: Option<u64>,
     /// Bytes that one decode step reads; null for peers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub read_per_token: Option<ReadBytes>,
-    /// [`OK`], or why nothing was timed (out of memory, say).
+    /// [`OK`], or the reason of the failure, such as out of memory.
     pub status: String,
-    /// Untimed runs at this context; 0 where the next smaller context took this engine several seconds.
+    /// Number of untimed runs at this context; 0 where the next smaller context took bfly several seconds.
     pub warmups: usize,
-    /// Whether all timed runs gave the same tokens; null before there are two.
+    /// Whether all timed runs generated the same tokens; null with fewer than two.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deterministic: Option<bool>,
-    /// Every timed run.
+    /// One entry per timed run.
     pub samples: Vec<TimedRun>,
     /// Medians and derived rates; null without a timed run.
-    pub summary: Option<Summary>,
+    pub summary: Option<TimingSummary>,
 }
 
 impl LadderRun {
-    /// Engine and variant.
+    /// Returns the names of engine and variant.
     pub fn names(&self) -> (&str, &str) {
         (&self.engine, &self.variant)
     }
 
-    /// Whether it was timed.
+    /// Returns whether the status is [`OK`].
     pub fn ran(&self) -> bool {
         self.status == OK
     }
 
-    /// Adds a timed run, and makes the summary anew.
+    /// Adds a timed run and updates the summary.
     pub fn push(&mut self, sample: TimedRun) {
         self.samples.push(sample);
         self.deterministic = deterministic(&self.samples);
         self.summary = self.summarise();
     }
 
-    /// Medians over the timed runs, and what follows from them; `None` without one.
-    fn summarise(&self) -> Option<Summary> {
+    /// Computes the summary of the timed runs; `None` without one.
+    fn summarise(&self) -> Option<TimingSummary> {
         let of = |f: fn(&TimedRun) -> f64| median(&self.samples.iter().map(f).collect::<Vec<_>>());
         let steps: Vec<f64> = self.samples.iter().flat_map(|s| s.inter_token_s.iter().copied()).collect();
         let (p50, p95) = (median(&steps).unwrap_or(0.0), percentile(&steps, 0.95).unwrap_or(0.0));
         let per = |amount: f64, seconds: f64| if seconds > 0.0 { amount / seconds } else { 0.0 };
         let prefill_s = of(|s| s.prefill_s)?;
-        Some(Summary {
+        Some(TimingSummary {
             prefill_s,
             ttft_s: of(|s| s.ttft_s)?,
             end_to_end_s: of(|s| s.end_to_end_s)?,
@@ -123,7 +123,7 @@ impl LadderRun {
     }
 }
 
-/// Whether all timed runs gave the same tokens; `None` where there are fewer than two.
+/// Returns whether all timed runs generated the same tokens; `None` with fewer than two.
 fn deterministic(samples: &[TimedRun]) -> Option<bool> {
     let (first, rest) = samples.split_first()?;
     (!rest.is_empty()).then(|| rest.iter().all(|s| s.tokens_sha256 == first.tokens_sha256))
@@ -132,15 +132,15 @@ fn deterministic(samples: &[TimedRun]) -> Option<bool> {
 /// Bytes that one decode step reads.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct ReadBytes {
-    /// Bytes of every matrix once, without an embedding table that is not the head too.
+    /// Bytes of every weight matrix, each once; the embedding table counts only where it is also the head.
     pub weights: u64,
-    /// Bytes of the keys and values that the token's queries may see, each once; the mean over the new tokens.
+    /// Bytes of the keys and values that the token may attend to, each once per KV head; the mean over the new tokens.
     pub kv: f64,
 }
 
 impl ReadBytes {
-    /// The bytes that decode steps at `positions` read under `layout`, as a mean: `weights`, and every key and value
-    /// that the step's queries may see, once per KV head ([`Layout::bytes_read`]).
+    /// Computes the mean bytes that the decode steps at `positions` read under `layout`: `weights`, and every key and
+    /// value that the step may attend to, once per KV head ([`Layout::bytes_read`]).
     ///
     /// # Errors
     /// As [`Layout::bytes_read`].
@@ -159,40 +159,40 @@ pub struct TimedRun {
     pub ttft_s: f64,
     /// Seconds from the ids on the host to the last new token's id on the host.
     pub end_to_end_s: f64,
-    /// Seconds between the tokens after the first: per host synchronisation, the mean over the `fetched_tokens` that it
-    /// fetched.
+    /// Seconds between the tokens after the first, one entry per host synchronisation: the mean over the
+    /// `fetched_tokens` tokens that it fetched.
     pub inter_token_s: Vec<f64>,
     /// New tokens fetched per host synchronisation.
     pub fetched_tokens: usize,
-    /// Most bytes that the device's allocator held during the run; on a CPU the highest resident memory of the process.
+    /// Peak bytes of the device allocator during the run; on a CPU the peak resident memory of the process.
     pub peak_device_bytes: u64,
-    /// Seconds for taking the prompt from the stream, outside the times above.
+    /// Seconds to copy the prompt from the stream; not part of the times above.
     pub prompt_s: f64,
-    /// Hash of the new tokens, on which all runs of a variant must agree.
+    /// Hash of the new tokens, which is the same for all runs of a deterministic variant.
     pub tokens_sha256: String,
 }
 
-/// Medians over timed runs, and what follows from them.
+/// Medians over timed runs, and rates derived from them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Summary {
+pub struct TimingSummary {
     /// Median seconds of prefill.
     pub prefill_s: f64,
     /// Median seconds to the first new token.
     pub ttft_s: f64,
-    /// Median seconds from end to end.
+    /// Median end-to-end seconds.
     pub end_to_end_s: f64,
     /// Median seconds between tokens, over the entries of all runs.
     pub inter_token_p50_s: f64,
     /// 95th percentile of the seconds between tokens.
     pub inter_token_p95_s: f64,
-    /// Prompt tokens per second at the median.
+    /// Prompt tokens per second at the median prefill time.
     pub prefill_tok_s: f64,
     /// New tokens per second at the median time between tokens.
     pub decode_tok_s: f64,
     /// Bytes read per decode step over the median time between tokens, in GB/s (10⁹); null where the engine does not
-    /// tell.
+    /// report them.
     pub decode_gb_s: Option<f64>,
-    /// Highest peak of all runs in bytes.
+    /// Highest `peak_device_bytes` of all runs.
     pub peak_device_bytes: u64,
 }
 

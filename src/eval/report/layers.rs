@@ -1,4 +1,5 @@
-//! Studies of layers: what swapping each does, and what keeping the most sensitive ones dense gives.
+//! Layer studies: the sensitivity of the model to swapping each layer, and the scores with the most sensitive layers
+//! kept dense.
 
 use super::eval_set::{EvalSetRecord, Score};
 use super::header::Header;
@@ -6,125 +7,126 @@ use super::stats::Estimate;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-/// `kind` of a study of layers.
+/// `kind` of a layer study.
 pub const LAYERS: &str = "bfly-layers";
 
-/// What makes a layer sensitive.
+/// Metric of a layer's sensitivity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum RankBy {
-    /// The loss that swapping it adds on expected answers.
+    /// Loss on expected answers that swapping the layer adds.
     Answers,
-    /// The KL from stock that swapping it brings on text, after prefill.
+    /// KL from stock on text, after prefill, with the layer swapped.
     Text,
 }
 
-/// How layers are ranked: what a layer is swapped on top of when its harm is measured.
+/// Method by which layers are ranked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
-pub enum Rank {
-    /// On top of nothing: every other layer stays dense. Layers that can stand in for each other all look harmless.
-    #[default] // Of files that were written before there was a choice.
+pub enum RankMethod {
+    /// By swapping each layer alone, with all others dense. Layers that can compensate for each other rank low.
+    #[default] // For files written before there was a choice.
     Alone,
-    /// On top of the layers that harm least, a quarter of those left at a time: about three times the work of alone.
+    /// By backward elimination: each round swaps the least sensitive quarter of the remaining layers, about three times
+    /// the work of alone.
     Rounds,
-    /// By the best retrieval head of each layer, and layers without one by the harm of swapping them alone.
+    /// By each layer's best retrieval head; layers without one by swapping them alone.
     Heads,
 }
 
-/// What a study found.
+/// Results of a layer study.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Layers {
+pub struct LayerStudy {
     /// Header of kind [`LAYERS`].
     #[serde(flatten)]
     pub header: Header,
-    /// Evaluation set that was read.
+    /// Evaluation set.
     pub probed: EvalSetRecord,
-    /// What makes a layer sensitive in this study.
+    /// Metric of sensitivity.
     pub rank_by: RankBy,
-    /// How layers were ranked.
+    /// Ranking method.
     #[serde(default)]
-    pub rank: Rank,
+    pub rank: RankMethod,
     /// Score of the stock model.
     pub stock: Score,
-    /// Retrieval heads, the best first; empty where the evaluation set has no tasks.
+    /// Retrieval heads, best first; empty where the evaluation set has no tasks.
     #[serde(default)]
-    pub heads: Vec<Head>,
-    /// Answer tokens at which heads were observed.
+    pub heads: Vec<RetrievalHead>,
+    /// Number of answer tokens at which heads were observed.
     #[serde(default)]
     pub head_steps: usize,
-    /// Scores with one layer swapped at a time, in order of layers.
-    pub single: Vec<Single>,
-    /// Rounds after `single`, with [`Rank::Rounds`]; their scores hold answers or texts alone, whichever layers are
-    /// ranked by.
+    /// Scores with a single layer swapped, in order of layers.
+    pub single: Vec<LayerScore>,
+    /// Elimination rounds after `single`, with [`RankMethod::Rounds`]; their scores hold only answers or only texts,
+    /// according to `rank_by`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub rounds: Vec<Round>,
-    /// All layers, the most sensitive first.
+    pub rounds: Vec<EliminationRound>,
+    /// All layers, most sensitive first.
     pub order: Vec<usize>,
     /// Scores with the first layers of `order` kept dense and the others swapped.
     pub curve: Vec<CurvePoint>,
-    /// Scores that stand nowhere else in the file: all of an unfinished study, later those that an earlier ranking
-    /// asked for.
+    /// Scores that the other fields do not hold: all scores of an unfinished study, or those left from another ranking
+    /// method.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub judged: Vec<Score>,
 }
 
-/// A retrieval head: it copies the answer out of the text.
+/// A retrieval head: an attention head that copies the answer from the context.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Head {
+pub struct RetrievalHead {
     /// Layer of the head.
     pub layer: usize,
-    /// Index among the layer's query heads.
+    /// Index of the head among the layer's query heads.
     pub head: usize,
-    /// Share of steps at which the head attends most to the token that comes next.
+    /// Share of answer tokens at which the head attends most to the context's copy of the next token.
     pub score: f64,
 }
 
-/// The score with one layer swapped on top of others, or of none.
+/// Score with one layer swapped in addition to a given set of swapped layers, which may be empty.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Single {
-    /// The layer.
+pub struct LayerScore {
+    /// Index of the layer.
     pub layer: usize,
-    /// Score of the model with it swapped.
+    /// Score of the model with this layer swapped too.
     pub score: Score,
 }
 
-/// One round of backward elimination after the first, which is the table of single layers.
+/// A round of backward elimination after the first, which is [`LayerStudy::single`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Round {
-    /// Layers that are swapped already, rising.
+pub struct EliminationRound {
+    /// Layers swapped in earlier rounds, rising.
     pub swapped: Vec<usize>,
-    /// Every layer left, swapped on top of them.
-    pub tried: Vec<Single>,
+    /// Scores of each remaining layer swapped in addition to them.
+    pub tried: Vec<LayerScore>,
 }
 
-/// The score with some layers kept dense.
+/// Score with some layers kept dense.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CurvePoint {
-    /// Layers that are kept dense, rising.
+    /// Layers kept dense, rising.
     pub dense: Vec<usize>,
     /// Score of the model with all others swapped.
     pub score: Score,
 }
 
-/// The harm that `score` shows against `stock`: loss added on answers, or KL on text.
-pub fn harm(score: &Score, stock: &Score, by: RankBy) -> Option<Estimate> {
+/// Returns the degradation of `score` against `stock`: loss added on answers, or KL on text, in nats.
+pub fn sensitivity(score: &Score, stock: &Score, by: RankBy) -> Option<Estimate> {
     match by {
         RankBy::Answers => Estimate::of_differences(&score.answer_losses(), &stock.answer_losses()),
         RankBy::Text => Estimate::of(&score.texts(|t| t.kl)),
     }
 }
 
-/// Layers in order of falling `harm`; of equals the earlier first.
-pub fn by_harm(singles: &[Single], harm: impl Fn(&Single) -> f64) -> Vec<usize> {
-    let mut layers: Vec<(f64, usize)> = singles.iter().map(|s| (harm(s), s.layer)).collect();
+/// Returns the layers in order of falling `sensitivity`; equals keep the order of layers.
+pub fn by_sensitivity(singles: &[LayerScore], sensitivity: impl Fn(&LayerScore) -> f64) -> Vec<usize> {
+    let mut layers: Vec<(f64, usize)> = singles.iter().map(|s| (sensitivity(s), s.layer)).collect();
     layers.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
     layers.into_iter().map(|(_, layer)| layer).collect()
 }
 
-impl Layers {
-    /// A study that has scored nothing but stock yet.
-    pub fn begin(header: Header, probed: EvalSetRecord, (rank_by, rank): (RankBy, Rank), stock: Score) -> Self {
+impl LayerStudy {
+    /// Creates a study that has scored nothing but stock.
+    pub fn begin(header: Header, probed: EvalSetRecord, (rank_by, rank): (RankBy, RankMethod), stock: Score) -> Self {
         Self {
             header,
             probed,
@@ -141,14 +143,14 @@ impl Layers {
         }
     }
 
-    /// Every score with layers swapped.
+    /// Returns every score with layers swapped.
     pub fn scores(&self) -> impl Iterator<Item = &Score> {
         let single = self.single.iter().chain(self.rounds.iter().flat_map(|r| &r.tried)).map(|s| &s.score);
         single.chain(self.curve.iter().map(|k| &k.score)).chain(&self.judged)
     }
 
-    /// The harm of swapping a layer, as a mean, by what this study ranks layers by.
-    pub fn harm_of(&self, single: &Single) -> f64 {
-        harm(&single.score, &self.stock, self.rank_by).map_or(0.0, |e| e.mean)
+    /// Returns the mean degradation of `single` by this study's metric, in nats.
+    pub fn sensitivity_of(&self, single: &LayerScore) -> f64 {
+        sensitivity(&single.score, &self.stock, self.rank_by).map_or(0.0, |e| e.mean)
     }
 }

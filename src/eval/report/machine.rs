@@ -1,11 +1,11 @@
-//! Facts about the machine that results name: device, driver, memory, and the time.
+//! The machine of a measurement (device, driver, memory) and the current time.
 
 use super::header::Machine;
 use crate::ops::{describe, memory_of};
 use candle_core::Device;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// The facts about `device`.
+/// Describes `device`.
 pub fn machine(device: &Device) -> Machine {
     Machine {
         device: match device.is_cpu() {
@@ -24,7 +24,7 @@ fn processor() -> Option<String> {
     Some(line.split_once(':')?.1.trim().into())
 }
 
-/// Version of the NVIDIA driver as its kernel module states it.
+/// Returns the version of the NVIDIA driver from its kernel module.
 fn driver() -> Option<String> {
     let version = |text: String| text.split_whitespace().find(|w| is_version(w)).map(String::from);
     ["/sys/module/nvidia/version", "/proc/driver/nvidia/version"]
@@ -46,12 +46,12 @@ fn compute_capability(device: &Device) -> Option<String> {
     None
 }
 
-/// The time now, RFC 3339 in UTC.
+/// Returns the current time, RFC 3339 in UTC.
 pub fn now() -> String {
     rfc3339(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()))
 }
 
-/// `seconds` since 1970, with days converted to dates as in Hinnant's `civil_from_days`
+/// Formats `seconds` since 1970, with days converted to dates as in Hinnant's `civil_from_days`
 /// (<https://howardhinnant.github.io/date_algorithms.html>).
 fn rfc3339(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);

@@ -3,15 +3,15 @@
 use super::header::Header;
 use super::ladder::TimedRun;
 use super::prompt::PromptSource;
-use super::variant::Kv;
+use super::variant::KvBytes;
 use crate::eviction::EvictionPlan;
 use crate::retrofit::RetrofitPlan;
 use serde::{Deserialize, Serialize};
 
-/// `kind` of a file of largest contexts.
+/// `kind` of a largest-context file.
 pub const MAX_CONTEXT: &str = "bfly-fit";
 
-/// The largest context of each variant within each memory budget, found by arithmetic and verified by a run.
+/// Results of `fit`: the largest context of each variant within each memory budget, computed and verified by a run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MaxContexts {
     /// Header of kind [`MAX_CONTEXT`].
@@ -19,47 +19,48 @@ pub struct MaxContexts {
     pub header: Header,
     /// New tokens per run.
     pub decode_tokens: usize,
-    /// Tokens to a prefill chunk as requested; each run tells what it took.
+    /// Requested prefill chunk in tokens; each run has the chunk that it used.
     pub prefill_chunk: usize,
     /// Largest context that was considered.
     pub most_tokens: usize,
-    /// Source of the prompts, with the most tokens that a run was to read.
+    /// Source of the prompts, and the tokens of the longest prompt.
     pub prompt: PromptSource,
     /// One entry per budget and variant.
     pub runs: Vec<MaxContextRun>,
 }
 
-/// One variant in one budget.
+/// One variant within one budget.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MaxContextRun {
     /// Name of the variant.
     pub variant: String,
     /// Plan of a retrofit; null for stock and evictions.
     pub plan: Option<RetrofitPlan>,
-    /// Plan of a method that evicts.
+    /// Plan of an eviction rule; null for other methods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eviction: Option<EvictionPlan>,
-    /// Bytes of memory that the run was allowed to take.
+    /// Memory limit of the run in bytes.
     pub memory_budget: u64,
-    /// Largest context that fits by arithmetic, in whole multiples of 1024 tokens, for which the cache was provisioned;
-    /// null where none fits.
+    /// Largest context that fits by calculation, a multiple of 1024 tokens, for which the cache was provisioned; null
+    /// where none fits.
     pub ctx: Option<usize>,
-    /// Whether `ctx` is the largest that was considered, so that a larger one may fit.
+    /// Whether `ctx` is the largest context considered, so that a larger one may fit.
     pub at_most: bool,
-    /// Bytes that a run at `ctx` takes by arithmetic: weights, cache, buffers, and the activations of a chunk.
+    /// Calculated memory of a run at `ctx` in bytes: weights, cache, buffers, and the activations of a chunk.
     pub needed_bytes: Option<u64>,
-    /// Bytes of weights as held.
+    /// Size of the weights in memory, in bytes.
     pub weights_bytes: u64,
     /// Cache by pool; null where it was not allocated.
-    pub kv: Option<Kv>,
-    /// Tokens to a prefill chunk: as requested, or fewer to stay within the budget or because fewer are read.
+    pub kv: Option<KvBytes>,
+    /// Prefill chunk in tokens: the requested one, or a smaller one for the budget or for a shorter prompt.
     pub prefill_chunk: Option<usize>,
-    /// Tokens that the run reads: fewer than are provisioned, since the bytes of these caches do not depend on it.
+    /// Prompt tokens of the run; they may be fewer than are provisioned, since the cache's size does not depend on
+    /// them.
     pub read_tokens: Option<usize>,
-    /// `ok`, or why `within` is false.
+    /// `ok`, or the reason for which `within` is false.
     pub status: String,
     /// Whether a run at `ctx` was made and its peak stayed within the budget.
     pub within: bool,
-    /// The run, without a warm-up; null where it was out of memory.
+    /// Timings of the run, which has no warm-up; null where it was out of memory.
     pub sample: Option<TimedRun>,
 }

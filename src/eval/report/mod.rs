@@ -1,24 +1,24 @@
-//! Results: the records of every kind of file, their JSON form, and everything that follows from records alone.
+//! Results: the record of every kind of results file, its JSON form, and everything computed from records alone.
 //!
-//! `bench` and `quality` write these records; tables, gates and figures read them. Nothing here knows how a number was
-//! measured or how a figure looks, and nothing else of [`crate::eval`] is imported.
+//! `bench` and `quality` write these records; tables, gates and figures read them. This module neither measures nor
+//! draws, and imports nothing else of [`crate::eval`].
 //!
 //! | file | owns |
 //! |---|---|
 //! | `header` | [`Header`]: build, machine, model and weight format, which all results of a model share |
-//! | `variant` | [`VariantRecord`], [`Kv`]: what was run, and the bytes that its cache took |
+//! | `variant` | [`VariantRecord`], [`KvBytes`]: a variant's plan and the bytes of its cache |
 //! | `ladder`, `max_context`, `kernels` | what `bfly-bench` measures |
 //! | `smoke`, `answers`, `eval_set`, `layers`, `ablation`, `positions` | what `bfly-quality-smoke` measures |
-//! | `rule` | [`Rule`]: how the outputs that an answer contains become its score |
+//! | `rule` | [`ScoringRule`]: scoring of an answer by the expected outputs that it contains |
 //! | `stats` | [`Estimate`] (means with bootstrap intervals), medians, percentiles |
 //! | `file` | reading and writing, `.json` and `.json.gz`, and which files may be replaced |
-//! | [`resume`] | taking up a file where it was cut off, and what keeps two files apart |
-//! | [`join()`] | answers of several processes as one file |
-//! | [`table`] | results as people read them |
+//! | [`resume`] | resuming an interrupted file, and the differences that forbid it |
+//! | [`join()`] | joining the answers of several processes |
+//! | [`table`] | plain-text tables |
 //! | `trained` | the warning about contexts beyond the trained length |
-//! | `machine`, `prompt` | facts about the machine; the hash and the description of a prompt |
+//! | `machine`, `prompt` | description of the machine; source and hash of a prompt |
 //!
-//! Kinds of file are told apart by `kind`. All carry a `schema_version`, and [`read`] refuses another one than
+//! The field `kind` identifies the kind of a file. All kinds have a `schema_version`, and [`read`] refuses any but
 //! [`SCHEMA_VERSION`]. Field names are the keys of the JSON: renaming one makes earlier results unreadable.
 
 mod ablation;
@@ -42,21 +42,24 @@ pub mod table;
 mod trained;
 mod variant;
 
-pub use ablation::{Ablation, AblationAxis, Change, ABLATION};
-pub use answers::{means, Answer, Answers, Asked, Cell, JoinedPart, ANSWERS, FILE_TASKS};
+pub use ablation::{Ablation, AblationAxis, AblationChange, ABLATION};
+pub use answers::{means, Answer, Answers, Cell, JoinedPart, PromptSettings, ANSWERS, FILE_TASKS};
 pub use eval_set::{AnswerScore, EvalSetRecord, Score, TextScore};
-pub use file::{kind_of, prove_replaceable, prove_writable, read, save, stem};
+pub use file::{check_replaceable, check_writable, kind_of, read, save, stem};
 pub use header::{Ceilings, Header, Machine, SCHEMA_VERSION};
 pub use join::join;
 pub use kernels::{KernelRun, Kernels, KERNELS};
-pub use ladder::{Ladder, LadderRun, ReadBytes, Summary, TimedRun, LADDER, OK};
-pub use layers::{by_harm, harm, CurvePoint, Head, Layers, Rank, RankBy, Round, Single, LAYERS};
+pub use ladder::{Ladder, LadderRun, ReadBytes, TimedRun, TimingSummary, LADDER, OK};
+pub use layers::{
+    by_sensitivity, sensitivity, CurvePoint, EliminationRound, LayerScore, LayerStudy, RankBy, RankMethod,
+    RetrievalHead, LAYERS,
+};
 pub use machine::{machine, now};
 pub use max_context::{MaxContextRun, MaxContexts, MAX_CONTEXT};
-pub use positions::{PositionLosses, PositionRun, Positions, POSITIONS};
+pub use positions::{LossByPosition, PositionLosses, PositionRun, POSITIONS};
 pub use prompt::{hash, id_bytes, PromptSource};
-pub use rule::Rule;
+pub use rule::ScoringRule;
 pub use smoke::{DocumentMetric, DocumentScore, Smoke, SmokeRun, METRICS, SMOKE};
 pub use stats::{median, percentile, Estimate};
 pub use trained::beyond_trained;
-pub use variant::{Kv, VariantRecord};
+pub use variant::{KvBytes, VariantRecord};

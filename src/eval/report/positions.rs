@@ -1,29 +1,29 @@
-//! The loss on the next token by its position.
+//! Loss on the next token by position in the text.
 
 use super::header::Header;
 use super::variant::VariantRecord;
 use serde::{Deserialize, Serialize};
 
-/// `kind` of losses by position.
+/// `kind` of a loss-by-position file.
 pub const POSITIONS: &str = "bfly-positions";
 
-/// Losses of variants by position.
+/// Loss of each variant by position.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Positions {
+pub struct LossByPosition {
     /// Header of kind [`POSITIONS`].
     #[serde(flatten)]
     pub header: Header,
-    /// Positions that are read and provisioned.
+    /// Tokens read of each document; also the positions provisioned.
     pub ctx: usize,
-    /// Distance between judged positions.
+    /// Distance in tokens between the positions whose loss is measured.
     pub stride: usize,
-    /// Positions to a bucket, whose losses are one mean.
+    /// Bucket size in positions; losses are averaged per bucket.
     pub bucket: usize,
     /// One entry per variant.
     pub runs: Vec<PositionRun>,
 }
 
-/// One variant.
+/// Losses of one variant.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PositionRun {
     /// Variant and its cache.
@@ -33,15 +33,15 @@ pub struct PositionRun {
     pub documents: Vec<PositionLosses>,
 }
 
-/// Losses on one document.
+/// Losses of one variant on one document.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PositionLosses {
     /// File name of the document.
     pub document: String,
-    /// Token of the document at which the text begins.
+    /// Token offset of the text in the document.
     pub offset: usize,
     /// Hash of the text's ids.
     pub sha256: String,
-    /// Mean loss of the judged positions of each bucket, in nats.
+    /// Mean loss over the measured positions of each bucket, in nats.
     pub losses: Vec<f64>,
 }

@@ -1,22 +1,22 @@
-//! How an answer is scored: RULER's two rules.
+//! Scoring of answers: RULER's two rules.
 //!
-//! Both ask whether an expected output occurs anywhere in the answer, ignoring case. A task's score is the mean over
+//! Both test whether an expected output occurs anywhere in the answer, ignoring case. A task's score is the mean over
 //! its samples, in percent.
 
 use serde::{Deserialize, Serialize};
 
-/// How the outputs that an answer contains become its score.
+/// Rule that scores an answer by the expected outputs that it contains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Rule {
+pub enum ScoringRule {
     /// RULER's `string_match_all`: the share of the outputs that occur.
     All,
-    /// RULER's `string_match_part`: 1 where any of them occurs, else 0.
+    /// RULER's `string_match_part`: 1 where any output occurs, else 0.
     Part,
 }
 
-impl Rule {
-    /// Name of the rule in RULER.
+impl ScoringRule {
+    /// Returns RULER's name of the rule.
     pub fn name(self) -> &'static str {
         match self {
             Self::All => "string_match_all",
@@ -24,7 +24,7 @@ impl Rule {
         }
     }
 
-    /// The score of one answer, 0 to 1; 0 where no output is expected.
+    /// Scores one answer, 0 to 1; 0 where no output is expected.
     pub fn score(self, answer: &str, outputs: &[String]) -> f64 {
         let answer = answer.to_lowercase();
         let found = outputs.iter().filter(|o| answer.contains(&o.to_lowercase())).count();
@@ -41,7 +41,7 @@ mod tests {
 
     fn scores(answer: &str, outputs: &[&str]) -> (f64, f64) {
         let outputs: Vec<String> = outputs.iter().map(|o| o.to_string()).collect();
-        (Rule::All.score(answer, &outputs), Rule::Part.score(answer, &outputs))
+        (ScoringRule::All.score(answer, &outputs), ScoringRule::Part.score(answer, &outputs))
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The smoke test: distributions and greedy text of variants against stock, on the same tokens.
+//! Smoke test: next-token distributions and greedy text of variants against stock, on the same tokens.
 
 use super::header::Header;
 use super::variant::VariantRecord;
@@ -7,19 +7,19 @@ use serde::{Deserialize, Serialize};
 /// `kind` of a smoke test.
 pub const SMOKE: &str = "bfly-smoke";
 
-/// Variants against stock on real text.
+/// Results of a smoke test: variants against stock on real text.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Smoke {
     /// Header of kind [`SMOKE`].
     #[serde(flatten)]
     pub header: Header,
-    /// Last positions of each text at which distributions are compared.
+    /// Number of positions at the end of each text at which distributions are compared.
     pub positions: usize,
-    /// New tokens of greedy text after each text.
+    /// Greedy new tokens after each text.
     pub greedy_tokens: usize,
-    /// Likeliest tokens whose overlap is counted.
+    /// Number of likeliest tokens whose overlap is counted.
     pub top: usize,
-    /// Tokens to a prefill chunk.
+    /// Prefill chunk in tokens.
     pub prefill_chunk: usize,
     /// One entry per variant and context.
     pub runs: Vec<SmokeRun>,
@@ -31,7 +31,7 @@ pub struct SmokeRun {
     /// Variant and its cache.
     #[serde(flatten)]
     pub record: VariantRecord,
-    /// Positions that the cache is provisioned for: the text and the new tokens.
+    /// Positions that the cache is provisioned for: those of the text and the new tokens.
     pub ctx: usize,
     /// One entry per document.
     pub documents: Vec<DocumentScore>,
@@ -42,32 +42,32 @@ pub struct SmokeRun {
 pub struct DocumentScore {
     /// File name of the document.
     pub document: String,
-    /// Token of the document at which the text begins.
+    /// Token offset of the text in the document.
     pub offset: usize,
     /// Hash of the text's ids.
     pub sha256: String,
-    /// Mean KL from stock over the positions, in nats.
+    /// Mean KL(stock ‖ variant) over the positions, in nats.
     pub kl: f64,
-    /// Mean KL to stock over the positions, in nats.
+    /// Mean KL(variant ‖ stock) over the positions, in nats.
     pub kl_reverse: f64,
-    /// Share of positions with the same likeliest token.
+    /// Share of positions at which both have the same likeliest token.
     pub top1: f64,
-    /// Mean number of tokens that are among the likeliest `top` of both.
+    /// Mean number of tokens among the `top` likeliest of both.
     pub overlap: f64,
     /// Mean loss of stock on the next token, in nats.
     pub stock_loss: f64,
     /// Mean loss of the variant on the next token, in nats.
     pub loss: f64,
-    /// Greedy tokens before the first that is not stock's.
+    /// Number of greedy tokens before the first that differs from stock's.
     pub greedy_prefix: usize,
-    /// Whether all greedy tokens are stock's.
+    /// Whether all greedy tokens equal stock's.
     pub greedy_equal: bool,
 }
 
-/// A figure of a document.
+/// A metric of a document's score.
 pub type DocumentMetric = fn(&DocumentScore) -> f64;
 
-/// Metrics that gates accept and tables show: name, figure and decimals.
+/// Metrics that gates accept and tables show: name, function and decimals.
 pub const METRICS: &[(&str, DocumentMetric, usize)] = &[
     ("kl", |d| d.kl, 4),
     ("kl-reverse", |d| d.kl_reverse, 4),
@@ -81,7 +81,7 @@ pub const METRICS: &[(&str, DocumentMetric, usize)] = &[
 
 #[cfg(test)]
 impl Smoke {
-    /// A smoke test without runs.
+    /// Returns a smoke test without runs.
     pub(crate) fn test() -> Self {
         let header = Header { name: "test".into(), ..Header::new(SMOKE, &candle_core::Device::Cpu) };
         Self { header, positions: 256, greedy_tokens: 64, top: 50, prefill_chunk: 4096, runs: vec![] }

@@ -1,9 +1,9 @@
 //! Medians and percentiles, and means with confidence intervals: the percentile bootstrap (Efron 1979,
 //! <https://doi.org/10.1214/aos/1176344552>), seeded.
 //!
-//! The bootstrap resamples whatever varies independently: documents, or samples of a task. Positions of one document do
-//! not, so a document counts once, with its mean. Two variants are compared by their paired differences on the same
-//! documents or samples: what they have in common (an easy text, a hard question) falls out.
+//! The bootstrap resamples independent units: documents, or samples of a task. Positions of one document are not
+//! independent, so a document counts once, with its mean. Two variants are compared by their paired differences on the
+//! same documents or samples, which removes the variance between them (an easy text, a hard question).
 
 use crate::checkpoint::splitmix;
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,7 @@ const DRAWS: usize = 4000;
 /// Confidence level of the interval.
 const LEVEL: f64 = 0.95;
 
-/// The middle of `values`, or the mean of the middle two; `None` of nothing.
+/// Returns the median of `values`, the mean of the middle two for an even count; `None` without values.
 pub fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -22,7 +22,8 @@ pub fn median(values: &[f64]) -> Option<f64> {
     Some((lower + upper) / 2.0)
 }
 
-/// The smallest value that at least `share` of all values do not exceed; `None` of nothing.
+/// Returns the `share` quantile by the nearest-rank method, such as 0.95 for the 95th percentile; `None` without
+/// values.
 pub fn percentile(values: &[f64], share: f64) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -44,12 +45,13 @@ pub struct Estimate {
 }
 
 impl Estimate {
-    /// The estimate of independent `values`; `None` of nothing.
+    /// Estimates the mean of independent `values`; `None` without values.
     pub fn of(values: &[f64]) -> Option<Self> {
         Self::of_groups(&[values])
     }
 
-    /// The mean over `groups` of the mean of each; values are resampled within their group. `None` of nothing.
+    /// Estimates the mean over `groups` of each group's mean, resampling values within their group; `None` without
+    /// values.
     pub fn of_groups(groups: &[impl AsRef<[f64]>]) -> Option<Self> {
         let groups: Vec<&[f64]> = groups.iter().map(AsRef::as_ref).filter(|g| !g.is_empty()).collect();
         let n: usize = groups.iter().map(|g| g.len()).sum();
@@ -74,18 +76,18 @@ impl Estimate {
         Some(Self { mean: whole, low: Some(at(outside)), high: Some(at(1.0 - outside)), n })
     }
 
-    /// The estimate of `a - b`, pair by pair; `None` where the lengths differ or there is no pair.
+    /// Estimates the mean of the paired differences `a - b`; `None` where the lengths differ or are 0.
     pub fn of_differences(a: &[f64], b: &[f64]) -> Option<Self> {
         let differences: Vec<f64> = a.iter().zip(b).map(|(x, y)| x - y).collect();
         (a.len() == b.len()).then(|| Self::of(&differences)).flatten()
     }
 
-    /// Whether the interval excludes zero.
+    /// Returns whether the interval excludes zero.
     pub fn differs(&self) -> bool {
         self.low.is_some_and(|low| low > 0.0) || self.high.is_some_and(|high| high < 0.0)
     }
 
-    /// The mean with its interval as text, such as `0.123 [0.101, 0.150]`.
+    /// Formats the mean with its interval, such as `0.123 [0.101, 0.150]`.
     pub fn show(&self, decimals: usize) -> String {
         match (self.low, self.high) {
             (Some(low), Some(high)) => {
@@ -118,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn it_covers_the_truth_about_as_often_as_it_says() {
+    fn the_interval_covers_the_expectation_about_as_often_as_its_level_says() {
         // Means of 20 values whose expectation is 0.5; the percentile interval is known to be a little narrow at this
         // size.
         let covered = (0..300).filter(|trial| {
@@ -132,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn pairs_tell_what_single_means_cannot() {
+    fn paired_differences_detect_what_separate_means_cannot() {
         // A steady difference under a large spread.
         let b: Vec<f64> = (0..12).map(|i| (i * i) as f64).collect();
         let a: Vec<f64> = b.iter().enumerate().map(|(i, x)| x + 0.5 + 0.01 * i as f64).collect();
@@ -145,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_have_equal_weight_and_are_drawn_from_apart() {
+    fn groups_have_equal_weight_and_are_resampled_separately() {
         let e = Estimate::of_groups(&[vec![1.0; 30], vec![0.0; 3]]).unwrap();
         assert_eq!((e.mean, e.low, e.high, e.n), (0.5, Some(0.5), Some(0.5), 33), "nothing varies within a group");
         // Together they would vary with how often each is drawn.
@@ -156,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn of_one_value_nothing_is_claimed() {
+    fn one_value_has_no_interval() {
         let e = Estimate::of(&[3.0]).unwrap();
         assert_eq!((e.mean, e.low, e.high, e.differs(), e.show(1).as_str()), (3.0, None, None, false, "3.0"));
         assert_eq!(Estimate::of(&[]), None);

@@ -1,21 +1,21 @@
-//! Contexts beyond the length that a model was trained for: what measures, tables and figures warn of.
+//! Contexts beyond the trained length of a model, for the warnings of measurements, tables and figures.
 
 use super::header::Header;
 use crate::cli::short_count;
 use std::collections::BTreeSet;
 
-/// Those of `contexts` that are beyond `trained` positions, as text such as `64k, 128k`; `None` where none is.
+/// Lists those of `contexts` that exceed `trained` positions, such as `64k, 128k`; `None` where none does.
 pub fn beyond_trained(trained: usize, contexts: impl IntoIterator<Item = usize>) -> Option<String> {
     let beyond: BTreeSet<usize> = contexts.into_iter().filter(|c| *c > trained).collect();
     let list: Vec<String> = beyond.into_iter().map(short_count).collect();
     (!list.is_empty()).then(|| list.join(", "))
 }
 
-/// The line below a table in which a context is beyond the trained length; empty where none is.
+/// Formats the line below a table with a context beyond the trained length; empty without one.
 pub(super) fn extrapolated(header: &Header, contexts: impl IntoIterator<Item = usize>) -> String {
     let trained = header.trained_positions;
     match beyond_trained(trained, contexts) {
-        Some(_) => format!("trained for {} positions: what is beyond is extrapolated\n", short_count(trained)),
+        Some(_) => format!("trained for {} positions: contexts beyond are extrapolation\n", short_count(trained)),
         None => String::new(),
     }
 }

@@ -1,4 +1,4 @@
-//! What a result says of a variant: its plan and the bytes of its cache.
+//! Record of a variant: its plan and the bytes of its cache.
 
 use crate::cache::Cache;
 use crate::eviction::EvictionPlan;
@@ -6,27 +6,26 @@ use crate::method::Method;
 use crate::retrofit::RetrofitPlan;
 use serde::{Deserialize, Serialize};
 
-/// Bytes of a KV cache as allocated, by pool.
+/// Allocated bytes of a KV cache, by pool.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Kv {
+pub struct KvBytes {
     /// Bytes of exact positions.
     pub local_bytes: u64,
     /// Bytes of block summaries and running sums.
     pub summary_bytes: u64,
     /// Bytes of attention sinks.
     pub sink_bytes: u64,
-    /// Bytes of all pools together.
+    /// Sum of all pools in bytes.
     pub total_bytes: u64,
     /// Bytes that the stock model allocates for the same context and element type.
     pub dense_bytes: u64,
-    /// Most bytes allocated at once, where that is more than in the end: a rule that evicts once holds the whole
-    /// context before it does.
+    /// Peak bytes, where they exceed `total_bytes`: a rule that evicts once caches the whole context before eviction.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_bytes: Option<u64>,
 }
 
-impl Kv {
-    /// The bytes that `cache` has allocated.
+impl KvBytes {
+    /// Returns the bytes that `cache` has allocated.
     pub fn of(cache: &Cache) -> Self {
         let (bytes, peak) = (cache.capacity_bytes(), cache.peak_bytes().total());
         Self {
@@ -39,33 +38,33 @@ impl Kv {
         }
     }
 
-    /// The most that was allocated at once, prefill included, over the bytes of a dense cache.
+    /// Returns the peak bytes, prefill included, as a share of a dense cache.
     pub fn share_of_dense(&self) -> f64 {
         self.peak_bytes.unwrap_or(self.total_bytes) as f64 / self.dense_bytes as f64
     }
 }
 
-/// A variant, and the cache that it allocated.
+/// A variant and the cache that it allocated.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct VariantRecord {
-    /// Name as given: `stock`, `retrofit:KEY=VALUE,..`, or a rule that evicts.
+    /// Name as given: `stock`, `retrofit:KEY=VALUE,..`, or an eviction rule with its settings.
     pub variant: String,
     /// Plan of a retrofit; null for stock and evictions.
     pub plan: Option<RetrofitPlan>,
-    /// Plan of a method that evicts.
+    /// Plan of an eviction rule; null for other methods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eviction: Option<EvictionPlan>,
-    /// Bytes of the cache as allocated.
-    pub kv: Kv,
+    /// Allocated bytes of the cache.
+    pub kv: KvBytes,
 }
 
 impl VariantRecord {
-    /// The record of a variant called `name` that runs `method` and allocated `kv`.
-    pub fn of(name: &str, method: &Method, kv: Kv) -> Self {
+    /// Creates the record of the variant `name` that runs `method` and allocated `kv`.
+    pub fn of(name: &str, method: &Method, kv: KvBytes) -> Self {
         Self { variant: name.into(), plan: method.plan().cloned(), eviction: method.eviction().cloned(), kv }
     }
 
-    /// As [`Kv::share_of_dense`].
+    /// Returns [`KvBytes::share_of_dense`] of the cache.
     pub fn share_of_dense(&self) -> f64 {
         self.kv.share_of_dense()
     }
@@ -73,10 +72,16 @@ impl VariantRecord {
 
 #[cfg(test)]
 impl VariantRecord {
-    /// A record whose cache takes half of a dense one.
+    /// Returns a record whose cache takes half of a dense one.
     pub(crate) fn test(variant: &str) -> Self {
-        let kv =
-            Kv { local_bytes: 1, summary_bytes: 0, sink_bytes: 0, total_bytes: 1, dense_bytes: 2, peak_bytes: None };
+        let kv = KvBytes {
+            local_bytes: 1,
+            summary_bytes: 0,
+            sink_bytes: 0,
+            total_bytes: 1,
+            dense_bytes: 2,
+            peak_bytes: None,
+        };
         Self { variant: variant.into(), plan: None, eviction: None, kv }
     }
 }

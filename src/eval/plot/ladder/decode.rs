@@ -1,21 +1,21 @@
-//! Milliseconds between new tokens by context: median and 95th percentile.
+//! Figure of the time between new tokens by context: median and 95th percentile.
 
-use super::lines::{draw, Lines};
+use super::lines::{draw, LinePanel};
 use super::series::Quantity;
 use super::view::LadderView;
-use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
 use crate::eval::plot::scene::Area;
 use crate::eval::plot::theme::MARGIN;
 use crate::eval::plot::Figure;
 
-/// The figure.
+/// Draws the figure.
 pub fn figure(view: &LadderView) -> Figure {
     let shown = view.runs.lines(Quantity::InterToken);
-    let extra = [Key::Dashes("95th percentile".into()), Key::Dots("medians of single runs".into())];
+    let extra = [LegendEntry::Dashes("95th percentile".into()), LegendEntry::Dots("medians of single runs".into())];
     let keys = view.keys(&shown, &extra);
     let mut page = Page::new(&view.title("Time between new tokens by context"), &[view.subtitle()], &keys);
     let area = Area { x: MARGIN, y: page.y, w: CONTENT, h: 340.0 };
-    let lines = Lines {
+    let lines = LinePanel {
         title: "Median time between tokens, milliseconds",
         lines: &shown,
         scale: &shown,

@@ -1,23 +1,23 @@
-//! Lines over contexts on logarithmic axes, with the runs that failed as crosses above them.
+//! Panel of lines over contexts on logarithmic axes, with failed runs as crosses above the plot.
 
 use super::series::Line;
 use crate::eval::plot::axis::brief;
-use crate::eval::plot::panel::{plot_area, Panel, Plot};
+use crate::eval::plot::panel::{plot_area, Axes, Panel};
 use crate::eval::plot::scale::Scale;
 use crate::eval::plot::scene::{Anchor, Area, Scene};
 use crate::eval::plot::text::{shorten, text_width};
 use crate::eval::plot::theme::{Ink, HAIR, LABEL, SAMPLE, SAMPLE_SHIFT, THIN, TICK};
 
-/// Lines of one panel.
-pub struct Lines<'a> {
+/// Specification of a panel of lines.
+pub struct LinePanel<'a> {
     /// Quantity and unit.
     pub title: &'a str,
-    /// Lines of the panel, the most important first.
+    /// Lines of the panel, most important first.
     pub lines: &'a [Line],
-    /// Lines whose values the vertical axis holds: those of the panel, or also those of another one to be compared
-    /// with.
+    /// Lines that determine the range of the vertical axis: those of this panel, and those of panels with the same
+    /// axis.
     pub scale: &'a [Line],
-    /// Seconds or bytes of one unit of the title.
+    /// Seconds or bytes per unit of the title.
     pub unit: f64,
     /// Every context of the ladder, so that panels of one figure share their horizontal axis.
     pub contexts: &'a [usize],
@@ -25,7 +25,7 @@ pub struct Lines<'a> {
     pub trained: usize,
     /// Value and name of a horizontal reference line.
     pub reference: Option<(f64, String)>,
-    /// Whether each line's last value is written beside it.
+    /// Whether each line's last value is written at its end.
     pub label_ends: bool,
 }
 
@@ -33,11 +33,11 @@ pub struct Lines<'a> {
 const ROW: f64 = 15.0;
 
 /// Draws `lines` in a panel.
-pub fn draw(scene: &mut Scene, area: Area, lines: &Lines) {
+pub fn draw(scene: &mut Scene, area: Area, lines: &LinePanel) {
     let head = ROW * lines.lines.iter().filter(|l| !l.missed.is_empty()).count() as f64;
     let points = || lines.scale.iter().flat_map(|l| &l.points);
     let values = points().flat_map(|p| p.samples.iter().copied().chain(p.p95).chain([p.value]));
-    // Half as much again leaves room for the reference's name above it.
+    // A margin of one half leaves room for the name above the reference line.
     let reference = lines.reference.iter().filter(|_| points().count() > 0).flat_map(|(v, _)| [*v, v * 1.5]);
     let y = Scale::log(values.chain(reference).map(|v| v / lines.unit));
     let shaded = lines.contexts.iter().any(|c| *c > lines.trained);
@@ -63,7 +63,7 @@ pub fn draw(scene: &mut Scene, area: Area, lines: &Lines) {
         let behind = if shaded { Ink::Shade } else { Ink::Paper };
         scene.text_on(behind, (plot.area.right() - 6.0, y - 8.0), Anchor::End, TICK, name);
     }
-    // The first line is the one that matters: drawn last, so on top.
+    // The first line is the most important one: drawn last, so on top.
     for line in lines.lines.iter().rev() {
         curve(scene, line, &at);
     }
@@ -74,7 +74,7 @@ pub fn draw(scene: &mut Scene, area: Area, lines: &Lines) {
     crosses(scene, lines.lines, &plot, area.y + 24.0);
 }
 
-/// A line's last value with its name, such as `0.106× end-to-end time`.
+/// Formats a line's last value with its name, such as `0.106× end-to-end time`.
 fn end_label(line: &Line, unit: f64) -> Option<String> {
     line.points.last().map(|p| format!("{}× {}", brief(p.value / unit), line.label))
 }
@@ -82,12 +82,12 @@ fn end_label(line: &Line, unit: f64) -> Option<String> {
 /// Distance of a label from its point.
 const BESIDE: f64 = SAMPLE_SHIFT + 6.0;
 
-/// Writes the texts of `ends` beside their points, moved apart where they would touch.
+/// Draws the texts of `ends` right of their points, moved apart where they would touch.
 fn label_ends(scene: &mut Scene, mut ends: Vec<((f64, f64), String)>, plot: Area) {
     const APART: f64 = 1.3;
     ends.sort_by(|a, b| a.0 .1.total_cmp(&b.0 .1));
     let step = LABEL.size * APART;
-    // Down from the top, then up from the bottom, so that none leaves the plot.
+    // First down from the top, then up from the bottom, so that no label leaves the plot.
     for i in 1..ends.len() {
         ends[i].0 .1 = ends[i].0 .1.max(ends[i - 1].0 .1 + step);
     }
@@ -99,8 +99,8 @@ fn label_ends(scene: &mut Scene, mut ends: Vec<((f64, f64), String)>, plot: Area
     }
 }
 
-/// The scale of contexts, with room on the right for the labels at the lines' ends; the plot is `width` wide.
-fn x_scale(lines: &Lines, width: f64) -> Scale {
+/// Returns the scale of contexts, with room on the right for the labels at line ends; the plot is `width` wide.
+fn x_scale(lines: &LinePanel, width: f64) -> Scale {
     let mut scale = Scale::contexts(lines.contexts);
     for line in lines.lines.iter().filter(|_| lines.label_ends) {
         if let (Some(last), Some(label)) = (line.points.last(), end_label(line, lines.unit)) {
@@ -111,7 +111,7 @@ fn x_scale(lines: &Lines, width: f64) -> Scale {
     scale
 }
 
-/// Draws one line: medians joined where no run between them is missing, 95th percentiles dashed, every sample a dot.
+/// Draws one line: medians joined where no run between them failed, 95th percentiles dashed, every sample a dot.
 fn curve(scene: &mut Scene, line: &Line, at: &dyn Fn(usize, f64) -> (f64, f64)) {
     let ink = Ink::Series(line.style);
     for pair in line.points.windows(2) {
@@ -137,9 +137,8 @@ fn curve(scene: &mut Scene, line: &Line, at: &dyn Fn(usize, f64) -> (f64, f64)) 
     }
 }
 
-/// Draws a row of crosses for each line that misses runs, from `top` down, with the line's name where there is room
-/// beside them.
-fn crosses(scene: &mut Scene, lines: &[Line], plot: &Plot, top: f64) {
+/// Draws a row of crosses for each line with failed runs, from `top` down, with the line's name where there is room.
+fn crosses(scene: &mut Scene, lines: &[Line], plot: &Axes, top: f64) {
     let missing = lines.iter().filter(|l| !l.missed.is_empty());
     for (row, line) in missing.enumerate() {
         let y = top + ROW * (row as f64 + 0.5);

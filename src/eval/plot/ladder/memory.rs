@@ -1,19 +1,19 @@
-//! Bytes by context: the device's peak and the KV cache, every engine and variant.
+//! Figure of memory by context: peak device memory and KV cache of every engine and variant.
 
-use super::lines::{draw, Lines};
+use super::lines::{draw, LinePanel};
 use super::series::Quantity;
 use super::view::LadderView;
 use crate::eval::plot::axis::brief;
-use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
 use crate::eval::plot::scene::Area;
 use crate::eval::plot::theme::MARGIN;
 use crate::eval::plot::Figure;
 
 const GIB: f64 = (1u64 << 30) as f64;
 
-/// The figure.
+/// Draws the figure.
 pub fn figure(view: &LadderView) -> Figure {
-    let keys = view.keys(&view.runs.lines(Quantity::PeakMemory), &[Key::Dots("single runs".into())]);
+    let keys = view.keys(&view.runs.lines(Quantity::PeakMemory), &[LegendEntry::Dots("single runs".into())]);
     let explained =
         "Peak: the highest of all samples that the device's allocator handed out. KV cache: bytes allocated.";
     let mut page = Page::new(&view.title("Memory by context"), &[view.subtitle(), explained.into()], &keys);
@@ -25,7 +25,7 @@ pub fn figure(view: &LadderView) -> Figure {
     for (i, (quantity, title, reference)) in panels.into_iter().enumerate() {
         let area = Area { x: MARGIN + i as f64 * (w + gap), y, w, h: 340.0 };
         let shown = view.runs.lines(quantity);
-        let lines = Lines {
+        let lines = LinePanel {
             title,
             lines: &shown,
             scale: &shown,

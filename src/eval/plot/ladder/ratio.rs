@@ -1,21 +1,21 @@
-//! A retrofit's time and memory over the better stock's, by context.
+//! Figure of a retrofit's time and memory as ratios to the best stock, by context.
 
-use super::lines::{draw, Lines};
+use super::lines::{draw, LinePanel};
 use super::series::{Line, Quantity};
 use super::view::LadderView;
-use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
 use crate::eval::plot::scene::{Area, Scene};
 use crate::eval::plot::theme::MARGIN;
 use crate::eval::plot::Figure;
 
-/// Quantities that are compared, with their names and styles.
+/// Compared quantities, with their names and styles.
 const COMPARED: [(Quantity, &str, usize); 3] = [
     (Quantity::EndToEnd, "end-to-end time", 0),
     (Quantity::PeakMemory, "peak device memory", 1),
     (Quantity::Kv, "KV capacity", 2),
 ];
 
-/// One figure per retrofit, and remarks on retrofits that cannot be compared with a stock.
+/// Draws one figure per retrofit, with remarks about retrofits that cannot be compared with a stock.
 pub fn figures(view: &LadderView) -> (Vec<Figure>, Vec<String>) {
     let (mut figures, mut remarks) = (vec![], vec![]);
     let variants: Vec<&str> = view.runs.retrofits().collect();
@@ -25,7 +25,7 @@ pub fn figures(view: &LadderView) -> (Vec<Figure>, Vec<String>) {
     for variant in &variants {
         let compared = lines(view, variant);
         if compared.iter().all(|l| l.points.is_empty()) {
-            remarks.push(format!("no ratios for {variant}: it and a stock ran at no common context"));
+            remarks.push(format!("no ratios for {variant}: there is no context at which both it and a stock ran"));
             continue;
         }
         let name = match figures.len() {
@@ -49,13 +49,13 @@ fn lines(view: &LadderView, variant: &str) -> Vec<Line> {
 
 fn scene(view: &LadderView, variant: &str, compared: &[Line]) -> Scene {
     let shown: Vec<Line> = compared.iter().filter(|l| !l.points.is_empty()).cloned().collect();
-    let mut keys = view.keys(&shown, &[Key::Dots("single runs".into())]);
+    let mut keys = view.keys(&shown, &[LegendEntry::Dots("single runs".into())]);
     let alone = view.runs.without_stock(variant);
-    // A row of crosses where no stock runs; the plot has no line for it.
+    // A row of crosses, without a line, at contexts where no stock runs.
     let no_stock = Line { label: "no stock fits".into(), style: 5, points: vec![], missed: alone };
     if !no_stock.missed.is_empty() {
-        let at = keys.iter().position(|k| matches!(k, Key::Patch(..))).unwrap_or(keys.len());
-        keys.insert(at, Key::Missed("no stock fits: no ratio".into()));
+        let at = keys.iter().position(|k| matches!(k, LegendEntry::Patch(..))).unwrap_or(keys.len());
+        keys.insert(at, LegendEntry::Missed("no stock fits: no ratio".into()));
     }
     let mut drawn = shown.clone();
     drawn.extend((!no_stock.missed.is_empty()).then_some(no_stock));
@@ -66,7 +66,7 @@ fn scene(view: &LadderView, variant: &str, compared: &[Line]) -> Scene {
     let title = view.title("The retrofit over the better stock");
     let mut page = Page::new(&title, &[view.subtitle(), explained], &keys);
     let area = Area { x: MARGIN, y: page.y, w: CONTENT, h: 340.0 };
-    let lines = Lines {
+    let lines = LinePanel {
         title: "Ratio",
         lines: &drawn,
         scale: &drawn,

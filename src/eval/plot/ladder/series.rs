@@ -1,4 +1,4 @@
-//! A ladder as lines to draw: medians with their samples, runs that failed, ratios to the better stock.
+//! Lines of a ladder's figures: medians with their samples, failed runs, ratios to the best stock.
 
 use crate::error::{Error, Result};
 use crate::eval::report::{median, percentile, Ladder, LadderRun};
@@ -10,44 +10,44 @@ use std::path::Path;
 pub enum Quantity {
     /// Seconds of prefill.
     Prefill,
-    /// Seconds from ids to the last new token.
+    /// Seconds from the prompt's ids to the last new token.
     EndToEnd,
-    /// Most bytes that the device's allocator held, of all runs.
+    /// Peak device memory in bytes, the maximum over runs.
     PeakMemory,
-    /// Bytes of the KV cache as allocated.
+    /// Allocated bytes of the KV cache.
     Kv,
     /// Seconds between new tokens.
     InterToken,
 }
 
-/// One context of one line.
+/// A line's value at one context.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Point {
     /// Positions provisioned.
     pub ctx: usize,
-    /// Median of all runs; of memory the maximum.
+    /// Median over runs; the maximum for memory.
     pub value: f64,
-    /// Value of every run, of inter-token times its median; empty for the cache.
+    /// Value of every run, the run's median for inter-token times; empty for the cache.
     pub samples: Vec<f64>,
-    /// 95th percentile of inter-token times.
+    /// 95th percentile of inter-token times; `None` for other quantities.
     pub p95: Option<f64>,
 }
 
-/// One engine and variant over contexts.
+/// The values of one engine and variant over contexts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Line {
     /// Name of engine and variant, such as `bfly retrofit`.
     pub label: String,
-    /// Index of its colour and marker, the same in every figure of a ladder.
+    /// Index of colour and marker, the same in every figure of a ladder.
     pub style: usize,
     /// Points in order of contexts.
     pub points: Vec<Point>,
-    /// Contexts whose run failed.
+    /// Contexts at which the run failed.
     pub missed: Vec<usize>,
 }
 
-/// The checked runs of a ladder, in the order in which they are drawn.
-pub struct Runs<'a> {
+/// Validated runs of a ladder, sorted by context.
+pub struct SortedRuns<'a> {
     /// Engines and variants, retrofits before stocks.
     pub names: Vec<(&'a str, &'a str)>,
     runs: Vec<&'a LadderRun>,
@@ -62,7 +62,7 @@ fn is_retrofit(engine: &str, variant: &str) -> bool {
 }
 
 impl Quantity {
-    /// The value and samples of a run, in seconds or bytes; `None` where the engine does not tell.
+    /// Returns the value and samples of a run, in seconds or bytes; `None` where the engine does not report them.
     pub fn of(self, run: &LadderRun) -> Option<Point> {
         let samples: Vec<f64> = match self {
             Self::Prefill => run.samples.iter().map(|s| s.prefill_s).collect(),
@@ -78,15 +78,15 @@ impl Quantity {
             Self::Kv => (run.kv.map(|kv| kv.total_bytes).or(run.kv_bytes)? as f64, None),
             Self::InterToken => (median(&steps())?, percentile(&steps(), 0.95)),
         };
-        // Zero is what an engine without the figure writes, and has no place on a logarithmic axis.
+        // Engines write 0 for a quantity that they do not measure; a logarithmic axis has no 0.
         let drawable = run.ran() && value.is_finite() && value > 0.0;
         let samples = samples.into_iter().filter(|s| s.is_finite() && *s > 0.0).collect();
         drawable.then_some(Point { ctx: run.ctx, value, samples, p95 })
     }
 }
 
-impl<'a> Runs<'a> {
-    /// Checks the ladder read from `path`, and sorts its runs.
+impl<'a> SortedRuns<'a> {
+    /// Validates the ladder read from `path` and sorts its runs.
     ///
     /// # Errors
     /// No runs, a context of 0, the same run twice, or a run with status `ok` and no samples.
@@ -99,7 +99,7 @@ impl<'a> Runs<'a> {
         for run in &ladder.runs {
             let what = format!("{} at context {}", name(&run.engine, &run.variant), run.ctx);
             if run.ctx == 0 {
-                return fail(format!("{what} makes no sense"));
+                return fail(format!("has a run of {what}; a context is at least 1"));
             }
             if !seen.insert((&run.engine, &run.variant, run.ctx)) {
                 return fail(format!("has two runs of {what}"));
@@ -120,24 +120,24 @@ impl<'a> Runs<'a> {
         Ok(Self { names, runs })
     }
 
-    /// All contexts, rising.
+    /// Returns all contexts, rising.
     pub fn contexts(&self) -> Vec<usize> {
         self.runs.iter().map(|r| r.ctx).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
-    /// The runs of one engine and variant, in order of contexts.
+    /// Returns the runs of one engine and variant, in order of contexts.
     pub fn runs_of<'s>(&'s self, engine: &'s str, variant: &'s str) -> impl Iterator<Item = &'a LadderRun> + 's {
         self.runs.iter().copied().filter(move |r| r.names() == (engine, variant))
     }
 
-    /// The names of all retrofits.
+    /// Returns the names of all variants of bfly other than stock.
     pub fn retrofits(&self) -> impl Iterator<Item = &'a str> + '_ {
         self.names.iter().filter(|(e, v)| is_retrofit(e, v)).map(|(_, v)| *v)
     }
 
-    /// One line for every engine and variant, also where it has no points.
+    /// Returns one line per engine and variant; a line may have no points.
     pub fn lines(&self, quantity: Quantity) -> Vec<Line> {
-        // Further retrofits get the styles that the first one and the stocks leave, so that these always look the same.
+        // The first retrofit and the stocks have fixed styles; further retrofits use the remaining ones.
         let first = self.retrofits().count().min(1);
         let stocks = self.names.len() - self.retrofits().count();
         let style = |i: usize| match i {
@@ -157,13 +157,13 @@ impl<'a> Runs<'a> {
         self.names.iter().enumerate().map(line).collect()
     }
 
-    /// The best value of all stocks at `ctx`, the fastest or the smallest.
+    /// Returns the smallest value of all stocks at `ctx`.
     pub fn best_stock(&self, quantity: Quantity, ctx: usize) -> Option<f64> {
         let stocks = self.runs.iter().filter(|r| r.ctx == ctx && !is_retrofit(&r.engine, &r.variant));
         stocks.filter_map(|r| quantity.of(r)).map(|p| p.value).reduce(f64::min)
     }
 
-    /// The ratios of the retrofit `variant` to the best stock, at every context where both ran.
+    /// Returns the ratios of the retrofit `variant` to the best stock, at every context where both ran.
     pub fn ratios(&self, variant: &str, quantity: Quantity) -> Vec<Point> {
         let ratio = |p: Point| {
             let best = self.best_stock(quantity, p.ctx)?;
@@ -173,7 +173,7 @@ impl<'a> Runs<'a> {
         self.runs_of("bfly", variant).filter_map(|r| quantity.of(r)).filter_map(ratio).collect()
     }
 
-    /// Contexts at which `variant` ran and every stock failed, there or at a smaller context.
+    /// Returns the contexts at which `variant` ran and every stock failed, there or at a smaller context.
     pub fn without_stock(&self, variant: &str) -> Vec<usize> {
         let stocks: Vec<_> = self.names.iter().filter(|(e, v)| !is_retrofit(e, v)).collect();
         let fails = |(engine, variant): &(&str, &str), ctx| {
@@ -184,7 +184,7 @@ impl<'a> Runs<'a> {
         own.filter(|c| !stocks.is_empty() && stocks.iter().all(|k| fails(k, *c))).collect()
     }
 
-    /// Whether the ladder has contexts beyond the last one that this engine and variant was tried at, where it failed.
+    /// Returns whether this engine and variant failed at its last context and the ladder has larger ones.
     pub fn given_up(&self, engine: &str, variant: &str) -> bool {
         self.runs_of(engine, variant).last().is_some_and(|l| !l.ran() && self.runs.iter().any(|r| r.ctx > l.ctx))
     }
@@ -233,7 +233,7 @@ mod tests {
     #[test]
     fn ratios_are_against_the_faster_and_the_smaller_stock() {
         let ladder = three();
-        let runs = Runs::of(&ladder, Path::new("x")).unwrap();
+        let runs = SortedRuns::of(&ladder, Path::new("x")).unwrap();
         let ratios = |m| runs.ratios("retrofit", m).into_iter().map(|p| (p.ctx, p.value)).collect::<Vec<_>>();
         // At 64: transformers is faster (8 against 11), bfly's stock is smaller (200 against 300).
         assert_eq!(ratios(Quantity::EndToEnd), [(32, 0.5), (64, 0.5)]);
@@ -249,7 +249,7 @@ mod tests {
         all.push(run("t", "sdpa", 64, &[], 0, None));
         all.extend([16, 32, 64, 128].map(|ctx| run("bfly", "retrofit", ctx, &[1.0], 1, None)));
         let ladder = ladder(all);
-        let runs = Runs::of(&ladder, Path::new("x")).unwrap();
+        let runs = SortedRuns::of(&ladder, Path::new("x")).unwrap();
         assert_eq!(runs.without_stock("retrofit"), [64, 128]);
         assert!(runs.given_up("t", "sdpa") && runs.given_up("bfly", "stock") && !runs.given_up("bfly", "retrofit"));
     }
@@ -257,7 +257,7 @@ mod tests {
     #[test]
     fn lines_hold_medians_every_sample_and_what_was_missed() {
         let ladder = three();
-        let runs = Runs::of(&ladder, Path::new("x")).unwrap();
+        let runs = SortedRuns::of(&ladder, Path::new("x")).unwrap();
         let lines = runs.lines(Quantity::EndToEnd);
         let labels: Vec<_> = lines.iter().map(|l| l.label.as_str()).collect();
         assert_eq!(labels, ["bfly retrofit", "bfly stock", "transformers sdpa"], "retrofits come first");
@@ -278,7 +278,7 @@ mod tests {
     fn a_ladders_first_retrofit_and_its_stocks_look_the_same_whatever_else_ran() {
         let styles = |variants: &[(&str, &str)]| {
             let ladder = ladder(variants.iter().map(|(e, v)| run(e, v, 32, &[1.0], 1, None)).collect());
-            let lines = Runs::of(&ladder, Path::new("x")).unwrap().lines(Quantity::EndToEnd);
+            let lines = SortedRuns::of(&ladder, Path::new("x")).unwrap().lines(Quantity::EndToEnd);
             lines.into_iter().map(|l| (l.label, l.style)).collect::<Vec<_>>()
         };
         let owned = |all: &[(&str, usize)]| all.iter().map(|(l, s)| (l.to_string(), *s)).collect::<Vec<_>>();
@@ -293,17 +293,17 @@ mod tests {
     #[test]
     fn a_figure_that_was_not_measured_is_no_point() {
         let ladder = ladder(vec![run("bfly", "retrofit", 32, &[3.0], 0, None)]);
-        let runs = Runs::of(&ladder, Path::new("x")).unwrap();
+        let runs = SortedRuns::of(&ladder, Path::new("x")).unwrap();
         assert!(runs.lines(Quantity::PeakMemory)[0].points.is_empty());
         assert!(runs.ratios("retrofit", Quantity::EndToEnd).is_empty(), "no stock ran");
         assert!(runs.without_stock("retrofit").is_empty(), "none was tried");
     }
 
     #[test]
-    fn ladders_that_make_no_sense_are_refused() {
+    fn inconsistent_ladders_are_refused() {
         let bad = |runs, words: &str| {
             let ladder = ladder(runs);
-            let e = Runs::of(&ladder, Path::new("file.json")).err().unwrap().to_string();
+            let e = SortedRuns::of(&ladder, Path::new("file.json")).err().unwrap().to_string();
             assert!(e.starts_with("file.json: ") && e.contains(words), "{e}");
         };
         bad(vec![], "without runs");

@@ -1,25 +1,25 @@
-//! Seconds by context: prefill and end to end, every engine and variant.
+//! Figure of time by context: prefill and end to end, every engine and variant.
 
-use super::lines::{draw, Lines};
+use super::lines::{draw, LinePanel};
 use super::series::Quantity;
 use super::view::LadderView;
-use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
 use crate::eval::plot::scene::Area;
 use crate::eval::plot::theme::MARGIN;
 use crate::eval::plot::Figure;
 
-/// The figure.
+/// Draws the figure.
 pub fn figure(view: &LadderView) -> Figure {
     let panels = [(Quantity::Prefill, "Prefill, seconds"), (Quantity::EndToEnd, "End to end, seconds")];
-    let keys = view.keys(&view.runs.lines(Quantity::Prefill), &[Key::Dots("single runs".into())]);
+    let keys = view.keys(&view.runs.lines(Quantity::Prefill), &[LegendEntry::Dots("single runs".into())]);
     let mut page = Page::new(&view.title("Time by context"), &[view.subtitle()], &keys);
-    // One scale for both, so that the difference is the time of decode.
+    // Both panels share one scale, so that their difference shows the decode time.
     let scale: Vec<_> = panels.iter().flat_map(|(quantity, _)| view.runs.lines(*quantity)).collect();
     let (gap, y) = (24.0, page.y);
     let w = (CONTENT - gap) / 2.0;
     for (i, (quantity, title)) in panels.into_iter().enumerate() {
         let area = Area { x: MARGIN + i as f64 * (w + gap), y, w, h: 340.0 };
-        let lines = Lines {
+        let lines = LinePanel {
             title,
             lines: &view.runs.lines(quantity),
             scale: &scale,

@@ -1,22 +1,22 @@
 //! Title, legend and notes that the figures of a ladder share.
 
-use super::series::{Line, Runs};
+use super::series::{Line, SortedRuns};
 use crate::cli::short_count;
-use crate::eval::plot::page::{trained_key, Key};
+use crate::eval::plot::page::{trained_key, LegendEntry};
 use crate::eval::plot::target::target;
 use crate::eval::report::{Ladder, LadderRun};
 use std::collections::BTreeSet;
 
-/// A ladder with its runs in order.
+/// A ladder with its sorted runs.
 pub struct LadderView<'a> {
-    /// Ladder as read.
+    /// Ladder as read from its file.
     pub ladder: &'a Ladder,
-    /// Runs of the ladder, checked and sorted.
-    pub runs: Runs<'a>,
+    /// Validated runs of the ladder, sorted by context.
+    pub runs: SortedRuns<'a>,
 }
 
 impl LadderView<'_> {
-    /// `title` with a warning where the weights are random.
+    /// Returns `title`, with a warning where the weights are random.
     pub fn title(&self, title: &str) -> String {
         match self.ladder.header.random_weights {
             Some(_) => format!("{title} (random weights: speed and memory only)"),
@@ -24,7 +24,7 @@ impl LadderView<'_> {
         }
     }
 
-    /// A line with model, types, device and prefill chunk.
+    /// Formats a line with model, types, device and prefill chunk.
     pub fn subtitle(&self) -> String {
         let chunks: BTreeSet<usize> = self.ladder.runs.iter().map(|r| r.prefill_chunk).collect();
         let chunks: Vec<String> = chunks.into_iter().map(short_count).collect();
@@ -36,19 +36,19 @@ impl LadderView<'_> {
         )
     }
 
-    /// The legend of a panel with `lines` and with `extra` marks.
-    pub fn keys(&self, lines: &[Line], extra: &[Key]) -> Vec<Key> {
-        let mut keys: Vec<Key> = lines.iter().map(|l| Key::Series(l.style, l.label.clone())).collect();
+    /// Returns the legend of a panel with `lines` and the marks `extra`.
+    pub fn keys(&self, lines: &[Line], extra: &[LegendEntry]) -> Vec<LegendEntry> {
+        let mut keys: Vec<LegendEntry> = lines.iter().map(|l| LegendEntry::Series(l.style, l.label.clone())).collect();
         keys.extend_from_slice(extra);
         if lines.iter().any(|l| !l.missed.is_empty()) {
-            keys.push(Key::Missed("did not fit".into()));
+            keys.push(LegendEntry::Missed("did not fit".into()));
         }
         let longest = self.runs.contexts().last().map_or(0.0, |c| *c as f64);
         keys.extend(trained_key(&self.ladder.header, longest, "speed and memory only"));
         keys
     }
 
-    /// One note on all runs that failed, and why, with the contexts of one reason together; empty without one.
+    /// Returns one note about all failed runs and the reasons, grouped by reason; empty where no run failed.
     pub fn missed(&self) -> Vec<String> {
         let why = |r: &LadderRun| -> String { r.status.lines().next().unwrap_or_default().chars().take(80).collect() };
         let mut groups: Vec<(String, String, Vec<String>)> = vec![];

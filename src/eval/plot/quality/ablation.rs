@@ -1,16 +1,16 @@
-//! What each setting is worth: paired differences of every change from the base, with their confidence intervals.
+//! Figure of an ablation: paired differences of every change from the base, with confidence intervals.
 
 use super::{read_line, share_of, title, ScoreFigure};
 use crate::error::{Error, Result};
 use crate::eval::plot::axis::grouped;
-use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
 use crate::eval::plot::scale::Scale;
 use crate::eval::plot::scene::{Anchor, Area, Scene};
 use crate::eval::plot::target::target;
 use crate::eval::plot::text::{shorten, Thinning};
 use crate::eval::plot::theme::{Ink, GROUP, HAIR, LABEL, MARGIN, PANEL, THIN, TICK};
 use crate::eval::plot::Figure;
-use crate::eval::report::{Ablation, AblationAxis, Change, Estimate};
+use crate::eval::report::{Ablation, AblationAxis, AblationChange, Estimate};
 use std::path::Path;
 
 /// Height of a row.
@@ -28,13 +28,13 @@ const GAP: f64 = 14.0;
 struct Column<'a> {
     /// Quantity and unit.
     title: &'static str,
-    /// Decimals of its numbers.
+    /// Decimals of the numbers.
     decimals: usize,
-    /// Difference of a score from the base.
+    /// Difference of a score from the base's.
     difference: ScoreFigure<'a>,
 }
 
-/// The figure of the ablation read from `path`.
+/// Draws the figure of the ablation read from `path`.
 ///
 /// # Errors
 /// An ablation in which no change was measured.
@@ -59,19 +59,19 @@ pub fn figures(ablation: &Ablation, path: &Path) -> Result<Vec<Figure>> {
     }
     let differences = || columns.iter().flat_map(|c| scores().filter_map(&c.difference).collect::<Vec<_>>());
     let mut keys = vec![
-        Key::Marker(0, "better than the base".into()),
-        Key::Marker(1, "worse than the base".into()),
-        Key::Faint("not told apart: the interval holds 0".into()),
+        LegendEntry::Marker(0, "better than the base".into()),
+        LegendEntry::Marker(1, "worse than the base".into()),
+        LegendEntry::Faint("not told apart: the interval holds 0".into()),
     ];
-    keys.extend(differences().any(|e| e.low.is_some()).then(|| Key::Interval("95% interval".into())));
+    keys.extend(differences().any(|e| e.low.is_some()).then(|| LegendEntry::Interval("95% interval".into())));
     let kl = Estimate::of(&base.texts(|t| t.kl)).map_or(String::new(), |e| format!(", KL {}", e.show(4)));
     let loss =
         Estimate::of(&base.answer_losses()).map_or(String::new(), |e| format!(", loss on answers {}", e.show(3)));
-    let held = share_of([&base.record]).map_or(String::new(), |h| format!(", KV {h} of dense"));
+    let kv_share = share_of([&base.record]).map_or(String::new(), |h| format!(", KV {h} of dense"));
     let about = [
         target(&ablation.header),
         read_line(&ablation.header, &ablation.probed, base.texts.len(), base.answers.len()),
-        format!("Base: {}{held}{kl}{loss}", base.record.variant),
+        format!("Base: {}{kv_share}{kl}{loss}", base.record.variant),
         "One setting is changed at a time. Each difference is paired, text by text and question by question".into(),
     ];
     let heading = title(&ablation.header, "What each setting is worth: differences from the base");
@@ -87,11 +87,11 @@ pub fn figures(ablation: &Ablation, path: &Path) -> Result<Vec<Figure>> {
     Ok(vec![Figure { name: "ablation".into(), scene: page.finish(&[]) }])
 }
 
-/// The rows of a figure.
+/// Rows of the figure.
 struct Rows<'a> {
-    /// Changes, each with the middle of its row.
-    changes: Vec<(&'a Change, f64)>,
-    /// Headings of the changed settings, each with the middle of its row.
+    /// Changes, each with the vertical middle of its row.
+    changes: Vec<(&'a AblationChange, f64)>,
+    /// Headings of the changed settings, each with the vertical middle of its row.
     headings: Vec<(&'static str, f64)>,
     /// Top of the first row.
     top: f64,
@@ -100,7 +100,7 @@ struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    fn of(changes: &'a [Change], top: f64) -> Self {
+    fn of(changes: &'a [AblationChange], top: f64) -> Self {
         let mut rows = Self { changes: vec![], headings: vec![], top, bottom: top };
         let mut axes: Vec<AblationAxis> = vec![];
         for change in changes {
@@ -120,7 +120,7 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// The heading of the changes of a setting.
+/// Returns the heading of the changes of a setting.
 fn heading(axis: AblationAxis) -> &'static str {
     match axis {
         AblationAxis::Partner => "partner rule, at no more bytes",
@@ -133,7 +133,7 @@ fn heading(axis: AblationAxis) -> &'static str {
     }
 }
 
-/// The areas of the columns' plots.
+/// Returns the plot areas of the columns.
 fn column_areas(count: usize, top: f64, bottom: f64) -> Vec<Area> {
     let each = (CONTENT - NAMES - SUMMARIES) / count as f64;
     let left = |i: usize| MARGIN + NAMES + each * i as f64 + GAP;
@@ -179,7 +179,7 @@ fn draw(scene: &mut Scene, area: Area, column: &Column, rows: &Rows) {
     }
 }
 
-/// Writes the names of changes, why a change was not measured, and summaries per query.
+/// Draws the names of changes, the reason where a change was not measured, and summaries per query.
 fn labels(scene: &mut Scene, rows: &Rows, base: &str, (first, right): (Area, f64)) {
     let end = MARGIN + CONTENT;
     scene.text((end, rows.top - 24.0), Anchor::End, TICK, "summaries");

@@ -1,4 +1,4 @@
-//! The figures of a file of answers.
+//! The figures of an answers file.
 
 use super::cells::Cells;
 use super::{bytes, needle, tasks};
@@ -8,10 +8,10 @@ use crate::eval::report::{Answers, Cell};
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// Every figure of the answers read from `path`: a needle's grid, and tasks with their scores and bytes.
+/// Draws every figure of the answers read from `path`: needle grids, and tasks with their scores and bytes.
 ///
 /// # Errors
-/// A file without answers, or one that contradicts itself.
+/// A file without answers, or an inconsistent one.
 pub fn figures(answers: &Answers, path: &Path) -> Result<Vec<Figure>> {
     let fail = |message: String| Err(Error::format(path.display(), message));
     let all: Vec<&Cell> = answers.cells.iter().filter(|c| !c.answers.is_empty()).collect();
@@ -22,7 +22,7 @@ pub fn figures(answers: &Answers, path: &Path) -> Result<Vec<Figure>> {
     for cell in &all {
         let what = format!("{} of {} at length {}", cell.task, cell.record.variant, cell.length);
         if cell.length == 0 {
-            return fail(format!("{what} makes no sense"));
+            return fail(format!("has {what}; a length is at least 1"));
         }
         if !seen.insert((&cell.task, &cell.record.variant, cell.length)) {
             return fail(format!("has {what} twice"));

@@ -1,9 +1,9 @@
-//! The mean score against the bytes of the KV cache.
+//! Figure of the mean score against the bytes of the KV cache.
 
 use super::cells::Cells;
 use super::{family, title, KEPT};
 use crate::cli::short_count;
-use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
 use crate::eval::plot::panel::{grid, Panel};
 use crate::eval::plot::scale::Scale;
 use crate::eval::plot::target::target;
@@ -17,14 +17,14 @@ struct Point<'a> {
     variant: &'a str,
     style: usize,
     length: usize,
-    /// Bytes of the cache at the peak, over a dense cache's.
+    /// Peak bytes of the cache, as a share of a dense cache.
     share: f64,
-    /// Bytes of the cache after eviction, over a dense cache's, where these are fewer.
+    /// Bytes of the cache after eviction, as a share of a dense cache, where they are below the peak.
     evicted: Option<f64>,
     score: Estimate,
 }
 
-/// The figure; `None` where no variant answered every task at any length.
+/// Draws the figure; `None` where no variant answered every task at any length.
 pub fn figure(cells: &Cells) -> Option<Figure> {
     let mut points = vec![];
     let mut families: Vec<(String, usize)> = vec![];
@@ -46,7 +46,7 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
                 continue;
             };
             let (mut family, mut style) = family(record, most);
-            // Plans of another folder chose their layers in another way, and are another method.
+            // Each folder of plans is one way of choosing layers, shown as its own method.
             if let Some(place) = (style == KEPT).then(|| sets.iter().position(|s| *s == plans(variant))).flatten() {
                 style += place * SERIES;
                 if sets.len() > 1 {
@@ -63,12 +63,13 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
         return None;
     }
     points.sort_by(|a, b| a.share.total_cmp(&b.share));
-    let mut keys: Vec<Key> = families.iter().map(|(name, style)| Key::Series(*style, name.clone())).collect();
+    let mut keys: Vec<LegendEntry> =
+        families.iter().map(|(name, style)| LegendEntry::Series(*style, name.clone())).collect();
     if points.iter().any(|p| p.evicted.is_some()) {
-        keys.push(Key::Linked("hollow: held after eviction; dashes lead to the peak".into()));
+        keys.push(LegendEntry::Linked("hollow: held after eviction; dashes lead to the peak".into()));
     }
     if points.iter().any(|p| p.score.low.is_some()) {
-        keys.push(Key::Interval("95% interval".into()));
+        keys.push(LegendEntry::Interval("95% interval".into()));
     }
     let tasks = cells.tasks();
     let what = if tasks.len() > 1 { format!("the {} tasks' mean", tasks.len()) } else { tasks[0].into() };
@@ -116,19 +117,19 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
     Some(Figure { name: "bytes".into(), scene: page.finish(&notes) })
 }
 
-/// The folder of a variant's plan: `needles` of `retrofit:plan=plans/needles/dense-4.json`.
+/// Returns the folder of a variant's plan, such as `needles` for `retrofit:plan=plans/needles/dense-4.json`.
 fn plans(variant: &str) -> Option<&str> {
     let (_, path) = variant.split_once("plan=")?;
     Path::new(path.split(',').next()?).parent()?.file_name()?.to_str()
 }
 
-/// Bytes of the cache after eviction over a dense cache's, where these are fewer than at the peak.
+/// Returns the bytes of the cache after eviction as a share of a dense cache, where they are below the peak.
 fn after_eviction(record: &VariantRecord) -> Option<f64> {
     let kv = &record.kv;
     kv.peak_bytes.filter(|peak| *peak > kv.total_bytes).map(|_| kv.total_bytes as f64 / kv.dense_bytes as f64)
 }
 
-/// Notes that tell which points are which: the variants of each family in the order of their bytes.
+/// Returns notes that identify the points: the variants of each family in the order of their bytes.
 fn order(points: &[Point], families: &[(String, usize)]) -> Vec<String> {
     let own = |style: usize| {
         let mut names: Vec<&str> = vec![];

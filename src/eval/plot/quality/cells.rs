@@ -1,24 +1,24 @@
-//! Answers in the order in which figures show them.
+//! The cells of an answers file, in the order in which figures show them.
 
 use super::variants;
 use crate::eval::report::{Answers, Cell, Estimate, VariantRecord};
 use std::collections::BTreeSet;
 
-/// The cells that one figure shows.
+/// Cells that one figure shows.
 pub struct Cells<'a> {
-    /// File of answers as read.
+    /// Answers as read from their file.
     pub answers: &'a Answers,
-    /// Cells of the file that are shown, each with an answer at least.
+    /// Cells that are shown, each with at least one answer.
     pub cells: Vec<&'a Cell>,
 }
 
 impl<'a> Cells<'a> {
-    /// The lengths, rising, each once.
+    /// Returns the lengths in rising order without duplicates.
     pub fn lengths(&self) -> Vec<usize> {
         self.cells.iter().map(|c| c.length).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
-    /// The tasks in order of first occurrence.
+    /// Returns the tasks in order of first occurrence.
     pub fn tasks(&self) -> Vec<&'a str> {
         let mut found: Vec<&str> = vec![];
         for cell in &self.cells {
@@ -29,34 +29,34 @@ impl<'a> Cells<'a> {
         found
     }
 
-    /// The variants with their styles, in order of first occurrence.
+    /// Returns the variants with their styles, in order of first occurrence.
     pub fn variants(&self) -> Vec<(&'a str, usize)> {
         variants(self.cells.iter().map(|c| &c.record))
     }
 
-    /// The cells of a variant, at one length or at all.
+    /// Returns the cells of a variant, at one length or at all lengths.
     pub fn of<'s>(&'s self, variant: &'s str, length: Option<usize>) -> impl Iterator<Item = &'a Cell> + Clone + 's {
         let wanted = move |c: &&Cell| c.record.variant == variant && length.is_none_or(|l| l == c.length);
         self.cells.iter().copied().filter(wanted)
     }
 
-    /// The record of a variant at a length.
+    /// Returns the record of a variant at a length.
     pub fn record(&self, variant: &str, length: usize) -> Option<&'a VariantRecord> {
         self.of(variant, Some(length)).map(|c| &c.record).next()
     }
 
-    /// The score of a variant in a task.
+    /// Returns the score of a variant in a task, in percent.
     pub fn score(&self, variant: &str, task: &str, length: usize) -> Option<Estimate> {
         self.of(variant, Some(length)).find(|c| c.task == task).and_then(Cell::score)
     }
 
-    /// The mean over all tasks, as [`Self::mean_of`].
+    /// Estimates the mean over all tasks, as [`Self::mean_of`].
     pub fn mean(&self, variant: &str, length: usize) -> Option<Estimate> {
         self.mean_of(&self.tasks(), variant, length)
     }
 
-    /// The mean over `tasks`, each with the same weight, in percent; `None` where the variant lacks a task, since means
-    /// over different tasks cannot be compared.
+    /// Estimates the mean over `tasks`, each with the same weight, in percent; `None` where the variant lacks a task,
+    /// since means over different tasks are not comparable.
     pub fn mean_of(&self, tasks: &[&str], variant: &str, length: usize) -> Option<Estimate> {
         let scores = |task: &&str| -> Option<Vec<f64>> {
             self.of(variant, Some(length)).find(|c| c.task == *task).map(Cell::independent)
@@ -64,7 +64,7 @@ impl<'a> Cells<'a> {
         Estimate::of_groups(&tasks.iter().map(scores).collect::<Option<Vec<_>>>()?)
     }
 
-    /// A line that tells the number of samples and how they were prompted.
+    /// Formats a line with the number of samples and the prompt settings.
     pub fn asked(&self, per: &str, samples: impl IntoIterator<Item = usize>) -> String {
         let asked = &self.answers.asked;
         let mut parts = vec![format!("{} per {per}", super::count(samples, "sample"))];

@@ -1,28 +1,28 @@
-//! The score with the most sensitive layers kept dense, against the bytes of the cache.
+//! Figure of the scores with the most sensitive layers kept dense, against the bytes of the cache.
 
 use super::{read_line, title, ScoreFigure};
 use crate::eval::plot::labels::{above, along, around};
-use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
 use crate::eval::plot::panel::{grid, Panel};
 use crate::eval::plot::scale::Scale;
 use crate::eval::plot::scene::{Area, Scene};
 use crate::eval::plot::target::target;
 use crate::eval::plot::theme::{Ink, MARGIN};
 use crate::eval::plot::Figure;
-use crate::eval::report::{harm, CurvePoint, Estimate, Layers, Rank, RankBy, Score};
+use crate::eval::report::{sensitivity, CurvePoint, Estimate, LayerStudy, RankBy, RankMethod, Score};
 
-/// A curve over the number of layers kept dense.
+/// A metric as a curve over the number of layers kept dense.
 struct Curve<'a> {
     /// Quantity and unit.
     title: &'static str,
-    /// Figure of a score.
+    /// Metric of a score.
     of: ScoreFigure<'a>,
-    /// Bounds of the quantity.
+    /// Range of the metric.
     limits: (f64, f64),
 }
 
-/// The figure; `None` where the study has no curve.
-pub fn figure(layers: &Layers) -> Option<Figure> {
+/// Draws the figure; `None` where the study has no curve.
+pub fn figure(layers: &LayerStudy) -> Option<Figure> {
     let mut points: Vec<&CurvePoint> = layers.curve.iter().filter(|p| share(p).is_finite()).collect();
     points.sort_by_key(|p| p.dense.len());
     let measured = |curve: &Curve| points.iter().any(|p| (curve.of)(&p.score).is_some());
@@ -35,13 +35,15 @@ pub fn figure(layers: &Layers) -> Option<Figure> {
         RankBy::Text => "the KL on text",
     };
     let ranked = match layers.rank {
-        Rank::Alone => format!("a layer's rank is {by} by swapping it alone"),
-        Rank::Heads => "a layer's rank is that of its head that copies answers most".into(),
-        Rank::Rounds => format!("in each round, those went first whose swap on top of the others did least to {by}"),
+        RankMethod::Alone => format!("a layer's rank is {by} by swapping it alone"),
+        RankMethod::Heads => "a layer's rank is that of its head that copies answers most".into(),
+        RankMethod::Rounds => {
+            format!("in each round, those went first whose swap on top of the others did least to {by}")
+        }
     };
     let several = layers.stock.texts.len().max(layers.stock.answers.len()) > 1;
-    let mut keys = vec![Key::Series(0, "number beside a point: layers kept dense".into())];
-    keys.extend(several.then(|| Key::Interval("95% interval".into())));
+    let mut keys = vec![LegendEntry::Series(0, "number beside a point: layers kept dense".into())];
+    keys.extend(several.then(|| LegendEntry::Interval("95% interval".into())));
     let heading = title(&layers.header, "What keeping the most sensitive layers dense gives, against its bytes");
     let about = format!("The most sensitive layers stay dense, one more at a time; {ranked}");
     let measured = read_line(&layers.header, &layers.probed, layers.stock.texts.len(), layers.stock.answers.len());
@@ -59,13 +61,13 @@ fn share(point: &CurvePoint) -> f64 {
     point.score.record.share_of_dense()
 }
 
-fn curves(layers: &Layers) -> [Curve<'_>; 3] {
+fn curves(layers: &LayerStudy) -> [Curve<'_>; 3] {
     let right = |s: &Score| -> Vec<f64> { s.answers.iter().map(|a| if a.right { 100.0 } else { 0.0 }).collect() };
     let free = (f64::NEG_INFINITY, f64::INFINITY);
     [
         Curve {
             title: "Loss added on answers, nats",
-            of: Box::new(|s| harm(s, &layers.stock, RankBy::Answers)),
+            of: Box::new(|s| sensitivity(s, &layers.stock, RankBy::Answers)),
             limits: free,
         },
         Curve {
@@ -75,7 +77,7 @@ fn curves(layers: &Layers) -> [Curve<'_>; 3] {
         },
         Curve {
             title: "KL from stock on text, nats",
-            of: Box::new(|s| harm(s, &layers.stock, RankBy::Text)),
+            of: Box::new(|s| sensitivity(s, &layers.stock, RankBy::Text)),
             limits: free,
         },
     ]

@@ -1,19 +1,18 @@
-//! Figures of quality measurements: what a variant keeps of the stock model, and its bytes.
+//! Figures of quality measurements: quality of variants against the stock model, and the bytes of their caches.
 //!
 //! | file | draws | of |
 //! |---|---|---|
 //! | `smoke` | distance from stock on real text, by context | `bfly-smoke` |
-//! | `needle` | scores of a needle by length and depth: a heat map for each variant | `bfly-answers` with depths |
+//! | `needle` | scores by length and depth of the needle, a heat map per variant | `bfly-answers` with depths |
 //! | `tasks` | scores by task, with their mean, at each length | `bfly-answers` |
 //! | `bytes` | the mean score against the KV cache's bytes | `bfly-answers` |
-//! | `layers` | the harm of swapping each layer alone | `bfly-layers` |
+//! | `layers` | sensitivity to swapping each layer alone | `bfly-layers` |
 //! | `curve` | the score with the most sensitive layers kept dense, against the bytes | `bfly-layers` |
 //! | `ablation` | paired differences of every change from the base | `bfly-ablation` |
 //! | `positions` | the loss by position | `bfly-positions` |
 //!
-//! Intervals are those of [`Estimate`](crate::eval::report::Estimate): bootstrap, 95%, over documents or samples. A
-//! single document or sample has no interval, and none is drawn. `answers` chooses the figures of a file of answers,
-//! and `cells` sorts its cells.
+//! Intervals are those of [`Estimate`](crate::eval::report::Estimate): bootstrap, 95%, over documents or samples; a
+//! single document or sample has none. `answers` selects the figures of an answers file, and `cells` sorts its cells.
 
 mod ablation;
 mod answers;
@@ -39,10 +38,10 @@ use crate::cli::short_count;
 use crate::eval::report::{Estimate, EvalSetRecord, Header, Score, VariantRecord};
 use crate::eviction::RULES;
 
-/// A figure of a score, `None` where it was not measured.
+/// A metric of a score; `None` where it was not measured.
 type ScoreFigure<'a> = Box<dyn Fn(&Score) -> Option<Estimate> + 'a>;
 
-/// `title` with a warning where the weights are random.
+/// Returns `title`, with a warning where the weights are random.
 fn title(header: &Header, title: &str) -> String {
     match header.random_weights {
         Some(_) => format!("{title} (random weights: says nothing about quality)"),
@@ -50,7 +49,7 @@ fn title(header: &Header, title: &str) -> String {
     }
 }
 
-/// Each variant once, in order of first occurrence, with its style; the style of stock is always the same.
+/// Returns each variant once, in order of first occurrence, with its style; stock always has the same style.
 fn variants<'a>(records: impl IntoIterator<Item = &'a VariantRecord>) -> Vec<(&'a str, usize)> {
     let mut found: Vec<(&str, usize)> = vec![];
     let mut free = [0].into_iter().chain(STOCK + 1..);
@@ -64,15 +63,15 @@ fn variants<'a>(records: impl IntoIterator<Item = &'a VariantRecord>) -> Vec<(&'
     found
 }
 
+/// Style of stock.
 const STOCK: usize = 1;
 
-/// The family of methods that a variant belongs to, and its style; `most` is the largest number of layers that a plan
-/// swaps.
+/// Returns the family of methods of a variant and its style; `most` is the largest number of layers that a plan swaps.
 fn family(record: &VariantRecord, most: usize) -> (String, usize) {
     match (&record.eviction, &record.plan) {
         (Some(plan), _) => {
             let place = STOCK + 1 + RULES.iter().position(|r| r.name() == plan.rule).unwrap_or(RULES.len());
-            // Two styles are taken by families of retrofits.
+            // Skips the two styles of retrofit families.
             (plan.rule.clone(), if place < KEPT { place } else { place + 2 })
         }
         (None, Some(plan)) if plan.layers.len() < most => ("retrofit, some layers kept dense".into(), KEPT),
@@ -82,10 +81,12 @@ fn family(record: &VariantRecord, most: usize) -> (String, usize) {
     }
 }
 
+/// Style of retrofits with some layers kept dense.
 const KEPT: usize = 4;
+/// Style of retrofits without summaries.
 const WINDOW: usize = 5;
 
-/// The share of a dense cache, such as `0.063×`, or `0.25× to 0.031×` where records differ.
+/// Formats the share of a dense cache, such as `0.063×`, or `0.25× to 0.031×` where records differ.
 fn share_of<'a>(records: impl IntoIterator<Item = &'a VariantRecord>) -> Option<String> {
     let (mut low, mut high) = (f64::INFINITY, 0.0f64);
     for share in records.into_iter().map(VariantRecord::share_of_dense).filter(|s| s.is_finite()) {
@@ -99,8 +100,8 @@ fn share_of<'a>(records: impl IntoIterator<Item = &'a VariantRecord>) -> Option<
     }
 }
 
-/// A line on the evaluation set, such as `Read at 4k tokens: 8 texts (last 128 positions of each after prefill) and 32
-/// questions (niah_single_2, niah_multikey_1)`, with a remark where it is beyond the trained length.
+/// Formats a line about the evaluation set, such as `Read at 4k tokens: 8 texts (last 128 positions of each after
+/// prefill) and 32 questions (niah_single_2, niah_multikey_1)`, with a remark where it is beyond the trained length.
 fn read_line(header: &Header, probed: &EvalSetRecord, texts: usize, questions: usize) -> String {
     let mut parts = vec![];
     if texts > 0 {
@@ -117,7 +118,7 @@ fn read_line(header: &Header, probed: &EvalSetRecord, texts: usize, questions: u
     format!("Read at {} tokens{beyond}: {}", short_count(probed.ctx), parts.join(" and "))
 }
 
-/// A count with its noun, such as `8 texts`, `1 text` or `3 to 8 texts`.
+/// Formats a count with its noun, such as `8 texts`, `1 text` or `3 to 8 texts`.
 fn count(numbers: impl IntoIterator<Item = usize>, what: &str) -> String {
     let (mut low, mut high) = (usize::MAX, 0);
     for n in numbers {

@@ -1,37 +1,37 @@
-//! Heat maps of the scores of a needle by length and depth, one per variant.
+//! Figure of needle grids: heat maps of scores by length and depth, one per variant.
 
 use super::cells::Cells;
 use super::{share_of, title};
 use crate::cli::short_count;
-use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
 use crate::eval::plot::panel::grid as panel_grid;
 use crate::eval::plot::scene::{Anchor, Area, Scene};
 use crate::eval::plot::target::target;
 use crate::eval::plot::text::{shorten, text_width, Thinning};
-use crate::eval::plot::theme::{Ink, Type, GROUP, LABEL, MARGIN, PANEL, THIN, TICK};
+use crate::eval::plot::theme::{FontSpec, Ink, GROUP, LABEL, MARGIN, PANEL, THIN, TICK};
 use crate::eval::plot::Figure;
 use crate::eval::report::{Cell, Estimate};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Most heat maps to a figure.
+/// Maximum number of heat maps per figure.
 const AT_ONCE: usize = 9;
 /// Room left of a map for the labels of its depths.
 const DEPTHS: f64 = 38.0;
 /// Room above a map for the variant, its mean score and its bytes.
 const HEAD: f64 = 52.0;
 
-/// Rows and columns of every map of a file.
+/// Rows and columns of every heat map of a file.
 struct Grid {
     /// Lengths, rising.
     lengths: Vec<usize>,
     /// Depths in percent, rising.
     depths: Vec<f64>,
-    /// Number of lengths within the trained one.
+    /// Number of lengths within the trained length.
     within: usize,
 }
 
 impl Grid {
-    /// Labelled rows: all where a row's height `h` has room for a label, else those at whole tens of percent.
+    /// Returns the labelled rows: all where the row height `h` has room for a label, else those at multiples of 10%.
     fn rows(&self, h: f64) -> Vec<(f64, String)> {
         let label = |depth: f64| format!("{depth:.0}%");
         if h >= TICK.size * 1.3 || self.depths.len() < 2 {
@@ -42,7 +42,7 @@ impl Grid {
             Some((row as f64 + (depth - pair[0]) / (pair[1] - pair[0]), label(depth)))
         };
         let mut rows: Vec<(f64, String)> = (0..=10).filter_map(|i| place(10.0 * f64::from(i))).collect();
-        // Depths need not be evenly apart.
+        // Depths need not be evenly spaced.
         let (mut labels, half) = (Thinning::new(0.0), TICK.size * 1.3 / 2.0);
         rows.retain(|(row, _)| labels.keeps(h * row, half));
         rows
@@ -52,13 +52,13 @@ impl Grid {
 /// The scores of a variant by length and depth.
 struct HeatMap<'a> {
     variant: &'a str,
-    /// Name of the variant, as short as it is unique.
+    /// Shortest unique name of the variant.
     name: String,
-    /// Mean score and number of samples by length and the bits of the depth.
+    /// Mean score in percent and number of samples, by length and bits of the depth.
     means: BTreeMap<(usize, u64), (f64, usize)>,
 }
 
-/// The figure, or several where there are many variants.
+/// Draws the figure, or several where there are many variants.
 pub fn figures(cells: &Cells) -> Vec<Figure> {
     let lengths = cells.lengths();
     let mut depths: Vec<f64> = cells.cells.iter().flat_map(|c| scores(c)).map(|(depth, _)| depth).collect();
@@ -74,7 +74,7 @@ pub fn figures(cells: &Cells) -> Vec<Figure> {
     parts.map(|(i, part)| Figure { name: name(i), scene: scene(cells, &grid, part) }).collect()
 }
 
-/// Depth and score of every answer in percent.
+/// Returns depth and score of every answer, in percent.
 fn scores(cell: &Cell) -> impl Iterator<Item = (f64, f64)> + '_ {
     cell.answers.iter().filter_map(|a| Some((100.0 * a.depth?, 100.0 * a.score)))
 }
@@ -99,12 +99,12 @@ impl<'a> HeatMap<'a> {
 
 fn scene(cells: &Cells, grid: &Grid, maps: &[HeatMap]) -> Scene {
     let trained = cells.answers.header.trained_positions;
-    let mut keys = vec![Key::Heat("mean score of a cell".into())];
+    let mut keys = vec![LegendEntry::Heat("mean score of a cell".into())];
     if grid.within < grid.lengths.len() {
-        keys.push(Key::Dashes(format!("right of it beyond the trained length ({})", short_count(trained))));
+        keys.push(LegendEntry::Dashes(format!("right of it beyond the trained length ({})", short_count(trained))));
     }
     if maps.iter().any(|m| m.means.len() < grid.lengths.len() * grid.depths.len()) {
-        keys.push(Key::Missed("not asked".into()));
+        keys.push(LegendEntry::Missed("not asked".into()));
     }
     let heading = title(&cells.answers.header, "Where a needle is found, by length and depth");
     let about = "Across: tokens of the text. Down: depth of the needle in it, 0% its beginning, 100% its end".into();
@@ -116,11 +116,11 @@ fn scene(cells: &Cells, grid: &Grid, maps: &[HeatMap]) -> Scene {
     let cell = (220.0 / grid.depths.len() as f64).clamp(3.0, 22.0);
     let height = HEAD + cell * grid.depths.len() as f64 + 20.0;
     for (area, map) in panel_grid(maps.len(), per_row, (MARGIN, CONTENT), page.y, height).into_iter().zip(maps) {
-        let held = share_of(cells.of(map.variant, None).map(|c| &c.record));
+        let kv_share = share_of(cells.of(map.variant, None).map(|c| &c.record));
         let groups: Vec<Vec<f64>> = cells.of(map.variant, None).map(Cell::independent).collect();
         let mean = Estimate::of_groups(&groups).map(|e| e.show(0).replacen(' ', "% ", 1));
         let mean = mean.map(|m| format!("mean {m}{}", if m.contains('%') { "" } else { "%" }));
-        let about = [mean, held.map(|h| format!("KV {h} of dense"))];
+        let about = [mean, kv_share.map(|h| format!("KV {h} of dense"))];
         head(&mut page.scene, area, &map.name, about.into_iter().flatten());
         draw(&mut page.scene, area, grid, map, cell);
         page.y = area.bottom();
@@ -128,9 +128,9 @@ fn scene(cells: &Cells, grid: &Grid, maps: &[HeatMap]) -> Scene {
     page.finish(&[])
 }
 
-/// Writes the name of a variant above its map, and `about` below the name.
+/// Draws the name of a variant above its heat map, and `about` below the name.
 fn head(scene: &mut Scene, area: Area, variant: &str, about: impl Iterator<Item = String>) {
-    // A long name is smaller, and without what every plan's name begins with, before it is cut.
+    // A long name loses the prefix that all plans share, then gets a smaller size, then is shortened.
     let fits = text_width(variant, GROUP) <= area.w;
     let variant = variant.strip_prefix("retrofit:plan=").filter(|_| !fits).unwrap_or(variant);
     let kind = if text_width(variant, PANEL) > area.w { GROUP } else { PANEL };
@@ -141,7 +141,7 @@ fn head(scene: &mut Scene, area: Area, variant: &str, about: impl Iterator<Item 
     }
 }
 
-/// The number of folders of plans' paths that makes all variants' short names different; 0 where file names do.
+/// Returns the smallest number of parent folders in plan paths that makes the short names of all variants different.
 pub(super) fn folders(variants: &[&str]) -> usize {
     let deepest = variants.iter().map(|v| v.matches('/').count()).max().unwrap_or(0);
     let apart = |folders: &usize| {
@@ -151,7 +151,8 @@ pub(super) fn folders(variants: &[&str]) -> usize {
     (0..deepest).find(apart).unwrap_or(deepest)
 }
 
-/// A variant's name with the last `folders` folders of its plan's path: 0 leaves `retrofit:plan=dense-4.json`.
+/// Shortens the plan's path in a variant's name to its last `folders` folders and file name; 0 gives
+/// `retrofit:plan=dense-4.json`.
 pub(super) fn short(variant: &str, folders: usize) -> String {
     let item = |item: &str| match item.split_once("plan=") {
         Some((before, path)) => {
@@ -164,7 +165,7 @@ pub(super) fn short(variant: &str, folders: usize) -> String {
 }
 
 fn draw(scene: &mut Scene, area: Area, grid: &Grid, map: &HeatMap, h: f64) {
-    // A map of few lengths does not need the whole width.
+    // A heat map of few lengths is narrower than its area.
     let w = ((area.w - DEPTHS) / grid.lengths.len() as f64).min(84.0);
     let (left, top) = (area.x + DEPTHS, area.y + HEAD);
     for (row, depth) in grid.depths.iter().enumerate() {
@@ -176,11 +177,11 @@ fn draw(scene: &mut Scene, area: Area, grid: &Grid, map: &HeatMap, h: f64) {
                 None => scene.line((middle.0 - 2.0, middle.1), (middle.0 + 2.0, middle.1), Ink::Axis, THIN),
                 Some(score) => {
                     let percent = score.round() as u8;
-                    // A hair of paper between cells, where there is room for it.
+                    // A thin gap between cells, where there is room for it.
                     let gap = if h > 8.0 { 0.5 } else { 0.0 };
                     let inner = Area { x: cell.x + gap, y: cell.y + gap, w: w - 2.0 * gap, h: h - 2.0 * gap };
                     scene.rect(inner, Ink::Heat(percent));
-                    let (kind, text) = (Type { ink: Ink::OnHeat(percent), ..LABEL }, percent.to_string());
+                    let (kind, text) = (FontSpec { ink: Ink::OnHeat(percent), ..LABEL }, percent.to_string());
                     if h >= 14.0 && text_width(&text, kind) + 4.0 <= w {
                         scene.text(middle, Anchor::Middle, kind, text);
                     }
@@ -202,7 +203,7 @@ fn draw(scene: &mut Scene, area: Area, grid: &Grid, map: &HeatMap, h: f64) {
     if grid.within < grid.lengths.len() {
         let x = left + w * grid.within as f64;
         let line = [(x, top - 4.0), (x, bottom + 3.0)];
-        // On paper of its own, since cells may be as light or as dark as it is.
+        // Outlined in the paper's colour, since cells may be as light or as dark as the line.
         scene.line(line[0], line[1], Ink::Paper, 4.0 * THIN);
         scene.dashes(&line, Ink::Text, 1.5 * THIN);
     }

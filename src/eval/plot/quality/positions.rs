@@ -1,26 +1,26 @@
-//! The loss on the next token by its position in the text.
+//! Figure of the loss on the next token by position in the text.
 
 use super::{count, share_of, title, variants};
 use crate::cli::short_count;
 use crate::error::{Error, Result};
-use crate::eval::plot::page::{trained_key, Key, Page, CONTENT};
+use crate::eval::plot::page::{trained_key, LegendEntry, Page, CONTENT};
 use crate::eval::plot::panel::Panel;
 use crate::eval::plot::scale::Scale;
-use crate::eval::plot::scene::{Area, At};
+use crate::eval::plot::scene::{Area, Coord};
 use crate::eval::plot::target::target;
 use crate::eval::plot::theme::{Ink, MARGIN};
 use crate::eval::plot::Figure;
-use crate::eval::report::{Estimate, PositionRun, Positions};
+use crate::eval::report::{Estimate, LossByPosition, PositionRun};
 use std::path::Path;
 
-/// Most points of a line that have a marker each.
+/// Maximum number of points of a line with a marker each.
 const MARKED: usize = 16;
 
-/// The figure of the losses read from `path`.
+/// Draws the figure of the losses read from `path`.
 ///
 /// # Errors
-/// Losses of no document, or a file that contradicts itself.
-pub fn figures(positions: &Positions, path: &Path) -> Result<Vec<Figure>> {
+/// A file without losses, or an inconsistent one.
+pub fn figures(positions: &LossByPosition, path: &Path) -> Result<Vec<Figure>> {
     let fail = |message: String| Err(Error::format(path.display(), message));
     if positions.bucket == 0 || positions.ctx == 0 {
         return fail("has a bucket or a context of 0 positions".into());
@@ -34,7 +34,7 @@ pub fn figures(positions: &Positions, path: &Path) -> Result<Vec<Figure>> {
     if let Some(run) = runs.iter().find(|r| r.documents.iter().any(|d| d.losses.len() > buckets)) {
         return fail(format!("{} has more losses than the {buckets} buckets there are", run.record.variant));
     }
-    // What was read to the end, if the file was cut off.
+    // A file of an interrupted run has fewer buckets.
     let buckets = runs.iter().flat_map(|r| &r.documents).map(|d| d.losses.len()).max().unwrap_or(0);
     let names = variants(runs.iter().map(|r| &r.record));
     if names.len() < runs.len() {
@@ -47,12 +47,12 @@ pub fn figures(positions: &Positions, path: &Path) -> Result<Vec<Figure>> {
         .collect();
     let x = Scale::positions(positions.ctx);
     let named = |(run, (name, style)): (&&PositionRun, &(&str, usize))| {
-        let held = share_of([&run.record]).map_or(String::new(), |h| format!(" · KV {h} of dense"));
-        Key::Series(*style, format!("{name}{held}"))
+        let kv_share = share_of([&run.record]).map_or(String::new(), |h| format!(" · KV {h} of dense"));
+        LegendEntry::Series(*style, format!("{name}{kv_share}"))
     };
-    let mut keys: Vec<Key> = runs.iter().zip(&names).map(named).collect();
+    let mut keys: Vec<LegendEntry> = runs.iter().zip(&names).map(named).collect();
     if lines.iter().any(|(_, l)| l.iter().flatten().any(|e| e.low.is_some())) {
-        keys.push(Key::Patch(Ink::Haze(5), "95% interval of the mean".into()));
+        keys.push(LegendEntry::Patch(Ink::Haze(5), "95% interval of the mean".into()));
     }
     keys.extend(trained_key(&positions.header, x.high, "extrapolated"));
     let about = format!(
@@ -82,10 +82,10 @@ pub fn figures(positions: &Positions, path: &Path) -> Result<Vec<Figure>> {
         let from = bucket * positions.bucket;
         (from as f64 + from.saturating_add(positions.bucket).min(positions.ctx) as f64) / 2.0
     };
-    // Bands first: a line hides none of another's.
+    // Bands are drawn before all lines, so that they hide no line.
     for (style, line) in &lines {
         let known = || line.iter().enumerate().filter_map(|(b, e)| Some((middle(b), (*e)?)));
-        let edge = |f: fn(&Estimate) -> Option<f64>| -> Vec<At> {
+        let edge = |f: fn(&Estimate) -> Option<f64>| -> Vec<Coord> {
             known().filter_map(|(x, e)| Some(plot.at(x, f(&e)?))).collect()
         };
         let (low, high) = (edge(|e| e.low), edge(|e| e.high));
@@ -96,7 +96,7 @@ pub fn figures(positions: &Positions, path: &Path) -> Result<Vec<Figure>> {
         }
     }
     for (style, line) in lines.iter().rev() {
-        let points: Vec<At> =
+        let points: Vec<Coord> =
             line.iter().enumerate().filter_map(|(b, e)| Some(plot.at(middle(b), (*e)?.mean))).collect();
         page.scene.series(*style, &points);
         let every = points.len().div_ceil(MARKED).max(1);
@@ -106,12 +106,12 @@ pub fn figures(positions: &Positions, path: &Path) -> Result<Vec<Figure>> {
     Ok(vec![Figure { name: "positions".into(), scene: page.finish(&[]) }])
 }
 
-/// The mean loss of a bucket over documents.
+/// Estimates the mean loss of a bucket over documents.
 fn loss(run: &PositionRun, bucket: usize) -> Option<Estimate> {
     Estimate::of(&run.documents.iter().filter_map(|d| d.losses.get(bucket).copied()).collect::<Vec<_>>())
 }
 
-/// An ordinal for "of which every ..", such as `one is`, `2nd is` or `16th is`.
+/// Formats an ordinal for "of which every ..", such as `one is`, `2nd is` or `16th is`.
 fn ordinal(n: usize) -> String {
     let ending = match (n % 10, n % 100) {
         (_, 11..=13) => "th",

@@ -1,9 +1,9 @@
-//! The distance of variants from stock on real text, by context.
+//! Figure of a smoke test: the distance of variants from stock on real text, by context.
 
 use super::{count, title, variants};
 use crate::cli::short_count;
 use crate::error::{Error, Result};
-use crate::eval::plot::page::{trained_key, Key, Page, CONTENT};
+use crate::eval::plot::page::{trained_key, LegendEntry, Page, CONTENT};
 use crate::eval::plot::panel::{grid, Panel};
 use crate::eval::plot::scale::Scale;
 use crate::eval::plot::target::target;
@@ -13,15 +13,15 @@ use crate::eval::report::{DocumentMetric, Estimate, Smoke, SmokeRun};
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// A distance of a document from stock.
+/// A metric of the distance from stock on a document.
 struct Distance {
     /// Quantity and unit.
     title: String,
-    /// Figure of a document.
+    /// Metric of a document.
     of: DocumentMetric,
     /// Whether the axis is logarithmic.
     log: bool,
-    /// Bounds of the quantity.
+    /// Range of the metric.
     limits: (f64, f64),
 }
 
@@ -36,10 +36,10 @@ fn distances(top: usize) -> [Distance; 4] {
     ]
 }
 
-/// The figure of the smoke test read from `path`.
+/// Draws the figure of the smoke test read from `path`.
 ///
 /// # Errors
-/// A test without documents, or one that contradicts itself.
+/// A test without documents, or an inconsistent one.
 pub fn figures(smoke: &Smoke, path: &Path) -> Result<Vec<Figure>> {
     let fail = |message: String| Err(Error::format(path.display(), message));
     let runs: Vec<&SmokeRun> = smoke.runs.iter().filter(|r| !r.documents.is_empty()).collect();
@@ -50,7 +50,7 @@ pub fn figures(smoke: &Smoke, path: &Path) -> Result<Vec<Figure>> {
     for run in &runs {
         let what = format!("{} at context {}", run.record.variant, run.ctx);
         if run.ctx == 0 {
-            return fail(format!("{what} makes no sense"));
+            return fail(format!("has a run of {what}; a context is at least 1"));
         }
         if !seen.insert((run.ctx, &run.record.variant)) {
             return fail(format!("has two runs of {what}"));
@@ -59,10 +59,11 @@ pub fn figures(smoke: &Smoke, path: &Path) -> Result<Vec<Figure>> {
     let contexts: Vec<usize> = runs.iter().map(|r| r.ctx).collect::<BTreeSet<_>>().into_iter().collect();
     let variants = variants(runs.iter().map(|r| &r.record));
     let x = Scale::contexts(&contexts);
-    let mut keys: Vec<Key> = variants.iter().map(|(name, style)| Key::Series(*style, name.to_string())).collect();
-    keys.push(Key::Dots("single texts".into()));
+    let mut keys: Vec<LegendEntry> =
+        variants.iter().map(|(name, style)| LegendEntry::Series(*style, name.to_string())).collect();
+    keys.push(LegendEntry::Dots("single texts".into()));
     if runs.iter().any(|r| r.documents.len() > 1) {
-        keys.push(Key::Interval("95% interval of the mean".into()));
+        keys.push(LegendEntry::Interval("95% interval of the mean".into()));
     }
     let farthest = contexts.iter().max().map_or(0.0, |c| *c as f64);
     let past = farthest > smoke.header.trained_positions as f64;
@@ -82,7 +83,7 @@ pub fn figures(smoke: &Smoke, path: &Path) -> Result<Vec<Figure>> {
             true => Scale::log(values.clone()),
             false => Scale::linear(values.clone().chain((distance.limits.0 != 0.0).then_some(0.0)), distance.limits),
         };
-        // Nothing is above 0: every variant is stock.
+        // No value is above 0: all variants equal stock.
         let scale = scale.unwrap_or(Scale { low: 0.0, high: 1.0, log: false, ticks: vec![] });
         let panel = Panel {
             title: &distance.title,
@@ -93,10 +94,10 @@ pub fn figures(smoke: &Smoke, path: &Path) -> Result<Vec<Figure>> {
             crosses: None,
         };
         let plot = panel.draw(&mut page.scene, *area);
-        // Variants stand side by side, within the axis and apart from the next context's.
+        // Variants are drawn next to each other, within the axis and apart from those of the next context.
         let room = 2.0 * (plot.at(contexts[0] as f64, scale.low).0 - plot.area.x) - 14.0;
         let step = (room.min(0.6 * plot.area.w / contexts.len() as f64) / variants.len() as f64).min(13.0);
-        // The first variant is the one that matters: drawn last, so on top.
+        // The first variant is the most important one: drawn last, so on top.
         for (i, (name, style)) in variants.iter().enumerate().rev() {
             let shift = step * (i as f64 - (variants.len() - 1) as f64 / 2.0);
             let (ink, mut last) = (Ink::Series(*style), None);

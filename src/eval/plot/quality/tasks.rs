@@ -1,10 +1,10 @@
-//! Scores by task: a row per task and one for their mean (two where some tasks ask questions of a file), a column per
-//! length, a marker with its interval per variant.
+//! Figure of scores by task: a row per task and one for their mean (two where some tasks use question files), a column
+//! per length, a marker with its interval per variant.
 
 use super::cells::Cells;
 use super::{share_of, title};
 use crate::cli::short_count;
-use crate::eval::plot::page::{Key, Page, CONTENT};
+use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
 use crate::eval::plot::panel::grid;
 use crate::eval::plot::scene::{Anchor, Area, Scene};
 use crate::eval::plot::target::target;
@@ -13,23 +13,23 @@ use crate::eval::plot::theme::{Ink, GROUP, HAIR, LABEL, MARGIN, PANEL, THIN, TIC
 use crate::eval::plot::Figure;
 use crate::eval::report::{means, Estimate};
 
-/// Most lengths side by side.
+/// Maximum number of lengths per row.
 const PER_ROW: usize = 4;
 
-/// The figure.
+/// Draws the figure.
 pub fn figure(cells: &Cells) -> Figure {
     let (lengths, tasks, variants) = (cells.lengths(), cells.tasks(), cells.variants());
     let named = |(variant, style): &(&str, usize)| {
-        let held = share_of(cells.of(variant, None).map(|c| &c.record));
-        let held = held.map_or(String::new(), |h| format!(" · KV {h} of dense"));
-        Key::Marker(*style, format!("{variant}{held}"))
+        let kv_share = share_of(cells.of(variant, None).map(|c| &c.record));
+        let kv_share = kv_share.map_or(String::new(), |h| format!(" · KV {h} of dense"));
+        LegendEntry::Marker(*style, format!("{variant}{kv_share}"))
     };
-    let mut keys: Vec<Key> = variants.iter().map(named).collect();
+    let mut keys: Vec<LegendEntry> = variants.iter().map(named).collect();
     if cells.cells.iter().any(|c| c.answers.len() > 1) {
-        keys.push(Key::Interval("95% interval of the mean".into()));
+        keys.push(LegendEntry::Interval("95% interval of the mean".into()));
     }
     if cells.cells.len() < lengths.len() * tasks.len() * variants.len() {
-        keys.push(Key::Missed("not asked".into()));
+        keys.push(LegendEntry::Missed("not asked".into()));
     }
     let samples = cells.cells.iter().map(|c| c.answers.len());
     let about = format!("{}; KV is the most that was allocated at once", cells.asked("task and length", samples));
@@ -75,7 +75,7 @@ fn frame(scene: &mut Scene, plot: Area, row: f64) {
         let x = plot.x + plot.w * f64::from(percent) / 100.0;
         let ink = if percent == 0 { Ink::Axis } else { Ink::Grid };
         scene.line((x, plot.y), (x, plot.bottom()), ink, HAIR);
-        // Others would touch in a narrow panel.
+        // More labels would touch in a narrow panel.
         if percent % 50 == 0 {
             scene.text((x, plot.bottom() + 9.0), Anchor::Middle, TICK, percent.to_string());
         }
@@ -88,8 +88,8 @@ fn frame(scene: &mut Scene, plot: Area, row: f64) {
     }
 }
 
-/// Draws the variants' scores in a row, one below the other, with a cross left of the axis for a variant without
-/// answers.
+/// Draws the scores of the variants within a row, one below the other, with a cross left of the axis for a variant
+/// without answers.
 fn dots(scene: &mut Scene, band: Area, scores: impl ExactSizeIterator<Item = (usize, Option<Estimate>)>) {
     let step = band.h / (scores.len() + 1) as f64;
     for (i, (style, score)) in scores.enumerate() {

@@ -5,8 +5,8 @@ use crate::eval::plot::scene::Shape;
 use crate::eval::plot::tests::assert_tidy;
 use crate::eval::plot::Figure;
 use crate::eval::report::{
-    read, Ablation, Answers, Cell, Header, Layers, PositionRun, Positions, Smoke, SmokeRun, ABLATION, ANSWERS, LAYERS,
-    POSITIONS, SMOKE,
+    read, Ablation, Answers, Cell, Header, LayerStudy, LossByPosition, PositionRun, Smoke, SmokeRun, ABLATION, ANSWERS,
+    LAYERS, POSITIONS, SMOKE,
 };
 use serde::de::DeserializeOwned;
 use serde_json::json;
@@ -36,7 +36,7 @@ fn needle_of(change: impl FnOnce(&mut Answers)) -> crate::Result<Vec<Figure>> {
     of(("needle", ANSWERS), answers, change)
 }
 
-fn layers_of(change: impl FnOnce(&mut Layers)) -> crate::Result<Vec<Figure>> {
+fn layers_of(change: impl FnOnce(&mut LayerStudy)) -> crate::Result<Vec<Figure>> {
     of(("layers", LAYERS), layers, change)
 }
 
@@ -44,7 +44,7 @@ fn ablation_of(change: impl FnOnce(&mut Ablation)) -> crate::Result<Vec<Figure>>
     of(("ablate", ABLATION), ablation, change)
 }
 
-fn positions_of(change: impl FnOnce(&mut Positions)) -> crate::Result<Vec<Figure>> {
+fn positions_of(change: impl FnOnce(&mut LossByPosition)) -> crate::Result<Vec<Figure>> {
     of(("positions", POSITIONS), positions, change)
 }
 
@@ -256,7 +256,7 @@ fn no_text_of_layers_or_ablations_overlaps_another() {
             layers_of(|l| {
                 stretch(&mut l.header);
                 let one = l.single[0].clone();
-                l.single = (0..126).map(|layer| crate::eval::report::Single { layer, ..one.clone() }).collect();
+                l.single = (0..126).map(|layer| crate::eval::report::LayerScore { layer, ..one.clone() }).collect();
                 l.order = (0..126).collect();
                 let one = l.curve[0].clone();
                 let kept = |k| crate::eval::report::CurvePoint { dense: (0..k).collect(), ..one.clone() };
@@ -351,18 +351,21 @@ fn layers_chosen_in_two_ways_are_two_methods() {
 }
 
 #[test]
-fn what_holds_nothing_to_draw_is_one_error_that_names_the_file() {
+fn files_without_anything_to_draw_get_one_error_that_names_the_file() {
     let cases = [
         (smoke_of(|s| s.runs.clear()), "smoke.json: is a smoke test without runs"),
         (smoke_of(|s| s.runs.iter_mut().for_each(|r| r.documents.clear())), "without runs"),
-        (smoke_of(|s| s.runs[0].ctx = 0), "at context 0 makes no sense"),
+        (smoke_of(|s| s.runs[0].ctx = 0), "at context 0; a context is at least 1"),
         (smoke_of(|s| s.runs.extend(s.runs.clone())), "has two runs of"),
         (ruler_of(|a| a.cells.clear()), "ruler.json: holds no answers"),
         (needle_of(|a| a.cells.iter_mut().for_each(|c| c.answers.clear())), "needle.json: holds no answers"),
         (ruler_of(|a| a.cells.extend(a.cells.clone())), " twice"),
         (ruler_of(|a| a.cells[0].answers[0].score = 5.0), "a score of 5, which is not between 0 and 1"),
         (needle_of(|a| a.cells[0].answers[0].depth = Some(-1.0)), "a needle at depth -1"),
-        (layers_of(|l| (l.single.clear(), l.curve.clear()).0), "layers.json: is a study of layers without one"),
+        (
+            layers_of(|l| (l.single.clear(), l.curve.clear()).0),
+            "layers.json: is a layer study without a measured layer",
+        ),
         (ablation_of(|a| a.changes.clear()), "ablate.json: is an ablation without a change that was measured"),
         (ablation_of(|a| a.changes.iter_mut().for_each(|c| c.score = None)), "without a change that was measured"),
         (positions_of(|p| p.runs.clear()), "positions.json: holds no losses"),
@@ -383,7 +386,7 @@ fn record(variant: &str, total: u64, peak: Option<u64>) -> VariantRecord {
 }
 
 #[test]
-fn stock_looks_the_same_wherever_it_stands() {
+fn stock_has_the_same_style_in_any_order() {
     let of = |names: &[&str]| {
         let records: Vec<VariantRecord> = names.iter().map(|n| record(n, 1, None)).collect();
         variants(&records).into_iter().map(|(n, s)| (n.to_string(), s)).collect::<Vec<_>>()
@@ -394,7 +397,7 @@ fn stock_looks_the_same_wherever_it_stands() {
 }
 
 #[test]
-fn numbers_and_shares_read_well() {
+fn counts_and_shares_have_short_labels() {
     assert_eq!(count([8, 8], "text"), "8 texts");
     assert_eq!(count([1], "text"), "1 text");
     assert_eq!(count([3, 8], "text"), "3 to 8 texts");

@@ -1,47 +1,48 @@
 //! Backward elimination of layers (sequential backward selection, Marill and Green 1963,
 //! <https://doi.org/10.1109/TIT.1963.1057810>).
 //!
-//! Where two layers can stand in for each other, swapping either alone does nothing, and a ranking by single swaps ends
-//! with neither. Here every round scores the layers that are still dense on top of those already swapped:
+//! Where two layers can compensate for each other, swapping either alone has no effect, and a ranking by single swaps
+//! places both last. Backward elimination scores, in every round, each layer that is still dense in addition to those
+//! already swapped:
 //!
 //! ```text
 //! S = {}                                                  // swapped
 //! while layers are left:
-//!     harm(l) = what swapping S + {l} does, for every l not in S
-//!     S += the quarter of the layers left, at least one, with the least harm
+//!     sensitivity(l) = degradation of the model with S + {l} swapped, for every l not in S
+//!     S += the least sensitive quarter of the layers left, at least one
 //! ```
 //!
-//! The order in which layers are kept is the reverse of that in which they were swapped. It costs about three times as
-//! many scores as swapping every layer once.
+//! Layers are kept dense in the reverse of the order in which they were swapped. This takes about three times as many
+//! scores as swapping every layer once.
 
 use crate::error::Result;
-use crate::eval::report::{by_harm, Round, Single};
+use crate::eval::report::{by_sensitivity, EliminationRound, LayerScore};
 
-/// The number of layers that a round swaps, of `left`.
+/// Returns the number of layers that a round swaps, of `left`.
 fn quarter(left: usize) -> usize {
     (left / 4).max(1)
 }
 
-/// The number of scores that the rounds after the first take, of so many layers.
-pub fn settings(layers: usize) -> usize {
+/// Returns the number of scores computed in the rounds after the first, for `layers` layers.
+pub fn scores_after_first(layers: usize) -> usize {
     let after = |left: &usize| Some(left - quarter(*left)).filter(|left| *left > 1);
     std::iter::successors(after(&layers), after).sum()
 }
 
-/// All layers of `first`, the one to keep longest first, and the rounds after it. `score` takes the layers that are
-/// swapped already and those to swap on top of them, one at a time.
+/// Ranks the layers of `first`, most sensitive first, and returns the ranking with the rounds after the first.
+/// `score(swapped, left)` scores each layer of `left`, swapped in addition to `swapped`.
 ///
 /// # Errors
-/// Those of `score`.
+/// The errors of `score`.
 pub fn eliminate(
-    first: &[Single],
-    harm: impl Fn(&Single) -> f64,
-    mut score: impl FnMut(&[usize], &[usize]) -> Result<Vec<Single>>,
-) -> Result<(Vec<usize>, Vec<Round>)> {
-    let (mut gone, mut rounds): (Vec<usize>, Vec<Round>) = (vec![], vec![]);
-    let mut left = by_harm(first, &harm);
+    first: &[LayerScore],
+    sensitivity: impl Fn(&LayerScore) -> f64,
+    mut score: impl FnMut(&[usize], &[usize]) -> Result<Vec<LayerScore>>,
+) -> Result<(Vec<usize>, Vec<EliminationRound>)> {
+    let (mut gone, mut rounds): (Vec<usize>, Vec<EliminationRound>) = (vec![], vec![]);
+    let mut left = by_sensitivity(first, &sensitivity);
     while !left.is_empty() {
-        // The least harm is at the end.
+        // The least sensitive layers are at the end.
         let stay = left.len() - quarter(left.len());
         gone.extend(left.drain(stay..).rev());
         if left.len() > 1 {
@@ -49,8 +50,8 @@ pub fn eliminate(
             swapped.sort_unstable();
             left.sort_unstable();
             let tried = score(&swapped, &left)?;
-            left = by_harm(&tried, &harm);
-            rounds.push(Round { swapped, tried });
+            left = by_sensitivity(&tried, &sensitivity);
+            rounds.push(EliminationRound { swapped, tried });
         }
     }
     gone.reverse();
@@ -62,34 +63,34 @@ mod tests {
     use super::*;
     use crate::eval::report::{AnswerScore, Score, VariantRecord};
 
-    fn single(layer: usize, loss: f64) -> Single {
+    fn single(layer: usize, loss: f64) -> LayerScore {
         let answers = vec![AnswerScore { loss, right: false }];
-        Single { layer, score: Score { record: VariantRecord::test("x"), texts: vec![], answers } }
+        LayerScore { layer, score: Score { record: VariantRecord::test("x"), texts: vec![], answers } }
     }
 
-    /// Layers 2 and 5 stand in for each other; layer 3 is a little useful of itself.
-    fn harm_of(swapped: &[usize]) -> f64 {
+    /// Degradation of a model in which layers 2 and 5 compensate for each other and layer 3 matters a little by itself.
+    fn sensitivity_of(swapped: &[usize]) -> f64 {
         let has = |l| swapped.contains(&l);
         0.001 * swapped.len() as f64 + f64::from(u8::from(has(2) && has(5))) + 0.1 * f64::from(u8::from(has(3)))
     }
 
     #[test]
-    fn one_of_two_layers_that_stand_in_for_each_other_is_kept() -> Result<()> {
-        let harm = |s: &Single| s.score.answers[0].loss;
-        let first: Vec<Single> = (0..8).map(|l| single(l, harm_of(&[l]))).collect();
-        assert!(!by_harm(&first, harm)[..2].contains(&5), "alone they look harmless");
+    fn one_of_two_layers_that_compensate_for_each_other_is_kept() -> Result<()> {
+        let sensitivity = |s: &LayerScore| s.score.answers[0].loss;
+        let first: Vec<LayerScore> = (0..8).map(|l| single(l, sensitivity_of(&[l]))).collect();
+        assert!(!by_sensitivity(&first, sensitivity)[..2].contains(&5), "alone they look harmless");
         let mut seen = vec![];
-        let (order, rounds) = eliminate(&first, harm, |swapped, left| {
+        let (order, rounds) = eliminate(&first, sensitivity, |swapped, left| {
             seen.push((swapped.to_vec(), left.to_vec()));
             let all = |l: &usize| [swapped, &[*l]].concat();
-            Ok(left.iter().map(|l| single(*l, harm_of(&all(l)))).collect())
+            Ok(left.iter().map(|l| single(*l, sensitivity_of(&all(l)))).collect())
         })?;
         assert!([2, 5].contains(&order[0]) && order[1] == 3, "{order:?}");
         let mut all = order.clone();
         all.sort_unstable();
         assert_eq!(all, (0..8).collect::<Vec<_>>());
         assert_eq!(seen.len(), rounds.len());
-        assert_eq!(rounds.iter().map(|r| r.tried.len()).sum::<usize>(), settings(8));
+        assert_eq!(rounds.iter().map(|r| r.tried.len()).sum::<usize>(), scores_after_first(8));
         for (swapped, left) in seen {
             let mut both = [swapped, left].concat();
             both.sort_unstable();
@@ -100,8 +101,8 @@ mod tests {
 
     #[test]
     fn rounds_shrink_to_one() {
-        // 28 layers are judged one by one first; then 21, 16, 12, 9, 7, 6, 5, 4, 3 and 2.
-        assert_eq!(settings(28), 85);
-        assert_eq!((settings(1), settings(2), settings(3)), (0, 0, 2));
+        // The first round scores 28 layers; the others 21, 16, 12, 9, 7, 6, 5, 4, 3 and 2.
+        assert_eq!(scores_after_first(28), 85);
+        assert_eq!((scores_after_first(1), scores_after_first(2), scores_after_first(3)), (0, 0, 2));
     }
 }

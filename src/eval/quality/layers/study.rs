@@ -1,32 +1,32 @@
-//! Scores of swapped layers, computed side by side.
+//! Scores of sets of swapped layers, computed in parallel.
 
 use crate::cli::Bars;
 use crate::error::Result;
-use crate::eval::quality::eval_set::{EvalSet, Reference};
-use crate::eval::quality::heads::Tally;
-use crate::eval::quality::runner::{together, Runner, Runners};
-use crate::eval::report::{Score, Single};
+use crate::eval::quality::eval_set::{EvalSet, ReferenceLogits};
+use crate::eval::quality::heads::HeadCounter;
+use crate::eval::quality::runner::{shared_progress, Runner, Workers};
+use crate::eval::report::{LayerScore, Score};
 use crate::eval::variant::Variant;
 use crate::method::Method;
 use crate::retrofit::{ranges, RetrofitPlan};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Counts which heads of the stock model copy the answers of `eval_set`.
-pub fn retrieval_heads(eval_set: &EvalSet, runner: &Runner) -> Result<Tally> {
-    let mut tally = Tally::default();
+/// Counts the steps at which each head of the stock model copies the answers of `eval_set`.
+pub fn retrieval_heads(eval_set: &EvalSet, runner: &Runner) -> Result<HeadCounter> {
+    let mut tally = HeadCounter::default();
     for (prompt, answer) in &eval_set.questions {
         runner.run(&Variant::stock(), eval_set.ctx, |run| tally.count(run, prompt, answer, eval_set.chunk))?;
     }
     Ok(tally)
 }
 
-/// A study under way.
-pub struct Study<'a, P> {
-    /// Workers that compute scores side by side.
-    pub runners: &'a mut Runners,
+/// Scores sets of swapped layers, reusing the scores of an earlier process.
+pub struct LayerScorer<'a, P> {
+    /// Workers that compute scores in parallel.
+    pub runners: &'a mut Workers,
     /// Logits of the stock model on the texts.
-    pub reference: &'a Reference,
-    /// Makes the plan that swaps some layers.
+    pub reference: &'a ReferenceLogits,
+    /// Builds the plan that swaps the given layers.
     pub plan: &'a P,
     /// Progress bars.
     pub bars: &'a Bars,
@@ -34,28 +34,28 @@ pub struct Study<'a, P> {
     pub done: AtomicUsize,
     /// Tokens of the whole study.
     pub total: usize,
-    /// Scores of an earlier process, which are not computed again.
+    /// Scores of an earlier process, to be reused.
     pub known: Vec<Score>,
     /// Called with every new score.
     pub on_score: &'a (dyn Fn(&Score) -> Result<()> + Sync),
 }
 
-impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> Study<'_, P> {
-    /// The scores with each of `layers` swapped, one at a time, on top of `swapped`.
+impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> LayerScorer<'_, P> {
+    /// Scores each of `layers`, swapped one at a time in addition to `swapped`.
     ///
     /// # Errors
     /// A plan that does not fit the model; an error of `on_score`.
-    pub fn on_top(&mut self, eval_set: &EvalSet, swapped: &[usize], layers: &[usize]) -> Result<Vec<Single>> {
+    pub fn on_top(&mut self, eval_set: &EvalSet, swapped: &[usize], layers: &[usize]) -> Result<Vec<LayerScore>> {
         let and = |layer: &usize| {
             let mut all = [swapped, &[*layer]].concat();
             all.sort_unstable();
             all
         };
         let scores = self.scores(eval_set, &layers.iter().map(and).collect::<Vec<_>>())?;
-        Ok(layers.iter().zip(scores).map(|(layer, score)| Single { layer: *layer, score }).collect())
+        Ok(layers.iter().zip(scores).map(|(layer, score)| LayerScore { layer: *layer, score }).collect())
     }
 
-    /// The score with the layers of each of `sets` swapped.
+    /// Scores each of `sets` of swapped layers.
     ///
     /// # Errors
     /// A plan that does not fit the model; an error of `on_score`.
@@ -76,7 +76,7 @@ impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> Study<'_, P> {
         done.fetch_add(eval_set.tokens() * (scores.len() - missing.len()), Ordering::Relaxed);
         let made = self.runners.each(missing.len(), |runner, i| {
             let show = |n| bars.show("layers", n as u64, total);
-            let score = eval_set.score(runner, &variants[missing[i]], reference, &mut together(done, show))?;
+            let score = eval_set.score(runner, &variants[missing[i]], reference, &mut shared_progress(done, show))?;
             (self.on_score)(&score)?;
             Ok(score)
         })?;
@@ -84,7 +84,7 @@ impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> Study<'_, P> {
         Ok(scores.into_iter().flatten().collect())
     }
 
-    /// The score of `variant` on the same texts and questions that an earlier process computed, if there is one.
+    /// Returns the earlier score of `variant` on the texts and questions of `eval_set`, if there is one.
     fn known(&self, eval_set: &EvalSet, variant: &Variant) -> Option<Score> {
         let texts = |s: &Score| s.texts.iter().map(|t| &t.document).eq(eval_set.texts.iter().map(|t| &t.document));
         let same = |s: &&Score| {

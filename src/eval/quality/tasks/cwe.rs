@@ -1,23 +1,24 @@
-//! Common words: a numbered list in which ten words come more often than the others, and a question for these ten.
+//! Common words (`cwe`): a numbered list in which ten words are more frequent than the others, and the question for
+//! them.
 
-use super::length_search::{Call, Draft, Maker};
+use super::length_search::{Draft, PromptMaker, SampleRequest};
 use super::rng::Rng;
-use super::words::Words;
+use super::words::WordLists;
 use crate::error::Result;
 
-/// The question.
+/// Question of the prompt.
 pub(super) const ASK: &str = "Question: What are the 10 most common words in the above list?";
 /// Number of common words.
 const COMMON: usize = 10;
-/// Tokens below which a prompt has fewer repeats.
+/// Length in tokens below which a prompt has fewer repeats.
 const SHORT: usize = 4096;
 
-/// The number of different words, and how often each common and each other word comes.
+/// Number of distinct words, and occurrences of each common and of each other word.
 #[derive(Clone, Copy)]
 struct Counts(usize, usize, usize);
 
-/// A numbered list with `counts`, and its common words.
-fn list(words: &Words, counts: Counts, choice: u64) -> (String, Vec<String>) {
+/// Generates a numbered list with `counts`, and returns it with its common words.
+fn list(words: &WordLists, counts: Counts, choice: u64) -> (String, Vec<String>) {
     let Counts(n, often, seldom) = counts;
     let rng = &mut Rng::new(choice, &["words"], 0);
     let chosen: Vec<String> = match n <= words.all().len() {
@@ -30,13 +31,13 @@ fn list(words: &Words, counts: Counts, choice: u64) -> (String, Vec<String>) {
     (numbered(&all), chosen[..COMMON.min(n)].to_vec())
 }
 
-/// The words as `1. this 2. that`.
+/// Formats the words as `1. this 2. that`.
 fn numbered(words: &[impl AsRef<str>]) -> String {
     let entry = |(i, word): (usize, &_)| format!("{}. {}", i + 1, AsRef::<str>::as_ref(word));
     words.iter().enumerate().map(entry).collect::<Vec<_>>().join(" ")
 }
 
-/// RULER's prompt for a list with its common words.
+/// Builds RULER's prompt for a list and its common words.
 fn draft((list, common): (String, Vec<String>)) -> Draft {
     Draft {
         context: format!(
@@ -50,11 +51,11 @@ fn draft((list, common): (String, Vec<String>)) -> Draft {
     }
 }
 
-/// The maker of one sample: an example with its answer, then the list.
+/// Returns the maker of one sample: an example with its answer, then the list.
 ///
 /// # Errors
 /// Missing word lists.
-pub(super) fn start<'a>(call: &Call<'a>) -> Result<Maker<'a>> {
+pub(super) fn start<'a>(call: &SampleRequest<'a>) -> Result<PromptMaker<'a>> {
     let words = call.sources.words(call.task)?;
     let (shown, often, seldom) = match call.draw.length < SHORT {
         true => (Counts(20, 3, 1), 6, 1),
@@ -67,13 +68,13 @@ pub(super) fn start<'a>(call: &Call<'a>) -> Result<Maker<'a>> {
         let plain = draft(list(words, Counts(n, often, seldom), choice));
         Ok(Draft { context: format!("{example}{}", plain.context), ..plain })
     };
-    Ok(Maker { least: COMMON + 1, most: words.all().len().max(words.pairs()), step: 100, draft: Box::new(draft) })
+    Ok(PromptMaker { least: COMMON + 1, most: words.all().len().max(words.pairs()), step: 100, draft: Box::new(draft) })
 }
 
 #[cfg(test)]
 mod tests {
     use crate::eval::quality::tasks::fixture::{sources, words};
-    use crate::eval::quality::tasks::{find, Draw};
+    use crate::eval::quality::tasks::{find, SampleKey};
     use std::collections::HashMap;
 
     /// Words of a numbered list, most frequent first, after checking the numbers.
@@ -94,7 +95,7 @@ mod tests {
         // (length, counts of common and other words, in the example and in the list).
         let cases = [(1_000, (3, 1), (6, 1)), (4_096, (10, 3), (30, 3)), (12_000, (10, 3), (30, 3))];
         for ((length, in_example, in_list), index) in cases.into_iter().flat_map(|c| (0..4).map(move |i| (c, i))) {
-            let draw = Draw { length, seed: 1, index };
+            let draw = SampleKey { length, seed: 1, index };
             let s = find("cwe").expect("cwe").sample(&sources(), draw, &words).expect("sample");
             let lines: Vec<&str> = s.context().expect("context").lines().collect();
             assert_eq!(lines.len(), 5, "header, example, its answer, header, list");
@@ -112,7 +113,7 @@ mod tests {
             let answer = lines[2].split_once("in the list are: ").expect("answer").1;
             let shown: Vec<_> = ranked(answer).into_iter().map(|(word, _)| word).collect();
             check(lines[1], &shown, in_example);
-            // Longer lists than there are words take pairs.
+            // Lists longer than the word lists use hyphenated pairs.
             assert_eq!(s.outputs[0].contains('-'), length == 12_000, "{:?}", s.outputs);
         }
     }

@@ -1,17 +1,17 @@
 //! Sources for the tests of all tasks, and a tokenizer that counts words.
 
 use super::hay::Prose;
-use super::words::Words;
+use super::words::WordLists;
 use super::Sources;
 use crate::error::Result;
 use std::cell::Cell;
 
-/// The number of words between blanks.
+/// Counts the words of `text`.
 pub fn words(text: &str) -> Result<usize> {
     Ok(text.split_whitespace().count())
 }
 
-/// A counter of words that also counts its calls.
+/// A word counter that also counts its calls.
 #[derive(Default)]
 pub struct Counter(Cell<usize>);
 
@@ -26,12 +26,12 @@ impl Counter {
     }
 }
 
-/// Sources with 90 nouns, 40 adjectives and 600 verbs of equal length, so that none contains another, and a real text
-/// of 5,000 words.
+/// Returns sources with 90 nouns, 40 adjectives and 600 verbs of equal length, so that none contains another, and a
+/// real text of 5,000 words.
 pub fn sources() -> Sources {
     let make = |kind: char, n: usize| (0..n).map(|i| format!("{kind}{i:03}")).collect();
     Sources {
-        words: Some(Words::new(make('n', 90), make('a', 40), make('v', 600))),
+        words: Some(WordLists::new(make('n', 90), make('a', 40), make('v', 600))),
         prose: Prose::new([include_str!("../../../../tests/data/jargon-excerpt.txt")]),
         ..Sources::default()
     }

@@ -1,33 +1,33 @@
-//! Frequent words: a text of made-up words whose frequencies follow a zeta distribution, and a question for the three
-//! most frequent ones after dots, which are more frequent still.
+//! Frequent words (`fwe`): a text of random words whose frequencies follow a zeta distribution, and the question for
+//! the three most frequent ones; the most frequent of all, a run of dots, is excluded.
 
-use super::length_search::{Call, Draft, Maker};
+use super::length_search::{Draft, PromptMaker, SampleRequest};
 use super::rng::Rng;
 use std::f64::consts::PI;
 
-/// `zeta(2)`, the normalisation of the distribution, whose exponent is 2.
+/// `zeta(2)`, which normalises the distribution with exponent 2.
 const ZETA: f64 = PI * PI / 6.0;
-/// The question.
+/// Question of the prompt.
 pub(super) const ASK: &str =
     "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently \
                               appeared words in the above coded text?";
-/// Most tokens of the answer.
+/// Maximum tokens of the answer.
 pub(super) const ROOM: usize = 50;
-/// Letters of a made-up word.
+/// Letters of a random word.
 const LETTERS: usize = 6;
-/// The most frequent word.
+/// Most frequent word, which the question excludes.
 const DOTS: &str = "...";
-/// Number of words from which on the fourth most frequent one is more frequent than the fifth: `1 / (4^-2 - 5^-2) *
-/// zeta(2)`.
+/// Smallest text, in words, in which the fourth most frequent word is more frequent than the fifth:
+/// `1 / (4^-2 - 5^-2) * zeta(2)`.
 const LEAST: usize = 74;
 
-/// Occurrences of the word of `rank` (from 1) in a text of about `n` words.
+/// Returns the occurrences of the word of `rank` (from 1) in a text of about `n` words.
 fn times(n: usize, rank: usize) -> usize {
     (n as f64 / (rank * rank) as f64 / ZETA) as usize
 }
 
-/// The maker of one sample.
-pub(super) fn start<'a>(call: &Call<'a>) -> Maker<'a> {
+/// Returns the maker of one sample.
+pub(super) fn start<'a>(call: &SampleRequest<'a>) -> PromptMaker<'a> {
     let size = (call.draw.length.saturating_sub(ROOM) / 50).max(5);
     let mut rng = call.rng("vocabulary");
     let mut vocabulary = vec![DOTS.to_string()];
@@ -55,20 +55,20 @@ pub(super) fn start<'a>(call: &Call<'a>) -> Maker<'a> {
             depth: None,
         })
     };
-    Maker { least: LEAST, most: usize::MAX, step: 200, draft: Box::new(draft) }
+    PromptMaker { least: LEAST, most: usize::MAX, step: 200, draft: Box::new(draft) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::eval::quality::tasks::fixture::{sources, words};
-    use crate::eval::quality::tasks::{find, Draw};
+    use crate::eval::quality::tasks::{find, SampleKey};
     use std::collections::HashMap;
 
     #[test]
     fn the_three_answers_are_the_most_frequent_words_after_the_dots() {
         for (length, index) in [(200, 0), (300, 1), (1_000, 2), (8_192, 3), (8_192, 4)] {
-            let draw = Draw { length, seed: 1, index };
+            let draw = SampleKey { length, seed: 1, index };
             let s = find("fwe").expect("fwe").sample(&sources(), draw, &words).expect("sample");
             let context = s.context().expect("context");
             let text = context.split_once("coded words. ").expect("text").1;
@@ -79,7 +79,7 @@ mod tests {
             assert_eq!(ranked[0].0, DOTS);
             let top: Vec<_> = ranked[1..4].iter().map(|(word, _)| *word).collect();
             assert_eq!(top, s.outputs, "in order of their frequency");
-            assert!(ranked[1..5].windows(2).all(|p| p[0].1 > p[1].1), "no draw: {ranked:?}");
+            assert!(ranked[1..5].windows(2).all(|p| p[0].1 > p[1].1), "no tie: {ranked:?}");
             assert!(ranked[1..].iter().all(|(word, _)| word.len() == 6));
             // 1 / (k^2 zeta(2)) of all.
             let all = text.split_whitespace().count() as f64;
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn from_the_fewest_words_on_there_is_no_draw() {
+    fn no_text_of_at_least_the_fewest_words_has_a_tie() {
         assert!((LEAST..5_000).all(|n| (1..5).all(|rank| times(n, rank) > times(n, rank + 1))));
         assert!((1..LEAST).any(|n| times(n, 4) == times(n, 5)));
     }

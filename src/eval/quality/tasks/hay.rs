@@ -1,10 +1,10 @@
-//! The text that needles are hidden in: repeated noise, or real prose cut into sentences.
+//! Haystacks, the text in which needles are hidden: repeated noise, or real prose cut into sentences.
 
 use crate::error::{At, Error, Result};
 use crate::eval::texts::files;
 use std::path::Path;
 
-/// RULER's noise, five sentences that make one line of the context.
+/// RULER's noise: five sentences, which form one line of the context.
 pub const NOISE: &str = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.";
 
 /// Abbreviations whose full stop does not end a sentence.
@@ -13,39 +13,39 @@ const ABBREVIATIONS: &[&str] = &[
     "sgt", "vs", "etc", "e.g", "i.e", "cf", "viz", "vol", "no", "fig", "pp", "p", "ch", "co", "inc", "ltd",
 ];
 
-/// The text that fills a context.
+/// Kind of text that fills a context.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Hay {
+pub enum Haystack {
     /// Repeated [`NOISE`].
     Noise,
-    /// Needles with other keys than those of the question.
+    /// Needles with other keys than those in the question.
     Needles,
     /// Sentences of [`Prose`].
     Essay,
 }
 
-/// Documents as one ring of words with single blanks between them: the first word follows the last one.
+/// Documents as one circular sequence of words, separated by single spaces: the first word follows the last.
 pub struct Prose {
     text: String,
-    /// Byte at which each word begins.
+    /// Byte offset of each word.
     words: Vec<usize>,
     /// First word of each sentence.
     sentences: Vec<usize>,
 }
 
 impl Prose {
-    /// Reads the documents of a folder that `scripts/fetch_texts.py` fills, in the order of its manifest.
+    /// Reads the documents of a folder written by `scripts/fetch_texts.py`, in the order of its manifest.
     ///
     /// # Errors
-    /// No documents, or no word in them.
+    /// No documents, or documents without words.
     pub fn open(folder: &Path) -> Result<Self> {
         let read = |path: std::path::PathBuf| std::fs::read_to_string(&path).at(path.display());
         let documents: Vec<String> = files(folder)?.into_iter().map(read).collect::<Result<_>>()?;
         Self::new(documents.iter().map(String::as_str))
-            .ok_or_else(|| Error::usage(format!("--texts {}", folder.display()), "its documents hold no words"))
+            .ok_or_else(|| Error::usage(format!("--texts {}", folder.display()), "its documents have no words"))
     }
 
-    /// The prose of `documents`; `None` where they hold no word.
+    /// Builds the prose of `documents`; `None` where they have no words.
     pub fn new<'a>(documents: impl IntoIterator<Item = &'a str>) -> Option<Self> {
         let mut prose = Self { text: String::new(), words: vec![], sentences: vec![] };
         for paragraph in documents.into_iter().flat_map(|d| d.split("\n\n")) {
@@ -64,17 +64,17 @@ impl Prose {
         (!prose.words.is_empty()).then_some(prose)
     }
 
-    /// The number of sentences.
+    /// Returns the number of sentences.
     pub fn sentences(&self) -> usize {
         self.sentences.len()
     }
 
-    /// Whether `needle` occurs in the prose.
+    /// Returns whether `needle` occurs in the prose.
     pub fn contains(&self, needle: &str) -> bool {
         self.text.contains(needle)
     }
 
-    /// The sentences of the next `words` words from sentence `first` on; the last sentence may be cut.
+    /// Returns the sentences of the `words` words from sentence `first` on; the last sentence may be cut.
     pub fn stretch(&self, first: usize, words: usize) -> Vec<&str> {
         let (mut parts, mut left, mut s) = (vec![], words, first % self.sentences.len());
         while left > 0 {
@@ -88,14 +88,14 @@ impl Prose {
         parts
     }
 
-    /// The text of the words `begin..end`.
+    /// Returns the text of the words `begin..end`.
     fn slice(&self, begin: usize, end: usize) -> &str {
         let stop = self.words.get(end).map_or(self.text.len(), |next| next - 1);
         &self.text[self.words[begin]..stop]
     }
 }
 
-/// Whether a sentence ends between two words of a paragraph: after `.`, `!`, `?` or `…` (with closing quotes or
+/// Returns whether a sentence ends between two words of a paragraph: after `.`, `!`, `?` or `…` (with closing quotes or
 /// brackets) and before a capital or a digit, but not after an abbreviation or an initial.
 fn ends_sentence(word: &str, next: &str) -> bool {
     let word = word.trim_end_matches(['"', '\'', ')', ']', '}', '”', '’', '»', '_', '*']);
@@ -160,7 +160,7 @@ mod tests {
         put("a", " ")?;
         says("No such file");
         put("b", "")?;
-        says("hold no words");
+        says("have no words");
         put("a", "first")?;
         put("b", "second")?;
         assert_eq!(Prose::open(dir.path())?.text, "first second");

@@ -1,80 +1,80 @@
-//! The search for the largest prompt within a length: how many units of hay fit.
+//! Search for the largest prompt within a length: how many units of hay (sentences, lines, documents) fit.
 
-use super::{Count, Draw, Sources};
+use super::{CountTokens, SampleKey, Sources};
 use crate::error::Result;
 
-/// A request for one sample.
-pub(super) struct Call<'a> {
+/// Request for one sample.
+pub(super) struct SampleRequest<'a> {
     /// Name of the task.
     pub task: &'a str,
-    /// Words, texts and questions to draw from.
+    /// Words, texts and questions that the sample is drawn from.
     pub sources: &'a Sources,
-    /// Length, seed and number of the sample.
-    pub draw: Draw,
+    /// Length, seed and index of the sample.
+    pub draw: SampleKey,
     /// Counts the tokens of a text.
-    pub count: Count<'a>,
+    pub count: CountTokens<'a>,
 }
 
-impl Call<'_> {
-    /// The random stream of one part of the sample, the same at every length.
+impl SampleRequest<'_> {
+    /// Returns the random stream of one part of the sample, which is the same at every length.
     pub fn rng(&self, part: &str) -> super::rng::Rng {
         super::rng::Rng::new(self.draw.seed, &[self.task, part], self.draw.index as u64)
     }
 }
 
-/// A prompt, split where its question begins, and its answer.
+/// A prompt, split at the start of its question, and its expected answer.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Draft {
     /// Text before the question.
     pub context: String,
     /// Question at the end of the prompt.
     pub question: String,
-    /// Beginning of the answer, which the model continues.
+    /// Start of the answer, which the model continues.
     pub answer_prefix: String,
     /// Strings that the answer should contain.
     pub outputs: Vec<String>,
-    /// Depth of the needle, in a grid of depths.
+    /// Depth of the needle, 0 to 1; `None` outside depth grids.
     pub depth: Option<f64>,
 }
 
-/// Makes one sample with any amount of hay, the same for the same amount.
-pub(super) struct Maker<'a> {
-    /// Fewest units of hay.
+/// Generates one sample with any amount of hay, deterministically.
+pub(super) struct PromptMaker<'a> {
+    /// Minimum units of hay.
     pub least: usize,
-    /// Most units of hay, where the source ends.
+    /// Maximum units of hay that the source has.
     pub most: usize,
-    /// Units of the first step, from which the tokens of a unit are estimated.
+    /// Units added in the first step, from which the tokens per unit are estimated.
     pub step: usize,
-    /// Makes the sample with a number of units.
+    /// Generates the sample with a given number of units.
     pub draft: Box<dyn Fn(usize) -> Result<Draft> + 'a>,
 }
 
-/// A draft and its length.
-pub(super) struct Counted {
-    /// The draft.
+/// A draft and its length in tokens.
+pub(super) struct CountedDraft {
+    /// Draft of the sample.
     pub draft: Draft,
-    /// Tokens of its prompt.
+    /// Tokens of the draft's prompt.
     pub tokens: usize,
 }
 
-/// Rounds of interpolation before the search falls back to bisection, for a text whose tokens are not linear in its
+/// Rounds of interpolation before the search falls back to bisection, for texts whose tokens are not linear in the
 /// units.
 const ROUNDS: usize = 6;
 
-/// The draft with the most hay whose prompt has at most `limit` tokens, to within 1/512 of it; the smallest draft where
-/// none fits.
+/// Finds the draft with the most hay whose prompt has at most `limit` tokens, to within `limit / 512`; returns the
+/// smallest draft where none fits.
 ///
-/// Tokens are nearly linear in units, so the next size is interpolated between two known ones (regula falsi): a long
-/// text is counted two or three times, not at every step of a bisection.
-pub(super) fn largest(maker: &Maker, limit: usize, count: Count) -> Result<Counted> {
-    let make = |units: usize| -> Result<Counted> {
+/// Tokens are nearly linear in units, so the next size is interpolated between two known ones (regula falsi). A long
+/// text is then tokenised two or three times, not at every step of a bisection.
+pub(super) fn largest(maker: &PromptMaker, limit: usize, count: CountTokens) -> Result<CountedDraft> {
+    let make = |units: usize| -> Result<CountedDraft> {
         let draft = (maker.draft)(units)?;
         let tokens = count(&[&draft.context, draft.question.as_str(), &draft.answer_prefix].concat())?;
-        Ok(Counted { draft, tokens })
+        Ok(CountedDraft { draft, tokens })
     };
     let mut best = make(maker.least)?;
     let mut low = (maker.least, best.tokens);
-    // The smallest size known not to fit, and its tokens where they are known. A unit has a token at least.
+    // The smallest size known not to fit, and its tokens where they are known. A unit has at least one token.
     let mut high = (maker.most.min(maker.least.saturating_add(limit.saturating_mul(2))).saturating_add(1), None);
     let slack = limit / 512;
     let mut slope = None;
@@ -107,7 +107,7 @@ mod tests {
     use super::*;
     use crate::eval::quality::tasks::fixture::{words, Counter};
 
-    fn maker(least: usize, most: usize, text: impl Fn(usize) -> String + 'static) -> Maker<'static> {
+    fn maker(least: usize, most: usize, text: impl Fn(usize) -> String + 'static) -> PromptMaker<'static> {
         let empty = |context| Draft {
             context,
             question: String::new(),
@@ -115,12 +115,12 @@ mod tests {
             outputs: vec![],
             depth: None,
         };
-        Maker { least, most, step: 10, draft: Box::new(move |n| Ok(empty(text(n)))) }
+        PromptMaker { least, most, step: 10, draft: Box::new(move |n| Ok(empty(text(n)))) }
     }
 
     #[test]
     fn the_largest_that_fits_is_found_with_few_counts() -> Result<()> {
-        // (units -> tokens), what the best size has.
+        // (tokens of n units, limit).
         type Tokens = fn(usize) -> usize;
         let cases: [(Tokens, usize); 4] =
             [(|n| 50 + 7 * n, 130_000), (|n| n, 4_000), (|n| 300 + 26 * n + n % 3, 16_000), (|n| 900 + 500 * n, 8_000)];
@@ -136,8 +136,8 @@ mod tests {
     }
 
     #[test]
-    fn steps_in_the_tokens_do_not_mislead_the_search() -> Result<()> {
-        // From 500 units on, each has ten times the tokens: no line leads to the limit.
+    fn the_search_finds_limits_across_a_jump_in_tokens_per_unit() -> Result<()> {
+        // From 500 units on, each unit has ten times the tokens, so linear interpolation misses the limit.
         let m = maker(3, usize::MAX, |n| "w ".repeat(if n < 500 { n } else { 10 * n }));
         for limit in [40, 499, 2_000, 4_999, 5_000, 9_000, 50_000] {
             let found = largest(&m, limit, &words)?.tokens;
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_counter_that_fails_is_heard() {
+    fn errors_of_the_counter_are_returned() {
         let fail = |_: &str| Err(crate::Error::usage("counter", "broken"));
         assert!(largest(&maker(1, 9, |n| "w ".repeat(n)), 5, &fail).is_err());
     }

@@ -1,10 +1,10 @@
 //! RULER's thirteen tasks (Hsieh et al. 2024, <https://arxiv.org/abs/2404.06654>, <https://github.com/NVIDIA/RULER>),
-//! made and scored natively.
+//! generated and scored natively.
 //!
-//! A task makes prompts of any length whose answer is known. Templates, counts, tokens of the answer and scoring are
+//! A task generates prompts of any length with a known answer. Templates, counts, answer lengths and scoring are
 //! RULER's:
 //!
-//! | task | context | asks for | score |
+//! | task | context | question for | score |
 //! |---|---|---|---|
 //! | `niah_single_1` | noise | the number of one key | all |
 //! | `niah_single_2` | prose | the number of one key | all |
@@ -20,8 +20,8 @@
 //! | `qa_1` | documents, SQuAD | the answer to a question about one | part |
 //! | `qa_2` | documents, HotpotQA | the answer to a question about two | part |
 //!
-//! `all` is the share of the expected outputs that the answer contains, `part` whether it contains any ([`Rule`]).
-//! [`needle`] is one needle at a chosen depth, for a grid over lengths and depths (Kamradt 2023,
+//! `all` is the share of the expected outputs that the answer contains, `part` is 1 where it contains any
+//! ([`ScoringRule`]). [`needle`] is one needle at a given depth, for a grid over lengths and depths (Kamradt 2023,
 //! <https://github.com/gkamradt/LLMTest_NeedleInAHaystack>).
 //!
 //! ```text
@@ -30,46 +30,47 @@
 //! answer, sample --> Rule::score
 //! ```
 //!
-//! A sample depends on task, length, seed and index alone: sample 7 is the same whether 8 or 500 are made. What is
-//! hidden, and where a text begins, does not depend on the length either: it is the same needle in a larger haystack.
-//! (Only `cwe` changes its words where its lists run out.)
+//! A sample depends on task, length, seed and index alone: sample 7 is the same whether 8 or 500 are generated. The
+//! needles and the start of the text do not depend on the length, so a longer length gives the same needle in a larger
+//! haystack. (Only `cwe` changes its words where its lists run out.)
 //!
 //! # Lengths
 //!
-//! `length` counts the prompt with the beginning of the answer, and the tokens that the answer may have. The caller
-//! counts tokens; a chat template is part of the length if the counter adds it. Each sample has as much hay as fits, to
-//! within a unit of hay or 1/512 of the length. A length that the smallest prompt exceeds is an error.
+//! `length` is the tokens of the prompt, with the start of the answer, plus the maximum tokens of the answer. The
+//! caller counts tokens; the length includes a chat template where the counter adds it. Each sample has as much hay as
+//! fits, to within a unit of hay or 1/512 of the length. A length that the smallest prompt exceeds is an error.
 //!
-//! # Where the question begins
+//! # Start of the question
 //!
 //! [`Sample::question_at`] splits each prompt into context and question, for methods that must evict before they read
-//! the question. The context holds the queried key or value in needles and assignments only. The question of `cwe` and
-//! `fwe` never changes, and the context's first sentence states it.
+//! the question. The context contains the queried key or value in needles and assignments only. The question of `cwe`
+//! and `fwe` is always the same, and the first sentence of the context states it.
 //!
-//! # What differs from RULER's own code
+//! # Differences from RULER's code
 //!
-//! - **The prose** is not Paul Graham's essays, which may not be passed on, but the freely licensed texts of
-//!   `scripts/fetch_texts.py`, a ring of 1.5 million words. Each sample begins at its own sentence; RULER takes the
-//!   same beginning of the essays for every sample. Paragraphs end a sentence besides punctuation; the splitter is
-//!   ours, not NLTK's.
+//! - **Prose** comes from the freely licensed texts of `scripts/fetch_texts.py`, a circular text of 1.5 million words,
+//!   since Paul Graham's essays may not be redistributed. Each sample starts at its own sentence; RULER starts every
+//!   sample at the start of the essays. Sentences end at paragraph ends and at punctuation, by a splitter other than
+//!   NLTK's.
 //! - **Random choices** come from another generator, so samples differ from RULER's word for word. RULER shuffles
 //!   needles, lists and documents in the same way in every sample; here each sample has its own order.
-//! - **Keys and values** are all different, and none occurs in the prose by chance. RULER does not check.
-//! - **Each sample has its own amount of hay.** RULER finds one amount for a task and removes 5 to 500 units at a time
-//!   where a sample is longer than the first. Its loop does not end where nothing fits.
+//! - **Keys and values** are all different, and none occurs in the prose by chance. RULER does not check this.
+//! - **The amount of hay** is chosen per sample. RULER finds one amount for a task and removes 5 to 500 units at a time
+//!   where a sample is longer than the first; its loop does not terminate where nothing fits.
 //! - **`vt`**: the example in front is drawn for each sample, with a value other than the queried one; RULER renames
 //!   the variables of one example.
-//! - **`cwe`**: lists longer than the 8,166 words consist of hyphenated pairs of an adjective and a noun; RULER's then
-//!   consist of a larger list of English words. That happens beyond some 128k tokens.
-//! - **`fwe`**: at least 74 words, from which on the first four frequencies differ; a vocabulary of five at least.
-//! - **`qa`**: the user brings the files. Questions are drawn from the whole file by the seed, each at most once; RULER
-//!   takes the first ones.
-//! - **Scoring** does not replace control characters in the answer first: that cannot change whether it contains an
-//!   output.
-//! - **Files** hold `task`, `question_at`, `made_for`, `max_new_tokens` and `depth` in addition to RULER's fields.
-//!   RULER's own files are read as well: the question is found by the words of the task's template ([`question_at`]),
-//!   the length that the file was made for is the user's to state (`--import-length`), and `index` of the needle tasks
-//!   is the place of the answer in the text.
+//! - **`cwe`**: lists longer than the 8,166 words, which occur beyond about 128k tokens, consist of hyphenated pairs of
+//!   an adjective and a noun; RULER's consist of a larger list of English words.
+//! - **`fwe`**: texts have at least 74 words, so that the first four frequencies differ, from a vocabulary of at least
+//!   five words.
+//! - **`qa`**: the user provides the files. Questions are drawn from the whole file by the seed, each at most once;
+//!   RULER takes the first ones.
+//! - **Scoring** does not replace control characters in the answer first, which cannot change whether the answer
+//!   contains an output.
+//! - **Files** have the fields `task`, `question_at`, `made_for`, `max_new_tokens` and `depth` in addition to RULER's.
+//!   RULER's own files are read too: the question is found by the wording of the task's template ([`question_at`]), the
+//!   user states the length that the file was generated for (`--import-length`), and `index` of the needle tasks is the
+//!   place of the answer in the text.
 
 mod cwe;
 #[cfg(test)]
@@ -84,38 +85,38 @@ mod sample;
 mod vt;
 mod words;
 
-pub use crate::eval::report::Rule;
-pub use hay::{Hay, Prose, NOISE};
+pub use crate::eval::report::ScoringRule;
+pub use hay::{Haystack, Prose, NOISE};
 pub use qa::Questions;
 pub use rng::Rng;
-pub use sample::{prove_replaceable, read, write, Missing, Sample};
-pub use words::Words;
+pub use sample::{check_replaceable, read, write, Sample, SampleDefaults};
+pub use words::WordLists;
 
 use crate::checkpoint::OnProgress;
 use crate::error::{Error, Result};
-use length_search::{Call, Maker};
-use niah::{Kind, Niah, Place};
+use length_search::{PromptMaker, SampleRequest};
+use niah::{NeedleKind, NeedlePlacement, Niah};
 
 /// Counts the tokens of a text.
-pub type Count<'a> = &'a dyn Fn(&str) -> Result<usize>;
+pub type CountTokens<'a> = &'a dyn Fn(&str) -> Result<usize>;
 
-/// A sample of a task by what it depends on.
+/// Parameters that identify a sample of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Draw {
-    /// Most tokens of the prompt and its answer together.
+pub struct SampleKey {
+    /// Maximum tokens of the prompt and its answer together.
     pub length: usize,
     /// Seed of all samples.
     pub seed: u64,
-    /// Number of the sample, from 0.
+    /// Index of the sample, from 0.
     pub index: usize,
 }
 
-/// Words, texts and questions that tasks draw from; a task that needs a missing source says so.
+/// Words, texts and questions that tasks draw from; a task that needs a missing source returns an error.
 #[derive(Default)]
 pub struct Sources {
     /// Words for keys and lists.
-    pub words: Option<Words>,
-    /// Real text to hide needles in.
+    pub words: Option<WordLists>,
+    /// Real text in which needles are hidden.
     pub prose: Option<Prose>,
     /// Questions of `qa_1`.
     pub squad: Option<Questions>,
@@ -124,42 +125,46 @@ pub struct Sources {
 }
 
 impl Sources {
-    fn words(&self, task: &str) -> Result<&Words> {
-        let missing = "needs lists of words (a folder that scripts/fetch_words.py fills)";
+    fn words(&self, task: &str) -> Result<&WordLists> {
+        let missing = "needs word lists; fetch them with scripts/fetch_words.py, and give their folder with --words";
         self.words.as_ref().ok_or_else(|| Error::usage(task, missing))
     }
 
     fn prose(&self, task: &str) -> Result<&Prose> {
-        let missing = "needs texts to hide needles in (a folder that scripts/fetch_texts.py fills)";
+        let missing = "needs texts; fetch them with scripts/fetch_texts.py, and give their folder with --texts";
         self.prose.as_ref().ok_or_else(|| Error::usage(task, missing))
     }
 
     fn squad(&self, task: &str) -> Result<&Questions> {
-        self.squad.as_ref().ok_or_else(|| Error::usage(task, "needs a file of questions in the form of SQuAD 2.0"))
+        self.squad
+            .as_ref()
+            .ok_or_else(|| Error::usage(task, "needs questions in the format of SQuAD 2.0; give --squad"))
     }
 
     fn hotpot(&self, task: &str) -> Result<&Questions> {
-        self.hotpot.as_ref().ok_or_else(|| Error::usage(task, "needs a file of questions in the form of HotpotQA"))
+        self.hotpot
+            .as_ref()
+            .ok_or_else(|| Error::usage(task, "needs questions in the format of HotpotQA; give --hotpot"))
     }
 }
 
-/// A task.
+/// A task of RULER.
 pub struct Task {
     /// Name of the task in RULER.
     pub name: &'static str,
-    /// The task in a few words.
+    /// Short description of the task.
     pub about: &'static str,
-    /// Most tokens of an answer.
+    /// Maximum tokens of an answer.
     pub max_new_tokens: usize,
-    /// Rule by which an answer is scored.
-    pub rule: Rule,
-    /// Beginnings of the question in RULER's template, of which a prompt has one.
+    /// Scoring rule.
+    pub rule: ScoringRule,
+    /// Possible starts of the question in RULER's template; a prompt has one of them.
     asks: &'static [&'static str],
-    start: for<'a> fn(&Call<'a>) -> Result<Maker<'a>>,
+    start: for<'a> fn(&SampleRequest<'a>) -> Result<PromptMaker<'a>>,
 }
 
-/// A needle task with `counts` of keys, values per key, and queries.
-const fn niah(hay: Hay, keys: Kind, values: Kind, counts: (usize, usize, usize)) -> Niah {
+/// Creates a needle task with `counts` of keys, of values per key, and of queried keys.
+const fn niah(hay: Haystack, keys: NeedleKind, values: NeedleKind, counts: (usize, usize, usize)) -> Niah {
     Niah { hay, keys, values, counts }
 }
 
@@ -169,38 +174,38 @@ pub const NEEDLE: &str = "needle";
 /// RULER's tasks, in its order.
 #[rustfmt::skip]
 pub static TASKS: &[Task] = &[
-    Task { name: "niah_single_1", about: "one number in noise", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Noise, Kind::Words, Kind::Numbers, (1, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_single_2", about: "one number in prose", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (1, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_single_3", about: "one UUID in prose", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Essay, Kind::Words, Kind::Uuids, (1, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_multikey_1", about: "one of four keys in prose", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (4, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_multikey_2", about: "one of only needles", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Needles, Kind::Words, Kind::Numbers, (1, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_multikey_3", about: "one of only needles, all UUIDs", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Needles, Kind::Uuids, Kind::Uuids, (1, 1, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_multivalue", about: "four values of one key in prose", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (1, 4, 1)).start(c, Place::Drawn) },
-    Task { name: "niah_multiquery", about: "the values of four keys in prose", max_new_tokens: 128, rule: Rule::All, asks: niah::ASKS,
-        start: |c| niah(Hay::Essay, Kind::Words, Kind::Numbers, (4, 1, 4)).start(c, Place::Drawn) },
-    Task { name: "vt", about: "a chain of five variables in noise", max_new_tokens: 30, rule: Rule::All, asks: &[vt::ASK],
+    Task { name: "niah_single_1", about: "one number in noise", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Noise, NeedleKind::Words, NeedleKind::Numbers, (1, 1, 1)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "niah_single_2", about: "one number in prose", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Essay, NeedleKind::Words, NeedleKind::Numbers, (1, 1, 1)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "niah_single_3", about: "one UUID in prose", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Essay, NeedleKind::Words, NeedleKind::Uuids, (1, 1, 1)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "niah_multikey_1", about: "one of four keys in prose", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Essay, NeedleKind::Words, NeedleKind::Numbers, (4, 1, 1)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "niah_multikey_2", about: "one of only needles", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Needles, NeedleKind::Words, NeedleKind::Numbers, (1, 1, 1)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "niah_multikey_3", about: "one of only needles, all UUIDs", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Needles, NeedleKind::Uuids, NeedleKind::Uuids, (1, 1, 1)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "niah_multivalue", about: "four values of one key in prose", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Essay, NeedleKind::Words, NeedleKind::Numbers, (1, 4, 1)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "niah_multiquery", about: "the values of four keys in prose", max_new_tokens: 128, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Essay, NeedleKind::Words, NeedleKind::Numbers, (4, 1, 4)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "vt", about: "a chain of five variables in noise", max_new_tokens: 30, rule: ScoringRule::All, asks: &[vt::ASK],
         start: |c| vt::start(c) },
-    Task { name: "cwe", about: "the ten most common words of a list", max_new_tokens: 120, rule: Rule::All, asks: &[cwe::ASK],
+    Task { name: "cwe", about: "the ten most common words of a list", max_new_tokens: 120, rule: ScoringRule::All, asks: &[cwe::ASK],
         start: |c| cwe::start(c) },
-    Task { name: "fwe", about: "the three most frequent coded words", max_new_tokens: fwe::ROOM, rule: Rule::All, asks: &[fwe::ASK],
+    Task { name: "fwe", about: "the three most frequent coded words", max_new_tokens: fwe::ROOM, rule: ScoringRule::All, asks: &[fwe::ASK],
         start: |c| Ok(fwe::start(c)) },
-    Task { name: "qa_1", about: "a SQuAD question among documents", max_new_tokens: 32, rule: Rule::Part, asks: &[qa::ASK],
+    Task { name: "qa_1", about: "a SQuAD question among documents", max_new_tokens: 32, rule: ScoringRule::Part, asks: &[qa::ASK],
         start: |c| qa::start(c, c.sources.squad(c.task)?) },
-    Task { name: "qa_2", about: "a HotpotQA question among documents", max_new_tokens: 32, rule: Rule::Part, asks: &[qa::ASK],
+    Task { name: "qa_2", about: "a HotpotQA question among documents", max_new_tokens: 32, rule: ScoringRule::Part, asks: &[qa::ASK],
         start: |c| qa::start(c, c.sources.hotpot(c.task)?) },
 ];
 
 /// Finds a task by name.
 ///
 /// # Errors
-/// An unknown name: all names.
+/// An unknown name; the message lists all names.
 pub fn find(name: &str) -> Result<&'static Task> {
     TASKS.iter().find(|t| t.name == name).ok_or_else(|| {
         let names: Vec<_> = TASKS.iter().map(|t| t.name).collect();
@@ -208,10 +213,10 @@ pub fn find(name: &str) -> Result<&'static Task> {
     })
 }
 
-/// The tasks that `--tasks` names.
+/// Returns the tasks that `--tasks` names.
 ///
 /// # Errors
-/// An unknown name, or one given twice, since its samples would count twice.
+/// An unknown name, or a repeated one, whose samples would count twice.
 pub fn named(names: &[String]) -> Result<Vec<&'static Task>> {
     if let Some((_, name)) = names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)) {
         return Err(Error::usage("--tasks", format!("names `{name}` twice")));
@@ -219,35 +224,35 @@ pub fn named(names: &[String]) -> Result<Vec<&'static Task>> {
     names.iter().map(|name| find(name).map_err(|e| e.within("--tasks"))).collect()
 }
 
-/// The rule by which answers of a task are scored, [`NEEDLE`] included.
+/// Returns the scoring rule of a task, [`NEEDLE`] included.
 ///
 /// # Errors
 /// An unknown name.
-pub fn rule(task: &str) -> Result<Rule> {
+pub fn rule(task: &str) -> Result<ScoringRule> {
     match task {
-        NEEDLE => Ok(Rule::All),
+        NEEDLE => Ok(ScoringRule::All),
         _ => find(task).map(|t| t.rule),
     }
 }
 
-/// The byte of `input`, a prompt of `task` as RULER's own files hold it, at which the question begins: where the
-/// template's question comes last. `None` for a task that is none of RULER's, or a prompt of another template.
+/// Returns the byte offset of the question in `input`, a prompt of `task` from RULER's own files: the last occurrence
+/// of the template's question. `None` for a task that is not RULER's, or a prompt of another template.
 pub fn question_at(task: &str, input: &str) -> Option<usize> {
     let asks = if task == NEEDLE { niah::ASKS } else { find(task).ok()?.asks };
     asks.iter().filter_map(|ask| input.rfind(ask)).max()
 }
 
 impl Task {
-    /// Makes one sample.
+    /// Generates one sample.
     ///
     /// # Errors
     /// A source that is missing, a length that the smallest prompt exceeds, a tokenizer that fails.
-    pub fn sample(&self, sources: &Sources, draw: Draw, count: Count) -> Result<Sample> {
-        let call = Call { task: self.name, sources, draw, count };
+    pub fn sample(&self, sources: &Sources, draw: SampleKey, count: CountTokens) -> Result<Sample> {
+        let call = SampleRequest { task: self.name, sources, draw, count };
         finish(&call, &(self.start)(&call)?, self.max_new_tokens)
     }
 
-    /// Makes the first `samples` samples.
+    /// Generates the first `samples` samples.
     ///
     /// # Errors
     /// As [`Self::sample`].
@@ -256,12 +261,12 @@ impl Task {
         sources: &Sources,
         (length, seed): (usize, u64),
         samples: usize,
-        count: Count,
+        count: CountTokens,
         progress: OnProgress,
     ) -> Result<Vec<Sample>> {
         let made = (0..samples).map(|index| {
             progress(self.name, index as u64, samples as u64);
-            self.sample(sources, Draw { length, seed, index }, count)
+            self.sample(sources, SampleKey { length, seed, index }, count)
         });
         let made = made.collect::<Result<_>>()?;
         progress(self.name, samples as u64, samples as u64);
@@ -269,28 +274,29 @@ impl Task {
     }
 }
 
-/// Makes a sample of one number under one key at `depth` of the hay (0 its beginning, 1 its end), to within half a
+/// Generates a sample with one number under one key at `depth` of the hay (0 its start, 1 its end), to within half a
 /// sentence, for a grid over lengths and depths. The needle is the same at every length and depth of a seed and index.
 ///
 /// # Errors
 /// A depth outside 0 to 1; otherwise as [`Task::sample`].
-pub fn needle(sources: &Sources, hay: Hay, depth: f64, draw: Draw, count: Count) -> Result<Sample> {
+pub fn needle(sources: &Sources, hay: Haystack, depth: f64, draw: SampleKey, count: CountTokens) -> Result<Sample> {
     if !(0.0..=1.0).contains(&depth) {
-        return Err(Error::usage(NEEDLE, format!("{depth} is not a depth; give 0 (the beginning) to 1 (the end)")));
+        return Err(Error::usage(NEEDLE, format!("{depth} is not a depth; give 0 (the start) to 1 (the end)")));
     }
-    let call = Call { task: NEEDLE, sources, draw, count };
-    let maker = niah(hay, Kind::Words, Kind::Numbers, (1, 1, 1)).start(&call, Place::At(depth))?;
+    let call = SampleRequest { task: NEEDLE, sources, draw, count };
+    let maker =
+        niah(hay, NeedleKind::Words, NeedleKind::Numbers, (1, 1, 1)).start(&call, NeedlePlacement::At(depth))?;
     finish(&call, &maker, 128)
 }
 
-/// The largest sample of `maker` that fits.
-fn finish(call: &Call, maker: &Maker, room: usize) -> Result<Sample> {
-    let Draw { length, index, .. } = call.draw;
+/// Returns the largest sample of `maker` that fits.
+fn finish(call: &SampleRequest, maker: &PromptMaker, room: usize) -> Result<Sample> {
+    let SampleKey { length, index, .. } = call.draw;
     let largest = length_search::largest(maker, length.saturating_sub(room), call.count)?;
     let (draft, tokens) = (largest.draft, largest.tokens + room);
     if tokens > length {
         let message =
-            format!("{length} tokens are too few: its smallest prompt and {room} for the answer take {tokens}");
+            format!("{length} tokens are too few: the smallest prompt and {room} tokens of answer take {tokens}");
         return Err(Error::usage(call.task, message));
     }
     Ok(Sample {

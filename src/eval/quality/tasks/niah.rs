@@ -1,15 +1,16 @@
-//! Needles in a haystack: sentences that give a key a value, hidden in hay, and a question for the values of some keys.
+//! Needles in a haystack (`niah`): sentences that assign a value to a key, hidden in hay, and a question for the values
+//! of some keys.
 
-use super::hay::{Hay, Prose, NOISE};
-use super::length_search::{Call, Draft, Maker};
+use super::hay::{Haystack, Prose, NOISE};
+use super::length_search::{Draft, PromptMaker, SampleRequest};
 use super::rng::Rng;
-use super::words::Words;
+use super::words::WordLists;
 use crate::error::{Error, Result};
 use std::collections::HashSet;
 
-/// The kind of a key or a value.
+/// Kind of a key or a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum NeedleKind {
     /// Numbers of seven digits.
     Numbers,
     /// Hyphenated pairs of an adjective and a noun.
@@ -18,39 +19,39 @@ pub(super) enum Kind {
     Uuids,
 }
 
-/// Where needles are hidden.
+/// Placement of needles in the hay.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Place {
-    /// At random places, as RULER hides them.
+pub(super) enum NeedlePlacement {
+    /// Random places, as in RULER.
     Drawn,
-    /// At this share of the hay, all of them.
+    /// All needles at this share of the hay, 0 to 1.
     At(f64),
 }
 
-/// A variant of the task.
+/// A needle task.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Niah {
-    /// Text that needles are hidden in.
-    pub hay: Hay,
+    /// Text in which needles are hidden.
+    pub hay: Haystack,
     /// Kind of the keys.
-    pub keys: Kind,
+    pub keys: NeedleKind,
     /// Kind of the values.
-    pub values: Kind,
+    pub values: NeedleKind,
     /// Numbers of keys, of values per key, and of keys in the question.
     pub counts: (usize, usize, usize),
 }
 
-/// Beginnings of the question, in the singular and in the plural.
+/// Starts of the question, for one value and for several.
 pub(super) const ASKS: &[&str] = &["What is the special magic ", "What are all the special magic "];
 
-/// The `i`-th of the 40 depths in percent, from 0 to 100, at which RULER hides needles in prose.
+/// Returns the `i`-th of the 40 depths, in percent, at which RULER hides needles in prose.
 fn depth(i: usize) -> usize {
     (200 * i + 39) / 78 // i · 100 / 39, rounded
 }
 /// Number of these depths.
 const DEPTHS: usize = 40;
 
-impl Kind {
+impl NeedleKind {
     fn name(self) -> &'static str {
         match self {
             Self::Numbers => "numbers",
@@ -59,7 +60,7 @@ impl Kind {
         }
     }
 
-    fn draw(self, rng: &mut Rng, words: &Words) -> String {
+    fn draw(self, rng: &mut Rng, words: &WordLists) -> String {
         match self {
             Self::Numbers => rng.range(1_000_000..10_000_000).to_string(),
             Self::Words => words.pair(rng.below(words.pairs())),
@@ -68,19 +69,19 @@ impl Kind {
     }
 }
 
-/// Draws keys and values of one sample: none twice, and none that the prose holds by chance.
-struct Drawn<'a> {
+/// Draws the keys and values of one sample, all different and none of them in the prose.
+struct UniqueDraws<'a> {
     rng: Rng,
-    words: &'a Words,
+    words: &'a WordLists,
     prose: Option<&'a Prose>,
     seen: HashSet<String>,
 }
 
-/// Draws after which the word lists are taken to hold no further key.
+/// Number of failed draws after which the word lists are considered exhausted.
 const TRIES: usize = 1_000;
 
-impl Drawn<'_> {
-    fn next(&mut self, kind: Kind) -> Result<String> {
+impl UniqueDraws<'_> {
+    fn next(&mut self, kind: NeedleKind) -> Result<String> {
         for _ in 0..TRIES {
             let new = kind.draw(&mut self.rng, self.words);
             if !self.seen.contains(&new) && self.prose.is_none_or(|p| !p.contains(&new)) {
@@ -88,27 +89,26 @@ impl Drawn<'_> {
                 return Ok(new);
             }
         }
-        let message =
-            format!("too few {} that are neither taken nor in the texts; give longer word lists", kind.name());
+        let message = format!("too few {} that are neither used nor in the texts; give longer word lists", kind.name());
         Err(Error::usage("needles", message))
     }
 }
 
 impl Niah {
-    /// The sentence that gives `key` the value `value`.
+    /// Returns the sentence that assigns `value` to `key`.
     fn needle(&self, key: &str, value: &str) -> String {
         format!("One of the special magic {} for {key} is: {value}.", self.values.name())
     }
 
-    /// The maker of one sample.
+    /// Returns the maker of one sample.
     ///
     /// # Errors
-    /// Missing word lists, or missing prose where it is needed.
-    pub(super) fn start<'a>(self, call: &Call<'a>, place: Place) -> Result<Maker<'a>> {
+    /// Missing word lists, or missing prose for a task in prose.
+    pub(super) fn start<'a>(self, call: &SampleRequest<'a>, place: NeedlePlacement) -> Result<PromptMaker<'a>> {
         let words = call.sources.words(call.task)?;
-        let prose = (self.hay == Hay::Essay).then(|| call.sources.prose(call.task)).transpose()?;
+        let prose = (self.hay == Haystack::Essay).then(|| call.sources.prose(call.task)).transpose()?;
         let (keys, values, queries) = self.counts;
-        let mut drawn = Drawn { rng: call.rng("needles"), words, prose, seen: HashSet::new() };
+        let mut drawn = UniqueDraws { rng: call.rng("needles"), words, prose, seen: HashSet::new() };
         let mut pairs: Vec<(String, Vec<String>)> = vec![];
         for _ in 0..keys {
             let key = drawn.next(self.keys)?;
@@ -125,13 +125,13 @@ impl Niah {
         let (seen, places, fill) = (drawn.seen, call.rng("places").bits(), call.rng("hay").bits());
         let count = needles.len();
         let lines = move |n: usize| -> Result<Vec<String>> {
-            let mut more = Drawn { rng: Rng::new(fill, &["needles"], 0), words, prose: None, seen: seen.clone() };
+            let mut more = UniqueDraws { rng: Rng::new(fill, &["needles"], 0), words, prose: None, seen: seen.clone() };
             let other = |_| {
                 let key = more.next(self.keys)?;
                 Ok(self.needle(&key, &more.next(self.values)?))
             };
             match self.hay {
-                Hay::Needles => (0..n).map(other).collect(),
+                Haystack::Needles => (0..n).map(other).collect(),
                 _ => Ok(vec![NOISE.to_string(); n]),
             }
         };
@@ -150,11 +150,11 @@ impl Niah {
             Ok(self.draft(&hay, &query, &outputs, place))
         };
         let (least, step) = if prose.is_some() { (1, 500) } else { (count, 25) };
-        Ok(Maker { least, most: usize::MAX, step, draft: Box::new(draft) })
+        Ok(PromptMaker { least, most: usize::MAX, step, draft: Box::new(draft) })
     }
 
-    /// RULER's prompt, in the singular where the question is for one value.
-    fn draft(&self, hay: &str, query: &str, outputs: &[String], place: Place) -> Draft {
+    /// Builds RULER's prompt, in the singular where the question is for one value.
+    fn draft(&self, hay: &str, query: &str, outputs: &[String], place: NeedlePlacement) -> Draft {
         let name = self.values.name();
         let one = outputs.len() == 1;
         let (some, are, ask, name) =
@@ -167,12 +167,12 @@ impl Niah {
             question: format!("{ask}{name} for {query} mentioned in the provided text?"),
             answer_prefix: format!(" The special magic {name} for {query} mentioned in the provided text {are}"),
             outputs: outputs.to_vec(),
-            depth: if let Place::At(share) = place { Some(share) } else { None },
+            depth: if let NeedlePlacement::At(share) = place { Some(share) } else { None },
         }
     }
 }
 
-/// Names as a list: `a`, or `a, b, and c`.
+/// Formats names as `a`, or `a, b, and c`.
 fn list(names: &[&str]) -> String {
     match names.split_last() {
         Some((last, rest)) if !rest.is_empty() => format!("{}, and {last}", rest.join(", ")),
@@ -180,11 +180,13 @@ fn list(names: &[&str]) -> String {
     }
 }
 
-/// The sentences before which `count` needles go, rising; a share is one of words.
-fn in_prose(sentences: &[&str], count: usize, place: Place, rng: &mut Rng) -> Vec<usize> {
+/// Returns the sentences before which `count` needles are inserted, rising; a share is measured in words.
+fn in_prose(sentences: &[&str], count: usize, place: NeedlePlacement, rng: &mut Rng) -> Vec<usize> {
     let mut at: Vec<usize> = match place {
-        Place::Drawn => rng.sample(DEPTHS, count).into_iter().map(|i| sentences.len() * depth(i) / 100).collect(),
-        Place::At(share) => {
+        NeedlePlacement::Drawn => {
+            rng.sample(DEPTHS, count).into_iter().map(|i| sentences.len() * depth(i) / 100).collect()
+        }
+        NeedlePlacement::At(share) => {
             let words = sentences.iter().map(|s| s.split(' ').count());
             let ends: Vec<usize> = std::iter::once(0)
                 .chain(words.scan(0, |n, w| {
@@ -202,17 +204,17 @@ fn in_prose(sentences: &[&str], count: usize, place: Place, rng: &mut Rng) -> Ve
     at
 }
 
-/// The lines of `n` before which `count` needles go, rising; drawn lines are all different.
-fn in_lines(n: usize, count: usize, place: Place, rng: &mut Rng) -> Vec<usize> {
+/// Returns the lines of `n` before which `count` needles are inserted, rising; random lines are all different.
+fn in_lines(n: usize, count: usize, place: NeedlePlacement, rng: &mut Rng) -> Vec<usize> {
     let mut at = match place {
-        Place::Drawn => rng.sample(n, count),
-        Place::At(share) => vec![(share * n as f64).round() as usize; count],
+        NeedlePlacement::Drawn => rng.sample(n, count),
+        NeedlePlacement::At(share) => vec![(share * n as f64).round() as usize; count],
     };
     at.sort_unstable();
     at
 }
 
-/// `parts` with each of `extra` inserted before the part that `at` names, all joined by `between`.
+/// Inserts `extra[i]` before part `at[i]` of `parts`, and joins all of them with `between`.
 pub(super) fn insert<P: AsRef<str>>(parts: &[P], extra: &[String], at: &[usize], between: &str) -> String {
     let mut all: Vec<&str> = Vec::with_capacity(parts.len() + extra.len());
     let mut rest = at.iter().zip(extra).peekable();
@@ -229,10 +231,10 @@ pub(super) fn insert<P: AsRef<str>>(parts: &[P], extra: &[String], at: &[usize],
 mod tests {
     use super::*;
     use crate::eval::quality::tasks::fixture::{self, sources, words};
-    use crate::eval::quality::tasks::{find, needle, Draw, Sample, Sources, TASKS};
+    use crate::eval::quality::tasks::{find, needle, Sample, SampleKey, Sources, TASKS};
 
     fn sample(task: &str, length: usize, index: usize) -> Sample {
-        find(task).expect(task).sample(&sources(), Draw { length, seed: 1, index }, &words).expect(task)
+        find(task).expect(task).sample(&sources(), SampleKey { length, seed: 1, index }, &words).expect(task)
     }
 
     fn needles(s: &Sample) -> Vec<(&str, &str)> {
@@ -242,7 +244,7 @@ mod tests {
 
     #[test]
     fn answers_are_the_values_of_the_queried_keys_and_occur_once() {
-        // (task, needles with the asked keys, keys in all but distractors).
+        // (task, needles with the queried keys, keys without distractors).
         let tasks = [
             ("niah_single_1", 1, 1),
             ("niah_single_2", 1, 1),
@@ -276,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn one_answer_is_asked_for_in_the_singular() {
+    fn the_question_for_one_value_is_in_the_singular() {
         let s = sample("niah_single_3", 800, 0);
         let needles = needles(&s);
         let key = needles[0].0;
@@ -324,14 +326,14 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_the_prose_holds_by_chance_are_not_taken() {
+    fn keys_that_occur_in_the_prose_are_not_used() {
         let names = |names: &[&str]| names.iter().map(|n| n.to_string()).collect();
-        let words = Words::new(names(&["tree", "lake", "fox"]), names(&["red"]), names(&["run"]));
+        let words = WordLists::new(names(&["tree", "lake", "fox"]), names(&["red"]), names(&["run"]));
         let prose = Prose::new(["Under the red-tree, by the red-lake. Nothing happened."]);
         let few = Sources { words: Some(words), prose, ..Sources::default() };
         let task = find("niah_single_2").expect("task");
         for index in 0..20 {
-            let s = task.sample(&few, Draw { length: 400, seed: 1, index }, &fixture::words).expect("sample");
+            let s = task.sample(&few, SampleKey { length: 400, seed: 1, index }, &fixture::words).expect("sample");
             assert!(s.question().expect("question").contains("for red-fox mentioned"), "{}", s.input);
         }
     }
@@ -345,12 +347,12 @@ mod tests {
     }
 
     #[test]
-    fn a_single_needle_lies_where_it_is_asked_to() {
+    fn a_needle_lies_at_the_requested_depth() {
         let all = sources();
-        for hay in [Hay::Essay, Hay::Noise, Hay::Needles] {
+        for hay in [Haystack::Essay, Haystack::Noise, Haystack::Needles] {
             let mut keys = HashSet::new();
             for depth in [0.0, 0.1, 0.5, 0.77, 1.0] {
-                let draw = Draw { length: 2_000, seed: 1, index: 0 };
+                let draw = SampleKey { length: 2_000, seed: 1, index: 0 };
                 let s = needle(&all, hay, depth, draw, &words).expect("needle");
                 assert_eq!((s.task.as_str(), s.depth), ("needle", Some(depth)));
                 let context = s.context().expect("context").split_once('\n').expect("hay").1;
@@ -360,7 +362,7 @@ mod tests {
             }
             assert_eq!(keys.len(), 1, "one needle at every depth");
         }
-        let bad = needle(&all, Hay::Noise, 1.5, Draw { length: 500, seed: 1, index: 0 }, &words);
+        let bad = needle(&all, Haystack::Noise, 1.5, SampleKey { length: 500, seed: 1, index: 0 }, &words);
         assert!(bad.expect_err("depth").to_string().contains("1.5"));
     }
 }

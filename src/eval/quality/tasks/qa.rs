@@ -1,31 +1,32 @@
-//! Questions about documents: the document with the answer among others. The user brings the file of questions.
+//! Questions about documents (`qa`): the document with the answer among others. The user provides the file of
+//! questions.
 
-use super::length_search::{Call, Draft, Maker};
+use super::length_search::{Draft, PromptMaker, SampleRequest};
 use super::rng::Rng;
 use crate::error::{At, Error, Result};
 use serde::{de::DeserializeOwned, Deserialize};
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-/// Beginning of the question, and of the whole prompt.
+/// Start of the question, and of the whole prompt.
 pub(super) const ASK: &str =
     "Answer the question based on the given documents. Only give me the answer and do not output any other words.";
 
-/// Questions, and all documents of their file.
+/// Questions of a file, with all of its documents.
 pub struct Questions {
     documents: Vec<String>,
     questions: Vec<Question>,
 }
 
-/// The number of each document.
+/// Index of each document.
 type Numbers = HashMap<String, usize>;
 
 struct Question {
     query: String,
     outputs: Vec<String>,
-    /// Documents with the answer, and others that belong to the question.
+    /// Documents of the question, that with the answer among them.
     own: Vec<usize>,
-    /// Documents of the same article, which are taken before any others.
+    /// Other documents of the same article, which are used before documents of other articles.
     related: Vec<usize>,
 }
 
@@ -68,14 +69,15 @@ struct HotpotQuestion {
 
 fn parse<T: DeserializeOwned>(path: &Path, form: &str) -> Result<T> {
     let text = std::fs::read_to_string(path).at(path.display())?;
-    serde_json::from_str(&text).map_err(|e| Error::format(path.display(), format!("not in the form of {form}: {e}")))
+    serde_json::from_str(&text).map_err(|e| Error::format(path.display(), format!("not in the format of {form}: {e}")))
 }
 
 impl Questions {
-    /// Reads a file in the form of SQuAD 2.0 or 1.1, such as `dev-v2.0.json`; questions without an answer are left out.
+    /// Reads a file in the format of SQuAD 2.0 or 1.1, such as `dev-v2.0.json`; questions without an answer are
+    /// skipped.
     ///
     /// # Errors
-    /// A file that cannot be read, has another form, or holds no question with an answer.
+    /// A file that cannot be read, has another format, or has no question with an answer.
     pub fn squad(path: &Path) -> Result<Self> {
         let mut made = Self { documents: vec![], questions: vec![] };
         let mut numbers = Numbers::default();
@@ -97,10 +99,10 @@ impl Questions {
         made.checked(path)
     }
 
-    /// Reads a file in the form of HotpotQA, such as `hotpot_dev_distractor_v1.json`.
+    /// Reads a file in the format of HotpotQA, such as `hotpot_dev_distractor_v1.json`.
     ///
     /// # Errors
-    /// A file that cannot be read, has another form, or holds no question.
+    /// A file that cannot be read, has another format, or has no question.
     pub fn hotpot(path: &Path) -> Result<Self> {
         let mut made = Self { documents: vec![], questions: vec![] };
         let mut numbers = Numbers::default();
@@ -114,7 +116,7 @@ impl Questions {
         made.checked(path)
     }
 
-    /// The number of a document, which is stored once.
+    /// Returns the index of a document; equal documents are stored once.
     fn number(&mut self, document: &str, numbers: &mut Numbers) -> usize {
         *numbers.entry(document.into()).or_insert_with(|| {
             self.documents.push(document.into());
@@ -124,7 +126,7 @@ impl Questions {
 
     fn checked(self, path: &Path) -> Result<Self> {
         if self.questions.is_empty() {
-            return Err(Error::format(path.display(), "holds no question that can be answered"));
+            return Err(Error::format(path.display(), "has no question with an answer"));
         }
         match self.questions.iter().find(|q| q.outputs.is_empty() || q.own.is_empty()) {
             Some(q) => {
@@ -134,17 +136,17 @@ impl Questions {
         }
     }
 
-    /// The number of questions.
+    /// Returns the number of questions.
     pub fn len(&self) -> usize {
         self.questions.len()
     }
 
-    /// Whether there is no question, which is never so for a file that was read.
+    /// Returns whether there is no question; false for every file that was read.
     pub fn is_empty(&self) -> bool {
         self.questions.is_empty()
     }
 
-    /// All documents in the order in which they are taken for `q`: its own, then related ones, then others.
+    /// Returns all documents in the order in which `q` uses them: its own, then related ones, then others.
     fn order(&self, q: &Question, mut rng: Rng) -> Vec<usize> {
         let mut related = q.related.clone();
         rng.shuffle(&mut related);
@@ -157,21 +159,22 @@ impl Questions {
     }
 }
 
-/// The maker of one sample. Its question is drawn by the seed: samples of one seed have different questions.
+/// Returns the maker of one sample. The seed draws its question; samples of one seed have different questions.
 ///
 /// # Errors
 /// Fewer questions than samples.
-pub(super) fn start<'a>(call: &Call<'a>, from: &'a Questions) -> Result<Maker<'a>> {
+pub(super) fn start<'a>(call: &SampleRequest<'a>, from: &'a Questions) -> Result<PromptMaker<'a>> {
     let index = call.draw.index;
     let drawn = Rng::new(call.draw.seed, &[call.task, "questions"], 0).sample(from.len(), index + 1);
     let Some(q) = drawn.get(index).map(|i| &from.questions[*i]) else {
-        let message = format!("asks for sample {index}, but its file holds {} questions", from.len());
+        let message =
+            format!("sample {index} does not exist: the file has {} questions; give fewer --samples", from.len());
         return Err(Error::usage(call.task, message));
     };
     let order = from.order(q, call.rng("documents"));
     let places = call.rng("places").bits();
     let draft = move |n: usize| {
-        // More than there are: they come again.
+        // Where `n` exceeds the number of documents, they repeat.
         let mut chosen: Vec<usize> = (0..n).map(|i| order[i % order.len()]).collect();
         Rng::new(places, &["places"], 0).shuffle(&mut chosen);
         let document = |(i, d): (usize, &usize)| format!("Document {}:\n{}", i + 1, from.documents[*d]);
@@ -184,14 +187,14 @@ pub(super) fn start<'a>(call: &Call<'a>, from: &'a Questions) -> Result<Maker<'a
             depth: None,
         })
     };
-    Ok(Maker { least: q.own.len(), most: usize::MAX, step: 10, draft: Box::new(draft) })
+    Ok(PromptMaker { least: q.own.len(), most: usize::MAX, step: 10, draft: Box::new(draft) })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::eval::quality::tasks::fixture::words;
-    use crate::eval::quality::tasks::{find, Draw, Sources};
+    use crate::eval::quality::tasks::{find, SampleKey, Sources};
     use serde_json::json;
 
     /// Three articles of 8 paragraphs; paragraph `j` of article `i` says what colour thing `i.j` has.
@@ -226,7 +229,7 @@ mod tests {
         assert_eq!(sources.squad.as_ref().map(Questions::len), Some(24), "impossible questions are left out");
         let task = find("qa_1")?;
         for (length, index) in [(150, 0), (200, 9), (300, 10), (900, 23)] {
-            let s = task.sample(&sources, Draw { length, seed: 1, index }, &words)?;
+            let s = task.sample(&sources, SampleKey { length, seed: 1, index }, &words)?;
             let context = s.context()?;
             assert_eq!(context.matches(&s.outputs[0]).count(), 1);
             let (article, thing) = (&s.outputs[0][1..2], &s.outputs[0][2..3]);
@@ -240,10 +243,10 @@ mod tests {
             assert!(s.input.ends_with(&query) && !context.contains(&query));
             assert!(s.question()?.starts_with("Answer the question") && s.answer_prefix == " Answer:");
         }
-        // More than all documents: they come again.
-        let long = task.sample(&sources, Draw { length: 3_000, seed: 1, index: 0 }, &words)?;
+        // Longer than all documents together: they repeat.
+        let long = task.sample(&sources, SampleKey { length: 3_000, seed: 1, index: 0 }, &words)?;
         assert!(long.context()?.matches("Document ").count() > 24 && long.length > 2_900);
-        let beyond = task.sample(&sources, Draw { length: 300, seed: 1, index: 24 }, &words);
+        let beyond = task.sample(&sources, SampleKey { length: 300, seed: 1, index: 24 }, &words);
         let error = beyond.expect_err("too many").to_string();
         assert!(error.contains("qa_1") && error.contains("24 questions"), "{error}");
         Ok(())
@@ -253,7 +256,7 @@ mod tests {
     fn questions_are_drawn_by_the_seed_each_once() -> Result<()> {
         let sources = Sources { squad: Some(open(squad(), Questions::squad)?), ..Sources::default() };
         let asked = |seed| -> Result<Vec<String>> {
-            let sample = |index| find("qa_1")?.sample(&sources, Draw { length: 150, seed, index }, &words);
+            let sample = |index| find("qa_1")?.sample(&sources, SampleKey { length: 150, seed, index }, &words);
             (0..24).map(|index| Ok(sample(index)?.outputs.concat())).collect()
         };
         let (one, two) = (asked(1)?, asked(2)?);
@@ -267,7 +270,7 @@ mod tests {
     #[test]
     fn hotpot_questions_bring_their_own_documents() -> Result<()> {
         let sources = Sources { hotpot: Some(open(hotpot(), Questions::hotpot)?), ..Sources::default() };
-        let s = find("qa_2")?.sample(&sources, Draw { length: 130, seed: 1, index: 4 }, &words)?;
+        let s = find("qa_2")?.sample(&sources, SampleKey { length: 130, seed: 1, index: 4 }, &words)?;
         let i = s.input.rsplit("Why ").next().unwrap_or_default().trim_end_matches('?');
         assert!(
             (0..3).all(|j| s.context().is_ok_and(|c| c.contains(&format!("Title {i}{j}\nOne {i}{j}. Two.")))),
@@ -276,7 +279,7 @@ mod tests {
         );
         assert_eq!(s.outputs, [format!("One {i}1")]);
         assert!(s.context()?.matches("Document ").count() > 3);
-        let small = find("qa_2")?.sample(&sources, Draw { length: 70, seed: 1, index: 4 }, &words);
+        let small = find("qa_2")?.sample(&sources, SampleKey { length: 70, seed: 1, index: 4 }, &words);
         assert!(small.expect_err("too small").to_string().contains("qa_2"));
         Ok(())
     }

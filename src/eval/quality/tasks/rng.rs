@@ -1,4 +1,4 @@
-//! Random choices from a seed, the same on every machine.
+//! Seeded random choices, the same on every machine.
 
 use crate::checkpoint::splitmix;
 use sha2::{Digest, Sha256};
@@ -11,44 +11,44 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// The stream of `seed`, `names` and `index`; streams of other names or indices are independent.
+    /// Creates the stream of `seed`, `names` and `index`; streams with other names or indices are independent.
     pub fn new(seed: u64, names: &[&str], index: u64) -> Self {
         let start = Sha256::new().chain_update(seed.to_le_bytes()).chain_update(index.to_le_bytes());
         let hash = names.iter().fold(start, |h, name| h.chain_update(name).chain_update([0])).finalize();
         Self { key: hash.iter().take(8).fold(0, |key, byte| key << 8 | u64::from(*byte)), next: 0 }
     }
 
-    /// 64 random bits.
+    /// Returns 64 random bits.
     pub fn bits(&mut self) -> u64 {
         self.next += 1;
         splitmix(self.key, self.next - 1)
     }
 
-    /// A number of `0..n`, or 0 where `n` is 0; some are likelier by at most `n / 2^64`.
+    /// Returns a random number in `0..n`, or 0 where `n` is 0; the bias is at most `n / 2^64`.
     pub fn below(&mut self, n: usize) -> usize {
         ((u128::from(self.bits()) * n as u128) >> 64) as usize
     }
 
-    /// A number of `range`.
+    /// Returns a random number in `range`.
     pub fn range(&mut self, range: std::ops::Range<usize>) -> usize {
         range.start + self.below(range.len())
     }
 
-    /// One of `items`; `None` of nothing.
+    /// Returns a random item; `None` where `items` is empty.
     pub fn choose<'a, T>(&mut self, items: &'a [T]) -> Option<&'a T> {
         (!items.is_empty()).then(|| &items[self.below(items.len())])
     }
 
-    /// Puts `items` in a random order.
+    /// Shuffles `items`.
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
         for i in (1..items.len()).rev() {
             items.swap(i, self.below(i + 1));
         }
     }
 
-    /// Up to `k` different numbers of `0..n` in random order; a smaller `k` gives a prefix.
+    /// Returns up to `k` different numbers of `0..n` in random order; a smaller `k` gives a prefix.
     pub fn sample(&mut self, n: usize, k: usize) -> Vec<usize> {
-        // The first k steps of a Fisher-Yates shuffle of 0..n, of which only the moved entries are held.
+        // The first k steps of a Fisher-Yates shuffle of 0..n that stores the moved entries only.
         let mut moved = HashMap::new();
         let mut draw = |i: usize| {
             let j = self.range(i..n);
@@ -59,14 +59,14 @@ impl Rng {
         (0..k.min(n)).map(&mut draw).collect()
     }
 
-    /// A UUID of version 4 (RFC 9562), in lower case.
+    /// Returns a UUID of version 4 (RFC 9562), in lower case.
     pub fn uuid(&mut self) -> String {
         let (high, low) = (self.bits() & !0xf000 | 0x4000, self.bits() & !(3 << 62) | 2 << 62);
         let (a, b, c) = (high >> 32, high >> 16 & 0xffff, high & 0xffff);
         format!("{a:08x}-{b:04x}-{c:04x}-{:04x}-{:012x}", low >> 48, low & 0xffff_ffff_ffff)
     }
 
-    /// `letters` letters of the alphabet that begins with `first`.
+    /// Returns `letters` random letters of the 26 from `first` on.
     pub fn letters(&mut self, first: u8, letters: usize) -> String {
         (0..letters).map(|_| char::from(first + self.below(26) as u8)).collect()
     }
@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn a_stream_is_set_by_seed_names_and_index_alone() {
-        // Worked out by hand in Python. A change here changes every sample ever made.
+        // Computed independently in Python. A change of the generator changes every sample.
         assert_eq!(rng(0).bits(), 800_849_947_835_864_917);
         let first = |seed, names: &[&str], index| Rng::new(seed, names, index).bits();
         let all = [
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn samples_hold_different_numbers_and_smaller_ones_are_prefixes() {
+    fn samples_have_distinct_numbers_and_smaller_ones_are_prefixes() {
         let mut seen = [0; 40];
         for i in 0..1_000 {
             let mut ten = rng(i).sample(40, 10);

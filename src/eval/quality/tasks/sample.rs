@@ -1,5 +1,5 @@
-//! Samples, each a prompt with its expected answer, and files of them: one JSON object a line, with RULER's field names
-//! and ours.
+//! Samples, each a prompt with its expected answer, and their files: one JSON object per line, with RULER's field names
+//! and additional fields.
 
 use super::{find, question_at, rule};
 use crate::cli::Output;
@@ -15,58 +15,58 @@ pub struct Sample {
     /// Name of the task.
     #[serde(default)]
     pub task: String,
-    /// Number of the sample; in files of RULER's own needle tasks the place of the answer in characters.
+    /// Index of the sample; in RULER's own files of needle tasks the place of the answer in characters.
     pub index: usize,
     /// Prompt without `answer_prefix`.
     pub input: String,
-    /// Byte of `input` at which the question begins; everything before it is context.
+    /// Byte offset of the question in `input`; everything before it is context.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub question_at: Option<usize>,
-    /// Beginning of the answer, which the model continues.
+    /// Start of the answer, which the model continues.
     #[serde(default)]
     pub answer_prefix: String,
     /// Strings that the answer should contain.
     pub outputs: Vec<String>,
     /// Tokens of the prompt and of the longest answer together.
     pub length: usize,
-    /// Length that the sample was made for, where that is known.
+    /// Requested length in tokens, where it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub made_for: Option<usize>,
-    /// Most tokens of the answer.
+    /// Maximum tokens of the answer.
     #[serde(default)]
     pub max_new_tokens: usize,
-    /// Share of the context before the needle, in a grid of depths.
+    /// Share of the context before the needle, 0 to 1; null outside depth grids.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub depth: Option<f64>,
 }
 
-/// Facts that a file written by RULER does not hold.
+/// Values for fields that files written by RULER lack.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Missing<'a> {
-    /// Task of the samples that name none.
+pub struct SampleDefaults<'a> {
+    /// Task of samples without one.
     pub task: Option<&'a str>,
-    /// Most tokens of an answer; `None` for those of the task.
+    /// Maximum tokens of an answer; `None` takes the task's.
     pub max_new_tokens: Option<usize>,
 }
 
 impl Sample {
-    /// Everything that the model reads.
+    /// Returns the whole prompt, the start of the answer included.
     pub fn prompt(&self) -> String {
         format!("{}{}", self.input, self.answer_prefix)
     }
 
-    /// The prompt before the question.
+    /// Returns the prompt before the question.
     ///
     /// # Errors
-    /// A sample that does not say where its question begins.
+    /// A sample without the place of its question.
     pub fn context(&self) -> Result<&str> {
         self.split().map(|(context, _)| context)
     }
 
-    /// The prompt without [`Self::context`]: the question and the beginning of the answer.
+    /// Returns the prompt after [`Self::context`]: the question and the start of the answer.
     ///
     /// # Errors
-    /// A sample that does not say where its question begins.
+    /// A sample without the place of its question.
     pub fn question(&self) -> Result<String> {
         self.split().map(|(_, question)| format!("{question}{}", self.answer_prefix))
     }
@@ -74,27 +74,27 @@ impl Sample {
     fn split(&self) -> Result<(&str, &str)> {
         self.question_at.and_then(|at| self.input.split_at_checked(at)).ok_or_else(|| {
             let place = format!("sample {} of {}", self.index, self.task);
-            let message = "does not say where its question begins (question_at), and does not ask in the words of RULER's template";
+            let message = "has no `question_at`, and its question does not follow RULER's template";
             Error::format(place, message)
         })
     }
 
-    /// The fault of a sample that cannot be scored or split; `None` of a good one.
+    /// Returns why the sample cannot be scored or split; `None` for a valid sample.
     fn fault(&self) -> Option<String> {
         // The empty string occurs in every answer.
         if self.outputs.is_empty() || self.outputs.iter().any(|o| o.trim().is_empty()) {
             return Some("`outputs` is empty: there is nothing to score an answer by".into());
         }
         let at = self.question_at.filter(|at| !self.input.is_char_boundary(*at))?;
-        Some(format!("`question_at` {at} is not the place of a character of `input` ({} bytes)", self.input.len()))
+        Some(format!("`question_at` {at} is not the offset of a character of `input` ({} bytes)", self.input.len()))
     }
 }
 
-/// Refuses a place that cannot be written to, and one that holds anything but samples.
+/// Checks that `path` can be written, and that it is not an existing file other than samples.
 ///
 /// # Errors
-/// Which place, and why.
-pub fn prove_replaceable(path: &Path, flag: &'static str) -> Result<()> {
+/// A path that cannot be written or must not be replaced, with the reason.
+pub fn check_replaceable(path: &Path, flag: &'static str) -> Result<()> {
     let fault = |json: bool| {
         let mut first = vec![];
         if json {
@@ -102,54 +102,54 @@ pub fn prove_replaceable(path: &Path, flag: &'static str) -> Result<()> {
             std::io::BufReader::new(file).read_until(b'\n', &mut first).at(path.display())?;
         }
         let sample = serde_json::from_slice::<Sample>(&first);
-        Ok(sample.is_err().then(|| "holds no samples; only these are replaced".into()))
+        Ok(sample.is_err().then(|| "holds no samples; only a file of samples is replaced".into()))
     };
     Output::prove_over(path, flag, fault)
 }
 
-/// Reads a file of samples, written by this program or by RULER.
+/// Reads a file of samples written by bfly or by RULER.
 ///
 /// # Errors
-/// A file that cannot be read or holds no sample; a line that is no sample, with its number.
-pub fn read(path: &Path, missing: Missing) -> Result<Vec<Sample>> {
+/// A file that cannot be read or is empty; a line that is not a valid sample, with its number.
+pub fn read(path: &Path, missing: SampleDefaults) -> Result<Vec<Sample>> {
     let text = std::fs::read_to_string(path).at(path.display())?;
     let at_line = |i: usize, what: String| Error::format(format!("{}: line {}", path.display(), i + 1), what);
     let parse = |(i, line): (usize, &str)| {
         let wrong = |what| at_line(i, what);
         let mut sample: Sample = serde_json::from_str(line).map_err(|e| wrong(format!("not a sample: {e}")))?;
         if sample.task.is_empty() {
-            let task = missing.task.ok_or_else(|| wrong("names no `task`; say which one it is of".into()))?;
+            let task = missing.task.ok_or_else(|| wrong("has no `task`; name one task with --tasks".into()))?;
             sample.task = task.into();
         }
         if sample.max_new_tokens == 0 {
             let own = || find(&sample.task).ok().map(|t| t.max_new_tokens);
             let room = missing.max_new_tokens.or_else(own);
             sample.max_new_tokens =
-                room.ok_or_else(|| wrong("has no `max_new_tokens`; say how long an answer may be".into()))?;
+                room.ok_or_else(|| wrong("has no `max_new_tokens`, the maximum tokens of an answer".into()))?;
         }
         rule(&sample.task).map_err(|e| wrong(e.to_string()))?;
-        // RULER's own files do not tell it.
+        // RULER's own files do not have it.
         sample.question_at = sample.question_at.or_else(|| question_at(&sample.task, &sample.input));
         sample.fault().map_or(Ok(sample), |what| Err(wrong(what)))
     };
     let samples = text.lines().enumerate().map(parse).collect::<Result<Vec<_>>>()?;
-    // Asked twice it would count as two that are independent.
+    // A repeated sample would count as two independent ones.
     let mut seen = HashMap::new();
     for (i, sample) in samples.iter().enumerate() {
         if let Some(before) = seen.insert((&sample.task, &sample.input, &sample.answer_prefix), i + 1) {
-            return Err(at_line(i, format!("is the sample of line {before} again")));
+            return Err(at_line(i, format!("repeats the sample of line {before}")));
         }
     }
     match samples.is_empty() {
-        true => Err(Error::format(path.display(), "is empty: no sample in it")),
+        true => Err(Error::format(path.display(), "is empty")),
         false => Ok(samples),
     }
 }
 
-/// Writes samples to `path`, which `flag` names, whole or not at all.
+/// Writes samples to `path`, which `flag` names, atomically.
 ///
 /// # Errors
-/// No sample, a sample that could not be read again, or a place that cannot be written to.
+/// No samples, a sample that could not be read back, or a path that cannot be written.
 pub fn write(path: &Path, samples: &[Sample], flag: &'static str) -> Result<()> {
     let output = Output::reserve(path, flag)?;
     let place = || format!("{flag} {}", path.display());
@@ -162,7 +162,7 @@ pub fn write(path: &Path, samples: &[Sample], flag: &'static str) -> Result<()> 
         bytes.push(b'\n');
     }
     match bytes.is_empty() {
-        true => Err(Error::usage(place(), "no sample to write")),
+        true => Err(Error::usage(place(), "there are no samples to write")),
         false => output.write(&bytes),
     }
 }
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prompt_falls_into_context_and_question() -> Result<()> {
+    fn a_prompt_splits_into_context_and_question() -> Result<()> {
         let s = sample();
         assert_eq!((s.context()?, s.question()?.as_str()), ("Ein Stück\nText. ", "Wo? Da:"));
         assert_eq!(s.prompt(), "Ein Stück\nText. Wo? Da:");
@@ -197,19 +197,19 @@ mod tests {
     }
 
     #[test]
-    fn files_come_back_as_they_were_written() -> Result<()> {
+    fn files_read_back_unchanged() -> Result<()> {
         let dir = tempfile::tempdir().at("temporary folder")?;
         let path = dir.path().join("samples.jsonl");
         let samples =
             [sample(), Sample { depth: None, question_at: None, index: 4, input: "Ein Buch.".into(), ..sample() }];
         write(&path, &samples, "--out")?;
-        assert_eq!(read(&path, Missing::default())?, samples);
-        // What cannot be read again is not written, and nothing is left of the attempt.
+        assert_eq!(read(&path, SampleDefaults::default())?, samples);
+        // Samples that could not be read back are not written, and no temporary file is left.
         let bad = [sample(), Sample { outputs: vec![], ..sample() }];
         let error = write(&path, &bad, "--out").expect_err("no outputs").to_string();
         assert!(error.contains("--out") && error.contains("`outputs` is empty"), "{error}");
         assert!(write(&path, &[], "--out").is_err());
-        assert_eq!(read(&path, Missing::default())?.len(), 2, "the earlier file stays");
+        assert_eq!(read(&path, SampleDefaults::default())?.len(), 2, "the earlier file stays");
         assert_eq!(std::fs::read_dir(dir.path()).at("temporary folder")?.count(), 1);
         Ok(())
     }
@@ -220,9 +220,9 @@ mod tests {
         let path = dir.path().join("validation.jsonl");
         let line = r#"{"index": 17, "input": "caf\u00e9?", "outputs": ["1"], "length": 300, "length_w_model_temp": 300, "answer_prefix": " is", "token_position_answer": 9}"#;
         std::fs::write(&path, format!("{line}\n")).at("file")?;
-        let error = read(&path, Missing::default()).expect_err("no task").to_string();
+        let error = read(&path, SampleDefaults::default()).expect_err("no task").to_string();
         assert!(error.contains("validation.jsonl: line 1") && error.contains("`task`"), "{error}");
-        let known = read(&path, Missing { task: Some("qa_1"), max_new_tokens: None })?;
+        let known = read(&path, SampleDefaults { task: Some("qa_1"), max_new_tokens: None })?;
         assert_eq!(
             (known[0].task.as_str(), known[0].max_new_tokens, known[0].prompt()),
             ("qa_1", 32, "café? is".into())
@@ -239,12 +239,12 @@ mod tests {
                 .to_string(),
         )
         .at("file")?;
-        let found = &read(&path, Missing { task: Some("qa_1"), max_new_tokens: None })?[0];
+        let found = &read(&path, SampleDefaults { task: Some("qa_1"), max_new_tokens: None })?[0];
         assert_eq!((found.context()?, found.question()?.as_str()), (before, asks));
         std::fs::write(&path, format!("{line}\n")).at("file")?;
-        let own = Missing { task: Some("mine"), max_new_tokens: None };
+        let own = SampleDefaults { task: Some("mine"), max_new_tokens: None };
         assert!(read(&path, own).expect_err("no room").to_string().contains("max_new_tokens"));
-        let roomy = |task| read(&path, Missing { task: Some(task), max_new_tokens: Some(7) });
+        let roomy = |task| read(&path, SampleDefaults { task: Some(task), max_new_tokens: Some(7) });
         assert_eq!(roomy("qa_1")?[0].max_new_tokens, 7);
         let error = roomy("mine").expect_err("no rule to score it by").to_string();
         assert!(error.contains("validation.jsonl: line 1") && error.contains("`mine` is not one of"), "{error}");
@@ -258,7 +258,7 @@ mod tests {
         let good = serde_json::to_string(&sample()).expect("JSON");
         let says = |text: String, words: &[&str]| -> Result<()> {
             std::fs::write(&path, text).at("file")?;
-            let error = read(&path, Missing::default()).expect_err(words[0]).to_string();
+            let error = read(&path, SampleDefaults::default()).expect_err(words[0]).to_string();
             assert!(words.iter().all(|w| error.contains(w)), "{error} should say {words:?}");
             Ok(())
         };

@@ -1,4 +1,4 @@
-//! What holds for every task.
+//! Tests of properties that all tasks share.
 
 use super::fixture::{sources, words, Counter};
 use super::*;
@@ -40,8 +40,8 @@ fn the_tasks_are_rulers() {
     assert_eq!(rooms, expected);
     let error = find("niah").err().map(|e| e.to_string()).unwrap_or_default();
     assert!(error.contains("`niah`") && error.contains("niah_single_1, ") && error.contains("qa_2"), "{error}");
-    assert_eq!(rule("needle").ok(), Some(Rule::All));
-    assert_eq!(rule("qa_2").ok(), Some(Rule::Part));
+    assert_eq!(rule("needle").ok(), Some(ScoringRule::All));
+    assert_eq!(rule("qa_2").ok(), Some(ScoringRule::Part));
     assert!(rule("haystack").is_err());
 }
 
@@ -50,7 +50,7 @@ fn lengths_are_counted_right_and_nearly_reached() -> Result<()> {
     let all = all_sources()?;
     for (task, length) in TASKS.iter().flat_map(|t| [900, 4_096, 20_000].map(|length| (t, length))) {
         let counter = Counter::default();
-        let s = task.sample(&all, Draw { length, seed: 5, index: 2 }, &|t| counter.count(t))?;
+        let s = task.sample(&all, SampleKey { length, seed: 5, index: 2 }, &|t| counter.count(t))?;
         assert_eq!(s.length, words(&s.prompt())? + task.max_new_tokens, "{}", task.name);
         assert_eq!((s.task.as_str(), s.max_new_tokens, s.index), (task.name, task.max_new_tokens, 2));
         let share = s.length as f64 / length as f64;
@@ -68,12 +68,12 @@ fn a_sample_depends_on_task_length_seed_and_index_alone() -> Result<()> {
     for task in TASKS {
         let five = task.samples(&all, (1_200, 9), 5, &words, &quiet)?;
         assert_eq!(task.samples(&all, (1_200, 9), 2, &words, &quiet)?, five[..2], "{}", task.name);
-        assert_eq!(task.sample(&all_sources()?, Draw { length: 1_200, seed: 9, index: 4 }, &words)?, five[4]);
+        assert_eq!(task.sample(&all_sources()?, SampleKey { length: 1_200, seed: 9, index: 4 }, &words)?, five[4]);
         assert!((0..4).all(|i| five[i].input != five[i + 1].input), "{}", task.name);
-        let other = task.sample(&all, Draw { length: 1_200, seed: 10, index: 0 }, &words)?;
+        let other = task.sample(&all, SampleKey { length: 1_200, seed: 10, index: 0 }, &words)?;
         assert_ne!(other.input, five[0].input, "{}: the seed counts", task.name);
         // The same is hidden at every length.
-        let longer = task.sample(&all, Draw { length: 1_500, seed: 9, index: 0 }, &words)?;
+        let longer = task.sample(&all, SampleKey { length: 1_500, seed: 9, index: 0 }, &words)?;
         assert_eq!(longer.outputs, five[0].outputs, "{}", task.name);
     }
     Ok(())
@@ -83,12 +83,12 @@ fn a_sample_depends_on_task_length_seed_and_index_alone() -> Result<()> {
 fn the_question_is_not_in_the_context() -> Result<()> {
     let all = all_sources()?;
     for (task, index) in TASKS.iter().flat_map(|t| (0..3).map(move |i| (t, i))) {
-        let s = task.sample(&all, Draw { length: 1_000, seed: 5, index }, &words)?;
+        let s = task.sample(&all, SampleKey { length: 1_000, seed: 5, index }, &words)?;
         let (context, question) = (s.context()?, s.question()?);
         assert_eq!(format!("{context}{question}"), s.prompt());
         assert!(context.ends_with('\n') && question.ends_with(&s.answer_prefix));
         let asked = &s.input[context.len()..];
-        // The example of `cwe` asks the same of another list.
+        // The example of `cwe` has the same question about another list.
         let before = if task.name == "cwe" { context.rsplit("Below is").next().unwrap_or_default() } else { context };
         assert!(!before.contains(asked), "{}: {asked}", task.name);
         // A file without `question_at`, as RULER writes it, is split at the same place, also where line breaks were
@@ -102,7 +102,7 @@ fn the_question_is_not_in_the_context() -> Result<()> {
 
 #[test]
 fn the_question_of_rulers_own_prompts_is_found() {
-    // Prompts of RULER's templates, with the chat template of its `meta-llama3` and without one; what lies before the
+    // Prompts of RULER's templates, with the chat template of its `meta-llama3` and without one; everything before the
     // question is context.
     let long = "The grass is green. ".repeat(3);
     for (task, context, question) in [
@@ -143,7 +143,7 @@ fn the_question_of_rulers_own_prompts_is_found() {
 fn lengths_that_nothing_fits_are_refused() -> Result<()> {
     let all = all_sources()?;
     for (task, length) in TASKS.iter().flat_map(|t| [0, 1, 40].map(|length| (t, length))) {
-        let made = task.sample(&all, Draw { length, seed: 1, index: 0 }, &words);
+        let made = task.sample(&all, SampleKey { length, seed: 1, index: 0 }, &words);
         let error = made.err().map(|e| e.to_string()).unwrap_or_default();
         assert!(error.contains(task.name) && error.contains(&format!("{length} tokens are too few")), "{error}");
     }
@@ -154,12 +154,14 @@ fn lengths_that_nothing_fits_are_refused() -> Result<()> {
 fn missing_sources_are_named() {
     let none = Sources::default();
     for task in TASKS.iter().filter(|t| t.name != "vt" && t.name != "fwe") {
-        let made = task.sample(&none, Draw { length: 900, seed: 1, index: 0 }, &words);
+        let made = task.sample(&none, SampleKey { length: 900, seed: 1, index: 0 }, &words);
         let error = made.err().map(|e| e.to_string()).unwrap_or_default();
         assert!(error.starts_with(task.name) && error.contains("needs"), "{error}");
     }
-    let few = Sources { words: Some(Words::new(vec!["n".into()], vec!["a".into()], vec!["v".into()])), ..sources() };
-    let made = find("niah_multiquery").and_then(|t| t.sample(&few, Draw { length: 900, seed: 1, index: 0 }, &words));
+    let few =
+        Sources { words: Some(WordLists::new(vec!["n".into()], vec!["a".into()], vec!["v".into()])), ..sources() };
+    let made =
+        find("niah_multiquery").and_then(|t| t.sample(&few, SampleKey { length: 900, seed: 1, index: 0 }, &words));
     assert!(made.err().is_some_and(|e| e.to_string().contains("too few words")));
 }
 
@@ -172,22 +174,22 @@ fn progress_and_the_tokenizers_errors_are_passed_on() -> Result<()> {
     let expected = [0, 1, 2].map(|done| ("fwe".to_string(), done, 2));
     assert_eq!(*seen.lock().expect("lock"), expected);
     let broken = |_: &str| Err(Error::usage("tokenizer", "broken"));
-    let made = task.sample(&Sources::default(), Draw { length: 400, seed: 1, index: 0 }, &broken);
+    let made = task.sample(&Sources::default(), SampleKey { length: 400, seed: 1, index: 0 }, &broken);
     assert!(made.err().is_some_and(|e| e.to_string().contains("broken")));
     Ok(())
 }
 
 #[test]
 fn the_fetched_words_fill_long_lists() -> Result<()> {
-    let words_of = Words::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("words"))?;
+    let words_of = WordLists::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("words"))?;
     let all = Sources { words: Some(words_of), ..sources() };
     for length in [16_000, 100_000] {
-        let s = find("cwe")?.sample(&all, Draw { length, seed: 1, index: 0 }, &words)?;
+        let s = find("cwe")?.sample(&all, SampleKey { length, seed: 1, index: 0 }, &words)?;
         assert!(s.length <= length && s.length as f64 > 0.99 * length as f64, "{} of {length}", s.length);
         let list = s.context()?.rsplit("most often.\n").next().unwrap_or_default();
         assert!(s.outputs.iter().all(|o| list.matches(&format!(". {o} ")).count() >= 29), "{:?}", s.outputs);
     }
-    let s = find("niah_single_1")?.sample(&all, Draw { length: 1_000, seed: 1, index: 0 }, &words)?;
+    let s = find("niah_single_1")?.sample(&all, SampleKey { length: 1_000, seed: 1, index: 0 }, &words)?;
     assert!(s.question()?.contains('-'), "a key is an adjective and a noun");
     Ok(())
 }

@@ -1,16 +1,17 @@
-//! Variable tracking: a chain of assignments scattered through noise, and a question for all variables with its value.
+//! Variable tracking (`vt`): a chain of assignments scattered through noise, and the question for all variables with
+//! its value.
 
 use super::hay::NOISE;
-use super::length_search::{largest, Call, Draft, Maker};
+use super::length_search::{largest, Draft, PromptMaker, SampleRequest};
 use super::niah::insert;
 use super::rng::Rng;
 use crate::error::Result;
 
 /// Assignments after the first of a chain.
 const HOPS: usize = 4;
-/// Beginning of the question.
+/// Start of the question.
 pub(super) const ASK: &str = "Question: Find all variables that are assigned the value ";
-/// Most tokens of the example in front.
+/// Maximum tokens of the example in front.
 const EXAMPLE: usize = 500;
 
 /// A chain of assignments.
@@ -22,7 +23,7 @@ struct Chain {
 }
 
 impl Chain {
-    /// A chain of different names with `letters` letters each, and a value other than `not`.
+    /// Draws a chain of different names with `letters` letters each, and a value other than `not`.
     fn new(rng: &mut Rng, letters: usize, not: Option<usize>) -> Self {
         let mut names: Vec<String> = vec![];
         while names.len() <= HOPS {
@@ -38,7 +39,7 @@ impl Chain {
         Self { names, value }
     }
 
-    /// RULER's prompt with this chain in `n` lines of noise.
+    /// Builds RULER's prompt with this chain in `n` lines of noise.
     fn draft(&self, n: usize, places: &mut Rng) -> Draft {
         let mut lines = vec![format!("VAR {} = {}", self.names[0], self.value)];
         // The blank at the end is RULER's.
@@ -63,17 +64,17 @@ impl Chain {
     }
 }
 
-/// The maker of one sample: an example with its answer, then the chain.
+/// Returns the maker of one sample: an example with its answer, then the chain.
 ///
 /// # Errors
 /// A tokenizer that fails.
-pub(super) fn start<'a>(call: &Call<'a>) -> Result<Maker<'a>> {
+pub(super) fn start<'a>(call: &SampleRequest<'a>) -> Result<PromptMaker<'a>> {
     let chain = Chain::new(&mut call.rng("chain"), 5, None);
     let shown = Chain::new(&mut call.rng("example"), 3, Some(chain.value));
     let (places, shown_places) = (call.rng("places").bits(), call.rng("example places").bits());
     let maker = |chain: Chain, places: u64| {
         let draft = move |n| Ok(chain.draft(n, &mut Rng::new(places, &["places"], 0)));
-        Maker { least: HOPS + 1, most: usize::MAX, step: 25, draft: Box::new(draft) }
+        PromptMaker { least: HOPS + 1, most: usize::MAX, step: 25, draft: Box::new(draft) }
     };
     let e = largest(&maker(shown, shown_places), EXAMPLE, call.count)?.draft;
     let example = format!("{}{}{} {}\n\n", e.context, e.question, e.answer_prefix, e.outputs.join(" "));
@@ -82,16 +83,16 @@ pub(super) fn start<'a>(call: &Call<'a>) -> Result<Maker<'a>> {
         let draft = (plain.draft)(n)?;
         Ok(Draft { context: format!("{example}{}", draft.context), ..draft })
     };
-    Ok(Maker { draft: Box::new(draft), least: HOPS + 1, most: usize::MAX, step: 25 })
+    Ok(PromptMaker { draft: Box::new(draft), least: HOPS + 1, most: usize::MAX, step: 25 })
 }
 
 #[cfg(test)]
 mod tests {
     use crate::eval::quality::tasks::fixture::{sources, words};
-    use crate::eval::quality::tasks::{find, Draw};
+    use crate::eval::quality::tasks::{find, SampleKey};
     use std::collections::HashMap;
 
-    /// Runs the assignments of `text` from top to bottom: the variables that hold `value` at the end, in order.
+    /// Executes the assignments of `text` and returns the variables with `value` at the end, in order.
     fn interpret(text: &str, value: &str) -> Vec<String> {
         let (mut held, mut order) = (HashMap::new(), vec![]);
         for line in text.lines().filter_map(|l| l.strip_prefix("VAR ")) {
@@ -109,7 +110,7 @@ mod tests {
     #[test]
     fn chains_resolve_to_the_outputs() {
         for index in 0..20 {
-            let draw = Draw { length: 2_500, seed: 1, index };
+            let draw = SampleKey { length: 2_500, seed: 1, index };
             let s = find("vt").expect("vt").sample(&sources(), draw, &words).expect("sample");
             let parts: Vec<&str> = s.context().expect("context").split("Memorize and track").collect();
             let [_, example, context] = parts[..] else { panic!("an example and a context") };

@@ -1,13 +1,13 @@
-//! A file of answers: written whole after every cell.
+//! Resumable answers file, written after every cell.
 
 use super::another;
 use crate::cli::short_count;
 use crate::error::{Error, Result};
-use crate::eval::report::{prove_writable, read, save, Answers, Asked, Cell, Header, ANSWERS};
+use crate::eval::report::{check_writable, read, save, Answers, Cell, Header, PromptSettings, ANSWERS};
 use crate::method::Method;
 use std::path::{Path, PathBuf};
 
-/// A file of answers and where it is kept, if it is.
+/// Answers, with the path of their file if they are saved.
 pub struct AnswersFile {
     path: Option<PathBuf>,
     /// Content of the file.
@@ -15,14 +15,15 @@ pub struct AnswersFile {
 }
 
 impl AnswersFile {
-    /// Begins, or goes on where an earlier process stopped at `path`.
+    /// Creates the answers, or resumes those of an earlier process at `path`.
     ///
     /// # Errors
-    /// A place that cannot be written to; a file that is none of answers, or of something else: what differs.
-    pub fn open(path: Option<&Path>, header: Header, asked: Asked) -> Result<Self> {
+    /// A path that cannot be written; an existing file that is not an answers file, or of another measurement, with the
+    /// difference.
+    pub fn open(path: Option<&Path>, header: Header, asked: PromptSettings) -> Result<Self> {
         let fresh = Answers { header, joined: vec![], asked, cells: vec![] };
         let Some(place) = path else { return Ok(Self { path: None, answers: fresh }) };
-        prove_writable(place)?;
+        check_writable(place)?;
         if !place.exists() {
             return Ok(Self { path: path.map(Into::into), answers: fresh });
         }
@@ -34,7 +35,7 @@ impl AnswersFile {
         Ok(Self { path: path.map(Into::into), answers })
     }
 
-    /// The cell of a variant on the samples of `task` at `length`.
+    /// Returns the cell of `variant` for `task` at `length`.
     pub fn cell(&self, variant: &str, task: &str, length: usize) -> Option<&Cell> {
         self.position(variant, task, length).map(|at| &self.answers.cells[at])
     }
@@ -44,11 +45,11 @@ impl AnswersFile {
         self.answers.cells.iter().position(|c| (c.record.variant.as_str(), c.task.as_str(), c.length) == key)
     }
 
-    /// How many samples of `task` at `length`, whose prompts have the hashes `prompts`, the variant called `variant`
-    /// has answered.
+    /// Returns how many samples of `task` at `length` the variant `variant` has answered; `prompts` are the hashes of
+    /// their prompts.
     ///
     /// # Errors
-    /// Answers under the same name to other prompts, or by another plan than that of `method`.
+    /// Answers of a variant of this name to other prompts, or with another plan than that of `method`.
     pub fn answered(
         &self,
         (variant, method): (&str, &Method),
@@ -62,18 +63,18 @@ impl AnswersFile {
         {
             let at = short_count(length);
             let message = format!(
-                "holds answers of {variant} to {task} at {at} with other prompts or another plan; choose another --out"
+                "has answers of {variant} to {task} at {at} with other prompts or another plan; choose another --out"
             );
             return Err(Error::usage("--out", message));
         }
         Ok(cell.answers.len())
     }
 
-    /// Adds the answers of `more` to the cell of the same variant, task and length, which is put there if there is
-    /// none, and saves.
+    /// Adds the answers of `more` to the cell of the same variant, task and length, or adds `more` as a new cell, and
+    /// saves the file.
     ///
     /// # Errors
-    /// A place that cannot be written to.
+    /// A path that cannot be written.
     pub fn add(&mut self, more: Cell) -> Result<&Cell> {
         let at = match self.position(&more.record.variant, &more.task, more.length) {
             Some(at) => {

@@ -1,26 +1,26 @@
-//! A ladder's file: written whole after every timed run.
+//! Resumable ladder file, written after every timed run.
 
 use super::{another, header_difference, show, Difference};
 use crate::error::{Error, Result};
-use crate::eval::report::{prove_writable, read, save, Ladder, LadderRun, LADDER};
+use crate::eval::report::{check_writable, read, save, Ladder, LadderRun, LADDER};
 use std::path::{Path, PathBuf};
 
-/// A run that takes longer is repeated only once.
+/// Duration in seconds beyond which a run is timed at most twice.
 const LONG_S: f64 = 30.0;
 
-/// A ladder and where it is kept.
+/// A ladder with the path of its file.
 pub struct LadderFile {
     path: PathBuf,
     /// Content of the file.
     pub ladder: Ladder,
 }
 
-/// Reads what an earlier ladder left at `path`, after proving that the place can be written to.
+/// Reads the ladder of an earlier process at `path`, after checking that the path can be written.
 ///
 /// # Errors
-/// A place that cannot be written to, or a file that is no ladder of this form.
+/// A path that cannot be written, or an existing file that is not a ladder of this schema.
 pub fn earlier_ladder(path: &Path) -> Result<Option<Ladder>> {
-    prove_writable(path)?;
+    check_writable(path)?;
     match path.exists() {
         true => read(path, LADDER).map(Some),
         false => Ok(None),
@@ -28,10 +28,10 @@ pub fn earlier_ladder(path: &Path) -> Result<Option<Ladder>> {
 }
 
 impl LadderFile {
-    /// Begins with `fresh`, or goes on with `earlier`.
+    /// Starts with `fresh`, or resumes `earlier`.
     ///
     /// # Errors
-    /// An earlier ladder that is not of the same thing: what differs.
+    /// An earlier ladder of another measurement, with the difference.
     pub fn open(path: &Path, earlier: Option<Ladder>, fresh: Ladder) -> Result<Self> {
         let Some(mut ladder) = earlier else { return Ok(Self { path: path.into(), ladder: fresh }) };
         if let Some(differs) = difference(&ladder, &fresh) {
@@ -44,21 +44,21 @@ impl LadderFile {
         Ok(Self { path: path.into(), ladder })
     }
 
-    /// Puts the file in place, whole.
+    /// Writes the file atomically.
     ///
     /// # Errors
-    /// A place that cannot be written to.
+    /// A path that cannot be written.
     pub fn save(&self) -> Result<()> {
         save(&self.path, &self.ladder)
     }
 
-    /// The run of an engine's variant at `ctx`.
+    /// Returns the run of engine and variant `names` at `ctx`.
     pub fn run(&self, names: (&str, &str), ctx: usize) -> Option<&LadderRun> {
         self.ladder.runs.iter().find(|r| (r.names(), r.ctx) == (names, ctx))
     }
 
-    /// The number of runs of `repeats` that are yet to come. A long one is timed only twice, and one that was out of
-    /// memory no more.
+    /// Returns how many of `repeats` timed runs are still to be made. A run longer than 30 s is timed at most twice,
+    /// and one that was out of memory is not repeated.
     pub fn missing(&self, names: (&str, &str), ctx: usize, repeats: usize) -> usize {
         let Some(run) = self.run(names, ctx) else { return repeats };
         if !run.ran() {
@@ -69,7 +69,7 @@ impl LadderFile {
         wanted.saturating_sub(run.samples.len())
     }
 
-    /// The run of the same names and context as `empty`, which is put there if there is none.
+    /// Returns the run with the names and context of `empty`, and adds `empty` where there is none.
     pub fn run_or(&mut self, empty: LadderRun) -> &mut LadderRun {
         let same = |r: &LadderRun| (r.names(), r.ctx) == (empty.names(), empty.ctx);
         let at = self.ladder.runs.iter().position(same).unwrap_or_else(|| {
@@ -79,10 +79,10 @@ impl LadderFile {
         &mut self.ladder.runs[at]
     }
 
-    /// Refuses to mix the runs there with other ones of the same name.
+    /// Refuses runs of the same name as `like` with another version or plan.
     ///
     /// # Errors
-    /// What differs.
+    /// The difference.
     pub fn check(&self, like: &LadderRun) -> Result<()> {
         let mut same_name = self.ladder.runs.iter().filter(|r| r.names() == like.names());
         let other = same_name.find_map(|r| {
@@ -96,7 +96,7 @@ impl LadderFile {
             Some((what, was, now)) => Err(Error::usage(
                 format!("--out {}", self.path.display()),
                 format!(
-                    "holds runs of {} {} with another {what}: {was} there, {now} here; choose another --out",
+                    "has runs of {} {} with another {what}: {was} there, {now} here; choose another --out",
                     like.engine, like.variant
                 ),
             )),
@@ -104,7 +104,7 @@ impl LadderFile {
     }
 }
 
-/// The first thing that keeps `fresh` from going on where `earlier` stopped.
+/// Returns the first difference that forbids resuming `earlier` as `fresh`.
 fn difference(earlier: &Ladder, fresh: &Ladder) -> Option<Difference> {
     let pairs = [
         ("--decode", earlier.decode_tokens.to_string(), fresh.decode_tokens.to_string()),
@@ -114,10 +114,10 @@ fn difference(earlier: &Ladder, fresh: &Ladder) -> Option<Difference> {
     header_difference(&earlier.header, &fresh.header).or(pairs.into_iter().find(|(_, was, now)| was != now))
 }
 
-/// Refuses an earlier ladder whose prompt is not the one that `hash` gives for its length.
+/// Refuses to resume a ladder whose prompt differs; `hash` returns the hash of the current prompt of a given length.
 ///
 /// # Errors
-/// Another text.
+/// A prompt of other ids.
 pub fn check_prompt(path: &Path, earlier: &Ladder, hash: impl Fn(usize) -> String) -> Result<()> {
     let now = hash(earlier.prompt.tokens);
     if now == earlier.prompt.sha256 {

@@ -1,5 +1,5 @@
-//! Taking up a file where it was cut off: what an earlier process measured is not measured again, and what it measured
-//! of something else is refused.
+//! Resuming interrupted results: what an earlier process measured is not measured again, and a file of another
+//! measurement is refused.
 
 mod answers;
 mod ladder;
@@ -13,16 +13,16 @@ use super::header::Header;
 use crate::error::Error;
 use std::path::Path;
 
-/// What differs between two results: its name, what it was, and what it is.
+/// A difference between two results: its name, the value in the file, and the value of this process.
 pub type Difference = (&'static str, String, String);
 
-/// Refuses to go on with the results at `path`, which are of something else.
+/// Returns the error for a file at `path` that cannot be resumed because of a difference.
 pub fn another(path: &Path, (what, was, now): Difference) -> Error {
     let message = format!("was measured with another {what}: {was} there, {now} here; choose another --out");
     Error::usage(format!("--out {}", path.display()), message)
 }
 
-/// The first thing in which two results are not of the same model, machine and build.
+/// Returns the first difference in build, machine, model or weight format.
 pub fn header_difference(was: &Header, now: &Header) -> Option<Difference> {
     let pairs = [
         ("build (git_sha)", was.git_sha.clone(), now.git_sha.clone()),

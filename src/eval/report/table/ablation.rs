@@ -1,4 +1,4 @@
-//! An ablation: one row per change, with its bytes and its paired differences from the base.
+//! Table of an ablation: one row per change, with its bytes and its paired differences from the base.
 
 use super::{columns, extrapolated};
 use crate::cli::short_count;
@@ -25,7 +25,7 @@ pub fn ablation_table(ablation: &Ablation) -> String {
         match &change.score {
             None => {
                 let why = change.same_as.as_deref().unwrap_or_default();
-                row.extend(["-".into(), summaries, format!("reads what `{why}` reads: not compared")]);
+                row.extend(["-".into(), summaries, format!("reads the same as `{why}`: not measured")]);
                 row.extend(["", "", ""].map(String::from));
             }
             Some(score) => {

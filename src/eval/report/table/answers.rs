@@ -1,16 +1,16 @@
-//! Answers: scores by task, or by the depth of a needle.
+//! Tables of answers: scores by task, or by the depth of a needle.
 
 use super::{columns, extrapolated};
 use crate::cli::short_count;
 use crate::eval::report::{means, Answers, Cell, Estimate};
 use std::collections::BTreeSet;
 
-/// The lengths of all cells, rising.
+/// Returns the lengths of all cells, rising.
 fn lengths(answers: &Answers) -> BTreeSet<usize> {
     answers.cells.iter().map(|c| c.length).collect()
 }
 
-/// The values of `f` in order of first occurrence, each once.
+/// Returns the distinct values of `f` in order of first occurrence.
 fn distinct<'a, T: PartialEq>(cells: &[&'a Cell], f: impl Fn(&'a Cell) -> T) -> Vec<T> {
     let mut found = vec![];
     for value in cells.iter().map(|c| f(c)) {
@@ -21,8 +21,8 @@ fn distinct<'a, T: PartialEq>(cells: &[&'a Cell], f: impl Fn(&'a Cell) -> T) -> 
     found
 }
 
-/// Renders `answers`: for each length one row per variant, with the mean score of every task in percent and the mean
-/// over tasks; where some tasks ask questions of a file, the mean over the others stands beside that over all.
+/// Renders `answers`: for each length one row per variant, with the mean score of every task in percent and the means
+/// over tasks ([`means`]).
 pub fn answers_table(answers: &Answers) -> String {
     let mut out = String::new();
     for length in lengths(answers) {
@@ -49,19 +49,19 @@ pub fn answers_table(answers: &Answers) -> String {
         }
         out += &columns(&rows);
     }
-    out + "scores in percent; means are over tasks, with their 95% intervals; KV is the most that was allocated at once\n"
+    out + "scores in percent; means over tasks with 95% intervals; KV is the peak of the cache's allocated bytes\n"
         + &extrapolated(&answers.header, lengths(answers))
 }
 
-/// The mean over those of `tasks` that `cells` hold, each with the same weight; samples are resampled within their
-/// task.
+/// Estimates the mean over those of `tasks` that `cells` contain, each with the same weight; samples are resampled
+/// within their task.
 fn mean_score(cells: &[&Cell], tasks: &[&str]) -> Option<Estimate> {
     let of = cells.iter().filter(|c| tasks.contains(&c.task.as_str()));
     let groups: Vec<Vec<f64>> = of.map(|c| c.independent()).collect();
     Estimate::of_groups(&groups)
 }
 
-/// Renders `answers` of a grid: for each length and variant one row, with a column per depth.
+/// Renders `answers` of a depth grid: one row per length and variant, one column per depth.
 pub fn grid_table(answers: &Answers) -> String {
     let mut out = String::new();
     for length in lengths(answers) {
@@ -86,6 +86,6 @@ pub fn grid_table(answers: &Answers) -> String {
         }
         out += &columns(&rows);
     }
-    out + "scores in percent by depth of the needle (0% is the context's beginning); the mean with its 95% interval over needles\n"
+    out + "scores in percent by depth of the needle (0% is the start of the context); mean over needles with 95% interval\n"
         + &extrapolated(&answers.header, lengths(answers))
 }

@@ -1,4 +1,4 @@
-//! Kernels: one row per case, with its share of the ceiling that binds it.
+//! Table of kernels: one row per case, with its share of the binding ceiling.
 
 use crate::eval::report::{median, Kernels};
 

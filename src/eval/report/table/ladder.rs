@@ -1,23 +1,24 @@
-//! A ladder: one row per context and line, with ratios to the better stock.
+//! Table of a ladder: one row per context, engine and variant, with ratios to the best stock.
 
 use super::{columns, random_weights};
 use crate::cli::{human_bytes, short_count};
-use crate::eval::report::{Ladder, LadderRun, Summary};
+use crate::eval::report::{Ladder, LadderRun, TimingSummary};
 
 const HEAD: [&str; 9] = ["ctx", "", "time", "of stock", "peak", "of stock", "KV of dense", "tokens/s", "GB/s"];
 
-/// Whether a run is no retrofit of ours: `time` and `peak` are judged against the fastest and the smallest of these.
+/// Returns whether a run is a baseline: a peer, or bfly's stock. `time` and `peak` are shown relative to the best of
+/// these.
 fn is_stock(run: &LadderRun) -> bool {
     run.engine != "bfly" || run.variant == "stock"
 }
 
-/// Renders `ladder`, contexts rising.
+/// Renders `ladder` with contexts in rising order.
 pub fn ladder_table(ladder: &Ladder) -> String {
     let mut runs: Vec<&LadderRun> = ladder.runs.iter().collect();
     runs.sort_by_key(|r| r.ctx);
     let mut rows = vec![HEAD.map(String::from)];
     for run in &runs {
-        let best = |f: fn(&Summary) -> f64| {
+        let best = |f: fn(&TimingSummary) -> f64| {
             let stocks = runs.iter().filter(|r| r.ctx == run.ctx && is_stock(r) && r.ran());
             stocks.filter_map(|r| r.summary.as_ref()).map(f).filter(|v| *v > 0.0).reduce(f64::min)
         };

@@ -1,14 +1,16 @@
-//! A study of layers: layers by falling harm, then the curve of layers kept dense.
+//! Tables of a layer study: layers by falling sensitivity, then scores by layers kept dense.
 
 use super::{columns, extrapolated};
-use crate::eval::report::{by_harm, harm, Estimate, Head, Layers, RankBy, Score, Single};
+use crate::eval::report::{
+    by_sensitivity, sensitivity, Estimate, LayerScore, LayerStudy, RankBy, RetrievalHead, Score,
+};
 use crate::retrofit::ranges;
 
 /// Retrieval heads that the table lists.
 const HEADS: usize = 12;
 
 /// Renders `study`.
-pub fn layers_table(study: &Layers) -> String {
+pub fn layers_table(study: &LayerStudy) -> String {
     let cells = |name: String, score: &Score| {
         let right: Vec<f64> = score.answers.iter().map(|a| 100.0 * f64::from(u8::from(a.right))).collect();
         let show = |e: Option<Estimate>, decimals| e.map_or("-".into(), |e| e.show(decimals));
@@ -16,7 +18,7 @@ pub fn layers_table(study: &Layers) -> String {
             String::new(),
             name,
             format!("{:.4}x", score.record.share_of_dense()),
-            show(harm(score, &study.stock, RankBy::Answers).filter(|_| !score.answers.is_empty()), 3),
+            show(sensitivity(score, &study.stock, RankBy::Answers).filter(|_| !score.answers.is_empty()), 3),
             show(Estimate::of(&right), 0),
             show(Estimate::of(&score.texts(|t| t.kl)), 4),
             show(Estimate::of(&score.texts(|t| t.decode_kl)), 4),
@@ -29,24 +31,24 @@ pub fn layers_table(study: &Layers) -> String {
             .to_vec()
     };
     let mut rows = vec![head("swapped"), cells("none".into(), &study.stock)];
-    let row = |single: &Single| cells(single.layer.to_string(), &single.score);
-    let order = by_harm(&study.single, |s| study.harm_of(s));
+    let row = |single: &LayerScore| cells(single.layer.to_string(), &single.score);
+    let order = by_sensitivity(&study.single, |s| study.sensitivity_of(s));
     rows.extend(order.iter().filter_map(|layer| study.single.iter().find(|s| s.layer == *layer)).map(row));
     let mut curve = vec![head("dense")];
     for point in &study.curve {
         let name = if point.dense.is_empty() { "none".into() } else { ranges(&point.dense) };
         curve.push(cells(name, &point.score));
     }
-    let head = |h: &Head| format!("{}.{} {:.2}", h.layer, h.head, h.score);
+    let head = |h: &RetrievalHead| format!("{}.{} {:.2}", h.layer, h.head, h.score);
     let heads: Vec<String> = study.heads.iter().take(HEADS).map(head).collect();
     let heads = match study.head_steps {
         0 => String::new(),
         n => format!(
-            "retrieval heads (layer.head, share of {n} answer tokens attended to before they come): {}\n",
+            "retrieval heads (layer.head, share of {n} answer tokens that the head attends to before they are generated): {}\n",
             heads.join(", ")
         ),
     };
     let kept: Vec<String> = study.order.iter().map(usize::to_string).collect();
     let remark = extrapolated(&study.header, [study.probed.ctx]);
-    format!("{}\n{}kept in this order: {}\n{heads}{remark}", columns(&rows), columns(&curve), kept.join(", "))
+    format!("{}\n{}layers, most sensitive first: {}\n{heads}{remark}", columns(&rows), columns(&curve), kept.join(", "))
 }

@@ -1,4 +1,4 @@
-//! Largest contexts: one row per budget and variant.
+//! Table of largest contexts: one row per budget and variant.
 
 use super::{columns, random_weights};
 use crate::cli::{human_bytes, short_count};

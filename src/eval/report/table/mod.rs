@@ -1,4 +1,4 @@
-//! Results as people read them: one table per kind.
+//! Plain-text tables: one per kind of results.
 
 mod ablation;
 mod answers;
@@ -21,7 +21,7 @@ pub use smoke::smoke_table;
 use super::header::Header;
 use super::trained::extrapolated;
 
-/// Aligns `rows` of equal length: the second column, of names, to the left, all others to the right.
+/// Aligns `rows` of equal length: the second column, which holds names, to the left, all others to the right.
 fn columns(rows: &[impl AsRef<[String]>]) -> String {
     let count = rows.first().map_or(0, |r| r.as_ref().len());
     let width = |i: usize| rows.iter().map(|r| r.as_ref()[i].chars().count()).max().unwrap_or(0);
@@ -38,7 +38,7 @@ fn columns(rows: &[impl AsRef<[String]>]) -> String {
     out
 }
 
-/// The line below a table of a model with random weights; empty otherwise.
+/// Formats the line below a table of a model with random weights; empty for real weights.
 fn random_weights(header: &Header) -> String {
     let random = |seed: u64| format!("random weights from seed {seed}: speed and memory only\n");
     header.random_weights.map_or(String::new(), random)

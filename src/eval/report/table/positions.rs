@@ -1,11 +1,11 @@
-//! Losses by position: one row per bucket, one column per variant.
+//! Table of losses by position: one row per bucket, one column per variant.
 
 use super::{columns, extrapolated};
 use crate::cli::short_count;
-use crate::eval::report::{Estimate, Positions};
+use crate::eval::report::{Estimate, LossByPosition};
 
-/// Renders `positions` from the text's beginning to its end.
-pub fn positions_table(positions: &Positions) -> String {
+/// Renders `positions` from the start of the text to its end.
+pub fn positions_table(positions: &LossByPosition) -> String {
     let mut rows = vec![vec!["position".to_string(), String::new()]];
     rows[0].extend(positions.runs.iter().map(|r| r.record.variant.clone()));
     for bucket in 0..positions.ctx.div_ceil(positions.bucket) {
@@ -18,7 +18,7 @@ pub fn positions_table(positions: &Positions) -> String {
         rows.push(row);
     }
     let about = format!(
-        "loss on the next token in nats, means over {} documents with 95% intervals; trained for {}\n",
+        "loss on the next token in nats, means over {} documents with 95% intervals; trained length {}\n",
         positions.runs.first().map_or(0, |r| r.documents.len()),
         short_count(positions.header.trained_positions)
     );

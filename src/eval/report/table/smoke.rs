@@ -1,10 +1,10 @@
-//! A smoke test: one row per context and variant, means over documents with 95% confidence intervals.
+//! Table of a smoke test: one row per context and variant, means over documents with 95% confidence intervals.
 
 use super::{columns, extrapolated};
 use crate::cli::short_count;
 use crate::eval::report::{DocumentMetric, DocumentScore, Estimate, Smoke, METRICS};
 
-/// Metrics that a terminal has room for; the others are in the JSON.
+/// Metrics shown in the table; the JSON has all of them.
 const SHOWN: [&str; 6] = ["kl", "top1", "overlap", "loss-added", "greedy", "greedy-equal"];
 
 /// Renders `smoke` in the order in which it was run.
