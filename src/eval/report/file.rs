@@ -72,7 +72,7 @@ fn parse<T: DeserializeOwned>(path: &Path) -> Result<T> {
 /// # Errors
 /// Which place, and why.
 pub fn prove_writable(path: &Path) -> Result<()> {
-    Output::prove(path, "--out")
+    Output::check_writable(path, "--out")
 }
 
 /// Refuses a place that cannot be written to, and one that holds anything but earlier results of `kind`.
@@ -85,7 +85,7 @@ pub fn prove_replaceable(path: &Path, kind: &str) -> Result<()> {
         let found = found.as_deref().unwrap_or("no file of results");
         Ok((found != kind).then(|| format!("is {found}; only results of kind `{kind}` are replaced")))
     };
-    Output::prove_over(path, "--out", fault)
+    Output::check_replaceable(path, "--out", fault)
 }
 
 /// Puts `results` in place at `path`, whole.

@@ -176,7 +176,7 @@ fn prove_plans(dir: &Path) -> Result<()> {
 /// Only a plan is replaced by a plan.
 fn reserve_plan(path: &Path) -> Result<Output> {
     let fault = |_| Ok(RetrofitPlan::load(path).err().map(|_| "is no plan; only plans are replaced".into()));
-    Output::reserve_over(path, "--plans", fault)
+    Output::reserve_replacing(path, "--plans", fault)
 }
 
 /// Writes one plan per point that swaps anything.
