@@ -1,4 +1,4 @@
-//! From stored bytes to held weights, a few megabytes of rows at a time, spread over the cores.
+//! Converts stored tensors to weights in memory, a few megabytes of rows at a time, in parallel.
 
 use super::{Checkpoint, TensorInfo, WeightFormat};
 use crate::error::{At, Error, ErrorKind, Result};
@@ -12,11 +12,14 @@ use std::ops::Range;
 /// Elements decoded at a time: 8 MiB of f32 per worker.
 const CHUNK: usize = 2 << 20;
 
-/// Decodes `rows` of `cols` elements into f32 and refuses NaN and infinity.
+/// Reads `rows` of `cols` elements each and dequantizes them to f32.
+///
+/// # Errors
+/// The tensor's type is unknown; its file cannot be read; a value is NaN or infinite.
 pub fn decode(from: &Checkpoint, info: &TensorInfo, rows: Range<usize>, cols: usize) -> Result<Vec<f32>> {
     let dtype = stored(info)?;
     let bytes = read_rows(from, info, dtype, rows.clone(), cols)?;
-    let values = widen(dtype, bytes, rows.len() * cols).at(&info.name)?;
+    let values = dequantize(dtype, bytes, rows.len() * cols).at(&info.name)?;
     match values.iter().position(|v| !v.is_finite()) {
         None => Ok(values),
         Some(at) => {
@@ -27,8 +30,11 @@ pub fn decode(from: &Checkpoint, info: &TensorInfo, rows: Range<usize>, cols: us
     }
 }
 
-/// Loads a matrix. With `head_rows`, the rows of each head of that many are stored with their halves interleaved (row
-/// `2 j + i` holds what belongs at `i * head_rows / 2 + j`) and are put back in order.
+/// Loads a matrix in the type that `format` resolves to. With `head_rows` rows per head, the file stores the two halves of each
+/// head interleaved (stored row `2 j + i` is row `i * head_rows / 2 + j`), and the rows are put back in order.
+///
+/// # Errors
+/// Those of [`decode`]; a value is too large for the type in memory.
 pub fn load_matrix(
     from: &Checkpoint,
     info: &TensorInfo,
@@ -58,11 +64,11 @@ pub fn load_matrix(
     }
     let mut out = vec![0u8; rows * row_bytes];
     out.par_chunks_mut(chunk * row_bytes).enumerate().try_for_each(|(i, out)| -> Result<()> {
-        // Decoded even where the bytes are kept as stored: that is how NaN is found.
+        // Decoded even where the bytes are kept as stored, to find NaN.
         let values = decode(from, info, range(i), cols)?;
         let bytes = match held == dtype {
             true => read_rows(from, info, dtype, range(i), cols)?,
-            false => narrow(from, info, held, &values, (range(i).start, cols))?,
+            false => convert(from, info, held, &values, (range(i).start, cols))?,
         };
         for (r, row) in out.chunks_mut(row_bytes).enumerate() {
             let s = source_row(r, head_rows);
@@ -75,7 +81,7 @@ pub fn load_matrix(
         GgmlDType::BF16 => Some(DType::BF16),
         _ => None,
     };
-    // On a CPU 16-bit types are held as blocks of one, since its GEMM cannot multiply them by f32.
+    // On a CPU 16-bit types are stored as quantised blocks of one element, since the CPU's GEMM cannot multiply them by f32.
     if let Some(dtype) = dense.filter(|_| !device.is_cpu()) {
         return Ok(Weight::Dense(Tensor::from_raw_buffer(&out, dtype, &[rows, cols], device).at(&info.name)?));
     }
@@ -95,14 +101,14 @@ fn read_rows(
     cols: usize,
 ) -> Result<Vec<u8>> {
     if !cols.is_multiple_of(dtype.block_size()) {
-        let message = format!("rows of {cols} elements hold no whole {dtype:?} blocks");
+        let message = format!("rows of {cols} elements are not a multiple of the {dtype:?} block size");
         return Err(Error::format(&info.name, message));
     }
     let row_bytes = cols / dtype.block_size() * dtype.type_size();
     from.read(info, (rows.start * row_bytes) as u64, rows.len() * row_bytes)
 }
 
-/// Puts the elements of a vector in order, where `head_rows` of each head are stored as [`load_matrix`] says.
+/// Puts the elements of a vector in order; for `head_rows` see [`load_matrix`].
 pub fn in_order(values: Vec<f32>, head_rows: Option<usize>) -> Vec<f32> {
     match head_rows {
         None => values,
@@ -116,7 +122,7 @@ fn source_row(row: usize, head_rows: Option<usize>) -> usize {
     head * d + 2 * (within % (d / 2)) + within / (d / 2)
 }
 
-fn widen(dtype: GgmlDType, bytes: Vec<u8>, count: usize) -> candle_core::Result<Vec<f32>> {
+fn dequantize(dtype: GgmlDType, bytes: Vec<u8>, count: usize) -> candle_core::Result<Vec<f32>> {
     let half = |f: fn([u8; 2]) -> f32| bytes.chunks_exact(2).map(|b| f([b[0], b[1]])).collect();
     Ok(match dtype {
         GgmlDType::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
@@ -129,11 +135,11 @@ fn widen(dtype: GgmlDType, bytes: Vec<u8>, count: usize) -> candle_core::Result<
     })
 }
 
-/// Rows of `cols` values, from `first_row` on, as `held`.
+/// Converts rows of `cols` values to type `held`; `first_row` is the first row's index in the matrix, for errors.
 ///
 /// # Errors
-/// A value that it cannot hold.
-pub fn narrow(
+/// A value is too large for `held`.
+pub fn convert(
     from: &Checkpoint,
     info: &TensorInfo,
     held: GgmlDType,
@@ -156,7 +162,7 @@ fn cast(held: GgmlDType, values: &[f32], cols: usize) -> candle_core::Result<Vec
     })
 }
 
-/// Refuses finite `values` that became infinite in `bytes`: f16 ends at 65504, and the scales of block formats are f16.
+/// Refuses finite `values` that became infinite in `bytes`: f16's maximum is 65504, and the scales of block formats are f16.
 fn refuse_overflow(
     from: &Checkpoint,
     info: &TensorInfo,
@@ -168,18 +174,17 @@ fn refuse_overflow(
     if values.iter().all(|v| v.abs() <= half::f16::MAX.to_f32()) {
         return Ok(());
     }
-    let wide = widen(held, bytes.to_vec(), values.len()).at(&info.name)?;
-    let Some(lost) = wide.iter().position(|v| !v.is_finite()) else { return Ok(()) };
+    let restored = dequantize(held, bytes.to_vec(), values.len()).at(&info.name)?;
+    let Some(lost) = restored.iter().position(|v| !v.is_finite()) else { return Ok(()) };
     // The scale of a block follows from its largest value.
     let block = lost / held.block_size() * held.block_size();
     let largest = |at: &usize, other: &usize| values[*at].abs().total_cmp(&values[*other].abs());
     let at = (block..block + held.block_size()).max_by(largest).unwrap_or(lost);
-    let holders = if held == GgmlDType::BF16 { "f32 holds it" } else { "bf16 and f32 hold it" };
+    let wider = if held == GgmlDType::BF16 { "use --dtype f32" } else { "use --dtype bf16 or f32" };
     let (name, held, value) = (&info.name, super::weight_format::type_name(held), values[at]);
     let (row, column) = (first_row + at / cols, at % cols);
-    let message = format!(
-        "tensor `{name}` holds {value} at row {row}, column {column}, which is too large for {held}; {holders}"
-    );
+    let message =
+        format!("tensor `{name}` holds {value} at row {row}, column {column}, which is too large for {held}; {wider}");
     Err(Error::new(ErrorKind::NotFinite, from.identity.place(), message))
 }
 

@@ -5,7 +5,7 @@ use super::ledger::{KvBytes, LEDGER_KIND, LEDGER_VERSION};
 use super::output::{not_of_kind, not_of_tensors};
 use super::{describe, human_bytes, open_device, peak_memory, short_count, signals, weight_format};
 use super::{Bars, Ledger, Output, Patch, RunArgs};
-use crate::checkpoint::{Checkpoint, Detokenizer, OnProgress, Text, WeightDtype};
+use crate::checkpoint::{Checkpoint, Detokenizer, OnProgress, TextTokenizer, WeightDtype};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::generate::{render_chat, watch, Needs, Request, Sampler};
 use crate::layout::{Layout, MAX_CONTEXT};
@@ -150,7 +150,7 @@ struct Inputs {
     plan: Option<RetrofitPlan>,
     ctx: usize,
     ids: Vec<u32>,
-    text: Option<Text>,
+    text: Option<TextTokenizer>,
 }
 
 impl Inputs {
@@ -215,11 +215,11 @@ fn prompt_ids(
     checkpoint: &Checkpoint,
     text: Option<String>,
     ids: Option<Vec<u32>>,
-) -> Result<(Vec<u32>, Option<Text>)> {
+) -> Result<(Vec<u32>, Option<TextTokenizer>)> {
     if let Some(ids) = ids {
-        return Ok((ids, checkpoint.text().ok()));
+        return Ok((ids, checkpoint.tokenizer().ok()));
     }
-    let tokenizer = checkpoint.text()?;
+    let tokenizer = checkpoint.tokenizer()?;
     let text = text.unwrap_or_default();
     let ids = match args.prompt.chat {
         false => tokenizer.encode(&text, true)?,

@@ -2,7 +2,7 @@
 
 use super::metrics::{losses, Rows};
 use super::tasks::Sample;
-use crate::checkpoint::Text;
+use crate::checkpoint::TextTokenizer;
 use crate::error::{Error, Result};
 use crate::eval::report::Kv;
 use crate::generate::{render_chat, watch, Request, Sampler, Sampling};
@@ -11,7 +11,7 @@ use crate::run::Run;
 /// How samples become prompts.
 pub struct Prompting {
     /// Tokenizer, chat template and stop tokens.
-    text: Text,
+    text: TextTokenizer,
     /// Whether prompts are rendered with the chat template.
     chat: bool,
     /// Whether a method that evicts must do so before it reads the question.
@@ -47,7 +47,7 @@ impl Prompting {
     ///
     /// # Errors
     /// `chat` without a template.
-    pub fn new(text: Text, chat: bool, unseen: bool, chunk: usize) -> Result<Self> {
+    pub fn new(text: TextTokenizer, chat: bool, unseen: bool, chunk: usize) -> Result<Self> {
         if chat {
             text.chat_template()?;
         }
