@@ -4,7 +4,7 @@ mod common;
 
 use bfly::cache::{Cache, LayerState};
 use bfly::eviction::EvictionPlan;
-use bfly::generate::{watch, Needs, Request, Sampler, Sampling};
+use bfly::generate::{watch, MemoryNeeds, Request, Sampler, Sampling};
 use bfly::layout::Layout;
 use bfly::method::Method;
 use bfly::mixer::{mix, Projections, Step};
@@ -339,7 +339,7 @@ fn keydiff_allocates_once_whatever_the_text() -> Any {
     let mut session = model.run()?;
     let empty = session.cache().capacity_bytes();
     assert_eq!(empty.total(), (40 + 16) * row);
-    assert_eq!(Needs::of(&model.weights, session.layout())?.cache, empty.total());
+    assert_eq!(MemoryNeeds::of(&model.weights, session.layout())?.cache, empty.total());
     for read in [300, 512, 1000] {
         session.prefill(&vec![7; read], 512, 1, &mut watch(|_| ()))?;
         session.compress()?;
@@ -372,7 +372,7 @@ fn snapkv_is_dense_until_the_context_is_over_and_its_peak_says_so() -> Any {
     assert_eq!(now, 4 * copy, "the budget, and what is left of the context");
     assert_eq!(session.cache().used_bytes().total(), 4 * 100 * row);
     assert_eq!(session.cache().peak_bytes().total(), before + copy, "all layers dense, and one's copy");
-    assert!(session.cache().peak_bytes().total() <= Needs::of(&model.weights, session.layout())?.cache);
+    assert!(session.cache().peak_bytes().total() <= MemoryNeeds::of(&model.weights, session.layout())?.cache);
     // Once is once: a question stays whole, to the last position that was provisioned.
     session.prefill(&ids(390), 128, 1, &mut watch(|_| ()))?;
     session.compress()?;

@@ -7,7 +7,7 @@ use super::{describe, human_bytes, open_device, peak_memory, short_count, signal
 use super::{Bars, Ledger, Output, Patch, RunArgs};
 use crate::checkpoint::{Checkpoint, Detokenizer, OnProgress, TextTokenizer, WeightDtype};
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::generate::{render_chat, watch, Needs, Request, Sampler};
+use crate::generate::{render_chat, watch, MemoryNeeds, Request, Sampler};
 use crate::layout::{Layout, MAX_CONTEXT};
 use crate::ops::device_memory;
 use crate::retrofit::{parse_layers, RetrofitPlan, Settings};
@@ -244,7 +244,7 @@ fn chunk(args: &RunArgs, weights: &Weights, layout: &Layout) -> Result<usize> {
             let message = "counts GPU memory, but this run is on a CPU; use --prefill-chunk instead";
             Err(Error::unsupported("--memory-budget", message))
         }
-        Some(budget) => Needs::of(weights, layout)?.chunk_within(budget, wanted),
+        Some(budget) => MemoryNeeds::of(weights, layout)?.chunk_within(budget, wanted),
     }
 }
 

@@ -39,7 +39,7 @@
 //! The largest context of a variant within a budget is the largest `ctx`, in whole multiples of 1024 tokens, for which
 //!
 //! ```text
-//! weights + cache(ctx) + buffers + 128 · activations of a token  <=  budget        (bytes; see generate::Needs)
+//! weights + cache(ctx) + buffers + 128 · activations of a token  <=  budget        (bytes; see generate::MemoryNeeds)
 //! ```
 //!
 //! Bisection finds it, since no cache shrinks as its context grows, and a run verifies it: with a cache for exactly

@@ -1,4 +1,4 @@
-//! The matrix-vector products of a step: which weights have one, and their launches.
+//! Matrix-vector products of a decode step: supported weight formats, and the launches.
 
 use super::step::Builder;
 use crate::error::{Error, Result};
@@ -7,7 +7,7 @@ use crate::ops::cuda::{address, address_or_null};
 use crate::ops::on_gpu::{blocks_address, Form, Format, Matrix, Product};
 use crate::spec::Activation;
 
-/// How a weight is held, if a step can multiply by it.
+/// Returns a weight's format if a kernel supports it.
 pub(super) fn format(w: &Weight) -> Option<Format> {
     let (_, columns) = w.dims().ok()?;
     match w {
@@ -16,7 +16,7 @@ pub(super) fn format(w: &Weight) -> Option<Format> {
     }
 }
 
-/// A weight on the device, with its bias.
+/// Returns the kernel argument of a weight at `bias`, the address of its bias or 0.
 pub(super) fn matrix(w: &Weight, bias: u64) -> Result<Matrix> {
     let format =
         format(w).ok_or_else(|| Error::unsupported("decode graph", "a matrix is held in a form without a kernel"))?;
@@ -29,7 +29,7 @@ pub(super) fn matrix(w: &Weight, bias: u64) -> Result<Matrix> {
 }
 
 impl Builder<'_> {
-    /// Lists the product of `x`, or of its norm, with `layers` side by side: one launch to a run of equal formats.
+    /// Adds the products of `x` (or of its norm, if given) with `layers`, outputs concatenated: one launch per run of equal formats.
     pub(super) fn matvec(
         &mut self,
         form: Form,
