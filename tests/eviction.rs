@@ -7,7 +7,7 @@ use bfly::eviction::EvictionPlan;
 use bfly::generate::{watch, MemoryNeeds, Request, Sampler, Sampling};
 use bfly::layout::Layout;
 use bfly::method::Method;
-use bfly::mixer::{mix, Projections, Step};
+use bfly::mixer::{mix, ChunkContext, Projections};
 use bfly::nn::{Linear, Rope, Weight};
 use bfly::run::Run;
 use bfly::spec::{MixerSpec, ModelSpec, RopeScaling, RopeSpec};
@@ -267,7 +267,7 @@ fn a_layer_keeps_what_the_scores_say_and_attends_to_exactly_that() -> Any {
                     for start in (from..until).step_by(chunk) {
                         let n = chunk.min(until - start);
                         let (ropes, tables) = (std::slice::from_ref(&rope), [table(start, n)?]);
-                        let step = Step { start, ropes, tables: &tables };
+                        let step = ChunkContext { start, ropes, tables: &tables };
                         let x = x.narrow(0, start, n)?;
                         let y = mix(&layout.layers[0], &projections, &x, &step, &mut cache.layers[0])?;
                         got.extend(y.flatten_all()?.to_vec1::<f32>()?);
@@ -314,7 +314,7 @@ fn rows_are_the_marked_tokens_of_the_highest_scores_in_each_head() -> Any {
     let marks = (0..10 * 2 * 8).map(|i| (i / 8) as f32);
     let v = Tensor::from_iter(marks, &Device::Cpu)?.reshape((10, 2, 8))?;
     for (from, n) in [(0, 4), (4, 6)] {
-        assert_eq!(kept.piece(64), 10 - from);
+        assert_eq!(kept.until_eviction(64), 10 - from);
         kept.push(&k.narrow(0, from, n)?, &k.narrow(0, from, n)?, &v.narrow(0, from, n)?)?;
     }
     assert_eq!((kept.count(), kept.capacity()), (3, 13));

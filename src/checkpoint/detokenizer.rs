@@ -5,13 +5,14 @@ use crate::error::Result;
 
 /// Tokens in the window at which it is cut to the last [`CONTEXT`] tokens, so that a step decodes a bounded number.
 const WINDOW: usize = 64;
-/// Tokens kept at a cut: a decoder may treat the first token of a text specially, so new text must not come first in a window.
+/// Tokens kept at a cut: a decoder may treat the first token of a text specially, so new text must not come first in a
+/// window.
 const CONTEXT: usize = 8;
 
 /// Decodes token ids to text one at a time; the returned pieces concatenate to [`TextTokenizer::decode`] of all ids.
 ///
-/// Text is returned once no later token can change it. Byte tokens (`<0xE2>`) wait for the next other token, since decoders
-/// replace a whole run of bytes that is not UTF-8; of other tokens only an incomplete last character waits.
+/// Text is returned once no later token can change it. Byte tokens (`<0xE2>`) wait for the next other token, since
+/// decoders replace a whole run of bytes that is not UTF-8; of other tokens only an incomplete last character waits.
 /// [`Detokenizer::finish`] returns the rest.
 pub struct Detokenizer<'a> {
     tokenizer: &'a TextTokenizer,

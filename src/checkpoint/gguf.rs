@@ -1,5 +1,5 @@
-//! GGUF files, whole or split by llama.cpp's `gguf-split`, read with candle's bounded header reader. [`crate::tensors`] maps tensor
-//! names; `gguf_keys` interprets the metadata.
+//! GGUF files, whole or split by llama.cpp's `gguf-split`, read with candle's bounded header reader. [`crate::tensors`]
+//! maps tensor names; `gguf_keys` interprets the metadata.
 //!
 //! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>
 
@@ -44,7 +44,8 @@ const TYPE_NAMES: &[(u32, &str)] = &[
 const SUPPORTED: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K";
 
 impl Gguf {
-    /// Reads and checks the header of the file at `path` and, where it is one part of a split file, the headers of all parts.
+    /// Reads and checks the header of the file at `path` and, where it is one part of a split file, the headers of all
+    /// parts.
     ///
     /// # Errors
     /// A file is truncated or malformed; a part is missing or belongs to another model.
@@ -174,7 +175,8 @@ impl Part {
     }
 }
 
-/// Opens the other parts of a file split into `count` parts, given one of them; llama.cpp's naming scheme says where they are.
+/// Opens the other parts of a file split into `count` parts, given one of them; llama.cpp's naming scheme says where
+/// they are.
 fn join(given: Part, count: u64) -> Result<Vec<Part>> {
     let place = given.path.display().to_string();
     let number = given.count("split.no")?.unwrap_or(0).saturating_add(1);
@@ -231,7 +233,8 @@ fn refuse_zero_alignment(place: &str, mut file: &File) -> Result<()> {
     let mut head = vec![];
     file.take(16 << 20).read_to_end(&mut head).at(place)?;
     file.seek(SeekFrom::Start(0)).at(place)?;
-    // Checks every occurrence, since a string may contain the key's text too. After the key: a four-byte value type, the value.
+    // Checks every occurrence, since a string may contain the key's text too. After the key: a four-byte value type,
+    // the value.
     let zero = |rest: &[u8]| rest.len() >= 8 && rest[4..8].iter().all(|b| *b == 0);
     match head.windows(KEY.len()).enumerate().any(|(i, w)| w == KEY && zero(&head[i + KEY.len()..])) {
         true => Err(Error::format(place, "`general.alignment` is 0")),

@@ -1,9 +1,9 @@
 //! Metadata keys of GGUF files, and their conversion to `config.json` keys, so that a family reads one format.
 //!
 //! Sources in llama.cpp: <https://github.com/ggml-org/llama.cpp/blob/master/src/llama-arch.cpp> (names),
-//! `llama_model_base::load_hparams` in `llama-model.cpp` (defaults), `llama-context.cpp` (YaRN's factor on cos and sin). Keys
-//! under the architecture's name that are not listed here are refused. For these families llama.cpp reads only `general.`,
-//! `tokenizer.`, `split.` and the architecture's keys, so other keys are ignored.
+//! `llama_model_base::load_hparams` in `llama-model.cpp` (defaults), `llama-context.cpp` (YaRN's factor on cos and
+//! sin). Keys under the architecture's name that are not listed here are refused. For these families llama.cpp reads
+//! only `general.`, `tokenizer.`, `split.` and the architecture's keys, so other keys are ignored.
 
 use super::gguf::Gguf;
 use crate::error::{Error, Result};
@@ -76,7 +76,8 @@ const REQUIRED: &[&str] = &[
     "attention.layer_norm_rms_epsilon",
 ];
 
-/// Tokenizer keys. An unlisted key or an unsupported value gives a warning, not an error, since it changes token ids only.
+/// Tokenizer keys. An unlisted key or an unsupported value gives a warning, not an error, since it changes token ids
+/// only.
 pub const TOKENIZER: &[(&str, Meaning)] = &[
     ("tokenizer.ggml.model", Used),
     ("tokenizer.ggml.pre", Used),
@@ -211,8 +212,8 @@ impl Reader<'_> {
         Ok(out)
     }
 
-    /// Returns the rope scaling by llama.cpp's rules: linear if no type is given, none if the factor is absent or 0; YaRN's factor
-    /// on cos and sin is multiplied by `attn_factor`.
+    /// Returns the rope scaling by llama.cpp's rules: linear if no type is given, none if the factor is absent or 0;
+    /// YaRN's factor on cos and sin is multiplied by `attn_factor`.
     fn scaling(&self) -> Result<Option<Json>> {
         const TYPE: &str = "rope.scaling.type";
         let kind = match self.value(TYPE) {

@@ -1,8 +1,8 @@
 //! Builds a tokenizer from GGUF metadata.
 //!
-//! The metadata names the pre-tokenizer (`tokenizer.ggml.pre`) but does not describe it, so each supported one is defined here as
-//! in the model's `tokenizer.json`. Byte-level models store merges. SentencePiece models store scores, from which the merges
-//! are rebuilt: every token that is two tokens joined is a merge, in order of falling score.
+//! The metadata names the pre-tokenizer (`tokenizer.ggml.pre`) but does not describe it, so each supported one is
+//! defined here as in the model's `tokenizer.json`. Byte-level models store merges. SentencePiece models store scores,
+//! from which the merges are rebuilt: every token that is two tokens joined is a merge, in order of falling score.
 
 use super::gguf::Gguf;
 use super::tokenizer::TURN_ENDS;
@@ -26,7 +26,8 @@ const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L
 /// Values of `tokenizer.ggml.pre` for Llama 3's pre-tokenizer.
 const LLAMA3: [&str; 3] = ["llama-bpe", "llama3", "llama-v3"];
 
-/// Whether BOS is prepended under pre-tokenizer `pre` if the file has no `tokenizer.ggml.add_bos_token`, by llama.cpp's defaults:
+/// Whether BOS is prepended under pre-tokenizer `pre` if the file has no `tokenizer.ggml.add_bos_token`, by llama.cpp's
+/// defaults:
 /// <https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp>.
 pub fn begins_with_bos(pre: &str) -> bool {
     LLAMA3.contains(&pre)
@@ -182,7 +183,8 @@ fn sentence_piece(
     Ok(t)
 }
 
-/// Returns every token that is two tokens joined as a merge, best score first; ties by the lengths of the parts, longest first.
+/// Returns every token that is two tokens joined as a merge, best score first; ties by the lengths of the parts,
+/// longest first.
 fn merges_by_score(vocab: &HashMap<String, u32>, tokens: &[String], scores: &[f32]) -> Pairs {
     let mut merges: Vec<(f32, &str, &str)> = vec![];
     for (token, score) in tokens.iter().zip(scores) {

@@ -1,4 +1,5 @@
-//! Downloads from the Hugging Face hub through hf-hub, with its standard cache and environment variables, revisions and offline use.
+//! Downloads from the Hugging Face hub through hf-hub, with its standard cache and environment variables, revisions and
+//! offline use.
 
 use super::{Identity, OnProgress, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
@@ -30,8 +31,8 @@ const STALLED: Duration = Duration::from_secs(60);
 /// Downloads `model` (`owner/name`, or `owner/name/path/file.gguf`) or finds it in the cache, and returns its path.
 ///
 /// # Errors
-/// `model` is not a hub id; the repository, revision or file does not exist or is refused; the network fails or stalls; offline,
-/// the cache lacks a file.
+/// `model` is not a hub id; the repository, revision or file does not exist or is refused; the network fails or stalls;
+/// offline, the cache lacks a file.
 pub fn fetch(model: &str, options: &OpenOptions, progress: OnProgress) -> Result<(PathBuf, Identity)> {
     let mut parts = model.splitn(3, '/');
     let (owner, name, file) = match (parts.next(), parts.next(), parts.next()) {
@@ -107,7 +108,8 @@ fn other_parts(file: &str) -> Vec<String> {
     parts.iter().filter(|p| *p != name).map(|p| format!("{folder}{p}")).collect()
 }
 
-/// Whether an environment variable requests offline use; hf-hub ignores these two, huggingface_hub and transformers honour them.
+/// Whether an environment variable requests offline use; hf-hub ignores these two, huggingface_hub and transformers
+/// honour them.
 fn offline_by_environment() -> bool {
     let set = |v: String| matches!(v.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE");
     ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"].iter().any(|key| std::env::var(key).is_ok_and(set))
@@ -141,7 +143,8 @@ fn chain(error: &dyn std::error::Error) -> String {
     parts.join(": ")
 }
 
-/// Returns the commit in `.../snapshots/<commit>/...`; the last match, since the cache's own path may contain `snapshots` too.
+/// Returns the commit in `.../snapshots/<commit>/...`; the last match, since the cache's own path may contain
+/// `snapshots` too.
 fn commit_of(path: &Path) -> Option<String> {
     let parts: Vec<_> = path.components().map(|c| c.as_os_str().to_string_lossy().into_owned()).collect();
     let at = parts.iter().rposition(|p| p == "snapshots")?;

@@ -52,7 +52,8 @@ impl Identity {
         }
     }
 
-    /// Returns a copy with the path replaced by `reference`, the path as the user wrote it, for reports read on other machines.
+    /// Returns a copy with the path replaced by `reference`, the path as the user wrote it, for reports read on other
+    /// machines.
     pub fn as_given(&self, reference: &str) -> Self {
         let mut out = self.clone();
         if let Self::Directory { path, .. } | Self::File { path, .. } = &mut out {

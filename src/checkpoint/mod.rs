@@ -1,7 +1,7 @@
 //! Checkpoint loading: a hub id, a Hugging Face directory, a GGUF file or random weights, all read as named tensors.
 //!
-//! Tensor names are Hugging Face's; [`crate::tensors`] maps them to GGUF names. A tensor is read in row chunks, checked for NaN
-//! and converted to its type in memory ([`WeightFormat`]); tensors are loaded one after another.
+//! Tensor names are Hugging Face's; [`crate::tensors`] maps them to GGUF names. A tensor is read in row chunks, checked
+//! for NaN and converted to its type in memory ([`WeightFormat`]); tensors are loaded one after another.
 
 mod chat_template;
 mod detokenizer;
@@ -93,8 +93,8 @@ impl Checkpoint {
     /// Opens `model`: a `.gguf` file, a directory, or a hub id (`owner/name`, or `owner/name/file.gguf`).
     ///
     /// # Errors
-    /// No such file or repository; a configuration that is missing, malformed or not supported; a tensor that is missing, has
-    /// another shape than the configuration says, or would be left unread.
+    /// No such file or repository; a configuration that is missing, malformed or not supported; a tensor that is
+    /// missing, has another shape than the configuration says, or would be left unread.
     pub fn open(model: &str, options: &OpenOptions, progress: OnProgress) -> Result<Self> {
         let mut checkpoint = Self::find(model, options, progress)?;
         if options.tie_embeddings {
@@ -147,8 +147,8 @@ impl Checkpoint {
         Self::assemble(config, store, dir.into(), identity, warnings)
     }
 
-    /// Returns a checkpoint with random weights for the configuration `model` (a `config.json`, or a directory with one), to
-    /// measure speed and memory; its text is noise.
+    /// Returns a checkpoint with random weights for the configuration `model` (a `config.json`, or a directory with
+    /// one), to measure speed and memory; its text is noise.
     ///
     /// # Errors
     /// The configuration is missing, malformed or not supported.
@@ -196,11 +196,12 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// Uses the output matrix as the embedding too, for a tied model whose file stores both (GGUF files quantise the two copies
-    /// differently). Does nothing if the file stores one matrix.
+    /// Uses the output matrix as the embedding too, for a tied model whose file stores both (GGUF files quantise the
+    /// two copies differently). Does nothing if the file stores one matrix.
     ///
     /// # Errors
-    /// The two matrices are not copies of one another (squared error above a quarter over the first rows): the model is not tied.
+    /// The two matrices are not copies of one another (squared error above a quarter over the first rows): the model is
+    /// not tied.
     pub fn tie_embeddings(&mut self) -> Result<()> {
         let Some(head) = self.schema.head.clone() else { return Ok(()) };
         let rows = 0..self.spec.vocab.min(64);
@@ -372,7 +373,8 @@ impl Checkpoint {
         }
     }
 
-    /// Returns the stored name that shares the most trailing parts with `name`, at least three, to hint at a misnamed tensor.
+    /// Returns the stored name that shares the most trailing parts with `name`, at least three, to hint at a misnamed
+    /// tensor.
     fn nearest(&self, name: &str) -> Option<String> {
         let Store::Shards(shards) = &self.store else { return None };
         let common = |n: &str| n.rsplit('.').zip(name.rsplit('.')).take_while(|(a, b)| a == b).count();

@@ -30,8 +30,8 @@ pub fn decode(from: &Checkpoint, info: &TensorInfo, rows: Range<usize>, cols: us
     }
 }
 
-/// Loads a matrix in the type that `format` resolves to. With `head_rows` rows per head, the file stores the two halves of each
-/// head interleaved (stored row `2 j + i` is row `i * head_rows / 2 + j`), and the rows are put back in order.
+/// Loads a matrix in the type that `format` resolves to. With `head_rows` rows per head, the file stores the two halves
+/// of each head interleaved (stored row `2 j + i` is row `i * head_rows / 2 + j`), and the rows are put back in order.
 ///
 /// # Errors
 /// Those of [`decode`]; a value is too large for the type in memory.
@@ -81,7 +81,8 @@ pub fn load_matrix(
         GgmlDType::BF16 => Some(DType::BF16),
         _ => None,
     };
-    // On a CPU 16-bit types are stored as quantised blocks of one element, since the CPU's GEMM cannot multiply them by f32.
+    // On a CPU 16-bit types are stored as quantised blocks of one element, since the CPU's GEMM cannot multiply them by
+    // f32.
     if let Some(dtype) = dense.filter(|_| !device.is_cpu()) {
         return Ok(Weight::Dense(Tensor::from_raw_buffer(&out, dtype, &[rows, cols], device).at(&info.name)?));
     }
@@ -162,7 +163,8 @@ fn cast(held: GgmlDType, values: &[f32], cols: usize) -> candle_core::Result<Vec
     })
 }
 
-/// Refuses finite `values` that became infinite in `bytes`: f16's maximum is 65504, and the scales of block formats are f16.
+/// Refuses finite `values` that became infinite in `bytes`: f16's maximum is 65504, and the scales of block formats are
+/// f16.
 fn refuse_overflow(
     from: &Checkpoint,
     info: &TensorInfo,

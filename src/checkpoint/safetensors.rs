@@ -1,7 +1,7 @@
 //! safetensors directories: one file, or shards listed in `model.safetensors.index.json`.
 //!
-//! Each file's header is read once. A tensor's bytes are mapped only while that tensor is read, which keeps the resident memory
-//! of a load at one tensor's size.
+//! Each file's header is read once. A tensor's bytes are mapped only while that tensor is read, which keeps the
+//! resident memory of a load at one tensor's size.
 
 use super::TensorInfo;
 use crate::error::{At, Error, Result};
@@ -41,8 +41,8 @@ impl Shards {
         let place = path.display().to_string();
         let file = File::open(&path).at(&place)?;
         let length = file.metadata().at(&place)?.len();
-        // SAFETY: the map is read-only and dropped before this function ends. Another process that truncates the file meanwhile
-        // can cause a fault, as with every memory-mapped checkpoint.
+        // SAFETY: the map is read-only and dropped before this function ends. Another process that truncates the file
+        // meanwhile can cause a fault, as with every memory-mapped checkpoint.
         let map = unsafe { MmapOptions::new().map(&file) }.at(&place)?;
         let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| {
             let what = match e {

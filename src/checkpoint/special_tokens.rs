@@ -1,7 +1,8 @@
 //! Special and added tokens defined outside `tokenizer.json`, by the rules of transformers 5.
 //!
-//! `tokenizer_config.json` names the special tokens. With an `added_tokens_decoder` it also lists every added token; without one,
-//! `special_tokens_map.json` and `added_tokens.json` are read as well. Source: `PreTrainedTokenizerBase._from_pretrained` in
+//! `tokenizer_config.json` names the special tokens. With an `added_tokens_decoder` it also lists every added token;
+//! without one, `special_tokens_map.json` and `added_tokens.json` are read as well. Source:
+//! `PreTrainedTokenizerBase._from_pretrained` in
 //! <https://github.com/huggingface/transformers/blob/main/src/transformers/tokenization_utils_base.py>.
 
 use crate::error::{At, Error, Result};
@@ -123,8 +124,8 @@ impl SpecialTokens {
     }
 }
 
-/// Returns a warning if token `content` has another id than `id`: the tokenizers library numbers added tokens itself, and
-/// transformers uses its numbers.
+/// Returns a warning if token `content` has another id than `id`: the tokenizers library numbers added tokens itself,
+/// and transformers uses its numbers.
 pub fn misnumbered(tokenizer: &Tokenizer, content: &str, id: u64) -> Option<String> {
     let got = tokenizer.token_to_id(content)?;
     (u64::from(got) != id)
@@ -148,7 +149,8 @@ fn special(value: &Value) -> Option<AddedToken> {
     Some(parse(value, true)?.special(true))
 }
 
-/// Parses a token given as a string, or as an object with `content` and flags; special tokens are not normalized by default.
+/// Parses a token given as a string, or as an object with `content` and flags; special tokens are not normalized by
+/// default.
 fn parse(value: &Value, special: bool) -> Option<AddedToken> {
     if let Some(text) = value.as_str() {
         return Some(AddedToken::from(text, special));

@@ -1,4 +1,5 @@
-//! Matches stored tensors to the schema: name prefixes, optional biases, the output head, and a check that no tensor is left unread.
+//! Matches stored tensors to the schema: name prefixes, optional biases, the output head, and a check that no tensor is
+//! left unread.
 
 use super::{rows, Checkpoint, Store};
 use crate::error::{Error, Result};
@@ -70,8 +71,8 @@ impl Checkpoint {
         self.family.namings.iter().find(named).copied().unwrap_or(PLAIN)
     }
 
-    /// Reads `rope_freqs.weight`, the divisors of the rotary frequencies by which GGUF files store Llama 3's scaling, and returns
-    /// its name if it is stored.
+    /// Reads `rope_freqs.weight`, the divisors of the rotary frequencies by which GGUF files store Llama 3's scaling,
+    /// and returns its name if it is stored.
     fn read_rope_factors(&mut self) -> Result<Option<String>> {
         let factors = TensorSpec::rope_factors(self.spec.head_dim() / 2);
         let stored = matches!(self.store, Store::Gguf(_)) && self.info(&factors).is_some();
@@ -87,9 +88,9 @@ impl Checkpoint {
         Ok(Some(factors.gguf))
     }
 
-    /// Resolves the head of a tied model whose file stores one nevertheless, as transformers 5 does: equal copies count as one
-    /// matrix, different matrices untie the model, and a head without an embedding serves as both. Returns the name of a copy
-    /// that is not read.
+    /// Resolves the head of a tied model whose file stores one nevertheless, as transformers 5 does: equal copies count
+    /// as one matrix, different matrices untie the model, and a head without an embedding serves as both. Returns the
+    /// name of a copy that is not read.
     fn find_head(&mut self) -> Result<Option<String>> {
         let head = TensorSpec::head(&self.spec);
         if !self.spec.tied || self.info(&head).is_none() {

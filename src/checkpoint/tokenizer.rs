@@ -4,7 +4,7 @@ use super::chat_template::{self, ChatTemplate};
 use super::gguf::Gguf;
 use super::special_tokens::{misnumbered, read_object, SpecialTokens};
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::panics::caught;
+use crate::panics::catch_panic;
 use crate::spec::Config;
 use serde::Deserialize;
 use std::path::Path;
@@ -82,7 +82,7 @@ impl TextTokenizer {
             tokens: special.names.clone(),
         });
         let eos = special.get("eos_token").map(String::from);
-        let added = caught(|| special.add_to(&mut tokenizer)).map_err(fail)?;
+        let added = catch_panic(|| special.add_to(&mut tokenizer)).map_err(fail)?;
         warnings.extend(added.map_err(|e| fail(e.to_string()))?);
 
         let mut stop = config.token_ids("eos_token_id")?;
@@ -103,7 +103,7 @@ impl TextTokenizer {
     pub fn from_gguf(file: &Gguf) -> Result<Self> {
         let origin = file.path().display().to_string();
         let fail = |e: String| Error::new(ErrorKind::Tokenizer, &origin, e);
-        let tokenizer = caught(|| super::gguf_tokenizer::build(file)).map_err(fail)??;
+        let tokenizer = catch_panic(|| super::gguf_tokenizer::build(file)).map_err(fail)??;
         let id = |key: &str| file.metadata(&format!("tokenizer.ggml.{key}")).and_then(|v| v.to_u64().ok());
         let id =
             |key: &str| id(key).and_then(|n| u32::try_from(n).ok()).filter(|n| tokenizer.id_to_token(*n).is_some());
@@ -170,7 +170,7 @@ impl TextTokenizer {
     /// The tokenizer fails.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let fail = |e: String| Error::new(ErrorKind::Tokenizer, &self.origin, format!("cannot encode the text: {e}"));
-        let encoding = caught(|| self.tokenizer.encode_fast(text, special)).map_err(fail)?;
+        let encoding = catch_panic(|| self.tokenizer.encode_fast(text, special)).map_err(fail)?;
         let encoding = encoding.map_err(|e| fail(e.to_string()))?;
         let bos = self.bos.filter(|_| special);
         Ok(bos.into_iter().chain(encoding.get_ids().iter().copied()).collect())
@@ -182,7 +182,7 @@ impl TextTokenizer {
     /// The tokenizer fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         let fail = |e: String| Error::new(ErrorKind::Tokenizer, &self.origin, format!("cannot decode token ids: {e}"));
-        caught(|| self.tokenizer.decode(ids, true)).map_err(fail)?.map_err(|e| fail(e.to_string()))
+        catch_panic(|| self.tokenizer.decode(ids, true)).map_err(fail)?.map_err(|e| fail(e.to_string()))
     }
 
     /// Returns the token with this id, unless decoding skips it as a special token.
@@ -192,12 +192,12 @@ impl TextTokenizer {
     }
 }
 
-/// Reads `tokenizer.json`. The tokenizers library panics on some malformed files, so the JSON syntax is checked first and
-/// remaining panics become errors.
+/// Reads `tokenizer.json`. The tokenizers library panics on some malformed files, so the JSON syntax is checked first
+/// and remaining panics become errors.
 fn load(path: &Path) -> Result<(Tokenizer, Head)> {
     let fail = |e: String| Error::new(ErrorKind::Tokenizer, path.display(), e);
     let bytes = std::fs::read(path).at(path.display())?;
     let head: Head = serde_json::from_slice(&bytes).map_err(|e| fail(e.to_string()))?;
-    let tokenizer = caught(|| Tokenizer::from_bytes(&bytes)).map_err(fail)?;
+    let tokenizer = catch_panic(|| Tokenizer::from_bytes(&bytes)).map_err(fail)?;
     Ok((tokenizer.map_err(|e| fail(e.to_string()))?, head))
 }

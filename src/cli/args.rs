@@ -11,10 +11,11 @@ use std::path::PathBuf;
 
 /// Runs a pretrained model on long documents with a KV cache of fixed size.
 ///
-/// Loads an unmodified Hugging Face or GGUF checkpoint, replaces its full-attention layers by compressed butterfly attention
-/// (exact window, attention sinks, block summaries) and generates. Generated text goes to stdout; progress, warnings and the
-/// memory ledger go to stderr. During decode the first Ctrl-C ends the text and keeps the ledger and the report; the second
-/// ends the process. Exit codes: 0 on success, 2 on an error, 128 + N when signal N ends the process.
+/// Loads an unmodified Hugging Face or GGUF checkpoint, replaces its full-attention layers by compressed butterfly
+/// attention (exact window, attention sinks, block summaries) and generates. Generated text goes to stdout; progress,
+/// warnings and the memory ledger go to stderr. During decode the first Ctrl-C ends the text and keeps the ledger and
+/// the report; the second ends the process. Exit codes: 0 on success, 2 on an error, 128 + N when signal N ends the
+/// process.
 #[derive(Debug, Parser)]
 #[command(
     name = "bfly-retrofit",
@@ -68,8 +69,8 @@ pub struct RunArgs {
     pub model: ModelArgs,
     /// Context length to allocate the KV cache for, in tokens: 8192, 256k, 1M [default: the model's trained length]
     ///
-    /// Prompt and new tokens must fit in it; k is 1024 and M is 1024 k, at most 16M. Which summaries a block reads depends on
-    /// it, so other values may give other text. A patch brings its own default.
+    /// Prompt and new tokens must fit in it; k is 1024 and M is 1024 k, at most 16M. Which summaries a block reads
+    /// depends on it, so other values may give other text. A patch brings its own default.
     #[arg(long, value_name = "TOKENS", value_parser = parse_size, help_heading = "Model")]
     pub ctx: Option<usize>,
     /// Butterfly attention settings.
@@ -86,8 +87,8 @@ pub struct RunArgs {
     pub prefill_chunk: Option<usize>,
     /// Upper limit on the run's GPU memory, such as 10G; prefill chunks shrink to fit
     ///
-    /// Weights and cache count too. 10G and 10GiB are 10 * 2^30 bytes, 10GB is 10 * 10^9. Smaller chunks do not change the
-    /// output; the run is refused if even the smallest chunk does not fit.
+    /// Weights and cache count too. 10G and 10GiB are 10 * 2^30 bytes, 10GB is 10 * 10^9. Smaller chunks do not change
+    /// the output; the run is refused if even the smallest chunk does not fit.
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes, help_heading = "Run")]
     pub memory_budget: Option<u64>,
     /// Write the run's report (settings, timings, memory, token ids) as JSON.
@@ -113,8 +114,8 @@ pub struct RunArgs {
 pub struct ModelArgs {
     /// Checkpoint: hub id, directory, GGUF file, or a patch made with --save
     ///
-    /// A hub id is owner/name, or owner/name/file.gguf. A directory is in Hugging Face's layout (config.json, safetensors,
-    /// tokenizer.json). Of a split GGUF file, give any part.
+    /// A hub id is owner/name, or owner/name/file.gguf. A directory is in Hugging Face's layout (config.json,
+    /// safetensors, tokenizer.json). Of a split GGUF file, give any part.
     #[arg(long, value_name = "ID|DIR|FILE.gguf", required = true)]
     pub model: Option<String>,
     /// Branch, tag or commit of a hub repository [default: main]
@@ -125,9 +126,10 @@ pub struct ModelArgs {
     pub offline: bool,
     /// Type of the weight matrices in memory
     ///
-    /// auto keeps quantised types as stored and converts the rest to bf16 on a GPU and to f32 on a CPU, or to q8_0 where f32
-    /// would take more than half of the machine's memory. native keeps every type as stored, except that a GPU runs dense types
-    /// as bf16. On a GPU, f32 and f16 set the type of activations, keys and values too (otherwise bf16).
+    /// auto keeps quantised types as stored and converts the rest to bf16 on a GPU and to f32 on a CPU, or to q8_0
+    /// where f32 would take more than half of the machine's memory. native keeps every type as stored, except that a
+    /// GPU runs dense types as bf16. On a GPU, f32 and f16 set the type of activations, keys and values too (otherwise
+    /// bf16).
     #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = clap::builder::PossibleValuesParser::new(WeightDtype::NAMES))]
     pub dtype: String,
     /// Use the output matrix as the embedding too, for a tied model whose GGUF file stores both; saves memory.
@@ -181,7 +183,8 @@ pub struct RetrofitArgs {
     /// Block size in tokens; one summary stands for one block [default: 128]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     pub block: Option<usize>,
-    /// Exact local window in tokens, a multiple of the block size; a query also reads its own block exactly [default: 512]
+    /// Exact local window in tokens, a multiple of the block size; a query also reads its own block exactly [default:
+    /// 512]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     pub window: Option<usize>,
     /// Alignment of the window's left edge; use token for comparison with the published form only [default: block]
@@ -196,7 +199,8 @@ pub struct RetrofitArgs {
     /// Stages of the rule per layer; each adds at most one summary per query, except under `all` [default: 1]
     #[arg(long, value_name = "K")]
     pub partner_count: Option<usize>,
-    /// Distance of stage 0 in blocks; it doubles per stage [default: window blocks + 1, the nearest block left of the window]
+    /// Distance of stage 0 in blocks; it doubles per stage [default: window blocks + 1, the nearest block left of the
+    /// window]
     #[arg(long, value_name = "BLOCKS")]
     pub shift_unit: Option<usize>,
     /// Whether keys are averaged after or before RoPE [default: post-rope]

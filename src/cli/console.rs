@@ -57,8 +57,8 @@ pub fn parse<C: Parser>() -> Result<C, ExitCode> {
     })
 }
 
-/// Returns an error message where a text flag is followed by one of the command's own flags: text may begin with a dash, so clap
-/// would take the flag as the text.
+/// Returns an error message where a text flag is followed by one of the command's own flags: text may begin with a
+/// dash, so clap would take the flag as the text.
 fn flag_as_text(command: &Command, args: &[OsString]) -> Option<String> {
     args.windows(2).find_map(|pair| {
         let (name, value) = (pair[0].to_str()?.strip_prefix("--")?, pair[1].to_str()?);
@@ -85,8 +85,9 @@ pub fn completions<C: clap::CommandFactory>(shell: clap_complete::Shell, name: &
     main_with(|| print(String::from_utf8_lossy(&script)))
 }
 
-/// Runs `f`, prints its error to stderr and returns the exit code: 0 on success, 1 for [`ErrorKind::Quality`] (a required figure
-/// was missed), 2 for other errors. SIGINT, SIGTERM and SIGHUP end the process with 128 plus the signal's number.
+/// Runs `f`, prints its error to stderr and returns the exit code: 0 on success, 1 for [`ErrorKind::Quality`] (a
+/// quality gate was missed), 2 for other errors. SIGINT, SIGTERM and SIGHUP end the process with 128 plus the signal's
+/// number.
 pub fn main_with(f: impl FnOnce() -> Result<()>) -> ExitCode {
     signals::listen();
     f().map_or_else(|e| fail(&e), |()| ExitCode::SUCCESS)

@@ -5,7 +5,8 @@ use crate::error::{Error, Result};
 use crate::ops::open_gpu;
 use candle_core::Device;
 
-/// Opens the device called `name`; `auto` is the first GPU where this build and the machine have one, the CPU otherwise.
+/// Opens the device called `name`; `auto` is the first GPU where this build and the machine have one, the CPU
+/// otherwise.
 ///
 /// # Errors
 /// `name` is not auto, cpu, cuda or cuda:INDEX; this build has no CUDA support; the driver or the GPU is missing.

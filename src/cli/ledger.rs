@@ -1,4 +1,5 @@
-//! The memory ledger: allocated bytes of a run and of the stock model, with timings; printed as text and written as JSON.
+//! The memory ledger: allocated bytes of a run and of the stock model, with timings; printed as text and written as
+//! JSON.
 
 use super::{human_bytes, progress::bytes_by_type};
 use crate::cache::Cache;

@@ -1,4 +1,5 @@
-//! Output files: written atomically, checked for writability before any work, and overwriting only earlier outputs of their kind.
+//! Output files: written atomically, checked for writability before any work, and overwriting only earlier outputs of
+//! their kind.
 
 use super::Temporary;
 use crate::error::{At, Error, ErrorKind, Result};
@@ -32,8 +33,8 @@ enum Kind {
 }
 
 impl Output {
-    /// Checks that `path` can be written to: creates the temporary file in its folder, or opens the pipe or device at `path`
-    /// (opening a pipe blocks until it has a reader). `flag` names the output in errors.
+    /// Checks that `path` can be written to: creates the temporary file in its folder, or opens the pipe or device at
+    /// `path` (opening a pipe blocks until it has a reader). `flag` names the output in errors.
     ///
     /// # Errors
     /// `path` cannot be written to, or is a directory.
@@ -53,8 +54,9 @@ impl Output {
 
     /// Like [`Self::reserve`], but overwrites only earlier outputs, so that a mistyped path does not cost a checkpoint.
     ///
-    /// Where a non-empty regular file exists at `path`, `fault` is called with whether the file begins with `{`, and returns the
-    /// reason not to overwrite it, if any. The first byte tells a checkpoint from JSON without reading gigabytes.
+    /// Where a non-empty regular file exists at `path`, `fault` is called with whether the file begins with `{`, and
+    /// returns the reason not to overwrite it, if any. The first byte tells a checkpoint from JSON without reading
+    /// gigabytes.
     ///
     /// # Errors
     /// `path` cannot be written to; the existing file cannot be read, or `fault` rejects it.
@@ -174,8 +176,8 @@ fn begins_as_json(path: &Path) -> Result<Option<bool>> {
     Ok(first.first().map(|byte| *byte == b'{'))
 }
 
-/// Returns why the file at `path` must not be overwritten: it is not JSON (`json` is false) or its `kind` is not `kind`. `what`
-/// names an output of that kind.
+/// Returns why the file at `path` must not be overwritten: it is not JSON (`json` is false) or its `kind` is not
+/// `kind`. `what` names an output of that kind.
 ///
 /// # Errors
 /// The file cannot be read.
@@ -193,8 +195,8 @@ pub fn not_of_kind(path: &Path, json: bool, kind: &str, what: &str) -> Result<Op
         .then(|| format!("is JSON without `kind` of `{kind}`; only {what} is overwritten")))
 }
 
-/// Returns why the file at `path` must not be overwritten: it is not a safetensors file with exactly the tensors `names`
-/// (sorted). `what` names an output with these tensors.
+/// Returns why the file at `path` must not be overwritten: it is not a safetensors file with exactly the tensors
+/// `names` (sorted). `what` names an output with these tensors.
 ///
 /// # Errors
 /// The file cannot be read for lack of permission.
@@ -221,8 +223,8 @@ pub fn not_of_tensors(path: &Path, names: &[&str], what: &str) -> Result<Option<
     }
 }
 
-/// Writes `content` to the file `name` in `dir`: overwrites an earlier `name` and leaves other files alone, or creates `dir`
-/// atomically. `flag` names the output in errors; for `fault` see [`Output::reserve_replacing`].
+/// Writes `content` to the file `name` in `dir`: overwrites an earlier `name` and leaves other files alone, or creates
+/// `dir` atomically. `flag` names the output in errors; for `fault` see [`Output::reserve_replacing`].
 ///
 /// # Errors
 /// `dir` exists without a file `name`; `fault` rejects the existing file; `dir` cannot be written to.

@@ -9,7 +9,8 @@ const INTERRUPT: i32 = 2;
 static DECODING: AtomicBool = AtomicBool::new(false);
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Marks the start of decode: from then on the first SIGINT makes [`interrupted`] return true, and the second ends the process.
+/// Marks the start of decode: from then on the first SIGINT makes [`interrupted`] return true, and the second ends the
+/// process.
 pub fn decoding() {
     DECODING.store(true, Ordering::Relaxed);
 }

@@ -33,8 +33,8 @@ pub fn parse_count(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Parses a memory size in bytes: `10GiB` and `10G` use powers of two, `10GB` powers of ten; likewise K, M and T. A bare number is
-/// bytes.
+/// Parses a memory size in bytes: `10GiB` and `10G` use powers of two, `10GB` powers of ten; likewise K, M and T. A
+/// bare number is bytes.
 ///
 /// The crates `bytesize` and `parse-size` are not used: they read `10G` as a power of ten, or `10GB` as a power of two.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {

@@ -1,5 +1,5 @@
-//! Gemma 3, text only: five sliding-window layers per full-attention layer, two RoPE bases, norms before and after attention and
-//! feed-forward, scaled embeddings, and norm weights stored as `w` for a factor of `1 + w`.
+//! Gemma 3, text only: five sliding-window layers per full-attention layer, two RoPE bases, norms before and after
+//! attention and feed-forward, scaled embeddings, and norm weights stored as `w` for a factor of `1 + w`.
 
 use super::{decoder, keys, layer_types, rope, Family, GgufMapping, Naming, Wrapper, PLAIN};
 use crate::error::{Error, Result};
@@ -72,8 +72,8 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     Ok(spec)
 }
 
-/// Sets what llama.cpp hard-codes: the attention scale (the 27B, known by its 62 layers, differs), the activation, and full
-/// attention in every layer of a model without a window.
+/// Sets what llama.cpp hard-codes: the attention scale (the 27B, known by its 62 layers, differs), the activation, and
+/// full attention in every layer of a model without a window.
 /// <https://github.com/ggml-org/llama.cpp/blob/master/src/models/gemma3.cpp>
 fn complete(config: &mut Config) -> Result<()> {
     let (hidden, layers) = (config.size("hidden_size")?, config.size("num_hidden_layers")?);

@@ -1,7 +1,8 @@
-//! Meaning of every key of a `config.json`, per model type: read, supported with one value only, or without effect on the logits.
+//! Meaning of every key of a `config.json`, per model type: read, supported with one value only, or without effect on
+//! the logits.
 //!
-//! A key that is not in the table is refused. Defaults are those of transformers' configuration classes; `tests/unread.rs`
-//! compares keys and defaults with the classes, as recorded by `scripts/dump_config_keys.py`.
+//! A key that is not in the table is refused. Defaults are those of transformers' configuration classes;
+//! `tests/unread.rs` compares keys and defaults with the classes, as recorded by `scripts/dump_config_keys.py`.
 
 use crate::error::{Error, Result};
 use crate::spec::Config;

@@ -1,7 +1,7 @@
 //! Model families: configuration keys, tensor names and quirks of each.
 //!
-//! A family is one file with one [`Family`] value, registered by one line in [`FAMILIES`], and one table in [`keys`]. It converts
-//! a [`Config`] to a [`ModelSpec`]; the layers themselves are in `nn` and `mixer`.
+//! A family is one file with one [`Family`] value, registered by one line in [`FAMILIES`], and one table in [`keys`].
+//! It converts a [`Config`] to a [`ModelSpec`]; the layers themselves are in `nn` and `mixer`.
 
 mod gemma3;
 pub mod keys;
@@ -77,7 +77,8 @@ pub struct GgufMapping {
     pub interleaved_qk: bool,
     /// Whether a tensor `rope_freqs.weight` may store divisors of the rotary frequencies.
     pub rope_factors: bool,
-    /// Metadata keys (without the architecture prefix) beyond those all families share, each with its `config.json` key.
+    /// Metadata keys (without the architecture prefix) beyond those all families share, each with its `config.json`
+    /// key.
     pub keys: &'static [(&'static str, &'static str)],
     /// Sets configuration keys that the metadata does not store.
     pub complete: fn(&mut Config) -> Result<()>,
@@ -128,7 +129,8 @@ fn unknown(what: &str, name: &str, origin: &str) -> Error {
     Error::unsupported(origin, format!("{what} `{name}` is not supported; supported: {}", list.join(", ")))
 }
 
-/// Builds the specification of a Llama-like decoder from the keys that all families share; families change what differs.
+/// Builds the specification of a Llama-like decoder from the keys that all families share; families change what
+/// differs.
 fn decoder(config: &Config, family: &Family) -> Result<ModelSpec> {
     let hidden = config.size("hidden_size")?;
     let heads = config.size("num_attention_heads")?;

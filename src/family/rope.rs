@@ -1,4 +1,5 @@
-//! RoPE settings of `config.json`: `rope_theta` with `rope_scaling` (transformers 4), or `rope_parameters` (transformers 5).
+//! RoPE settings of `config.json`: `rope_theta` with `rope_scaling` (transformers 4), or `rope_parameters`
+//! (transformers 5).
 
 use crate::error::{Error, Result};
 use crate::spec::{Config, RopeScaling, RopeSpec};

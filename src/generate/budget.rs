@@ -33,8 +33,8 @@ impl MemoryNeeds {
         let attention_most =
             |f: &dyn Fn(&AttentionSpec) -> usize| spec.attention().map(|(_, a)| f(a)).max().unwrap_or(0);
         let wide = spec.layers.iter().map(|l| l.feed_forward.width).max().unwrap_or(0);
-        // Alive at once in attention: x, its norm, q, k and v (projected and rotated) and the output; in the feed-forward: x, its
-        // norm, gate, up and their product. Rotary tables are f32.
+        // Alive at once in attention: x, its norm, q, k and v (projected and rotated) and the output; in the
+        // feed-forward: x, its norm, gate, up and their product. Rotary tables are f32.
         let width = attention_most(&|a| 2 * a.q_width() + 4 * a.kv_width());
         let attention = 4 * spec.hidden + width + attention_most(&|a| a.q_width());
         let feed_forward = 4 * spec.hidden + 3 * wide;
@@ -45,7 +45,8 @@ impl MemoryNeeds {
         Ok(Self {
             weights: weights.bytes(),
             cache: layout.bytes(weights.dtype()).peak,
-            // Logits in two types and a copy; 16 MiB for partial results, routes and vectors of a step; dequantized weights.
+            // Logits in two types and a copy; 16 MiB for partial results, routes and vectors of a step; dequantized
+            // weights.
             fixed: (spec.vocab * 16) as u64 + (16 << 20) + weights.scratch() + evicting,
             token: (size * attention.max(feed_forward) + tables + parts) as u64,
         })

@@ -83,8 +83,8 @@ impl Run {
     ///
     /// # Errors
     /// Those of [`Run::forward`]; ids that do not fit the context or the vocabulary are refused before any work.
-    /// [`ErrorKind::Cancelled`] if `on_tokens` breaks: the cache then holds exactly the chunks read so far, and the run can
-    /// continue.
+    /// [`ErrorKind::Cancelled`] if `on_tokens` breaks: the cache then holds exactly the chunks read so far, and the run
+    /// can continue.
     pub fn prefill(&mut self, ids: &[u32], chunk: usize, last: usize, on_tokens: OnTokens) -> Result<Tensor> {
         self.admit_ids(ids)?;
         if last == 0 || last > ids.len() {
@@ -128,7 +128,7 @@ impl Run {
             let Some(graph) = graph::StepGraph::capture(self, &[])? else { break };
             let (now, later) = left.split_at(left.len().min(self.cache().until_eviction()));
             let read = graph.read(self, now);
-            rows.push(read.inspect_err(|e| self.break_off(format!("a captured step failed: {e}")))?);
+            rows.push(read.inspect_err(|e| self.poison(format!("a captured step failed: {e}")))?);
             left = later;
         }
         while let Some((id, later)) = left.split_first() {
@@ -138,7 +138,8 @@ impl Run {
         Ok(Tensor::cat(&rows, 0)?)
     }
 
-    /// Whether greedy decode from here replays a captured CUDA graph; otherwise it launches each step's kernels one by one.
+    /// Whether greedy decode from here replays a captured CUDA graph; otherwise it launches each step's kernels one by
+    /// one.
     pub fn captures(&self) -> bool {
         #[cfg(feature = "cuda")]
         return graph::captures(self);
@@ -148,7 +149,8 @@ impl Run {
 
     /// Prefills the prompt, evicts at its end ([`Run::compress`]; counted as prefill time), and decodes.
     ///
-    /// The last new token is not fed back: wherever decode stops, the cache holds the prompt and the new tokens before the last.
+    /// The last new token is not fed back: wherever decode stops, the cache holds the prompt and the new tokens before
+    /// the last.
     ///
     /// # Errors
     /// Those of [`Run::prefill`]; a prompt and new tokens that do not fit the context are refused before any work.
@@ -210,7 +212,8 @@ impl Run {
         Ok(())
     }
 
-    /// Decodes like [`Run::decode`] by replaying a captured step; returns `false`, having done nothing, if none can be captured.
+    /// Decodes like [`Run::decode`] by replaying a captured step; returns `false`, having done nothing, if none can be
+    /// captured.
     #[cfg(feature = "cuda")]
     fn decode_captured(
         &mut self,
@@ -228,7 +231,7 @@ impl Run {
         let mut from = on_token(next).is_continue().then_some(next);
         while let Some(first) = from {
             let ran = graph.run(self, first, request, timing, tokens, on_token);
-            from = ran.inspect_err(|e| self.break_off(format!("a captured step failed: {e}")))?;
+            from = ran.inspect_err(|e| self.poison(format!("a captured step failed: {e}")))?;
             if from.is_none() {
                 break;
             }

@@ -5,7 +5,8 @@ use chrono::Local;
 use minijinja::{Error, ErrorKind};
 use std::fmt::Write;
 
-/// Formats the local time like Python's `datetime.now().strftime(format)`, which has no time zone: `%z` and `%Z` are empty.
+/// Formats the local time like Python's `datetime.now().strftime(format)`, which has no time zone: `%z` and `%Z` are
+/// empty.
 pub fn now(format: &str) -> Result<String, Error> {
     let zoned = |item: &Item| {
         use Fixed::{TimezoneName, TimezoneOffset, TimezoneOffsetColon, TimezoneOffsetZ};

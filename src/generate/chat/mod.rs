@@ -2,7 +2,8 @@
 //!
 //! The Jinja environment follows
 //! <https://github.com/huggingface/transformers/blob/main/src/transformers/utils/chat_template_utils.py>: trimmed blocks, loop
-//! controls, `tojson` as `json.dumps`, `raise_exception`, `strftime_now` and `{% generation %}` blocks; no tools or documents.
+//! controls, `tojson` as `json.dumps`, `raise_exception`, `strftime_now` and `{% generation %}` blocks; no tools or
+//! documents.
 
 mod clock;
 mod python;
@@ -10,7 +11,7 @@ mod tags;
 
 use crate::checkpoint::ChatTemplate;
 use crate::error::{Error, ErrorKind, Result};
-use crate::panics::caught;
+use crate::panics::catch_panic;
 use minijinja::{context, Environment, ErrorKind as JinjaKind, Value};
 use std::collections::BTreeMap;
 
@@ -25,7 +26,7 @@ pub fn render_chat(template: &ChatTemplate, system: Option<&str>, user: &str) ->
         let line = e.line().map_or(String::new(), |n| format!(" (line {n})"));
         Error::new(ErrorKind::Tokenizer, &place, format!("{why}{line}"))
     };
-    let made = caught(|| render(template, system, user));
+    let made = catch_panic(|| render(template, system, user));
     made.map_err(|why| Error::new(ErrorKind::Tokenizer, &place, why))?.map_err(fail)
 }
 

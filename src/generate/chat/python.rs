@@ -42,7 +42,8 @@ fn repr(value: &Value) -> String {
     }
 }
 
-/// Jinja's `title` filter: words begin after white space, hyphens and opening brackets, but not after other punctuation.
+/// Jinja's `title` filter: words begin after white space, hyphens and opening brackets, but not after other
+/// punctuation.
 pub fn title(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut begins = true;
@@ -74,7 +75,8 @@ fn quoted(text: &str) -> String {
     out
 }
 
-/// Returns Python's `repr` of a float: the shortest digits that read back, with an exponent below 1e-4 and from 1e16 on.
+/// Returns Python's `repr` of a float: the shortest digits that read back, with an exponent below 1e-4 and from 1e16
+/// on.
 fn float(x: f64) -> String {
     if !x.is_finite() {
         return if x.is_nan() { "nan".into() } else { format!("{}inf", if x < 0.0 { "-" } else { "" }) };
@@ -89,7 +91,8 @@ fn float(x: f64) -> String {
     }
 }
 
-/// Python's `json.dumps` as a filter, with transformers' parameters: `ensure_ascii`, `indent`, `separators` and `sort_keys`.
+/// Python's `json.dumps` as a filter, with transformers' parameters: `ensure_ascii`, `indent`, `separators` and
+/// `sort_keys`.
 ///
 /// # Errors
 /// The value is undefined or not serialisable; a parameter has the wrong type.

@@ -1,9 +1,10 @@
 //! `{% generation %}`, the tag that transformers adds to Jinja.
 //!
-//! The tag marks text for training and renders its body in its own scope, as `{% with %}` does. minijinja has no custom tags
-//! (<https://github.com/mitsuhiko/minijinja/issues/815>), so the names are replaced before parsing.
+//! The tag marks text for training and renders its body in its own scope, as `{% with %}` does. minijinja has no custom
+//! tags (<https://github.com/mitsuhiko/minijinja/issues/815>), so the names are replaced before parsing.
 
-/// Replaces the tags `generation` and `endgeneration` by `with` and `endwith`, except in text, strings, comments and raw blocks.
+/// Replaces the tags `generation` and `endgeneration` by `with` and `endwith`, except in text, strings, comments and
+/// raw blocks.
 pub fn replace_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;

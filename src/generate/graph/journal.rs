@@ -1,9 +1,9 @@
 //! Undo log of a batch of captured steps: saves the cache rows that the batch overwrites.
 //!
-//! The host fetches a batch's tokens together and may stop at any of them, but later steps of the batch have already written to
-//! rings, summary rows and running sums that earlier positions still need. A batch that is cut off is undone, and its delivered
-//! steps run again: the same launches on the same state, so the cache holds exactly what was delivered. Dense caches need no
-//! undo: rows beyond the position are not read.
+//! The host fetches a batch's tokens together and may stop at any of them, but later steps of the batch have already
+//! written to rings, summary rows and running sums that earlier positions still need. A batch that is cut off is
+//! undone, and its delivered steps run again: the same launches on the same state, so the cache holds exactly what was
+//! delivered. Dense caches need no undo: rows beyond the position are not read.
 
 use super::{driver, State, BATCH};
 use crate::cache::{LayerState, Ring};
@@ -72,7 +72,8 @@ impl Journal {
         let at = state.device_ptr(&gpu.cuda_stream()).0;
         let launch = Launch::new(kernel, (*layers, 1, 1), 256).with(table.address).with(at);
         let launch = launch.with(count as i32).with(i32::from(restore));
-        // SAFETY: the table names memory of the run's cache and of `_saved`, which outlive the step; at most BATCH steps.
+        // SAFETY: the table names memory of the run's cache and of `_saved`, which outlive the step; at most BATCH
+        // steps.
         unsafe { launch.enqueue(false) }
     }
 
@@ -92,7 +93,8 @@ impl Journal {
     }
 }
 
-/// Returns the journal entry of a layer whose later steps overwrite rows that earlier positions need; `None` if there are none.
+/// Returns the journal entry of a layer whose later steps overwrite rows that earlier positions need; `None` if there
+/// are none.
 fn overwritten(state: &LayerState) -> Result<Option<Entry>> {
     let ring = |ring: &Ring| -> Result<Entry> {
         let k = ring.rows().k;

@@ -29,7 +29,8 @@ pub(super) fn matrix(w: &Weight, bias: u64) -> Result<Matrix> {
 }
 
 impl Builder<'_> {
-    /// Adds the products of `x` (or of its norm, if given) with `layers`, outputs concatenated: one launch per run of equal formats.
+    /// Adds the products of `x` (or of its norm, if given) with `layers`, outputs concatenated: one launch per run of
+    /// equal formats.
     pub(super) fn matvec(
         &mut self,
         form: Form,

@@ -1,9 +1,9 @@
 //! Greedy decode on a GPU: one step captured as a CUDA graph and replayed for every token.
 //!
-//! Everything that changes from token to token (position, token, running sums) is in device memory and the cache never grows, so
-//! the same launches serve every position. The most likely token is found on the device and read by the next replay; the host
-//! fetches [`BATCH`] tokens at a time. After an eviction, which moves rows, the step is captured again. The residual stream and
-//! all sums are f32, keys and values 16 bits, weights 16 bits or quantised blocks.
+//! Everything that changes from token to token (position, token, running sums) is in device memory and the cache never
+//! grows, so the same launches serve every position. The most likely token is found on the device and read by the next
+//! replay; the host fetches [`BATCH`] tokens at a time. After an eviction, which moves rows, the step is captured
+//! again. The residual stream and all sums are f32, keys and values 16 bits, weights 16 bits or quantised blocks.
 
 mod journal;
 mod matvec;
@@ -62,8 +62,9 @@ pub(super) struct StepGraph {
 }
 
 impl Drop for StepGraph {
-    /// Waits for the last launch. Destroying a running graph with programmatic dependent launches from several threads hangs the
-    /// GPU (driver 580.159.04): in kernels/repro/graph_in_flight.cu, 0 of 7 runs finished without the wait and 7 of 7 with it.
+    /// Waits for the last launch. Destroying a running graph with programmatic dependent launches from several threads
+    /// hangs the GPU (driver 580.159.04): in kernels/repro/graph_in_flight.cu, 0 of 7 runs finished without the wait
+    /// and 7 of 7 with it.
     fn drop(&mut self) {
         // An error cannot be returned here; a broken stream fails the next call on it.
         let _ = self.gpu.cuda_stream().synchronize();
@@ -87,7 +88,8 @@ impl StepGraph {
         let stream = gpu.cuda_stream();
         stream.synchronize().map_err(driver)?;
         stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(driver)?;
-        // SAFETY: every address belongs to the weights, the run's cache, or `held`, which outlive the graph's last launch.
+        // SAFETY: every address belongs to the weights, the run's cache, or `held`, which outlive the graph's last
+        // launch.
         let enqueued = launches.iter().enumerate().try_for_each(|(i, l)| unsafe { l.enqueue(i > 0) });
         let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(driver)?;
         enqueued?;
@@ -97,8 +99,8 @@ impl StepGraph {
         Ok(Some(Self { graph, gpu: gpu.clone(), state, tokens, logits, journal, _held: held }))
     }
 
-    /// Replays the step for each of `ids`, at most `Cache::until_eviction` of them, and returns the logits after each, f32
-    /// `[ids.len(), vocab]`.
+    /// Replays the step for each of `ids`, at most `Cache::until_eviction` of them, and returns the logits after each,
+    /// f32 `[ids.len(), vocab]`.
     pub fn read(mut self, run: &mut Run, ids: &[u32]) -> Result<Tensor> {
         let mut rows = vec![];
         for id in ids {
@@ -111,8 +113,9 @@ impl StepGraph {
         Ok(Tensor::cat(&rows, 0)?)
     }
 
-    /// Decodes from `first`, which is already delivered, until the requested count, a stop token, or a `Break` from `on_token`. An
-    /// eviction ends it too: then it returns the last token, from which decode continues with a new capture.
+    /// Decodes from `first`, which is already delivered, until the requested count, a stop token, or a `Break` from
+    /// `on_token`. An eviction ends it too: then it returns the last token, from which decode continues with a new
+    /// capture.
     pub fn run(
         mut self,
         run: &mut Run,
@@ -171,9 +174,9 @@ pub(super) fn captures(run: &Run) -> bool {
     run.device().is_cuda() && has_form(run, &routes(run))
 }
 
-/// Whether every part of the model can be captured: matrices in formats with a kernel (16-bit types, and blocks from q4_0 to q6_k;
-/// they may differ between matrices, but not between a layer's gate and up, which share a launch), settings that read summaries
-/// as stored, and no eviction rule that still has to see queries.
+/// Whether every part of the model can be captured: matrices in formats with a kernel (16-bit types, and blocks from
+/// q4_0 to q6_k; they may differ between matrices, but not between a layer's gate and up, which share a launch),
+/// settings that read summaries as stored, and no eviction rule that still has to see queries.
 fn has_form(run: &Run, routes: &[Routes]) -> bool {
     let weights = run.weights();
     let block = |(((b, routes), plan), layer): (((&Block, &Routes), &LayerPlan), &LayerState)| {
@@ -182,7 +185,8 @@ fn has_form(run: &Run, routes: &[Routes]) -> bool {
         let reads_as_stored = match &plan.kind {
             LayerKind::Butterfly(l) => {
                 let s = &l.settings;
-                // Summaries are written by the thread block that reads them, one per KV head, which covers at most 16 query heads.
+                // Summaries are written by the thread block that reads them, one per KV head, which covers at most 16
+                // query heads.
                 let one_block = p.heads <= 16 * p.kv_heads;
                 s.pool == Pool::PostRope && s.far_position == FarPosition::True && widest(routes) <= ROUTES && one_block
             }
