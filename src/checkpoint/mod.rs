@@ -290,10 +290,10 @@ impl Checkpoint {
         let mut bytes = BTreeMap::new();
         for t in self.schema.matrices() {
             let stored = self.info(t).and_then(|i| i.dtype.clone().ok());
-            let held = format.resolve(stored.unwrap_or(GgmlDType::F32), t.shape[1]);
-            let blocks = (t.shape[0] as u64).saturating_mul((t.shape[1] / held.block_size()) as u64);
-            let sum: &mut u64 = bytes.entry(weight_format::type_name(held)).or_default();
-            *sum = sum.saturating_add(blocks.saturating_mul(held.type_size() as u64));
+            let target = format.resolve(stored.unwrap_or(GgmlDType::F32), t.shape[1]);
+            let blocks = (t.shape[0] as u64).saturating_mul((t.shape[1] / target.block_size()) as u64);
+            let sum: &mut u64 = bytes.entry(weight_format::type_name(target)).or_default();
+            *sum = sum.saturating_add(blocks.saturating_mul(target.type_size() as u64));
         }
         bytes
     }
@@ -334,13 +334,13 @@ impl Checkpoint {
     /// # Errors
     /// Those of [`Checkpoint::matrix`]; a value too large for `dtype`.
     pub fn fits(&self, tensor: &TensorSpec, dtype: DType) -> Result<()> {
-        let held = match dtype {
+        let target = match dtype {
             DType::F16 => GgmlDType::F16,
             DType::BF16 => GgmlDType::BF16,
             _ => return Ok(()),
         };
         let values = self.vector(tensor, &Device::Cpu)?.to_vec1::<f32>()?;
-        rows::convert(self, self.expect(tensor)?, held, &values, (0, values.len())).map(drop)
+        rows::convert(self, self.expect(tensor)?, target, &values, (0, values.len())).map(drop)
     }
 
     /// Returns the rows per head if the file stores the two halves of each head interleaved.

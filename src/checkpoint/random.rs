@@ -96,11 +96,11 @@ impl RandomWeights {
         device: &Device,
     ) -> Result<Weight> {
         let (rows, cols) = (info.shape[0], info.shape[1]);
-        let held = match &info.dtype {
+        let target = match &info.dtype {
             Ok(stored) => format.resolve(*stored, cols),
             Err(_) => GgmlDType::F32,
         };
-        let dense = match held {
+        let dense = match target {
             GgmlDType::F32 => Some(DType::F32),
             GgmlDType::F16 => Some(DType::F16),
             GgmlDType::BF16 => Some(DType::BF16),
@@ -108,11 +108,11 @@ impl RandomWeights {
         };
         match dense {
             Some(dtype) if !device.is_cpu() => {
-                format.count(held, rows * cols * dtype.size_in_bytes());
+                format.count(target, rows * cols * dtype.size_in_bytes());
                 Ok(Weight::Dense(self.draw(&info.name, (rows, cols), dtype, device).at(&info.name)?))
             }
             Some(_) => rows::load_matrix(from, info, None, format, device),
-            None => self.copy_of_shape(from, info, held, format, device),
+            None => self.copy_of_shape(from, info, target, format, device),
         }
     }
 
@@ -135,17 +135,17 @@ impl RandomWeights {
         &self,
         from: &Checkpoint,
         info: &TensorInfo,
-        held: GgmlDType,
+        target: GgmlDType,
         format: &WeightFormat,
         device: &Device,
     ) -> Result<Weight> {
         let shape = (info.shape[0], info.shape[1]);
-        let key = (shape.0, shape.1, format!("{held:?}"));
+        let key = (shape.0, shape.1, format!("{target:?}"));
         let poisoned = || Error::new(ErrorKind::Backend, &info.name, "another thread failed while generating weights");
         let mut kept = self.quantised.lock().map_err(|_| poisoned())?;
         let first = match kept.get(&key) {
             Some(first) => {
-                format.count(held, first.storage_size_in_bytes());
+                format.count(target, first.storage_size_in_bytes());
                 first.clone()
             }
             None => match rows::load_matrix(from, info, None, format, &Device::Cpu)? {
@@ -154,7 +154,7 @@ impl RandomWeights {
             },
         };
         let bytes = first.data().at(&info.name)?;
-        let storage = QStorage::from_data(Cow::Borrowed(&bytes), device, held).at(&info.name)?;
+        let storage = QStorage::from_data(Cow::Borrowed(&bytes), device, target).at(&info.name)?;
         Ok(Weight::Quantised(Arc::new(QTensor::new(storage, shape).at(&info.name)?)))
     }
 

@@ -44,13 +44,13 @@ pub fn load_matrix(
 ) -> Result<Weight> {
     let (rows, cols) = (info.shape[0], info.shape[1]);
     let dtype = stored(info)?;
-    let held = format.resolve(dtype, cols);
+    let target = format.resolve(dtype, cols);
     let unit = head_rows.unwrap_or(1);
     let chunk = (CHUNK / cols).max(1).div_ceil(unit) * unit;
-    let row_bytes = cols / held.block_size() * held.type_size();
-    format.count(held, rows * row_bytes);
+    let row_bytes = cols / target.block_size() * target.type_size();
+    format.count(target, rows * row_bytes);
     let range = |i: usize| i * chunk..rows.min((i + 1) * chunk);
-    if held == GgmlDType::F32 {
+    if target == GgmlDType::F32 {
         let mut out = vec![0f32; rows * cols];
         out.par_chunks_mut(chunk * cols).enumerate().try_for_each(|(i, out)| -> Result<()> {
             let values = decode(from, info, range(i), cols)?;
@@ -66,9 +66,9 @@ pub fn load_matrix(
     out.par_chunks_mut(chunk * row_bytes).enumerate().try_for_each(|(i, out)| -> Result<()> {
         // Decoded even where the bytes are kept as stored, to find NaN.
         let values = decode(from, info, range(i), cols)?;
-        let bytes = match held == dtype {
+        let bytes = match target == dtype {
             true => read_rows(from, info, dtype, range(i), cols)?,
-            false => convert(from, info, held, &values, (range(i).start, cols))?,
+            false => convert(from, info, target, &values, (range(i).start, cols))?,
         };
         for (r, row) in out.chunks_mut(row_bytes).enumerate() {
             let s = source_row(r, head_rows);
@@ -76,7 +76,7 @@ pub fn load_matrix(
         }
         Ok(())
     })?;
-    let dense = match held {
+    let dense = match target {
         GgmlDType::F16 => Some(DType::F16),
         GgmlDType::BF16 => Some(DType::BF16),
         _ => None,
@@ -86,7 +86,7 @@ pub fn load_matrix(
     if let Some(dtype) = dense.filter(|_| !device.is_cpu()) {
         return Ok(Weight::Dense(Tensor::from_raw_buffer(&out, dtype, &[rows, cols], device).at(&info.name)?));
     }
-    let storage = QStorage::from_data(Cow::Owned(out), device, held).at(&info.name)?;
+    let storage = QStorage::from_data(Cow::Owned(out), device, target).at(&info.name)?;
     Ok(Weight::Quantised(std::sync::Arc::new(QTensor::new(storage, (rows, cols)).at(&info.name)?)))
 }
 
@@ -136,29 +136,29 @@ fn dequantize(dtype: GgmlDType, bytes: Vec<u8>, count: usize) -> candle_core::Re
     })
 }
 
-/// Converts rows of `cols` values to type `held`; `first_row` is the first row's index in the matrix, for errors.
+/// Converts rows of `cols` values to type `target`; `first_row` is the first row's index in the matrix, for errors.
 ///
 /// # Errors
-/// A value is too large for `held`.
+/// A value is too large for `target`.
 pub fn convert(
     from: &Checkpoint,
     info: &TensorInfo,
-    held: GgmlDType,
+    target: GgmlDType,
     values: &[f32],
     (first_row, cols): (usize, usize),
 ) -> Result<Vec<u8>> {
-    let bytes = cast(held, values, cols).at(&info.name)?;
-    refuse_overflow(from, info, held, values, &bytes, (first_row, cols))?;
+    let bytes = cast(target, values, cols).at(&info.name)?;
+    refuse_overflow(from, info, target, values, &bytes, (first_row, cols))?;
     Ok(bytes)
 }
 
-fn cast(held: GgmlDType, values: &[f32], cols: usize) -> candle_core::Result<Vec<u8>> {
-    Ok(match held {
+fn cast(target: GgmlDType, values: &[f32], cols: usize) -> candle_core::Result<Vec<u8>> {
+    Ok(match target {
         GgmlDType::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
         GgmlDType::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
         _ => {
             let tensor = Tensor::from_slice(values, (values.len() / cols, cols), &Device::Cpu)?;
-            QTensor::quantize(&tensor, held)?.data()?.into_owned()
+            QTensor::quantize(&tensor, target)?.data()?.into_owned()
         }
     })
 }
@@ -168,7 +168,7 @@ fn cast(held: GgmlDType, values: &[f32], cols: usize) -> candle_core::Result<Vec
 fn refuse_overflow(
     from: &Checkpoint,
     info: &TensorInfo,
-    held: GgmlDType,
+    target: GgmlDType,
     values: &[f32],
     bytes: &[u8],
     (first_row, cols): (usize, usize),
@@ -176,17 +176,18 @@ fn refuse_overflow(
     if values.iter().all(|v| v.abs() <= half::f16::MAX.to_f32()) {
         return Ok(());
     }
-    let restored = dequantize(held, bytes.to_vec(), values.len()).at(&info.name)?;
+    let restored = dequantize(target, bytes.to_vec(), values.len()).at(&info.name)?;
     let Some(lost) = restored.iter().position(|v| !v.is_finite()) else { return Ok(()) };
     // The scale of a block follows from its largest value.
-    let block = lost / held.block_size() * held.block_size();
+    let block = lost / target.block_size() * target.block_size();
     let largest = |at: &usize, other: &usize| values[*at].abs().total_cmp(&values[*other].abs());
-    let at = (block..block + held.block_size()).max_by(largest).unwrap_or(lost);
-    let wider = if held == GgmlDType::BF16 { "use --dtype f32" } else { "use --dtype bf16 or f32" };
-    let (name, held, value) = (&info.name, super::weight_format::type_name(held), values[at]);
+    let at = (block..block + target.block_size()).max_by(largest).unwrap_or(lost);
+    let wider = if target == GgmlDType::BF16 { "use --dtype f32" } else { "use --dtype bf16 or f32" };
+    let (name, target, value) = (&info.name, super::weight_format::type_name(target), values[at]);
     let (row, column) = (first_row + at / cols, at % cols);
-    let message =
-        format!("tensor `{name}` holds {value} at row {row}, column {column}, which is too large for {held}; {wider}");
+    let message = format!(
+        "tensor `{name}` holds {value} at row {row}, column {column}, which is too large for {target}; {wider}"
+    );
     Err(Error::new(ErrorKind::NotFinite, from.identity.place(), message))
 }
 

@@ -48,9 +48,9 @@ impl KvBytes {
 /// The report of a run: the ledger's figures and everything needed to repeat the run.
 #[derive(Debug, Clone, Serialize)]
 pub struct Ledger {
-    /// Kind of this file: always [`LEDGER_KIND`].
+    /// Kind of this file: always `retrofit`.
     pub kind: &'static str,
-    /// Schema version: [`LEDGER_VERSION`].
+    /// Schema version of this file.
     pub schema_version: u32,
     /// Git commit of the build.
     pub git_sha: &'static str,
