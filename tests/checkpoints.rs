@@ -302,7 +302,7 @@ fn a_value_that_the_type_asked_for_cannot_hold_is_named() -> Any {
     held_as(&fits.path().to_string_lossy(), GgmlDType::Q8_0)??;
     refused(&fits.path().to_string_lossy(), GgmlDType::F16, &place)?;
     let widest = with(f32::MAX)?;
-    refused(&widest.path().to_string_lossy(), GgmlDType::BF16, &[&place[..], &["bf16", "f32 holds it"]].concat())?;
+    refused(&widest.path().to_string_lossy(), GgmlDType::BF16, &[&place[..], &["bf16", "--dtype f32"]].concat())?;
     Ok(())
 }
 
