@@ -1,8 +1,8 @@
-//! The one error type of the library: what went wrong, and which tensor, layer, file or flag is at fault.
+//! The library's error type: a message, a kind, and the tensor, layer, file or flag that the error concerns.
 
 use std::fmt::Display;
 
-/// What class of failure this is. Callers match on it; people read [`Error`]'s message.
+/// Kind of an [`Error`], for callers to match on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -12,29 +12,29 @@ pub enum ErrorKind {
     Io,
     /// A file's content is malformed: truncated, hostile, or not what its header claims.
     Format,
-    /// A tensor is absent or has another shape than the configuration promises.
+    /// A tensor is missing or has another shape than the configuration says.
     Tensor,
-    /// A model type, quantisation or feature that this build does not know.
+    /// A model type, quantisation or feature is not supported by this build.
     Unsupported,
-    /// A weight or an input holds NaN or infinity.
+    /// A weight or an input is NaN or infinite.
     NotFinite,
-    /// No tokenizer where text is needed, or one that fails.
+    /// The tokenizer is missing or fails.
     Tokenizer,
-    /// The hub is unreachable or refuses.
+    /// The hub is unreachable or refuses the request.
     Hub,
-    /// The text does not fit the provisioned context.
+    /// The text does not fit the context length.
     Context,
     /// The device has too little memory.
     Memory,
     /// The caller cancelled.
     Cancelled,
-    /// A figure that was asked for was missed.
+    /// A quality gate was missed.
     Quality,
-    /// candle failed below us.
+    /// candle or the driver failed.
     Backend,
 }
 
-/// An error with the place it concerns.
+/// An error message with the tensor, layer, file or flag that it concerns.
 ///
 /// ```
 /// let e = bfly::Error::usage("--ctx", "0 is not a context length");
@@ -52,42 +52,42 @@ pub struct Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// An error of `kind` about `context` (a tensor, layer, file or flag).
+    /// Creates an error of `kind` about `context` (a tensor, layer, file or flag).
     pub fn new(kind: ErrorKind, context: impl Display, message: impl Display) -> Self {
         Self { kind, context: context.to_string(), message: message.to_string() }
     }
 
-    /// A bad flag or setting, named by `context`.
+    /// Creates a [`ErrorKind::Usage`] error about the flag or setting `context`.
     pub fn usage(context: impl Display, message: impl Display) -> Self {
         Self::new(ErrorKind::Usage, context, message)
     }
 
-    /// A malformed file, named by `context`.
+    /// Creates a [`ErrorKind::Format`] error about the file `context`.
     pub fn format(context: impl Display, message: impl Display) -> Self {
         Self::new(ErrorKind::Format, context, message)
     }
 
-    /// A missing or misshapen tensor, named by `context`.
+    /// Creates a [`ErrorKind::Tensor`] error about the tensor or file `context`.
     pub fn tensor(context: impl Display, message: impl Display) -> Self {
         Self::new(ErrorKind::Tensor, context, message)
     }
 
-    /// Something this build does not know, named by `context`.
+    /// Creates a [`ErrorKind::Unsupported`] error about the file, tensor or flag `context`.
     pub fn unsupported(context: impl Display, message: impl Display) -> Self {
         Self::new(ErrorKind::Unsupported, context, message)
     }
 
-    /// A file that could not be read or written.
+    /// Creates a [`ErrorKind::Io`] error about the file at `path`.
     pub fn io(path: impl AsRef<std::path::Path>, error: std::io::Error) -> Self {
         Self::new(ErrorKind::Io, path.as_ref().display(), error)
     }
 
-    /// The class of failure.
+    /// Returns the kind.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
 
-    /// The same error with `place` named before its context.
+    /// Prefixes the context with `place`.
     pub fn within(mut self, place: impl Display) -> Self {
         self.context = format!("{place}: {}", self.context);
         self
@@ -101,7 +101,7 @@ impl From<candle_core::Error> for Error {
 }
 
 impl Error {
-    /// candle's error at `place`, with memory that ran out told from other failures.
+    /// Converts candle's error at `place`; running out of GPU memory becomes [`ErrorKind::Memory`].
     fn below(place: impl Display, error: &candle_core::Error) -> Self {
         let text = plain(error);
         match text.contains("OUT_OF_MEMORY") || text.contains("ALLOC_FAILED") {
@@ -111,7 +111,7 @@ impl Error {
     }
 }
 
-/// candle's message on one line: under `RUST_BACKTRACE` its own display carries a backtrace.
+/// Returns candle's message on one line: with `RUST_BACKTRACE` set, its `Display` includes a backtrace.
 pub(crate) fn plain(error: &candle_core::Error) -> String {
     use candle_core::Error as Candle;
     match error {
@@ -121,9 +121,12 @@ pub(crate) fn plain(error: &candle_core::Error) -> String {
     }
 }
 
-/// Names the place where a lower layer's error arose.
+/// Converts errors of candle and `std::io`, adding the place that they concern.
 pub trait At<T> {
-    /// Converts the error, with `place` as its context.
+    /// Converts the error to an [`Error`] with context `place`.
+    ///
+    /// # Errors
+    /// The converted error.
     fn at(self, place: impl Display) -> Result<T>;
 }
 

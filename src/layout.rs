@@ -1,14 +1,15 @@
-//! What each layer becomes under a method, resolved once.
+//! Layout: the kind of every layer and its cache sizes under a method, resolved once.
 //!
-//! [`Layout::new`] is the only place where a specification and a method are matched. Cache construction, mixers, the ledger, the memory
-//! budget, the bytes that a benchmark counts, the captured decode step and the ablation's graph all read its [`LayerPlan`]s.
+//! [`Layout::new`] is the only place where a specification and a method are combined. Cache construction, mixers, the
+//! memory ledger, the memory budget, byte counts of benchmarks, the captured decode step and the ablation's graph all
+//! read its [`LayerPlan`]s.
 //!
-//! | layer of the model | method | becomes | raw rows | other rows |
+//! | layer of the model | method | kind | raw rows | other rows |
 //! |---|---|---|---|---|
 //! | sliding | any | [`LayerKind::Sliding`] | `min(window, ctx)` | |
 //! | full | stock, or not in the plan | [`LayerKind::Full`] | `ctx` | |
-//! | full | in the plan | [`LayerKind::Butterfly`] | `min((w + 1) B, ctx)` | sinks; as many summaries as the rule's stage reads back |
-//! | full | eviction | [`LayerKind::Evict`] | the rule's | queries that the rule must see |
+//! | full | in the plan | [`LayerKind::Butterfly`] | `min((w + 1) B, ctx)` | sinks, summaries of the layer's stage |
+//! | full | eviction | [`LayerKind::Evict`] | by the rule | last queries that the rule observes |
 
 use crate::cache::PoolBytes;
 use crate::error::{Error, Result};
@@ -21,7 +22,7 @@ use crate::spec::{AttentionKind, AttentionSpec, ModelSpec};
 use candle_core::DType;
 use std::ops::Range;
 
-/// A model's layers under a method, provisioned for a context.
+/// Layers of a model under a method, sized for a context length.
 #[derive(Debug, Clone)]
 pub struct Layout {
     /// One plan per layer.
@@ -30,10 +31,10 @@ pub struct Layout {
     ctx: usize,
 }
 
-/// One layer: what it computes and what its cache allocates.
+/// Kind and cache size of one layer.
 #[derive(Debug, Clone)]
 pub struct LayerPlan {
-    /// What the layer computes.
+    /// Kind of attention.
     pub kind: LayerKind,
     /// Query heads, `H`.
     pub heads: usize,
@@ -41,90 +42,91 @@ pub struct LayerPlan {
     pub kv_heads: usize,
     /// Head dimension, `D`.
     pub head_dim: usize,
-    /// Raw rows allocated.
+    /// Cache rows of raw keys and values to allocate.
     pub raw_rows: usize,
-    /// Raw rows that the stock model would allocate.
+    /// Cache rows that the stock model allocates.
     pub dense_rows: usize,
 }
 
-/// What a layer computes.
+/// Kind of attention in a layer.
 #[derive(Debug, Clone)]
 pub enum LayerKind {
     /// Dense causal attention.
     Full,
-    /// Causal attention over the last `window` positions, the query's own among them.
+    /// Causal attention over the last `window` positions, the query's own included.
     Sliding {
-        /// Positions read.
+        /// Number of positions read.
         window: usize,
     },
     /// Compressed butterfly attention.
     Butterfly(Box<ButterflyLayer>),
-    /// Dense attention over the tokens that a rule keeps.
+    /// Dense attention over the tokens that an eviction rule keeps.
     Evict(Box<EvictLayer>),
 }
 
-/// A layer with butterfly attention: its settings, the rule and the grid resolved.
+/// A layer with butterfly attention: settings, rule and block grid.
 #[derive(Debug, Clone)]
 pub struct ButterflyLayer {
-    /// The plan's settings.
+    /// Settings of the retrofit plan.
     pub settings: Settings,
-    /// The block grid of the provisioned context.
+    /// Block grid of the context.
     pub grid: Grid,
     /// Index among the swapped layers, `j`.
     pub ordinal: usize,
-    /// Positions the model was trained for: the furthest distance under `--far-position clamp`.
+    /// Trained length in positions: the largest distance of a summary under `--far-position clamp`.
     pub trained: usize,
-    /// Sink rows allocated.
+    /// Sink rows to allocate.
     pub sink_rows: usize,
-    /// Summary rows allocated.
+    /// Summary rows to allocate.
     pub summary_rows: usize,
     rule: &'static dyn Selector,
 }
 
-/// A layer whose cache evicts.
+/// A layer with an evicting cache.
 #[derive(Debug, Clone)]
 pub struct EvictLayer {
-    /// The plan.
+    /// Eviction plan.
     pub plan: EvictionPlan,
-    /// Its rule.
+    /// Rule of the plan.
     pub rule: &'static dyn Eviction,
-    /// Last queries that the rule must see.
+    /// Number of last queries that the rule scores with.
     pub observed: usize,
     /// Factor on dot products.
     pub scale: f32,
     ctx: usize,
 }
 
-/// The longest context: positions are exact in f32 that far.
+/// Largest context length: f32 represents positions exactly up to here.
 pub const MAX_CONTEXT: usize = 1 << 24;
 
-/// Bytes of a whole cache.
+/// Sizes of a model's cache in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheBytes {
-    /// The most that is allocated at once: where a rule evicts once, all layers before it and the copy that the largest can make.
+    /// Upper bound on the bytes allocated at once: all layers before eviction, plus the largest copy that a rule makes
+    /// when it evicts once.
     pub peak: u64,
-    /// What is left once every rule has evicted; `peak` where none evicts.
+    /// Bytes allocated after every rule that evicts once has done so.
     pub settled: u64,
-    /// What the stock model allocates.
+    /// Bytes that the stock model allocates.
     pub dense: u64,
 }
 
 impl Layout {
-    /// Resolves `method` for every layer of `spec`, provisioned for `ctx` positions.
+    /// Resolves `method` for every layer of `spec` with a context of `ctx` positions.
     ///
     /// # Errors
-    /// A context of 0 or above [`MAX_CONTEXT`]; a plan that does not fit the model; an unknown rule.
+    /// `ctx` is 0 or above [`MAX_CONTEXT`]; the plan does not fit the model; a rule is unknown.
     pub fn new(spec: &ModelSpec, method: impl Into<Method>, ctx: usize) -> Result<Self> {
         let method = method.into();
         method.check(spec)?;
         Self::resolve(spec, method, ctx, false)
     }
 
-    /// As [`Layout::new`], but every summary pool holds all that any block could read, instead of what the layer's stage needs: the
-    /// same logits for more memory, which is how the stage-sized pools are checked.
+    /// Resolves like [`Layout::new`], but with summary pools that store every block that can be read, not only the rows
+    /// that the layer's stage needs. Logits are the same; tests compare the two.
     ///
     /// # Errors
-    /// As [`Layout::new`].
+    /// Those of [`Layout::new`].
     pub fn with_full_pools(spec: &ModelSpec, method: impl Into<Method>, ctx: usize) -> Result<Self> {
         let method = method.into();
         method.check(spec)?;
@@ -170,17 +172,17 @@ impl Layout {
         Ok(Self { layers, method, ctx })
     }
 
-    /// How the full-attention layers are run.
+    /// Returns the method that the layout was made for.
     pub fn method(&self) -> &Method {
         &self.method
     }
 
-    /// Positions provisioned.
+    /// Returns the context length in positions.
     pub fn ctx(&self) -> usize {
         self.ctx
     }
 
-    /// Bytes of the cache with keys and values in `dtype`.
+    /// Returns the sizes of the cache with keys and values in `dtype`.
     pub fn bytes(&self, dtype: DType) -> CacheBytes {
         let (mut own, mut settled, mut dense, mut copy) = (0, 0, 0, 0);
         for l in &self.layers {
@@ -192,18 +194,23 @@ impl Layout {
         CacheBytes { peak: own.saturating_add(copy), settled, dense }
     }
 
-    /// Bytes of keys and values that queries at `positions` read, all together, each once per KV head.
+    /// Returns the bytes of keys and values that queries at `positions` read in total; each row counts once per KV head
+    /// and query.
+    ///
+    /// # Errors
+    /// An eviction rule is unknown.
     pub fn bytes_read(&self, positions: Range<usize>, dtype: DType) -> Result<u64> {
         let read = |l: &LayerPlan| Ok(l.row_bytes(dtype) * l.rows_read(positions.clone())? as u64);
         self.layers.iter().map(read).sum()
     }
 
-    /// The layers with butterfly attention, in order of their ordinals.
+    /// Returns the layers with butterfly attention, in model order.
     pub fn butterfly(&self) -> impl Iterator<Item = &ButterflyLayer> {
         self.layers.iter().filter_map(LayerPlan::butterfly)
     }
 
-    /// Share of the earlier blocks whose state reaches the last one through the swapped layers; `None` where none is swapped.
+    /// Returns the share of earlier blocks whose state reaches the last block through the swapped layers; `None`
+    /// without swapped layers.
     pub fn reach(&self) -> Option<f64> {
         let first = self.butterfly().next()?;
         Some(selector::reach(first.rule, &first.grid, self.butterfly().count(), first.settings.partner_count))
@@ -211,7 +218,7 @@ impl Layout {
 }
 
 impl LayerPlan {
-    /// The layer's butterfly attention, if it has that.
+    /// Returns the layer's butterfly attention, if it is a butterfly layer.
     pub fn butterfly(&self) -> Option<&ButterflyLayer> {
         match &self.kind {
             LayerKind::Butterfly(b) => Some(b),
@@ -219,12 +226,12 @@ impl LayerPlan {
         }
     }
 
-    /// `(G, D)`.
+    /// Returns the shape of a cache row, `(G, D)`.
     pub fn row(&self) -> (usize, usize) {
         (self.kv_heads, self.head_dim)
     }
 
-    /// The raw positions that a query reads.
+    /// Returns the window of raw positions that a query reads.
     pub fn window(&self) -> Window {
         match &self.kind {
             LayerKind::Full | LayerKind::Evict(_) => Window::Unbounded,
@@ -233,7 +240,7 @@ impl LayerPlan {
         }
     }
 
-    /// Bytes allocated by pool.
+    /// Returns the bytes to allocate, by pool.
     pub fn bytes(&self, dtype: DType) -> PoolBytes {
         let rows = |n: usize| self.row_bytes(dtype).saturating_mul(n as u64);
         let mut bytes = PoolBytes { local: rows(self.raw_rows), ..PoolBytes::default() };
@@ -251,8 +258,12 @@ impl LayerPlan {
         bytes
     }
 
-    /// Rows of keys and values that queries at `positions` read, all together: the window, sinks left of it and routed summaries, or
-    /// what a rule kept of the context before `positions` and the tokens after.
+    /// Returns the rows of keys and values that queries at `positions` read in total: the window, sinks left of it and
+    /// routed summaries; in an evicting layer the kept rows of the context, which ends before `positions`, and the
+    /// tokens after it.
+    ///
+    /// # Errors
+    /// The eviction rule is unknown.
     pub fn rows_read(&self, positions: Range<usize>) -> Result<usize> {
         match &self.kind {
             LayerKind::Butterfly(b) => Ok(b.rows_read(positions)),
@@ -261,7 +272,10 @@ impl LayerPlan {
         }
     }
 
-    /// Bytes that evicting takes besides what the layer holds before and after, with `element` bytes a number.
+    /// Returns the bytes of temporary memory of an eviction, with `element` bytes per number.
+    ///
+    /// # Errors
+    /// The eviction rule is unknown.
     pub fn scratch(&self, element: usize) -> Result<u64> {
         match &self.kind {
             LayerKind::Evict(e) => e.plan.scratch(e.ctx, self, element),
@@ -269,7 +283,7 @@ impl LayerPlan {
         }
     }
 
-    /// Bytes of a key and a value, all KV heads.
+    /// Returns the bytes of one position's key and value, all KV heads.
     fn row_bytes(&self, dtype: DType) -> u64 {
         2 * (self.kv_heads * self.head_dim * dtype.size_in_bytes()) as u64
     }
@@ -281,8 +295,8 @@ impl LayerPlan {
         }
     }
 
-    /// Most bytes of the rows that are copied when the context is over: those of the fewest tokens that are cut at all, and of what is
-    /// left of the context then.
+    /// Returns the largest size of the copy made at the end of the context, in bytes. The copy has room for `budget`
+    /// kept rows and the rest of the context, which is most when the context ends at `budget + 1` tokens.
     fn copy_bytes(&self, dtype: DType) -> u64 {
         match &self.kind {
             LayerKind::Evict(e) if e.when() == When::Once && e.plan.budget < e.ctx => {
@@ -294,7 +308,7 @@ impl LayerPlan {
 }
 
 impl ButterflyLayer {
-    /// The `ordinal`-th swapped layer under `rule`, provisioned for `ctx` positions; trained for any length.
+    /// Creates the `ordinal`-th swapped layer under `rule` for a context of `ctx` positions; `trained` is unlimited.
     pub fn new(settings: &Settings, rule: &'static dyn Selector, ordinal: usize, ctx: usize) -> Self {
         let grid = settings.grid(ctx);
         Self {
@@ -308,7 +322,7 @@ impl ButterflyLayer {
         }
     }
 
-    /// Blocks whose summaries `block` reads, in rising order: those of the rule that hold at least one pooled position.
+    /// Returns the blocks whose summaries `block` reads, in ascending order; blocks of sinks alone have no summary.
     pub fn route(&self, block: usize) -> Vec<usize> {
         let s = &self.settings;
         let mut blocks = selector::route(self.rule, &self.grid, self.ordinal, s.partner_count, block);
@@ -316,12 +330,12 @@ impl ButterflyLayer {
         blocks
     }
 
-    /// Added to the logit of block `n`'s summary: `β ln(count)`.
+    /// Returns the bias on the logit of block `n`'s summary, `β ln(count)`.
     pub fn bias(&self, n: usize) -> f32 {
         (self.settings.summary_bias * (self.settings.pooled_count(n) as f64).ln()) as f32
     }
 
-    /// Rows of the local ring: a token finds its whole window there whatever its place in its block.
+    /// Returns the rows of the local ring, `(w + 1) B`: the window and the query's own block.
     fn ring_rows(&self) -> usize {
         (self.settings.window_blocks() + 1) * self.settings.block
     }
@@ -347,7 +361,7 @@ impl EvictLayer {
         Ok(Self { plan: plan.clone(), rule, observed: rule.observes(plan).min(ctx), scale: a.scale as f32, ctx })
     }
 
-    /// When its rule evicts.
+    /// Returns when the rule evicts.
     pub fn when(&self) -> When {
         self.rule.when(&self.plan)
     }

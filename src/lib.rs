@@ -1,11 +1,11 @@
-//! bfly: long contexts for pretrained models, in memory that does not grow with the text.
+//! bfly: long contexts for pretrained language models, with a KV cache of fixed size.
 //!
-//! A Hugging Face checkpoint is taken as it is; some of its attention layers are swapped for **compressed butterfly
-//! attention** (an exact local window, attention sinks and mean-pooled block summaries reached over a deterministic graph)
-//! and backed by a **two-pool KV cache of fixed size**. No training.
+//! Loads an unmodified Hugging Face or GGUF checkpoint and replaces some of its attention layers by **compressed
+//! butterfly attention** (exact local window, attention sinks, and mean-pooled block summaries reached over a
+//! deterministic graph) with a **two-pool KV cache of fixed size**. No training.
 //!
 //! ```text
-//! checkpoint --> spec --+--> layout (which mixer, which state, which bytes: decided once)
+//! checkpoint --> spec --+--> layout (mixer, state and bytes per layer, resolved once)
 //! hub, safetensors,     |       |
 //! gguf                  +--> weights (immutable, shared) --> run = layout + weights + cache + stream
 //!                               |                              |
@@ -15,24 +15,24 @@
 //!                     generate (prefill, decode) --------------+--> eval: bench, quality --> JSON --> plot
 //! ```
 //!
-//! | module | owns |
+//! | module | contents |
 //! |---|---|
-//! | [`checkpoint`] | where weights come from, in what form they are held, tokenizers |
-//! | [`spec`], [`family`] | what a configuration says, per model family |
-//! | [`tensors`] | the one schema of tensor names |
-//! | [`method`], [`retrofit`], [`eviction`] | stock, retrofit or eviction: the plans a model is run by |
-//! | [`selector`] | which blocks a block reads |
-//! | [`layout`] | what each layer becomes under a method: mixer, state, bytes, rows read |
-//! | [`weights`], [`run`] | immutable weights, shared; one text read by one method, with cache and stream |
-//! | [`mixer`], [`nn`], [`ops`] | attention per layer kind; the layers between; operators, each with a reference |
-//! | [`cache`] | fixed allocations, bytes by pool |
+//! | [`checkpoint`] | loading of checkpoints, weight types, tokenizers |
+//! | [`spec`], [`family`] | configuration and model specification, per model family |
+//! | [`tensors`] | tensor names and shapes |
+//! | [`method`], [`retrofit`], [`eviction`] | methods (stock, retrofit, eviction) and their plans |
+//! | [`selector`] | rules that choose which earlier blocks a block reads |
+//! | [`layout`] | kind, cache size and rows read of every layer under a method |
+//! | [`weights`], [`run`] | shared immutable weights; a run with its cache and stream |
+//! | [`mixer`], [`nn`], [`ops`] | attention variants; linear, norm, RoPE and MLP layers; operators |
+//! | [`cache`] | KV caches of fixed size, bytes by pool |
 //! | [`generate`] | prefill, decode, sampling, chat template |
-//! | `eval` (feature) | benchmarks, quality, figures |
-//! | `cli` (feature) | flags, progress, the memory ledger |
+//! | `eval` (feature) | benchmarks, quality evaluation, figures |
+//! | `cli` (feature) | flags, progress bars, the memory ledger |
 //!
 //! # Example
 //!
-//! Greedy continuation of a few token ids with every full-attention layer swapped:
+//! Greedy decoding of a few tokens with every full-attention layer swapped:
 //!
 //! ```
 //! use bfly::checkpoint::{Checkpoint, OpenOptions, WeightDtype, WeightFormat};

@@ -1,26 +1,27 @@
-//! How a model's full-attention layers are run: stock, retrofit or eviction.
+//! Methods: how the full-attention layers run (stock, retrofit or eviction).
 
 use crate::error::Result;
 use crate::eviction::EvictionPlan;
 use crate::retrofit::RetrofitPlan;
 use crate::spec::ModelSpec;
 
-/// A way to run the full-attention layers; sliding layers are the same under each.
+/// How the full-attention layers run; sliding-window layers do not change.
 ///
-/// Functions that take `impl Into<Method>` accept a plan as it is: `Some(&plan)` or `None` of a retrofit, `&plan` of an eviction.
+/// Functions that take `impl Into<Method>` accept plans: an `Option<&RetrofitPlan>` (`None` is stock), a
+/// `&RetrofitPlan` or an `&EvictionPlan`.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub enum Method {
-    /// As the model came.
+    /// The unmodified model.
     #[default]
     Stock,
-    /// Butterfly attention in the layers that the plan names, the others as they came.
+    /// Butterfly attention in the layers that the plan lists, dense attention in the others.
     Butterfly(RetrofitPlan),
-    /// Dense attention over the tokens that a rule keeps, in every layer.
+    /// Dense attention over the tokens that a rule keeps, in every full-attention layer.
     Evict(EvictionPlan),
 }
 
 impl Method {
-    /// Whether it can run `spec`.
+    /// Checks the method's plan against the model `spec`.
     ///
     /// # Errors
     /// Those of [`RetrofitPlan::check`] and [`EvictionPlan::check`].
@@ -32,7 +33,7 @@ impl Method {
         }
     }
 
-    /// The retrofit, if it is one.
+    /// Returns the retrofit plan, if the method has one.
     pub fn plan(&self) -> Option<&RetrofitPlan> {
         match self {
             Self::Butterfly(plan) => Some(plan),
@@ -40,7 +41,7 @@ impl Method {
         }
     }
 
-    /// The eviction, if it is one.
+    /// Returns the eviction plan, if the method has one.
     pub fn eviction(&self) -> Option<&EvictionPlan> {
         match self {
             Self::Evict(plan) => Some(plan),

@@ -1,18 +1,18 @@
-//! Panics of the layers below, turned into errors.
+//! Converts panics of dependencies into errors.
 
 use std::cell::Cell;
 use std::panic::{catch_unwind, set_hook, take_hook, AssertUnwindSafe};
 use std::sync::Once;
 
 thread_local! {
-    /// Whether a panic of this thread is caught and told as an error.
+    /// Whether a panic of this thread is caught, and so must not be printed.
     static CAUGHT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `f` and returns the message of its panic, which is not printed, where it panics.
+/// Runs `f`; if it panics, returns the panic's message without printing it.
 ///
-/// What `f` was changing when it panicked may be incomplete: the caller drops it.
-pub(crate) fn caught<T>(f: impl FnOnce() -> T) -> Result<T, String> {
+/// State that `f` modified may be incomplete after a panic: the caller must drop it.
+pub(crate) fn catch_panic<T>(f: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let before = take_hook();
@@ -28,7 +28,7 @@ pub(crate) fn caught<T>(f: impl FnOnce() -> T) -> Result<T, String> {
     done.map_err(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
         let line = text.and_then(|t| t.lines().next()).unwrap_or("no message");
-        format!("the reader panicked: {line}")
+        format!("a library panicked: {line}")
     })
 }
 
@@ -38,8 +38,8 @@ mod tests {
 
     #[test]
     fn a_panic_becomes_its_message() {
-        assert_eq!(caught(|| 3), Ok(3));
-        let message = caught(|| [0][std::hint::black_box(7)]).unwrap_err();
+        assert_eq!(catch_panic(|| 3), Ok(3));
+        let message = catch_panic(|| [0][std::hint::black_box(7)]).unwrap_err();
         assert!(message.contains("index out of bounds"), "{message}");
     }
 }

@@ -1,4 +1,4 @@
-//! Which layers become butterfly attention, with what settings: plain data, saved as JSON.
+//! Retrofit plans: the layers to swap for butterfly attention and their settings, saved as JSON.
 
 use crate::error::{At, Error, Result};
 use crate::layout::MAX_CONTEXT;
@@ -8,63 +8,63 @@ use crate::spec::{AttentionKind, ModelSpec};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// Where the raw window's left edge lies.
+/// Alignment of the raw window's left edge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "snake_case")]
 pub enum WindowAlign {
-    /// On a block's edge: every past token is raw or in a completed block left of it.
+    /// Aligned to a block: every past token is in the window or in a completed block left of it.
     Block,
-    /// `window` tokens back: the published form, which leaves holes; for comparison only.
+    /// Exactly the last `window` tokens, as published: some tokens are neither in the window nor in a readable summary.
     Token,
 }
 
-/// Whether keys are pooled with or without their rotation.
+/// Whether keys are averaged after or before rotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Pool {
-    /// The mean of rotated keys.
+    /// Mean of rotated keys.
     PostRope,
-    /// The mean of unrotated keys, rotated at the mean of their positions.
+    /// Mean of unrotated keys, rotated at the mean of their positions.
     PreRope,
 }
 
-/// At what distance a summary is scored.
+/// Relative position at which a summary is scored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "snake_case")]
 pub enum FarPosition {
-    /// Its own.
+    /// True relative position of the summary.
     True,
-    /// Its own, but never beyond the trained length. Needs `pre-rope`.
+    /// True relative position, limited to the trained length; requires `--pool pre-rope`.
     Clamp,
 }
 
-/// The settings of butterfly attention.
+/// Settings of butterfly attention.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
-    /// `B`, positions per block.
+    /// Block size in tokens, `B`.
     pub block: usize,
     /// Raw window in tokens, `w · B`.
     pub window: usize,
-    /// Where its left edge lies.
+    /// Alignment of the window's left edge.
     pub window_align: WindowAlign,
-    /// `S`, first positions that are always raw.
+    /// Number of attention sinks, `S`: first positions that every query reads raw.
     pub sink_tokens: usize,
-    /// The rule's name.
+    /// Name of the selector rule.
     pub partner: String,
-    /// Stages read at once.
+    /// Stages of the rule per layer.
     pub partner_count: usize,
     /// Distance of stage 0 in blocks; `w + 1` if not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shift_unit: Option<usize>,
-    /// How keys are pooled.
+    /// Whether keys are averaged after or before rotation.
     pub pool: Pool,
     /// `β` of the bias `β ln(count)` on a summary's logit.
     pub summary_bias: f64,
-    /// At what distance summaries are scored.
+    /// Relative position at which summaries are scored.
     pub far_position: FarPosition,
     /// Seed of the `random` rule.
     pub seed: u64,
@@ -89,7 +89,10 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// Refuses settings that are out of range or contradict each other, naming the flag.
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// A setting is out of range, or settings contradict each other; the message names the flag.
     pub fn validate(&self) -> Result<()> {
         let fail = |flag: &str, message: String| Err(Error::usage(flag, message));
         if self.block == 0 || self.block > 1 << 20 {
@@ -105,11 +108,11 @@ impl Settings {
         }
         for (flag, tokens) in [("--window", self.window), ("--sink-tokens", self.sink_tokens)] {
             if tokens > MAX_CONTEXT {
-                return fail(flag, format!("{tokens} tokens are more than any context here; give at most 16M"));
+                return fail(flag, format!("{tokens} tokens are more than the longest context; give at most 16M"));
             }
         }
         if self.window_align == WindowAlign::Token && self.window == 0 {
-            return fail("--window", "a token-aligned window of 0 does not hold the query's own position".into());
+            return fail("--window", "a token-aligned window of 0 excludes the query's own position".into());
         }
         if self.partner_count == 0 {
             return fail("--partner-count", "must be at least 1; use --partner local for no summaries".into());
@@ -123,13 +126,13 @@ impl Settings {
         if self.far_position == FarPosition::Clamp && self.pool == Pool::PostRope {
             return fail(
                 "--far-position",
-                "clamp moves a summary, which only unrotated keys allow: add --pool pre-rope".into(),
+                "clamp rotates summaries anew, which needs unrotated keys: add --pool pre-rope".into(),
             );
         }
         selector::find(&self.partner).map(|_| ())
     }
 
-    /// The raw positions that a query reads.
+    /// Returns the window of raw positions that a query reads.
     pub fn raw_window(&self) -> Window {
         match self.window_align {
             WindowAlign::Block => Window::Blocks { block: self.block, count: self.window_blocks() },
@@ -137,23 +140,23 @@ impl Settings {
         }
     }
 
-    /// `w`, the window in blocks.
+    /// Returns the window in blocks, `w`.
     pub fn window_blocks(&self) -> usize {
         self.window / self.block
     }
 
-    /// The block grid for `ctx` provisioned positions.
+    /// Returns the block grid of a context of `ctx` positions.
     pub fn grid(&self, ctx: usize) -> Grid {
         let window = self.window_blocks();
         Grid { blocks: ctx.div_ceil(self.block), window, unit: self.shift_unit.unwrap_or(window + 1), seed: self.seed }
     }
 
-    /// Positions of block `n` that are pooled (all but sinks).
+    /// Returns the number of pooled positions of block `n` (all but sinks).
     pub fn pooled_count(&self, n: usize) -> usize {
         self.block - self.sink_tokens.saturating_sub(n * self.block).min(self.block)
     }
 
-    /// Mean of the positions pooled in block `n`, at which a mean of unrotated keys is rotated.
+    /// Returns the mean of the pooled positions of block `n`, at which a mean of unrotated keys is rotated.
     pub fn pooled_position(&self, n: usize) -> f32 {
         let first = (n * self.block).max(self.sink_tokens) as f64;
         let last = ((n + 1) * self.block - 1) as f64;
@@ -161,27 +164,30 @@ impl Settings {
     }
 }
 
-/// A plan: the swapped layers, all with the same settings.
+/// A retrofit plan: the swapped layers and their common settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RetrofitPlan {
-    /// Version of this form.
+    /// Schema version: [`PLAN_VERSION`].
     pub schema_version: u32,
-    /// Family and layer count of the model the plan was made for.
+    /// Family of the model that the plan was made for.
     pub family: String,
-    /// Layers of that model.
+    /// Number of layers of that model.
     pub model_layers: usize,
-    /// Indices of the swapped layers, rising.
+    /// Indices of the swapped layers, ascending.
     pub layers: Vec<usize>,
-    /// Their settings.
+    /// Settings of all swapped layers.
     pub settings: Settings,
 }
 
-/// The form that this build writes and reads.
+/// Schema version of plans that this build reads and writes.
 pub const PLAN_VERSION: u32 = 1;
 
 impl RetrofitPlan {
-    /// A plan for `spec`. `layers` of `None` takes every full-attention layer.
+    /// Creates a plan for `spec`; `layers` of `None` swaps every full-attention layer.
+    ///
+    /// # Errors
+    /// Those of [`RetrofitPlan::check`].
     pub fn new(spec: &ModelSpec, layers: Option<Vec<usize>>, settings: Settings) -> Result<Self> {
         let mut layers = layers.unwrap_or_else(|| spec.full_layers());
         layers.sort_unstable();
@@ -197,14 +203,18 @@ impl RetrofitPlan {
         Ok(plan)
     }
 
-    /// Whether the plan fits `spec`.
+    /// Checks the plan against the model `spec`.
+    ///
+    /// # Errors
+    /// The settings are invalid; the plan is for another family or number of layers; its layers are empty, unsorted,
+    /// out of range or not full-attention layers.
     pub fn check(&self, spec: &ModelSpec) -> Result<()> {
         self.settings.validate()?;
         if (self.family.as_str(), self.model_layers) != (&spec.family, spec.layers.len()) {
             return Err(Error::usage(
                 "--plan",
                 format!(
-                    "made for {} with {} layers; this model is {} with {}",
+                    "made for {} with {} layers; this model is {} with {} layers",
                     self.family,
                     self.model_layers,
                     spec.family,
@@ -213,7 +223,7 @@ impl RetrofitPlan {
             ));
         }
         if self.layers.is_empty() {
-            return Err(Error::usage("--layers", "names no layer to swap; use --stock to run the model as it came"));
+            return Err(Error::usage("--layers", "names no layer to swap; use --stock to run the unmodified model"));
         }
         if self.layers.windows(2).any(|pair| pair[0] >= pair[1]) {
             return Err(Error::usage("--plan", "lists its layers out of order or twice"));
@@ -223,7 +233,7 @@ impl RetrofitPlan {
             None => Ok(()),
             Some(l) => {
                 let why = match spec.attention().find(|(i, _)| i == l).map(|(_, a)| a.kind) {
-                    Some(AttentionKind::Sliding { .. }) => "is a sliding-window layer and stays as it is",
+                    Some(AttentionKind::Sliding { .. }) => "is a sliding-window layer and cannot be swapped",
                     _ => "is out of range",
                 };
                 Err(Error::usage("--layers", format!("layer {l} {why}; full-attention layers: {}", ranges(&full))))
@@ -231,20 +241,21 @@ impl RetrofitPlan {
         }
     }
 
-    /// The ordinal of `layer` among the swapped ones.
+    /// Returns the index of `layer` among the swapped layers, if it is one.
     pub fn ordinal(&self, layer: usize) -> Option<usize> {
         self.layers.binary_search(&layer).ok()
     }
 
-    /// Reads a plan, and refuses settings that no model takes.
+    /// Reads a plan.
     ///
     /// # Errors
-    /// A file that cannot be read, is damaged, or of another version.
+    /// The file cannot be read, is malformed, has another schema version, or holds invalid settings.
     pub fn load(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).at(path.display())?;
         let plan: Self = serde_json::from_str(&text).map_err(|e| Error::format(path.display(), e))?;
         if plan.schema_version != PLAN_VERSION {
-            let message = format!("is a plan of version {}; this build reads {PLAN_VERSION}", plan.schema_version);
+            let message =
+                format!("is a plan of version {}; this build reads version {PLAN_VERSION}", plan.schema_version);
             return Err(Error::format(path.display(), message));
         }
         plan.settings.validate().map_err(|e| e.within(path.display()))?;
@@ -252,7 +263,7 @@ impl RetrofitPlan {
     }
 }
 
-/// `0-3, 5, 8-9`: a compact list for messages.
+/// Formats sorted layer indices as a compact list such as `0-3, 5, 8-9`.
 pub fn ranges(sorted: &[usize]) -> String {
     let mut parts: Vec<(usize, usize)> = vec![];
     for &x in sorted {
@@ -265,7 +276,10 @@ pub fn ranges(sorted: &[usize]) -> String {
     parts.iter().map(show).collect::<Vec<_>>().join(", ")
 }
 
-/// Parses `all`, or a list such as `0-3,5`.
+/// Parses `all` (to `None`) or a list of layers such as `0-3,5`.
+///
+/// # Errors
+/// The text is neither.
 pub fn parse_layers(text: &str) -> Result<Option<Vec<usize>>> {
     if text == "all" {
         return Ok(None);
@@ -298,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn sinks_are_left_out_of_counts_and_mean_positions() {
+    fn sinks_do_not_count_as_pooled_positions() {
         let s = Settings { block: 8, window: 16, sink_tokens: 10, ..Settings::default() };
         assert_eq!((0..3).map(|n| s.pooled_count(n)).collect::<Vec<_>>(), [0, 6, 8]);
         assert_eq!(s.pooled_position(1), 12.5);

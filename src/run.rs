@@ -1,60 +1,62 @@
-//! A run: weights read by one method for one context, with a cache and a stream of its own.
+//! A run: shared weights with one layout, one cache and one device stream, processing one text.
 //!
-//! Many runs share one [`Weights`]; each reads one text. A chunk that fails leaves the cache incomplete, so the run refuses further use and
-//! says why; a prefill that is cancelled between chunks, or a decode that stops early, leaves it at exactly what was read.
+//! Many runs share one [`Weights`]. A chunk that fails leaves the cache incomplete, so the run refuses further use and
+//! reports why. A prefill cancelled between chunks and a decode that stops early leave the cache at exactly the tokens
+//! processed.
 
 use crate::cache::{Cache, LayerState};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::Layout;
 use crate::method::Method;
-use crate::mixer::{mix, Projections, Step};
+use crate::mixer::{mix, ChunkContext, Projections};
 use crate::weights::{Block, Lease, Weights};
 use candle_core::{DType, Device, Tensor};
 use std::sync::Arc;
 
-/// The residual stream, and what is yet to be added to it.
+/// The residual stream, and a layer output still to be added to it (the addition is fused with the next norm).
 type Pending = (Tensor, Option<Tensor>);
 
-/// What a layer is about to mix.
+/// Inputs of a layer's mixer, for an [`Observer`].
 pub struct Observed<'a> {
-    /// The layer's index.
+    /// Index of the layer.
     pub layer: usize,
-    /// The layer's projections.
+    /// Projections of the layer.
     pub projections: &'a Projections,
-    /// The normed residual stream, `[T, hidden]`.
+    /// Normed residual stream, `[T, hidden]`.
     pub x: &'a Tensor,
-    /// What all layers share.
-    pub step: &'a Step<'a>,
-    /// The layer's cache, before the chunk enters it.
+    /// Inputs that all layers share.
+    pub chunk: &'a ChunkContext<'a>,
+    /// Cache of the layer, before the chunk is stored.
     pub state: &'a LayerState,
 }
 
-/// Called before each layer's mixer.
+/// Callback before each layer's mixer.
 pub type Observer<'a> = &'a mut dyn FnMut(&Observed) -> Result<()>;
 
-/// Weights read by one method for one context.
+/// Shared weights with a layout, a cache and a device stream.
 pub struct Run {
     layout: Layout,
     cache: Cache,
-    /// Why the cache is incomplete, once it is.
-    broken: Option<String>,
+    /// Why the cache is incomplete, if it is.
+    poisoned: Option<String>,
     stream: Lease,
     weights: Arc<Weights>,
 }
 
 impl Run {
-    /// Allocates the cache of `method` (a plan, or `None` for the model as it came) for `ctx` positions; no tensor is read or copied.
+    /// Allocates the cache of `method` (a plan, or `None` for the stock model) for `ctx` positions; weights are not
+    /// copied.
     ///
     /// # Errors
-    /// A plan that does not fit the model; a cache that does not fit the device.
+    /// The plan does not fit the model; the cache does not fit the device.
     pub fn new(weights: &Arc<Weights>, method: impl Into<Method>, ctx: usize) -> Result<Self> {
         Self::with_layout(weights, Layout::new(weights.spec(), method, ctx)?)
     }
 
-    /// As [`Run::new`], for a layout of the same model.
+    /// Allocates the cache for a given layout.
     ///
     /// # Errors
-    /// A layout of another model; a cache that does not fit the device.
+    /// The layout was made for another model; the cache does not fit the device.
     pub fn with_layout(weights: &Arc<Weights>, layout: Layout) -> Result<Self> {
         let projections = weights.blocks.iter().map(|b| b.mixer.projections());
         let shapes = projections.map(|p| (p.heads, p.kv_heads, p.head_dim));
@@ -63,25 +65,25 @@ impl Run {
         }
         let stream = Lease::new(weights)?;
         let cache = Cache::new(&layout, weights.dtype(), stream.device())?;
-        Ok(Self { layout, cache, broken: None, stream, weights: weights.clone() })
+        Ok(Self { layout, cache, poisoned: None, stream, weights: weights.clone() })
     }
 
-    /// The weights.
+    /// Returns the weights.
     pub fn weights(&self) -> &Arc<Weights> {
         &self.weights
     }
 
-    /// What each layer does.
+    /// Returns the layout: what each layer computes and caches.
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
-    /// The cache.
+    /// Returns the cache.
     pub fn cache(&self) -> &Cache {
         &self.cache
     }
 
-    /// The device, with the run's own stream.
+    /// Returns the device, bound to the run's own stream.
     pub fn device(&self) -> &Device {
         self.stream.device()
     }
@@ -93,66 +95,67 @@ impl Run {
 
     /// Marks the cache as incomplete: every later use is refused with `why`.
     #[cfg(feature = "cuda")]
-    pub(crate) fn break_off(&mut self, why: impl Into<String>) {
-        self.broken = Some(why.into());
+    pub(crate) fn poison(&mut self, why: impl Into<String>) {
+        self.poisoned = Some(why.into());
     }
 
-    /// Refuses `count` more tokens where they do not fit the context, and a run whose cache is incomplete.
+    /// Checks that the run can process `count` more tokens.
     ///
     /// # Errors
-    /// As said.
+    /// The tokens do not fit the context; an earlier failure left the cache incomplete.
     pub fn admit(&self, count: usize) -> Result<()> {
-        match &self.broken {
+        match &self.poisoned {
             None => self.cache.admit(count),
             Some(why) => {
                 let message =
-                    format!("cannot go on after a failure that left its cache incomplete ({why}); start a new one");
+                    format!("cannot continue after a failure that left its cache incomplete ({why}); start a new one");
                 Err(Error::new(ErrorKind::Backend, "run", message))
             }
         }
     }
 
-    /// Reads `ids` after what the cache holds and returns the logits at the chunk-local positions `want`.
+    /// Processes `ids` as the next chunk and returns the logits at positions `want`, relative to the chunk.
     ///
     /// # Shapes
     /// f32 `[want.len(), vocab]`.
     ///
     /// # Errors
-    /// No ids, an id outside the vocabulary, more ids than the context has room for, or a position outside the chunk: all refused before
-    /// the cache changes. A failure after that leaves the cache incomplete, and the run refuses further use.
+    /// `ids` is empty or does not fit the context, an id is outside the vocabulary, or a position is outside the chunk:
+    /// refused before the cache changes. A later failure leaves the cache incomplete, and the run refuses further use.
     pub fn forward(&mut self, ids: &[u32], want: &[usize]) -> Result<Tensor> {
         self.check(ids, want)?;
-        // On a worker of the pool, so that each operator's parallel region costs a steal and not a sleep of this thread.
+        // On a worker of the pool: a parallel region entered from there starts by work stealing, from outside by a
+        // thread wake-up.
         rayon::scope(|_| self.chunk(ids, want, None))
     }
 
-    /// As [`Run::forward`]; `observer` is called before each layer's mixer.
+    /// Runs [`Run::forward`] with an observer that is called before each layer's mixer.
     ///
     /// # Errors
-    /// As [`Run::forward`], and those of `observer`.
+    /// Those of [`Run::forward`] and of `observer`.
     pub fn forward_observed(&mut self, ids: &[u32], want: &[usize], observer: Observer) -> Result<Tensor> {
         self.check(ids, want)?;
         self.chunk(ids, want, Some(observer))
     }
 
-    /// Tells every layer that the context is over, for methods that evict then ([`Cache::compress`]): what is read afterwards was unseen
-    /// when they chose. [`Run::generate`] does it at the end of its prompt.
+    /// Marks the end of the context, at which eviction rules evict ([`Cache::compress`]); they choose without having
+    /// seen later tokens. [`Run::generate`] calls it at the end of its prompt.
     ///
     /// # Errors
-    /// Those of [`Cache::compress`]; a run whose cache is incomplete.
+    /// Those of [`Cache::compress`]; an earlier failure left the cache incomplete.
     pub fn compress(&mut self) -> Result<()> {
         self.admit(0)?;
         self.cache.compress()
     }
 
-    /// As [`Run::admit`], and refuses ids outside the vocabulary: a kernel would read past the embedding.
+    /// Checks [`Run::admit`], and that all ids are in the vocabulary: a kernel would read past the embedding.
     pub(crate) fn admit_ids(&self, ids: &[u32]) -> Result<()> {
         self.admit(ids.len())?;
         let vocab = self.weights.spec().vocab;
         match ids.iter().find(|id| **id as usize >= vocab) {
             None => Ok(()),
             Some(id) => {
-                let message = format!("{id} is outside the vocabulary of {vocab}");
+                let message = format!("{id} is outside the vocabulary of {vocab} tokens");
                 Err(Error::new(ErrorKind::Usage, "token ids", message))
             }
         }
@@ -161,19 +164,23 @@ impl Run {
     fn check(&self, ids: &[u32], want: &[usize]) -> Result<()> {
         self.admit_ids(ids)?;
         if ids.is_empty() {
-            return Err(Error::new(ErrorKind::Usage, "prompt", "holds no tokens"));
+            return Err(Error::new(ErrorKind::Usage, "prompt", "is empty"));
         }
         if let Some(w) = want.iter().find(|w| **w >= ids.len()) {
-            return Err(Error::new(ErrorKind::Usage, "logits", format!("position {w} of a chunk of {}", ids.len())));
+            return Err(Error::new(
+                ErrorKind::Usage,
+                "logits",
+                format!("position {w} is outside a chunk of {} tokens", ids.len()),
+            ));
         }
         Ok(())
     }
 
     fn chunk(&mut self, ids: &[u32], want: &[usize], observer: Option<Observer>) -> Result<Tensor> {
-        // Stands if this unwinds.
-        self.broken = Some("a chunk panicked".into());
+        // Remains if this unwinds.
+        self.poisoned = Some("a chunk panicked".into());
         let made = self.layers(ids, want, observer);
-        self.broken = made.as_ref().err().map(|e| format!("a chunk failed: {e}"));
+        self.poisoned = made.as_ref().err().map(|e| format!("a chunk failed: {e}"));
         made
     }
 
@@ -181,7 +188,7 @@ impl Run {
         let (w, device, start) = (&*self.weights, self.stream.device(), self.cache.position());
         let positions = || (start..start + ids.len()).map(|p| p as f32);
         let tables: Result<Vec<_>> = w.ropes.iter().map(|r| r.table(positions(), device)).collect();
-        let step = Step { start, ropes: &w.ropes, tables: &tables? };
+        let chunk = ChunkContext { start, ropes: &w.ropes, tables: &tables? };
         let mut x = w.embed.rows(&Tensor::new(ids, device)?, w.dtype())?;
         on_stream(&x, device, "the embedding")?;
         if w.spec().embed_scale != 1.0 {
@@ -196,9 +203,9 @@ impl Run {
                 pending = None;
                 if let Some(observe) = &mut observer {
                     let projections = block.mixer.projections();
-                    observe(&Observed { layer: i, projections, x: &normed, step: &step, state })?;
+                    observe(&Observed { layer: i, projections, x: &normed, chunk: &chunk, state })?;
                 }
-                let y = mix(plan, block.mixer.projections(), &normed, &step, state)?;
+                let y = mix(plan, block.mixer.projections(), &normed, &chunk, state)?;
                 block.after_mix(x, y)
             };
             (x, pending) = pass().map_err(|e| e.within(format!("layer {i}")))?;
@@ -219,8 +226,7 @@ impl Run {
 }
 
 impl Block {
-    /// What follows the mixer's output `y`: returns the residual stream and what is yet to be added to it, so that additions share a
-    /// pass with the norms that follow them.
+    /// Applies the layer after its mixer, given the mixer's output `y`: norms and the feed-forward.
     fn after_mix(&self, x: Tensor, y: Tensor) -> Result<Pending> {
         let y = self.after_mixer.as_ref().map_or(Ok(y.clone()), |n| n.forward(&y))?;
         let (x, normed) = self.before_mlp.add(&x, Some(&y))?;
@@ -231,8 +237,8 @@ impl Block {
     }
 }
 
-/// Refuses, in debug builds, a tensor that was made on another stream than the run's: candle runs an operator on the stream of its first
-/// operand, and nothing orders one stream after another.
+/// Refuses, in debug builds, a tensor on another stream than the run's: candle runs an operator on the stream of its
+/// first operand, and nothing synchronises two streams.
 fn on_stream(x: &Tensor, device: &Device, what: &str) -> Result<()> {
     if cfg!(debug_assertions) && !x.device().same_device(device) {
         return Err(Error::new(ErrorKind::Backend, what, "was launched on another stream than the run's"));

@@ -1,13 +1,13 @@
-//! What a checkpoint's configuration says, as plain data.
+//! Configuration of a checkpoint and specification of its model, as plain data.
 //!
-//! [`Config`] is a `config.json` (a GGUF file's metadata is brought into the same form by `checkpoint::gguf`), read with
-//! errors that name the key. [`ModelSpec`] is what the model is built from: one [`LayerSpec`] per layer, no mathematics.
+//! [`Config`] is a `config.json`, or GGUF metadata converted to its keys by `checkpoint::gguf_keys`; its accessors
+//! return errors that name the key. [`ModelSpec`] describes the model to build: one [`LayerSpec`] per layer.
 
 use crate::error::{Error, Result};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-/// A `config.json`, with the name of the file it came from.
+/// The keys of a `config.json`, and the path of its file for errors.
 #[derive(Debug, Clone)]
 pub struct Config {
     origin: String,
@@ -15,7 +15,10 @@ pub struct Config {
 }
 
 impl Config {
-    /// Wraps a parsed object; `origin` names it in errors.
+    /// Wraps a parsed JSON object; `origin` names it in errors.
+    ///
+    /// # Errors
+    /// `value` is not an object.
     pub fn new(origin: impl Into<String>, value: Value) -> Result<Self> {
         let origin = origin.into();
         match value {
@@ -24,32 +27,35 @@ impl Config {
         }
     }
 
-    /// The name used in errors.
+    /// Returns the name used in errors.
     pub fn origin(&self) -> &str {
         &self.origin
     }
 
-    /// The raw value of `key`; `null` counts as absent.
+    /// Returns the value of `key`; `null` counts as absent.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.values.get(key).filter(|v| !v.is_null())
     }
 
-    /// Every key with its value, without those that are `null`.
+    /// Returns all keys with their values, except `null` ones.
     pub fn entries(&self) -> impl Iterator<Item = (&str, &Value)> {
         self.values.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.as_str(), v))
     }
 
-    /// Puts `value` under `key`.
+    /// Sets `key` to `value`.
     pub fn set(&mut self, key: &str, value: Value) {
         self.values.insert(key.into(), value);
     }
 
-    /// Puts `value` under `key` unless the key is there; a `null` that is there stays.
+    /// Sets `key` to `value` if the key is absent; a `null` is kept.
     pub fn set_missing(&mut self, key: &str, value: Value) {
         self.values.entry(key).or_insert(value);
     }
 
-    /// The object under `key` (`text_config`, `rope_parameters`, ...), if there is one.
+    /// Returns the object under `key` (`text_config`, `rope_parameters`, ...), if present.
+    ///
+    /// # Errors
+    /// The value is not an object.
     pub fn section(&self, key: &str) -> Result<Option<Config>> {
         match self.get(key) {
             None => Ok(None),
@@ -58,12 +64,18 @@ impl Config {
         }
     }
 
-    /// A required whole number from 1 to 2^24, which bounds every size a layer can have.
+    /// Returns a required whole number from 1 to 2^24, the limit for every dimension.
+    ///
+    /// # Errors
+    /// The key is missing, or the value is not such a number.
     pub fn size(&self, key: &str) -> Result<usize> {
         self.opt_size(key)?.ok_or_else(|| Error::format(&self.origin, format!("`{key}` is missing")))
     }
 
-    /// As [`Config::size`], where the key may be absent.
+    /// Returns an optional whole number from 1 to 2^24.
+    ///
+    /// # Errors
+    /// The value is not such a number.
     pub fn opt_size(&self, key: &str) -> Result<Option<usize>> {
         let Some(v) = self.get(key) else { return Ok(None) };
         match v.as_u64() {
@@ -72,23 +84,35 @@ impl Config {
         }
     }
 
-    /// A finite number, where the key may be absent.
+    /// Returns an optional finite number.
+    ///
+    /// # Errors
+    /// The value is not a finite number.
     pub fn opt_number(&self, key: &str) -> Result<Option<f64>> {
         let Some(v) = self.get(key) else { return Ok(None) };
         v.as_f64().filter(|x| x.is_finite()).map(Some).ok_or_else(|| self.bad(key, "a number", v))
     }
 
-    /// A finite number, or `default`.
+    /// Returns a finite number, or `default` if the key is absent.
+    ///
+    /// # Errors
+    /// The value is not a finite number.
     pub fn number_or(&self, key: &str, default: f64) -> Result<f64> {
         Ok(self.opt_number(key)?.unwrap_or(default))
     }
 
-    /// A required finite number.
+    /// Returns a required finite number.
+    ///
+    /// # Errors
+    /// The key is missing, or the value is not a finite number.
     pub fn number(&self, key: &str) -> Result<f64> {
         self.opt_number(key)?.ok_or_else(|| Error::format(&self.origin, format!("`{key}` is missing")))
     }
 
-    /// A truth value, or `default`.
+    /// Returns a boolean, or `default` if the key is absent.
+    ///
+    /// # Errors
+    /// The value is not a boolean.
     pub fn bool_or(&self, key: &str, default: bool) -> Result<bool> {
         match self.get(key) {
             None => Ok(default),
@@ -96,7 +120,10 @@ impl Config {
         }
     }
 
-    /// A string, where the key may be absent.
+    /// Returns an optional string.
+    ///
+    /// # Errors
+    /// The value is not a string.
     pub fn opt_str(&self, key: &str) -> Result<Option<&str>> {
         match self.get(key) {
             None => Ok(None),
@@ -104,7 +131,10 @@ impl Config {
         }
     }
 
-    /// Token ids under `key`: one number or an array of them.
+    /// Returns the token ids under `key`, one number or an array; empty if the key is absent.
+    ///
+    /// # Errors
+    /// The value is not a token id or an array of them.
     pub fn token_ids(&self, key: &str) -> Result<Vec<u32>> {
         let one = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
         let ids = match self.get(key) {
@@ -121,30 +151,30 @@ impl Config {
     }
 }
 
-/// Which keys a layer's attention reads before any retrofit.
+/// Positions that a layer's attention reads in the unmodified model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AttentionKind {
-    /// Every earlier position.
+    /// All earlier positions.
     Full,
-    /// The last `window` positions, the query's own among them.
+    /// The last `window` positions, the query's own included.
     Sliding {
-        /// Positions read.
+        /// Number of positions read.
         window: usize,
     },
 }
 
-/// The gated feed-forward's activation.
+/// Activation of the gated feed-forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
-    /// `x * sigmoid(x)`.
+    /// SiLU, `x * sigmoid(x)`.
     Silu,
-    /// The tanh approximation of GELU.
+    /// GELU in its tanh approximation.
     GeluTanh,
 }
 
-/// Where a block's norms stand.
+/// Placement of a layer's norms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Norms {
@@ -154,18 +184,18 @@ pub enum Norms {
     Sandwich,
 }
 
-/// One decoder layer: what mixes positions, what follows it, and where the norms stand.
+/// Specification of a decoder layer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LayerSpec {
-    /// How the layer mixes information across positions.
+    /// Token mixer.
     pub mixer: MixerSpec,
-    /// The gated feed-forward after it.
+    /// Gated feed-forward.
     pub feed_forward: FeedForwardSpec,
-    /// Where the norms stand.
+    /// Placement of the norms.
     pub norms: Norms,
 }
 
-/// How a layer mixes information across positions.
+/// Specification of a layer's token mixer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MixerSpec {
@@ -173,10 +203,10 @@ pub enum MixerSpec {
     Attention(AttentionSpec),
 }
 
-/// An attention layer as it was trained.
+/// Specification of an attention layer in the unmodified model.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct AttentionSpec {
-    /// Which keys a query reads.
+    /// Positions that a query reads.
     pub kind: AttentionKind,
     /// Query heads, `H`.
     pub heads: usize,
@@ -184,7 +214,7 @@ pub struct AttentionSpec {
     pub kv_heads: usize,
     /// Head dimension, `D`.
     pub head_dim: usize,
-    /// Factor on the logits, usually `1 / sqrt(D)`.
+    /// Factor on attention logits, usually `1 / sqrt(D)`.
     pub scale: f64,
     /// Index into [`ModelSpec::ropes`].
     pub rope: usize,
@@ -192,79 +222,80 @@ pub struct AttentionSpec {
     pub qkv_bias: bool,
     /// Whether the output projection has a bias.
     pub out_bias: bool,
-    /// Whether q and k are normed per head before rotation.
+    /// Whether each head of q and k is RMS-normed before rotation.
     pub qk_norm: bool,
 }
 
 impl AttentionSpec {
-    /// Width of the query projection, `H D`.
+    /// Returns the width of the query projection, `H D`.
     pub fn q_width(&self) -> usize {
         self.heads * self.head_dim
     }
 
-    /// Width of the key projection and of the value projection, `G D`.
+    /// Returns the width of the key and value projections, `G D` each.
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
     }
 }
 
-/// The gated feed-forward of a layer.
+/// Specification of a gated feed-forward.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct FeedForwardSpec {
-    /// Width of gate and up.
+    /// Width of the gate and up projections.
     pub width: usize,
     /// Activation of the gate.
     pub activation: Activation,
-    /// Whether its projections have biases.
+    /// Whether the projections have biases.
     pub bias: bool,
 }
 
-/// How rotary frequencies are changed to reach past the pretrained length.
+/// RoPE scaling: change of the rotary frequencies for contexts past the pretrained length.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum RopeScaling {
-    /// As trained.
+    /// No scaling.
     None,
-    /// Positions divided by `factor`.
+    /// Linear scaling: positions are divided by `factor`.
     Linear {
-        /// The divisor.
+        /// Divisor of positions.
         factor: f64,
     },
-    /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, a smooth ramp between.
+    /// Llama 3.1's scaling: frequencies of long wavelengths are divided by `factor`, short wavelengths unchanged, with
+    /// a smooth ramp between.
     Llama3 {
-        /// Divisor of the long wavelengths.
+        /// Divisor of the frequencies of long wavelengths.
         factor: f64,
-        /// Ramp start.
+        /// Wavelengths above `original / low_freq_factor` are fully scaled.
         low_freq_factor: f64,
-        /// Ramp end.
+        /// Wavelengths below `original / high_freq_factor` are unchanged.
         high_freq_factor: f64,
-        /// Positions before scaling.
+        /// Pretrained length before scaling.
         original: usize,
     },
-    /// YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp by wavelength, and a factor on cos and sin.
+    /// YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over dimensions, and a factor on cos and sin.
     Yarn {
-        /// Divisor of the long wavelengths.
+        /// Divisor of the frequencies of long wavelengths.
         factor: f64,
-        /// Positions before scaling.
+        /// Pretrained length before scaling.
         original: usize,
-        /// Rotations above which a dimension is kept.
+        /// Rotations over the pretrained length above which a dimension is unchanged.
         beta_fast: f64,
-        /// Rotations below which a dimension is fully interpolated.
+        /// Rotations over the pretrained length below which a dimension is fully interpolated.
         beta_slow: f64,
         /// Factor on cos and sin.
         attention_factor: f64,
         /// Whether the ramp's ends are rounded to whole dimensions.
         truncate: bool,
     },
-    /// One divisor per frequency, as GGUF files store it (`rope_freqs.weight`).
+    /// One divisor per frequency, from `rope_freqs.weight` of a GGUF file.
     Factors {
-        /// `D / 2` divisors.
+        /// Divisors, `D / 2` of them.
         divisors: Vec<f32>,
     },
 }
 
 impl RopeScaling {
-    /// A few words for a message: `yarn, factor 4`.
+    /// Returns a short description for messages, such as `yarn, factor 4`.
     pub fn describe(&self) -> String {
         match self {
             Self::None => "none".into(),
@@ -276,23 +307,23 @@ impl RopeScaling {
     }
 }
 
-/// One rotary embedding; layers name theirs by index.
+/// Specification of a rotary embedding; layers refer to it by index.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RopeSpec {
     /// Base of the frequencies.
     pub theta: f64,
-    /// Rotated dimensions, the whole head for the families here.
+    /// Rotated dimensions; the whole head in all supported families.
     pub dim: usize,
-    /// Scaling in force.
+    /// Scaling of the frequencies.
     pub scaling: RopeScaling,
 }
 
-/// A whole decoder.
+/// Specification of a decoder model.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ModelSpec {
-    /// The family's name, as in `config.json`'s `model_type`.
+    /// Family name, as in `config.json`'s `model_type`.
     pub family: String,
-    /// Rows of the embedding.
+    /// Vocabulary size: rows of the embedding.
     pub vocab: usize,
     /// Width of the residual stream.
     pub hidden: usize,
@@ -300,18 +331,18 @@ pub struct ModelSpec {
     pub norm_eps: f64,
     /// Factor on the embeddings (Gemma: `sqrt(hidden)`).
     pub embed_scale: f64,
-    /// Whether the head reads the embedding matrix.
+    /// Whether the output head uses the embedding matrix.
     pub tied: bool,
-    /// Positions the model was trained for.
+    /// Trained context length in positions.
     pub max_positions: usize,
     /// Rotary embeddings.
     pub ropes: Vec<RopeSpec>,
-    /// The layers, in order.
+    /// Decoder layers in order.
     pub layers: Vec<LayerSpec>,
 }
 
 impl ModelSpec {
-    /// The attention layers, each with its index.
+    /// Returns the attention layers, each with its index.
     pub fn attention(&self) -> impl Iterator<Item = (usize, &AttentionSpec)> {
         self.layers.iter().enumerate().map(|(i, l)| {
             let MixerSpec::Attention(a) = &l.mixer;
@@ -319,7 +350,7 @@ impl ModelSpec {
         })
     }
 
-    /// The attention layers, to be changed by a family.
+    /// Returns the attention layers for modification.
     pub fn attention_mut(&mut self) -> impl Iterator<Item = &mut AttentionSpec> {
         self.layers.iter_mut().map(|l| {
             let MixerSpec::Attention(a) = &mut l.mixer;
@@ -327,28 +358,31 @@ impl ModelSpec {
         })
     }
 
-    /// Head dimension of the first attention layer, `D`.
+    /// Returns the head dimension `D` of the first attention layer.
     pub fn head_dim(&self) -> usize {
         self.attention().next().map_or(0, |(_, a)| a.head_dim)
     }
 
-    /// Indices of the layers that attend to everything: what a retrofit may swap.
+    /// Returns the indices of the full-attention layers, which a retrofit can swap.
     pub fn full_layers(&self) -> Vec<usize> {
         self.attention().filter(|(_, a)| a.kind == AttentionKind::Full).map(|(i, _)| i).collect()
     }
 
-    /// Checks what no family may break: divisible head groups, even rotary dimensions, valid rope indices.
+    /// Checks invariants of all families: heads divisible into groups, even head dimensions, valid rope indices.
+    ///
+    /// # Errors
+    /// An invariant is violated; the message names the layer.
     pub fn validate(self, origin: &str) -> Result<Self> {
         for (i, l) in self.attention() {
             let fail = |message: String| Err(Error::format(origin, format!("layer {i}: {message}")));
             if !l.heads.is_multiple_of(l.kv_heads) {
-                return fail(format!("{} query heads cannot share {} KV heads", l.heads, l.kv_heads));
+                return fail(format!("{} query heads are not a multiple of {} KV heads", l.heads, l.kv_heads));
             }
             if !l.head_dim.is_multiple_of(2) || l.head_dim > 1024 {
                 return fail(format!("head dimension {} must be even and at most 1024", l.head_dim));
             }
             if self.ropes.get(l.rope).is_none_or(|r| r.dim != l.head_dim) {
-                return fail("its rotary embedding does not fit its head".into());
+                return fail("the rotary embedding's dimension differs from the head dimension".into());
             }
         }
         Ok(self)

@@ -1,44 +1,45 @@
-//! The one schema of tensor names: every tensor that a [`ModelSpec`] asks for, with its name in Hugging Face checkpoints and in GGUF files.
+//! Tensor schema: every tensor that a [`ModelSpec`] needs, with its shape and its name in Hugging Face checkpoints and
+//! in GGUF files.
 //!
-//! Loading, random weights, byte counts and the check that a file holds nothing unread all go through [`Schema`].
+//! Loading, random weights, byte counts and the check for unread tensors all use [`Schema`].
 //! GGUF names: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#standardized-tensor-names>
 
 use crate::spec::{AttentionSpec, FeedForwardSpec, MixerSpec, ModelSpec, Norms};
 
-/// The embedding matrix: (Hugging Face, GGUF).
+/// Names of the embedding matrix: (Hugging Face, GGUF).
 pub const EMBED: (&str, &str) = ("model.embed_tokens.weight", "token_embd.weight");
-/// The output matrix.
+/// Names of the output matrix: (Hugging Face, GGUF).
 pub const HEAD: (&str, &str) = ("lm_head.weight", "output.weight");
-/// The norm before the output matrix.
+/// Names of the norm before the output matrix: (Hugging Face, GGUF).
 pub const FINAL_NORM: (&str, &str) = ("model.norm.weight", "output_norm.weight");
-/// Divisors of the rotary frequencies, which GGUF files alone store.
+/// Names of the divisors of the rotary frequencies, which only GGUF files store.
 pub const ROPE_FACTORS: (&str, &str) = ("rope_freqs.weight", "rope_freqs.weight");
 
-/// What a tensor does.
+/// Role of a tensor in the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// A matrix `[out, in]` that multiplies, or the embedding.
+    /// Weight matrix `[out, in]` of a linear layer, or the embedding.
     Matrix,
-    /// A vector added to a product.
+    /// Bias of a linear layer.
     Bias,
-    /// The weights of an RMS norm.
+    /// Weight of an RMS norm.
     Norm,
-    /// Anything else.
+    /// Any other tensor.
     Other,
 }
 
-/// One tensor that a model asks for.
+/// Specification of a tensor that a model needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorSpec {
-    /// Name in Hugging Face checkpoints, without a wrapper's prefix.
+    /// Name in Hugging Face checkpoints, without the prefix of a multimodal wrapper.
     pub name: String,
     /// Name in GGUF files.
     pub gguf: String,
-    /// Shape, outermost first.
+    /// Shape, outermost dimension first.
     pub shape: Vec<usize>,
-    /// What it does.
+    /// Role in the model.
     pub role: Role,
-    /// Rows per head where heads are rotated (q and k): llama GGUF files interleave the halves of each head.
+    /// Rows per head of q and k, whose heads are rotated: llama GGUF files interleave the two halves of each head.
     pub rotary_rows: Option<usize>,
 }
 
@@ -47,82 +48,82 @@ impl TensorSpec {
         Self { name: name.into(), gguf: gguf.into(), shape, role, rotary_rows: None }
     }
 
-    /// The output matrix, `[vocab, hidden]`.
+    /// Returns the output matrix, `[vocab, hidden]`.
     pub fn head(spec: &ModelSpec) -> Self {
         Self::new(HEAD, vec![spec.vocab, spec.hidden], Role::Matrix)
     }
 
-    /// The divisors of rotary frequencies, `[half]`.
+    /// Returns the divisors of the rotary frequencies, `[half]`.
     pub fn rope_factors(half: usize) -> Self {
         Self::new(ROPE_FACTORS, vec![half], Role::Other)
     }
 
-    /// Elements; saturates for hostile shapes.
+    /// Returns the number of elements; saturates on overflow.
     pub fn elements(&self) -> u64 {
         self.shape.iter().fold(1u64, |n, d| n.saturating_mul(*d as u64))
     }
 }
 
-/// The tensors of a linear layer.
+/// Tensors of a linear layer.
 #[derive(Debug, Clone)]
 pub struct LinearSpec {
-    /// `[out, in]`.
+    /// Weight matrix, `[out, in]`.
     pub weight: TensorSpec,
-    /// `[out]`.
+    /// Bias, `[out]`.
     pub bias: Option<TensorSpec>,
 }
 
-/// The tensors of an attention layer.
+/// Tensors of an attention layer.
 #[derive(Debug, Clone)]
 pub struct AttentionTensors {
-    /// `[H D, hidden]`.
+    /// Query projection, `[H D, hidden]`.
     pub q: LinearSpec,
-    /// `[G D, hidden]`.
+    /// Key projection, `[G D, hidden]`.
     pub k: LinearSpec,
-    /// `[G D, hidden]`.
+    /// Value projection, `[G D, hidden]`.
     pub v: LinearSpec,
-    /// `[hidden, H D]`.
+    /// Output projection, `[hidden, H D]`.
     pub out: LinearSpec,
-    /// `[D]` each: norms of every head of q and of k.
+    /// RMS norms of each head of q and of k, `[D]` each.
     pub qk_norm: Option<(TensorSpec, TensorSpec)>,
 }
 
-/// The tensors of one layer.
+/// Tensors of one layer; `I` is the width of the feed-forward.
 #[derive(Debug, Clone)]
 pub struct LayerTensors {
-    /// The mixer's.
+    /// Tensors of the attention.
     pub attention: AttentionTensors,
-    /// `[I, hidden]`.
+    /// Gate projection of the feed-forward, `[I, hidden]`.
     pub gate: LinearSpec,
-    /// `[I, hidden]`.
+    /// Up projection of the feed-forward, `[I, hidden]`.
     pub up: LinearSpec,
-    /// `[hidden, I]`.
+    /// Down projection of the feed-forward, `[hidden, I]`.
     pub down: LinearSpec,
-    /// `[hidden]`, before the mixer.
+    /// Norm before the mixer, `[hidden]`.
     pub before_mixer: TensorSpec,
-    /// `[hidden]`, after it, where the family has one.
+    /// Norm after the mixer, `[hidden]`, where the family has one.
     pub after_mixer: Option<TensorSpec>,
-    /// `[hidden]`, before the feed-forward.
+    /// Norm before the feed-forward, `[hidden]`.
     pub before_mlp: TensorSpec,
-    /// `[hidden]`, after it, where the family has one.
+    /// Norm after the feed-forward, `[hidden]`, where the family has one.
     pub after_mlp: Option<TensorSpec>,
 }
 
-/// Every tensor of a model.
+/// All tensors of a model.
 #[derive(Debug, Clone)]
 pub struct Schema {
-    /// `[vocab, hidden]`.
+    /// Embedding matrix, `[vocab, hidden]`.
     pub embed: TensorSpec,
-    /// `[hidden]`.
+    /// Norm before the output matrix, `[hidden]`.
     pub norm: TensorSpec,
-    /// `[vocab, hidden]`; `None` where the head reads the embedding.
+    /// Output matrix, `[vocab, hidden]`; `None` if it is the embedding (tied).
     pub head: Option<TensorSpec>,
-    /// Layer by layer.
+    /// Tensors of each layer.
     pub layers: Vec<LayerTensors>,
 }
 
 impl Schema {
-    /// The tensors that `spec` asks for.
+    /// Returns the tensors that `spec` needs.
     pub fn new(spec: &ModelSpec) -> Self {
         Self {
             embed: TensorSpec::new(EMBED, vec![spec.vocab, spec.hidden], Role::Matrix),
@@ -132,12 +133,12 @@ impl Schema {
         }
     }
 
-    /// All of them, the ends first and then layer by layer.
+    /// Returns all tensors: embedding, final norm and head first, then layer by layer.
     pub fn iter(&self) -> impl Iterator<Item = &TensorSpec> {
         [&self.embed, &self.norm].into_iter().chain(&self.head).chain(self.layers.iter().flat_map(LayerTensors::iter))
     }
 
-    /// All that multiply, and the embedding.
+    /// Returns all tensors with the role [`Role::Matrix`].
     pub fn matrices(&self) -> impl Iterator<Item = &TensorSpec> {
         self.iter().filter(|t| t.role == Role::Matrix)
     }
@@ -198,7 +199,7 @@ fn layer(spec: &ModelSpec, i: usize) -> LayerTensors {
         after_mixer: sandwich.then(|| norm("post_attention_layernorm", "post_attention_norm", hidden)),
         before_mlp: match sandwich {
             true => norm("pre_feedforward_layernorm", "ffn_norm", hidden),
-            // The Llama layout calls the norm before the feed-forward by what lies before it.
+            // In the Llama layout `post_attention_layernorm` is the norm before the feed-forward.
             false => norm("post_attention_layernorm", "ffn_norm", hidden),
         },
         after_mlp: sandwich.then(|| norm("post_feedforward_layernorm", "post_ffw_norm", hidden)),
@@ -217,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_unique_in_both_forms() {
+    fn names_are_unique_in_hugging_face_and_gguf_files() {
         for golden in ["qwen2", "qwen3", "llama", "gemma3"] {
             let schema = schema(golden);
             let count = schema.iter().count();
@@ -227,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn norms_before_the_feed_forward_are_named_by_where_they_stand() {
+    fn the_name_of_the_norm_before_the_feed_forward_depends_on_the_family() {
         let names = |golden: &str| {
             let l = schema(golden).layers.remove(0);
             (l.before_mlp.name, l.before_mlp.gguf, l.after_mixer.map(|t| t.gguf))

@@ -132,8 +132,8 @@ fn parts_that_are_missing_or_strange_are_named() -> Any {
         says.iter().for_each(|word| assert!(error.contains(word), "should say {word}: {error}"));
         Ok(())
     };
-    with(&[(first, first)], first, &["part 1 of 2", second, "not beside it"])?;
-    with(&[(second, second)], second, &["part 2 of 2", first, "not beside it"])?;
+    with(&[(first, first)], first, &["part 1 of 2", second, "not in the same directory"])?;
+    with(&[(second, second)], second, &["part 2 of 2", first, "not in the same directory"])?;
     with(&[(first, "model.gguf")], "model.gguf", &["part 1 of 2", "-00001-of-00002.gguf"])?;
     with(&[(first, first), (first, second)], first, &[second, "split.no"])?;
     let dir = tempfile::tempdir()?;
@@ -188,7 +188,7 @@ fn copies_of_a_tied_matrix_and_a_head_alone_are_one_matrix() -> Any {
 fn model_safetensors_goes_before_an_index_beside_it() -> Any {
     equals_twin("single-file-and-index", "model", "twin")?;
     let warning = open(&fault_model("single-file-and-index/model"))?.take_warnings().join("\n");
-    assert!(warning.contains("model.safetensors is read") && warning.contains("index"), "{warning}");
+    assert!(warning.contains("model.safetensors is used") && warning.contains("index"), "{warning}");
     Ok(())
 }
 
@@ -280,7 +280,7 @@ fn a_value_that_the_type_asked_for_cannot_hold_is_named() -> Any {
         Ok(())
     };
     let model = fault_model("f16-overflow/model");
-    refused(&model, Storage::F16, &["down_proj.weight", "row", "column", "too large for f16", "bf16 and f32"])?;
+    refused(&model, Storage::F16, &["down_proj.weight", "row", "column", "too large for f16", "bf16 or f32"])?;
     held_as(&model, Storage::BF16)??;
     held_as(&model, Storage::F32)??;
     const UP: &str = "model.layers.1.mlp.up_proj.weight";
@@ -302,7 +302,7 @@ fn a_value_that_the_type_asked_for_cannot_hold_is_named() -> Any {
     held_as(&fits.path().to_string_lossy(), Storage::Ggml(Ggml::Q8_0))??;
     refused(&fits.path().to_string_lossy(), Storage::F16, &place)?;
     let widest = with(f32::MAX)?;
-    refused(&widest.path().to_string_lossy(), Storage::BF16, &[&place[..], &["bf16", "f32 holds it"]].concat())?;
+    refused(&widest.path().to_string_lossy(), Storage::BF16, &[&place[..], &["bf16", "--dtype f32"]].concat())?;
     Ok(())
 }
 

@@ -145,7 +145,7 @@ fn a_report_replaces_an_earlier_one_and_nothing_else() -> Any {
     std::fs::write(&precious, "GGUF and weights")?;
     let out = bfly().args(["--model", &llama(), "--token-ids", &run.path("ids.json"), "--json", &precious]).output()?;
     let stderr = String::from_utf8(out.stderr)?;
-    assert!(out.status.code() == Some(2) && stderr.contains("model.gguf: is no JSON"), "{stderr}");
+    assert!(out.status.code() == Some(2) && stderr.contains("model.gguf: is not JSON"), "{stderr}");
     assert_eq!(std::fs::read_to_string(&precious)?, "GGUF and weights");
     Ok(())
 }

@@ -5,7 +5,7 @@ mod common;
 
 use bfly::checkpoint::{WeightDtype, WeightFormat};
 use bfly::eviction::EvictionPlan;
-use bfly::generate::{watch, Needs, Request, Sampler, Sampling};
+use bfly::generate::{watch, MemoryNeeds, Request, Sampler, Sampling};
 use bfly::ops::{self, AttentionArgs, KeyValues, RowList, Segment, Store, StoreRows, Window};
 use bfly::retrofit::{FarPosition, Pool, Settings, WindowAlign};
 use bfly::run::Run;
@@ -553,7 +553,7 @@ fn a_budget_is_kept_and_does_not_change_the_output() -> Any {
     let (checkpoint, prompt) = (open(&golden_dir("qwen3_d128").to_string_lossy())?, text(6000));
     let ctx = 8192;
     let model = load_as(&checkpoint, None, ctx, &WeightFormat::for_gpu(WeightDtype::Auto), &device)?;
-    let needs = Needs::of(&model.weights, model.run()?.layout())?;
+    let needs = MemoryNeeds::of(&model.weights, model.run()?.layout())?;
     let golden = Golden::open("qwen3_d128")?;
     let theirs = deviation(&golden.logits_bf16("long")?, &golden.logits("long")?)?;
     let run = |chunk: usize| -> Any<(Tensor, u64)> {

@@ -192,7 +192,7 @@ fn bad_configurations_are_refused() -> Any {
     with(|c| c["model_type"] = "mamba".into(), &["config.json", "`mamba` is not supported", "qwen2, qwen3, llama"])?;
     with(|c| c["hidden_size"] = 0.into(), &["config.json", "hidden_size"])?;
     with(|c| c["num_hidden_layers"] = 9_999_999.into(), &["num_hidden_layers", "9999999"])?;
-    with(|c| c["num_attention_heads"] = 7.into(), &["7 query heads cannot share 4 KV heads"])?;
+    with(|c| c["num_attention_heads"] = 7.into(), &["7 query heads are not a multiple of 4 KV heads"])?;
     with(|c| c["vocab_size"] = "many".into(), &["vocab_size", "\"many\""])?;
     with(|c| c["rope_parameters"]["rope_type"] = "su".into(), &["rope scaling `su`", "yarn"])?;
     with(|c| c["hidden_act"] = "relu".into(), &["activation `relu`"])?;

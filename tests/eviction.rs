@@ -4,10 +4,10 @@ mod common;
 
 use bfly::cache::{Cache, LayerState};
 use bfly::eviction::EvictionPlan;
-use bfly::generate::{watch, Needs, Request, Sampler, Sampling};
+use bfly::generate::{watch, MemoryNeeds, Request, Sampler, Sampling};
 use bfly::layout::Layout;
 use bfly::method::Method;
-use bfly::mixer::{mix, Projections, Step};
+use bfly::mixer::{mix, ChunkContext, Projections};
 use bfly::nn::{Linear, Rope, Weight};
 use bfly::run::Run;
 use bfly::spec::{MixerSpec, ModelSpec, RopeScaling, RopeSpec};
@@ -267,7 +267,7 @@ fn a_layer_keeps_what_the_scores_say_and_attends_to_exactly_that() -> Any {
                     for start in (from..until).step_by(chunk) {
                         let n = chunk.min(until - start);
                         let (ropes, tables) = (std::slice::from_ref(&rope), [table(start, n)?]);
-                        let step = Step { start, ropes, tables: &tables };
+                        let step = ChunkContext { start, ropes, tables: &tables };
                         let x = x.narrow(0, start, n)?;
                         let y = mix(&layout.layers[0], &projections, &x, &step, &mut cache.layers[0])?;
                         got.extend(y.flatten_all()?.to_vec1::<f32>()?);
@@ -314,7 +314,7 @@ fn rows_are_the_marked_tokens_of_the_highest_scores_in_each_head() -> Any {
     let marks = (0..10 * 2 * 8).map(|i| (i / 8) as f32);
     let v = Tensor::from_iter(marks, &Device::Cpu)?.reshape((10, 2, 8))?;
     for (from, n) in [(0, 4), (4, 6)] {
-        assert_eq!(kept.piece(64), 10 - from);
+        assert_eq!(kept.until_eviction(64), 10 - from);
         kept.push(&k.narrow(0, from, n)?, &k.narrow(0, from, n)?, &v.narrow(0, from, n)?)?;
     }
     assert_eq!((kept.count(), kept.capacity()), (3, 13));
@@ -339,7 +339,7 @@ fn keydiff_allocates_once_whatever_the_text() -> Any {
     let mut session = model.run()?;
     let empty = session.cache().capacity_bytes();
     assert_eq!(empty.total(), (40 + 16) * row);
-    assert_eq!(Needs::of(&model.weights, session.layout())?.cache, empty.total());
+    assert_eq!(MemoryNeeds::of(&model.weights, session.layout())?.cache, empty.total());
     for read in [300, 512, 1000] {
         session.prefill(&vec![7; read], 512, 1, &mut watch(|_| ()))?;
         session.compress()?;
@@ -372,7 +372,7 @@ fn snapkv_is_dense_until_the_context_is_over_and_its_peak_says_so() -> Any {
     assert_eq!(now, 4 * copy, "the budget, and what is left of the context");
     assert_eq!(session.cache().used_bytes().total(), 4 * 100 * row);
     assert_eq!(session.cache().peak_bytes().total(), before + copy, "all layers dense, and one's copy");
-    assert!(session.cache().peak_bytes().total() <= Needs::of(&model.weights, session.layout())?.cache);
+    assert!(session.cache().peak_bytes().total() <= MemoryNeeds::of(&model.weights, session.layout())?.cache);
     // Once is once: a question stays whole, to the last position that was provisioned.
     session.prefill(&ids(390), 128, 1, &mut watch(|_| ()))?;
     session.compress()?;

@@ -77,7 +77,7 @@ fn capacity_does_not_depend_on_the_text() -> Any {
         used = now;
     }
     let error = session.prefill(&[7], 512, 1, &mut watch(|_| ())).unwrap_err().to_string();
-    assert!(error.contains("1 tokens after 8192 do not fit the 8192 provisioned"), "{error}");
+    assert!(error.contains("1 tokens after 8192 exceed the context length of 8192"), "{error}");
     assert_eq!(session.cache().position(), 8 << 10, "a refused token must change nothing");
     Ok(())
 }

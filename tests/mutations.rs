@@ -5,7 +5,7 @@
 
 mod common;
 
-use bfly::checkpoint::{ChatTemplate, Detokenizer, Text};
+use bfly::checkpoint::{ChatTemplate, Detokenizer, TextTokenizer};
 use bfly::cli::Patch;
 use bfly::generate::render_chat;
 use bfly::layout::Layout;
@@ -264,7 +264,7 @@ impl Whole {
                 put("model.gguf", &injure(rng, whole, 5000))?;
                 let path = dir.join("model.gguf").to_string_lossy().into_owned();
                 let checkpoint = open(&path).map_err(named("model.gguf"))?;
-                if let Ok(text) = checkpoint.text().map_err(named("model.gguf")) {
+                if let Ok(text) = checkpoint.tokenizer().map_err(named("model.gguf")) {
                     use_text(&text).map_err(named("model.gguf"))?;
                 }
                 run(&checkpoint).map_err(named(&path))
@@ -331,12 +331,12 @@ fn run(checkpoint: &bfly::checkpoint::Checkpoint) -> bfly::Result<()> {
     load(checkpoint, None, 16)?.run()?.forward(&[1, 2], &[1]).map(drop)
 }
 
-fn text_of(dir: &Path) -> bfly::Result<Text> {
-    Text::from_dir(dir, &Config::new(dir.join("config.json").display().to_string(), json!({}))?)
+fn text_of(dir: &Path) -> bfly::Result<TextTokenizer> {
+    TextTokenizer::from_dir(dir, &Config::new(dir.join("config.json").display().to_string(), json!({}))?)
 }
 
 /// Hard text to ids and back, by the whole and by pieces.
-fn use_text(text: &Text) -> bfly::Result<()> {
+fn use_text(text: &TextTokenizer) -> bfly::Result<()> {
     let ids = text.encode("<|im_start|> Hello,\n  wörld 123 😀<|im_end|>", true)?;
     let mut stream = Detokenizer::new(text);
     let mut pieces: String = ids.iter().map(|id| stream.push(*id)).collect();

@@ -174,13 +174,13 @@ fn outputs_replace_earlier_ones_of_their_kind_and_nothing_else() -> Any {
     let model = tiny_model(&[("other.json", br#"{"kind": "ladder"}"#), ("half.json", b"{"), ("empty.json", b"")])?;
     let at = |name: &str| model.path().join(name).to_string_lossy().into_owned();
     for (flag, name, says) in [
-        ("--json", "tokenizer.json", "only an earlier report is replaced"),
-        ("--json", "config.json", "only an earlier report is replaced"),
+        ("--json", "tokenizer.json", "only an earlier report is overwritten"),
+        ("--json", "config.json", "only an earlier report is overwritten"),
         ("--json", "other.json", "`kind` of `retrofit`"),
-        ("--json", "half.json", "only an earlier report is replaced"),
-        ("--json", "model.safetensors", "is no JSON"),
-        ("--logits-out", "model.safetensors", "other things than logits and token_ids"),
-        ("--logits-out", "config.json", "only an earlier file of logits is replaced"),
+        ("--json", "half.json", "only an earlier report is overwritten"),
+        ("--json", "model.safetensors", "is not JSON"),
+        ("--logits-out", "model.safetensors", "not a safetensors file of logits and token_ids alone"),
+        ("--logits-out", "config.json", "only an earlier file of logits is overwritten"),
     ] {
         let before = std::fs::read(at(name))?;
         let done = bfly(&[flag, &at(name)])?;
@@ -221,7 +221,7 @@ fn saving_into_an_earlier_patch_touches_its_own_file_only() -> Any {
     assert_eq!(std::fs::read_dir(&patch)?.count(), 3, "nothing else is left there");
     std::fs::write(patch.join("bfly.json"), r#"{"mine": 1}"#)?;
     let refused = save("0")?;
-    assert!(refused.status.code() == Some(2) && stderr(&refused).contains("is no patch"), "{}", stderr(&refused));
+    assert!(refused.status.code() == Some(2) && stderr(&refused).contains("is not a patch"), "{}", stderr(&refused));
     assert_eq!(std::fs::read_to_string(patch.join("bfly.json"))?, r#"{"mine": 1}"#);
     Ok(())
 }

@@ -349,7 +349,7 @@ fn looking_on_changes_nothing_and_sees_every_layer() -> Any {
         let want = model.run()?.forward(&ids, &[3, 35])?;
         let mut seen = vec![];
         let got = model.run()?.forward_observed(&ids, &[3, 35], &mut |o| {
-            seen.push((o.layer, o.x.dims().to_vec(), o.step.start));
+            seen.push((o.layer, o.x.dims().to_vec(), o.chunk.start));
             Ok(())
         })?;
         assert_eq!(want.to_vec2::<f32>()?, got.to_vec2::<f32>()?);

@@ -154,14 +154,14 @@ fn what_is_refused_before_any_work_leaves_the_run_usable() -> Any {
     let model = load_golden("llama", Some(&Settings { block: 8, window: 16, ..Settings::default() }), 64)?;
     let mut run = model.run()?;
     for (bad, words) in [
-        (vec![], "holds no tokens"),
+        (vec![], "prompt: is empty"),
         (vec![1 << 30], "outside the vocabulary"),
-        (vec![5; 65], "65 tokens after 0 do not fit"),
+        (vec![5; 65], "65 tokens after 0 exceed the context"),
     ] {
         let error = run.forward(&bad, &[]).unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
     }
-    assert!(run.forward(&[5], &[1]).unwrap_err().to_string().contains("position 1 of a chunk of 1"));
+    assert!(run.forward(&[5], &[1]).unwrap_err().to_string().contains("position 1 is outside a chunk of 1"));
     assert_eq!(run.forward(&ids(64), &[63])?.dims()[0], 1);
     Ok(())
 }

@@ -4,7 +4,7 @@
 
 mod common;
 
-use bfly::checkpoint::{Detokenizer, Text};
+use bfly::checkpoint::{Detokenizer, TextTokenizer};
 use bfly::spec::Config;
 use common::*;
 use proptest::collection::vec;
@@ -13,7 +13,7 @@ use serde_json::{json, Value};
 use std::path::Path;
 
 fn check(name: &str) -> Any {
-    let text = open(&real_model(name)?)?.text()?;
+    let text = open(&real_model(name)?)?.tokenizer()?;
     let fixture = fixture(&format!("tokenizers/{name}.json"))?;
     let cases = fixture["cases"].as_array().ok_or("no cases")?;
     assert!(cases.len() >= 40, "{} cases", cases.len());
@@ -51,7 +51,7 @@ fn gemma_tokenizer_equals_transformers() -> Any {
 
 #[test]
 fn a_directory_gives_the_tokenizer_template_and_stop_tokens_of_its_files() -> Any {
-    let from_gguf = open(&real_model("smollm2-135m")?)?.text()?;
+    let from_gguf = open(&real_model("smollm2-135m")?)?.tokenizer()?;
     let dir = variant("llama", |c| c["eos_token_id"] = serde_json::json!([7, 9]))?;
     from_gguf.tokenizer.save(dir.path().join("tokenizer.json"), false).map_err(|e| e.to_string())?;
     let about = serde_json::json!({
@@ -59,25 +59,25 @@ fn a_directory_gives_the_tokenizer_template_and_stop_tokens_of_its_files() -> An
         "chat_template": [{ "name": "tools", "template": "no" }, { "name": "default", "template": "{{ bos_token }}" }],
     });
     std::fs::write(dir.path().join("tokenizer_config.json"), about.to_string())?;
-    let text = open(&dir.path().to_string_lossy())?.text()?;
+    let text = open(&dir.path().to_string_lossy())?.tokenizer()?;
     assert_eq!(text.encode("Hello, 42 worlds", true)?, from_gguf.encode("Hello, 42 worlds", true)?);
     assert_eq!(text.stop, [0, 2, 7, 9], "eos of the configuration, of the tokenizer, and the ends of a turn");
     let template = text.chat_template()?;
     assert_eq!(template.source, "{{ bos_token }}");
     assert!(template.tokens.contains(&("bos_token".into(), "<|im_start|>".into())), "{:?}", template.tokens);
     std::fs::write(dir.path().join("chat_template.jinja"), "from its own file")?;
-    let text = open(&dir.path().to_string_lossy())?.text()?;
+    let text = open(&dir.path().to_string_lossy())?.tokenizer()?;
     assert_eq!(text.chat_template()?.source, "from its own file");
     Ok(())
 }
 
 /// The text side of a folder without weights.
-fn text_of(dir: &Path) -> bfly::Result<Text> {
-    Text::from_dir(dir, &Config::new("config.json", serde_json::json!({}))?)
+fn text_of(dir: &Path) -> bfly::Result<TextTokenizer> {
+    TextTokenizer::from_dir(dir, &Config::new("config.json", serde_json::json!({}))?)
 }
 
 /// The text side of the byte-level tokenizer with one special token, 256, and `files` beside it.
-fn text_with(files: &[(&str, Value)]) -> Any<Text> {
+fn text_with(files: &[(&str, Value)]) -> Any<TextTokenizer> {
     let dir = tempfile::tempdir()?;
     std::fs::copy(fault("added-tokens-json/tokenizer.json"), dir.path().join("tokenizer.json"))?;
     for (name, value) in files {
@@ -214,7 +214,7 @@ fn template_files_come_before_the_configuration() -> Any {
 
 #[test]
 fn llama_3_gguf_text_begins_with_bos_though_the_file_does_not_say_so() -> Any {
-    let text = open(&fault("gguf-llama3-bos/model.gguf").to_string_lossy())?.text()?;
+    let text = open(&fault("gguf-llama3-bos/model.gguf").to_string_lossy())?.tokenizer()?;
     assert_eq!(text.encode("hi", true)?, [259, 104, 105]);
     assert_eq!(text.encode("hi", false)?, [104, 105]);
     Ok(())
@@ -224,8 +224,8 @@ fn llama_3_gguf_text_begins_with_bos_though_the_file_does_not_say_so() -> Any {
 fn a_gguf_file_without_pre_tokenizer_is_warned_of_once() -> Any {
     let checkpoint = open(&fault("gguf-no-pre-tokenizer/model.gguf").to_string_lossy())?;
     assert!(checkpoint.take_warnings().is_empty(), "nothing is said of text before it is asked for");
-    checkpoint.text()?;
-    checkpoint.text()?;
+    checkpoint.tokenizer()?;
+    checkpoint.tokenizer()?;
     let warnings = checkpoint.take_warnings();
     assert!(warnings.len() == 1 && warnings[0].contains("tokenizer.ggml.pre"), "{warnings:?}");
     assert!(warnings[0].contains("model.gguf"), "{warnings:?}");
@@ -234,7 +234,7 @@ fn a_gguf_file_without_pre_tokenizer_is_warned_of_once() -> Any {
 }
 
 /// Pieces of `ids`, each given out as its token comes, and the end.
-fn pieces(text: &Text, ids: &[u32]) -> Any<Vec<String>> {
+fn pieces(text: &TextTokenizer, ids: &[u32]) -> Any<Vec<String>> {
     let mut stream = Detokenizer::new(text);
     let mut pieces: Vec<String> = ids.iter().map(|id| stream.push(*id)).collect();
     pieces.push(stream.finish()?);

@@ -1,36 +1,37 @@
-//! The tokens that an eviction rule keeps.
+//! Cache of an evicting layer: the tokens that a rule keeps.
 //!
-//! Rows lie in order of position from row 0 on, whatever their positions are; each KV head has its own tokens in them. Keys are
-//! stored rotated, so that attention needs no position: a chunk is attended as if it began at position [`CompressedKv::count`].
+//! Rows `0..count` are in order of position, with different tokens in each KV head. Keys are stored rotated, so
+//! attention needs no positions: a chunk is processed as if it started at position [`CompressedKv::count`].
 
-use super::ring::put;
+use super::ring::write_wrapped;
 use super::Ring;
 use crate::error::{Error, ErrorKind, Result};
-use crate::eviction::{Eviction, EvictionPlan, Seen, When};
+use crate::eviction::{Eviction, EvictionPlan, ScoreArgs, When};
 use crate::layout::EvictLayer;
 use crate::ops::{highest_rows, KeyValues};
 use candle_core::{Device, Tensor};
 
-/// An evicting layer's state.
+/// Cache of an evicting layer.
 #[derive(Debug)]
 pub struct CompressedKv {
     rows: Ring,
     /// Rows in use, `0..count`.
     count: usize,
-    /// The last queries `[W, H, D]`, position `p` in row `p % W`, until the rule has seen them.
+    /// The last queries `[W, H, D]`, position `p` in row `p % W`, until a rule that evicts once has scored with them.
     queries: Option<Tensor>,
-    /// Tokens read.
+    /// Tokens processed.
     position: usize,
     plan: EvictionPlan,
     rule: &'static dyn Eviction,
-    /// The layer's factor on dot products.
+    /// Factor on dot products.
     scale: f32,
-    /// Whether a rule that evicts once was told that the context is over.
+    /// Whether a rule that evicts once has done so.
     over: bool,
 }
 
 impl CompressedKv {
-    /// Takes `rows` and allocates the queries of `heads` heads that the rule of `layer` must see.
+    /// Creates the state on `rows`, and allocates room for the last queries of `heads` heads if the rule of `layer`
+    /// needs them.
     pub(super) fn new(layer: &EvictLayer, rows: Ring, heads: usize, device: &Device) -> Result<Self> {
         let k = rows.rows().k;
         let shape = (layer.observed, heads, k.dim(2)?);
@@ -39,44 +40,47 @@ impl CompressedKv {
         Ok(Self { rows, count: 0, queries, position: 0, plan, rule, scale, over: false })
     }
 
-    /// Rows in use, the same in every KV head.
+    /// Returns the number of rows in use, the same for every KV head.
     pub fn count(&self) -> usize {
         self.count
     }
 
-    /// All rows; those from [`CompressedKv::count`] on hold nothing.
+    /// Returns all rows; those from [`CompressedKv::count`] on are unused.
     pub fn rows(&self) -> KeyValues<'_> {
         self.rows.rows()
     }
 
-    /// Rows allocated.
+    /// Returns the number of rows allocated.
     pub fn capacity(&self) -> usize {
         self.rows.capacity()
     }
 
-    /// Bytes allocated.
+    /// Returns the allocated bytes.
     pub fn capacity_bytes(&self) -> u64 {
         self.rows.capacity_bytes() + self.queries.as_ref().map_or(0, bytes)
     }
 
-    /// Bytes in use after `position` tokens.
+    /// Returns the bytes in use after `position` tokens.
     pub fn used_bytes(&self, position: usize) -> u64 {
         let row = |q: &Tensor| bytes(q) / q.dims()[0] as u64 * position.min(q.dims()[0]) as u64;
         self.rows.used_bytes(self.count) + self.queries.as_ref().map_or(0, row)
     }
 
-    /// How many of `left` tokens are attended at once before something may be evicted.
-    pub fn piece(&self, left: usize) -> usize {
+    /// Returns the number of tokens, at most `left`, that can be processed before the next eviction.
+    pub fn until_eviction(&self, left: usize) -> usize {
         match self.rule.when(&self.plan) {
             When::EveryBlock(block) => left.min(block - self.position % block),
             When::Once => left,
         }
     }
 
-    /// Takes a piece that was attended, and evicts where a block is complete.
+    /// Stores `T` tokens after attention, and evicts where a block is complete.
     ///
     /// # Shapes
-    /// `q [T, H, D]`, `k`, `v` `[T, G, D]`, rotated; `T` at most what [`CompressedKv::piece`] allows.
+    /// `q [T, H, D]`, `k`, `v` `[T, G, D]`, rotated; `T` at most [`CompressedKv::until_eviction`].
+    ///
+    /// # Errors
+    /// The tokens do not fit the rows; the device fails.
     pub fn push(&mut self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
         let t = k.dim(0)?;
         if self.count + t > self.capacity() {
@@ -85,12 +89,12 @@ impl CompressedKv {
         }
         self.rows.write(k, v, self.count)?;
         if let Some(queries) = &self.queries {
-            put(queries, q, self.position)?;
+            write_wrapped(queries, q, self.position)?;
         }
         self.took(t)
     }
 
-    /// Counts rows that are written, and evicts where a block is complete.
+    /// Advances the position by `t` tokens whose rows are written, and evicts where a block is complete.
     pub(super) fn took(&mut self, t: usize) -> Result<()> {
         (self.count, self.position) = (self.count + t, self.position + t);
         match self.rule.when(&self.plan) {
@@ -99,18 +103,18 @@ impl CompressedKv {
         }
     }
 
-    /// The rows as a captured step sees them, and how many positions before its token's have none; `None` while the rule must see
-    /// queries, which such a step does not keep.
+    /// Returns the rows for a captured step and the number of evicted positions (position minus row index); `None`
+    /// while the rule needs the last queries, which a captured step does not store.
     #[cfg(feature = "cuda")]
     pub(crate) fn captured(&self) -> Option<(&Ring, usize)> {
         self.queries.is_none().then(|| (&self.rows, self.position - self.count))
     }
 
-    /// Evicts for the end of the context, after which at most `room` tokens come; returns the bytes that were allocated for that
-    /// while everything else still was.
+    /// Evicts at the end of the context, which at most `room` tokens follow; returns the bytes allocated for the copy
+    /// of the kept rows while the old rows were still allocated.
     ///
     /// # Errors
-    /// Too little memory, or a backend's failure; the state is then what it was.
+    /// There is too little memory, or the device fails; the state is then unchanged.
     pub(super) fn end_of_context(&mut self, room: usize) -> Result<u64> {
         if self.rule.when(&self.plan) != When::Once {
             return self.evict().map(|()| 0);
@@ -120,7 +124,7 @@ impl CompressedKv {
         }
         let mut copied = 0;
         if self.count > self.plan.budget {
-            let (k, v) = self.chosen()?;
+            let (k, v) = self.kept_rows()?;
             let (_, kv_heads, dim) = k.dims3()?;
             let mut rows = Ring::new(self.plan.budget + room, (kv_heads, dim), k.dtype(), k.device())?;
             rows.write(&k, &v, 0)?;
@@ -131,23 +135,23 @@ impl CompressedKv {
         Ok(copied)
     }
 
-    /// Cuts to the budget within the rows allocated.
+    /// Evicts down to the budget, in place.
     fn evict(&mut self) -> Result<()> {
         if self.count <= self.plan.budget {
             return Ok(());
         }
-        let (k, v) = self.chosen()?;
+        let (k, v) = self.kept_rows()?;
         self.rows.write(&k, &v, 0)?;
         self.count = self.plan.budget;
         Ok(())
     }
 
-    /// Keys and values that stay, `[budget, G, D]`.
-    fn chosen(&self) -> Result<(Tensor, Tensor)> {
+    /// Returns a copy of the highest-scored keys and values, `[budget, G, D]`.
+    fn kept_rows(&self) -> Result<(Tensor, Tensor)> {
         let KeyValues { k, v } = self.rows();
-        let queries = self.queries.as_ref().map(|q| self.in_order(q)).transpose()?;
-        let seen = Seen { keys: &k.narrow(0, 0, self.count)?, queries: queries.as_ref(), scale: self.scale };
-        let index = highest_rows(&self.rule.scores(&self.plan, &seen)?, self.plan.budget)?;
+        let queries = self.queries.as_ref().map(|q| self.oldest_first(q)).transpose()?;
+        let args = ScoreArgs { keys: &k.narrow(0, 0, self.count)?, queries: queries.as_ref(), scale: self.scale };
+        let index = highest_rows(&self.rule.scores(&self.plan, &args)?, self.plan.budget)?;
         let (rows, kv_heads, dim) = k.dims3()?;
         let take = |x: &Tensor| -> Result<Tensor> {
             let taken = x.reshape((rows * kv_heads, dim))?.index_select(&index, 0)?;
@@ -156,12 +160,12 @@ impl CompressedKv {
         Ok((take(k)?, take(v)?))
     }
 
-    /// The last queries, oldest first.
-    fn in_order(&self, queries: &Tensor) -> Result<Tensor> {
-        let held = queries.dim(0)?;
-        match self.position % held {
+    /// Returns the last queries in order of position.
+    fn oldest_first(&self, queries: &Tensor) -> Result<Tensor> {
+        let count = queries.dim(0)?;
+        match self.position % count {
             0 => Ok(queries.clone()),
-            at => Ok(Tensor::cat(&[queries.narrow(0, at, held - at)?, queries.narrow(0, 0, at)?], 0)?),
+            at => Ok(Tensor::cat(&[queries.narrow(0, at, count - at)?, queries.narrow(0, 0, at)?], 0)?),
         }
     }
 }

@@ -1,8 +1,8 @@
 //! The KV cache: one fixed allocation per layer, made before the first token.
 //!
-//! Every state reports its bytes by pool, allocated and used, and what a dense cache would have taken. Nothing is allocated
-//! afterwards, and a token past the provisioned context is refused before any work. One state is an exception: rows that a rule
-//! keeps when the context is over ([`Cache::compress`]) are copied out of a dense cache, and [`Cache::peak_bytes`] counts both.
+//! Every state reports its allocated and used bytes by pool. Nothing is allocated afterwards, and a token past the
+//! context length is refused before any work. The exception are rules that evict once: at the end of the context
+//! ([`Cache::compress`]) the kept rows are copied out of a dense cache, and [`Cache::peak_bytes`] counts both.
 
 mod compressed_kv;
 mod ring;
@@ -19,19 +19,19 @@ use crate::ops::human_bytes;
 use candle_core::{DType, Device};
 use serde::Serialize;
 
-/// Bytes by pool.
+/// Cache bytes by pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 pub struct PoolBytes {
-    /// Raw positions: dense caches, sliding rings, local rings and kept rows, with the queries that score them.
+    /// Bytes of raw positions: dense caches, rings, and the kept rows and last queries of evicting layers.
     pub local: u64,
-    /// Summaries and the running sums of blocks in progress.
+    /// Bytes of block summaries and of the running sums of blocks in progress.
     pub summary: u64,
-    /// Sinks.
+    /// Bytes of attention sinks.
     pub sink: u64,
 }
 
 impl PoolBytes {
-    /// All pools.
+    /// Returns the bytes of all pools.
     pub fn total(&self) -> u64 {
         self.local + self.summary + self.sink
     }
@@ -45,16 +45,16 @@ impl std::ops::AddAssign for PoolBytes {
     }
 }
 
-/// What one layer keeps.
+/// Cache of one layer.
 #[derive(Debug)]
 pub enum LayerState {
-    /// Every position of the provisioned context.
+    /// Dense attention: every position of the context.
     Dense(Ring),
-    /// The last positions of a sliding window.
+    /// Sliding-window attention: the last positions.
     Ring(Ring),
-    /// A local ring, sinks and summaries.
+    /// Butterfly attention: local ring, sinks and summaries.
     TwoPool(Box<TwoPool>),
-    /// The tokens that a rule keeps, other ones in each KV head.
+    /// Eviction: the tokens that a rule keeps, different ones in each KV head.
     CompressedKv(Box<CompressedKv>),
 }
 
@@ -69,7 +69,7 @@ impl LayerState {
         })
     }
 
-    /// Allocated bytes by pool.
+    /// Returns the allocated bytes by pool.
     pub fn capacity_bytes(&self) -> PoolBytes {
         match self {
             Self::Dense(r) | Self::Ring(r) => PoolBytes { local: r.capacity_bytes(), ..PoolBytes::default() },
@@ -78,7 +78,7 @@ impl LayerState {
         }
     }
 
-    /// Bytes that hold something after `position` tokens.
+    /// Returns the bytes in use by pool after `position` tokens.
     pub fn used_bytes(&self, position: usize) -> PoolBytes {
         match self {
             Self::Dense(r) | Self::Ring(r) => PoolBytes { local: r.used_bytes(position), ..PoolBytes::default() },
@@ -88,7 +88,7 @@ impl LayerState {
     }
 }
 
-/// The cache of a whole model.
+/// KV cache of a model.
 #[derive(Debug)]
 pub struct Cache {
     /// One state per layer.
@@ -96,59 +96,67 @@ pub struct Cache {
     ctx: usize,
     position: usize,
     dense_bytes: u64,
-    /// The most that was allocated at once when layers were cut, a copy beside the rows that it was made from.
+    /// Peak allocation during evictions that copy the kept rows.
     peak: PoolBytes,
 }
 
 impl Cache {
-    /// Allocates what `layout` plans, with keys and values in `dtype`.
+    /// Allocates the cache that `layout` describes, with keys and values in `dtype`.
     ///
     /// # Errors
-    /// A cache that the device cannot hold, refused before the first allocation; an allocation that fails.
+    /// The cache is larger than the device's memory (refused before the first allocation); an allocation fails.
     pub fn new(layout: &Layout, dtype: DType, device: &Device) -> Result<Self> {
         let CacheBytes { peak, dense, .. } = layout.bytes(dtype);
         refuse_too_large(peak, layout.ctx(), device)?;
         let state = |(i, plan): (usize, &LayerPlan)| {
-            LayerState::new(plan, dtype, device).map_err(|e| no_room(e, i, peak, layout.method()))
+            LayerState::new(plan, dtype, device).map_err(|e| out_of_memory(e, i, peak, layout.method()))
         };
         let layers = layout.layers.iter().enumerate().map(state).collect::<Result<_>>()?;
         Ok(Self { layers, ctx: layout.ctx(), position: 0, dense_bytes: dense, peak: PoolBytes::default() })
     }
 
-    /// Tokens seen.
+    /// Returns the number of tokens processed.
     pub fn position(&self) -> usize {
         self.position
     }
 
-    /// Positions provisioned.
+    /// Returns the context length that the cache is allocated for, in tokens.
     pub fn ctx(&self) -> usize {
         self.ctx
     }
 
-    /// Refuses `count` more tokens where they do not fit.
+    /// Checks that `count` more tokens fit.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Context`]: they exceed the context length.
     pub fn admit(&self, count: usize) -> Result<()> {
         let need = self.position.checked_add(count);
         if need.is_some_and(|n| n <= self.ctx) {
             return Ok(());
         }
         let more = need.map_or(String::new(), |n| format!("; give at least {n}"));
-        let message = format!("{count} tokens after {} do not fit the {} provisioned{more}", self.position, self.ctx);
+        let message = format!("{count} tokens after {} exceed the context length of {}{more}", self.position, self.ctx);
         Err(Error::new(ErrorKind::Context, "--ctx", message))
     }
 
-    /// Counts `count` tokens as seen, once every layer has them.
+    /// Advances the position by `count` tokens, after every layer has stored them.
     pub(crate) fn advance(&mut self, count: usize) {
         self.position += count;
     }
 
-    /// Tokens that may be read before rows change places: all of them where nothing evicts.
+    /// Returns the number of tokens that can be processed before the next eviction moves rows; `usize::MAX` without
+    /// eviction.
     #[cfg(feature = "cuda")]
     pub(crate) fn until_eviction(&self) -> usize {
         let kept = self.layers.iter().filter_map(|l| if let LayerState::CompressedKv(k) = l { Some(k) } else { None });
-        kept.map(|k| k.piece(usize::MAX)).min().unwrap_or(usize::MAX)
+        kept.map(|k| k.until_eviction(usize::MAX)).min().unwrap_or(usize::MAX)
     }
 
-    /// Counts `count` tokens, at most [`Cache::until_eviction`], whose rows a captured step has written; evicts after the last of them.
+    /// Advances the position by `count` tokens (at most [`Cache::until_eviction`]) whose rows captured steps have
+    /// written, and evicts where a block is complete.
+    ///
+    /// # Errors
+    /// An eviction fails; the message names the layer.
     #[cfg(feature = "cuda")]
     pub(crate) fn took(&mut self, count: usize) -> Result<()> {
         self.advance(count);
@@ -160,12 +168,12 @@ impl Cache {
         Ok(())
     }
 
-    /// Allocated bytes by pool.
+    /// Returns the allocated bytes by pool.
     pub fn capacity_bytes(&self) -> PoolBytes {
         self.sum(LayerState::capacity_bytes)
     }
 
-    /// The most that was ever allocated at once, by pool: what is allocated now, unless evicting took more.
+    /// Returns the peak of allocated bytes so far, by pool.
     pub fn peak_bytes(&self) -> PoolBytes {
         let now = self.capacity_bytes();
         if now.total() < self.peak.total() {
@@ -175,13 +183,14 @@ impl Cache {
         }
     }
 
-    /// Tells every layer that the context is over: what is read from here on is a question, or new tokens.
+    /// Evicts at the end of the context: the tokens that follow are a question, or new tokens.
     ///
-    /// Layers whose rule evicts once do it now, the first time they are told; those that evict all the time cut the block in
-    /// progress to their budget; all others change nothing, and neither does a cache that has seen no token.
+    /// Layers whose rule evicts once do so at the first call; layers whose rule evicts after every block cut the block
+    /// in progress to their budget; other layers, and a cache without tokens, do not change.
     ///
     /// # Errors
-    /// Too little memory for the rows that stay, or a backend's failure: names the layer, which then holds what it held.
+    /// There is too little memory for the copy of the kept rows, or the device fails; the message names the layer,
+    /// whose state is unchanged.
     pub fn compress(&mut self) -> Result<()> {
         let room = self.ctx - self.position;
         for i in 0..self.layers.len() {
@@ -195,12 +204,12 @@ impl Cache {
         Ok(())
     }
 
-    /// Bytes in use by pool.
+    /// Returns the bytes in use by pool.
     pub fn used_bytes(&self) -> PoolBytes {
         self.sum(|l| l.used_bytes(self.position))
     }
 
-    /// What the model as it came would have allocated for the same context.
+    /// Returns the bytes that the stock model allocates for the same context.
     pub fn dense_bytes(&self) -> u64 {
         self.dense_bytes
     }
@@ -212,7 +221,7 @@ impl Cache {
     }
 }
 
-/// Refuses a cache that the device cannot hold, before the first allocation fails and (on a CPU) ends the process.
+/// Refuses a cache larger than the device's memory, before an allocation fails (which on a CPU aborts the process).
 fn refuse_too_large(need: u64, ctx: usize, device: &Device) -> Result<()> {
     let Some(memory) = crate::ops::memory_of(device) else { return Ok(()) };
     if need <= memory {
@@ -224,16 +233,16 @@ fn refuse_too_large(need: u64, ctx: usize, device: &Device) -> Result<()> {
     Err(Error::new(ErrorKind::Context, "--ctx", message))
 }
 
-/// A failed allocation, with what was asked for and what would ask for less.
-fn no_room(e: Error, layer: usize, need: u64, method: &Method) -> Error {
+/// Adds to an out-of-memory error the cache's size and which settings reduce it.
+fn out_of_memory(e: Error, layer: usize, need: u64, method: &Method) -> Error {
     if e.kind() != ErrorKind::Memory {
         return e;
     }
     let hint = match method {
-        Method::Stock => "a smaller --ctx, or no --stock,",
-        Method::Butterfly(_) => "a smaller --ctx or --window",
-        Method::Evict(_) => "a smaller --ctx or budget",
+        Method::Stock => "use a smaller --ctx, or no --stock",
+        Method::Butterfly(_) => "use a smaller --ctx or --window",
+        Method::Evict(_) => "use a smaller --ctx or budget",
     };
-    let message = format!("out of memory: the cache asks for {}; {hint} asks for less", human_bytes(need));
+    let message = format!("out of memory: the cache needs {}; {hint}", human_bytes(need));
     Error::new(ErrorKind::Memory, format!("cache of layer {layer}"), message)
 }

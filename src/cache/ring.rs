@@ -1,12 +1,12 @@
-//! Keys and values of the last `capacity` positions: position `p` lies in row `p % capacity`.
+//! Ring buffer of the keys and values of the last `capacity` positions: position `p` is in row `p % capacity`.
 //!
-//! With a capacity of the whole context this is a dense cache.
+//! With the whole context as capacity it is a dense cache.
 
 use crate::error::Result;
 use crate::ops::KeyValues;
 use candle_core::{DType, Device, Tensor};
 
-/// `k` and `v`, each `[capacity, G, D]`.
+/// Ring buffer of keys and values, each `[capacity, G, D]`.
 #[derive(Debug)]
 pub struct Ring {
     k: Tensor,
@@ -20,45 +20,49 @@ impl Ring {
         Ok(Self { k: zeros()?, v: zeros()? })
     }
 
-    /// Bytes of `capacity` rows of keys and values.
+    /// Returns the size of `capacity` rows of keys and values, in bytes.
     pub fn bytes_for(capacity: usize, (kv_heads, dim): (usize, usize), dtype: DType) -> u64 {
         2 * (capacity * kv_heads * dim * dtype.size_in_bytes()) as u64
     }
 
-    /// Rows.
+    /// Returns the number of rows.
     pub fn capacity(&self) -> usize {
         self.k.dims()[0]
     }
 
-    /// Bytes of a row of keys and values.
+    /// Returns the size of one row of keys and values, in bytes.
     fn row_bytes(&self) -> u64 {
         self.capacity_bytes() / self.capacity() as u64
     }
 
-    /// Bytes allocated.
+    /// Returns the allocated bytes.
     pub fn capacity_bytes(&self) -> u64 {
         2 * (self.k.elem_count() * self.k.dtype().size_in_bytes()) as u64
     }
 
-    /// Bytes in use once `count` rows were written.
+    /// Returns the bytes in use after `count` positions have been written.
     pub fn used_bytes(&self, count: usize) -> u64 {
         self.row_bytes() * count.min(self.capacity()) as u64
     }
 
-    /// The rows, for the operator.
+    /// Returns all rows, as the attention operator takes them.
     pub fn rows(&self) -> KeyValues<'_> {
         KeyValues { k: &self.k, v: &self.v }
     }
 
-    /// Writes positions `start..start + T` of `k`, `v` `[T, G, D]`; of more than the ring holds, the last.
+    /// Writes `k` and `v` for positions `start..start + T`; if `T` exceeds the capacity, only the last positions.
+    ///
+    /// # Shapes
+    /// `k`, `v` `[T, G, D]`.
     pub fn write(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
-        put(&self.k, k, start)?;
-        put(&self.v, v, start)
+        write_wrapped(&self.k, k, start)?;
+        write_wrapped(&self.v, v, start)
     }
 }
 
-/// Writes positions `start..start + T` of `from [T, ..]` to the rows modulo those of `into`; of more than it holds, the last.
-pub(super) fn put(into: &Tensor, from: &Tensor, start: usize) -> Result<()> {
+/// Writes row `i` of `from [T, ..]` to row `(start + i) % capacity` of `into [capacity, ..]`; if `T` exceeds the
+/// capacity, only the last rows.
+pub(super) fn write_wrapped(into: &Tensor, from: &Tensor, start: usize) -> Result<()> {
     let (count, capacity) = (from.dims()[0], into.dims()[0]);
     let mut at = count.saturating_sub(capacity);
     while at < count {
@@ -75,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keeps_the_last_positions_however_they_are_written() -> Result<()> {
+    fn the_last_positions_are_kept_for_any_chunking() -> Result<()> {
         let device = Device::Cpu;
         for cuts in [vec![1; 13], vec![13], vec![3, 9, 1], vec![5, 8]] {
             let mut ring = Ring::new(5, (1, 1), DType::F32, &device)?;

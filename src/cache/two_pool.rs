@@ -1,4 +1,4 @@
-//! The two pools of a swapped layer: raw rows (sinks and a local ring) and summary rows, allocated once.
+//! Cache of a butterfly layer: a pool of raw rows (sinks and local ring) and a pool of summary rows, allocated once.
 
 use super::{PoolBytes, Ring};
 use crate::error::Result;
@@ -6,25 +6,26 @@ use crate::layout::ButterflyLayer;
 use crate::ops::{Pooled, RunningMean};
 use candle_core::{DType, Device, Tensor};
 
-/// A swapped layer's state.
+/// Cache of a butterfly layer.
 #[derive(Debug)]
 pub struct TwoPool {
-    /// `(w + 1) B` raw positions, so that a token finds its whole window whatever its place in its block.
+    /// Local ring of `(w + 1) B` raw positions: the window and the query's own block.
     pub local: Ring,
-    /// Positions `0..S`.
+    /// Sinks, positions `0..S`.
     sinks: Option<Ring>,
     sink_tokens: usize,
     /// The newest summaries: block `n` in row `n % rows`.
     summaries: Option<Ring>,
-    /// The block in progress.
+    /// Running mean of the block in progress.
     pub running: RunningMean,
     block: usize,
-    /// Blocks from this one on are never read, so they must not push out older ones.
+    /// Number of blocks that can be read; summaries of later blocks are not stored, so that they do not overwrite
+    /// earlier ones.
     readable: usize,
 }
 
 impl TwoPool {
-    /// Allocates the rows that `layer` plans besides the ring `local`.
+    /// Allocates sinks and summaries for `layer`; `local` is its ring.
     pub(super) fn new(
         layer: &ButterflyLayer,
         local: Ring,
@@ -44,12 +45,12 @@ impl TwoPool {
         })
     }
 
-    /// The sinks, if any are kept.
+    /// Returns the sinks, if the layer has any.
     pub fn sinks(&self) -> Option<&Ring> {
         self.sinks.as_ref()
     }
 
-    /// Keeps the chunk's share of the sinks. Before attention, which may need them from the chunk's own second window on.
+    /// Stores the sinks among a chunk's positions. Called before attention: the chunk's later queries read them.
     pub fn keep_sinks(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
         match &mut self.sinks {
             Some(sinks) if start < self.sink_tokens => {
@@ -60,19 +61,21 @@ impl TwoPool {
         }
     }
 
-    /// All summary rows, if any are kept.
+    /// Returns the summary rows, if the layer has any.
     pub fn summary_rows(&self) -> Option<&Ring> {
         self.summaries.as_ref()
     }
 
-    /// The summaries, and the blocks they are of once all blocks before `next` are complete: block `n` in row `n % rows`.
+    /// Returns the summary rows and the blocks stored in them when all blocks before `next` are complete; block `n` is
+    /// in row `n % rows`.
     pub fn summaries(&self, next: usize) -> Option<(&Ring, std::ops::Range<usize>)> {
         let ring = self.summaries.as_ref()?;
         let end = next.min(self.readable);
         Some((ring, end.saturating_sub(ring.capacity())..end))
     }
 
-    /// Keeps what a chunk completed. After attention, whose first queries may still need the oldest rows.
+    /// Stores the summaries of blocks that a chunk completed. Called after attention: the chunk's first queries may
+    /// read the rows that are overwritten.
     pub fn keep_summaries(&mut self, pooled: &Pooled) -> Result<()> {
         match &mut self.summaries {
             Some(summaries) if pooled.count > 0 && pooled.first < self.readable => {
@@ -83,7 +86,7 @@ impl TwoPool {
         }
     }
 
-    /// Allocated bytes by pool.
+    /// Returns the allocated bytes by pool.
     pub fn capacity_bytes(&self) -> PoolBytes {
         let bytes = |r: &Option<Ring>| r.as_ref().map_or(0, Ring::capacity_bytes);
         PoolBytes {
@@ -93,7 +96,7 @@ impl TwoPool {
         }
     }
 
-    /// Bytes in use after `position` tokens.
+    /// Returns the bytes in use by pool after `position` tokens.
     pub fn used_bytes(&self, position: usize) -> PoolBytes {
         let bytes = |r: &Option<Ring>, n| r.as_ref().map_or(0, |r| r.used_bytes(n));
         PoolBytes {

@@ -1,32 +1,32 @@
-//! Which chat template a checkpoint brings, and the names it may use.
+//! Chat templates: which one of a checkpoint's templates is used, and the special tokens it may name.
 
 use crate::error::{At, Error, Result};
 use serde_json::{Map, Value};
 use std::path::Path;
 
-/// A chat template and the names it may use.
+/// A chat template and its special tokens.
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
     /// Jinja source.
     pub source: String,
-    /// The file it came from.
+    /// Path of the file that holds the template.
     pub origin: String,
-    /// Text of the special tokens by the names that the template uses, such as `bos_token`.
+    /// Special tokens as (name in the template, text), such as `("bos_token", "<s>")`.
     pub tokens: Vec<(String, String)>,
 }
 
-/// Where the templates of a directory lie beside `chat_template.jinja`.
+/// Folder of named templates in a checkpoint's directory.
 const NAMED_DIR: &str = "additional_chat_templates";
 
-/// A template's source and the file it came from; or why there is none.
-pub type Found = Result<(String, String), String>;
+/// A template's source and file path, or the reason why there is none.
+pub type SourceOrReason = Result<(String, String), String>;
 
-/// The template of a directory that transformers takes where no tools are offered: files before `config`, and of named templates
-/// the one named `default`.
+/// Selects the template that transformers uses without tools: files take precedence over `config` (the keys of
+/// `tokenizer_config.json`), and of several named templates the one named `default` is used.
 ///
 /// # Errors
-/// A file that cannot be read, or a `chat_template` that is neither text nor a list of named templates.
-pub fn of_dir(dir: &Path, config: &Map<String, Value>) -> Result<Found> {
+/// A file cannot be read; `chat_template` is neither a string nor a list of named templates.
+pub fn of_dir(dir: &Path, config: &Map<String, Value>) -> Result<SourceOrReason> {
     let read = |path: &Path| std::fs::read_to_string(path).at(path.display());
     let mut named: Vec<String> = vec![];
     let folder = dir.join(NAMED_DIR);
@@ -48,10 +48,10 @@ pub fn of_dir(dir: &Path, config: &Map<String, Value>) -> Result<Found> {
         return Ok(Err(without_default(&named)));
     }
     let place = dir.join("tokenizer_config.json");
-    let wrong = || Error::format(place.display(), "`chat_template` must be text or a list of named templates");
+    let wrong = || Error::format(place.display(), "`chat_template` must be a string or a list of named templates");
     let found = |source: &str| Ok((source.to_string(), place.display().to_string()));
     match config.get("chat_template") {
-        None | Some(Value::Null) => Ok(Err("this checkpoint has no chat template; leave --chat out".into())),
+        None | Some(Value::Null) => Ok(Err("this checkpoint has no chat template; run without --chat".into())),
         Some(Value::String(source)) => Ok(found(source)),
         Some(Value::Array(list)) => {
             let text = |t: &Value, key: &str| t.get(key).and_then(Value::as_str).map(String::from);
@@ -66,5 +66,5 @@ pub fn of_dir(dir: &Path, config: &Map<String, Value>) -> Result<Found> {
 }
 
 fn without_default(names: &[String]) -> String {
-    format!("this checkpoint has chat templates named {} and none named default", names.join(", "))
+    format!("this checkpoint has chat templates named {}, but none named default", names.join(", "))
 }

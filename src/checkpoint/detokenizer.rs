@@ -1,42 +1,43 @@
-//! Token ids to text, piece by piece.
+//! Streaming detokenizer.
 
-use super::Text;
+use super::TextTokenizer;
 use crate::error::Result;
 
-/// Decoding starts anew from the last [`CONTEXT`] tokens once so many are held.
+/// Tokens in the window at which it is cut to the last [`CONTEXT`] tokens, so that a step decodes a bounded number.
 const WINDOW: usize = 64;
-/// Tokens kept as context: a decoder may treat the first token of a text in its own way, so a window must not begin with new text.
+/// Tokens kept at a cut: a decoder may treat the first token of a text specially, so new text must not come first in a
+/// window.
 const CONTEXT: usize = 8;
 
-/// Turns token ids into text as they come: the pieces, joined, are [`Text::decode`] of all ids.
+/// Decodes token ids to text one at a time; the returned pieces concatenate to [`TextTokenizer::decode`] of all ids.
 ///
-/// A piece is given out once no later token can change it. Byte pieces (`<0xE2>`) wait for the piece after them, since decoders
-/// replace a whole run of bytes that is no UTF-8; of other tokens only an incomplete last character waits. Nothing ends the
-/// stream before [`Detokenizer::finish`].
+/// Text is returned once no later token can change it. Byte tokens (`<0xE2>`) wait for the next other token, since
+/// decoders replace a whole run of bytes that is not UTF-8; of other tokens only an incomplete last character waits.
+/// [`Detokenizer::finish`] returns the rest.
 pub struct Detokenizer<'a> {
-    text: &'a Text,
-    /// Tokens whose decoded text differs from the text of all tokens by a prefix only.
+    tokenizer: &'a TextTokenizer,
+    /// The last tokens; their decoded text is a suffix of the text of all tokens.
     window: Vec<u32>,
-    /// How the window's text begins: what has been given out of it.
+    /// The part of the window's text that has been returned.
     given: String,
-    /// Everything given out.
+    /// All text returned so far.
     all: String,
 }
 
 impl<'a> Detokenizer<'a> {
-    /// Begins a text.
-    pub fn new(text: &'a Text) -> Self {
-        Self { text, window: vec![], given: String::new(), all: String::new() }
+    /// Starts a new text.
+    pub fn new(tokenizer: &'a TextTokenizer) -> Self {
+        Self { tokenizer, window: vec![], given: String::new(), all: String::new() }
     }
 
-    /// The text that `id` completes, which may be empty.
+    /// Adds a token and returns the text that it completes, which may be empty.
     pub fn push(&mut self, id: u32) -> String {
-        let Some(token) = self.text.visible_token(id) else { return String::new() };
+        let Some(token) = self.tokenizer.visible_token(id) else { return String::new() };
         self.window.push(id);
         if is_byte_piece(&token) {
             return String::new();
         }
-        let Ok(now) = self.text.decode(&self.window) else { return String::new() };
+        let Ok(now) = self.tokenizer.decode(&self.window) else { return String::new() };
         let settled = now.strip_suffix(char::REPLACEMENT_CHARACTER).unwrap_or(&now);
         let Some(piece) = settled.strip_prefix(self.given.as_str()) else { return String::new() };
         self.all.push_str(piece);
@@ -49,10 +50,10 @@ impl<'a> Detokenizer<'a> {
         piece
     }
 
-    /// Keeps the last tokens as context, if they have text of their own.
+    /// Cuts the window to its last [`CONTEXT`] tokens, unless they decode to nothing.
     fn restart(&mut self, now: String) {
         let tail = self.window.split_off(self.window.len() - CONTEXT);
-        match self.text.decode(&tail) {
+        match self.tokenizer.decode(&tail) {
             Ok(given) if !given.is_empty() => (self.window, self.given) = (tail, given),
             _ => {
                 self.window.extend(tail);
@@ -61,13 +62,13 @@ impl<'a> Detokenizer<'a> {
         }
     }
 
-    /// What was held back: the end of the text.
+    /// Returns the text that was held back and ends the stream.
     ///
     /// # Errors
-    /// A decoder that fails.
+    /// The tokenizer fails.
     pub fn finish(&mut self) -> Result<String> {
-        let now = self.text.decode(&self.window)?;
-        // No decoder in use changes text that it once gave; one that did would not get it back.
+        let now = self.tokenizer.decode(&self.window)?;
+        // No known decoder changes text once returned; if one does, what follows the common prefix is returned.
         let same = now.char_indices().zip(self.given.chars()).find(|((_, a), b)| a != b).map(|((at, _), _)| at);
         let from = same.unwrap_or(self.given.len().min(now.len()));
         let piece = now[from..].to_string();
@@ -76,13 +77,13 @@ impl<'a> Detokenizer<'a> {
         Ok(piece)
     }
 
-    /// All that was given out.
+    /// Returns all text returned so far.
     pub fn text(&self) -> &str {
         &self.all
     }
 }
 
-/// Whether `token` stands for one byte, as decoders with a byte fallback read it.
+/// Whether `token` is a byte-fallback token such as `<0xE2>`.
 fn is_byte_piece(token: &str) -> bool {
     let digits = token.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
     digits.is_some_and(|d| d.len() == 2 && u8::from_str_radix(d, 16).is_ok())

@@ -1,5 +1,5 @@
-//! GGUF files: candle's bounded header reader, over one file or the parts that llama.cpp splits one into. Tensor
-//! names are those of [`crate::tensors`]; `gguf_keys` reads the metadata.
+//! GGUF files, whole or split by llama.cpp's `gguf-split`, read with candle's bounded header reader. [`crate::tensors`]
+//! maps tensor names; `gguf_keys` interprets the metadata.
 //!
 //! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>
 
@@ -13,11 +13,11 @@ use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-/// An open GGUF file, all its parts together.
+/// An open GGUF file with all its parts.
 pub struct Gguf {
-    /// In order; the first holds the metadata.
+    /// Parts in order; the first holds the metadata.
     parts: Vec<Part>,
-    /// Of all parts, each with the index of its own.
+    /// Tensors by name, each with the index of its part.
     infos: BTreeMap<String, (usize, TensorInfo)>,
 }
 
@@ -27,7 +27,7 @@ struct Part {
     content: Content,
 }
 
-/// Types that candle reads but no checkpoint stores, and those it does not know, as ggml numbers them.
+/// Unsupported quantisation types by ggml's number (`enum ggml_type`), for error messages.
 const TYPE_NAMES: &[(u32, &str)] = &[
     (16, "IQ2_XXS"),
     (17, "IQ2_XS"),
@@ -44,10 +44,11 @@ const TYPE_NAMES: &[(u32, &str)] = &[
 ];
 
 impl Gguf {
-    /// Reads and checks the headers of the file at `path` and, where it is one of several parts, of all of them.
+    /// Reads and checks the header of the file at `path` and, where it is one part of a split file, the headers of all
+    /// parts.
     ///
     /// # Errors
-    /// A file that is truncated or malformed; a part that is missing or belongs to another model.
+    /// A file is truncated or malformed; a part is missing or belongs to another model.
     pub fn open(path: &Path) -> Result<Self> {
         let given = Part::open(path)?;
         let count = given.count("split.count")?.unwrap_or(1);
@@ -73,49 +74,52 @@ impl Gguf {
         Ok(Self { parts, infos })
     }
 
-    /// Every metadata key with its value, in the order of their names.
+    /// Returns all metadata keys with their values, sorted by key.
     pub fn entries(&self) -> impl Iterator<Item = (&str, &Value)> {
         let mut entries: Vec<_> = self.parts[0].content.metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
         entries.sort_unstable_by_key(|(key, _)| *key);
         entries.into_iter()
     }
 
-    /// The metadata value under `key`.
+    /// Returns the metadata value of `key`.
     pub fn metadata(&self, key: &str) -> Option<&Value> {
         self.parts[0].content.metadata.get(key)
     }
 
-    /// A string from the metadata.
+    /// Returns the metadata value of `key` if it is a string.
     pub fn string(&self, key: &str) -> Option<&str> {
         self.metadata(key).and_then(|v| v.to_string().ok()).map(String::as_str)
     }
 
-    /// The file, or its first part.
+    /// Returns the path of the file, or of its first part.
     pub fn path(&self) -> &Path {
         &self.parts[0].path
     }
 
-    /// The name by which messages call it.
+    /// Returns the path as error messages show it.
     pub fn place(&self) -> String {
         self.path().display().to_string()
     }
 
-    /// All parts.
+    /// Returns the paths of all parts.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
         self.parts.iter().map(|p| p.path.as_path())
     }
 
-    /// What is stored under `name`.
+    /// Returns the stored tensor called `name` (a GGUF name).
     pub fn info(&self, name: &str) -> Option<&TensorInfo> {
         self.infos.get(name).map(|(_, info)| info)
     }
 
-    /// All names.
+    /// Returns the names of all stored tensors.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.infos.keys().map(String::as_str)
     }
 
-    /// Copies `length` bytes of `name` (a GGUF name) from `start` on.
+    /// Reads `length` bytes of tensor `name` (a GGUF name), from byte `start` on.
+    ///
+    /// # Errors
+    /// The tensor is missing; the file cannot be read.
     pub fn read_stored(&self, name: &str, start: u64, length: usize) -> Result<Vec<u8>> {
         let missing = || Error::tensor(self.place(), format!("tensor `{name}` is missing"));
         let part = self.infos.get(name).map(|(part, _)| &self.parts[*part]).ok_or_else(missing)?;
@@ -138,7 +142,7 @@ impl Part {
         Ok(Self { path: path.into(), file: Mutex::new(file), content })
     }
 
-    /// Its tensors, each within the file.
+    /// Returns the part's tensors, after checking that each lies within the file.
     fn infos(&self) -> Result<Vec<TensorInfo>> {
         let place = self.path.display();
         let length = std::fs::metadata(&self.path).at(place)?.len();
@@ -150,10 +154,10 @@ impl Part {
                 .and_then(|n| (n / info.ggml_dtype.block_size()).checked_mul(info.ggml_dtype.type_size()));
             let end = bytes
                 .and_then(|b| self.content.tensor_data_offset.checked_add(info.offset)?.checked_add(b as u64))
-                .ok_or_else(|| Error::format(&what, format!("claims the impossible shape {:?}", info.shape.dims())))?;
+                .ok_or_else(|| Error::format(&what, format!("has the impossible shape {:?}", info.shape.dims())))?;
             if end > length {
                 let short = end - length;
-                let message = format!("truncated: its data end {short} bytes past the end of the file");
+                let message = format!("truncated: its data ends {short} bytes past the end of the file");
                 return Err(Error::format(&what, message));
             }
             let storage = Storage::from_candle(info.ggml_dtype).ok_or_else(|| format!("type {:?}", info.ggml_dtype));
@@ -162,7 +166,7 @@ impl Part {
         self.content.tensor_infos.iter().map(one).collect()
     }
 
-    /// A whole number from the metadata, where the key may be absent.
+    /// Returns a whole number from the metadata; `None` if the key is absent.
     fn count(&self, key: &str) -> Result<Option<u64>> {
         let Some(value) = self.content.metadata.get(key) else { return Ok(None) };
         // llama.cpp's splitter writes the number of tensors as i32.
@@ -172,7 +176,8 @@ impl Part {
     }
 }
 
-/// The `count` parts of the model that `given` is one of, found by llama.cpp's names.
+/// Opens the other parts of a file split into `count` parts, given one of them; llama.cpp's naming scheme says where
+/// they are.
 fn join(given: Part, count: u64) -> Result<Vec<Part>> {
     let place = given.path.display().to_string();
     let number = given.count("split.no")?.unwrap_or(0).saturating_add(1);
@@ -181,7 +186,7 @@ fn join(given: Part, count: u64) -> Result<Vec<Part>> {
         Some(names) if names.len() as u64 == count && names.get(number as usize - 1) == Some(&name) => names,
         _ => {
             let message = format!(
-                "is part {number} of {count}; its name must end in `-{number:05}-of-{count:05}.gguf`, as the others' do"
+                "is part {number} of {count}; its name must end in `-{number:05}-of-{count:05}.gguf` to find the other parts"
             );
             return Err(Error::format(place, message));
         }
@@ -193,15 +198,15 @@ fn join(given: Part, count: u64) -> Result<Vec<Part>> {
         let part = match given.take_if(|_| i as u64 + 1 == number) {
             Some(part) => part,
             None if !path.exists() => {
-                let message = format!("is part {number} of {count}; part {}, `{name}`, is not beside it", i + 1);
+                let message =
+                    format!("is part {number} of {count}; part {}, `{name}`, is not in the same directory", i + 1);
                 return Err(Error::new(ErrorKind::Io, place, message));
             }
             None => Part::open(&path)?,
         };
         let says = (part.count("split.no")?.map(|n| n.saturating_add(1)), part.count("split.count")?);
         if says != (Some(i as u64 + 1), Some(count)) {
-            let message =
-                format!("is named as part {} of {count}, and its `split.no` or `split.count` is another", i + 1);
+            let message = format!("is named as part {} of {count}, but its `split.no` or `split.count` differs", i + 1);
             return Err(Error::format(path.display(), message));
         }
         parts.push(part);
@@ -209,7 +214,7 @@ fn join(given: Part, count: u64) -> Result<Vec<Part>> {
     Ok(parts)
 }
 
-/// The names of all parts of a split file, given the name of one: `x-00002-of-00003.gguf`.
+/// Returns the names of all parts of a split file, given the name of one, such as `x-00002-of-00003.gguf`.
 pub fn part_names(name: &str) -> Option<Vec<String>> {
     let stem = name.strip_suffix(".gguf")?;
     let (stem, count) = stem.rsplit_once("-of-")?;
@@ -223,13 +228,14 @@ pub fn part_names(name: &str) -> Option<Vec<String>> {
     (1..=count).contains(&number).then(all)
 }
 
-/// candle 0.11 divides by `general.alignment` without a look at it, so a hostile zero would panic below us.
+/// Refuses `general.alignment` of 0: candle 0.11 divides by it unchecked, which would panic.
 fn refuse_zero_alignment(place: &str, mut file: &File) -> Result<()> {
     const KEY: &[u8] = b"general.alignment";
     let mut head = vec![];
     file.take(16 << 20).read_to_end(&mut head).at(place)?;
     file.seek(SeekFrom::Start(0)).at(place)?;
-    // Every occurrence counts, since a string may hold the key's text too: a four-byte value type, then the value.
+    // Checks every occurrence, since a string may contain the key's text too. After the key: a four-byte value type,
+    // the value.
     let zero = |rest: &[u8]| rest.len() >= 8 && rest[4..8].iter().all(|b| *b == 0);
     match head.windows(KEY.len()).enumerate().any(|(i, w)| w == KEY && zero(&head[i + KEY.len()..])) {
         true => Err(Error::format(place, "`general.alignment` is 0")),
@@ -257,7 +263,7 @@ mod tests {
     use super::part_names;
 
     #[test]
-    fn one_part_names_all_of_them() {
+    fn the_name_of_one_part_gives_the_names_of_all() {
         assert_eq!(
             part_names("a-b-00002-of-00003.gguf").unwrap(),
             ["a-b-00001-of-00003.gguf", "a-b-00002-of-00003.gguf", "a-b-00003-of-00003.gguf"]

@@ -1,10 +1,9 @@
-//! What every metadata key of a GGUF file means, and the metadata in `config.json`'s form, so that a family is
-//! written once.
+//! Metadata keys of GGUF files, and their conversion to `config.json` keys, so that a family reads one format.
 //!
-//! Keys and what llama.cpp makes of them: <https://github.com/ggml-org/llama.cpp/blob/master/src/llama-arch.cpp>
-//! (names), `llama_model_base::load_hparams` in `llama-model.cpp` (defaults), `llama-context.cpp` (YaRN's factor on
-//! cos and sin). Keys under the architecture's name that are not listed here are refused by name. Outside `general.`,
-//! `tokenizer.`, `split.` and the architecture's own, llama.cpp reads no key of these families, and neither do we.
+//! Sources in llama.cpp: <https://github.com/ggml-org/llama.cpp/blob/master/src/llama-arch.cpp> (names),
+//! `llama_model_base::load_hparams` in `llama-model.cpp` (defaults), `llama-context.cpp` (YaRN's factor on cos and
+//! sin). Keys under the architecture's name that are not listed here are refused. For these families llama.cpp reads
+//! only `general.`, `tokenizer.`, `split.` and the architecture's keys, so other keys are ignored.
 
 use super::gguf::Gguf;
 use crate::error::{Error, Result};
@@ -15,22 +14,22 @@ use crate::tensors;
 use candle_core::quantized::gguf_file::Value;
 use serde_json::{json, Map, Value as Json};
 
-/// What a key means.
+/// Meaning of a metadata key.
 #[derive(Debug, Clone, Copy)]
 pub enum Meaning {
-    /// Stands for this key of `config.json`.
+    /// Equivalent to this key of `config.json`.
     Is(&'static str),
-    /// Read here.
+    /// Read by this module or by the tokenizer.
     Used,
-    /// Refused with any other value than this one.
+    /// Supported with this value only.
     OnlyIf(Const),
-    /// Not read, for this reason.
+    /// Ignored, for this reason.
     NoEffect(&'static str),
 }
 
 use Meaning::{Is, NoEffect, OnlyIf, Used};
 
-/// Keys under the architecture's name, of every decoder here.
+/// Keys under the architecture's name that all families share.
 pub const DECODER: &[(&str, Meaning)] = &[
     ("embedding_length", Is("hidden_size")),
     ("block_count", Is("num_hidden_layers")),
@@ -48,13 +47,13 @@ pub const DECODER: &[(&str, Meaning)] = &[
     ("rope.scale_linear", Used),
     ("rope.scaling.original_context_length", Used),
     ("rope.scaling.attn_factor", Used),
-    // llama.cpp takes its own values of these in the families here, whatever a file says.
+    // For these families llama.cpp ignores the file's values and uses these.
     ("rope.scaling.yarn_ext_factor", OnlyIf(Float(1.0))),
     ("rope.scaling.yarn_attn_factor", OnlyIf(Float(1.0))),
     ("rope.scaling.yarn_beta_fast", OnlyIf(Float(32.0))),
     ("rope.scaling.yarn_beta_slow", OnlyIf(Float(1.0))),
     ("rope.scaling.yarn_log_multiplier", OnlyIf(Float(0.0))),
-    ("rope.scaling.finetuned", NoEffect("a record of how it was trained")),
+    ("rope.scaling.finetuned", NoEffect("records how the model was trained")),
     ("attention.causal", OnlyIf(Bool(true))),
     ("attn_logit_softcapping", OnlyIf(Float(0.0))),
     ("final_logit_softcapping", OnlyIf(Float(0.0))),
@@ -62,12 +61,12 @@ pub const DECODER: &[(&str, Meaning)] = &[
     ("expert_used_count", OnlyIf(Int(0))),
     ("expert_shared_count", OnlyIf(Int(0))),
     ("nextn_predict_layers", OnlyIf(Int(0))),
-    ("vocab_size", NoEffect("the embedding's rows decide")),
-    ("pooling_type", NoEffect("pools hidden states that are handed out")),
+    ("vocab_size", NoEffect("the embedding's shape gives the vocabulary size")),
+    ("pooling_type", NoEffect("pools hidden states for embedding outputs")),
     ("tensor_data_layout", NoEffect("llama.cpp does not read it")),
 ];
 
-/// Keys that a model must have.
+/// Required keys under the architecture's name.
 const REQUIRED: &[&str] = &[
     "embedding_length",
     "block_count",
@@ -77,8 +76,8 @@ const REQUIRED: &[&str] = &[
     "attention.layer_norm_rms_epsilon",
 ];
 
-/// Keys of the tokenizer: one that is not listed, or has another value, gets a warning, since it changes token ids and not
-/// the model.
+/// Tokenizer keys. An unlisted key or an unsupported value gives a warning, not an error, since it changes token ids
+/// only.
 pub const TOKENIZER: &[(&str, Meaning)] = &[
     ("tokenizer.ggml.model", Used),
     ("tokenizer.ggml.pre", Used),
@@ -93,13 +92,13 @@ pub const TOKENIZER: &[(&str, Meaning)] = &[
     ("tokenizer.ggml.add_bos_token", Used),
     ("tokenizer.ggml.add_space_prefix", Used),
     ("tokenizer.chat_template", Used),
-    ("tokenizer.chat_templates", NoEffect("the default template is taken")),
+    ("tokenizer.chat_templates", NoEffect("the default template is used")),
     ("tokenizer.ggml.add_eos_token", OnlyIf(Bool(false))),
     ("tokenizer.ggml.add_sep_token", OnlyIf(Bool(false))),
     ("tokenizer.ggml.remove_extra_whitespaces", OnlyIf(Bool(false))),
     ("tokenizer.ggml.normalizer.lowercase", OnlyIf(Bool(false))),
     ("tokenizer.ggml.normalizer.strip_accents", OnlyIf(Bool(false))),
-    ("tokenizer.ggml.token_type_count", NoEffect("of models with token types")),
+    ("tokenizer.ggml.token_type_count", NoEffect("for models with token type embeddings")),
     ("tokenizer.ggml.unknown_token_id", NoEffect("every byte has a token")),
     ("tokenizer.ggml.padding_token_id", NoEffect("nothing is padded")),
     ("tokenizer.ggml.seperator_token_id", NoEffect("names a token")),
@@ -114,14 +113,14 @@ pub const TOKENIZER: &[(&str, Meaning)] = &[
     ("tokenizer.ggml.fim_pad_token_id", NoEffect("names a token")),
     ("tokenizer.ggml.fim_rep_token_id", NoEffect("names a token")),
     ("tokenizer.ggml.fim_sep_token_id", NoEffect("names a token")),
-    ("tokenizer.ggml.precompiled_charsmap", NoEffect("the families here normalise nothing by it")),
-    ("tokenizer.huggingface.json", NoEffect("the lists beside it say the same")),
+    ("tokenizer.ggml.precompiled_charsmap", NoEffect("these families do not normalise with it")),
+    ("tokenizer.huggingface.json", NoEffect("repeats the other tokenizer keys")),
 ];
 
-/// The metadata in `config.json`'s form, and warnings.
+/// Converts the metadata to a configuration with `config.json` keys; also returns warnings about tokenizer keys.
 ///
 /// # Errors
-/// A key that is missing, malformed or not understood, or one with a value that is not supported.
+/// A key is missing, malformed or unknown, or has an unsupported value.
 pub(super) fn config(file: &Gguf) -> Result<(Config, Vec<String>)> {
     let place = file.place();
     let missing = || Error::format(&place, "`general.architecture` is missing");
@@ -149,7 +148,7 @@ impl Reader<'_> {
         own.or_else(|| DECODER.iter().find(|(k, _)| *k == key).map(|(_, m)| *m))
     }
 
-    /// Every key under the architecture's name is known, and has a value that is supported.
+    /// Checks that every key under the architecture's name is known and has a supported value.
     fn check(&self) -> Result<()> {
         let prefix = format!("{}.", self.arch);
         for (key, value) in self.file.entries() {
@@ -165,7 +164,7 @@ impl Reader<'_> {
                     return Err(Error::unsupported(&self.place, format!("`{key}` is {got}; supported: {wanted}")));
                 }
                 None => {
-                    let message = format!("key `{key}` is not understood; it may change the model's mathematics");
+                    let message = format!("unknown key `{key}`; it may change the model's outputs");
                     return Err(Error::unsupported(&self.place, message));
                 }
             }
@@ -213,8 +212,8 @@ impl Reader<'_> {
         Ok(out)
     }
 
-    /// As llama.cpp: linear where no type is given, no scaling where the factor is absent or 0, and YaRN's own factor
-    /// on cos and sin multiplied by `attn_factor`.
+    /// Returns the rope scaling by llama.cpp's rules: linear if no type is given, none if the factor is absent or 0;
+    /// YaRN's factor on cos and sin is multiplied by `attn_factor`.
     fn scaling(&self) -> Result<Option<Json>> {
         const TYPE: &str = "rope.scaling.type";
         let kind = match self.value(TYPE) {
@@ -256,11 +255,17 @@ impl Reader<'_> {
         for (key, value) in self.file.entries().filter(|(k, _)| k.starts_with("tokenizer.")) {
             match TOKENIZER.iter().find(|(k, _)| *k == key).map(|(_, m)| *m) {
                 Some(OnlyIf(wanted)) if !json(value).is_some_and(|v| wanted.is(&v)) => {
-                    warnings.push(format!("{}: `{key}` is not followed; token ids may differ", self.place));
+                    let supported = wanted.json();
+                    warnings.push(format!(
+                        "{}: only `{key}` of {supported} is supported; token ids may differ from llama.cpp's",
+                        self.place
+                    ));
                 }
                 Some(_) => {}
                 None if key.starts_with("tokenizer.chat_template.") => {}
-                None => warnings.push(format!("{}: `{key}` is not understood; token ids may differ", self.place)),
+                None => {
+                    warnings.push(format!("{}: unknown key `{key}`; token ids may differ from llama.cpp's", self.place))
+                }
             }
         }
         warnings
@@ -279,11 +284,11 @@ impl Reader<'_> {
         let number = json(value).filter(Json::is_number);
         number
             .map(Some)
-            .ok_or_else(|| Error::unsupported(&self.place, format!("`{}` is not one number", self.full(key))))
+            .ok_or_else(|| Error::unsupported(&self.place, format!("`{}` is not a single number", self.full(key))))
     }
 }
 
-/// A scalar as JSON.
+/// Converts a scalar to JSON; `None` for an array.
 fn json(v: &Value) -> Option<Json> {
     match v {
         // Shortest decimal of the f32, so that 1e-5 does not become 9.99999974737875e-6.

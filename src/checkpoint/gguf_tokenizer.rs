@@ -1,8 +1,8 @@
-//! A tokenizer from GGUF metadata, built per pre-tokenizer.
+//! Builds a tokenizer from GGUF metadata.
 //!
-//! The metadata names the split (`tokenizer.ggml.pre`) but does not describe it, so each one is written out here as the
-//! model's own `tokenizer.json` has it. Byte-level models carry merges; SentencePiece ones carry scores, from which the merges
-//! are rebuilt: each piece that splits into two pieces is a merge, tried in the order of falling score.
+//! The metadata names the pre-tokenizer (`tokenizer.ggml.pre`) but does not describe it, so each supported one is
+//! defined here as in the model's `tokenizer.json`. Byte-level models store merges. SentencePiece models store scores,
+//! from which the merges are rebuilt: every token that is two tokens joined is a merge, in order of falling score.
 
 use super::gguf::Gguf;
 use super::tokenizer::TURN_ENDS;
@@ -17,29 +17,33 @@ use tokenizers::pre_tokenizers::{
 };
 use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
-/// Qwen2's words: contractions, letters with one leading mark, single digits, marks, line breaks, spaces.
+/// Qwen2's pre-tokenizer: contractions, letters with one leading mark, single digits, marks, line breaks, spaces.
 const QWEN2_SPLIT: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// Llama 3's: as Qwen2's with up to three digits.
+/// Llama 3's pre-tokenizer: Qwen2's with up to three digits.
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Names of the pre-tokenizer with Llama 3's words.
+/// Values of `tokenizer.ggml.pre` for Llama 3's pre-tokenizer.
 const LLAMA3: [&str; 3] = ["llama-bpe", "llama3", "llama-v3"];
 
-/// Whether text begins with BOS under pre-tokenizer `pre` where a file has no `tokenizer.ggml.add_bos_token`: the defaults of
+/// Whether BOS is prepended under pre-tokenizer `pre` if the file has no `tokenizer.ggml.add_bos_token`, by llama.cpp's
+/// defaults:
 /// <https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp>.
 pub fn begins_with_bos(pre: &str) -> bool {
     LLAMA3.contains(&pre)
 }
 
-// Kinds of token, as GGUF numbers them.
+// Values of `tokenizer.ggml.token_type`.
 const NORMAL: i64 = 1;
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 const UNUSED: i64 = 5;
 const BYTE: i64 = 6;
 
-/// Builds the tokenizer of `file`.
+/// Builds the tokenizer from the metadata of `file`.
+///
+/// # Errors
+/// A key is missing or malformed; the tokenizer model or the pre-tokenizer is not supported.
 pub fn build(file: &Gguf) -> Result<Tokenizer> {
     let place = file.path().display();
     let fail = |m: &str| Error::new(ErrorKind::Tokenizer, &place, m);
@@ -48,15 +52,15 @@ pub fn build(file: &Gguf) -> Result<Tokenizer> {
     let types = file.metadata("tokenizer.ggml.token_type").and_then(|v| v.to_vec().ok());
     let types: Vec<i64> = types.map(|v| v.iter().map(type_code).collect()).unwrap_or_default();
     let kind = |i: usize| match types.get(i).copied().unwrap_or(NORMAL) {
-        // Some conversions store the end of a turn as plain text; llama.cpp overrules them too.
+        // Some conversions mark end-of-turn tokens as normal; llama.cpp overrides them too.
         NORMAL | USER_DEFINED if stored.get(i).is_some_and(|t| TURN_ENDS.contains(t)) => CONTROL,
         kind => kind,
     };
     let pieces = file.string("tokenizer.ggml.model") == Some("llama");
-    // A SentencePiece model's own entries for runs of spaces are stored with plain spaces.
+    // User-defined SentencePiece tokens for runs of spaces are stored with plain spaces.
     let spell = |i: usize, t: &str| if pieces && kind(i) == USER_DEFINED { t.replace(' ', "▁") } else { t.into() };
     let tokens: Vec<String> = stored.iter().enumerate().map(|(i, t)| spell(i, t)).collect();
-    // Unused entries pad the matrix; their text must not match.
+    // Unused entries pad the embedding matrix; their text must not match.
     let used = tokens.iter().enumerate().filter(|(i, _)| kind(*i) != UNUSED);
     let vocab: HashMap<String, u32> = used.map(|(i, t)| (t.clone(), i as u32)).collect();
     let wrap = |e: tokenizers::Error| Error::new(ErrorKind::Tokenizer, &place, e);
@@ -75,7 +79,7 @@ pub fn build(file: &Gguf) -> Result<Tokenizer> {
                 .filter(|s| s.len() == tokens.len())
                 .ok_or_else(|| fail("`tokenizer.ggml.scores` do not match the tokens"))?;
             for (i, score) in scores.iter_mut().enumerate() {
-                // Tokens outside the SentencePiece model carry placeholders.
+                // Scores of tokens outside the SentencePiece model are placeholders.
                 if matches!(kind(i), CONTROL | USER_DEFINED | BYTE) {
                     *score = 0.0;
                 }
@@ -179,7 +183,8 @@ fn sentence_piece(
     Ok(t)
 }
 
-/// Every piece that is two pieces joined, best score first; ties by the lengths of the parts, longest first.
+/// Returns every token that is two tokens joined as a merge, best score first; ties by the lengths of the parts,
+/// longest first.
 fn merges_by_score(vocab: &HashMap<String, u32>, tokens: &[String], scores: &[f32]) -> Pairs {
     let mut merges: Vec<(f32, &str, &str)> = vec![];
     for (token, score) in tokens.iter().zip(scores) {

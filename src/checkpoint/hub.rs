@@ -1,4 +1,5 @@
-//! Hub repositories through hf-hub: the usual cache and its variables, a revision, and no network when offline.
+//! Downloads from the Hugging Face hub through hf-hub, with its standard cache and environment variables, revisions and
+//! offline use.
 
 use super::{Identity, OnProgress, OpenOptions};
 use crate::error::{Error, ErrorKind, Result};
@@ -10,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// What of a repository is needed; everything else (other formats, adapters, images) stays where it is.
+/// Files to download from a repository; other formats, adapters and images are skipped.
 const WANTED: &[&str] = &[
     "config.json",
     "generation_config.json",
@@ -24,10 +25,14 @@ const WANTED: &[&str] = &[
     "model.safetensors.index.json",
 ];
 const UNWANTED: &[&str] = &["*/*"];
-/// A download that hears nothing for so long is given up: hf-hub sets no time limit of its own.
+/// Time without progress after which a download fails; hf-hub has no timeout of its own.
 const STALLED: Duration = Duration::from_secs(60);
 
-/// Downloads (or finds in the cache) `model`: `owner/name`, or `owner/name/path/file.gguf`.
+/// Downloads `model` (`owner/name`, or `owner/name/path/file.gguf`) or finds it in the cache, and returns its path.
+///
+/// # Errors
+/// `model` is not a hub id; the repository, revision or file does not exist or is refused; the network fails or stalls;
+/// offline, the cache lacks a file.
 pub fn fetch(model: &str, options: &OpenOptions, progress: OnProgress) -> Result<(PathBuf, Identity)> {
     let mut parts = model.splitn(3, '/');
     let (owner, name, file) = match (parts.next(), parts.next(), parts.next()) {
@@ -41,25 +46,26 @@ pub fn fetch(model: &str, options: &OpenOptions, progress: OnProgress) -> Result
     let offline = options.offline || offline_by_environment();
     let fail = |why: String| {
         let hint = match offline {
-            true => "offline, so only the cache was searched",
-            false => "to use files at hand, give --model a directory or a .gguf file, or --offline if it was downloaded before",
+            true => "offline: only the cache was searched",
+            false => "for local files give --model a directory or a .gguf file, or --offline if it is in the cache",
         };
         Error::new(ErrorKind::Hub, model, format!("{why} ({hint})"))
     };
     let client = HFClient::builder().retry_max_attempts(2).build_sync();
-    let client = client.map_err(|e| fail(format!("cannot talk to a hub (is HF_ENDPOINT a URL?): {}", chain(&e))))?;
+    let client =
+        client.map_err(|e| fail(format!("cannot create a hub client (is HF_ENDPOINT a URL?): {}", chain(&e))))?;
     let repo = client.model(owner, name);
     let meter = Arc::new(Meter::default());
     let revision = options.revision.clone().unwrap_or_else(|| "main".into());
-    let (watch, asked) = (meter.clone(), revision.clone());
-    // On a thread of its own that owns everything, so that a hub which never answers can be left behind.
+    let (watch, requested) = (meter.clone(), revision.clone());
+    // A detached thread that owns everything it uses: it is abandoned if the hub never answers.
     let worker = std::thread::spawn(move || {
         let owned = |list: &[&str]| list.iter().map(|s| s.to_string()).collect::<Vec<_>>();
         let meter = hf_hub::progress::Progress::from(watch);
         match file {
             Some(file) => {
                 let fetch = |name: String| {
-                    let request = repo.download_file().filename(name).revision(asked.clone());
+                    let request = repo.download_file().filename(name).revision(requested.clone());
                     request.local_files_only(offline).progress(meter.clone()).send()
                 };
                 other_parts(&file).into_iter().try_for_each(|part| fetch(part).map(drop)).and_then(|()| fetch(file))
@@ -68,7 +74,7 @@ pub fn fetch(model: &str, options: &OpenOptions, progress: OnProgress) -> Result
                 .snapshot_download()
                 .allow_patterns(owned(WANTED))
                 .ignore_patterns(owned(UNWANTED))
-                .revision(asked)
+                .revision(requested)
                 .local_files_only(offline)
                 .progress(meter)
                 .send(),
@@ -82,7 +88,7 @@ pub fn fetch(model: &str, options: &OpenOptions, progress: OnProgress) -> Result
             (seen, since) = (done, Instant::now());
         }
         if since.elapsed() > STALLED {
-            return Err(fail(format!("the hub has sent nothing for {} s", STALLED.as_secs())));
+            return Err(fail(format!("the download stalled: no data for {} s", STALLED.as_secs())));
         }
         if total > 0 {
             progress("download", done.min(total), total);
@@ -91,18 +97,19 @@ pub fn fetch(model: &str, options: &OpenOptions, progress: OnProgress) -> Result
     let path = worker.join().map_err(|_| fail("the download panicked".into()))?;
     let path = path.map_err(|e| fail(explain(&e, &revision)))?;
     let commit =
-        commit_of(&path).ok_or_else(|| fail(format!("{} lies in no snapshot of the cache", path.display())))?;
+        commit_of(&path).ok_or_else(|| fail(format!("{} is not in a snapshot of the hub cache", path.display())))?;
     Ok((path, Identity::Hub { id: model.into(), revision: commit }))
 }
 
-/// The parts of a split GGUF file beside `file`, by their paths in the repository.
+/// Returns the repository paths of the other parts if `file` is one part of a split GGUF file.
 fn other_parts(file: &str) -> Vec<String> {
     let (folder, name) = file.rsplit_once('/').map_or(("", file), |(f, n)| (&file[..=f.len()], n));
     let parts = super::gguf::part_names(name).unwrap_or_default();
     parts.iter().filter(|p| *p != name).map(|p| format!("{folder}{p}")).collect()
 }
 
-/// hf-hub ignores these; huggingface_hub and transformers do not.
+/// Whether an environment variable requests offline use; hf-hub ignores these two, huggingface_hub and transformers
+/// honour them.
 fn offline_by_environment() -> bool {
     let set = |v: String| matches!(v.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE");
     ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"].iter().any(|key| std::env::var(key).is_ok_and(set))
@@ -122,7 +129,7 @@ fn explain(error: &HFError, revision: &str) -> String {
     text
 }
 
-/// An error and its causes on one line, each once.
+/// Formats an error and its causes on one line, without repeats.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut parts: Vec<String> = vec![];
     let mut next = Some(error);
@@ -136,14 +143,15 @@ fn chain(error: &dyn std::error::Error) -> String {
     parts.join(": ")
 }
 
-/// The commit in `.../snapshots/<commit>/...`; the last such part, since a cache may itself lie under that name.
+/// Returns the commit in `.../snapshots/<commit>/...`; the last match, since the cache's own path may contain
+/// `snapshots` too.
 fn commit_of(path: &Path) -> Option<String> {
     let parts: Vec<_> = path.components().map(|c| c.as_os_str().to_string_lossy().into_owned()).collect();
     let at = parts.iter().rposition(|p| p == "snapshots")?;
     parts.get(at + 1).cloned()
 }
 
-/// Bytes seen and expected, over all files.
+/// Bytes downloaded and expected, summed over all files.
 #[derive(Default)]
 struct Meter {
     done: AtomicU64,

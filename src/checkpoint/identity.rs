@@ -1,4 +1,4 @@
-//! What a checkpoint is: where it came from and, for patches, a hash of its content.
+//! A checkpoint's origin and, for patches, its content hash.
 
 use crate::error::{At, Result};
 use serde::{Deserialize, Serialize};
@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-/// A checkpoint's origin.
+/// Origin of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "source", rename_all = "snake_case")]
 pub enum Identity {
@@ -14,14 +14,14 @@ pub enum Identity {
     Hub {
         /// `owner/name`, or `owner/name/file.gguf`.
         id: String,
-        /// The commit that was read.
+        /// Commit hash.
         revision: String,
     },
     /// A directory in Hugging Face's layout.
     Directory {
         /// Absolute path.
         path: PathBuf,
-        /// SHA-256 over the configuration and the weight files, once computed.
+        /// SHA-256 of the configuration and the weight files; `None` until [`Identity::hashed`] computes it.
         #[serde(skip_serializing_if = "Option::is_none")]
         sha256: Option<String>,
     },
@@ -29,7 +29,7 @@ pub enum Identity {
     File {
         /// Absolute path.
         path: PathBuf,
-        /// SHA-256 of the file, once computed.
+        /// SHA-256 of the file (all parts of a split file); `None` until [`Identity::hashed`] computes it.
         #[serde(skip_serializing_if = "Option::is_none")]
         sha256: Option<String>,
     },
@@ -44,7 +44,7 @@ impl Identity {
         Self::File { path: absolute(path), sha256: None }
     }
 
-    /// The name by which messages call it.
+    /// Returns the hub id or path, for messages.
     pub fn place(&self) -> String {
         match self {
             Self::Hub { id, .. } => id.clone(),
@@ -52,7 +52,8 @@ impl Identity {
         }
     }
 
-    /// The same with the path as the user wrote it, for reports that travel.
+    /// Returns a copy with the path replaced by `reference`, the path as the user wrote it, for reports read on other
+    /// machines.
     pub fn as_given(&self, reference: &str) -> Self {
         let mut out = self.clone();
         if let Self::Directory { path, .. } | Self::File { path, .. } = &mut out {
@@ -61,12 +62,15 @@ impl Identity {
         out
     }
 
-    /// What to give `Checkpoint::open` to get it again.
+    /// Returns the argument that makes `Checkpoint::open` open it again.
     pub fn reference(&self) -> String {
         self.place()
     }
 
-    /// The same with its content hash filled in, for local files.
+    /// Returns a copy with the content hash of `files` filled in; a hub identity, which has its commit, is unchanged.
+    ///
+    /// # Errors
+    /// A file cannot be read.
     pub fn hashed(&self, files: &[PathBuf], progress: super::OnProgress) -> Result<Self> {
         let mut out = self.clone();
         if let Self::Directory { sha256, .. } | Self::File { sha256, .. } = &mut out {

@@ -1,7 +1,7 @@
-//! Where weights come from: a hub id, a Hugging Face directory, a GGUF file, or a seed; all read as named tensors.
+//! Checkpoint loading: a hub id, a Hugging Face directory, a GGUF file or random weights, all read as named tensors.
 //!
-//! Names are Hugging Face's throughout; `gguf` translates. A tensor is read in row chunks, checked for NaN, brought into
-//! the form it is held in ([`WeightFormat`]) and only then is the next one touched.
+//! Tensor names are Hugging Face's; [`crate::tensors`] maps them to GGUF names. A tensor is read in row chunks, checked
+//! for NaN and converted to its type in memory ([`WeightFormat`]); tensors are loaded one after another.
 
 mod chat_template;
 mod detokenizer;
@@ -24,7 +24,7 @@ pub use detokenizer::Detokenizer;
 pub use identity::Identity;
 #[cfg(feature = "eval")]
 pub(crate) use random::splitmix;
-pub use tokenizer::Text;
+pub use tokenizer::TextTokenizer;
 pub use weight_format::{WeightDtype, WeightFormat};
 
 use crate::error::{At, Error, ErrorKind, Result};
@@ -38,7 +38,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-/// Told how far a stage is: what is read, units done, units in all.
+/// Progress callback: name of the stage, units done, total units.
 pub type OnProgress<'a> = &'a (dyn Fn(&str, u64, u64) + Sync);
 
 /// A stored tensor.
@@ -55,42 +55,46 @@ pub struct TensorInfo {
 enum Store {
     Shards(safetensors::Shards),
     Gguf(Box<gguf::Gguf>),
-    Random(random::Random),
+    Random(random::RandomWeights),
 }
 
-/// How to find a checkpoint.
+/// Options of [`Checkpoint::open`].
 #[derive(Debug, Clone, Default)]
 pub struct OpenOptions {
     /// Branch, tag or commit of a hub repository.
     pub revision: Option<String>,
-    /// Use only what is cached.
+    /// Use only files in the local hub cache.
     pub offline: bool,
-    /// Embed with the output matrix: [`Checkpoint::tie_embeddings`].
+    /// Call [`Checkpoint::tie_embeddings`] after opening.
     pub tie_embeddings: bool,
 }
 
-/// An open checkpoint: configuration read, weights still in their files.
+/// An open checkpoint: the configuration is read, the weights are still in their files.
 pub struct Checkpoint {
-    /// What it is, for reports and patches.
+    /// Origin of the checkpoint, for reports and patches.
     pub identity: Identity,
-    /// The configuration.
+    /// Configuration, as stored.
     pub config: Config,
-    /// What the model is built from.
+    /// Model specification read from the configuration.
     pub spec: ModelSpec,
-    /// Every tensor that the model asks for.
+    /// Tensors that the model needs.
     pub schema: Schema,
-    /// The family that reads it.
+    /// Model family.
     pub family: &'static Family,
     store: Store,
-    /// How this file spells tensor names.
+    /// Prefixes of this file's tensor names.
     naming: Naming,
     dir: PathBuf,
-    /// Warnings, and how many of them have been given out.
+    /// Warnings, and how many of them [`Checkpoint::take_warnings`] has returned.
     warnings: Mutex<(Vec<String>, usize)>,
 }
 
 impl Checkpoint {
     /// Opens `model`: a `.gguf` file, a directory, or a hub id (`owner/name`, or `owner/name/file.gguf`).
+    ///
+    /// # Errors
+    /// No such file or repository; a configuration that is missing, malformed or not supported; a tensor that is
+    /// missing, has another shape than the configuration says, or would be left unread.
     pub fn open(model: &str, options: &OpenOptions, progress: OnProgress) -> Result<Self> {
         let mut checkpoint = Self::find(model, options, progress)?;
         if options.tie_embeddings {
@@ -127,7 +131,7 @@ impl Checkpoint {
         Err(Error::new(
             ErrorKind::Io,
             model,
-            "no such file or directory, and this build has no hub support (feature `hub`)",
+            "no such file or directory, and this build has no hub support (rebuild with feature `hub`)",
         ))
     }
 
@@ -143,16 +147,16 @@ impl Checkpoint {
         Self::assemble(config, store, dir.into(), identity, warnings)
     }
 
-    /// A model of the shape that `model` describes, with weights drawn from `seed`: a `config.json`, or a directory that holds
-    /// one. For speed and memory; its text is noise.
+    /// Returns a checkpoint with random weights for the configuration `model` (a `config.json`, or a directory with
+    /// one), to measure speed and memory; its text is noise.
     ///
     /// # Errors
-    /// No configuration there, or one that cannot be read.
+    /// The configuration is missing, malformed or not supported.
     pub fn random(model: &str, seed: u64) -> Result<Self> {
         let given = Path::new(model);
         let path = if given.is_dir() { given.join("config.json") } else { given.into() };
         if !path.is_file() || path.extension().is_none_or(|e| e != "json") {
-            let message = "holds no config.json; random weights need one, or a directory with one";
+            let message = "holds no config.json; for random weights give a config.json or a directory with one";
             return Err(Error::new(ErrorKind::Io, model, message));
         }
         let config = read_config(&path)?;
@@ -160,7 +164,7 @@ impl Checkpoint {
         let identity = Identity::directory(&dir);
         let (family, decoder) = family::read(&config)?;
         let spec = (family.spec)(&decoder)?;
-        let store = Store::Random(random::Random::new(&path, &config, &Schema::new(&spec), seed)?);
+        let store = Store::Random(random::RandomWeights::new(&path, &config, &Schema::new(&spec), seed)?);
         Self::assemble(config, store, dir, identity, vec![])
     }
 
@@ -192,11 +196,12 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// Uses the output matrix as the embedding too, where a file stores a tied model's one matrix twice (GGUF files quantise
-    /// the two copies differently). A model that is tied already stays as it is.
+    /// Uses the output matrix as the embedding too, for a tied model whose file stores both (GGUF files quantise the
+    /// two copies differently). Does nothing if the file stores one matrix.
     ///
     /// # Errors
-    /// Matrices that are not copies of one another: the model is not a tied one.
+    /// The two matrices are not copies of one another (squared error above a quarter over the first rows): the model is
+    /// not tied.
     pub fn tie_embeddings(&mut self) -> Result<()> {
         let Some(head) = self.schema.head.clone() else { return Ok(()) };
         let rows = 0..self.spec.vocab.min(64);
@@ -206,7 +211,7 @@ impl Checkpoint {
         let apart: f64 = output.iter().zip(&embed).map(|(a, b)| square(a - b)).sum();
         let size: f64 = output.iter().map(|a| square(*a)).sum();
         if apart > 0.25 * size {
-            let message = "the output matrix is no copy of the embedding: this model is not tied";
+            let message = "the output matrix is not a copy of the embedding: this model is not tied";
             return Err(Error::usage("--tie-embeddings", message));
         }
         self.spec.tied = true;
@@ -214,14 +219,14 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The text side: tokenizer, template and stop tokens.
+    /// Reads the tokenizer with its chat template and stop tokens.
     ///
     /// # Errors
-    /// No tokenizer, or a damaged one.
-    pub fn text(&self) -> Result<Text> {
-        let text = self.read_text()?;
-        text.warnings().iter().for_each(|w| self.warn(w.clone()));
-        Ok(text)
+    /// The tokenizer is missing, malformed or not supported.
+    pub fn tokenizer(&self) -> Result<TextTokenizer> {
+        let tokenizer = self.read_tokenizer()?;
+        tokenizer.warnings().iter().for_each(|w| self.warn(w.clone()));
+        Ok(tokenizer)
     }
 
     /// Adds a warning for [`Checkpoint::take_warnings`].
@@ -233,38 +238,38 @@ impl Checkpoint {
         }
     }
 
-    /// What a user should know of the files read so far; each warning is given out once.
+    /// Returns the warnings about the files read so far that no earlier call has returned.
     pub fn take_warnings(&self) -> Vec<String> {
         let Ok(mut warnings) = self.warnings.lock() else { return vec![] };
-        let (all, told) = &mut *warnings;
-        let from = std::mem::replace(told, all.len());
+        let (all, returned) = &mut *warnings;
+        let from = std::mem::replace(returned, all.len());
         all[from..].to_vec()
     }
 
-    fn read_text(&self) -> Result<Text> {
+    fn read_tokenizer(&self) -> Result<TextTokenizer> {
         match &self.store {
-            Store::Shards(_) => Text::from_dir(&self.dir, &self.config),
-            Store::Gguf(file) => Text::from_gguf(file),
-            Store::Random(_) if self.has_text() => Text::from_dir(&self.dir, &self.config),
+            Store::Shards(_) => TextTokenizer::from_dir(&self.dir, &self.config),
+            Store::Gguf(file) => TextTokenizer::from_gguf(file),
+            Store::Random(_) if self.has_tokenizer() => TextTokenizer::from_dir(&self.dir, &self.config),
             Store::Random(random) => Err(Error::new(
                 ErrorKind::Tokenizer,
                 random.path().display(),
-                "random weights come without a tokenizer, and no tokenizer.json is beside the configuration",
+                "random weights come without a tokenizer, and the configuration's directory has no tokenizer.json",
             )),
         }
     }
 
-    /// Whether a tokenizer comes with the weights.
-    pub fn has_text(&self) -> bool {
+    /// Whether the checkpoint has a tokenizer.
+    pub fn has_tokenizer(&self) -> bool {
         matches!(self.store, Store::Gguf(_)) || self.dir.join("tokenizer.json").exists()
     }
 
-    /// Parameters that the configuration asks for.
+    /// Returns the number of parameters, a tied matrix counted once.
     pub fn parameters(&self) -> u64 {
         self.schema.iter().fold(0, |sum: u64, t| sum.saturating_add(t.elements()))
     }
 
-    /// Files whose bytes identify the weights.
+    /// Returns the files that a content hash covers: configuration and weights.
     pub fn files(&self) -> Vec<PathBuf> {
         match &self.store {
             Store::Gguf(file) => file.paths().map(PathBuf::from).collect(),
@@ -275,12 +280,12 @@ impl Checkpoint {
         }
     }
 
-    /// Bytes of the matrices if all were f32.
+    /// Returns the size of all matrices in f32, in bytes.
     pub fn f32_bytes(&self) -> u64 {
         self.schema.matrices().filter(|t| self.info(t).is_some()).map(|t| 4 * t.elements()).sum()
     }
 
-    /// Bytes of all matrices by the type that `format` would hold them in.
+    /// Returns the size of all matrices in memory under `format`, in bytes by weight type.
     pub fn held(&self, format: &WeightFormat) -> BTreeMap<String, u64> {
         let mut bytes = BTreeMap::new();
         for t in self.schema.matrices() {
@@ -292,10 +297,10 @@ impl Checkpoint {
         bytes
     }
 
-    /// A matrix in the form that `format` says.
+    /// Loads a matrix in the type that `format` resolves to.
     ///
     /// # Errors
-    /// A tensor that is missing, of another shape, of an unknown type, or holds NaN or infinity.
+    /// The tensor is missing, has another shape than `tensor`, is of an unknown type, or holds NaN or infinity.
     pub fn matrix(&self, tensor: &TensorSpec, format: &WeightFormat, device: &Device) -> Result<Weight> {
         let info = self.expect(tensor)?;
         match &self.store {
@@ -304,10 +309,10 @@ impl Checkpoint {
         }
     }
 
-    /// A vector in f32.
+    /// Loads a vector in f32.
     ///
     /// # Errors
-    /// As [`Checkpoint::matrix`].
+    /// Those of [`Checkpoint::matrix`].
     pub fn vector(&self, tensor: &TensorSpec, device: &Device) -> Result<Tensor> {
         let info = self.expect(tensor)?;
         let len = tensor.shape[0];
@@ -323,17 +328,17 @@ impl Checkpoint {
         Tensor::from_vec(values, len, device).at(&tensor.name)
     }
 
-    /// Refuses a vector that products need in `dtype` and that it cannot hold.
+    /// Checks that the values of a vector are finite in `dtype`, the type in which products use it.
     ///
     /// # Errors
-    /// As [`Checkpoint::matrix`].
+    /// Those of [`Checkpoint::matrix`]; a value too large for `dtype`.
     pub fn fits(&self, tensor: &TensorSpec, dtype: DType) -> Result<()> {
         let Some(target) = Storage::of_tensor(dtype).filter(|s| *s != Storage::F32) else { return Ok(()) };
         let values = self.vector(tensor, &Device::Cpu)?.to_vec1::<f32>()?;
         rows::encode(self, self.expect(tensor)?, target, &values, (0, values.len())).map(drop)
     }
 
-    /// Rows per head where the file interleaves the halves of each.
+    /// Returns the rows per head if the file stores the two halves of each head interleaved.
     fn interleaved_rows(&self, tensor: &TensorSpec) -> Option<usize> {
         let interleaves = matches!(self.store, Store::Gguf(_)) && self.family.gguf.interleaved_qk;
         tensor.rotary_rows.filter(|_| interleaves)
@@ -348,13 +353,13 @@ impl Checkpoint {
         if info.shape != tensor.shape {
             return Err(Error::tensor(
                 self.identity.place(),
-                format!("tensor `{full}` has shape {:?}; the configuration asks for {:?}", info.shape, tensor.shape),
+                format!("tensor `{full}` has shape {:?}; the configuration requires {:?}", info.shape, tensor.shape),
             ));
         }
         Ok(info)
     }
 
-    /// The name that the file has for it.
+    /// Returns the tensor's name in the file.
     fn stored_name(&self, tensor: &TensorSpec) -> String {
         match &self.store {
             Store::Gguf(_) => tensor.gguf.clone(),
@@ -363,7 +368,8 @@ impl Checkpoint {
         }
     }
 
-    /// The stored name with the longest common end, if that holds at least the last three parts: points at a misnaming.
+    /// Returns the stored name that shares the most trailing parts with `name`, at least three, to hint at a misnamed
+    /// tensor.
     fn nearest(&self, name: &str) -> Option<String> {
         let Store::Shards(shards) = &self.store else { return None };
         let common = |n: &str| n.rsplit('.').zip(name.rsplit('.')).take_while(|(a, b)| a == b).count();

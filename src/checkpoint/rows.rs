@@ -13,7 +13,10 @@ use std::ops::Range;
 /// Elements decoded at a time: 8 MiB of f32 per worker.
 const CHUNK: usize = 2 << 20;
 
-/// Decodes `rows` of `cols` elements into f32 and refuses NaN and infinity.
+/// Reads `rows` of `cols` elements each and dequantizes them to f32.
+///
+/// # Errors
+/// The tensor's type is unknown; its file cannot be read; a value is NaN or infinite.
 pub fn decode(from: &Checkpoint, info: &TensorInfo, rows: Range<usize>, cols: usize) -> Result<Vec<f32>> {
     let stored = stored(info)?;
     let bytes = read_rows(from, info, stored, rows.clone(), cols)?;
@@ -28,8 +31,11 @@ pub fn decode(from: &Checkpoint, info: &TensorInfo, rows: Range<usize>, cols: us
     }
 }
 
-/// Loads a matrix. With `head_rows`, the rows of each head of that many are stored with their halves interleaved (row
-/// `2 j + i` holds what belongs at `i * head_rows / 2 + j`) and are put back in order.
+/// Loads a matrix in the type that `format` resolves to. With `head_rows` rows per head, the file stores the two halves
+/// of each head interleaved (stored row `2 j + i` is row `i * head_rows / 2 + j`), and the rows are put back in order.
+///
+/// # Errors
+/// Those of [`decode`]; a value is too large for the type in memory.
 pub fn load_matrix(
     from: &Checkpoint,
     info: &TensorInfo,
@@ -91,14 +97,14 @@ fn read_rows(
     cols: usize,
 ) -> Result<Vec<u8>> {
     if !stored.fits(cols) {
-        let message = format!("rows of {cols} elements hold no whole {stored} blocks");
+        let message = format!("rows of {cols} elements are not a multiple of the {stored} block size");
         return Err(Error::format(&info.name, message));
     }
     let row_bytes = stored.row_bytes(cols);
     from.read(info, (rows.start * row_bytes) as u64, rows.len() * row_bytes)
 }
 
-/// Puts the elements of a vector in order, where `head_rows` of each head are stored as [`load_matrix`] says.
+/// Puts the elements of a vector in order; for `head_rows` see [`load_matrix`].
 pub fn in_order(values: Vec<f32>, head_rows: Option<usize>) -> Vec<f32> {
     match head_rows {
         None => values,
@@ -154,7 +160,8 @@ fn from_f32(target: Storage, values: &[f32], cols: usize) -> candle_core::Result
     })
 }
 
-/// Refuses finite `values` that became infinite in `bytes`: f16 ends at 65504, and the scales of block formats are f16.
+/// Refuses finite `values` that became infinite in `bytes`: f16's maximum is 65504, and the scales of block formats are
+/// f16.
 fn refuse_overflow(
     from: &Checkpoint,
     info: &TensorInfo,
@@ -173,10 +180,10 @@ fn refuse_overflow(
     let block = lost / elements * elements;
     let largest = |at: &usize, other: &usize| values[*at].abs().total_cmp(&values[*other].abs());
     let at = (block..block + elements).max_by(largest).unwrap_or(lost);
-    let alternatives = if target == Storage::BF16 { "f32 holds it" } else { "bf16 and f32 hold it" };
+    let wider = if target == Storage::BF16 { "use --dtype f32" } else { "use --dtype bf16 or f32" };
     let (name, value, row, column) = (&info.name, values[at], first_row + at / cols, at % cols);
     let message = format!(
-        "tensor `{name}` holds {value} at row {row}, column {column}, which is too large for {target}; {alternatives}"
+        "tensor `{name}` holds {value} at row {row}, column {column}, which is too large for {target}; {wider}"
     );
     Err(Error::new(ErrorKind::NotFinite, from.identity.place(), message))
 }

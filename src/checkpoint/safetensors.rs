@@ -1,7 +1,7 @@
-//! safetensors directories: one file, or shards named by `model.safetensors.index.json`.
+//! safetensors directories: one file, or shards listed in `model.safetensors.index.json`.
 //!
-//! Each file's header is read once; a tensor's bytes are mapped only while that tensor is read, so the resident memory of a
-//! load is one tensor's, not the file's.
+//! Each file's header is read once. A tensor's bytes are mapped only while that tensor is read, which keeps the
+//! resident memory of a load at one tensor's size.
 
 use super::TensorInfo;
 use crate::error::{At, Error, Result};
@@ -18,17 +18,17 @@ struct Entry {
     info: TensorInfo,
 }
 
-/// The tensors of a directory, by name.
+/// The safetensors files of a directory and their tensors by name.
 pub struct Shards {
     files: Vec<(PathBuf, File)>,
     entries: BTreeMap<String, Entry>,
 }
 
 impl Shards {
-    /// Reads the headers of every shard in `dir`, and adds to `warnings`.
+    /// Reads the headers of all shards in `dir`; appends to `warnings`.
     ///
     /// # Errors
-    /// A file that is missing, truncated or malformed; a tensor that two shards hold.
+    /// A file is missing, truncated or malformed; two shards store the same tensor.
     pub fn open(dir: &Path, warnings: &mut Vec<String>) -> Result<Self> {
         let mut shards = Self { files: vec![], entries: BTreeMap::new() };
         for path in shard_paths(dir, warnings)? {
@@ -41,12 +41,12 @@ impl Shards {
         let place = path.display().to_string();
         let file = File::open(&path).at(&place)?;
         let length = file.metadata().at(&place)?.len();
-        // SAFETY: the map is read only and dropped before this function ends; another process that truncates the file
-        // meanwhile can fault it, as with every memory-mapped checkpoint.
+        // SAFETY: the map is read-only and dropped before this function ends. Another process that truncates the file
+        // meanwhile can cause a fault, as with every memory-mapped checkpoint.
         let map = unsafe { MmapOptions::new().map(&file) }.at(&place)?;
         let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| {
             let what = match e {
-                SafeTensorError::MetadataIncompleteBuffer => "truncated, or its header lies",
+                SafeTensorError::MetadataIncompleteBuffer => "truncated, or its header is wrong",
                 _ => "not a safetensors file",
             };
             Error::format(&place, format!("{what}: {e}"))
@@ -56,7 +56,7 @@ impl Shards {
         if needed > length {
             return Err(Error::format(
                 &place,
-                format!("truncated: the header promises {needed} bytes, the file has {length}"),
+                format!("truncated: the header describes {needed} bytes, the file has {length}"),
             ));
         }
         let index = self.files.len();
@@ -77,26 +77,29 @@ impl Shards {
         Ok(())
     }
 
-    /// What is stored under `name`.
+    /// Returns the stored tensor called `name`.
     pub fn info(&self, name: &str) -> Option<&TensorInfo> {
         self.entries.get(name).map(|e| &e.info)
     }
 
-    /// All names, for an error that lists them.
+    /// Returns the names of all stored tensors.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().map(String::as_str)
     }
 
-    /// Copies `length` bytes of `name` from `start` on.
+    /// Reads `length` bytes of tensor `name`, from byte `start` on.
+    ///
+    /// # Errors
+    /// The tensor is missing; its file cannot be mapped.
     pub fn read(&self, name: &str, start: u64, length: usize) -> Result<Vec<u8>> {
         let entry = self.entries.get(name).ok_or_else(|| Error::tensor(name, "missing"))?;
         let (path, file) = &self.files[entry.file];
-        // SAFETY: read only, dropped at once; see `add` for what another process may do to it.
+        // SAFETY: the map is read-only and dropped at once; for truncation by another process see `add`.
         let map = unsafe { MmapOptions::new().offset(entry.offset + start).len(length).map(file) };
         Ok(map.at(path.display())?.to_vec())
     }
 
-    /// The files, for content hashes.
+    /// Returns the paths of all files.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(|(p, _)| p.as_path())
     }
@@ -111,13 +114,13 @@ fn stored(dtype: Dtype) -> Option<Storage> {
     }
 }
 
-/// `model.safetensors`, which transformers takes first, or the shards that the index names.
+/// Returns `model.safetensors`, which transformers prefers, or the shards that the index lists.
 fn shard_paths(dir: &Path, warnings: &mut Vec<String>) -> Result<Vec<PathBuf>> {
     let single = dir.join("model.safetensors");
     let index = dir.join("model.safetensors.index.json");
     if single.exists() {
         if index.exists() {
-            warnings.push(format!("{}: model.safetensors is read, and the shards of the index are not", dir.display()));
+            warnings.push(format!("{}: model.safetensors is used; the shards of the index are ignored", dir.display()));
         }
         return Ok(vec![single]);
     }
@@ -129,8 +132,9 @@ fn shard_paths(dir: &Path, warnings: &mut Vec<String>) -> Result<Vec<PathBuf>> {
         let mut names = BTreeSet::new();
         for (tensor, file) in map {
             let file = file.as_str().filter(|f| !f.contains(['/', '\\']));
-            let file =
-                file.ok_or_else(|| Error::format(&place, format!("`{tensor}` names no file of this directory")))?;
+            let file = file.ok_or_else(|| {
+                Error::format(&place, format!("`{tensor}` is not mapped to a file of this directory"))
+            })?;
             names.insert(dir.join(file));
         }
         return Ok(names.into_iter().collect());

@@ -1,7 +1,8 @@
-//! Special and added tokens that stand beside `tokenizer.json`, by the rules of transformers 5.
+//! Special and added tokens defined outside `tokenizer.json`, by the rules of transformers 5.
 //!
-//! `tokenizer_config.json` names the special tokens. With an `added_tokens_decoder` it also lists every added token; without one,
-//! `special_tokens_map.json` and `added_tokens.json` are read as well. Source: `PreTrainedTokenizerBase._from_pretrained` in
+//! `tokenizer_config.json` names the special tokens. With an `added_tokens_decoder` it also lists every added token;
+//! without one, `special_tokens_map.json` and `added_tokens.json` are read as well. Source:
+//! `PreTrainedTokenizerBase._from_pretrained` in
 //! <https://github.com/huggingface/transformers/blob/main/src/transformers/tokenization_utils_base.py>.
 
 use crate::error::{At, Error, Result};
@@ -9,27 +10,27 @@ use serde_json::{Map, Value};
 use std::path::Path;
 use tokenizers::{AddedToken, Tokenizer};
 
-/// Names of special tokens in the order in which tokens without an id get one; any other key that ends in `_token` follows.
+/// Names of special tokens in the order in which tokens without an id get one; other keys that end in `_token` follow.
 const NAMES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// A token, and the id that a file gives it.
+/// A token and the id that a file gives it.
 type Listed = (AddedToken, Option<u64>);
 
-/// What the files beside `tokenizer.json` say of its tokens.
+/// Special and added tokens of a checkpoint's directory, without those of `tokenizer.json`.
 #[derive(Debug, Default)]
 pub struct SpecialTokens {
-    /// Names that chat templates may use, with the text of each token.
+    /// Special tokens as (name in chat templates, text).
     pub names: Vec<(String, String)>,
-    /// Tokens with ids of their own, lowest id first.
+    /// Tokens with an id, lowest id first.
     listed: Vec<Listed>,
-    /// Special tokens by text alone.
+    /// Special tokens without an id.
     unlisted: Vec<AddedToken>,
 }
 
-/// Reads a JSON object, or `None` where there is no file.
+/// Reads a JSON object; returns `None` if the file does not exist.
 ///
 /// # Errors
-/// A file that cannot be read or holds no JSON object.
+/// The file cannot be read or is not a JSON object.
 pub fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
     if !path.exists() {
         return Ok(None);
@@ -42,10 +43,10 @@ pub fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
 }
 
 impl SpecialTokens {
-    /// Of a checkpoint's directory, with the keys of its `tokenizer_config.json`.
+    /// Reads the tokens of a checkpoint's directory; `config` holds the keys of its `tokenizer_config.json`.
     ///
     /// # Errors
-    /// A file that cannot be read, or a token without text or id.
+    /// A file cannot be read; a token has no text or no valid id.
     pub fn of_dir(dir: &Path, config: &Map<String, Value>) -> Result<Self> {
         let mut keys = config.clone();
         let place = dir.join("tokenizer_config.json");
@@ -70,7 +71,7 @@ impl SpecialTokens {
         Ok(this)
     }
 
-    /// Reads the named and the further special tokens among `keys`.
+    /// Adds the named special tokens and `additional_special_tokens` of `keys`.
     fn name(&mut self, keys: &Map<String, Value>) -> std::result::Result<(), String> {
         let own = keys.iter().filter(|(k, v)| {
             let text = v.is_string() || v.get("__type").is_some_and(|t| t == "AddedToken");
@@ -91,13 +92,13 @@ impl SpecialTokens {
             self.unlisted.push(token);
         }
         for value in more.and_then(Value::as_array).into_iter().flatten() {
-            let what = || format!("additional_special_tokens: {} is no token", short(value));
+            let what = || format!("additional_special_tokens: {} is not a token", short(value));
             self.unlisted.push(special(value).ok_or_else(what)?);
         }
         Ok(())
     }
 
-    /// Names `content` as `name` where no file does.
+    /// Adds the special token `name` with text `content`, unless a file defines `name`.
     pub fn name_by_default(&mut self, name: &str, content: &str) {
         if !self.names.iter().any(|(n, _)| n == name) {
             self.names.push((name.into(), content.into()));
@@ -105,15 +106,15 @@ impl SpecialTokens {
         }
     }
 
-    /// The text of the token called `name`.
+    /// Returns the text of special token `name`.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.names.iter().find(|(n, _)| n == name).map(|(_, text)| text.as_str())
     }
 
-    /// Makes each of them one token of `tokenizer`; returns a warning for every id that comes out as another than its file says.
+    /// Adds the tokens to `tokenizer`; returns a warning for every token whose id differs from the one in its file.
     ///
     /// # Errors
-    /// A token that the tokenizer's normalizer refuses.
+    /// The tokenizer's normalizer fails on a token.
     pub fn add_to(self, tokenizer: &mut Tokenizer) -> tokenizers::Result<Vec<String>> {
         let ids: Vec<_> = self.listed.iter().filter_map(|(t, id)| Some((t.content.clone(), (*id)?))).collect();
         tokenizer.add_tokens(self.listed.into_iter().map(|(token, _)| token))?;
@@ -123,11 +124,12 @@ impl SpecialTokens {
     }
 }
 
-/// Says so where `content` has another id than `id`. The tokenizers library numbers added tokens itself, and transformers keeps that.
+/// Returns a warning if token `content` has another id than `id`: the tokenizers library numbers added tokens itself,
+/// and transformers uses its numbers.
 pub fn misnumbered(tokenizer: &Tokenizer, content: &str, id: u64) -> Option<String> {
     let got = tokenizer.token_to_id(content)?;
     (u64::from(got) != id)
-        .then(|| format!("token `{content}` has the id {got}, as in transformers, where its file says {id}"))
+        .then(|| format!("token `{content}` has the id {got}, as in transformers; its file says {id}"))
 }
 
 fn decoder_tokens(decoder: &Value) -> std::result::Result<Vec<Listed>, String> {
@@ -135,8 +137,8 @@ fn decoder_tokens(decoder: &Value) -> std::result::Result<Vec<Listed>, String> {
         decoder.as_object().ok_or_else(|| format!("added_tokens_decoder must be an object, not {}", short(decoder)))?;
     let mut listed = vec![];
     for (id, token) in map {
-        let n: u64 = id.parse().map_err(|_| format!("added_tokens_decoder: `{id}` is no token id"))?;
-        let token = parse(token, false).ok_or_else(|| format!("added_tokens_decoder: {id} is no token"))?;
+        let n: u64 = id.parse().map_err(|_| format!("added_tokens_decoder: `{id}` is not a token id"))?;
+        let token = parse(token, false).ok_or_else(|| format!("added_tokens_decoder: {id} is not a token"))?;
         listed.push((token, Some(n)));
     }
     listed.sort_by_key(|(_, id)| *id);
@@ -147,7 +149,8 @@ fn special(value: &Value) -> Option<AddedToken> {
     Some(parse(value, true)?.special(true))
 }
 
-/// A token as text, or as an object with its `content` and flags; special tokens are not normalized unless they say so.
+/// Parses a token given as a string, or as an object with `content` and flags; special tokens are not normalized by
+/// default.
 fn parse(value: &Value, special: bool) -> Option<AddedToken> {
     if let Some(text) = value.as_str() {
         return Some(AddedToken::from(text, special));
@@ -163,7 +166,7 @@ fn is_empty(value: &Value) -> bool {
     value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(Map::is_empty)
 }
 
-/// The beginning of a value, for messages.
+/// Formats the first 60 characters of a value, for messages.
 fn short(value: &Value) -> String {
     value.to_string().chars().take(60).collect()
 }

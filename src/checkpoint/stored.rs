@@ -1,4 +1,5 @@
-//! What a file stores against what the model asks for: names, biases, the head, and no tensor unread.
+//! Matches stored tensors to the schema: name prefixes, optional biases, the output head, and a check that no tensor is
+//! left unread.
 
 use super::{rows, Checkpoint, Store};
 use crate::error::{Error, Result};
@@ -11,11 +12,11 @@ use std::collections::BTreeSet;
 /// Bytes compared at a time.
 const CHUNK: usize = 16 << 20;
 
-/// Buffers of transformers that follow from the configuration.
+/// Suffix of transformers' buffers that are computed from the configuration.
 const DERIVED: &str = "rotary_emb.inv_freq";
 
 impl Store {
-    /// Every stored name; none of weights that are drawn.
+    /// Returns the names of all stored tensors; random weights have none.
     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
         match self {
             Self::Shards(s) => Box::new(s.names()),
@@ -24,7 +25,7 @@ impl Store {
         }
     }
 
-    /// Turns on the biases that a GGUF file stores: its metadata has no key for them.
+    /// Sets the bias flags of `spec` for the biases that a GGUF file stores; its metadata has no key for them.
     pub(super) fn add_stored_biases(&self, spec: &mut ModelSpec) {
         let Self::Gguf(file) = self else { return };
         let mut all = spec.clone();
@@ -44,10 +45,10 @@ impl Store {
 }
 
 impl Checkpoint {
-    /// Brings the schema and the file together.
+    /// Matches the schema to the stored tensors.
     ///
     /// # Errors
-    /// A tensor that is missing, of another shape, or stored and not read.
+    /// A tensor is missing, has another shape, or is stored but not read.
     pub(super) fn match_tensors(&mut self) -> Result<()> {
         if matches!(self.store, Store::Random(_)) {
             return Ok(());
@@ -70,8 +71,8 @@ impl Checkpoint {
         self.family.namings.iter().find(named).copied().unwrap_or(PLAIN)
     }
 
-    /// Reads the divisors of rotary frequencies, as which GGUF files of some families keep Llama 3's scaling, and returns
-    /// the tensor's name if there is one.
+    /// Reads `rope_freqs.weight`, the divisors of the rotary frequencies by which GGUF files store Llama 3's scaling,
+    /// and returns its name if it is stored.
     fn read_rope_factors(&mut self) -> Result<Option<String>> {
         let factors = TensorSpec::rope_factors(self.spec.head_dim() / 2);
         let stored = matches!(self.store, Store::Gguf(_)) && self.info(&factors).is_some();
@@ -79,7 +80,7 @@ impl Checkpoint {
             return Ok(None);
         }
         if self.spec.ropes[0].scaling != RopeScaling::None {
-            let message = format!("tensor `{}` beside a rope scaling in the metadata", factors.gguf);
+            let message = format!("has both tensor `{}` and a rope scaling in the metadata", factors.gguf);
             return Err(Error::unsupported(self.identity.place(), message));
         }
         let divisors = self.vector(&factors, &Device::Cpu)?.to_vec1::<f32>()?;
@@ -87,9 +88,9 @@ impl Checkpoint {
         Ok(Some(factors.gguf))
     }
 
-    /// Settles what the head of a tied model is where the file stores one all the same, as transformers 5 does: equal copies
-    /// are one matrix, different ones are two, and a head without an embedding is both. Returns the name of a copy that is
-    /// not read.
+    /// Resolves the head of a tied model whose file stores one nevertheless, as transformers 5 does: equal copies count
+    /// as one matrix, different matrices untie the model, and a head without an embedding serves as both. Returns the
+    /// name of a copy that is not read.
     fn find_head(&mut self) -> Result<Option<String>> {
         let head = TensorSpec::head(&self.spec);
         if !self.spec.tied || self.info(&head).is_none() {
@@ -105,7 +106,7 @@ impl Checkpoint {
         }
         let embed = self.stored_name(&self.schema.embed);
         self.warn(format!(
-            "{}: `tie_word_embeddings` is true, but `{name}` and `{embed}` are both stored and differ: each is used",
+            "{}: `tie_word_embeddings` is true, but `{name}` and `{embed}` differ: both are used, as in transformers",
             self.identity.place()
         ));
         self.spec.tied = false;
@@ -126,7 +127,7 @@ impl Checkpoint {
         Ok(true)
     }
 
-    /// Every stored tensor is read, or known to be without effect on the logits of a text.
+    /// Checks that every stored tensor is read, or is known not to affect the logits of text.
     fn refuse_unread(&mut self, read: &BTreeSet<String>) -> Result<()> {
         let parts = self.family.wrapper.as_ref().map_or(&[][..], |w| w.other_parts);
         let (mut unread, mut other) = (vec![], 0usize);
@@ -140,17 +141,17 @@ impl Checkpoint {
         match unread.len() {
             0 => {}
             1 => {
-                let message = format!("tensor {} is not read; it may change the model's mathematics", unread[0]);
+                let message = format!("unknown tensor {}; it may change the model's outputs", unread[0]);
                 return Err(Error::tensor(place, message));
             }
             n => {
-                let message = format!("{n} tensors are not read; they may change the model's mathematics");
+                let message = format!("{n} unknown tensors; they may change the model's outputs");
                 let some = unread[..n.min(4)].join(", ");
                 return Err(Error::tensor(place, format!("{message}: {some}{}", if n > 4 { ", ..." } else { "" })));
             }
         }
         if other > 0 {
-            self.warn(format!("{place}: text only; {other} tensors of the vision part are not read"));
+            self.warn(format!("{place}: text only; {other} tensors of the vision tower are not loaded"));
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! The flags of `bfly-retrofit`, in groups that other binaries share.
+//! Command-line flags of `bfly-retrofit`, in argument groups that the other binaries reuse.
 
 use super::{parse_bytes, parse_count, parse_size};
 use crate::checkpoint::{OpenOptions, WeightDtype};
@@ -9,10 +9,13 @@ use crate::selector::SELECTORS;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use std::path::PathBuf;
 
-/// Reads long documents with a pretrained model in memory that does not grow.
+/// Runs a pretrained model on long documents with a KV cache of fixed size.
 ///
-/// Takes a Hugging Face checkpoint as it is, swaps its full-attention layers for compressed butterfly attention, and backs
-/// them with a KV cache of fixed size. Text goes to stdout; progress and the memory ledger to stderr.
+/// Loads an unmodified Hugging Face or GGUF checkpoint, replaces its full-attention layers by compressed butterfly
+/// attention (exact window, attention sinks, block summaries) and generates. Generated text goes to stdout; progress,
+/// warnings and the memory ledger go to stderr. During decode the first Ctrl-C ends the text and keeps the ledger and
+/// the report; the second ends the process. Exit codes: 0 on success, 2 on an error, 128 + N when signal N ends the
+/// process.
 #[derive(Debug, Parser)]
 #[command(
     name = "bfly-retrofit",
@@ -22,122 +25,137 @@ use std::path::PathBuf;
     after_help = EXAMPLES
 )]
 pub struct Cli {
-    /// A subcommand instead of a run.
+    /// Subcommand to execute instead of a run.
     #[command(subcommand)]
     pub command: Option<Command>,
-    /// The run.
+    /// Flags of a run.
     #[command(flatten)]
     pub run: RunArgs,
 }
 
 const EXAMPLES: &str = "\
 Examples:
-  # Continue a document in a fixed-size cache provisioned for 256k tokens
+  # Continue a document, with a fixed-size cache allocated for 256k tokens
   bfly-retrofit --model Qwen/Qwen2.5-0.5B-Instruct --ctx 256k --prompt-file book.txt -n 64
 
-  # The same model as it came, for comparison
+  # Run the unmodified model for comparison
   bfly-retrofit --model Qwen/Qwen2.5-0.5B-Instruct --ctx 32k --prompt-file book.txt --stock
 
-  # Ask a question through the model's chat template, from a local GGUF file
+  # Ask a question through the chat template of a local GGUF file
   bfly-retrofit --model smollm2.gguf --chat --prompt 'What is a butterfly network?'
 
-  # Keep layers 15 and 16 dense, save the setting as a patch, run the patch later
+  # Keep layers 15 and 16 dense, save the plan as a patch, run the patch later
   bfly-retrofit --model smollm2.gguf --layers 0-14,17-29 --prompt 'Hello' --save my-patch
-  bfly-retrofit --model my-patch --prompt-file book.txt";
+  bfly-retrofit --model my-patch --prompt-file book.txt
 
-/// What else the binary can do.
+  # Stay below 10 GiB of GPU memory and write every measured figure as JSON
+  bfly-retrofit --model Qwen/Qwen2.5-0.5B-Instruct --ctx 128k --prompt-file book.txt --memory-budget 10G --json run.json";
+
+/// Subcommands of `bfly-retrofit`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Print a completion script for a shell.
     Completions {
-        /// The shell.
+        /// Shell to print the script for.
         shell: clap_complete::Shell,
     },
 }
 
-/// Everything a run takes.
+/// Flags of a run.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Where weights come from and how they are held.
+    /// Checkpoint, weight type and device.
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Context to provision, in tokens: 8192, 256k, 1M. Prompt and new tokens must fit [default: the model's trained length]
+    /// Context length to allocate the KV cache for, in tokens: 8192, 256k, 1M [default: the model's trained length]
+    ///
+    /// Prompt and new tokens must fit in it; k is 1024 and M is 1024 k, at most 16M. Which summaries a block reads
+    /// depends on it, so other values may give other text. A patch brings its own default.
     #[arg(long, value_name = "TOKENS", value_parser = parse_size, help_heading = "Model")]
     pub ctx: Option<usize>,
-    /// Butterfly attention.
+    /// Butterfly attention settings.
     #[command(flatten)]
     pub retrofit: RetrofitArgs,
-    /// What is read.
+    /// Source of the prompt.
     #[command(flatten)]
     pub prompt: PromptArgs,
-    /// How tokens are chosen.
+    /// Sampling settings.
     #[command(flatten)]
     pub sampling: SamplingArgs,
-    /// Tokens to a prefill chunk [default: 512 on a CPU, 4096 on a GPU]
+    /// Tokens per prefill chunk; affects speed and memory only [default: 512 on a CPU, 4096 on a GPU]
     #[arg(long, value_name = "TOKENS", value_parser = parse_size, help_heading = "Run")]
     pub prefill_chunk: Option<usize>,
-    /// GPU memory that the run may take, such as 10G (10GiB, 2^30 bytes each; 10GB is 10^9): prefill chunks shrink to fit, which never
-    /// changes the output
+    /// Upper limit on the run's GPU memory, such as 10G; prefill chunks shrink to fit
+    ///
+    /// Weights and cache count too. 10G and 10GiB are 10 * 2^30 bytes, 10GB is 10 * 10^9. Smaller chunks do not change
+    /// the output; the run is refused if even the smallest chunk does not fit.
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes, help_heading = "Run")]
     pub memory_budget: Option<u64>,
-    /// Write the report as JSON.
+    /// Write the run's report (settings, timings, memory, token ids) as JSON.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub json: Option<PathBuf>,
     /// Write the logits of the prompt's last positions as safetensors: `logits` f32 [K, vocab] and `token_ids`.
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub logits_out: Option<PathBuf>,
-    /// How many positions of logits.
+    /// Number of last prompt positions whose logits --logits-out writes.
     #[arg(long, value_name = "K", default_value_t = 1, requires = "logits_out", help_heading = "Output")]
     pub logits_last: usize,
-    /// Save the plan as a patch: a directory without weights that --model runs.
+    /// Save plan and context length as a patch: a directory without weights that --model accepts.
     #[arg(long, value_name = "DIR", conflicts_with = "stock", help_heading = "Output")]
     pub save: Option<PathBuf>,
-    /// No progress and no ledger.
+    /// Print no progress and no memory ledger; warnings and errors remain.
     #[arg(long, short, help_heading = "Output")]
     pub quiet: bool,
 }
 
-/// Where weights come from and how they are held.
+/// Checkpoint, weight type and device.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// Hub id, directory, GGUF file, or a patch made with --save.
+    /// Checkpoint: hub id, directory, GGUF file, or a patch made with --save
+    ///
+    /// A hub id is owner/name, or owner/name/file.gguf. A directory is in Hugging Face's layout (config.json,
+    /// safetensors, tokenizer.json). Of a split GGUF file, give any part.
     #[arg(long, value_name = "ID|DIR|FILE.gguf", required = true)]
     pub model: Option<String>,
-    /// Branch, tag or commit of a hub repository.
+    /// Branch, tag or commit of a hub repository [default: main]
     #[arg(long, value_name = "REV")]
     pub revision: Option<String>,
-    /// Use only what is already downloaded.
+    /// Use only files in the local hub cache; HF_HUB_OFFLINE=1 does the same.
     #[arg(long)]
     pub offline: bool,
-    /// How weights are held. auto: quantised types as stored; the rest bf16 on a GPU, f32 on a CPU, or
-    /// q8_0 where f32 would take more than half the memory.
+    /// Type of the weight matrices in memory
+    ///
+    /// auto keeps quantised types as stored and converts the rest to bf16 on a GPU and to f32 on a CPU, or to q8_0
+    /// where f32 would take more than half of the machine's memory. native keeps every type as stored, except that a
+    /// GPU runs dense types as bf16. On a GPU, f32 and f16 set the type of activations, keys and values too (otherwise
+    /// bf16).
     #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = clap::builder::PossibleValuesParser::new(WeightDtype::NAMES))]
     pub dtype: String,
-    /// Use the output matrix for the embedding too, where a GGUF file stores a tied model's one matrix twice.
+    /// Use the output matrix as the embedding too, for a tied model whose GGUF file stores both; saves memory.
     #[arg(long)]
     pub tie_embeddings: bool,
-    /// auto, cpu, cuda or cuda:1.
+    /// Device: auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:INDEX.
     #[arg(long, default_value = "auto")]
     pub device: String,
-    /// Threads [default: all cores]
+    /// CPU threads [default: all cores]
     #[arg(long, value_name = "N")]
     pub threads: Option<std::num::NonZeroUsize>,
 }
 
 impl ModelArgs {
-    /// Options for `Checkpoint::open`.
+    /// Returns the options for `Checkpoint::open`.
     pub fn open_options(&self) -> OpenOptions {
         OpenOptions { revision: self.revision.clone(), offline: self.offline, tie_embeddings: self.tie_embeddings }
     }
 
-    /// Makes `--threads` hold; before anything runs in parallel.
+    /// Applies `--threads` to the process's thread pools; must be called before anything runs in parallel.
     ///
     /// # Errors
-    /// A pool that was started already.
+    /// The thread pool has been started already.
     pub fn set_threads(&self) -> Result<()> {
         let Some(n) = self.threads else { return Ok(()) };
-        // candle sizes its own pools by this variable; nothing has read it yet.
+        // candle reads this variable when it creates its own pools, which it does at first use.
         std::env::set_var("RAYON_NUM_THREADS", n.to_string());
         let pool = rayon::ThreadPoolBuilder::new().num_threads(n.get()).build_global();
         pool.map_err(|e| Error::usage("--threads", e))
@@ -149,53 +167,55 @@ fn partner_names() -> clap::builder::PossibleValuesParser {
     SELECTORS.iter().map(value).collect::<Vec<_>>().into()
 }
 
-/// Butterfly attention: which layers, with what settings.
+/// Butterfly attention: the layers to swap and their settings.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Retrofit")]
 pub struct RetrofitArgs {
-    /// Run the model as it came.
+    /// Run the unmodified model with dense attention.
     #[arg(long, conflicts_with_all = ["layers", "plan", "block", "window", "window_align", "sink_tokens", "partner", "partner_count", "shift_unit", "pool", "summary_bias", "far_position"])]
     pub stock: bool,
     /// Layers to swap: all (every full-attention layer) or a list such as 0-14,17-29 [default: all]
     #[arg(long, value_name = "all|LIST")]
     pub layers: Option<String>,
-    /// Read layers and settings from a plan; flags given here win.
+    /// Read layers and settings from a plan (JSON); the other flags of this group override it.
     #[arg(long, value_name = "FILE")]
     pub plan: Option<PathBuf>,
-    /// Tokens to a block [default: 128]
+    /// Block size in tokens; one summary stands for one block [default: 128]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     pub block: Option<usize>,
-    /// Exact window in tokens, a whole number of blocks [default: 512]
+    /// Exact local window in tokens, a multiple of the block size; a query also reads its own block exactly [default:
+    /// 512]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     pub window: Option<usize>,
-    /// Left edge of the window; token is the published form, with holes, for comparison only [default: block]
+    /// Alignment of the window's left edge; use token for comparison with the published form only [default: block]
     #[arg(long)]
     pub window_align: Option<WindowAlign>,
-    /// First tokens that are always read exactly [default: 4]
+    /// Attention sinks: number of first tokens that every query reads exactly [default: 4]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     pub sink_tokens: Option<usize>,
-    /// Which earlier block's summary is read [default: causal_shift]
+    /// Rule that chooses the earlier blocks whose summaries a block reads [default: causal_shift]
     #[arg(long, value_name = "RULE", value_parser = partner_names())]
     pub partner: Option<String>,
-    /// Stages read at once [default: 1]
+    /// Stages of the rule per layer; each adds at most one summary per query, except under `all` [default: 1]
     #[arg(long, value_name = "K")]
     pub partner_count: Option<usize>,
-    /// Distance of stage 0 in blocks [default: window blocks + 1]
+    /// Distance of stage 0 in blocks; it doubles per stage [default: window blocks + 1, the nearest block left of the
+    /// window]
     #[arg(long, value_name = "BLOCKS")]
     pub shift_unit: Option<usize>,
-    /// Pool keys with or without their rotation [default: post-rope]
+    /// Whether keys are averaged after or before RoPE [default: post-rope]
     #[arg(long)]
     pub pool: Option<Pool>,
-    /// β: a summary's logit gains β ln(tokens pooled) [default: 0]
+    /// β in the bias β ln(pooled tokens) on a summary's logit; 0 weighs a summary like one token [default: 0]
     #[arg(long, value_name = "BETA", allow_negative_numbers = true)]
     pub summary_bias: Option<f64>,
-    /// Distance at which summaries are scored: their own, or at most the trained length [default: true]
+    /// Relative position at which summaries are scored [default: true]
     #[arg(long)]
     pub far_position: Option<FarPosition>,
 }
 
 impl RetrofitArgs {
-    /// `base` with the flags that were given.
+    /// Returns `base`, overridden by the flags that are set.
     pub fn settings(&self, base: Settings) -> Settings {
         Settings {
             block: self.block.unwrap_or(base.block),
@@ -213,61 +233,64 @@ impl RetrofitArgs {
     }
 }
 
-/// What is read.
+/// Source of the prompt.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Prompt")]
 #[command(group = ArgGroup::new("source").required(true).args(["prompt", "prompt_file", "token_ids"]))]
 pub struct PromptArgs {
-    /// The prompt itself.
+    /// Prompt text.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub prompt: Option<String>,
-    /// A text file, or - for standard input.
+    /// Read the prompt from a UTF-8 text file, or from standard input for -.
     #[arg(long, value_name = "FILE|-")]
     pub prompt_file: Option<String>,
-    /// A JSON array of token ids; needs no tokenizer.
+    /// Read the prompt's token ids from a JSON array, such as [1, 9906]; needs no tokenizer.
     #[arg(long, value_name = "FILE", conflicts_with = "chat")]
     pub token_ids: Option<PathBuf>,
-    /// Put the prompt into the model's own chat template.
+    /// Apply the model's chat template to the prompt.
     #[arg(long)]
     pub chat: bool,
-    /// System message for the template.
+    /// System message for the chat template.
     #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
     pub system: Option<String>,
 }
 
-/// How tokens are chosen.
+/// Sampling settings.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
-    /// At most so many new tokens.
+    /// Maximum number of new tokens.
     #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
     pub max_new_tokens: usize,
-    /// Go on after the token that ends the text, so that exactly N tokens are made.
+    /// Do not stop at an end-of-sequence token: generate exactly N tokens.
     #[arg(long)]
     pub ignore_eos: bool,
-    /// 0 is greedy.
+    /// Sampling temperature; 0 is greedy decoding.
     #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f64,
-    /// Sample from the smallest set of tokens with this probability.
+    /// Nucleus sampling: sample from the smallest set of tokens whose probabilities sum to P, 0 < P <= 1.
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f64>,
-    /// Sample from the K likeliest tokens.
+    /// Sample from the K most likely tokens.
     #[arg(long, value_name = "K")]
     pub top_k: Option<usize>,
-    /// Seed of sampling and of the random partner rule [default: 0; a plan brings its own for the rule]
+    /// Seed of sampling and of the random partner rule [default: 0; a plan or patch stores its own for the rule]
     #[arg(long)]
     pub seed: Option<u64>,
 }
 
 impl SamplingArgs {
-    /// For the sampler.
+    /// Returns the sampler's settings.
     pub fn sampling(&self) -> Sampling {
         Sampling { temperature: self.temperature, top_p: self.top_p, top_k: self.top_k, seed: self.seed.unwrap_or(0) }
     }
 }
 
 impl PromptArgs {
-    /// The prompt's text, for the two sources that have one.
+    /// Reads the text of `--prompt` or `--prompt-file`; `None` for `--token-ids`.
+    ///
+    /// # Errors
+    /// A file that cannot be read or is not UTF-8; an empty prompt.
     pub fn text(&self) -> Result<Option<String>> {
         let (text, place) = match (&self.prompt, &self.prompt_file) {
             (Some(text), _) => (text.clone(), "--prompt".to_string()),
@@ -291,7 +314,10 @@ impl PromptArgs {
         Ok(Some(text))
     }
 
-    /// The ids of `--token-ids`.
+    /// Reads the ids of `--token-ids`, if given.
+    ///
+    /// # Errors
+    /// A file that cannot be read or is not a JSON array of token ids; an empty array.
     pub fn ids(&self) -> Result<Option<Vec<u32>>> {
         let Some(path) = &self.token_ids else { return Ok(None) };
         let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;

@@ -1,4 +1,4 @@
-//! The command line itself, stdout and stderr.
+//! Command-line parsing, stdout, stderr and exit codes.
 
 use super::signals;
 use crate::error::{Error, ErrorKind, Result};
@@ -9,20 +9,20 @@ use std::fmt::Display;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-/// Writes `text` to stdout, at once. A reader that went away wants no more, which is no failure.
+/// Writes `text` to stdout and flushes; a broken pipe is not an error.
 ///
 /// # Errors
-/// A stdout that cannot be written to for another reason, such as a full disk.
+/// stdout cannot be written to for another reason, such as a full disk.
 pub fn print(text: impl Display) -> Result<()> {
     let mut stdout = io::stdout().lock();
-    written(write!(stdout, "{text}").and_then(|()| stdout.flush()))
+    ignore_broken_pipe(write!(stdout, "{text}").and_then(|()| stdout.flush()))
 }
 
-/// What a write to stdout came to: see [`print`].
+/// Converts the result of a write to stdout; a broken pipe counts as success.
 ///
 /// # Errors
-/// As [`print`].
-pub fn written(result: io::Result<()>) -> Result<()> {
+/// The write failed for another reason than a broken pipe.
+pub fn ignore_broken_pipe(result: io::Result<()>) -> Result<()> {
     match result {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
             Err(Error::new(ErrorKind::Io, "stdout", format!("cannot be written: {e}")))
@@ -31,15 +31,15 @@ pub fn written(result: io::Result<()>) -> Result<()> {
     }
 }
 
-/// Writes a line to stderr. Nobody may be left to read it, which costs nothing else.
+/// Writes a line to stderr; errors are ignored.
 pub fn note(line: impl Display) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
-/// Reads the command line; what clap prints instead of a run (help, version, a mistake) is printed here.
+/// Parses the command line; prints help, version and usage errors.
 ///
 /// # Errors
-/// The exit code of a process that has nothing more to do.
+/// Returns the exit code where help, version or an error was printed: the process has nothing more to do.
 pub fn parse<C: Parser>() -> Result<C, ExitCode> {
     let args: Vec<OsString> = std::env::args_os().collect();
     let mut command = C::command();
@@ -49,15 +49,16 @@ pub fn parse<C: Parser>() -> Result<C, ExitCode> {
         None => C::try_parse_from(args),
     };
     parsed.map_err(|e| {
-        let told = e.print().and_then(|()| io::stdout().flush());
-        match written(told) {
+        let printed = e.print().and_then(|()| io::stdout().flush());
+        match ignore_broken_pipe(printed) {
             Err(failed) if !e.use_stderr() => fail(&failed),
             _ => ExitCode::from(e.exit_code() as u8),
         }
     })
 }
 
-/// A text that is a flag's value may begin with a dash; where it is one of the command's own flags, the text was forgotten.
+/// Returns an error message where a text flag is followed by one of the command's own flags: text may begin with a
+/// dash, so clap would take the flag as the text.
 fn flag_as_text(command: &Command, args: &[OsString]) -> Option<String> {
     args.windows(2).find_map(|pair| {
         let (name, value) = (pair[0].to_str()?.strip_prefix("--")?, pair[1].to_str()?);
@@ -72,20 +73,21 @@ fn flag_as_text(command: &Command, args: &[OsString]) -> Option<String> {
             }
         };
         flag.then(|| {
-            format!("--{name} needs a text, and `{value}` is a flag; for that very text give --{name}={value}")
+            format!("--{name} needs a text, but `{value}` is a flag; if it is the text, write --{name}={value}")
         })
     })
 }
 
-/// Prints a completion script of `C` for `shell`.
+/// Prints a completion script of command `C`, called `name`, for `shell`.
 pub fn completions<C: clap::CommandFactory>(shell: clap_complete::Shell, name: &str) -> ExitCode {
     let mut script = vec![];
     clap_complete::generate(shell, &mut C::command(), name, &mut script);
     main_with(|| print(String::from_utf8_lossy(&script)))
 }
 
-/// Runs `f` and turns its error into a message on stderr and an exit code: 1 where a figure that was asked for was missed, 2 for the
-/// rest, and 128 and the signal's number where SIGINT, SIGTERM or SIGHUP ended it.
+/// Runs `f`, prints its error to stderr and returns the exit code: 0 on success, 1 for [`ErrorKind::Quality`] (a
+/// quality gate was missed), 2 for other errors. SIGINT, SIGTERM and SIGHUP end the process with 128 plus the signal's
+/// number.
 pub fn main_with(f: impl FnOnce() -> Result<()>) -> ExitCode {
     signals::listen();
     f().map_or_else(|e| fail(&e), |()| ExitCode::SUCCESS)

@@ -1,14 +1,15 @@
-//! `--device`: which device, and how weights are held on it.
+//! `--device`, and the weight format on that device.
 
 use crate::checkpoint::{Checkpoint, WeightDtype, WeightFormat};
 use crate::error::{Error, Result};
 use crate::ops::open_gpu;
 use candle_core::Device;
 
-/// Opens what `--device` names. `auto` is the first GPU where this build and the machine have one, the CPU otherwise.
+/// Opens the device called `name`; `auto` is the first GPU where this build and the machine have one, the CPU
+/// otherwise.
 ///
 /// # Errors
-/// A name that is none of auto, cpu, cuda and cuda:INDEX; a GPU without support in this build, without a driver, or absent.
+/// `name` is not auto, cpu, cuda or cuda:INDEX; this build has no CUDA support; the driver or the GPU is missing.
 pub fn open_device(name: &str) -> Result<Device> {
     match name {
         "cpu" => Ok(Device::Cpu),
@@ -21,7 +22,7 @@ pub fn open_device(name: &str) -> Result<Device> {
     }
 }
 
-/// How `checkpoint`'s weights are held on `device`.
+/// Resolves `--dtype` to the format of `checkpoint`'s weights on `device`.
 pub fn weight_format(request: WeightDtype, checkpoint: &Checkpoint, device: &Device) -> WeightFormat {
     match device.is_cpu() {
         true => WeightFormat::new(request, checkpoint.f32_bytes(), crate::ops::machine_memory()),

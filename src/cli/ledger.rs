@@ -1,6 +1,7 @@
-//! The memory ledger: what a run held, what the stock model would have, and how fast it went. Printed and written as JSON.
+//! The memory ledger: allocated bytes of a run and of the stock model, with timings; printed as text and written as
+//! JSON.
 
-use super::{human_bytes, progress::held};
+use super::{human_bytes, progress::bytes_by_type};
 use crate::cache::Cache;
 use crate::checkpoint::Identity;
 use crate::generate::Timing;
@@ -9,27 +10,27 @@ use crate::spec::ModelSpec;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
-/// KV bytes, allocated unless said otherwise.
+/// KV cache sizes in bytes.
 #[derive(Debug, Clone, Serialize)]
 pub struct KvBytes {
-    /// Raw positions.
+    /// Bytes allocated for raw keys and values: local rings and dense layers.
     pub local_bytes: u64,
-    /// Summaries and running sums.
+    /// Bytes allocated for block summaries and their running sums.
     pub summary_bytes: u64,
-    /// Sinks.
+    /// Bytes allocated for attention sinks.
     pub sink_bytes: u64,
-    /// All of them.
+    /// Bytes allocated in all pools.
     pub total_bytes: u64,
-    /// Of them, in use at the end.
+    /// Bytes of `total_bytes` in use at the end of the run.
     pub used_bytes: u64,
-    /// What the stock model allocates for the same context.
+    /// Bytes that the stock model allocates for the same context.
     pub dense_bytes: u64,
     /// `total_bytes / dense_bytes`.
     pub ratio: f64,
 }
 
 impl KvBytes {
-    /// Reads a cache.
+    /// Reads the sizes from `cache`.
     pub fn of(cache: &Cache) -> Self {
         let bytes = cache.capacity_bytes();
         Self {
@@ -44,72 +45,72 @@ impl KvBytes {
     }
 }
 
-/// A run's report: the ledger's figures and everything needed to repeat the run.
+/// The report of a run: the ledger's figures and everything needed to repeat the run.
 #[derive(Debug, Clone, Serialize)]
 pub struct Ledger {
-    /// `retrofit`, in every file of this form.
+    /// Kind of this file: always `retrofit`.
     pub kind: &'static str,
-    /// Version of this form.
+    /// Schema version of this file.
     pub schema_version: u32,
-    /// Commit of the build.
+    /// Git commit of the build.
     pub git_sha: &'static str,
-    /// The checkpoint.
+    /// Origin of the checkpoint.
     pub model: Identity,
-    /// What the model was built from.
+    /// Model specification.
     pub spec: ModelSpec,
-    /// The plan; null for a stock run.
+    /// Retrofit plan; null for a stock run.
     pub plan: Option<RetrofitPlan>,
-    /// Positions provisioned.
+    /// Context length the cache is allocated for, in tokens.
     pub ctx: usize,
-    /// Where it ran.
+    /// Device name.
     pub device: String,
-    /// The request.
+    /// Requested weight type (`--dtype`).
     pub dtype: String,
-    /// Bytes of matrices by the type they were held in.
+    /// Bytes of weight matrices by type in memory.
     pub held: BTreeMap<String, u64>,
-    /// Threads.
+    /// CPU threads.
     pub threads: usize,
-    /// Tokens to a prefill chunk.
+    /// Tokens per prefill chunk.
     pub prefill_chunk: usize,
-    /// Tokens read.
+    /// Tokens in the prompt.
     pub prompt_tokens: usize,
-    /// Tokens written.
+    /// Tokens generated.
     pub generated_tokens: usize,
-    /// Seconds from prompt to logits.
+    /// Seconds from the start of prefill to the last position's logits.
     pub prefill_s: f64,
-    /// Seconds from prompt to first token.
+    /// Seconds from the start of prefill to the first token.
     pub ttft_s: f64,
-    /// Seconds for the tokens after the first.
+    /// Seconds for all tokens after the first.
     pub decode_s: f64,
-    /// Prompt tokens per second.
+    /// Prefill speed, tokens per second.
     pub prefill_tok_s: f64,
-    /// Tokens after the first per second.
+    /// Decode speed over the tokens after the first, tokens per second.
     pub decode_tok_s: f64,
     /// Seconds of each decode step.
     pub decode_steps_s: Vec<f64>,
-    /// Peak resident memory of the process; null where the system does not tell.
+    /// Peak resident memory of the process, bytes; null where the system does not report it.
     pub peak_memory_bytes: Option<u64>,
-    /// Peak allocation on the GPU; null on a CPU.
+    /// Peak GPU allocation of the process (weights, caches, activations), bytes; null on a CPU.
     pub peak_device_bytes: Option<u64>,
-    /// Weights as held.
+    /// Size of the weights in memory, bytes.
     pub weights_bytes: u64,
-    /// The cache.
+    /// KV cache sizes.
     pub kv: KvBytes,
-    /// Share of the earlier blocks that reach the last one through the swapped layers; null for a stock run.
+    /// Share of the earlier blocks whose state reaches the last block through the swapped layers; null for a stock run.
     pub reach: Option<f64>,
-    /// The generated text; null where only ids were given.
+    /// Generated text; null without a tokenizer.
     pub text: Option<String>,
-    /// The generated ids.
+    /// Generated token ids.
     pub token_ids: Vec<u32>,
 }
 
-/// What tells reports from other JSON.
+/// Value of `kind` in a report of `bfly-retrofit`.
 pub const LEDGER_KIND: &str = "retrofit";
-/// The form that this build writes.
+/// Schema version that this build writes.
 pub const LEDGER_VERSION: u32 = 2;
 
 impl Ledger {
-    /// Fills in what a generation took.
+    /// Fills in times and rates from a generation's `timing`.
     pub fn time(&mut self, timing: &Timing) {
         let rate = |n: usize, s: f64| if s > 0.0 { n as f64 / s } else { 0.0 };
         self.prefill_s = timing.prefill.as_secs_f64();
@@ -120,7 +121,7 @@ impl Ledger {
         self.decode_tok_s = rate(timing.steps.len(), self.decode_s);
     }
 
-    /// The ledger as people read it.
+    /// Formats the ledger as text, one row per line.
     pub fn render(&self) -> String {
         let kv = &self.kv;
         let mut rows: Vec<(&str, String)> = vec![("model", self.model.place())];
@@ -137,7 +138,7 @@ impl Ledger {
                 ));
             }
         }
-        rows.push(("weights", held(self.weights_bytes, &self.held)));
+        rows.push(("weights", bytes_by_type(self.weights_bytes, &self.held)));
         if self.plan.is_some() {
             rows.push(("local ring", human_bytes(kv.local_bytes)));
             rows.push(("sinks", human_bytes(kv.sink_bytes)));
@@ -152,15 +153,12 @@ impl Ledger {
                 human_bytes(kv.used_bytes)
             ),
         ));
-        rows.push((
-            "dense KV",
-            format!("{} would have been allocated: ratio {:.4}", human_bytes(kv.dense_bytes), kv.ratio),
-        ));
+        rows.push(("dense KV", format!("{} for the stock model, ratio {:.4}", human_bytes(kv.dense_bytes), kv.ratio)));
         if let Some(reach) = self.reach {
-            rows.push(("reach", format!("{:.0}% of earlier blocks through the swapped layers", 100.0 * reach)));
+            rows.push(("reach", format!("{:.0}% of earlier blocks, through the swapped layers", 100.0 * reach)));
         }
         if let Some(peak) = self.peak_device_bytes {
-            rows.push(("GPU memory", format!("{} at the peak", human_bytes(peak))));
+            rows.push(("GPU memory", format!("{} peak", human_bytes(peak))));
         }
         if let Some(peak) = self.peak_memory_bytes {
             rows.push(("peak memory", human_bytes(peak)));
@@ -171,12 +169,12 @@ impl Ledger {
     }
 }
 
-/// The name that a plan, and the flag, has for a setting.
+/// Returns a setting's value as plans and flags spell it.
 fn name_of(setting: &impl Serialize) -> String {
     serde_json::to_value(setting).ok().and_then(|v| v.as_str().map(String::from)).unwrap_or_default()
 }
 
-/// Peak resident memory of this process, where the system tells.
+/// Returns the peak resident memory of this process in bytes; `None` where the system does not report it.
 pub fn peak_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = text.lines().find(|l| l.starts_with("VmHWM:"))?;

@@ -1,4 +1,4 @@
-//! What the binaries share: argument groups, progress bars, the memory ledger, reports.
+//! Command-line code shared by the binaries: argument groups, progress bars, output files, the memory ledger.
 
 mod args;
 mod console;

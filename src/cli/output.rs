@@ -1,4 +1,5 @@
-//! Files that appear whole or not at all, and replace nothing but earlier outputs.
+//! Output files: written atomically, checked for writability before any work, and overwriting only earlier outputs of
+//! their kind.
 
 use super::Temporary;
 use crate::error::{At, Error, ErrorKind, Result};
@@ -6,24 +7,24 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-/// A file to be written at the end, proven writable at the start.
+/// An output file that is checked for writability at the start of a run and written at its end.
 pub struct Output {
     path: PathBuf,
     flag: &'static str,
     place: Place,
 }
 
-/// How an output gets where it belongs.
+/// How an output is written.
 enum Place {
-    /// By way of a temporary file that is renamed to the target.
-    Whole(Temporary, PathBuf),
-    /// Straight into a pipe or a device.
+    /// To a temporary file, which is then renamed to the target path.
+    Rename(Temporary, PathBuf),
+    /// Directly to a pipe or a device.
     Stream(File),
 }
 
-/// What a path names.
+/// Kind of file at an output path.
 enum Kind {
-    /// A regular file, or none yet; symbolic links are followed.
+    /// A regular file, or no file yet; the path after following symbolic links.
     File(PathBuf),
     /// A character device, such as `/dev/null`.
     Device,
@@ -32,74 +33,76 @@ enum Kind {
 }
 
 impl Output {
-    /// Proves that `path` can be written to, so that an unwritable place is refused before any work: creates the temporary file
-    /// beside it, or opens the pipe or device that it names, which waits for the reader of a pipe.
+    /// Checks that `path` can be written to: creates the temporary file in its folder, or opens the pipe or device at
+    /// `path` (opening a pipe blocks until it has a reader). `flag` names the output in errors.
     ///
     /// # Errors
-    /// A place that cannot be written to.
+    /// `path` cannot be written to, or is a directory.
     pub fn reserve(path: &Path, flag: &'static str) -> Result<Self> {
         let fail = |e: io::Error| error(flag, path, e);
         let place = match kind_of(path).map_err(fail)? {
             Kind::File(target) => {
                 let temporary = Temporary::beside(&target).map_err(fail)?;
                 std::fs::write(temporary.path(), []).map_err(fail)?;
-                Place::Whole(temporary, target)
+                Place::Rename(temporary, target)
             }
-            // An open file of the process keeps what is in it.
+            // Append, so that a redirected stdout (`/dev/stdout`) is not truncated.
             Kind::Device | Kind::Pipe => Place::Stream(OpenOptions::new().append(true).open(path).map_err(fail)?),
         };
         Ok(Self { path: path.into(), flag, place })
     }
 
-    /// As [`Self::reserve`], where only an earlier output is replaced: a slip of the pen must not cost a checkpoint. `fault` is asked
-    /// of what is there, if anything, and told whether it begins as JSON does: a checkpoint is not read to its end to be told
-    /// from results. A pipe or device is not read.
+    /// Like [`Self::reserve`], but overwrites only earlier outputs, so that a mistyped path does not cost a checkpoint.
+    ///
+    /// Where a non-empty regular file exists at `path`, `fault` is called with whether the file begins with `{`, and
+    /// returns the reason not to overwrite it, if any. The first byte tells a checkpoint from JSON without reading
+    /// gigabytes.
     ///
     /// # Errors
-    /// A place that cannot be written to, what is there and cannot be read, or the fault of it.
-    pub fn reserve_over(
+    /// `path` cannot be written to; the existing file cannot be read, or `fault` rejects it.
+    pub fn reserve_replacing(
         path: &Path,
         flag: &'static str,
         fault: impl FnOnce(bool) -> Result<Option<String>>,
     ) -> Result<Self> {
         let output = Self::reserve(path, flag)?;
-        let Place::Whole(..) = &output.place else { return Ok(output) };
+        let Place::Rename(..) = &output.place else { return Ok(output) };
         let fault = begins_as_json(path)?.map(fault).transpose()?.flatten();
         fault.map_or(Ok(output), |message| Err(Error::usage(format!("{flag} {}", path.display()), message)))
     }
 
-    /// Refuses what [`Self::reserve`] refuses, and pipes: for an output that is opened again, and perhaps more than once.
+    /// Checks that `path` can be written to, for an output that is opened again later, perhaps more than once.
     ///
     /// # Errors
-    /// As said.
-    pub fn prove(path: &Path, flag: &'static str) -> Result<()> {
-        Self::prove_over(path, flag, |_| Ok(None))
+    /// Those of [`Self::reserve`]; `path` is a pipe, which cannot be opened twice.
+    pub fn check_writable(path: &Path, flag: &'static str) -> Result<()> {
+        Self::check_replaceable(path, flag, |_| Ok(None))
     }
 
-    /// Refuses what [`Self::reserve_over`] refuses, and pipes.
+    /// Checks like [`Self::reserve_replacing`], for an output that is opened again later, perhaps more than once.
     ///
     /// # Errors
-    /// As said.
-    pub fn prove_over(
+    /// Those of [`Self::reserve_replacing`]; `path` is a pipe, which cannot be opened twice.
+    pub fn check_replaceable(
         path: &Path,
         flag: &'static str,
         fault: impl FnOnce(bool) -> Result<Option<String>>,
     ) -> Result<()> {
         if matches!(kind_of(path), Ok(Kind::Pipe)) {
-            let message = "is a pipe, and this is opened more than once; give a file";
+            let message = "is a pipe, but this output is opened more than once; give a file";
             return Err(Error::usage(format!("{flag} {}", path.display()), message));
         }
-        Self::reserve_over(path, flag, fault).map(drop)
+        Self::reserve_replacing(path, flag, fault).map(drop)
     }
 
-    /// Writes the content and puts it in place.
+    /// Writes `content`; a regular file is replaced atomically.
     ///
     /// # Errors
-    /// A place that can no longer be written to; nothing is left there then.
+    /// The write failed; no partial file is left.
     pub fn write(self, content: &[u8]) -> Result<()> {
         let done = match self.place {
             Place::Stream(mut file) => file.write_all(content).and_then(|()| file.flush()),
-            Place::Whole(temporary, target) => {
+            Place::Rename(temporary, target) => {
                 std::fs::write(temporary.path(), content).and_then(|()| std::fs::rename(temporary.path(), target))
             }
         };
@@ -119,7 +122,7 @@ fn error(flag: &str, path: &Path, e: io::Error) -> Error {
 
 fn kind_of(path: &Path) -> io::Result<Kind> {
     let mut at = path.to_path_buf();
-    // As many links as Linux follows.
+    // Linux follows at most 40 symbolic links (path_resolution(7)).
     for _ in 0..40 {
         if is_open_file(&at) {
             return Ok(Kind::Pipe);
@@ -154,7 +157,7 @@ fn special(about: &std::fs::Metadata) -> io::Result<Kind> {
     match (kind.is_char_device(), kind.is_fifo()) {
         (true, _) => Ok(Kind::Device),
         (_, true) => Ok(Kind::Pipe),
-        _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "is a disk or a socket, not a file")),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "is a block device or a socket, not a file")),
     }
 }
 
@@ -163,7 +166,7 @@ fn special(_: &std::fs::Metadata) -> io::Result<Kind> {
     Ok(Kind::Pipe)
 }
 
-/// Whether what is at `path` begins as JSON does; nothing where there is no file or an empty one.
+/// Whether the file at `path` begins with `{`; `None` if there is no file or it is empty.
 fn begins_as_json(path: &Path) -> Result<Option<bool>> {
     if !path.exists() {
         return Ok(None);
@@ -173,34 +176,36 @@ fn begins_as_json(path: &Path) -> Result<Option<bool>> {
     Ok(first.first().map(|byte| *byte == b'{'))
 }
 
-/// The fault of a file that is no JSON of `kind`; `what` names an output of that kind.
+/// Returns why the file at `path` must not be overwritten: it is not JSON (`json` is false) or its `kind` is not
+/// `kind`. `what` names an output of that kind.
 ///
 /// # Errors
-/// A file that cannot be read.
+/// The file cannot be read.
 pub fn not_of_kind(path: &Path, json: bool, kind: &str, what: &str) -> Result<Option<String>> {
     #[derive(serde::Deserialize)]
     struct Head {
         kind: Option<String>,
     }
     if !json {
-        return Ok(Some(format!("is no JSON; only {what} is replaced")));
+        return Ok(Some(format!("is not JSON; only {what} is overwritten")));
     }
     let file = io::BufReader::new(File::open(path).at(path.display())?);
     let found = serde_json::from_reader::<_, Head>(file).ok().and_then(|h| h.kind);
     Ok((found.as_deref() != Some(kind))
-        .then(|| format!("is other JSON (no `kind` of `{kind}`); only {what} is replaced")))
+        .then(|| format!("is JSON without `kind` of `{kind}`; only {what} is overwritten")))
 }
 
-/// The fault of a safetensors file that holds anything but `names`; `what` names an output that holds these.
+/// Returns why the file at `path` must not be overwritten: it is not a safetensors file with exactly the tensors
+/// `names` (sorted). `what` names an output with these tensors.
 ///
 /// # Errors
-/// A file that cannot be read.
+/// The file cannot be read for lack of permission.
 pub fn not_of_tensors(path: &Path, names: &[&str], what: &str) -> Result<Option<String>> {
     let own = || -> io::Result<bool> {
         let mut file = File::open(path)?;
         let mut length = [0; 8];
         file.read_exact(&mut length)?;
-        // The header of a few tensors; that of a checkpoint is not read.
+        // Enough for the header of a few tensors; a checkpoint's longer header then fails to parse.
         let mut header = vec![0; u64::from_le_bytes(length).min(4096) as usize];
         file.read_exact(&mut header)?;
         let header: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&header)?;
@@ -211,15 +216,18 @@ pub fn not_of_tensors(path: &Path, names: &[&str], what: &str) -> Result<Option<
     match own() {
         Ok(true) => Ok(None),
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Err(e).at(path.display()),
-        _ => Ok(Some(format!("holds other things than {}; only {what} is replaced", names.join(" and ")))),
+        _ => {
+            let tensors = names.join(" and ");
+            Ok(Some(format!("is not a safetensors file of {tensors} alone; only {what} is overwritten")))
+        }
     }
 }
 
-/// Puts `content` into `dir` as `name`: into a directory that holds an earlier one, beside whatever else is there, or into a new
-/// directory, which appears whole.
+/// Writes `content` to the file `name` in `dir`: overwrites an earlier `name` and leaves other files alone, or creates
+/// `dir` atomically. `flag` names the output in errors; for `fault` see [`Output::reserve_replacing`].
 ///
 /// # Errors
-/// A directory that holds no earlier `name`, `fault` of the earlier one, or a place that cannot be written to.
+/// `dir` exists without a file `name`; `fault` rejects the existing file; `dir` cannot be written to.
 pub fn write_into(
     dir: &Path,
     flag: &'static str,
@@ -229,7 +237,7 @@ pub fn write_into(
     let fail = |e| error(flag, dir, e);
     let file = dir.join(name);
     if file.exists() {
-        return Output::reserve_over(&file, flag, fault)?.write(content);
+        return Output::reserve_replacing(&file, flag, fault)?.write(content);
     }
     if dir.exists() {
         let message = "exists and is not a patch; choose a new directory";

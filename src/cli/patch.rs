@@ -1,4 +1,4 @@
-//! A patch: a small directory with a plan and the identity of the checkpoint it belongs to, and no weights.
+//! Patches: a directory with a retrofit plan and the identity of its base checkpoint, without weights.
 
 use super::output::write_into;
 use crate::checkpoint::{Checkpoint, Identity, OnProgress, OpenOptions};
@@ -8,25 +8,28 @@ use crate::retrofit::RetrofitPlan;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// The file that makes a directory a patch.
+/// Name of a patch's file in its directory.
 const FILE: &str = "bfly.json";
 const VERSION: u32 = 1;
 
-/// A saved retrofit.
+/// A saved retrofit: plan, context length and base checkpoint.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Patch {
     schema_version: u32,
-    /// The checkpoint.
+    /// Origin of the base checkpoint, with its content hash or commit.
     pub base: Identity,
-    /// Context provisioned when it was saved.
+    /// Context length of the run that saved the patch, in tokens.
     pub ctx: usize,
-    /// Layers and settings.
+    /// Swapped layers and settings.
     pub plan: RetrofitPlan,
 }
 
 impl Patch {
-    /// Writes a patch to `dir`.
+    /// Writes a patch to `dir`: a new directory, or one that already is a patch.
+    ///
+    /// # Errors
+    /// `dir` exists and is not a patch, or cannot be written to; a file of the checkpoint cannot be read.
     pub fn save(
         dir: &Path,
         checkpoint: &Checkpoint,
@@ -40,12 +43,15 @@ impl Patch {
         let fault = |_| {
             Ok(Self::load(&dir.join(FILE))
                 .err()
-                .map(|_| "is no patch that this build reads; only such a one is replaced".into()))
+                .map(|_| "is not a patch that this build reads; only a patch is overwritten".into()))
         };
         write_into(dir, "--save", (FILE, &json), fault)
     }
 
-    /// Reads the patch in `dir`, or `None` where there is none.
+    /// Reads the patch in `dir`; returns `None` if `dir` has no `bfly.json`.
+    ///
+    /// # Errors
+    /// The file cannot be read, is malformed, has another schema version, or holds invalid settings.
     pub fn open(dir: &str) -> Result<Option<Self>> {
         let path = Path::new(dir).join(FILE);
         path.exists().then(|| Self::load(&path)).transpose()
@@ -55,7 +61,7 @@ impl Patch {
         let text = std::fs::read_to_string(path).at(path.display())?;
         let patch: Self = serde_json::from_str(&text).map_err(|e| Error::format(path.display(), e))?;
         if patch.schema_version != VERSION {
-            let message = format!("is a patch of version {}; this build reads {VERSION}", patch.schema_version);
+            let message = format!("is a patch of version {}; this build reads version {VERSION}", patch.schema_version);
             return Err(Error::format(path.display(), message));
         }
         if patch.ctx == 0 || patch.ctx > MAX_CONTEXT {
@@ -68,7 +74,10 @@ impl Patch {
         Ok(patch)
     }
 
-    /// Opens the base checkpoint and refuses one whose content has changed.
+    /// Opens the base checkpoint.
+    ///
+    /// # Errors
+    /// The checkpoint cannot be opened, or its content has changed since the patch was saved.
     pub fn base(&self, options: &OpenOptions, progress: OnProgress) -> Result<Checkpoint> {
         let mut options = options.clone();
         if let Identity::Hub { revision, .. } = &self.base {

@@ -4,19 +4,19 @@ use super::{human_bytes, note};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::sync::Mutex;
 
-/// One bar at a time, named after the stage it shows.
+/// A progress bar for one stage at a time, and messages printed above it.
 pub struct Bars {
     quiet: bool,
     bar: Mutex<Option<(String, ProgressBar)>>,
 }
 
 impl Bars {
-    /// `quiet` shows nothing; so does a stderr that is no terminal.
+    /// Returns a progress bar that is hidden if `quiet`, or if stderr is not a terminal.
     pub fn new(quiet: bool) -> Self {
         Self { quiet, bar: Mutex::new(None) }
     }
 
-    /// Shows `done` of `total` units of `stage`; the bar goes away when the stage ends.
+    /// Shows `done` of `total` units of `stage`; the bar disappears when `done` reaches `total`.
     pub fn show(&self, stage: &str, done: u64, total: u64) {
         let Ok(mut bar) = self.bar.lock() else { return };
         if self.quiet || total == 0 {
@@ -45,19 +45,19 @@ impl Bars {
         }
     }
 
-    /// A line on stderr, unless quiet.
+    /// Prints a line to stderr, unless quiet.
     pub fn say(&self, line: &str) {
         if !self.quiet {
             self.print(line);
         }
     }
 
-    /// A warning, also when quiet.
+    /// Prints a warning to stderr, also when quiet.
     pub fn warn(&self, line: &str) {
         self.print(&format!("warning: {line}"));
     }
 
-    /// Above the bar, if one is shown.
+    /// Prints a line to stderr, above the bar if one is shown.
     fn print(&self, line: &str) {
         match self.bar.lock().ok().as_ref().and_then(|bar| bar.as_ref()) {
             Some((_, bar)) => bar.suspend(|| note(line)),
@@ -66,8 +66,8 @@ impl Bars {
     }
 }
 
-/// `541.1 MiB (f32 540.0 MiB, q8_0 1.1 MiB)`.
-pub(super) fn held(total: u64, by_type: &std::collections::BTreeMap<String, u64>) -> String {
+/// Formats a total and its parts by weight type: `541.1 MiB (f32 540.0 MiB, q8_0 1.1 MiB)`.
+pub(super) fn bytes_by_type(total: u64, by_type: &std::collections::BTreeMap<String, u64>) -> String {
     let parts: Vec<_> = by_type.iter().map(|(t, b)| format!("{t} {}", human_bytes(*b))).collect();
     format!("{} ({})", human_bytes(total), parts.join(", "))
 }

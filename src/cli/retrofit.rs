@@ -1,13 +1,13 @@
-//! `bfly-retrofit`: one prompt through one model, and what that took.
+//! `bfly-retrofit`: runs one prompt through one model and reports time and memory.
 
-use super::console::written;
+use super::console::ignore_broken_pipe;
 use super::ledger::{KvBytes, LEDGER_KIND, LEDGER_VERSION};
 use super::output::{not_of_kind, not_of_tensors};
 use super::{describe, human_bytes, open_device, peak_memory, short_count, signals, weight_format};
 use super::{Bars, Ledger, Output, Patch, RunArgs};
-use crate::checkpoint::{Checkpoint, Detokenizer, OnProgress, Text, WeightDtype};
+use crate::checkpoint::{Checkpoint, Detokenizer, OnProgress, TextTokenizer, WeightDtype};
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::generate::{render_chat, watch, Needs, Request, Sampler};
+use crate::generate::{render_chat, watch, MemoryNeeds, Request, Sampler};
 use crate::layout::{Layout, MAX_CONTEXT};
 use crate::ops::device_memory;
 use crate::retrofit::{parse_layers, RetrofitPlan, Settings};
@@ -20,10 +20,13 @@ use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-/// What `--logits-out` holds, in the order of names.
+/// Names of the tensors in a `--logits-out` file, sorted.
 const LOGITS: [&str; 2] = ["logits", "token_ids"];
 
-/// Runs it. Everything that can be refused is refused before weights are read.
+/// Runs `bfly-retrofit`. Flags, files and the plan are checked before weights are read.
+///
+/// # Errors
+/// A bad flag or file, a plan or prompt that does not fit the model, a device without enough memory, or a failed write.
 pub fn run(args: &RunArgs) -> Result<()> {
     let bars = Bars::new(args.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
@@ -43,9 +46,9 @@ pub fn run(args: &RunArgs) -> Result<()> {
 
     let name = args.model.model.as_deref().unwrap_or_default();
     let request: WeightDtype = args.model.dtype.parse()?;
-    let hold = weight_format(request, &checkpoint, &device);
+    let format = weight_format(request, &checkpoint, &device);
     let layout = Layout::new(spec, plan.as_ref(), ctx)?;
-    let weights = Weights::load(&checkpoint, &hold, &device, &progress)?;
+    let weights = Weights::load(&checkpoint, &format, &device, &progress)?;
     let chunk = chunk(args, &weights, &layout)?;
     let mut run = Run::with_layout(&weights, layout)?;
     let mut stream = text.as_ref().map(Detokenizer::new);
@@ -89,7 +92,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         ctx,
         device: describe(&device),
         dtype: request.to_string(),
-        held: hold.bytes_by_type(),
+        held: format.bytes_by_type(),
         threads: rayon::current_num_threads(),
         prefill_chunk: chunk,
         prompt_tokens: ids.len(),
@@ -114,11 +117,11 @@ pub fn run(args: &RunArgs) -> Result<()> {
         bytes.push(b'\n');
         json.write(&bytes)?;
     }
-    // The report comes first: what was made is in it.
-    stdout.failed.map_or(Ok(()), |e| written(Err(e)))
+    // A failed stdout is reported last, so that it does not cost the report, which holds the generated text.
+    stdout.failed.map_or(Ok(()), |e| ignore_broken_pipe(Err(e)))
 }
 
-/// The text on stdout, until a write fails: that ends the run, and the ledger and the report are still owed.
+/// Writes generated text to stdout; keeps the first write error, which ends the text but not the ledger and the report.
 #[derive(Default)]
 struct Stdout {
     failed: Option<std::io::Error>,
@@ -133,23 +136,21 @@ impl Stdout {
     }
 }
 
-/// The place of `--json`.
 fn reserve_report(path: &Path) -> Result<Output> {
-    Output::reserve_over(path, "--json", |json| not_of_kind(path, json, LEDGER_KIND, "an earlier report"))
+    Output::reserve_replacing(path, "--json", |json| not_of_kind(path, json, LEDGER_KIND, "an earlier report"))
 }
 
-/// The place of `--logits-out`.
 fn reserve_logits(path: &Path) -> Result<Output> {
-    Output::reserve_over(path, "--logits-out", |_| not_of_tensors(path, &LOGITS, "an earlier file of logits"))
+    Output::reserve_replacing(path, "--logits-out", |_| not_of_tensors(path, &LOGITS, "an earlier file of logits"))
 }
 
-/// What a run reads, opened and checked.
+/// Inputs of a run, opened and checked against each other.
 struct Inputs {
     checkpoint: Checkpoint,
     plan: Option<RetrofitPlan>,
     ctx: usize,
     ids: Vec<u32>,
-    text: Option<Text>,
+    text: Option<TextTokenizer>,
 }
 
 impl Inputs {
@@ -188,21 +189,21 @@ impl Inputs {
         let need = count.saturating_add(new);
         if need > ctx {
             let way = match need > MAX_CONTEXT {
-                true => format!("no context is longer than {}: give a smaller -n", short_count(MAX_CONTEXT)),
+                true => format!("the longest context is {}: give a smaller -n", short_count(MAX_CONTEXT)),
                 false => format!("give --ctx {need} or more"),
             };
-            let message = format!("{ctx} tokens do not hold the prompt's {count} and {new} new ones; {way}");
+            let message = format!("{ctx} tokens are too few for a prompt of {count} and {new} new tokens; {way}");
             return Err(Error::new(ErrorKind::Context, "--ctx", message));
         }
         if args.logits_last == 0 || args.logits_last > count {
-            let message = format!("{} is not from 1 to the prompt's {count}", args.logits_last);
+            let message = format!("{} is not from 1 to {count}, the prompt's length", args.logits_last);
             return Err(Error::usage("--logits-last", message));
         }
         let vocab = self.checkpoint.spec.vocab;
         match self.ids.iter().find(|id| **id as usize >= vocab) {
             Some(id) => {
                 let place = args.prompt.token_ids.as_ref().map_or("the prompt", |_| "--token-ids");
-                Err(Error::usage(place, format!("token {id} is outside the vocabulary of {vocab}")))
+                Err(Error::usage(place, format!("token id {id} is outside the vocabulary of {vocab} tokens")))
             }
             None => Ok(()),
         }
@@ -214,42 +215,49 @@ fn prompt_ids(
     checkpoint: &Checkpoint,
     text: Option<String>,
     ids: Option<Vec<u32>>,
-) -> Result<(Vec<u32>, Option<Text>)> {
+) -> Result<(Vec<u32>, Option<TextTokenizer>)> {
     if let Some(ids) = ids {
-        return Ok((ids, checkpoint.text().ok()));
+        return Ok((ids, checkpoint.tokenizer().ok()));
     }
-    let side = checkpoint.text()?;
+    let tokenizer = checkpoint.tokenizer()?;
     let text = text.unwrap_or_default();
     let ids = match args.prompt.chat {
-        false => side.encode(&text, true)?,
-        true => side.encode(&render_chat(side.chat_template()?, args.prompt.system.as_deref(), &text)?, false)?,
+        false => tokenizer.encode(&text, true)?,
+        true => {
+            let chat = render_chat(tokenizer.chat_template()?, args.prompt.system.as_deref(), &text)?;
+            tokenizer.encode(&chat, false)?
+        }
     };
     match ids.is_empty() {
         true => Err(Error::usage("--prompt", "the prompt is empty")),
-        false => Ok((ids, Some(side))),
+        false => Ok((ids, Some(tokenizer))),
     }
 }
 
-/// Tokens to a prefill chunk: as asked, or the device's usual; fewer where `--memory-budget` wants it.
+/// Returns the tokens per prefill chunk: `--prefill-chunk` or the device's default, reduced to fit `--memory-budget`.
 fn chunk(args: &RunArgs, weights: &Weights, layout: &Layout) -> Result<usize> {
-    let usual = if weights.device().is_cpu() { 512 } else { 4096 };
-    let wanted = args.prefill_chunk.unwrap_or(usual);
+    let default = if weights.device().is_cpu() { 512 } else { 4096 };
+    let wanted = args.prefill_chunk.unwrap_or(default);
     match args.memory_budget {
         None => Ok(wanted),
         Some(_) if weights.device().is_cpu() => {
-            let message = "counts GPU memory, and this run is on a CPU; give --prefill-chunk instead";
+            let message = "counts GPU memory, but this run is on a CPU; use --prefill-chunk instead";
             Err(Error::unsupported("--memory-budget", message))
         }
-        Some(budget) => Needs::of(weights, layout)?.chunk_within(budget, wanted),
+        Some(budget) => MemoryNeeds::of(weights, layout)?.chunk_within(budget, wanted),
     }
 }
 
-/// A budget is a promise: a run that broke it says so.
+/// Returns an error if the run's peak GPU memory exceeded `--memory-budget`.
 fn stay_within(budget: Option<u64>, device: &Device) -> Result<()> {
     match (budget, device_memory(device)) {
         (Some(budget), Some(memory)) if memory.peak > budget => {
             let (peak, budget) = (human_bytes(memory.peak), human_bytes(budget));
-            Err(Error::new(ErrorKind::Memory, "--memory-budget", format!("the run took {peak}, {budget} were allowed")))
+            Err(Error::new(
+                ErrorKind::Memory,
+                "--memory-budget",
+                format!("the run used {peak}, above the {budget} allowed"),
+            ))
         }
         _ => Ok(()),
     }
@@ -260,8 +268,8 @@ fn warn_past_training(bars: &Bars, spec: &ModelSpec, ctx: usize) {
         let full = spec.attention().find(|(_, a)| a.kind == AttentionKind::Full);
         let scaling = full.map_or("none".into(), |(_, a)| spec.ropes[a.rope].scaling.describe());
         bars.warn(&format!(
-            "--ctx {ctx} is past the {} positions this model was trained for (rope scaling in force: {scaling}); expect speed and \
-             memory to hold, quality not to",
+            "--ctx {ctx} is longer than the {} positions this model was trained for (rope scaling: {scaling}); output quality is \
+             likely to degrade",
             spec.max_positions
         ));
     }

@@ -1,28 +1,28 @@
-//! SIGINT, SIGTERM and SIGHUP: temporary files go, and the exit code says which it was.
+//! Handlers of SIGINT, SIGTERM and SIGHUP: remove temporary files and exit with 128 plus the signal's number.
 
 use super::temporary::end_process;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 const INTERRUPT: i32 = 2;
 
-/// Whether an interrupt ends the text and not the process.
+/// Whether the first SIGINT ends the generated text instead of the process.
 static DECODING: AtomicBool = AtomicBool::new(false);
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Says that tokens are being made: the first interrupt from now on ends the text, which the caller finds out by [`interrupted`];
-/// the second ends the process.
+/// Marks the start of decode: from then on the first SIGINT makes [`interrupted`] return true, and the second ends the
+/// process.
 pub fn decoding() {
     DECODING.store(true, Ordering::Relaxed);
 }
 
-/// Whether the text is to end.
+/// Whether a SIGINT has asked to end the generated text.
 pub fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
 }
 
-/// Begins to listen; once per process.
+/// Installs the signal handlers; called once per process.
 pub fn listen() {
-    // Fails only where another handler is set: then that one decides.
+    // Fails only where a handler is already installed; that one stays in force.
     let _ = on_signal(|signal| {
         let gently = signal == INTERRUPT && DECODING.load(Ordering::Relaxed);
         if !gently || INTERRUPTED.swap(true, Ordering::Relaxed) {
@@ -39,7 +39,7 @@ fn on_signal(handle: impl Fn(i32) + Send + 'static) -> std::io::Result<()> {
     std::thread::Builder::new().name("signals".into()).spawn(move || signals.forever().for_each(handle)).map(drop)
 }
 
-/// Whether the process was started with `signal` ignored, as by nohup; where the system does not tell, it may have been.
+/// Whether the process was started with `signal` ignored, as nohup does; true where the system does not report it.
 #[cfg(unix)]
 fn ignored(signal: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

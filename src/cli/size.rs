@@ -1,8 +1,8 @@
-//! Token counts and sizes of memory as people write them.
+//! Parsing and formatting of token counts (`256k`) and memory sizes (`10GiB`).
 
 use crate::layout::MAX_CONTEXT;
 
-/// As [`parse_count`], but zero is refused.
+/// Parses a token count like [`parse_count`], and refuses 0.
 pub fn parse_size(text: &str) -> Result<usize, String> {
     match parse_count(text)? {
         0 => Err("0 is not a context length".into()),
@@ -10,7 +10,7 @@ pub fn parse_size(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Parses a whole number from 1 to [`MAX_CONTEXT`]: sums of a few such counts cannot overflow.
+/// Parses a whole number from 1 to [`MAX_CONTEXT`], so that sums of a few such counts cannot overflow.
 pub fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(n) if (1..=MAX_CONTEXT).contains(&n) => Ok(n),
@@ -18,7 +18,7 @@ pub fn at_least_one(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Parses `8192`, `256k` (k = 1024) or `1M` (M = 1024 k), up to [`MAX_CONTEXT`].
+/// Parses a token count such as `8192`, `256k` (k = 1024) or `1M` (M = 1024 k), up to [`MAX_CONTEXT`].
 pub fn parse_count(text: &str) -> Result<usize, String> {
     let (digits, unit) = match text.trim() {
         t if t.ends_with(['k', 'K']) => (&t[..t.len() - 1], 1 << 10),
@@ -33,9 +33,10 @@ pub fn parse_count(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Parses a size of memory: `10GiB` and `10G` are powers of two, `10GB` is one of ten, a bare number is bytes; likewise K, M and T.
+/// Parses a memory size in bytes: `10GiB` and `10G` use powers of two, `10GB` powers of ten; likewise K, M and T. A
+/// bare number is bytes.
 ///
-/// The parsers of the crates `bytesize` and `parse-size` read `10G` as a power of ten, or `10GB` as one of two.
+/// The crates `bytesize` and `parse-size` are not used: they read `10G` as a power of ten, or `10GB` as a power of two.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let trimmed = text.trim();
     let at = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(trimmed.len());
@@ -60,11 +61,11 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let n = digits.parse::<f64>().map_err(|_| wrong())? * f64::from(base).powi(power);
     match (1.0..1e18).contains(&n) {
         true => Ok(n as u64),
-        false => Err(format!("`{text}` is not a size of memory")),
+        false => Err(format!("`{text}` is not a memory size from 1 byte to 10^18")),
     }
 }
 
-/// `32k`, `1M`, or the number itself: what [`parse_count`] reads.
+/// Formats a token count so that [`parse_count`] reads it back: `32k`, `1M`, or the number itself.
 pub fn short_count(n: usize) -> String {
     match n {
         n if n > 0 && n.is_multiple_of(1 << 20) => format!("{}M", n >> 20),
@@ -78,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_parse() {
+    fn token_counts_parse() {
         assert_eq!(parse_size("8192"), Ok(8192));
         assert_eq!(parse_size("256k"), Ok(262_144));
         assert_eq!(parse_size("1M"), Ok(1 << 20));
@@ -88,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn budgets_parse() {
+    fn memory_sizes_parse() {
         for (text, bytes) in [
             ("10G", 10 << 30),
             ("10g", 10 << 30),
@@ -114,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_are_shortened_to_what_parses_back() {
+    fn short_counts_parse_back() {
         for (n, text) in [(0, "0"), (1000, "1000"), (1 << 15, "32k"), (1 << 20, "1M"), (3 << 19, "1536k")] {
             assert_eq!((short_count(n).as_str(), parse_count(text)), (text, Ok(n)));
         }

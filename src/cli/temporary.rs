@@ -1,63 +1,66 @@
-//! Files and folders that go away with their owner, or with the process where a signal ends it.
+//! Temporary files and folders, removed when dropped or when a signal ends the process.
 
 use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-/// Every temporary that exists.
-static HELD: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+/// Paths of all temporaries that exist, for removal in a signal handler.
+static LIVE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
 /// A temporary file or folder, removed when dropped and when SIGINT or SIGTERM ends the process.
 pub struct Temporary(PathBuf);
 
 impl Temporary {
-    /// Owns `path`, which is yet to be made.
+    /// Reserves `path` without creating it.
     ///
     /// # Errors
-    /// [`io::ErrorKind::AlreadyExists`] where another owner has it.
+    /// [`io::ErrorKind::AlreadyExists`] if another `Temporary` has the same path.
     pub fn new(path: PathBuf) -> io::Result<Self> {
-        match held().insert(path.clone()) {
+        match live().insert(path.clone()) {
             true => Ok(Self(path)),
-            false => Err(io::Error::new(io::ErrorKind::AlreadyExists, "another output of this run goes there too")),
+            false => Err(io::Error::new(io::ErrorKind::AlreadyExists, "another output of this run has the same path")),
         }
     }
 
-    /// Where it is.
+    /// Path of the file or folder.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// The hidden name beside `path` under which it is filled.
+    /// Reserves a hidden file name in the same folder as `path`, for content that is renamed to `path` when complete.
+    ///
+    /// # Errors
+    /// `path` names no file; another `Temporary` for the same `path` exists.
     pub fn beside(path: &Path) -> io::Result<Self> {
         let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "names no file"))?;
         let hidden = format!(".{}.{}.partial", name.to_string_lossy(), std::process::id());
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        // One file has one name here, however it is spelt.
+        // Canonical, so that two spellings of one path collide.
         Self::new(folder.canonicalize().unwrap_or_else(|_| folder.into()).join(hidden))
     }
 }
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        let mut held = held();
+        let mut live = live();
         remove(&self.0);
-        held.remove(&self.0);
+        live.remove(&self.0);
     }
 }
 
-/// Removes all that exist and ends the process; nobody makes another meanwhile.
+/// Removes all temporaries and ends the process; the lock is kept, so that no other thread creates one meanwhile.
 pub fn end_process(code: i32) -> ! {
-    let held = held();
-    held.iter().for_each(|path| remove(path));
+    let live = live();
+    live.iter().for_each(|path| remove(path));
     std::process::exit(code)
 }
 
-fn held() -> std::sync::MutexGuard<'static, BTreeSet<PathBuf>> {
-    HELD.lock().unwrap_or_else(PoisonError::into_inner)
+fn live() -> std::sync::MutexGuard<'static, BTreeSet<PathBuf>> {
+    LIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Nothing is there any more where it was renamed.
+/// Removes the file or folder at `path`, if it is still there: a finished output has been renamed.
 fn remove(path: &Path) {
     let _ = match path.is_dir() {
         true => std::fs::remove_dir_all(path),
@@ -70,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_temporary_has_one_owner_and_goes_with_it() {
+    fn a_temporary_has_one_owner_and_is_removed_with_it() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("out.json");
         let first = Temporary::beside(&path).unwrap();

@@ -4,7 +4,7 @@
 //! repeats text. A model without a tokenizer gets random ids.
 
 use super::report::{hash, PromptSource};
-use crate::checkpoint::{splitmix, Checkpoint, OnProgress, Text};
+use crate::checkpoint::{splitmix, Checkpoint, OnProgress, TextTokenizer};
 use crate::error::{At, Error, Result};
 use rayon::prelude::*;
 use serde::Deserialize;
@@ -54,8 +54,8 @@ impl TextStream {
         progress: OnProgress,
     ) -> Result<Self> {
         let begin = Instant::now();
-        let (ids, documents) = match checkpoint.has_text() {
-            true => read(&checkpoint.text()?, folder, tokens, progress)?,
+        let (ids, documents) = match checkpoint.has_tokenizer() {
+            true => read(&checkpoint.tokenizer()?, folder, tokens, progress)?,
             false => (random(tokens, checkpoint.spec.vocab, seed), vec![RANDOM_IDS.to_string()]),
         };
         if let Some(id) = ids.iter().find(|id| **id as usize >= checkpoint.spec.vocab) {
@@ -82,7 +82,7 @@ pub fn random(tokens: usize, vocab: usize, seed: u64) -> Vec<u32> {
     (0..tokens as u64).map(|i| (splitmix(seed, i) % vocab as u64) as u32).collect()
 }
 
-fn read(text: &Text, folder: &Path, tokens: usize, progress: OnProgress) -> Result<(Vec<u32>, Vec<String>)> {
+fn read(text: &TextTokenizer, folder: &Path, tokens: usize, progress: OnProgress) -> Result<(Vec<u32>, Vec<String>)> {
     let (mut ids, mut documents) = (text.encode("", true)?, vec![]);
     for path in files(folder)? {
         if ids.len() >= tokens {
@@ -115,7 +115,7 @@ fn read(text: &Text, folder: &Path, tokens: usize, progress: OnProgress) -> Resu
 ///
 /// # Errors
 /// A tokenizer that fails.
-pub fn encode(text: &Text, content: &str, wants_more: &mut dyn FnMut(usize) -> bool) -> Result<Vec<u32>> {
+pub fn encode(text: &TextTokenizer, content: &str, wants_more: &mut dyn FnMut(usize) -> bool) -> Result<Vec<u32>> {
     let mut ids = vec![];
     for batch in pieces(content).chunks(BATCH) {
         let parts: Result<Vec<_>> = batch.par_iter().map(|piece| text.encode(piece, false)).collect();

@@ -1,24 +1,26 @@
-//! `keydiff`: keys that point away from the others stay (KeyDiff, Park et al. 2025, arXiv:2504.15364).
+//! `keydiff`: keeps the keys least similar to the mean key (KeyDiff, Park et al. 2025, arXiv:2504.15364).
 //!
 //! ```text
 //! k̂_i = k_i / |k_i|        μ = mean_i k̂_i        score_i = - k̂_i · μ / |μ|
 //! ```
 //!
-//! over the tokens that the KV head holds. Scores need keys alone, so the prompt is read in blocks: a block's queries read what
-//! was kept and the block itself, and then all but `budget` tokens go. Memory is `budget + block` rows whatever the text.
+//! over the cached tokens of the KV head. Scores need keys only, so the prompt is processed in blocks: a block's
+//! queries read the kept tokens and the block itself, then all but `budget` tokens are evicted. Memory is `budget +
+//! block` rows for any length.
 //!
-//! Two things differ from the paper. Blocks lie at multiples of `block` of the text, however it is fed, so that one-shot, chunked
-//! and token-by-token reading give the same; the paper's blocks are its prefill chunks. And decode evicts when a block is complete
-//! too, where the paper evicts after every token: the rows for that are allocated in any case, and a step captured on a GPU serves
-//! until then. When the context is over, the block in progress is cut to the budget, as the paper's last block is.
+//! Differences from the paper. Blocks start at multiples of `block`, so that one-shot prefill, chunked prefill and
+//! token-by-token decode give the same result; the paper's blocks are its prefill chunks. Decode too evicts when a
+//! block is complete, where the paper evicts after every token: the rows are allocated anyway, and a captured decode
+//! step stays valid until an eviction. At the end of the context the block in progress is cut to the budget, like the
+//! paper's last block.
 
-use super::{Eviction, EvictionPlan, Seen, Setting, When};
+use super::{Eviction, EvictionPlan, RuleSetting, ScoreArgs, When};
 use crate::error::Result;
 use crate::layout::LayerPlan;
 use candle_core::{DType, Tensor, D};
 
-const BLOCK: Setting = Setting { name: "block", default: 128, about: "positions from one eviction to the next" };
-/// Keeps a key of zeros from dividing by them.
+const BLOCK: RuleSetting = RuleSetting { name: "block", default: 128, about: "positions between evictions" };
+/// Added to norms, so that a key of zeros does not divide by 0.
 const TINY: f64 = 1e-12;
 
 #[derive(Debug)]
@@ -30,10 +32,10 @@ impl Eviction for KeyDiff {
     }
 
     fn about(&self) -> &'static str {
-        "keys least like the mean key, after every block"
+        "keeps the keys least similar to the mean key, after every block"
     }
 
-    fn settings(&self) -> &'static [Setting] {
+    fn settings(&self) -> &'static [RuleSetting] {
         &[BLOCK]
     }
 
@@ -45,11 +47,11 @@ impl Eviction for KeyDiff {
         When::EveryBlock(plan.setting(&BLOCK))
     }
 
-    fn scores(&self, _: &EvictionPlan, seen: &Seen) -> Result<Tensor> {
-        let keys = seen.keys.to_dtype(DType::F32)?;
+    fn scores(&self, _: &EvictionPlan, args: &ScoreArgs) -> Result<Tensor> {
+        let keys = args.keys.to_dtype(DType::F32)?;
         let (count, kv_heads, dim) = keys.dims3()?;
         let unit = keys.broadcast_div(&(keys.sqr()?.sum_keepdim(D::Minus1)?.sqrt()? + TINY)?)?;
-        // A product: candle's own mean over rows goes through an index per element. Its length does not matter.
+        // A matrix product, since candle's mean over rows computes an index per element. The anchor's length cancels.
         let sum =
             Tensor::ones((1, count), DType::F32, keys.device())?.matmul(&unit.reshape((count, kv_heads * dim))?)?;
         let anchor = (sum.reshape((1, kv_heads, dim))? / count as f64)?;
@@ -58,7 +60,7 @@ impl Eviction for KeyDiff {
     }
 
     fn scratch(&self, _: &EvictionPlan, rows: usize, layer: &LayerPlan) -> u64 {
-        // In f32 at most: keys, their squares or directions, the products.
+        // Alive at once, in f32: keys, their squares or unit vectors, the products.
         3 * 4 * (rows * layer.kv_heads * layer.head_dim) as u64
     }
 }
@@ -78,7 +80,7 @@ mod tests {
         ) {
             let keys = (Tensor::randn(0f32, 1.0, (count, g, d), &Device::Cpu).unwrap() + shift as f64).unwrap();
             let plan = EvictionPlan::new("keydiff", 4, &[]).unwrap();
-            let got = KeyDiff.scores(&plan, &Seen { keys: &keys, queries: None, scale: 1.0 }).unwrap().to_vec2::<f32>().unwrap();
+            let got = KeyDiff.scores(&plan, &ScoreArgs { keys: &keys, queries: None, scale: 1.0 }).unwrap().to_vec2::<f32>().unwrap();
             let k = keys.to_vec3::<f32>().unwrap();
             prop_assert_eq!(got.len(), g);
             for (head, got) in got.iter().enumerate() {
@@ -101,10 +103,10 @@ mod tests {
     }
 
     #[test]
-    fn a_key_of_zeros_has_a_score() {
+    fn a_key_of_zeros_has_a_finite_score() {
         let keys = Tensor::new(&[[[0f32, 0.0]], [[1.0, 0.0]]], &Device::Cpu).unwrap();
         let plan = EvictionPlan::new("keydiff", 1, &[]).unwrap();
-        let scores = KeyDiff.scores(&plan, &Seen { keys: &keys, queries: None, scale: 1.0 }).unwrap();
+        let scores = KeyDiff.scores(&plan, &ScoreArgs { keys: &keys, queries: None, scale: 1.0 }).unwrap();
         assert_eq!(scores.to_vec2::<f32>().unwrap(), [[0.0, -1.0]]);
     }
 }

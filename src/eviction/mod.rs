@@ -1,18 +1,19 @@
-//! Keeping some tokens and dropping the rest: other training-free methods behind the same seam, to compare with.
+//! KV cache eviction: other training-free methods, as baselines.
 //!
-//! A rule scores the tokens that a full-attention layer holds, for each KV head on its own, and the `budget` highest stay: after an
-//! eviction one row of the cache holds different positions in different heads. Keys are stored rotated at their true positions,
-//! so attention over what is left is dense attention over fewer rows. Sliding layers stay as they are. The cache does the rest
-//! ([`crate::cache::CompressedKv`]): a rule is one file with one [`Eviction`] and one line in [`RULES`].
+//! A rule scores the cached tokens of a full-attention layer separately for each KV head, and the `budget`
+//! highest-scored stay, so that after an eviction one cache row holds different positions in different heads. Keys are
+//! stored rotated at their true positions, so attention over the remaining rows is dense attention over fewer rows.
+//! Sliding-window layers are unchanged. The cache moves the rows ([`crate::cache::CompressedKv`]); a rule is one file
+//! with one [`Eviction`] and one line in [`RULES`].
 //!
-//! | rule | scores by | evicts | most rows at once |
+//! | rule | score | evicts | peak rows |
 //! |---|---|---|---|
-//! | `snapkv` | attention of the context's last queries | once, when the context is over | the context's, and one layer's copy |
-//! | `keydiff` | how unlike the other keys a key is | whenever a block is complete | `budget + block` |
+//! | `snapkv` | attention from the last queries | once, at the end of the context | the context's, plus one layer's copy |
+//! | `keydiff` | dissimilarity to the mean key | after every block | `budget + block` |
 //!
-//! A rule's settings are whole numbers by name, so that a plan is plain data whatever the rule. What each rule leaves out of its
-//! paper is told in its file. StreamingLLM (Xiao et al. 2023, arXiv:2309.17453) needs no rule here: sinks and a window are
-//! `retrofit:partner=local`, with true positions, where the paper numbers what it keeps anew from 0.
+//! A rule's settings are whole numbers by name, so that plans of all rules have one format. Each rule's file lists its
+//! differences from the paper. StreamingLLM (Xiao et al. 2023, arXiv:2309.17453) needs no rule: sinks and a window are
+//! `retrofit:partner=local`, except that the paper renumbers the kept positions from 0.
 
 mod keydiff;
 mod snapkv;
@@ -24,83 +25,90 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// Every rule this build knows.
+/// Supported eviction rules.
 pub static RULES: &[&dyn Eviction] = &[&snapkv::SnapKv, &keydiff::KeyDiff];
 
-/// The form of a plan that this build writes and reads.
+/// Schema version of plans that this build reads and writes.
 pub const EVICTION_VERSION: u32 = 1;
-/// Tokens kept where a plan does not say.
+/// Default number of tokens kept per KV head.
 pub const DEFAULT_BUDGET: usize = 1024;
-/// Positions are exact in f32 that far.
+/// Largest value of a setting: f32 represents positions exactly up to here.
 const MOST: usize = 1 << 24;
 
 /// A setting of a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Setting {
-    /// Its name in plans and in `--variants`.
+pub struct RuleSetting {
+    /// Name in plans and in `--variants`.
     pub name: &'static str,
-    /// Its value where none is given.
+    /// Default value.
     pub default: usize,
-    /// What it is, in a few words.
+    /// One-line description.
     pub about: &'static str,
 }
 
-/// When a rule evicts.
+/// Times at which a rule evicts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum When {
-    /// After every so many positions, counted from the first of the text; and when the context is over.
+    /// After every block of this many positions, counted from the start of the text, and at the end of the context.
     EveryBlock(usize),
-    /// When the context is over; everything is kept until then, and after it.
+    /// Once, at the end of the context; tokens that come later are all kept.
     Once,
 }
 
-/// What a layer shows to a rule.
+/// Arguments of [`Eviction::scores`].
 #[derive(Debug, Clone, Copy)]
-pub struct Seen<'a> {
-    /// Keys held, `[count, G, D]`, rotated, in order of position.
+pub struct ScoreArgs<'a> {
+    /// Cached keys, `[count, G, D]`, rotated, in order of position.
     pub keys: &'a Tensor,
-    /// The last [`Eviction::observes`] queries, `[W, H, D]`, rotated: of the positions of the last `W` keys.
+    /// The last [`Eviction::observes`] queries, `[W, H, D]`, rotated, at the positions of the last `W` keys.
     pub queries: Option<&'a Tensor>,
-    /// The layer's factor on dot products.
+    /// Factor on dot products.
     pub scale: f32,
 }
 
-/// A rule that says which tokens stay.
+/// An eviction rule: scores tokens.
 pub trait Eviction: std::fmt::Debug + Sync {
-    /// The name that plans and `--variants` take.
+    /// Returns the rule's name in plans and `--variants`.
     fn name(&self) -> &'static str;
 
-    /// One line for help texts.
+    /// Returns a one-line description for help texts.
     fn about(&self) -> &'static str;
 
-    /// What can be set, besides the budget.
-    fn settings(&self) -> &'static [Setting];
+    /// Returns the rule's settings besides the budget.
+    fn settings(&self) -> &'static [RuleSetting];
 
-    /// Refuses settings that contradict each other or the budget; each alone is known to be from 1 to 16M.
+    /// Checks the settings against each other and the budget; each is known to be from 1 to 16M.
+    ///
+    /// # Errors
+    /// Settings contradict each other or the budget.
     fn check(&self, plan: &EvictionPlan) -> Result<()>;
 
-    /// When it evicts.
+    /// Returns when the rule evicts.
     fn when(&self, plan: &EvictionPlan) -> When;
 
-    /// Queries that it must see, the last ones.
+    /// Returns the number of last queries that the rule scores with.
     fn observes(&self, _: &EvictionPlan) -> usize {
         0
     }
 
-    /// A score for each token of each KV head; the highest stay, infinity always does. A GPU should not have to wait for the host.
+    /// Scores each token for each KV head; the highest stay, and a score of infinity always does. Implementations for a
+    /// GPU should avoid host syncs.
     ///
     /// # Shapes
     /// f32 `[G, count]`.
-    fn scores(&self, plan: &EvictionPlan, seen: &Seen) -> Result<Tensor>;
+    ///
+    /// # Errors
+    /// The device fails; `args` lacks queries that the rule observes.
+    fn scores(&self, plan: &EvictionPlan, args: &ScoreArgs) -> Result<Tensor>;
 
-    /// Bytes that scoring `rows` tokens of `layer` takes.
+    /// Returns the bytes of temporary memory for scoring `rows` tokens of `layer`.
     fn scratch(&self, plan: &EvictionPlan, rows: usize, layer: &LayerPlan) -> u64;
 }
 
 /// Finds a rule by name.
 ///
 /// # Errors
-/// An unknown name: lists those there are.
+/// The name is unknown; the message lists the known ones.
 pub fn find(name: &str) -> Result<&'static dyn Eviction> {
     RULES.iter().find(|r| r.name() == name).copied().ok_or_else(|| {
         let names: Vec<_> = RULES.iter().map(|r| r.name()).collect();
@@ -108,25 +116,25 @@ pub fn find(name: &str) -> Result<&'static dyn Eviction> {
     })
 }
 
-/// A plan: every full-attention layer keeps `budget` tokens for each KV head.
+/// An eviction plan: every full-attention layer keeps `budget` tokens per KV head, chosen by one rule.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EvictionPlan {
-    /// Version of this form.
+    /// Schema version: [`EVICTION_VERSION`].
     pub schema_version: u32,
-    /// The rule's name.
+    /// Name of the rule.
     pub rule: String,
-    /// Tokens kept for each KV head of each layer.
+    /// Tokens kept per KV head of each layer.
     pub budget: usize,
-    /// The rule's settings by name; one that is absent has its default.
+    /// Settings of the rule by name; absent ones have their defaults.
     pub settings: BTreeMap<String, usize>,
 }
 
 impl EvictionPlan {
-    /// A plan of `rule` with what is `given` of its settings, and the defaults of the others.
+    /// Creates a plan of `rule` with the settings `given`, and defaults for the others.
     ///
     /// # Errors
-    /// As [`EvictionPlan::check`].
+    /// Those of [`EvictionPlan::check`].
     pub fn new(rule: &str, budget: usize, given: &[(&str, usize)]) -> Result<Self> {
         let mut settings: BTreeMap<String, usize> =
             find(rule)?.settings().iter().map(|s| (s.name.into(), s.default)).collect();
@@ -136,11 +144,13 @@ impl EvictionPlan {
         Ok(plan)
     }
 
-    /// Refuses a form, rule or setting that this build does not know, and values that are out of range or contradict each
-    /// other. Names which.
+    /// Checks the plan.
+    ///
+    /// # Errors
+    /// The schema version, the rule or a setting is unknown; a value is out of range, or values contradict each other.
     pub fn check(&self) -> Result<()> {
         if self.schema_version != EVICTION_VERSION {
-            let message = format!("is of version {}; this build reads {EVICTION_VERSION}", self.schema_version);
+            let message = format!("is of version {}; this build reads version {EVICTION_VERSION}", self.schema_version);
             return Err(Error::usage("eviction plan", message));
         }
         let rule = self.find()?;
@@ -158,23 +168,23 @@ impl EvictionPlan {
         rule.check(self)
     }
 
-    /// The rule.
+    /// Returns the rule.
     ///
     /// # Errors
-    /// As [`find`].
+    /// Those of [`find`].
     pub fn find(&self) -> Result<&'static dyn Eviction> {
         find(&self.rule)
     }
 
-    /// A setting's value.
-    pub fn setting(&self, setting: &Setting) -> usize {
+    /// Returns the value of a setting.
+    pub fn setting(&self, setting: &RuleSetting) -> usize {
         self.settings.get(setting.name).copied().unwrap_or(setting.default)
     }
 
-    /// Rows that a layer allocates for `ctx` positions before anything is evicted.
+    /// Returns the rows that a layer allocates at first for a context of `ctx` positions.
     ///
     /// # Errors
-    /// An unknown rule.
+    /// The rule is unknown.
     pub fn rows(&self, ctx: usize) -> Result<usize> {
         Ok(match self.find()?.when(self) {
             When::EveryBlock(block) => (self.budget + block).min(ctx),
@@ -182,29 +192,30 @@ impl EvictionPlan {
         })
     }
 
-    /// Rows that queries at `positions` read in a layer, all together, once the context before them is over.
+    /// Returns the rows that queries at `positions` read in a layer, in total, where the context ended before
+    /// `positions`.
     ///
     /// # Errors
-    /// An unknown rule.
+    /// The rule is unknown.
     pub fn rows_read(&self, positions: Range<usize>) -> Result<usize> {
         let when = self.find()?.when(self);
-        let mut held = self.budget.min(positions.start);
+        let mut rows = self.budget.min(positions.start);
         let mut sum = 0;
         for p in positions {
-            held += 1;
-            sum += held;
+            rows += 1;
+            sum += rows;
             if matches!(when, When::EveryBlock(block) if (p + 1).is_multiple_of(block)) {
-                held = held.min(self.budget);
+                rows = rows.min(self.budget);
             }
         }
         Ok(sum)
     }
 
-    /// Bytes that an eviction takes in `layer`, provisioned for `ctx` positions, besides what the layer holds before and after:
-    /// scores, and the rows that stay before they are put in their places.
+    /// Returns the bytes of temporary memory of an eviction in `layer` for a context of `ctx` positions with `element`
+    /// bytes per number: scores, and a copy of the rows that stay.
     ///
     /// # Errors
-    /// An unknown rule.
+    /// The rule is unknown.
     pub(crate) fn scratch(&self, ctx: usize, layer: &LayerPlan, element: usize) -> Result<u64> {
         let (rows, rule) = (self.rows(ctx)?, self.find()?);
         if rows <= self.budget {
@@ -220,7 +231,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_plan_is_complete_and_reads_back() {
+    fn a_plan_stores_defaults_and_reads_back() {
         let plan = EvictionPlan::new("snapkv", 512, &[("window", 32)]).unwrap();
         let json = serde_json::to_string(&plan).unwrap();
         assert_eq!(json, r#"{"schema_version":1,"rule":"snapkv","budget":512,"settings":{"kernel":5,"window":32}}"#);
@@ -249,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn what_decode_reads_is_counted() {
+    fn rows_read_in_decode_are_counted() {
         let keydiff = EvictionPlan::new("keydiff", 8, &[("block", 4)]).unwrap();
         // The context of 10 leaves 8; positions 10 and 11 end a block, 12 begins the next.
         assert_eq!(keydiff.rows_read(10..13).unwrap(), 9 + 10 + 9);

@@ -1,27 +1,29 @@
-//! `snapkv`: tokens that the context's last queries attend to stay (SnapKV, Li et al. 2024, arXiv:2404.14469).
+//! `snapkv`: keeps the tokens that the context's last queries attend to (SnapKV, Li et al. 2024, arXiv:2404.14469).
 //!
 //! ```text
 //! a_i = mean over the last W queries and the group's query heads of softmax_i(scale · q · k_i), causal, over all keys
 //! score_i = (a_{i-h} + .. + a_{i+h}) / (2 h + 1),  h = (kernel - 1) / 2,  a = 0 outside of the tokens before the window
 //! ```
 //!
-//! The window itself always stays. Until the context is over every layer is dense, so the most memory at once is that of the stock
-//! model and a little more; what comes later (a question, new tokens) is kept whole.
+//! The window itself always stays. Until the end of the context every layer is dense, so peak memory is that of the
+//! stock model plus a copy of one layer's kept rows; later tokens (a question, new tokens) are all kept.
 //!
-//! Three things differ from the paper. It chooses for every query head and repeats keys and values for that; here a KV head keeps
-//! one set, by the mean over its query heads, since more would be another cache than the one compared with. It evicts at the end of
-//! the prompt, question and all; [`crate::generate::Session::compress`] can tell an earlier end, so that a question is unseen. And it
-//! evicts layer by layer within one pass over the whole prompt; a prompt read in chunks has to keep all layers until its end.
+//! Differences from the paper. The paper selects per query head and repeats keys and values for that; here a KV head
+//! keeps one set, by the mean over its query heads, since repeated heads would need a larger cache than the other
+//! methods'. The paper evicts at the end of the prompt, question included; [`crate::run::Run::compress`] can mark an
+//! earlier end, so that the question is unseen. The paper evicts layer by layer in one pass over the prompt; chunked
+//! prefill keeps all layers until the end.
 
-use super::{Eviction, EvictionPlan, Seen, Setting, When};
+use super::{Eviction, EvictionPlan, RuleSetting, ScoreArgs, When};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::LayerPlan;
 use candle_core::{DType, Device, Tensor};
 
-const WINDOW: Setting =
-    Setting { name: "window", default: 64, about: "last queries that score, and tokens always kept" };
-const KERNEL: Setting = Setting { name: "kernel", default: 5, about: "neighbours that share a score, an odd number" };
-/// Logits at once.
+const WINDOW: RuleSetting =
+    RuleSetting { name: "window", default: 64, about: "observation window: last queries that score, always kept" };
+const KERNEL: RuleSetting =
+    RuleSetting { name: "kernel", default: 5, about: "width of the average pooling of scores, odd" };
+/// Logits computed at a time.
 const SLAB: usize = 4 << 20;
 
 #[derive(Debug)]
@@ -33,10 +35,10 @@ impl Eviction for SnapKv {
     }
 
     fn about(&self) -> &'static str {
-        "tokens that the last queries attend to, once, when the context is over"
+        "keeps the tokens that the last queries attend to, once, at the end of the context"
     }
 
-    fn settings(&self) -> &'static [Setting] {
+    fn settings(&self) -> &'static [RuleSetting] {
         &[WINDOW, KERNEL]
     }
 
@@ -47,7 +49,7 @@ impl Eviction for SnapKv {
             return Err(Error::usage("budget", message));
         }
         if kernel.is_multiple_of(2) {
-            return Err(Error::usage("kernel", format!("{kernel} is even; give an odd number of neighbours")));
+            return Err(Error::usage("kernel", format!("{kernel} is even; give an odd pooling width")));
         }
         Ok(())
     }
@@ -60,16 +62,16 @@ impl Eviction for SnapKv {
         plan.setting(&WINDOW)
     }
 
-    fn scores(&self, plan: &EvictionPlan, seen: &Seen) -> Result<Tensor> {
-        let missing = || Error::new(ErrorKind::Backend, "snapkv", "was not shown the last queries");
-        let queries = seen.queries.ok_or_else(missing)?;
-        let ((count, kv_heads, dim), (window, heads, _)) = (seen.keys.dims3()?, queries.dims3()?);
+    fn scores(&self, plan: &EvictionPlan, args: &ScoreArgs) -> Result<Tensor> {
+        let missing = || Error::new(ErrorKind::Backend, "snapkv", "the last queries are missing");
+        let queries = args.queries.ok_or_else(missing)?;
+        let ((count, kv_heads, dim), (window, heads, _)) = (args.keys.dims3()?, queries.dims3()?);
         let (before, group) = (count.checked_sub(window).ok_or_else(missing)?, heads / kv_heads);
-        let mask = causal(window, group, seen.keys.device())?;
+        let mask = causal(window, group, args.keys.device())?;
         let of_head = |head: usize| {
-            let keys = seen.keys.narrow(1, head, 1)?.squeeze(1)?.contiguous()?.to_dtype(DType::F32)?;
+            let keys = args.keys.narrow(1, head, 1)?.squeeze(1)?.contiguous()?.to_dtype(DType::F32)?;
             let q = queries.narrow(1, head * group, group)?.contiguous()?.to_dtype(DType::F32)?;
-            let q = (q.reshape((window * group, dim))? * seen.scale as f64)?;
+            let q = (q.reshape((window * group, dim))? * args.scale as f64)?;
             let mean = mean_attention(&q, &keys, &mask, SLAB / count)?;
             pooled(&mean.narrow(0, 0, before)?, plan.setting(&KERNEL))
         };
@@ -80,15 +82,16 @@ impl Eviction for SnapKv {
 
     fn scratch(&self, plan: &EvictionPlan, rows: usize, layer: &LayerPlan) -> u64 {
         let queries = plan.setting(&WINDOW) * layer.heads / layer.kv_heads;
-        // Logits in two parts, joined, and their softmax; one head's keys in two types; sums; all heads' scores, twice.
+        // Alive at once: logits in two parts, concatenated, and their softmax; one head's keys in two types; sums; all
+        // heads' scores twice.
         let slab = SLAB.clamp(rows, rows * queries.max(1));
         4 * (3 * slab + 2 * rows * layer.head_dim + (6 + 2 * layer.kv_heads) * rows + queries * plan.setting(&WINDOW))
             as u64
     }
 }
 
-/// The mean over rows of `softmax(q kᵀ + mask)`, where `mask [R, W]` is that of the last `W` keys; `step` rows at a time, which
-/// changes nothing, since a row has its own softmax.
+/// Returns the mean over rows of `softmax(q kᵀ + mask)`, `[count]`, computed `step` rows at a time. `mask [R, W]`
+/// applies to the last `W` keys.
 fn mean_attention(q: &Tensor, keys: &Tensor, mask: &Tensor, step: usize) -> Result<Tensor> {
     let ((rows, _), (count, _), window) = (q.dims2()?, keys.dims2()?, mask.dim(1)?);
     let before = count - window;
@@ -100,20 +103,20 @@ fn mean_attention(q: &Tensor, keys: &Tensor, mask: &Tensor, step: usize) -> Resu
         let q = q.narrow(0, at, n)?;
         let logits = Tensor::cat(&[q.matmul(&old)?, (q.matmul(&own)? + mask.narrow(0, at, n)?)?], 1)?;
         let weights = candle_nn::ops::softmax_last_dim(&logits)?;
-        // A product with ones: candle's own sum over rows goes through an index per element.
+        // A product with ones, since candle's sum over rows computes an index per element.
         sum = (sum + Tensor::ones((1, n), DType::F32, keys.device())?.matmul(&weights)?)?;
     }
     Ok((sum / rows as f64)?.squeeze(0)?)
 }
 
-/// 0 where a query of the window sees a key of the window, else minus infinity: `[W · group, W]`, rows by query, then head.
+/// Returns the causal mask within the window, 0 or minus infinity, `[W · group, W]`: rows ordered by query, then head.
 fn causal(window: usize, group: usize, device: &Device) -> Result<Tensor> {
     let rows = (0..window * group).map(|r| r / group);
     let mask = rows.flat_map(|i| (0..window).map(move |j| if j <= i { 0.0 } else { f32::NEG_INFINITY }));
     Ok(Tensor::from_iter(mask, device)?.reshape((window * group, window))?)
 }
 
-/// The mean over `kernel` neighbours, zeros beyond the ends.
+/// Average-pools `scores` with width `kernel` and stride 1, zero-padded.
 fn pooled(scores: &Tensor, kernel: usize) -> Result<Tensor> {
     let (half, n) = (kernel / 2, scores.dim(0)?);
     let wide = scores.pad_with_zeros(0, half, half)?;
@@ -130,7 +133,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn pooling_counts_zeros_beyond_the_ends() {
+    fn pooling_pads_with_zeros() {
         let of = |scores: &[f32], kernel| {
             pooled(&Tensor::new(scores, &Device::Cpu).unwrap(), kernel).unwrap().to_vec1::<f32>().unwrap()
         };
@@ -171,7 +174,7 @@ mod tests {
             let (keys, queries) = (normal(before + window, g), normal(window, g * group));
             let (scale, kernel) = (0.5, 2 * half + 1);
             let plan = EvictionPlan::new("snapkv", 99, &[("window", window), ("kernel", kernel)]).unwrap();
-            let got = SnapKv.scores(&plan, &Seen { keys: &keys, queries: Some(&queries), scale }).unwrap().to_vec2::<f32>().unwrap();
+            let got = SnapKv.scores(&plan, &ScoreArgs { keys: &keys, queries: Some(&queries), scale }).unwrap().to_vec2::<f32>().unwrap();
             prop_assert_eq!(got.len(), g);
             for (head, got) in got.iter().enumerate() {
                 let want = naive(&keys, &queries, scale, kernel, head);
@@ -184,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rows_taken_at_a_time_change_nothing() {
+    fn the_number_of_rows_at_a_time_changes_nothing() {
         let normal = |rows| Tensor::randn(0f32, 1.0, (rows, 8usize), &Device::Cpu).unwrap();
         let (q, keys, mask) = (normal(12), normal(40), causal(4, 3, &Device::Cpu).unwrap());
         let mean = |step| mean_attention(&q, &keys, &mask, step).unwrap().to_vec1::<f32>().unwrap();

@@ -1,7 +1,7 @@
-//! Gemma 3, text only: five sliding layers to one full layer, two rope bases, norms on both sides of attention and
-//! feed-forward, scaled embeddings, and norm weights stored as `w` for a factor of `1 + w`.
+//! Gemma 3, text only: five sliding-window layers per full-attention layer, two RoPE bases, norms before and after
+//! attention and feed-forward, scaled embeddings, and norm weights stored as `w` for a factor of `1 + w`.
 
-use super::{decoder, keys, layer_types, rope, Family, GgufForm, Naming, Wrapper, PLAIN};
+use super::{decoder, keys, layer_types, rope, Family, GgufMapping, Naming, Wrapper, PLAIN};
 use crate::error::{Error, Result};
 use crate::spec::{AttentionKind, Config, ModelSpec, Norms};
 use serde_json::json;
@@ -21,13 +21,13 @@ pub(super) static FAMILY: Family = Family {
     }),
     spec,
     norm_plus_one: true,
-    // The second is of transformers before 4.52, the third of what it saves since.
+    // Text-only, multimodal saved by transformers before 4.52, multimodal saved since.
     namings: &[
         PLAIN,
         Naming { body: "language_model.model.", head: "language_model." },
         Naming { body: "model.language_model.", head: "" },
     ],
-    gguf: GgufForm {
+    gguf: GgufMapping {
         arch: "gemma3",
         interleaved_qk: false,
         rope_factors: false,
@@ -72,8 +72,8 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     Ok(spec)
 }
 
-/// What llama.cpp knows without a key: the factor on the logits, by the 27B's number of layers, and that without a
-/// window every layer attends to everything.
+/// Sets what llama.cpp hard-codes: the attention scale (the 27B, known by its 62 layers, differs), the activation, and
+/// full attention in every layer of a model without a window.
 /// <https://github.com/ggml-org/llama.cpp/blob/master/src/models/gemma3.cpp>
 fn complete(config: &mut Config) -> Result<()> {
     let (hidden, layers) = (config.size("hidden_size")?, config.size("num_hidden_layers")?);
@@ -84,9 +84,12 @@ fn complete(config: &mut Config) -> Result<()> {
     config.set("query_pre_attn_scalar", json!(scalar));
     config.set("hidden_activation", json!("gelu_pytorch_tanh"));
     if let Some(kind) = config.section("rope_scaling")?.map(|s| s.opt_str("rope_type").map(|k| k.map(String::from))) {
-        // llama.cpp scales cos and sin of sliding layers by YaRN's factor too.
+        // llama.cpp applies YaRN's factor on cos and sin to sliding-window layers too, transformers does not.
         if kind?.as_deref() == Some("yarn") {
-            return Err(Error::unsupported(config.origin(), "rope scaling `yarn` for gemma3; supported: linear"));
+            return Err(Error::unsupported(
+                config.origin(),
+                "rope scaling `yarn` is not supported for gemma3; supported: linear",
+            ));
         }
     }
     if config.get("sliding_window").is_none_or(|w| *w == 0) {

@@ -1,33 +1,34 @@
-//! What every key of a `config.json` means, per model type: read, bound to one value, or without effect on the logits.
+//! Meaning of every key of a `config.json`, per model type: read, supported with one value only, or without effect on
+//! the logits.
 //!
-//! A key outside its table is refused by name. Defaults are those of transformers' configuration classes;
+//! A key that is not in the table is refused. Defaults are those of transformers' configuration classes;
 //! `tests/unread.rs` compares keys and defaults with the classes, as recorded by `scripts/dump_config_keys.py`.
 
 use crate::error::{Error, Result};
 use crate::spec::Config;
 use serde_json::{json, Value};
 
-/// What a key means.
+/// Meaning of a configuration key.
 #[derive(Debug, Clone, Copy)]
 pub enum Meaning {
-    /// Read by the family; where a configuration leaves the key out, this value stands.
+    /// Read by the family, with this default.
     Used(Const),
-    /// An object whose own keys have a table.
+    /// An object with its own table of keys.
     Section(Table),
-    /// Refused with any other value than this one.
+    /// Supported with this value only.
     OnlyIf(Const),
-    /// Says how the weights are quantised: refused with the method's name.
+    /// Quantisation of the weights: refused with the method's name.
     Quantised,
-    /// Not read, for this reason.
+    /// Ignored, for this reason.
     NoEffect(&'static str),
 }
 
-/// A plain value.
+/// A JSON scalar.
 #[derive(Debug, Clone, Copy)]
 pub enum Const {
     /// `null`, which counts as absent.
     Null,
-    /// A truth value.
+    /// `true` or `false`.
     Bool(bool),
     /// A whole number.
     Int(u64),
@@ -40,23 +41,23 @@ pub enum Const {
 /// A key and its meaning.
 pub type Row = (&'static str, Meaning);
 
-/// The rows of a model type, own ones first.
+/// The keys of a model type, in groups: its own first, then shared ones.
 pub type Table = &'static [&'static [Row]];
 
 use Const::{Bool, Float, Int, Null, Text};
 use Meaning::{NoEffect, OnlyIf, Quantised, Section, Used};
 
-const RUN: &str = "a setting of the run";
-const GENERATION: &str = "a default of transformers' generation";
-const TRAINING: &str = "used in training alone";
-const RECORD: &str = "a record of where the file comes from";
-const TOKENIZER: &str = "read with the tokenizer";
-const LABELS: &str = "names the classes of a classifier";
-const STORED: &str = "every tensor's own type decides";
-const IMAGES: &str = "concerns images, which are not read";
-const NO_WINDOW: &str = "transformers reads it where `use_sliding_window` is true";
+const RUN: &str = "a runtime setting of transformers";
+const GENERATION: &str = "a default of transformers' generate()";
+const TRAINING: &str = "used in training only";
+const RECORD: &str = "records how the file was made";
+const TOKENIZER: &str = "read from the tokenizer's files";
+const LABELS: &str = "for classification heads";
+const STORED: &str = "each tensor stores its own type";
+const IMAGES: &str = "for image inputs, which are not supported";
+const NO_WINDOW: &str = "used only if `use_sliding_window` is true";
 
-/// transformers' `LlamaConfig`.
+/// Keys of transformers' `LlamaConfig`.
 pub const LLAMA: Table = &[
     &[
         ("vocab_size", Used(Int(32_000))),
@@ -71,7 +72,7 @@ pub const LLAMA: Table = &[
         ("tie_word_embeddings", Used(Bool(false))),
         ("attention_bias", Used(Bool(false))),
         ("mlp_bias", Used(Bool(false))),
-        ("pretraining_tp", NoEffect("splits products, whose sums stay the same")),
+        ("pretraining_tp", NoEffect("splits matrix products without changing their results")),
         ("rope_interleaved", OnlyIf(Bool(false))),
         ("is_llama_config", NoEffect(RECORD)),
     ],
@@ -80,7 +81,7 @@ pub const LLAMA: Table = &[
     GENERIC,
 ];
 
-/// transformers' `Qwen2Config`.
+/// Keys of transformers' `Qwen2Config`.
 pub const QWEN2: Table = &[
     &[
         ("vocab_size", Used(Int(151_936))),
@@ -101,7 +102,7 @@ pub const QWEN2: Table = &[
     GENERIC,
 ];
 
-/// transformers' `Qwen3Config`.
+/// Keys of transformers' `Qwen3Config`.
 pub const QWEN3: Table = &[
     &[
         ("vocab_size", Used(Int(151_936))),
@@ -122,7 +123,7 @@ pub const QWEN3: Table = &[
     GENERIC,
 ];
 
-/// transformers' `Gemma3TextConfig`.
+/// Keys of transformers' `Gemma3TextConfig`.
 pub const GEMMA3: Table = &[
     &[
         ("vocab_size", Used(Int(262_208))),
@@ -141,7 +142,7 @@ pub const GEMMA3: Table = &[
         ("sliding_window", Used(Int(4096))),
         ("layer_types", Used(Null)),
         ("sliding_window_pattern", Used(Int(6))),
-        ("_sliding_window_pattern", NoEffect("`layer_types` or `sliding_window_pattern` decides")),
+        ("_sliding_window_pattern", NoEffect("`layer_types` or `sliding_window_pattern` is used")),
         ("final_logit_softcapping", OnlyIf(Null)),
         ("attn_logit_softcapping", OnlyIf(Null)),
         ("use_bidirectional_attention", OnlyIf(Bool(false))),
@@ -154,7 +155,7 @@ pub const GEMMA3: Table = &[
     GENERIC,
 ];
 
-/// transformers' `Gemma3Config`, around [`GEMMA3`].
+/// Keys of transformers' `Gemma3Config`, whose `text_config` has the keys [`GEMMA3`].
 pub const GEMMA3_WRAPPER: Table = &[
     &[
         ("text_config", Section(GEMMA3)),
@@ -172,7 +173,7 @@ pub const GEMMA3_WRAPPER: Table = &[
     GENERIC,
 ];
 
-/// Keys of every decoder here.
+/// Keys that all families share.
 const DECODER: &[Row] = &[
     ("rms_norm_eps", Used(Float(1e-6))),
     ("initializer_range", NoEffect(TRAINING)),
@@ -189,7 +190,7 @@ const ONE_ROPE: &[Row] = &[
     ("original_max_position_embeddings", Used(Null)),
 ];
 
-/// Keys of one set of rotary parameters.
+/// Keys of a RoPE section.
 const ROPE: Table = &[&[
     ("rope_type", Used(Null)),
     ("type", Used(Null)),
@@ -208,7 +209,7 @@ const ROPE: Table = &[&[
     ("finetuned", NoEffect(RECORD)),
 ]];
 
-/// Windows, which the Qwen families turn off by one key.
+/// Keys of sliding-window attention, which Qwen models turn off with `use_sliding_window`.
 const QWEN_WINDOW: &[Row] = &[
     ("layer_types", Used(Null)),
     ("use_sliding_window", OnlyIf(Bool(false))),
@@ -216,11 +217,11 @@ const QWEN_WINDOW: &[Row] = &[
     ("max_window_layers", NoEffect(NO_WINDOW)),
 ];
 
-/// Keys that transformers' base class knows, and what tools add to any configuration.
+/// Keys of transformers' base class, and keys that other software adds to any configuration.
 const GENERIC: &[Row] = &[
     ("model_type", Used(Null)),
-    ("architectures", NoEffect("`model_type` and the tensors decide")),
-    ("auto_map", NoEffect("transformers' own class is computed, not code beside the checkpoint")),
+    ("architectures", NoEffect("`model_type` and the tensors are used")),
+    ("auto_map", NoEffect("the checkpoint's own code is not run; transformers' class is implemented")),
     ("quantization_config", Quantised),
     ("compression_config", Quantised),
     ("quantization", Quantised),
@@ -228,11 +229,11 @@ const GENERIC: &[Row] = &[
     ("add_cross_attention", OnlyIf(Bool(false))),
     ("cross_attention_hidden_size", OnlyIf(Null)),
     ("per_layer_config", OnlyIf(Null)),
-    ("is_decoder", NoEffect("every family here is a decoder")),
-    ("tie_encoder_decoder", NoEffect("there is no encoder")),
-    ("tie_last_hidden_states", NoEffect("concerns hidden states that are handed out")),
-    ("pruned_heads", NoEffect("transformers prunes no heads of these families")),
-    ("chunk_size_feed_forward", NoEffect("the same result in pieces")),
+    ("is_decoder", NoEffect("all supported families are decoders")),
+    ("tie_encoder_decoder", NoEffect("for encoder-decoder models")),
+    ("tie_last_hidden_states", NoEffect("for models that output hidden states")),
+    ("pruned_heads", NoEffect("transformers does not prune heads of these families")),
+    ("chunk_size_feed_forward", NoEffect("does not change results")),
     ("dtype", NoEffect(STORED)),
     ("torch_dtype", NoEffect(STORED)),
     ("transformers_version", NoEffect(RECORD)),
@@ -308,15 +309,15 @@ const GENERIC: &[Row] = &[
     ("typical_p", NoEffect(GENERATION)),
 ];
 
-/// What `key` means, if the table has it.
+/// Returns the meaning of `key`, or `None` if the table does not have it.
 pub fn meaning(table: Table, key: &str) -> Option<Meaning> {
     table.iter().copied().flatten().find(|(name, _)| *name == key).map(|(_, meaning)| *meaning)
 }
 
-/// `config` with the defaults of keys that it leaves out.
+/// Checks `config` against `table` and returns it with defaults filled in.
 ///
 /// # Errors
-/// A key that no row names, or one with a value that its row forbids.
+/// A key is not in the table, or has an unsupported value.
 pub fn complete(config: &Config, table: Table) -> Result<Config> {
     check(config, table)?;
     let mut full = config.clone();
@@ -346,12 +347,11 @@ fn check(config: &Config, table: Table) -> Result<()> {
     match unknown.as_slice() {
         [] => Ok(()),
         [key] => {
-            let message = format!("key {key} is not understood; it may change the model's mathematics");
+            let message = format!("unknown key {key}; it may change the model's outputs");
             Err(Error::unsupported(config.origin(), message))
         }
         keys => {
-            let message =
-                format!("keys {} are not understood; they may change the model's mathematics", keys.join(", "));
+            let message = format!("unknown keys {}; they may change the model's outputs", keys.join(", "));
             Err(Error::unsupported(config.origin(), message))
         }
     }
@@ -364,17 +364,17 @@ fn quantised(config: &Config, key: &str, value: &Value) -> Error {
         None => String::new(),
     };
     let message =
-        format!("`{key}`: weights quantised {method}cannot be read; give the original weights or a GGUF file");
+        format!("`{key}`: weights quantised {method}are not supported; use the original weights or a GGUF file");
     Error::unsupported(config.origin(), message)
 }
 
-/// A value's JSON, cut where it is long.
+/// Formats the first 60 characters of a value's JSON.
 fn brief(value: &Value) -> String {
     value.to_string().chars().take(60).collect()
 }
 
 impl Const {
-    /// As JSON.
+    /// Converts the value to JSON.
     pub fn json(&self) -> Value {
         match *self {
             Null => Value::Null,
@@ -385,7 +385,7 @@ impl Const {
         }
     }
 
-    /// Whether `value` says the same; numbers are compared as numbers.
+    /// Whether `value` is equal; 1 and 1.0 are.
     pub fn is(&self, value: &Value) -> bool {
         match (self.json().as_f64(), value.as_f64()) {
             (Some(a), Some(b)) => a == b,

@@ -1,6 +1,6 @@
-//! Llama: SmolLM2, Llama 2 and Llama 3 (with its own rope scaling).
+//! Llama: SmolLM2, Llama 2 and Llama 3 (with rope scaling `llama3`).
 
-use super::{decoder, keys, rope, Family, GgufForm, PLAIN};
+use super::{decoder, keys, rope, Family, GgufMapping, PLAIN};
 use crate::error::Result;
 use crate::spec::{Config, ModelSpec};
 
@@ -11,7 +11,7 @@ pub(super) static FAMILY: Family = Family {
     spec,
     norm_plus_one: false,
     namings: &[PLAIN],
-    gguf: GgufForm { arch: "llama", interleaved_qk: true, rope_factors: true, keys: &[], complete: |_| Ok(()) },
+    gguf: GgufMapping { arch: "llama", interleaved_qk: true, rope_factors: true, keys: &[], complete: |_| Ok(()) },
 };
 
 fn spec(config: &Config) -> Result<ModelSpec> {

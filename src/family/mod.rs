@@ -1,7 +1,7 @@
-//! Model families: what each calls its tensors and where it departs from the others.
+//! Model families: configuration keys, tensor names and quirks of each.
 //!
 //! A family is one file with one [`Family`] value, registered by one line in [`FAMILIES`], and one table in [`keys`].
-//! It turns a [`Config`] into a [`ModelSpec`] and states its quirks; the mathematics lives in `nn` and `mixer`.
+//! It converts a [`Config`] to a [`ModelSpec`]; the layers themselves are in `nn` and `mixer`.
 
 mod gemma3;
 pub mod keys;
@@ -16,51 +16,51 @@ use crate::spec::{
 };
 use keys::Table;
 
-/// Every family this build knows.
+/// Supported families.
 pub static FAMILIES: &[&Family] = &[&qwen2::FAMILY, &qwen3::FAMILY, &llama::FAMILY, &gemma3::FAMILY];
 
-/// One family's reading of a configuration, and its quirks.
+/// A model family: how its configuration is read, and its quirks.
 pub struct Family {
-    /// `model_type` of a decoder's own `config.json`.
+    /// `model_type` in a text-only model's `config.json`.
     pub model_type: &'static str,
-    /// What the keys of such a configuration mean.
+    /// Meaning of each key of that `config.json`.
     pub keys: Table,
-    /// Multimodal models whose `text_config` describes this decoder.
+    /// Multimodal model whose `text_config` describes this decoder.
     pub wrapper: Option<Wrapper>,
-    /// Reads a decoder's configuration, its defaults filled in.
+    /// Converts a configuration, with defaults filled in, to a specification.
     pub spec: fn(&Config) -> Result<ModelSpec>,
-    /// safetensors hold `w` where the norm multiplies by `1 + w` (a GGUF file already holds the sum).
+    /// Whether safetensors store `w` for a norm that multiplies by `1 + w` (GGUF files store the sum).
     pub norm_plus_one: bool,
-    /// How safetensors may name the tensors; the first that fits is used.
+    /// Possible prefixes of tensor names in safetensors; the first that matches is used.
     pub namings: &'static [Naming],
-    /// How GGUF files hold it.
-    pub gguf: GgufForm,
+    /// Conventions of the family's GGUF files.
+    pub gguf: GgufMapping,
 }
 
-/// A multimodal model around a decoder.
+/// A multimodal model that contains a family's decoder.
 pub struct Wrapper {
-    /// `model_type` of its `config.json`.
+    /// `model_type` in its `config.json`.
     pub model_type: &'static str,
-    /// What the keys beside `text_config` mean.
+    /// Meaning of each key next to `text_config`.
     pub keys: Table,
-    /// Beginnings of the names of its other parts' tensors, which are not read.
+    /// Name prefixes of tensors outside the decoder, which are not loaded.
     pub other_parts: &'static [&'static str],
 }
 
-/// What stands in a file for the beginning of a tensor's name.
+/// Prefixes of tensor names in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Naming {
-    /// In place of `model.`.
+    /// Prefix that replaces `model.`.
     pub body: &'static str,
-    /// Before the name of the output matrix.
+    /// Prefix of the output matrix's name.
     pub head: &'static str,
 }
 
-/// Names as the decoder's own class has them.
+/// Prefixes of the decoder's own transformers class (`...ForCausalLM`).
 pub const PLAIN: Naming = Naming { body: "model.", head: "" };
 
 impl Naming {
-    /// The file's name for the tensor that [`crate::tensors`] calls `name`.
+    /// Returns the file's name for the tensor that [`crate::tensors`] calls `name`.
     pub fn apply(&self, name: &str) -> String {
         match name.strip_prefix(PLAIN.body) {
             Some(rest) => format!("{}{rest}", self.body),
@@ -69,25 +69,25 @@ impl Naming {
     }
 }
 
-/// How GGUF files hold a family.
-pub struct GgufForm {
-    /// `general.architecture`.
+/// Conventions of a family's GGUF files.
+pub struct GgufMapping {
+    /// Value of `general.architecture`.
     pub arch: &'static str,
-    /// The rows of q and k are stored with each head's halves interleaved.
+    /// Whether the rows of q and k are stored with the two halves of each head interleaved.
     pub interleaved_qk: bool,
-    /// A tensor `rope_freqs.weight` divides the rotary frequencies.
+    /// Whether a tensor `rope_freqs.weight` may store divisors of the rotary frequencies.
     pub rope_factors: bool,
-    /// Metadata keys beyond those of every decoder, without the architecture, and the configuration's keys that they
-    /// stand for.
+    /// Metadata keys (without the architecture prefix) beyond those all families share, each with its `config.json`
+    /// key.
     pub keys: &'static [(&'static str, &'static str)],
-    /// Fills in what the metadata has no key for.
+    /// Sets configuration keys that the metadata does not store.
     pub complete: fn(&mut Config) -> Result<()>,
 }
 
-/// The family and its decoder's configuration: keys checked by [`keys`], defaults filled in.
+/// Returns the family of a configuration, and its decoder's configuration with keys checked and defaults filled in.
 ///
 /// # Errors
-/// A model type without a family; a key that is not understood, or that has a value which is not supported.
+/// The model type is not supported; a key is unknown or has an unsupported value.
 pub fn read(config: &Config) -> Result<(&'static Family, Config)> {
     let missing = || Error::format(config.origin(), "`model_type` is missing");
     let name = config.opt_str("model_type")?.ok_or_else(missing)?;
@@ -105,17 +105,17 @@ pub fn read(config: &Config) -> Result<(&'static Family, Config)> {
             Some(other) if other != family.model_type => return Err(unknown("model type", other, text.origin())),
             _ => {}
         }
-        // Whether the head is tied is the whole model's to say: the decoder inside has none.
+        // The output head belongs to the whole model, so its key decides whether the head is tied.
         text.set("tie_word_embeddings", whole.bool_or("tie_word_embeddings", true)?.into());
         return Ok((family, text));
     }
     Err(unknown("model type", name, config.origin()))
 }
 
-/// The family of a GGUF file's `general.architecture`.
+/// Returns the family of a GGUF file's `general.architecture`.
 ///
 /// # Errors
-/// An architecture without a family.
+/// The architecture is not supported.
 pub fn of_arch(arch: &str, origin: &str) -> Result<&'static Family> {
     let family = FAMILIES.iter().find(|f| f.gguf.arch == arch).copied();
     family.ok_or_else(|| unknown("architecture", arch, origin))
@@ -129,18 +129,22 @@ fn unknown(what: &str, name: &str, origin: &str) -> Error {
     Error::unsupported(origin, format!("{what} `{name}` is not supported; supported: {}", list.join(", ")))
 }
 
-/// The fields that every family here shares, with the Llama layout as the default; families change what differs.
+/// Builds the specification of a Llama-like decoder from the keys that all families share; families change what
+/// differs.
 fn decoder(config: &Config, family: &Family) -> Result<ModelSpec> {
     let hidden = config.size("hidden_size")?;
     let heads = config.size("num_attention_heads")?;
     let kv_heads = config.opt_size("num_key_value_heads")?.unwrap_or(heads);
     let head_dim = config.opt_size("head_dim")?.unwrap_or(hidden / heads);
     if head_dim == 0 {
-        return Err(Error::format(config.origin(), format!("{heads} heads cannot share a width of {hidden}")));
+        return Err(Error::format(config.origin(), format!("`hidden_size` {hidden} is smaller than {heads} heads")));
     }
     let count = config.size("num_hidden_layers")?;
     if count > 4096 {
-        return Err(Error::format(config.origin(), format!("`num_hidden_layers` claims {count} layers")));
+        return Err(Error::format(
+            config.origin(),
+            format!("`num_hidden_layers` is {count}; at most 4096 are supported"),
+        ));
     }
     let bias = config.bool_or("attention_bias", false)?;
     let attention = AttentionSpec {
@@ -176,12 +180,15 @@ fn activation(config: &Config) -> Result<Activation> {
         Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
         other => {
             let name = other.unwrap_or("null");
-            Err(Error::unsupported(config.origin(), format!("activation `{name}`; supported: silu, gelu_pytorch_tanh")))
+            Err(Error::unsupported(
+                config.origin(),
+                format!("activation `{name}` is not supported; supported: silu, gelu_pytorch_tanh"),
+            ))
         }
     }
 }
 
-/// Per layer, whether it attends to everything, as `layer_types` says; `None` without that key.
+/// Reads `layer_types`: true for each full-attention layer; `None` without that key.
 fn layer_types(config: &Config, count: usize) -> Result<Option<Vec<bool>>> {
     let Some(list) = config.get("layer_types") else { return Ok(None) };
     let full = |v: &serde_json::Value| match v.as_str() {
@@ -193,17 +200,18 @@ fn layer_types(config: &Config, count: usize) -> Result<Option<Vec<bool>>> {
         Some(kinds) if kinds.len() == count => Ok(Some(kinds)),
         _ => Err(Error::format(
             config.origin(),
-            format!("`layer_types` must name {count} layers, each full_attention or sliding_attention"),
+            format!("`layer_types` must list {count} layers, each full_attention or sliding_attention"),
         )),
     }
 }
 
-/// Refuses windows in a family whose layers attend to everything.
+/// Refuses sliding-window layers, for families that are supported with full attention only.
 fn no_windows(config: &Config, count: usize) -> Result<()> {
     match layer_types(config, count)? {
-        Some(kinds) if kinds.contains(&false) => {
-            Err(Error::unsupported(config.origin(), "`layer_types` with sliding_attention"))
-        }
+        Some(kinds) if kinds.contains(&false) => Err(Error::unsupported(
+            config.origin(),
+            "sliding_attention in `layer_types` is not supported for this family",
+        )),
         _ => Ok(()),
     }
 }

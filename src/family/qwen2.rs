@@ -1,6 +1,6 @@
 //! Qwen2 and Qwen2.5: the Llama layout with biases on q, k and v.
 
-use super::{decoder, keys, no_windows, rope, Family, GgufForm, PLAIN};
+use super::{decoder, keys, no_windows, rope, Family, GgufMapping, PLAIN};
 use crate::error::Result;
 use crate::spec::{Config, ModelSpec};
 
@@ -11,7 +11,7 @@ pub(super) static FAMILY: Family = Family {
     spec,
     norm_plus_one: false,
     namings: &[PLAIN],
-    gguf: GgufForm { arch: "qwen2", interleaved_qk: false, rope_factors: false, keys: &[], complete: |_| Ok(()) },
+    gguf: GgufMapping { arch: "qwen2", interleaved_qk: false, rope_factors: false, keys: &[], complete: |_| Ok(()) },
 };
 
 fn spec(config: &Config) -> Result<ModelSpec> {

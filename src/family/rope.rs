@@ -1,36 +1,37 @@
-//! Rotary settings in both forms: `rope_theta` with `rope_scaling` (transformers 4), and `rope_parameters` (5).
+//! RoPE settings of `config.json`: `rope_theta` with `rope_scaling` (transformers 4), or `rope_parameters`
+//! (transformers 5).
 
 use crate::error::{Error, Result};
 use crate::spec::{Config, RopeScaling, RopeSpec};
 
-/// The one rotary embedding of a family without windows.
+/// Reads the rotary embedding of a family with one for all layers.
 ///
 /// # Errors
-/// Settings that are malformed, not supported, or given twice and not alike.
+/// A setting is malformed or not supported; `rope_scaling` and `rope_parameters` differ.
 pub fn one(config: &Config, dim: usize) -> Result<RopeSpec> {
     let read = |section: Option<&Config>| {
-        // transformers 5 gives the key beside the scaling the right of way over the one in it.
-        let beside = config.opt_size("original_max_position_embeddings")?;
-        section_or(config, section, "rope_theta", beside, dim)
+        // In transformers 5 the top-level key takes precedence over the one inside the section.
+        let top_level = config.opt_size("original_max_position_embeddings")?;
+        section_or(config, section, "rope_theta", top_level, dim)
     };
     let (scaling, parameters) = sections(config)?;
     match (scaling, parameters) {
         (Some(a), Some(b)) => match (read(Some(&a))?, read(Some(&b))?) {
             (a, b) if a == b => Ok(a),
-            _ => Err(Error::format(config.origin(), "`rope_scaling` and `rope_parameters` say different things")),
+            _ => Err(Error::format(config.origin(), "`rope_scaling` and `rope_parameters` contradict each other")),
         },
         (a, b) => read(a.or(b).as_ref()),
     }
 }
 
-/// Those of full and of sliding layers.
+/// Reads the rotary embeddings of full-attention and of sliding-window layers.
 ///
 /// # Errors
-/// As [`one`].
+/// A setting is malformed or not supported; both `rope_scaling` and `rope_parameters` are given.
 pub fn two(config: &Config, dim: usize) -> Result<(RopeSpec, RopeSpec)> {
     let (scaling, parameters) = sections(config)?;
     if scaling.is_some() && parameters.is_some() {
-        return Err(Error::unsupported(config.origin(), "`rope_scaling` beside `rope_parameters`"));
+        return Err(Error::unsupported(config.origin(), "has both `rope_scaling` and `rope_parameters`"));
     }
     let kind = |name: &str| parameters.as_ref().map_or(Ok(None), |p| p.section(name));
     let (full, sliding) = (kind("full_attention")?.or(scaling), kind("sliding_attention")?);
@@ -40,13 +41,13 @@ pub fn two(config: &Config, dim: usize) -> Result<(RopeSpec, RopeSpec)> {
     ))
 }
 
-/// The two objects, where they are there and hold anything.
+/// Returns the objects `rope_scaling` and `rope_parameters`, each if present and not empty.
 fn sections(config: &Config) -> Result<(Option<Config>, Option<Config>)> {
     let filled = |key: &str| Ok::<_, Error>(config.section(key)?.filter(|s| s.entries().next().is_some()));
     Ok((filled("rope_scaling")?, filled("rope_parameters")?))
 }
 
-/// One set of parameters; a base that it does not name stands under `theta` in `config`.
+/// Reads one rotary embedding from `section`; without `rope_theta` there, the base is key `theta` of `config`.
 fn section_or(
     config: &Config,
     section: Option<&Config>,
@@ -74,7 +75,7 @@ fn scaling(s: &Config, original: Option<usize>, max_positions: usize) -> Result<
     };
     let original =
         || Ok::<_, Error>(original.or(s.opt_size("original_max_position_embeddings")?).unwrap_or(max_positions));
-    // transformers counts zero as absent in these.
+    // transformers treats 0 as absent for these keys.
     let nonzero = |key: &str| Ok::<_, Error>(s.opt_number(key)?.filter(|x| *x != 0.0));
     match name {
         "default" => Ok(RopeScaling::None),
@@ -105,7 +106,7 @@ fn scaling(s: &Config, original: Option<usize>, max_positions: usize) -> Result<
         }
         other => Err(Error::unsupported(
             s.origin(),
-            format!("rope scaling `{other}`; supported: default, linear, llama3, yarn"),
+            format!("rope scaling `{other}` is not supported; supported: default, linear, llama3, yarn"),
         )),
     }
 }

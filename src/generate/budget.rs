@@ -1,4 +1,4 @@
-//! `--memory-budget`: the largest prefill chunk that fits, which never changes the output.
+//! `--memory-budget`: chooses the largest prefill chunk that fits; chunk size does not change the output.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::Layout;
@@ -6,40 +6,40 @@ use crate::ops::human_bytes;
 use crate::spec::AttentionSpec;
 use crate::weights::Weights;
 
-/// Smallest chunk worth running.
+/// Smallest chunk that a budget reduces to, in tokens.
 const LEAST: usize = 128;
 
-/// What a run needs.
+/// Upper bounds on a run's memory by use, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Needs {
-    /// Weights as held.
+pub struct MemoryNeeds {
+    /// Bytes of the weights.
     pub weights: u64,
-    /// The cache, at most.
+    /// Peak bytes of the KV cache.
     pub cache: u64,
-    /// Logits, a decode step's buffers, what the largest product takes besides its result, what evicting takes.
+    /// Bytes that do not depend on the chunk: logits, a decode step's buffers, scratch of products and of evictions.
     pub fixed: u64,
-    /// Activations for each token of a chunk.
+    /// Bytes of activations per token of a chunk.
     pub token: u64,
 }
 
-impl Needs {
-    /// Of `weights` run as `layout` plans.
+impl MemoryNeeds {
+    /// Computes the needs of `weights` run with `layout`.
     ///
     /// # Errors
-    /// An unknown rule.
+    /// The layout names an unknown eviction rule.
     pub fn of(weights: &Weights, layout: &Layout) -> Result<Self> {
         let spec = weights.spec();
         let size = weights.dtype().size_in_bytes();
         let attention_most =
             |f: &dyn Fn(&AttentionSpec) -> usize| spec.attention().map(|(_, a)| f(a)).max().unwrap_or(0);
         let wide = spec.layers.iter().map(|l| l.feed_forward.width).max().unwrap_or(0);
-        // Attention holds x, its norm, q, k and v (projected and rotated) and the output at once; the feed-forward x, its norm,
-        // gate, up and their product. Rotary tables are f32.
+        // Alive at once in attention: x, its norm, q, k and v (projected and rotated) and the output; in the
+        // feed-forward: x, its norm, gate, up and their product. Rotary tables are f32.
         let width = attention_most(&|a| 2 * a.q_width() + 4 * a.kv_width());
         let attention = 4 * spec.hidden + width + attention_most(&|a| a.q_width());
         let feed_forward = 4 * spec.hidden + 3 * wide;
         let tables = 4 * attention_most(&|a| a.head_dim) * spec.ropes.len();
-        // Products with quantised matrices are made of parts.
+        // Products with quantised matrices are computed in parts and concatenated.
         let parts = if weights.has_quantised() { size * width.max(wide) } else { 0 };
         let evicting = layout.layers.iter().map(|l| l.scratch(size)).try_fold(0, |most, b| b.map(|b| b.max(most)))?;
         Ok(Self {
@@ -51,21 +51,21 @@ impl Needs {
         })
     }
 
-    /// The whole for chunks of `chunk`.
+    /// Returns the total for chunks of `chunk` tokens.
     pub fn total(&self, chunk: usize) -> u64 {
         self.weights + self.cache + self.fixed + self.token * chunk as u64
     }
 
-    /// The largest chunk up to `wanted` within `budget`.
+    /// Returns the largest chunk of at most `wanted` tokens that fits in `budget` bytes.
     ///
     /// # Errors
-    /// Where not even a small chunk fits: says what takes how much, and by how much it is too much.
+    /// Not even the smallest chunk fits: the message lists what takes how much.
     pub fn chunk_within(&self, budget: u64, wanted: usize) -> Result<usize> {
         let least = LEAST.min(wanted);
         if self.total(least) > budget {
             let message = format!(
-                "{} is {} too little: weights take {}, the cache {}, a chunk of {least} tokens {}; a smaller --ctx, a quantised --dtype \
-                 or fewer dense layers take less",
+                "{} is {} too little: weights take {}, the cache {}, a chunk of {least} tokens {}; use a smaller --ctx, a quantised \
+                 --dtype or fewer dense layers",
                 human_bytes(budget),
                 human_bytes(self.total(least) - budget),
                 human_bytes(self.weights),
@@ -83,10 +83,10 @@ impl Needs {
 mod tests {
     use super::*;
 
-    const NEEDS: Needs = Needs { weights: 1000, cache: 200, fixed: 50, token: 2 };
+    const NEEDS: MemoryNeeds = MemoryNeeds { weights: 1000, cache: 200, fixed: 50, token: 2 };
 
     #[test]
-    fn takes_the_largest_chunk_that_fits() -> Result<()> {
+    fn the_largest_chunk_that_fits_is_chosen() -> Result<()> {
         assert_eq!(NEEDS.chunk_within(1_000_000, 4096)?, 4096);
         assert_eq!(NEEDS.chunk_within(1250 + 2 * 700, 4096)?, 640, "whole multiples of 128");
         assert_eq!(NEEDS.chunk_within(1250 + 2 * 700, 512)?, 512);
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn says_by_how_much_it_cannot() {
+    fn a_budget_that_is_too_small_says_by_how_much() {
         let error = NEEDS.chunk_within(1500, 4096).unwrap_err().to_string();
         assert!(error.starts_with("--memory-budget: ") && error.contains("6 B too little"), "{error}");
     }

@@ -1,4 +1,4 @@
-//! From a prompt to text: chunked prefill, decode, sampling, chat template.
+//! Generation: chunked prefill, decode, sampling, chat template.
 
 mod budget;
 mod chat;
@@ -6,7 +6,7 @@ mod chat;
 mod graph;
 mod sample;
 
-pub use budget::Needs;
+pub use budget::MemoryNeeds;
 pub use chat::render_chat;
 pub use sample::{Sampler, Sampling};
 
@@ -18,10 +18,10 @@ use std::time::{Duration, Instant};
 
 /// Called after each prefill chunk with the tokens read so far; `Break` cancels.
 pub type OnTokens<'a> = &'a mut dyn FnMut(usize) -> ControlFlow<()>;
-/// Called with each new token; `Break` ends the text.
+/// Called with each new token; `Break` stops generation.
 pub type OnToken<'a> = &'a mut dyn FnMut(u32) -> ControlFlow<()>;
 
-/// A callback that never cancels.
+/// Wraps `f` as an [`OnTokens`] or [`OnToken`] callback that never breaks.
 pub fn watch<T>(mut f: impl FnMut(T)) -> impl FnMut(T) -> ControlFlow<()> {
     move |x| {
         f(x);
@@ -29,16 +29,16 @@ pub fn watch<T>(mut f: impl FnMut(T)) -> impl FnMut(T) -> ControlFlow<()> {
     }
 }
 
-/// What a generation took.
+/// Durations of a generation's stages.
 #[derive(Debug, Clone)]
 pub struct Timing {
-    /// Prompt to last-position logits.
+    /// From the start of prefill to the last position's logits, eviction at the end of the context included.
     pub prefill: Duration,
-    /// Prompt to first token.
+    /// From the start of prefill to the first token.
     pub first_token: Duration,
-    /// All tokens after the first.
+    /// Time of all tokens after the first.
     pub decode: Duration,
-    /// Each token after the first.
+    /// Time of each token after the first.
     pub steps: Vec<Duration>,
     /// Tokens fetched per host synchronisation; each gets the batch's mean latency.
     pub fetched: usize,
@@ -51,43 +51,47 @@ impl Timing {
     }
 }
 
-/// How a generation is run.
+/// Parameters of [`Run::generate`].
 pub struct Request<'a> {
-    /// The prompt.
+    /// Token ids of the prompt.
     pub prompt: &'a [u32],
-    /// At most so many tokens.
+    /// Maximum number of new tokens.
     pub max_new_tokens: usize,
-    /// Tokens to a prefill chunk.
+    /// Tokens per prefill chunk.
     pub chunk: usize,
-    /// Tokens that end the text.
+    /// Token ids that end generation.
     pub stop: &'a [u32],
-    /// Logits of so many last prompt positions are kept (at least 1).
+    /// Number of last prompt positions whose logits are returned (0 counts as 1).
     pub logits_last: usize,
 }
 
-/// What came of a generation.
+/// Result of [`Run::generate`].
 pub struct Generation {
-    /// The new tokens, without the one that ended the text.
+    /// New token ids, without the stop token.
     pub tokens: Vec<u32>,
-    /// What it took.
+    /// Durations of the stages.
     pub timing: Timing,
     /// Logits of the prompt's last positions, f32 `[logits_last, vocab]`.
     pub prompt_logits: Tensor,
 }
 
 impl Run {
-    /// Reads `ids` in chunks and returns the logits of the last `last` positions, `[last, vocab]`.
+    /// Processes `ids` in chunks of `chunk` tokens and returns the logits of the last `last` positions.
+    ///
+    /// # Shapes
+    /// f32 `[last, vocab]`.
     ///
     /// # Errors
-    /// As [`Run::forward`], before any work where the ids do not fit the context or the vocabulary. [`ErrorKind::Cancelled`] where `on_tokens` breaks:
-    /// the run then holds exactly the chunks read, and can go on.
+    /// Those of [`Run::forward`]; ids that do not fit the context or the vocabulary are refused before any work.
+    /// [`ErrorKind::Cancelled`] if `on_tokens` breaks: the cache then holds exactly the chunks read so far, and the run
+    /// can continue.
     pub fn prefill(&mut self, ids: &[u32], chunk: usize, last: usize, on_tokens: OnTokens) -> Result<Tensor> {
         self.admit_ids(ids)?;
         if last == 0 || last > ids.len() {
             return Err(Error::new(
                 ErrorKind::Usage,
                 "logits",
-                format!("{last} of the last positions of a prompt of {}", ids.len()),
+                format!("cannot return the last {last} positions of a prompt of {} tokens", ids.len()),
             ));
         }
         let from = ids.len() - last;
@@ -108,10 +112,13 @@ impl Run {
         Ok(Tensor::cat(&parts, 0)?)
     }
 
-    /// Reads `ids` one at a time, as decode does, and returns the logits after each, f32 `[ids.len(), vocab]`.
+    /// Processes `ids` one decode step at a time and returns the logits after each.
+    ///
+    /// # Shapes
+    /// f32 `[ids.len(), vocab]`.
     ///
     /// # Errors
-    /// As [`Run::forward`]; before any work where the ids do not fit the context or the vocabulary.
+    /// Those of [`Run::forward`]; ids that do not fit the context or the vocabulary are refused before any work.
     pub fn read(&mut self, ids: &[u32]) -> Result<Tensor> {
         self.admit_ids(ids)?;
         let mut rows = vec![];
@@ -121,7 +128,7 @@ impl Run {
             let Some(graph) = graph::StepGraph::capture(self, &[])? else { break };
             let (now, later) = left.split_at(left.len().min(self.cache().until_eviction()));
             let read = graph.read(self, now);
-            rows.push(read.inspect_err(|e| self.break_off(format!("a captured step failed: {e}")))?);
+            rows.push(read.inspect_err(|e| self.poison(format!("a captured step failed: {e}")))?);
             left = later;
         }
         while let Some((id, later)) = left.split_first() {
@@ -131,7 +138,8 @@ impl Run {
         Ok(Tensor::cat(&rows, 0)?)
     }
 
-    /// Whether greedy decode goes on from here as a captured CUDA graph; if not, step by step.
+    /// Whether greedy decode from here replays a captured CUDA graph; otherwise it launches each step's kernels one by
+    /// one.
     pub fn captures(&self) -> bool {
         #[cfg(feature = "cuda")]
         return graph::captures(self);
@@ -139,12 +147,13 @@ impl Run {
         false
     }
 
-    /// Prefills, tells the cache that the context is over, and decodes. What evicting takes counts as prefill.
+    /// Prefills the prompt, evicts at its end ([`Run::compress`]; counted as prefill time), and decodes.
     ///
-    /// The last new token is made and not read: the run holds the prompt and the new tokens before it, wherever decode stops.
+    /// The last new token is not fed back: wherever decode stops, the cache holds the prompt and the new tokens before
+    /// the last.
     ///
     /// # Errors
-    /// As [`Run::prefill`]; before any work where prompt and new tokens do not fit the context.
+    /// Those of [`Run::prefill`]; a prompt and new tokens that do not fit the context are refused before any work.
     pub fn generate(
         &mut self,
         request: &Request,
@@ -153,14 +162,19 @@ impl Run {
         on_token: OnToken,
     ) -> Result<Generation> {
         let total = request.prompt.len().checked_add(request.max_new_tokens);
-        let overflow =
-            || Error::new(ErrorKind::Context, "-n", format!("{} new tokens fit no context", request.max_new_tokens));
+        let overflow = || {
+            Error::new(
+                ErrorKind::Context,
+                "-n",
+                format!("{} new tokens do not fit any context", request.max_new_tokens),
+            )
+        };
         self.admit(total.ok_or_else(overflow)?)?;
         let mut timing = Timing::new();
         let begin = Instant::now();
         let prompt_logits = self.prefill(request.prompt, request.chunk, request.logits_last.max(1), on_tokens)?;
         self.compress()?;
-        // A GPU may still be at work on the logits.
+        // Kernels may still be running: wait, so that the time is prefill's.
         self.device().synchronize()?;
         timing.prefill = begin.elapsed();
         let mut tokens = vec![];
@@ -176,7 +190,7 @@ impl Run {
         Ok(Generation { tokens, timing, prompt_logits })
     }
 
-    /// Decodes from `next`, step by step.
+    /// Decodes from token `next`, launching each step's kernels one by one.
     fn decode(
         &mut self,
         mut next: u32,
@@ -198,7 +212,8 @@ impl Run {
         Ok(())
     }
 
-    /// As [`Run::decode`], by a captured step; `false` where there is none, and nothing was done.
+    /// Decodes like [`Run::decode`] by replaying a captured step; returns `false`, having done nothing, if none can be
+    /// captured.
     #[cfg(feature = "cuda")]
     fn decode_captured(
         &mut self,
@@ -216,14 +231,14 @@ impl Run {
         let mut from = on_token(next).is_continue().then_some(next);
         while let Some(first) = from {
             let ran = graph.run(self, first, request, timing, tokens, on_token);
-            from = ran.inspect_err(|e| self.break_off(format!("a captured step failed: {e}")))?;
+            from = ran.inspect_err(|e| self.poison(format!("a captured step failed: {e}")))?;
             if from.is_none() {
                 break;
             }
             let begin = Instant::now();
             let lost = || Error::new(ErrorKind::Backend, "decode graph", "cannot be captured again");
             graph = graph::StepGraph::capture(self, request.stop)?.ok_or_else(lost)?;
-            // The token that completed a block pays for what follows from it.
+            // Eviction and capture count towards the token that completed the block.
             if let Some(step) = timing.steps.last_mut() {
                 *step += begin.elapsed();
             }
@@ -244,12 +259,12 @@ impl Run {
     }
 }
 
-/// Says which setting would ask for less where a chunk's activations found no room.
+/// Adds to an out-of-memory error which flags reduce the memory of a chunk's activations.
 fn no_room(e: Error, tokens: usize) -> Error {
     match e.kind() {
         ErrorKind::Memory => {
             let message = format!(
-                "{e}: the activations of a chunk of {tokens} tokens found no room; give a smaller --prefill-chunk, or --memory-budget"
+                "{e}: no memory for the activations of a chunk of {tokens} tokens; use a smaller --prefill-chunk, or --memory-budget"
             );
             Error::new(ErrorKind::Memory, "prefill", message)
         }

@@ -1,24 +1,24 @@
-//! Choosing the next token, with candle's sampler.
+//! Sampling of the next token, with candle's sampler.
 
 use crate::error::{At, Error, ErrorKind, Result};
 use candle_core::Tensor;
 use candle_transformers::generation::{LogitsProcessor, Sampling as Method};
 
-/// The sampling flags.
+/// Sampling settings.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
-    /// 0 is greedy.
+    /// Temperature; 0 is greedy decoding.
     pub temperature: f64,
-    /// Nucleus: the smallest set of tokens with this probability.
+    /// Nucleus sampling: restricts to the smallest set of tokens whose probabilities sum to this value.
     pub top_p: Option<f64>,
-    /// Only the so many likeliest tokens.
+    /// Restricts to this number of most likely tokens.
     pub top_k: Option<usize>,
-    /// Seed.
+    /// Seed of the random number generator.
     pub seed: u64,
 }
 
 impl Sampling {
-    /// Always the likeliest token.
+    /// Greedy decoding.
     pub const GREEDY: Self = Self { temperature: 0.0, top_p: None, top_k: None, seed: 0 };
 }
 
@@ -29,7 +29,10 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Refuses settings out of range.
+    /// Creates a sampler.
+    ///
+    /// # Errors
+    /// A setting is out of range.
     pub fn new(s: Sampling) -> Result<Self> {
         if !(s.temperature.is_finite() && s.temperature >= 0.0) {
             return Err(Error::usage(
@@ -55,13 +58,18 @@ impl Sampler {
         Ok(Self { processor: LogitsProcessor::from_sampling(s.seed, method), greedy })
     }
 
-    /// Whether it always takes the likeliest token.
+    /// Whether it always returns the most likely token.
     pub fn is_greedy(&self) -> bool {
         self.greedy
     }
 
+    /// Samples a token from the last row of `logits`.
+    ///
     /// # Shapes
-    /// `logits [n, vocab]`; the last row is sampled.
+    /// `logits [n, vocab]`.
+    ///
+    /// # Errors
+    /// The row holds NaN or infinity.
     pub fn sample(&mut self, logits: &Tensor) -> Result<u32> {
         let last = logits.get(logits.dim(0)? - 1)?;
         // A sum is finite only where every term is.
@@ -72,7 +80,7 @@ impl Sampler {
     }
 }
 
-/// Logits that nothing can be chosen from.
+/// Returns the error for logits with NaN or infinity.
 pub(super) fn not_finite() -> Error {
     Error::new(ErrorKind::NotFinite, "logits", "hold NaN or infinity; try --dtype f32, or check the weights")
 }

@@ -1,10 +1,11 @@
-//! Compressed butterfly attention: an exact window, sinks, and the means of a few earlier blocks under one softmax.
+//! Compressed butterfly attention: an exact window, sinks, and mean-pooled summaries of a few earlier blocks under one
+//! softmax.
 //!
-//! A chunk is attended in this order: its sinks are kept; its blocks are pooled; each query block's routes are looked up among
-//! the pool and the chunk's own means; the operator runs; then the chunk's tail enters the local ring and its means the
-//! summary pool. Decode is the same with a chunk of one.
+//! Order of work on a chunk: store its sinks; pool its blocks; gather the summaries that its query blocks read, from
+//! the pool and from the chunk itself; run the attention operator; then write the chunk's keys and values to the local
+//! ring and its summaries to the summary pool. Decode is the same with a chunk of one token.
 
-use super::{Projections, Qkv, Step};
+use super::{ChunkContext, Projections, Qkv};
 use crate::cache::TwoPool;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::ButterflyLayer;
@@ -14,12 +15,12 @@ use crate::retrofit::{FarPosition, Pool};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 
-/// Summaries of a chunk's query blocks, all scored by one kind of query.
+/// Summaries that a chunk's query blocks read, all scored with the same queries.
 struct Far {
     k: Tensor,
     v: Tensor,
     routes: Vec<Vec<FarRow>>,
-    /// Whether queries rotated to the edge of the trained length score them.
+    /// Whether they are scored with queries rotated to the last trained position.
     at_edge: bool,
 }
 
@@ -27,19 +28,19 @@ pub(super) fn forward(
     layer: &ButterflyLayer,
     p: &Projections,
     x: &Tensor,
-    step: &Step,
+    chunk: &ChunkContext,
     cache: &mut TwoPool,
 ) -> Result<Tensor> {
     let s = &layer.settings;
-    let Qkv { q, k, v, plain } = p.project(x, &step.tables[p.rope], s.pool == Pool::PreRope)?;
-    cache.keep_sinks(&k, &v, step.start)?;
+    let Qkv { q, k, v, plain } = p.project(x, &chunk.tables[p.rope], s.pool == Pool::PreRope)?;
+    cache.keep_sinks(&k, &v, chunk.start)?;
     let to_pool = plain.as_ref().map_or(&k, |(_, k)| k);
-    let pooled = pool_blocks(to_pool, &v, step.start, s.block, s.sink_tokens, &mut cache.running)?;
-    let far = far(layer, step, x.dim(0)?, cache, &pooled, &step.ropes[p.rope])?;
+    let pooled = pool_blocks(to_pool, &v, chunk.start, s.block, s.sink_tokens, &mut cache.running)?;
+    let far = far(layer, chunk, x.dim(0)?, cache, &pooled, &chunk.ropes[p.rope])?;
     let q_edge = match &plain {
         Some((plain_q, _)) if far.iter().any(|f| f.at_edge) => {
             let edge = vec![(layer.trained - 1) as f32; x.dim(0)?];
-            Some(step.ropes[p.rope].table(edge.into_iter(), x.device())?.apply(plain_q)?)
+            Some(chunk.ropes[p.rope].table(edge.into_iter(), x.device())?.apply(plain_q)?)
         }
         _ => None,
     };
@@ -52,21 +53,21 @@ pub(super) fn forward(
     }));
     let attended = attend(&AttentionArgs {
         q: &q,
-        start: step.start,
+        start: chunk.start,
         window: s.raw_window(),
         scale: p.scale,
         segments: &segments,
         lse: false,
     })?;
-    cache.local.write(&k, &v, step.start)?;
+    cache.local.write(&k, &v, chunk.start)?;
     cache.keep_summaries(&pooled)?;
     p.output(&attended.out)
 }
 
-/// The routed summaries of each query block of the chunk, gathered; none where no block reads any.
+/// Gathers the summaries that the chunk's query blocks read; empty if they read none.
 fn far(
     layer: &ButterflyLayer,
-    step: &Step,
+    chunk: &ChunkContext,
     tokens: usize,
     cache: &TwoPool,
     pooled: &Pooled,
@@ -74,7 +75,7 @@ fn far(
 ) -> Result<Vec<Far>> {
     let s = &layer.settings;
     let clamp = s.far_position == FarPosition::Clamp;
-    let (first, last) = (step.start / s.block, (step.start + tokens - 1) / s.block);
+    let (first, last) = (chunk.start / s.block, (chunk.start + tokens - 1) / s.block);
     // Each summary is gathered once, however many query blocks read it.
     let mut rows = BTreeMap::new();
     let mut blocks = vec![];
@@ -88,7 +89,7 @@ fn far(
             });
             let read = FarRow { bias: layer.bias(n), ..FarRow::one(row) };
             if clamp {
-                // Within the trained distance a summary is read at its own position; from there on at that distance.
+                // Up to the trained length a summary is scored at its true distance, beyond it at the trained length.
                 let from = (s.pooled_position(n).floor() as usize).saturating_add(layer.trained);
                 near.push(FarRow { until: from, ..read });
                 edge.push(FarRow { from, ..read });
@@ -110,25 +111,25 @@ fn far(
     let rotated = rope.table(positions.into_iter(), k.device())?.apply(&k)?;
     let mut far = vec![Far { k: rotated, v: v.clone(), routes, at_edge: false }];
     if clamp {
-        // Unrotated, for queries rotated to the edge.
+        // Unrotated keys, scored by queries rotated to the last trained position.
         far.push(Far { k, v, routes: at_edge, at_edge: true });
     }
     Ok(far)
 }
 
-/// Keys and values of `blocks`, from the pool or from what the chunk has just completed.
+/// Gathers the summaries of `blocks`, from the pool or from the blocks that the chunk completes.
 fn gather(blocks: &[usize], cache: &TwoPool, pooled: &Pooled) -> Result<(Tensor, Tensor)> {
-    let missing = || Error::new(ErrorKind::Backend, "summary pool", "a routed block is not held");
-    let held = cache.summaries(pooled.first);
+    let missing = || Error::new(ErrorKind::Backend, "summary pool", "the summary of a routed block is not stored");
+    let stored = cache.summaries(pooled.first);
     if !pooled.k.device().is_cpu() {
         // One lookup over both sources: a launch per row would cost more than copying the pool.
-        let (ring, pool_rows) = match &held {
+        let (ring, pool_rows) = match &stored {
             Some((ring, _)) => (Some(ring.rows()), ring.capacity()),
             None => (None, 0),
         };
         let index = blocks.iter().map(|n| match n.checked_sub(pooled.first) {
             Some(i) if i < pooled.count => Ok((pool_rows + i) as u32),
-            None if held.as_ref().is_some_and(|(_, blocks)| blocks.contains(n)) => Ok((n % pool_rows) as u32),
+            None if stored.as_ref().is_some_and(|(_, blocks)| blocks.contains(n)) => Ok((n % pool_rows) as u32),
             _ => Err(missing()),
         });
         let index = Tensor::new(index.collect::<Result<Vec<u32>>>()?, pooled.k.device())?;
@@ -144,7 +145,7 @@ fn gather(blocks: &[usize], cache: &TwoPool, pooled: &Pooled) -> Result<(Tensor,
             Some(i) if i < pooled.count => (&pooled.k, &pooled.v, i),
             Some(_) => return Err(missing()),
             None => {
-                let (ring, _) = held.as_ref().filter(|(_, blocks)| blocks.contains(&n)).ok_or_else(missing)?;
+                let (ring, _) = stored.as_ref().filter(|(_, blocks)| blocks.contains(&n)).ok_or_else(missing)?;
                 (ring.rows().k, ring.rows().v, n % ring.capacity())
             }
         };

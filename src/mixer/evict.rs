@@ -1,26 +1,26 @@
-//! Dense attention over the tokens that a rule keeps.
+//! Dense attention over the tokens that an eviction rule keeps.
 //!
-//! `out[t] = attention of q[t] over the rows kept before its piece and the piece's positions up to t`. A chunk is cut into pieces
-//! where the state may evict, so that what a query reads does not depend on how the text is fed; the state decides what stays
-//! once a piece was attended ([`crate::cache::CompressedKv`]).
+//! A chunk is cut into pieces where the cache evicts, so that results do not depend on the chunking: `out[t] =
+//! attention(q[t], rows kept before its piece, positions of the piece up to t)`. The cache evicts after a piece
+//! ([`crate::cache::CompressedKv`]).
 
-use super::{Projections, Qkv, Step};
+use super::{ChunkContext, Projections, Qkv};
 use crate::cache::CompressedKv;
 use crate::error::Result;
 use crate::ops::{attend, AttentionArgs, KeyValues, Segment, Window};
 use candle_core::Tensor;
 
-pub(super) fn forward(p: &Projections, x: &Tensor, step: &Step, cache: &mut CompressedKv) -> Result<Tensor> {
-    let Qkv { q, k, v, .. } = p.project(x, &step.tables[p.rope], false)?;
+pub(super) fn forward(p: &Projections, x: &Tensor, chunk: &ChunkContext, cache: &mut CompressedKv) -> Result<Tensor> {
+    let Qkv { q, k, v, .. } = p.project(x, &chunk.tables[p.rope], false)?;
     let tokens = x.dim(0)?;
     let mut parts = vec![];
     let mut at = 0;
     while at < tokens {
-        let n = cache.piece(tokens - at);
+        let n = cache.until_eviction(tokens - at);
         let (q, k, v) = (q.narrow(0, at, n)?, k.narrow(0, at, n)?, v.narrow(0, at, n)?);
         let attended = attend(&AttentionArgs {
             q: &q,
-            // Rows, not positions: all that lie before the piece are read, and keys carry their rotation.
+            // A row index, not a position: all rows before the piece are read, and keys are stored rotated.
             start: cache.count(),
             window: Window::Unbounded,
             scale: p.scale,

@@ -1,7 +1,8 @@
-//! How a layer mixes information across positions.
+//! Token mixers: the attention variants of a layer.
 //!
-//! [`mix`] takes the normed residual stream of a chunk, the layer's plan, weights and state, and returns what is added to the stream.
-//! Attention mixers share [`Projections`] and differ in what they keep and what they let a query read.
+//! [`mix`] takes the normed residual stream of a chunk, the layer's plan, weights and cache, and returns the layer's
+//! output to be added to the residual stream. All mixers share [`Projections`]; they differ in what they cache and what
+//! a query reads.
 
 mod butterfly;
 mod evict;
@@ -16,30 +17,36 @@ use crate::layout::{LayerKind, LayerPlan};
 use crate::nn::{Rope, RopeTable};
 use candle_core::Tensor;
 
-/// What all layers of a forward pass share.
-pub struct Step<'a> {
+/// Inputs of a forward pass that all layers share.
+pub struct ChunkContext<'a> {
     /// Position of the chunk's first token.
     pub start: usize,
-    /// The model's rotary embeddings.
+    /// Rotary embeddings of the model.
     pub ropes: &'a [Rope],
-    /// Each rotary embedding's table for the chunk's positions.
+    /// Table of each rotary embedding for the chunk's positions.
     pub tables: &'a [RopeTable],
 }
 
-/// Mixes a chunk in a layer that was planned as `plan`.
+/// Runs the mixer of a layer on a chunk: attention with its projections, and the update of the layer's cache.
 ///
 /// # Shapes
-/// `x [T, hidden]` to the same.
+/// `x [T, hidden]` to `[T, hidden]`.
 ///
 /// # Errors
-/// A state that was made for another plan; a backend's failure.
-pub fn mix(plan: &LayerPlan, p: &Projections, x: &Tensor, step: &Step, state: &mut LayerState) -> Result<Tensor> {
+/// `state` was made for another plan; the device fails.
+pub fn mix(
+    plan: &LayerPlan,
+    p: &Projections,
+    x: &Tensor,
+    chunk: &ChunkContext,
+    state: &mut LayerState,
+) -> Result<Tensor> {
     match (&plan.kind, state) {
         (LayerKind::Full, LayerState::Dense(cache)) | (LayerKind::Sliding { .. }, LayerState::Ring(cache)) => {
-            windowed::forward(p, plan.window(), x, step, cache)
+            windowed::forward(p, plan.window(), x, chunk, cache)
         }
-        (LayerKind::Butterfly(layer), LayerState::TwoPool(cache)) => butterfly::forward(layer, p, x, step, cache),
-        (LayerKind::Evict(_), LayerState::CompressedKv(cache)) => evict::forward(p, x, step, cache),
+        (LayerKind::Butterfly(layer), LayerState::TwoPool(cache)) => butterfly::forward(layer, p, x, chunk, cache),
+        (LayerKind::Evict(_), LayerState::CompressedKv(cache)) => evict::forward(p, x, chunk, cache),
         _ => Err(Error::new(ErrorKind::Backend, "cache", "was made for another layout")),
     }
 }

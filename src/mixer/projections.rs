@@ -1,29 +1,29 @@
-//! Queries, keys and values from the residual stream, and back.
+//! Query, key, value and output projections.
 
 use crate::error::Result;
 use crate::nn::{Linear, RmsNorm, RopeTable};
 use crate::ops::prepare_heads;
 use candle_core::Tensor;
 
-/// The projections of an attention layer.
+/// Projections of an attention layer.
 pub struct Projections {
-    /// `[H D, hidden]`.
+    /// Query projection, `[H D, hidden]`.
     pub q: Linear,
-    /// `[G D, hidden]`.
+    /// Key projection, `[G D, hidden]`.
     pub k: Linear,
-    /// `[G D, hidden]`.
+    /// Value projection, `[G D, hidden]`.
     pub v: Linear,
-    /// `[hidden, H D]`.
+    /// Output projection, `[hidden, H D]`.
     pub out: Linear,
-    /// Norms of each head of q and k, over `D`.
+    /// RMS norms of each head of q and of k, over `D`.
     pub qk_norm: Option<(RmsNorm, RmsNorm)>,
-    /// `H`.
+    /// Query heads, `H`.
     pub heads: usize,
-    /// `G`.
+    /// Key and value heads, `G`.
     pub kv_heads: usize,
-    /// `D`.
+    /// Head dimension, `D`.
     pub head_dim: usize,
-    /// Factor on the logits.
+    /// Factor on attention logits.
     pub scale: f32,
     /// Index of the layer's rotary embedding.
     pub rope: usize,
@@ -31,21 +31,22 @@ pub struct Projections {
 
 /// A chunk's queries, keys and values.
 pub struct Qkv {
-    /// `[T, H, D]`, rotated.
+    /// Rotated queries, `[T, H, D]`.
     pub q: Tensor,
-    /// `[T, G, D]`, rotated.
+    /// Rotated keys, `[T, G, D]`.
     pub k: Tensor,
-    /// `[T, G, D]`.
+    /// Values, `[T, G, D]`.
     pub v: Tensor,
-    /// Queries and keys before rotation, where they were asked for.
+    /// Queries and keys before rotation, if requested.
     pub plain: Option<(Tensor, Tensor)>,
 }
 
 impl Projections {
-    /// Projects and rotates, in one pass over each result unless `keep_plain` asks for what lies between.
+    /// Computes rotated queries, keys and values; with `keep_plain` also returns queries and keys before rotation,
+    /// which takes a second pass over them.
     ///
     /// # Shapes
-    /// `x [T, hidden]`, `table` of the chunk's positions.
+    /// `x [T, hidden]`; `table` covers the chunk's `T` positions.
     pub fn project(&self, x: &Tensor, table: &RopeTable, keep_plain: bool) -> Result<Qkv> {
         let [q, k, v] = Linear::products([&self.q, &self.k, &self.v], x)?;
         let (q_norm, k_norm) = match &self.qk_norm {
@@ -62,13 +63,15 @@ impl Projections {
         })
     }
 
+    /// Applies the output projection.
+    ///
     /// # Shapes
     /// `o [T, H, D]` to `[T, hidden]`.
     pub fn output(&self, o: &Tensor) -> Result<Tensor> {
         self.out.forward(&o.flatten_from(1)?)
     }
 
-    /// Bytes held.
+    /// Returns the size of the weights in memory, bytes.
     pub fn bytes(&self) -> u64 {
         [&self.q, &self.k, &self.v, &self.out].iter().map(|l| l.bytes()).sum()
     }

@@ -1,4 +1,4 @@
-//! `all`: every completed block left of the window. The one rule whose work grows with the text.
+//! `all`: every completed block left of the window; the only rule whose work per query grows with the text.
 
 use super::{Grid, Selector};
 
@@ -11,7 +11,7 @@ impl Selector for All {
     }
 
     fn about(&self) -> &'static str {
-        "every completed block outside the window (work grows with the text)"
+        "all completed blocks left of the window (work grows with the text)"
     }
 
     fn propose(&self, grid: &Grid, _: usize, _: usize, block: usize) -> Vec<usize> {

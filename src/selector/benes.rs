@@ -1,4 +1,4 @@
-//! `benes`: `xor` with the stages up and down again, as in a Beneš network: 0, 1, .., S_t - 1, S_t - 2, .., 1.
+//! `benes`: `xor` with stages up and down again, as in a Beneš network: 0, 1, .., S_t - 1, S_t - 2, .., 1.
 
 use super::{xor, Grid, Selector};
 
@@ -16,7 +16,7 @@ impl Selector for Benes {
     }
 
     fn about(&self) -> &'static str {
-        "xor with the stages up and down again"
+        "xor with stages up and down again, as in a Beneš network"
     }
 
     fn stages(&self, grid: &Grid) -> usize {

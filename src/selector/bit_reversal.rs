@@ -1,4 +1,4 @@
-//! `bit_reversal`: `xor` with the stages from the highest bit down.
+//! `bit_reversal`: `xor` with stages from the highest bit down.
 
 use super::{xor, Grid, Selector};
 
@@ -15,7 +15,7 @@ impl Selector for BitReversal {
     }
 
     fn about(&self) -> &'static str {
-        "xor with the highest bit first"
+        "xor with stages from the highest bit down"
     }
 
     fn propose(&self, grid: &Grid, _: usize, stage: usize, block: usize) -> Vec<usize> {

@@ -1,7 +1,7 @@
-//! `causal_shift`: block `b` reads block `b - o_s`. The default.
+//! `causal_shift`, the default: block `b` reads block `b - o_s`.
 //!
-//! Distances double from stage to stage, so that the binary digits of any distance are reached through the layers
-//! (docs/theory.md). Only the last `o_s` summaries are ever read, which bounds the pool.
+//! Distances double from stage to stage, so that several layers together cover any distance by its binary digits
+//! (docs/theory.md). Only the last `o_s` summaries are read, which bounds the pool.
 
 use super::{Grid, Selector};
 
@@ -14,7 +14,7 @@ impl Selector for CausalShift {
     }
 
     fn about(&self) -> &'static str {
-        "the block o_s = (w + 1) * 2^s earlier (default)"
+        "the block (w + 1) * 2^s blocks back at stage s, w the window in blocks"
     }
 
     fn propose(&self, grid: &Grid, _: usize, stage: usize, block: usize) -> Vec<usize> {

@@ -11,7 +11,7 @@ impl Selector for FixedStride {
     }
 
     fn about(&self) -> &'static str {
-        "the block w + 1 earlier at every stage"
+        "the block just left of the window, at every stage"
     }
 
     fn propose(&self, grid: &Grid, _: usize, _: usize, block: usize) -> Vec<usize> {

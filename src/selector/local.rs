@@ -1,4 +1,4 @@
-//! `local`: no summaries; window and sinks alone.
+//! `local`: no summaries, only window and sinks.
 
 use super::{Grid, Selector};
 
@@ -11,7 +11,7 @@ impl Selector for Local {
     }
 
     fn about(&self) -> &'static str {
-        "no summaries: window and sinks alone"
+        "no summaries, only window and sinks"
     }
 
     fn propose(&self, _: &Grid, _: usize, _: usize, _: usize) -> Vec<usize> {

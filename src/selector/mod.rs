@@ -1,7 +1,7 @@
-//! Which earlier blocks a block may read.
+//! Selectors: rules that choose the earlier blocks whose summaries a block reads.
 //!
-//! A rule is one file with one [`Selector`] and one line in [`SELECTORS`]. It only proposes blocks; [`route`] drops what every
-//! rule must drop: blocks that are not wholly left of the window, and duplicates.
+//! A rule is one file with one [`Selector`] and one line in [`SELECTORS`]. It proposes blocks; [`route`] drops
+//! duplicates and blocks that are not entirely left of the window.
 
 mod all;
 mod benes;
@@ -14,7 +14,7 @@ mod xor;
 
 use crate::error::{Error, Result};
 
-/// Every rule this build knows; the first is the default.
+/// Supported rules; the first is the default.
 pub static SELECTORS: &[&dyn Selector] = &[
     &causal_shift::CausalShift,
     &xor::Xor,
@@ -26,60 +26,62 @@ pub static SELECTORS: &[&dyn Selector] = &[
     &all::All,
 ];
 
-/// The block grid that routes are drawn on. Letters as in the design: blocks of `B` positions, `w` of them in the window
-/// besides the query's own, `N` provisioned by the context.
+/// The grid of blocks that routes connect: the context in blocks of `B` positions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Grid {
-    /// `N`.
+    /// `N`, blocks in the context.
     pub blocks: usize,
-    /// `w`.
+    /// `w`, blocks in the window besides the query's own.
     pub window: usize,
-    /// `u`: the distance of stage 0, `w + 1` unless set otherwise.
+    /// `u`, the distance of stage 0 in blocks; `w + 1` by default.
     pub unit: usize,
     /// Seed of the `random` rule.
     pub seed: u64,
 }
 
 impl Grid {
-    /// `S_t = ceil(log2(ceil(N / u)))`, and at least 1 so that a stage always exists.
+    /// Returns the number of stages, `S_t = max(1, ceil(log2(ceil(N / u))))`.
     pub fn stages(&self) -> usize {
         let units = self.blocks.div_ceil(self.unit).max(1);
         (units.next_power_of_two().trailing_zeros() as usize).max(1)
     }
 
-    /// `o_s = u · 2^s`.
+    /// Returns the distance of a stage in blocks, `o_s = u · 2^s`.
     pub fn offset(&self, stage: usize) -> usize {
         self.unit.saturating_mul(1usize.checked_shl(stage as u32).unwrap_or(usize::MAX))
     }
 
-    /// Blocks that some block could ever read: `0..readable`, those left of the last block's window. Later ones are never
-    /// kept, so a pool of so many rows holds whatever a rule may ask for.
+    /// Returns the number of blocks that any block can read: `0..readable` are left of the last block's window.
+    /// Summaries of later blocks are not stored, so a pool of this many rows suffices for every rule.
     pub fn readable(&self) -> usize {
         self.blocks.saturating_sub(self.window + 1)
     }
 }
 
-/// A rule that proposes blocks for block `b` of the `layer`-th swapped layer at `stage`.
+/// A rule that chooses the blocks to read, per swapped layer, stage and block.
 pub trait Selector: std::fmt::Debug + Sync {
-    /// The name `--partner` takes.
+    /// Returns the rule's name for `--partner`.
     fn name(&self) -> &'static str;
 
-    /// One line for help texts.
+    /// Returns a one-line description for help texts.
     fn about(&self) -> &'static str;
 
-    /// Length of the cycle of stages through the layers.
+    /// Returns the length of the cycle in which stages repeat over the swapped layers.
     fn stages(&self, grid: &Grid) -> usize {
         grid.stages()
     }
 
-    /// The blocks read by `block`.
+    /// Returns the blocks that `block` reads in the `layer`-th swapped layer at `stage`.
     fn propose(&self, grid: &Grid, layer: usize, stage: usize, block: usize) -> Vec<usize>;
 
-    /// How many of the newest summaries must be kept for `stage`.
+    /// Returns the number of newest summaries that must be stored for `stage`.
     fn rows(&self, grid: &Grid, stage: usize) -> usize;
 }
 
 /// Finds a rule by name.
+///
+/// # Errors
+/// The name is unknown; the message lists the known ones.
 pub fn find(name: &str) -> Result<&'static dyn Selector> {
     SELECTORS.iter().find(|s| s.name() == name).copied().ok_or_else(|| {
         let names: Vec<_> = SELECTORS.iter().map(|s| s.name()).collect();
@@ -87,13 +89,13 @@ pub fn find(name: &str) -> Result<&'static dyn Selector> {
     })
 }
 
-/// The stages that the `layer`-th swapped layer uses when it reads `partners` at a time.
+/// Returns the stages of the `layer`-th swapped layer with `partners` stages per layer (`--partner-count`).
 pub fn stages_of(rule: &dyn Selector, grid: &Grid, layer: usize, partners: usize) -> Vec<usize> {
     let cycle = rule.stages(grid).max(1);
     (0..partners.min(cycle)).map(|i| (layer + i) % cycle).collect()
 }
 
-/// The blocks whose summaries `block` reads, in rising order.
+/// Returns the blocks whose summaries `block` reads, in ascending order.
 pub fn route(rule: &dyn Selector, grid: &Grid, layer: usize, partners: usize, block: usize) -> Vec<usize> {
     let Some(readable) = block.checked_sub(grid.window) else { return vec![] };
     let stages = stages_of(rule, grid, layer, partners);
@@ -104,13 +106,14 @@ pub fn route(rule: &dyn Selector, grid: &Grid, layer: usize, partners: usize, bl
     blocks
 }
 
-/// Summaries that a layer's pool must hold.
+/// Returns the number of summary rows that a layer's pool needs.
 pub fn rows_needed(rule: &dyn Selector, grid: &Grid, layer: usize, partners: usize) -> usize {
     let most = stages_of(rule, grid, layer, partners).iter().map(|s| rule.rows(grid, *s)).max();
     most.unwrap_or(0).min(grid.readable())
 }
 
-/// Share of the earlier blocks whose state reaches the last block through `layers` swapped layers, by enumeration.
+/// Returns the share of earlier blocks whose state reaches the last block through `layers` swapped layers, by
+/// enumeration.
 pub fn reach(rule: &dyn Selector, grid: &Grid, layers: usize, partners: usize) -> f64 {
     if grid.blocks <= 1 {
         return 1.0;
@@ -142,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn stages_and_offsets_are_the_designs() {
+    fn stages_and_offsets_follow_the_definition() {
         let g = grid(64, 4);
         assert_eq!(g.stages(), 4);
         assert_eq!((0..4).map(|s| g.offset(s)).collect::<Vec<_>>(), [5, 10, 20, 40]);
@@ -166,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn every_rule_reads_only_what_its_pool_still_holds() {
+    fn every_rule_reads_only_rows_that_its_pool_stores() {
         for rule in SELECTORS {
             for (blocks, window) in [(7, 2), (40, 4), (41, 4), (44, 4), (65, 0)] {
                 let g = grid(blocks, window);
@@ -175,7 +178,7 @@ mod tests {
                     for n in route(*rule, &g, layer, 2, block) {
                         assert!(
                             n + rows >= block.min(g.readable()),
-                            "{} holds {rows} rows, {block} reads {n}",
+                            "{} stores {rows} rows, {block} reads {n}",
                             rule.name()
                         );
                     }
@@ -185,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn xor_reads_what_the_definition_says() {
+    fn xor_follows_its_definition() {
         let g = grid(64, 4);
         // Block 37 is place 2 of unit 7; stage 1 pairs unit 7 with unit 5.
         assert_eq!(route(&xor::Xor, &g, 1, 1, 37), [27]);

@@ -1,11 +1,11 @@
-//! `random`: an earlier block drawn per layer, stage and block from a seed; the control for every structured rule.
+//! `random`: an earlier block drawn per layer, stage and block from a seed, as a control for the structured rules.
 
 use super::{Grid, Selector};
 
 #[derive(Debug)]
 pub(super) struct Random;
 
-/// SplitMix64 (Steele, Lea and Flood 2014): one well-mixed word per input, no state to carry.
+/// SplitMix64's output function (Steele, Lea and Flood 2014): a stateless hash of one word.
 fn mix(mut x: u64) -> u64 {
     x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -19,7 +19,7 @@ impl Selector for Random {
     }
 
     fn about(&self) -> &'static str {
-        "a seeded earlier block, drawn per layer and block"
+        "an earlier block drawn at random per layer and block (--seed)"
     }
 
     fn propose(&self, grid: &Grid, layer: usize, stage: usize, block: usize) -> Vec<usize> {

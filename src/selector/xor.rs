@@ -1,11 +1,11 @@
-//! `xor`: the partner of a butterfly network, where it lies in the past.
+//! `xor`: the partner block of a butterfly network, if it is earlier.
 
 use super::{Grid, Selector};
 
 #[derive(Debug)]
 pub(super) struct Xor;
 
-/// The block in the same place of the unit whose index differs in bit `stage`.
+/// Returns the block at the same place in the unit whose index differs in bit `stage`, if it is earlier.
 pub(super) fn partner(grid: &Grid, stage: usize, block: usize) -> Option<usize> {
     let unit = block / grid.unit;
     let other = unit ^ (1 << stage);

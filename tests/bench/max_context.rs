@@ -2,7 +2,7 @@
 
 use super::*;
 use bfly::eval::report::{MaxContextRun, MaxContexts, MAX_CONTEXT};
-use bfly::generate::Needs;
+use bfly::generate::MemoryNeeds;
 use bfly::layout::Layout;
 
 /// Half of the tiny model's layers swapped: its cache grows half as fast.
@@ -29,7 +29,7 @@ fn of<'a>(found: &'a MaxContexts, variant: &str, budget: u64) -> &'a MaxContextR
 fn no_larger_context_fits_and_the_run_is_provisioned_for_it() -> Any {
     let place = Place::new()?;
     let model = load_golden("qwen2", None, 64)?;
-    let needs = |plan: Option<&_>, ctx| Needs::of(&model.weights, &Layout::new(model.spec(), plan, ctx)?);
+    let needs = |plan: Option<&_>, ctx| MemoryNeeds::of(&model.weights, &Layout::new(model.spec(), plan, ctx)?);
     // Room for 20k positions of the stock model and not for 21k: exactly, and all but a byte.
     let exact = needs(None, 20 << 10)?.total(128);
     let short = needs(None, 21 << 10)?.total(128) - 1;

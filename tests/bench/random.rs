@@ -82,7 +82,7 @@ fn drawn_matrices_are_close_to_normal_norms_are_one_and_shapes_share_what_is_qua
     let absent = TensorSpec { name: "model.layers.9.input_layernorm.weight".into(), ..layers[0].before_mixer.clone() };
     let missing = checkpoint.vector(&absent, &device).unwrap_err().to_string();
     assert!(missing.contains("`model.layers.9.input_layernorm.weight` is missing"), "{missing}");
-    let text = checkpoint.text().err().ok_or("has text")?.to_string();
+    let text = checkpoint.tokenizer().err().ok_or("has text")?.to_string();
     assert!(text.contains("random weights come without a tokenizer"), "{text}");
     Ok(())
 }

@@ -5,7 +5,7 @@ use super::peer::one_line;
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::report::{hash, KvBytes, ReadBytes, TimedRun};
 use crate::eval::variant::Variant;
-use crate::generate::{watch, Generation, Needs, Request, Sampler, Sampling};
+use crate::generate::{watch, Generation, MemoryNeeds, Request, Sampler, Sampling};
 use crate::layout::Layout;
 use crate::ops::{human_bytes, release_memory};
 use crate::run::Run;
@@ -76,9 +76,9 @@ impl BflyEngine {
     /// Computes the memory that `variant` needs at context `ctx`.
     ///
     /// # Errors
-    /// As [`Needs::of`].
-    pub fn needs(&self, variant: &Variant, ctx: usize) -> Result<Needs> {
-        Needs::of(&self.weights, &self.layout(variant, ctx)?)
+    /// As [`MemoryNeeds::of`].
+    pub fn needs(&self, variant: &Variant, ctx: usize) -> Result<MemoryNeeds> {
+        MemoryNeeds::of(&self.weights, &self.layout(variant, ctx)?)
     }
 
     fn layout(&self, variant: &Variant, ctx: usize) -> Result<Layout> {
@@ -104,7 +104,7 @@ impl BflyEngine {
         begin_peak(&self.device);
         let chunk = match work.budget {
             None => Ok(work.chunk),
-            Some(b) => Needs::of(&self.weights, &layout).and_then(|n| n.chunk_within(b, work.chunk)),
+            Some(b) => MemoryNeeds::of(&self.weights, &layout).and_then(|n| n.chunk_within(b, work.chunk)),
         };
         let made = chunk.and_then(|chunk| {
             let run = Run::with_layout(&self.weights, layout.clone())?;

@@ -39,7 +39,7 @@
 //! The largest context of a variant within a budget is the largest `ctx`, a multiple of 1024 tokens, for which
 //!
 //! ```text
-//! weights + cache(ctx) + buffers + 128 · activations of a token  <=  budget        (bytes; see generate::Needs)
+//! weights + cache(ctx) + buffers + 128 · activations of a token  <=  budget        (bytes; see generate::MemoryNeeds)
 //! ```
 //!
 //! Bisection finds it, since a cache never shrinks as its context grows. A run then verifies it: its cache is

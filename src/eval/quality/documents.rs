@@ -49,12 +49,12 @@ impl Documents {
         (least, most): (usize, usize),
         progress: OnProgress,
     ) -> Result<Self> {
-        if !checkpoint.has_text() {
+        if !checkpoint.has_tokenizer() {
             let vocab = checkpoint.spec.vocab;
             let one = |i| Document { name: format!("{RANDOM_IDS} {i}"), ids: random(2 * most, vocab, i) };
             return Ok(Self { all: (0..count.unwrap_or(4) as u64).map(one).collect(), begin: vec![] });
         }
-        let (text, files) = (checkpoint.text()?, files(folder)?);
+        let (text, files) = (checkpoint.tokenizer()?, files(folder)?);
         let begin = text.encode("", true)?;
         let (mut all, mut longest) = (vec![], 0);
         for (i, path) in files.iter().enumerate() {

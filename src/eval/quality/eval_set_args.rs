@@ -92,7 +92,7 @@ impl EvalSetArgs {
         let tasks = self.wanted_tasks();
         let mut questions = vec![];
         if !tasks.is_empty() {
-            let prompting = Prompter::new(target.checkpoint().text()?, self.chat, false, eval.prefill_chunk)?;
+            let prompting = Prompter::new(target.checkpoint().tokenizer()?, self.chat, false, eval.prefill_chunk)?;
             let sources = Sources {
                 words: Some(WordLists::open(&self.words)?),
                 prose: Some(Prose::open(&eval.texts)?),

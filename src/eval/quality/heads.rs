@@ -71,8 +71,8 @@ impl HeadCounter {
 /// Returns the earlier position that each query head of a dense layer attends to most; empty for other layers.
 fn most_attended(seen: &Observed) -> Result<Vec<u32>> {
     let (LayerState::Dense(ring), p) = (seen.state, seen.projections) else { return Ok(vec![]) };
-    let qkv = p.project(seen.x, &seen.step.tables[p.rope], false)?;
-    let (group, past) = (p.heads / p.kv_heads, seen.step.start);
+    let qkv = p.project(seen.x, &seen.chunk.tables[p.rope], false)?;
+    let (group, past) = (p.heads / p.kv_heads, seen.chunk.start);
     // [G, H / G, D] and [G, D, past]. Scale and softmax do not change the argmax.
     let q = qkv.q.reshape((p.kv_heads, group, p.head_dim))?.to_dtype(DType::F32)?;
     let k = ring.rows().k.narrow(0, 0, past)?.permute((1, 2, 0))?.contiguous()?.to_dtype(DType::F32)?;

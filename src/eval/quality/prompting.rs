@@ -2,7 +2,7 @@
 
 use super::metrics::{losses, LogitRows};
 use super::tasks::Sample;
-use crate::checkpoint::Text;
+use crate::checkpoint::TextTokenizer;
 use crate::error::{Error, Result};
 use crate::eval::report::KvBytes;
 use crate::generate::{render_chat, watch, Request, Sampler, Sampling};
@@ -11,7 +11,7 @@ use crate::run::Run;
 /// Builds prompts from samples and generates answers.
 pub struct Prompter {
     /// Tokenizer, chat template and stop tokens.
-    text: Text,
+    text: TextTokenizer,
     /// Whether prompts are rendered with the chat template.
     chat: bool,
     /// Whether eviction takes place before the question is read.
@@ -46,7 +46,7 @@ impl Prompter {
     ///
     /// # Errors
     /// `chat` for a model without a chat template.
-    pub fn new(text: Text, chat: bool, unseen: bool, chunk: usize) -> Result<Self> {
+    pub fn new(text: TextTokenizer, chat: bool, unseen: bool, chunk: usize) -> Result<Self> {
         if chat {
             text.chat_template()?;
         }

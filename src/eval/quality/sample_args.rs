@@ -123,7 +123,7 @@ impl SampleArgs {
         let requested = if imported.is_none() { self.lengths() } else { vec![] };
         self.eval.check_trained(&target, &requested, &bars)?;
         requested.into_iter().try_for_each(|length| target.variants_at(length).map(drop))?;
-        let text = target.checkpoint().text()?;
+        let text = target.checkpoint().tokenizer()?;
         target.warn(&bars);
         let prompting = Prompter::new(text, self.chat, self.question_unseen, self.eval.prefill_chunk)?;
         let from = imported.as_ref().map(|i| i.path.display().to_string());

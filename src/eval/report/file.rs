@@ -72,7 +72,7 @@ fn parse<T: DeserializeOwned>(path: &Path) -> Result<T> {
 /// # Errors
 /// A path that cannot be written, with the reason.
 pub fn check_writable(path: &Path) -> Result<()> {
-    Output::prove(path, "--out")
+    Output::check_writable(path, "--out")
 }
 
 /// Checks that `path` can be written, and that it is not an existing file other than earlier results of `kind`.
@@ -85,7 +85,7 @@ pub fn check_replaceable(path: &Path, kind: &str) -> Result<()> {
         let found = found.as_deref().unwrap_or("not a results file");
         Ok((found != kind).then(|| format!("is {found}; only results of kind `{kind}` are replaced")))
     };
-    Output::prove_over(path, "--out", fault)
+    Output::check_replaceable(path, "--out", fault)
 }
 
 /// Writes `results` to `path` atomically.

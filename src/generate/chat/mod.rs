@@ -1,8 +1,8 @@
-//! The model's own chat template, rendered as transformers renders it.
+//! Renders a checkpoint's chat template as transformers does.
 //!
-//! The environment is that of
-//! <https://github.com/huggingface/transformers/blob/main/src/transformers/utils/chat_template_utils.py>: Jinja with trimmed blocks
-//! and loop controls, `tojson` as `json.dumps`, `raise_exception`, `strftime_now`, `{% generation %}` blocks, and no tools or
+//! The Jinja environment follows
+//! <https://github.com/huggingface/transformers/blob/main/src/transformers/utils/chat_template_utils.py>: trimmed blocks, loop
+//! controls, `tojson` as `json.dumps`, `raise_exception`, `strftime_now` and `{% generation %}` blocks; no tools or
 //! documents.
 
 mod clock;
@@ -11,14 +11,14 @@ mod tags;
 
 use crate::checkpoint::ChatTemplate;
 use crate::error::{Error, ErrorKind, Result};
-use crate::panics::caught;
+use crate::panics::catch_panic;
 use minijinja::{context, Environment, ErrorKind as JinjaKind, Value};
 use std::collections::BTreeMap;
 
-/// Renders one user turn (after an optional system turn) up to where the answer begins.
+/// Renders one user turn, after an optional system turn, with the generation prompt.
 ///
 /// # Errors
-/// A template that does not parse, or that refuses the messages (some models take no system turn).
+/// The template does not parse, or refuses the messages (some models have no system turn).
 pub fn render_chat(template: &ChatTemplate, system: Option<&str>, user: &str) -> Result<String> {
     let place = format!("chat template of {}", template.origin);
     let fail = |e: minijinja::Error| {
@@ -26,12 +26,12 @@ pub fn render_chat(template: &ChatTemplate, system: Option<&str>, user: &str) ->
         let line = e.line().map_or(String::new(), |n| format!(" (line {n})"));
         Error::new(ErrorKind::Tokenizer, &place, format!("{why}{line}"))
     };
-    let made = caught(|| render(template, system, user));
+    let made = catch_panic(|| render(template, system, user));
     made.map_err(|why| Error::new(ErrorKind::Tokenizer, &place, why))?.map_err(fail)
 }
 
 fn render(template: &ChatTemplate, system: Option<&str>, user: &str) -> Result<String, minijinja::Error> {
-    let source = tags::without_generation(&template.source);
+    let source = tags::replace_generation_tags(&template.source);
     let mut env = Environment::new();
     env.set_trim_blocks(true);
     env.set_lstrip_blocks(true);
@@ -90,12 +90,12 @@ mod tests {
     }
 
     #[test]
-    fn tokens_go_by_the_names_of_the_tokenizer_and_no_others() {
+    fn special_tokens_have_the_tokenizers_names() {
         assert_eq!(rendered("{{ image_token }}{{ eos_token }}{{ pad_token is defined }}"), "<image></s>False");
     }
 
     #[test]
-    fn no_tools_and_no_documents_are_none() {
+    fn tools_and_documents_are_none() {
         assert_eq!(rendered("{{ tools is none }}{{ documents is none }}{{ tools is defined }}"), "TrueTrueTrue");
     }
 }

@@ -1,4 +1,4 @@
-//! Values as Python writes them: `str`, `repr` and `json.dumps`.
+//! Python's `str`, `repr` and `json.dumps`, for template values.
 
 use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Error, ErrorKind, Output, State, Value};
@@ -6,12 +6,12 @@ use serde::Serialize;
 use serde_json::ser::{CharEscape, Formatter, Serializer};
 use std::io;
 
-/// Writes a value of a template's expression.
+/// Writes the value of a template expression: minijinja's formatter.
 pub fn write(out: &mut Output, _: &State, value: &Value) -> Result<(), Error> {
     out.write_str(&to_str(value)).map_err(|_| Error::new(ErrorKind::WriteFailure, "the text cannot be written"))
 }
 
-/// `str(value)`; nothing for what is undefined.
+/// Returns Python's `str(value)`; an empty string for an undefined value, as in Jinja.
 pub fn to_str(value: &Value) -> String {
     match value.as_str() {
         Some(text) => text.into(),
@@ -20,7 +20,7 @@ pub fn to_str(value: &Value) -> String {
     }
 }
 
-/// `repr(value)`.
+/// Returns Python's `repr(value)`.
 fn repr(value: &Value) -> String {
     let items = |value: &Value| value.try_iter().into_iter().flatten();
     match value.kind() {
@@ -42,7 +42,8 @@ fn repr(value: &Value) -> String {
     }
 }
 
-/// Jinja's `title`: words begin after white space, hyphens and opening brackets, and not after other punctuation.
+/// Jinja's `title` filter: words begin after white space, hyphens and opening brackets, but not after other
+/// punctuation.
 pub fn title(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut begins = true;
@@ -74,7 +75,8 @@ fn quoted(text: &str) -> String {
     out
 }
 
-/// `repr` of a float: the shortest digits that read back, with an exponent below 1e-4 and from 1e16 on.
+/// Returns Python's `repr` of a float: the shortest digits that read back, with an exponent below 1e-4 and from 1e16
+/// on.
 fn float(x: f64) -> String {
     if !x.is_finite() {
         return if x.is_nan() { "nan".into() } else { format!("{}inf", if x < 0.0 { "-" } else { "" }) };
@@ -89,7 +91,11 @@ fn float(x: f64) -> String {
     }
 }
 
-/// `json.dumps` as a filter, with the parameters that transformers gives it: `ensure_ascii`, `indent`, `separators` and `sort_keys`.
+/// Python's `json.dumps` as a filter, with transformers' parameters: `ensure_ascii`, `indent`, `separators` and
+/// `sort_keys`.
+///
+/// # Errors
+/// The value is undefined or not serialisable; a parameter has the wrong type.
 pub fn to_json(value: &Value, places: Rest<Value>, names: Kwargs) -> Result<String, Error> {
     let refused = |what: String| Error::new(ErrorKind::InvalidOperation, format!("tojson: {what}"));
     if value.is_undefined() {
@@ -115,7 +121,7 @@ pub fn to_json(value: &Value, places: Rest<Value>, names: Kwargs) -> Result<Stri
             let text = |i: usize| pair.get_item_by_index(i).ok().and_then(|v| v.as_str().map(String::from));
             text(0).zip(text(1)).ok_or_else(|| refused("separators must be two strings".into()))?
         }
-        // Python puts no space where a line ends.
+        // Python writes no space at the end of a line.
         None => (if indent.is_some() { "," } else { ", " }.into(), ": ".into()),
     };
     let style = Style { indent, item, key, ascii: ascii.is_some_and(|v| v.is_true()), depth: 0, filled: false };
@@ -132,14 +138,14 @@ pub fn to_json(value: &Value, places: Rest<Value>, names: Kwargs) -> Result<Stri
     String::from_utf8(bytes).map_err(|e| refused(e.to_string()))
 }
 
-/// How `json.dumps` lays text out.
+/// Layout of `json.dumps` output.
 struct Style {
     indent: Option<String>,
     item: String,
     key: String,
     ascii: bool,
     depth: usize,
-    /// Whether the innermost open list or object has anything in it.
+    /// Whether the innermost open list or object has an element.
     filled: bool,
 }
 
@@ -246,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn values_are_shown_as_python_shows_them() {
+    fn values_are_written_as_python_writes_them() {
         let value = Value::from_serialize(serde_json::json!({"b": [true, null, 1, 2.5], "a": "it's\n"}));
         assert_eq!(to_str(&value), r#"{'b': [True, None, 1, 2.5], 'a': "it's\n"}"#);
         assert_eq!((to_str(&Value::UNDEFINED), to_str(&Value::from("x"))), (String::new(), "x".into()));

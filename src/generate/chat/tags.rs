@@ -1,10 +1,11 @@
-//! `{% generation %}`: the one tag that transformers adds to Jinja.
+//! `{% generation %}`, the tag that transformers adds to Jinja.
 //!
-//! The tag marks training text and renders its body in a scope of its own, as `{% with %}` does; minijinja has no custom tags
-//! (<https://github.com/mitsuhiko/minijinja/issues/815>), so the names are replaced before parsing.
+//! The tag marks text for training and renders its body in its own scope, as `{% with %}` does. minijinja has no custom
+//! tags (<https://github.com/mitsuhiko/minijinja/issues/815>), so the names are replaced before parsing.
 
-/// `source` with `generation` and `endgeneration` tags as `with` and `endwith`; text, strings, comments and raw blocks stay.
-pub fn without_generation(source: &str) -> String {
+/// Replaces the tags `generation` and `endgeneration` by `with` and `endwith`, except in text, strings, comments and
+/// raw blocks.
+pub fn replace_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(at) = rest.find(['{']).filter(|at| *at + 1 < rest.len()) {
@@ -38,13 +39,13 @@ pub fn without_generation(source: &str) -> String {
     out + rest
 }
 
-/// The first word of a tag.
+/// Returns the first word of a tag.
 fn name_of(tag: &str) -> &str {
     let inner = tag[2..].trim_start_matches(['-', '+']).trim_start();
     inner.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or_default()
 }
 
-/// Where the tag that `tag` begins with ends: at the first `close` outside strings and brackets.
+/// Returns the length of the tag at the start of `tag`: it ends at the first `close` outside strings and brackets.
 fn expression_end(tag: &str, close: &str) -> usize {
     let (mut at, mut depth, mut quote) = (2, 0usize, None);
     let bytes = tag.as_bytes();
@@ -64,7 +65,7 @@ fn expression_end(tag: &str, close: &str) -> usize {
     tag.len()
 }
 
-/// Where the raw block that `tag` begins with ends.
+/// Returns the length of the raw block at the start of `tag`.
 fn raw_end(tag: &str) -> usize {
     let mut at = 2;
     while let Some(next) = tag[at..].find("{%") {
@@ -79,22 +80,22 @@ fn raw_end(tag: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::without_generation;
+    use super::replace_generation_tags;
 
     #[test]
-    fn tags_are_replaced_with_their_white_space_control() {
+    fn tags_are_replaced_and_keep_their_white_space_control() {
         for (given, want) in [
             ("a{% generation %}b{% endgeneration %}c", "a{% with %}b{% endwith %}c"),
             ("{%- generation -%} b {%- endgeneration +%}", "{%- with -%} b {%- endwith +%}"),
             ("{%generation%}{%endgeneration%}", "{%with%}{%endwith%}"),
             ("é{%\n generation\n%}ü", "é{%\n with\n%}ü"),
         ] {
-            assert_eq!(without_generation(given), want);
+            assert_eq!(replace_generation_tags(given), want);
         }
     }
 
     #[test]
-    fn everything_else_stays_as_it_is() {
+    fn everything_else_is_unchanged() {
         for same in [
             "",
             "{",
@@ -111,7 +112,7 @@ mod tests {
             "{{ unclosed",
             "{%",
         ] {
-            assert_eq!(without_generation(same), same);
+            assert_eq!(replace_generation_tags(same), same);
         }
     }
 }

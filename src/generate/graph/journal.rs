@@ -1,9 +1,9 @@
-//! What a batch of captured steps overwrites, saved before the batch so that it can be undone.
+//! Undo log of a batch of captured steps: saves the cache rows that the batch overwrites.
 //!
-//! The host learns of a batch's tokens together and may stop at any of them, but steps beyond have already entered rings, summary
-//! rows and running sums that earlier positions still need. A batch that is cut off is undone, and its delivered steps run again: the
-//! same launches on the same state, so the run holds exactly what was delivered. Dense caches need nothing: rows beyond the
-//! position are not read.
+//! The host fetches a batch's tokens together and may stop at any of them, but later steps of the batch have already
+//! written to rings, summary rows and running sums that earlier positions still need. A batch that is cut off is
+//! undone, and its delivered steps run again: the same launches on the same state, so the cache holds exactly what was
+//! delivered. Dense caches need no undo: rows beyond the position are not read.
 
 use super::{driver, State, BATCH};
 use crate::cache::{LayerState, Ring};
@@ -14,7 +14,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Tensor};
 
-/// `Journal` of kernels/decode.cu.
+/// Mirrors struct `Journal` of kernels/decode.cu.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 struct Entry {
@@ -39,15 +39,15 @@ crate::ops::cuda::mirrored!(Entry, 72, {
     readable: 64, width: 68,
 });
 
-/// Room for what one batch overwrites.
+/// Device memory for the rows that one batch overwrites.
 pub(super) struct Journal {
-    /// One entry per layer that overwrites anything; `None` where none does.
+    /// One entry per layer that overwrites rows, and their number; `None` if no layer does.
     table: Option<(Uploaded<Entry>, usize)>,
     _saved: Vec<Tensor>,
 }
 
 impl Journal {
-    /// For the layers of `run`.
+    /// Allocates the journal for the layers of `run`.
     pub fn new(run: &Run, gpu: &CudaDevice) -> Result<Self> {
         let (mut entries, mut saved) = (vec![], vec![]);
         for (plan, state) in run.layout().layers.iter().zip(&run.cache().layers) {
@@ -65,18 +65,19 @@ impl Journal {
         Ok(Self { table, _saved: saved })
     }
 
-    /// Saves what `count` steps from `state`'s position on overwrite, or puts it back.
+    /// Saves the rows that `count` steps from `state`'s position on overwrite, or restores them.
     pub fn exchange(&self, gpu: &CudaDevice, state: &CudaSlice<State>, count: usize, restore: bool) -> Result<()> {
         let Some((table, layers)) = &self.table else { return Ok(()) };
         let kernel = Kernel::load(gpu, Module::Decode, "decode_journal".into())?;
         let at = state.device_ptr(&gpu.cuda_stream()).0;
         let launch = Launch::new(kernel, (*layers, 1, 1), 256).with(table.address).with(at);
         let launch = launch.with(count as i32).with(i32::from(restore));
-        // SAFETY: the table names memory of the run's cache and of `_saved`, which outlive the step; at most BATCH steps.
+        // SAFETY: the table names memory of the run's cache and of `_saved`, which outlive the step; at most BATCH
+        // steps.
         unsafe { launch.enqueue(false) }
     }
 
-    /// Undoes a batch that began at `begin` and runs its first `delivered` steps again.
+    /// Undoes a batch of `launched` steps that began at state `begin`, and runs its first `delivered` steps again.
     pub fn rewind(
         &self,
         gpu: &CudaDevice,
@@ -92,7 +93,8 @@ impl Journal {
     }
 }
 
-/// The memory of a layer that later steps overwrite while earlier positions need it.
+/// Returns the journal entry of a layer whose later steps overwrite rows that earlier positions need; `None` if there
+/// are none.
 fn overwritten(state: &LayerState) -> Result<Option<Entry>> {
     let ring = |ring: &Ring| -> Result<Entry> {
         let k = ring.rows().k;

@@ -1,4 +1,4 @@
-//! The matrix-vector products of a step: which weights have one, and their launches.
+//! Matrix-vector products of a decode step: supported weight formats, and the launches.
 
 use super::step::Builder;
 use crate::error::{Error, Result};
@@ -31,7 +31,8 @@ pub(super) fn matrix(w: &Weight, bias: u64) -> Result<DeviceMatrix> {
 }
 
 impl Builder<'_> {
-    /// Lists the product of `x`, or of its norm, with `layers` side by side: one launch to a run of equal formats.
+    /// Adds the products of `x` (or of its norm, if given) with `layers`, outputs concatenated: one launch per run of
+    /// equal formats.
     pub(super) fn matvec(
         &mut self,
         form: Form,

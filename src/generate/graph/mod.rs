@@ -1,9 +1,9 @@
 //! Greedy decode on a GPU: one step captured as a CUDA graph and replayed for every token.
 //!
-//! All that changes from token to token (position, token, running sums) lies in device memory, and the cache never grows, so
-//! that the same launches serve every position. The likeliest token is found on the device and read by the next replay; the host
-//! fetches tokens a few at a time. Where a rule evicts, a step is captured anew whenever rows have changed places. The residual
-//! stream and all sums are f32; keys and values are 16 bits; weights are 16 bits or quantised blocks, as they are held.
+//! Everything that changes from token to token (position, token, running sums) is in device memory and the cache never
+//! grows, so the same launches serve every position. The most likely token is found on the device and read by the next
+//! replay; the host fetches [`BATCH`] tokens at a time. After an eviction, which moves rows, the step is captured
+//! again. The residual stream and all sums are f32, keys and values 16 bits, weights 16 bits or quantised blocks.
 
 mod journal;
 mod matvec;
@@ -26,12 +26,12 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Device, Tensor};
 use std::time::Instant;
 
-/// Tokens fetched at once.
+/// Tokens fetched per host synchronisation.
 const BATCH: usize = 8;
-/// Most summaries to a block that a step's table of routes holds; rules that read more (`all`) decode step by step.
+/// Maximum number of summaries per block in a step's route table; rules that read more (`all`) are not captured.
 const ROUTES: usize = 64;
 
-/// `DecodeState` of kernels/decode.cuh.
+/// Mirrors struct `DecodeState` of kernels/decode.cuh.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 struct State {
@@ -49,29 +49,30 @@ crate::ops::cuda::mirrored!(State, 24, {
 });
 unsafe impl ValidAsZeroBits for State {}
 
-/// A captured step, with the memory that it works in.
+/// A captured decode step and its device memory.
 pub(super) struct StepGraph {
     graph: CudaGraph,
     gpu: CudaDevice,
     state: CudaSlice<State>,
     tokens: Tensor,
-    /// f32 `[1, vocab]`, of the last step.
+    /// Logits of the last step, f32 `[1, vocab]`.
     logits: Tensor,
     journal: Journal,
     _held: StepBuffers,
 }
 
 impl Drop for StepGraph {
-    /// Waits for the last launch. Destroying a graph of programmatic dependent launches while it runs hangs the GPU once several threads
-    /// do so (driver 580.159.04): kernels/repro/graph_in_flight.cu, 0 of 7 runs ended without the wait and 7 of 7 with it.
+    /// Waits for the last launch. Destroying a running graph with programmatic dependent launches from several threads
+    /// hangs the GPU (driver 580.159.04): in kernels/repro/graph_in_flight.cu, 0 of 7 runs finished without the wait
+    /// and 7 of 7 with it.
     fn drop(&mut self) {
-        // Nothing can be said here; a broken stream fails the next call on it.
+        // An error cannot be returned here; a broken stream fails the next call on it.
         let _ = self.gpu.cuda_stream().synchronize();
     }
 }
 
 impl StepGraph {
-    /// Captures a step of `run`; `None` where the model, its settings or its device have no captured form.
+    /// Captures a decode step of `run`; returns `None` if [`captures`] is false.
     pub fn capture(run: &Run, stop: &[u32]) -> Result<Option<Self>> {
         let Device::Cuda(gpu) = run.device() else { return Ok(None) };
         let routes = routes(run);
@@ -87,7 +88,8 @@ impl StepGraph {
         let stream = gpu.cuda_stream();
         stream.synchronize().map_err(driver)?;
         stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(driver)?;
-        // SAFETY: every address belongs to the weights, the run's cache, or `held`, which live as long as the graph is run.
+        // SAFETY: every address belongs to the weights, the run's cache, or `held`, which outlive the graph's last
+        // launch.
         let enqueued = launches.iter().enumerate().try_for_each(|(i, l)| unsafe { l.enqueue(i > 0) });
         let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(driver)?;
         enqueued?;
@@ -97,7 +99,8 @@ impl StepGraph {
         Ok(Some(Self { graph, gpu: gpu.clone(), state, tokens, logits, journal, _held: held }))
     }
 
-    /// Reads `ids`, at most [`Cache::until_eviction`], one by one and returns the logits after each, f32 `[ids.len(), vocab]`.
+    /// Replays the step for each of `ids`, at most `Cache::until_eviction` of them, and returns the logits after each,
+    /// f32 `[ids.len(), vocab]`.
     pub fn read(mut self, run: &mut Run, ids: &[u32]) -> Result<Tensor> {
         let mut rows = vec![];
         for id in ids {
@@ -110,8 +113,9 @@ impl StepGraph {
         Ok(Tensor::cat(&rows, 0)?)
     }
 
-    /// Decodes from `first`, which is already delivered, until the request's count, a stop token, or `on_token` says no; or until rows
-    /// have changed places: then it returns the last token, to go on from with a new capture.
+    /// Decodes from `first`, which is already delivered, until the requested count, a stop token, or a `Break` from
+    /// `on_token`. An eviction ends it too: then it returns the last token, from which decode continues with a new
+    /// capture.
     pub fn run(
         mut self,
         run: &mut Run,
@@ -165,14 +169,14 @@ impl StepGraph {
     }
 }
 
-/// Whether the next step of `run` has a captured form.
+/// Whether the next decode step of `run` can be captured.
 pub(super) fn captures(run: &Run) -> bool {
     run.device().is_cuda() && has_form(run, &routes(run))
 }
 
-/// Whether every part of the model has a captured form: matrices in formats with a kernel (16-bit types, and blocks from q4_0 to q6_k;
-/// they may differ from matrix to matrix, but not between a layer's gate and up, which share a launch), settings whose
-/// summaries are read as stored, and no rule that must still see queries.
+/// Whether every part of the model can be captured: matrices in formats with a kernel (16-bit types, and blocks from
+/// q4_0 to q6_k; they may differ between matrices, but not between a layer's gate and up, which share a launch),
+/// settings that read summaries as stored, and no eviction rule that still has to see queries.
 fn has_form(run: &Run, routes: &[Routes]) -> bool {
     let weights = run.weights();
     let block = |(((b, routes), plan), layer): (((&Block, &Routes), &LayerPlan), &LayerState)| {
@@ -181,7 +185,8 @@ fn has_form(run: &Run, routes: &[Routes]) -> bool {
         let reads_as_stored = match &plan.kind {
             LayerKind::Butterfly(l) => {
                 let s = &l.settings;
-                // A mean is stored by the one thread block that reads the layer's summaries: of 16 query heads.
+                // Summaries are written by the thread block that reads them, one per KV head, which covers at most 16
+                // query heads.
                 let one_block = p.heads <= 16 * p.kv_heads;
                 s.pool == Pool::PostRope && s.far_position == FarPosition::True && widest(routes) <= ROUTES && one_block
             }
@@ -203,10 +208,10 @@ fn has_form(run: &Run, routes: &[Routes]) -> bool {
         && weights.blocks.iter().zip(routes).zip(&run.layout().layers).zip(&run.cache().layers).all(block)
 }
 
-/// What each block of a layer reads, and the bias of each.
+/// For each block of a layer, the blocks whose summaries it reads, each with its bias.
 type Routes = Vec<Vec<(usize, f32)>>;
 
-/// Every layer's routes from the run's position on: decode never goes back.
+/// Returns the routes of every layer, for blocks from the run's position on; earlier blocks are left empty.
 fn routes(run: &Run) -> Vec<Routes> {
     let of = |plan: &LayerPlan| {
         let Some(l) = plan.butterfly() else { return vec![] };
@@ -217,7 +222,7 @@ fn routes(run: &Run) -> Vec<Routes> {
     run.layout().layers.iter().map(of).collect()
 }
 
-/// Most summaries that any block reads.
+/// Returns the largest number of summaries that a block reads.
 fn widest(routes: &Routes) -> usize {
     routes.iter().map(Vec::len).max().unwrap_or(0)
 }

@@ -1,4 +1,4 @@
-//! The launches of one decode step, and the memory that they work in.
+//! Kernel launches of one decode step, and their device memory.
 
 use super::matvec::matrix;
 use super::{widest, Routes, State, BATCH};
@@ -17,7 +17,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Tensor};
 
-/// Memory that the launches read and write.
+/// Device memory that the launches read and write.
 #[derive(Default)]
 pub(super) struct StepBuffers {
     tensors: Vec<Tensor>,
@@ -27,7 +27,7 @@ pub(super) struct StepBuffers {
     scratch: Vec<(Cut, Scratch)>,
 }
 
-/// The vectors of a step.
+/// Device addresses of a step's activations and rotary tables.
 struct Vectors {
     x: u64,
     y: u64,
@@ -38,12 +38,12 @@ struct Vectors {
     sin: u64,
 }
 
-/// A rule that must still see queries, which a captured step does not keep.
+/// Returns the error for an eviction rule that still has to see queries, which a captured step does not store.
 fn without_form() -> Error {
     Error::unsupported("decode graph", "a layer whose rule waits for the end of the context has no captured form")
 }
 
-/// Keys, values and capacity; zeros where there is no ring.
+/// Returns the addresses of a ring's keys and values and its capacity; zeros without a ring.
 fn rows(ring: Option<&Ring>) -> Result<(u64, u64, i32)> {
     match ring {
         Some(ring) => Ok((address(ring.rows().k)?, address(ring.rows().v)?, ring.capacity() as i32)),
@@ -51,7 +51,7 @@ fn rows(ring: Option<&Ring>) -> Result<(u64, u64, i32)> {
     }
 }
 
-/// Lists a step's launches.
+/// Collects the launches of a step.
 pub(super) struct Builder<'a> {
     weights: &'a Weights,
     pub(super) gpu: &'a CudaDevice,
@@ -118,7 +118,7 @@ impl<'a> Builder<'a> {
         Ok(at)
     }
 
-    /// Lists the launches of a step; `routes` are those of each layer.
+    /// Adds all launches of a step; `routes` holds one entry per layer.
     pub(super) fn step(&mut self, run: &Run, routes: &[Routes], stop: &[u32]) -> Result<()> {
         let weights = self.weights;
         self.embed()?;
@@ -133,7 +133,7 @@ impl<'a> Builder<'a> {
         self.push("decode_finish", 1, 1, |l| l.with(state).with(tokens).with(BATCH as i32).with(at).with(count))
     }
 
-    /// The token's row, and rotary tables padded to the widest.
+    /// Adds the embedding lookup and the computation of the rotary tables, padded to the widest.
     fn embed(&mut self) -> Result<()> {
         let weights = self.weights;
         let (mut frequencies, mut amplitudes) = (vec![], vec![]);
@@ -167,7 +167,7 @@ impl<'a> Builder<'a> {
         self.add(&m.down, hidden, &b.after_mlp, (x, y))
     }
 
-    /// Adds a layer's output to the residual stream, through its norm where the family has one.
+    /// Adds the product of a layer's output matrix, normed where the family has a norm there, to the residual stream.
     fn add(&mut self, layer: &Linear, from: u64, norm: &Option<RmsNorm>, (x, y): (u64, u64)) -> Result<()> {
         let Some(norm) = norm else {
             return self.matvec(Form::Add, &[layer], from, None, x, None);
@@ -225,7 +225,7 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// Sinks, summaries and the table of routes of a swapped layer.
+    /// Sets a swapped layer's sinks, summaries and route table in `launch`.
     fn far(
         &mut self,
         b: &ButterflyLayer,

@@ -177,7 +177,7 @@ fn check_plans(dir: &Path) -> Result<()> {
 /// Opens `path` for a plan; an existing file is replaced only if it is a plan.
 fn reserve_plan(path: &Path) -> Result<Output> {
     let fault = |_| Ok(RetrofitPlan::load(path).err().map(|_| "is no plan; only plans are replaced".into()));
-    Output::reserve_over(path, "--plans", fault)
+    Output::reserve_replacing(path, "--plans", fault)
 }
 
 /// Writes one plan per point of the curve that swaps at least one layer.

@@ -104,7 +104,7 @@ pub fn check_replaceable(path: &Path, flag: &'static str) -> Result<()> {
         let sample = serde_json::from_slice::<Sample>(&first);
         Ok(sample.is_err().then(|| "holds no samples; only a file of samples is replaced".into()))
     };
-    Output::prove_over(path, flag, fault)
+    Output::check_replaceable(path, flag, fault)
 }
 
 /// Reads a file of samples written by bfly or by RULER.
