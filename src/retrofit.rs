@@ -23,7 +23,7 @@ pub enum WindowAlign {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
-pub enum Pool {
+pub enum KeyPooling {
     /// Mean of rotated keys.
     PostRope,
     /// Mean of unrotated keys, rotated at the mean of their positions.
@@ -61,7 +61,7 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shift_unit: Option<usize>,
     /// Whether keys are averaged after or before rotation.
-    pub pool: Pool,
+    pub pool: KeyPooling,
     /// `β` of the bias `β ln(count)` on a summary's logit.
     pub summary_bias: f64,
     /// Relative position at which summaries are scored.
@@ -80,7 +80,7 @@ impl Default for Settings {
             partner: selector::SELECTORS[0].name().into(),
             partner_count: 1,
             shift_unit: None,
-            pool: Pool::PostRope,
+            pool: KeyPooling::PostRope,
             summary_bias: 0.0,
             far_position: FarPosition::True,
             seed: 0,
@@ -123,7 +123,7 @@ impl Settings {
         if !self.summary_bias.is_finite() {
             return fail("--summary-bias", format!("{} is not a finite number", self.summary_bias));
         }
-        if self.far_position == FarPosition::Clamp && self.pool == Pool::PostRope {
+        if self.far_position == FarPosition::Clamp && self.pool == KeyPooling::PostRope {
             return fail(
                 "--far-position",
                 "clamp rotates summaries anew, which needs unrotated keys: add --pool pre-rope".into(),

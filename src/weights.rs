@@ -66,7 +66,7 @@ impl Weights {
     ) -> Result<Arc<Self>> {
         let loaded = Loader { checkpoint, format, device }.weights(progress).map_err(|e| match e.kind() {
             ErrorKind::Memory => {
-                let total = human_bytes(checkpoint.held(format).values().sum());
+                let total = human_bytes(checkpoint.bytes_by_type(format).values().sum());
                 let message = format!("{e}: the weights take {total} in all; --dtype q8_0 or q4_0 takes less");
                 Error::new(ErrorKind::Memory, "weights", message)
             }

@@ -7,7 +7,7 @@ use bfly::checkpoint::{WeightDtype, WeightFormat};
 use bfly::eviction::EvictionPlan;
 use bfly::generate::{watch, MemoryNeeds, Request, Sampler, Sampling};
 use bfly::ops::{self, AttentionArgs, KeyValues, RowList, Segment, Store, StoreRows, Window};
-use bfly::retrofit::{FarPosition, Pool, Settings, WindowAlign};
+use bfly::retrofit::{FarPosition, KeyPooling, Settings, WindowAlign};
 use bfly::run::Run;
 use bfly::spec::Activation;
 use bfly::storage::Storage;
@@ -254,8 +254,8 @@ fn settings() -> Vec<Settings> {
         Settings { partner_count: 2, summary_bias: 1.0, ..small(16, 16, 3) },
         Settings { partner: "all".into(), ..small(16, 16, 0) },
         Settings { partner: "xor".into(), ..small(7, 21, 20) },
-        Settings { pool: Pool::PreRope, ..small(16, 32, 4) },
-        Settings { pool: Pool::PreRope, far_position: FarPosition::Clamp, ..small(16, 32, 4) },
+        Settings { pool: KeyPooling::PreRope, ..small(16, 32, 4) },
+        Settings { pool: KeyPooling::PreRope, far_position: FarPosition::Clamp, ..small(16, 32, 4) },
         Settings { window_align: WindowAlign::Token, shift_unit: Some(1), ..small(16, 32, 0) },
         small(128, 128, 4),
     ]

@@ -4,7 +4,7 @@ mod common;
 
 use bfly::generate::watch;
 use bfly::layout::Layout;
-use bfly::retrofit::{FarPosition, Pool, Settings, WindowAlign};
+use bfly::retrofit::{FarPosition, KeyPooling, Settings, WindowAlign};
 use bfly::run::Run;
 use bfly::selector::SELECTORS;
 use candle_core::Tensor;
@@ -39,7 +39,7 @@ fn blocks_of_one_with_all_summaries_are_dense_attention() -> Any {
     for name in ["llama3_rope", "qwen3_d128", "gemma3", "qwen2_yarn"] {
         let golden = Golden::open(name)?;
         let text = golden.ids("short")?;
-        for (sink_tokens, pool) in [(0, Pool::PostRope), (5, Pool::PostRope), (3, Pool::PreRope)] {
+        for (sink_tokens, pool) in [(0, KeyPooling::PostRope), (5, KeyPooling::PostRope), (3, KeyPooling::PreRope)] {
             let settings = Settings { partner: "all".into(), pool, ..small(1, 3, sink_tokens) };
             let model = load_golden(name, Some(&settings), 300)?;
             let off = deviation(&last_logits(&model, &text, 300, 64)?, &golden.logits("short")?)?;
@@ -93,7 +93,7 @@ prop_compose! {
             block, window, sink_tokens, partner_count, shift_unit,
             window_align: if token && window > 0 { WindowAlign::Token } else { WindowAlign::Block },
             partner: SELECTORS[rule].name().into(),
-            pool: if pre_rope { Pool::PreRope } else { Pool::PostRope },
+            pool: if pre_rope { KeyPooling::PreRope } else { KeyPooling::PostRope },
             summary_bias: bias,
             far_position: if clamp && pre_rope { FarPosition::Clamp } else { FarPosition::True },
             seed: 5,

@@ -85,17 +85,17 @@ impl CompressedKv {
         let t = k.dim(0)?;
         if self.count + t > self.capacity() {
             let message = format!("{t} tokens do not fit {} rows with {} in use", self.capacity(), self.count);
-            return Err(Error::new(ErrorKind::Backend, "kept rows", message));
+            return Err(Error::new(ErrorKind::Backend, "compressed KV", message));
         }
         self.rows.write(k, v, self.count)?;
         if let Some(queries) = &self.queries {
             write_wrapped(queries, q, self.position)?;
         }
-        self.took(t)
+        self.advance(t)
     }
 
     /// Advances the position by `t` tokens whose rows are written, and evicts where a block is complete.
-    pub(super) fn took(&mut self, t: usize) -> Result<()> {
+    pub(super) fn advance(&mut self, t: usize) -> Result<()> {
         (self.count, self.position) = (self.count + t, self.position + t);
         match self.rule.when(&self.plan) {
             When::EveryBlock(block) if self.position.is_multiple_of(block) => self.evict(),

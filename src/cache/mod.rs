@@ -148,8 +148,8 @@ impl Cache {
     /// eviction.
     #[cfg(feature = "cuda")]
     pub(crate) fn until_eviction(&self) -> usize {
-        let kept = self.layers.iter().filter_map(|l| if let LayerState::CompressedKv(k) = l { Some(k) } else { None });
-        kept.map(|k| k.until_eviction(usize::MAX)).min().unwrap_or(usize::MAX)
+        let rows = self.layers.iter().filter_map(|l| if let LayerState::CompressedKv(r) = l { Some(r) } else { None });
+        rows.map(|r| r.until_eviction(usize::MAX)).min().unwrap_or(usize::MAX)
     }
 
     /// Advances the position by `count` tokens (at most [`Cache::until_eviction`]) whose rows captured steps have
@@ -158,11 +158,11 @@ impl Cache {
     /// # Errors
     /// An eviction fails; the message names the layer.
     #[cfg(feature = "cuda")]
-    pub(crate) fn took(&mut self, count: usize) -> Result<()> {
+    pub(crate) fn advance_captured(&mut self, count: usize) -> Result<()> {
         self.advance(count);
         for (i, layer) in self.layers.iter_mut().enumerate() {
-            if let LayerState::CompressedKv(kept) = layer {
-                kept.took(count).map_err(|e| e.within(format!("cache of layer {i}")))?;
+            if let LayerState::CompressedKv(rows) = layer {
+                rows.advance(count).map_err(|e| e.within(format!("cache of layer {i}")))?;
             }
         }
         Ok(())

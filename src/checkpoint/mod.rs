@@ -286,7 +286,7 @@ impl Checkpoint {
     }
 
     /// Returns the size of all matrices in memory under `format`, in bytes by weight type.
-    pub fn held(&self, format: &WeightFormat) -> BTreeMap<String, u64> {
+    pub fn bytes_by_type(&self, format: &WeightFormat) -> BTreeMap<String, u64> {
         let mut bytes = BTreeMap::new();
         for t in self.schema.matrices() {
             let stored = self.info(t).and_then(|i| i.storage.clone().ok());

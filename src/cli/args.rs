@@ -4,7 +4,7 @@ use super::{parse_bytes, parse_count, parse_size};
 use crate::checkpoint::{OpenOptions, WeightDtype};
 use crate::error::{Error, Result};
 use crate::generate::Sampling;
-use crate::retrofit::{FarPosition, Pool, Settings, WindowAlign};
+use crate::retrofit::{FarPosition, KeyPooling, Settings, WindowAlign};
 use crate::selector::SELECTORS;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -205,7 +205,7 @@ pub struct RetrofitArgs {
     pub shift_unit: Option<usize>,
     /// Whether keys are averaged after or before RoPE [default: post-rope]
     #[arg(long)]
-    pub pool: Option<Pool>,
+    pub pool: Option<KeyPooling>,
     /// β in the bias β ln(pooled tokens) on a summary's logit; 0 weighs a summary like one token [default: 0]
     #[arg(long, value_name = "BETA", allow_negative_numbers = true)]
     pub summary_bias: Option<f64>,

@@ -87,7 +87,7 @@ impl Target {
     /// # Errors
     /// Weights that take more bytes than the machine, or the GPU, has.
     pub fn refuse_too_large(&self) -> Result<()> {
-        let need = self.checkpoint.held(&self.format).values().sum::<u64>();
+        let need = self.checkpoint.bytes_by_type(&self.format).values().sum::<u64>();
         match crate::ops::memory_of(&self.device).filter(|memory| need > *memory) {
             None => Ok(()),
             Some(memory) => Err(Error::new(
@@ -134,7 +134,7 @@ impl Target {
     /// Returns the header of results of `kind`.
     pub fn header(&self, kind: &str) -> Header {
         let given = self.args.model.model.as_deref().unwrap_or_default();
-        let held = self.checkpoint.held(&self.format);
+        let held = self.checkpoint.bytes_by_type(&self.format);
         let most = held.iter().max_by_key(|(_, bytes)| **bytes).map_or(String::new(), |(name, _)| name.clone());
         Header {
             // The identity of a patched model is that of its base, which `given` does not name.

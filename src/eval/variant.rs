@@ -241,7 +241,7 @@ fn pairs(text: &str) -> Vec<(String, String)> {
 mod tests {
     use super::*;
     use crate::checkpoint::Checkpoint;
-    use crate::retrofit::{FarPosition, Pool, WindowAlign};
+    use crate::retrofit::{FarPosition, KeyPooling, WindowAlign};
     use clap::Args;
 
     fn spec() -> ModelSpec {
@@ -293,7 +293,7 @@ mod tests {
             partner: "random".into(),
             partner_count: 2,
             shift_unit: Some(4),
-            pool: Pool::PreRope,
+            pool: KeyPooling::PreRope,
             summary_bias: -0.5,
             far_position: FarPosition::Clamp,
             seed: 9,

@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::layout::ButterflyLayer;
 use crate::nn::Rope;
 use crate::ops::{attend, pool_blocks, AttentionArgs, FarRow, KeyValues, Pooled, RowList, Segment, Store, StoreRows};
-use crate::retrofit::{FarPosition, Pool};
+use crate::retrofit::{FarPosition, KeyPooling};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 
@@ -32,7 +32,7 @@ pub(super) fn forward(
     cache: &mut TwoPool,
 ) -> Result<Tensor> {
     let s = &layer.settings;
-    let Qkv { q, k, v, plain } = p.project(x, &chunk.tables[p.rope], s.pool == Pool::PreRope)?;
+    let Qkv { q, k, v, plain } = p.project(x, &chunk.tables[p.rope], s.pool == KeyPooling::PreRope)?;
     cache.keep_sinks(&k, &v, chunk.start)?;
     let to_pool = plain.as_ref().map_or(&k, |(_, k)| k);
     let pooled = pool_blocks(to_pool, &v, chunk.start, s.block, s.sink_tokens, &mut cache.running)?;
@@ -104,7 +104,7 @@ fn far(
         return Ok(vec![]);
     }
     let (k, v) = gather(&blocks, cache, pooled)?;
-    if s.pool == Pool::PostRope {
+    if s.pool == KeyPooling::PostRope {
         return Ok(vec![Far { k, v, routes, at_edge: false }]);
     }
     let positions: Vec<f32> = blocks.iter().map(|n| s.pooled_position(*n)).collect();

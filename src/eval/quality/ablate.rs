@@ -17,7 +17,7 @@ use crate::eval::report::{check_replaceable, save, Ablation, AblationAxis, Ablat
 use crate::eval::variant::Variant;
 use crate::layout::Layout;
 use crate::method::Method;
-use crate::retrofit::{FarPosition, Pool, RetrofitPlan, Settings};
+use crate::retrofit::{FarPosition, KeyPooling, RetrofitPlan, Settings};
 use crate::selector::SELECTORS;
 use crate::spec::ModelSpec;
 use candle_core::DType;
@@ -159,9 +159,9 @@ fn changes(
             AblationAxis::Pool => {
                 let own = (s.pool, s.far_position);
                 for (name, pool, far) in [
-                    ("post-rope", Pool::PostRope, FarPosition::True),
-                    ("pre-rope", Pool::PreRope, FarPosition::True),
-                    ("pre-rope, clamp", Pool::PreRope, FarPosition::Clamp),
+                    ("post-rope", KeyPooling::PostRope, FarPosition::True),
+                    ("pre-rope", KeyPooling::PreRope, FarPosition::True),
+                    ("pre-rope, clamp", KeyPooling::PreRope, FarPosition::Clamp),
                 ] {
                     if (pool, far) != own {
                         all.push(with(name.into(), Settings { pool, far_position: far, ..s.clone() }));

@@ -3,7 +3,7 @@
 
 use crate::error::Result;
 use crate::layout::Layout;
-use crate::retrofit::{Pool, RetrofitPlan};
+use crate::retrofit::{KeyPooling, RetrofitPlan};
 use crate::spec::ModelSpec;
 use std::ops::Range;
 
@@ -18,7 +18,7 @@ pub struct ReadSet {
     /// Number of measured queries per measured query block.
     queries: Vec<usize>,
     /// Pooling, far position and bias (as bits) of summaries; `None` where none is read.
-    summaries: Option<(Pool, String, u64)>,
+    summaries: Option<(KeyPooling, String, u64)>,
 }
 
 impl ReadSet {

@@ -18,7 +18,7 @@ use super::{Request, Timing};
 use crate::cache::LayerState;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{LayerKind, LayerPlan};
-use crate::retrofit::{FarPosition, Pool};
+use crate::retrofit::{FarPosition, KeyPooling};
 use crate::run::Run;
 use crate::weights::Block;
 use candle_core::cuda_backend::cudarc::driver::{sys, CudaGraph, CudaSlice, DeviceRepr, ValidAsZeroBits};
@@ -58,7 +58,7 @@ pub(super) struct StepGraph {
     /// Logits of the last step, f32 `[1, vocab]`.
     logits: Tensor,
     journal: Journal,
-    _held: StepBuffers,
+    _buffers: StepBuffers,
 }
 
 impl Drop for StepGraph {
@@ -84,11 +84,11 @@ impl StepGraph {
         let logits = Tensor::zeros((1, run.weights().spec().vocab), DType::F32, run.device())?;
         let mut builder = Builder::new(run.weights(), gpu, &state, (&tokens, &logits))?;
         builder.step(run, &routes, stop)?;
-        let Builder { launches, held, .. } = builder;
+        let Builder { launches, buffers, .. } = builder;
         let stream = gpu.cuda_stream();
         stream.synchronize().map_err(driver)?;
         stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(driver)?;
-        // SAFETY: every address belongs to the weights, the run's cache, or `held`, which outlive the graph's last
+        // SAFETY: every address belongs to the weights, the run's cache, or `buffers`, which outlive the graph's last
         // launch.
         let enqueued = launches.iter().enumerate().try_for_each(|(i, l)| unsafe { l.enqueue(i > 0) });
         let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(driver)?;
@@ -96,7 +96,7 @@ impl StepGraph {
         let graph = graph.ok_or_else(|| Error::new(ErrorKind::Backend, "decode graph", "nothing was captured"))?;
         graph.upload().map_err(driver)?;
         let journal = Journal::new(run, gpu)?;
-        Ok(Some(Self { graph, gpu: gpu.clone(), state, tokens, logits, journal, _held: held }))
+        Ok(Some(Self { graph, gpu: gpu.clone(), state, tokens, logits, journal, _buffers: buffers }))
     }
 
     /// Replays the step for each of `ids`, at most `Cache::until_eviction` of them, and returns the logits after each,
@@ -108,7 +108,7 @@ impl StepGraph {
             self.gpu.memcpy_htod(&[begin], &mut self.state)?;
             self.graph.launch().map_err(driver)?;
             rows.push(self.logits.copy()?);
-            run.cache_mut().took(1)?;
+            run.cache_mut().advance_captured(1)?;
         }
         Ok(Tensor::cat(&rows, 0)?)
     }
@@ -148,7 +148,7 @@ impl StepGraph {
                 if *token == u32::MAX {
                     return Err(not_finite());
                 }
-                run.cache_mut().took(1)?;
+                run.cache_mut().advance_captured(1)?;
                 timing.steps.push(each);
                 // Steps after a stop token change nothing (kernels/decode.cuh).
                 if request.stop.contains(token) {
@@ -188,7 +188,10 @@ fn has_form(run: &Run, routes: &[Routes]) -> bool {
                 // Summaries are written by the thread block that reads them, one per KV head, which covers at most 16
                 // query heads.
                 let one_block = p.heads <= 16 * p.kv_heads;
-                s.pool == Pool::PostRope && s.far_position == FarPosition::True && widest(routes) <= ROUTES && one_block
+                s.pool == KeyPooling::PostRope
+                    && s.far_position == FarPosition::True
+                    && widest(routes) <= ROUTES
+                    && one_block
             }
             LayerKind::Evict(_) => matches!(layer, LayerState::CompressedKv(kept) if kept.captured().is_some()),
             LayerKind::Full | LayerKind::Sliding { .. } => true,

@@ -40,7 +40,7 @@ struct Vectors {
 
 /// Returns the error for an eviction rule that still has to see queries, which a captured step does not store.
 fn without_form() -> Error {
-    Error::unsupported("decode graph", "a layer whose rule waits for the end of the context has no captured form")
+    Error::unsupported("decode graph", "a layer whose rule evicts at the end of the context cannot be captured")
 }
 
 /// Returns the addresses of a ring's keys and values and its capacity; zeros without a ring.
@@ -62,7 +62,7 @@ pub(super) struct Builder<'a> {
     tables: usize,
     half: usize,
     pub(super) launches: Vec<Launch>,
-    pub(super) held: StepBuffers,
+    pub(super) buffers: StepBuffers,
 }
 
 impl<'a> Builder<'a> {
@@ -78,11 +78,11 @@ impl<'a> Builder<'a> {
         let wide = spec.layers.iter().map(|l| l.feed_forward.width).max().unwrap_or(0);
         let half = weights.ropes.iter().map(|r| r.frequencies().0.len()).max().unwrap_or(0);
         let tables = weights.ropes.len();
-        let mut held = StepBuffers::default();
+        let mut buffers = StepBuffers::default();
         let mut room = |dtype: DType, n: usize| -> Result<u64> {
             let tensor = uninitialised(gpu, dtype, n.max(1))?;
             let at = address(&tensor)?;
-            held.tensors.push(tensor);
+            buffers.tensors.push(tensor);
             Ok(at)
         };
         let vectors = Vectors {
@@ -96,7 +96,7 @@ impl<'a> Builder<'a> {
         };
         let state = state.device_ptr(&gpu.cuda_stream()).0;
         let (tokens, logits) = (address(tokens)?, address(logits)?);
-        Ok(Self { weights, gpu, state, tokens, logits, vectors, tables, half, launches: vec![], held })
+        Ok(Self { weights, gpu, state, tokens, logits, vectors, tables, half, launches: vec![], buffers })
     }
 
     fn push(
@@ -114,7 +114,7 @@ impl<'a> Builder<'a> {
     fn floats(&mut self, values: &[f32]) -> Result<u64> {
         let uploaded = upload(self.gpu, values)?;
         let at = uploaded.address;
-        self.held.floats.push(uploaded);
+        self.buffers.floats.push(uploaded);
         Ok(at)
     }
 
@@ -129,7 +129,7 @@ impl<'a> Builder<'a> {
         self.matvec(Form::Largest, &[&weights.head], self.vectors.x, Some(&weights.norm), 0, None)?;
         let stops = upload(self.gpu, if stop.is_empty() { &[0] } else { stop })?;
         let (state, tokens, at, count) = (self.state, self.tokens, stops.address, stop.len() as i32);
-        self.held.words.push(stops);
+        self.buffers.words.push(stops);
         self.push("decode_finish", 1, 1, |l| l.with(state).with(tokens).with(BATCH as i32).with(at).with(count))
     }
 
@@ -213,14 +213,14 @@ impl<'a> Builder<'a> {
             self.far(b, pools, routes, &mut launch)?;
         }
         let cut = Cut::new(capacity as usize, p.heads, p.kv_heads, p.head_dim);
-        let scratch = match self.held.scratch.iter().position(|(c, _)| *c == cut) {
+        let scratch = match self.buffers.scratch.iter().position(|(c, _)| *c == cut) {
             Some(i) => i,
             None => {
-                self.held.scratch.push((cut, cut.scratch(self.gpu)?));
-                self.held.scratch.len() - 1
+                self.buffers.scratch.push((cut, cut.scratch(self.gpu)?));
+                self.buffers.scratch.len() - 1
             }
         };
-        let l = cut.launch(self.gpu, self.weights.dtype(), &self.held.scratch[scratch].1, launch)?;
+        let l = cut.launch(self.gpu, self.weights.dtype(), &self.buffers.scratch[scratch].1, launch)?;
         self.launches.push(l);
         Ok(())
     }
@@ -252,7 +252,7 @@ impl<'a> Builder<'a> {
         }
         let uploaded = upload(self.gpu, &blocks)?;
         launch.routes = uploaded.address;
-        self.held.ints.push(uploaded);
+        self.buffers.ints.push(uploaded);
         launch.route_bias = self.floats(&biases)?;
         launch.route_width = width as i32;
         Ok(())
