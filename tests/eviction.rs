@@ -327,7 +327,7 @@ fn rows_are_the_marked_tokens_of_the_highest_scores_in_each_head() -> Any {
     assert_eq!(kept.count(), 3, "another whole block fits and is cut again");
     let long = Tensor::zeros((14, 2, 8), DType::F32, &Device::Cpu)?;
     let error = kept.push(&long, &long, &long).unwrap_err().to_string();
-    assert!(error.contains("kept rows: 14 tokens do not fit 13 rows with 3 in use"), "{error}");
+    assert!(error.contains("compressed KV: 14 tokens do not fit 13 rows with 3 in use"), "{error}");
     Ok(())
 }
 
