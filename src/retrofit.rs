@@ -98,6 +98,11 @@ impl Settings {
         if self.block == 0 || self.block > 1 << 20 {
             return fail("--block", format!("{} is not a block size; give 1 to 1048576 tokens", self.block));
         }
+        for (flag, tokens) in [("--window", self.window), ("--sink-tokens", self.sink_tokens)] {
+            if tokens > MAX_CONTEXT {
+                return fail(flag, format!("{tokens} tokens are more than the longest context; give at most 16M"));
+            }
+        }
         if !self.window.is_multiple_of(self.block) {
             let below = self.window / self.block * self.block;
             let hint = format!("{} or {}", below, below + self.block);
@@ -105,11 +110,6 @@ impl Settings {
                 "--window",
                 format!("{} is not a whole number of blocks of {}; try {hint}", self.window, self.block),
             );
-        }
-        for (flag, tokens) in [("--window", self.window), ("--sink-tokens", self.sink_tokens)] {
-            if tokens > MAX_CONTEXT {
-                return fail(flag, format!("{tokens} tokens are more than the longest context; give at most 16M"));
-            }
         }
         if self.window_align == WindowAlign::Token && self.window == 0 {
             return fail("--window", "a token-aligned window of 0 excludes the query's own position".into());
@@ -309,6 +309,17 @@ mod tests {
             assert!(parse_layers(bad).is_err(), "{bad}");
         }
         assert_eq!(ranges(&[0, 1, 2, 5, 8, 9]), "0-2, 5, 8-9");
+    }
+
+    #[test]
+    fn sizes_beyond_any_context_are_refused_without_overflow() {
+        for (window, sink_tokens, flag) in
+            [(usize::MAX, 4, "--window"), (usize::MAX - 63, 4, "--window"), (0, usize::MAX, "--sink-tokens")]
+        {
+            let settings = Settings { block: 64, window, sink_tokens, ..Settings::default() };
+            let error = settings.validate().unwrap_err().to_string();
+            assert!(error.contains(flag) && error.contains("at most 16M"), "{error}");
+        }
     }
 
     #[test]

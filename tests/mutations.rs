@@ -20,6 +20,9 @@ use std::path::Path;
 /// Mutations where the variable does not say.
 const FEW: u64 = 12_000;
 
+/// Mutations that once failed: a sum that overflows, a tensor error without its file, a namespace that contains itself.
+const ONCE: &[u64] = &[95_667, 72_430, 774_126, 3_906_011];
+
 /// splitmix64.
 struct Rng(u64);
 
@@ -326,9 +329,10 @@ impl Whole {
     }
 }
 
-/// Two tokens through the model.
+/// Two tokens of the vocabulary through the model.
 fn run(checkpoint: &bfly::checkpoint::Checkpoint) -> bfly::Result<()> {
-    load(checkpoint, None, 16)?.run()?.forward(&[1, 2], &[1]).map(drop)
+    let last = checkpoint.spec.vocab as u32 - 1;
+    load(checkpoint, None, 16)?.run()?.forward(&[last.min(1), last.min(2)], &[1]).map(drop)
 }
 
 fn text_of(dir: &Path) -> bfly::Result<TextTokenizer> {
@@ -365,11 +369,9 @@ fn every_mutation_is_read_or_refused_by_an_error_that_names_the_file() -> Any {
             Ok(Err(_)) => None,
         }
     };
-    let faults: Vec<String> = (first..first + count)
-        .into_par_iter()
-        .map_init(|| tempfile::tempdir().expect("a temporary directory"), one)
-        .flatten()
-        .collect();
+    let seeds = (first..first + count).into_par_iter().chain(ONCE.par_iter().copied());
+    let faults: Vec<String> =
+        seeds.map_init(|| tempfile::tempdir().expect("a temporary directory"), one).flatten().collect();
     assert!(faults.is_empty(), "{} of {count} inputs:\n{}", faults.len(), faults[..faults.len().min(40)].join("\n"));
     Ok(())
 }

@@ -18,9 +18,9 @@ const CHUNK: usize = 2 << 20;
 /// # Errors
 /// The tensor's type is unknown; its file cannot be read; a value is NaN or infinite.
 pub fn decode(from: &Checkpoint, info: &TensorInfo, rows: Range<usize>, cols: usize) -> Result<Vec<f32>> {
-    let stored = stored(info)?;
+    let stored = stored(from, info)?;
     let bytes = read_rows(from, info, stored, rows.clone(), cols)?;
-    let values = to_f32(stored, bytes, rows.len() * cols).at(&info.name)?;
+    let values = to_f32(stored, bytes, rows.len() * cols).at(place(from, info))?;
     match values.iter().position(|v| !v.is_finite()) {
         None => Ok(values),
         Some(at) => {
@@ -44,7 +44,7 @@ pub fn load_matrix(
     device: &Device,
 ) -> Result<Weight> {
     let (rows, cols) = (info.shape[0], info.shape[1]);
-    let stored = stored(info)?;
+    let stored = stored(from, info)?;
     let target = format.resolve(stored, cols);
     let unit = head_rows.unwrap_or(1);
     let chunk = (CHUNK / cols).max(1).div_ceil(unit) * unit;
@@ -61,7 +61,7 @@ pub fn load_matrix(
             }
             Ok(())
         })?;
-        return Ok(Weight::Dense(Tensor::from_vec(out, (rows, cols), device).at(&info.name)?));
+        return Ok(Weight::Dense(Tensor::from_vec(out, (rows, cols), device).at(place(from, info))?));
     }
     let mut out = vec![0u8; rows * row_bytes];
     out.par_chunks_mut(chunk * row_bytes).enumerate().try_for_each(|(i, out)| -> Result<()> {
@@ -80,13 +80,19 @@ pub fn load_matrix(
     // On a CPU 16-bit matrices are blocks too, since its GEMM cannot multiply them by f32.
     if let Some(float) = target.dense().filter(|_| !device.is_cpu()) {
         let tensor = Tensor::from_raw_buffer(&out, float.dtype(), &[rows, cols], device);
-        return Ok(Weight::Dense(tensor.at(&info.name)?));
+        return Ok(Weight::Dense(tensor.at(place(from, info))?));
     }
-    Ok(Weight::Blocks(Blocks::new(target, (rows, cols), out, device).map_err(|e| e.within(&info.name))?))
+    Ok(Weight::Blocks(Blocks::new(target, (rows, cols), out, device).map_err(|e| e.within(place(from, info)))?))
 }
 
-fn stored(info: &TensorInfo) -> Result<Storage> {
-    info.storage.clone().map_err(|why| Error::unsupported(&info.name, format!("{why} is not supported for weights")))
+/// Names file and tensor for an error.
+fn place(from: &Checkpoint, info: &TensorInfo) -> String {
+    format!("{}: tensor `{}`", from.identity.place(), info.name)
+}
+
+fn stored(from: &Checkpoint, info: &TensorInfo) -> Result<Storage> {
+    let unknown = |why: String| Error::unsupported(place(from, info), format!("{why} is not supported for weights"));
+    info.storage.clone().map_err(unknown)
 }
 
 fn read_rows(
@@ -98,7 +104,7 @@ fn read_rows(
 ) -> Result<Vec<u8>> {
     if !stored.fits(cols) {
         let message = format!("rows of {cols} elements are not a multiple of the {stored} block size");
-        return Err(Error::format(&info.name, message));
+        return Err(Error::format(place(from, info), message));
     }
     let row_bytes = stored.row_bytes(cols);
     from.read(info, (rows.start * row_bytes) as u64, rows.len() * row_bytes)
@@ -143,7 +149,7 @@ pub fn encode(
     values: &[f32],
     (first_row, cols): (usize, usize),
 ) -> Result<Vec<u8>> {
-    let bytes = from_f32(target, values, cols).at(&info.name)?;
+    let bytes = from_f32(target, values, cols).at(place(from, info))?;
     refuse_overflow(from, info, target, values, &bytes, (first_row, cols))?;
     Ok(bytes)
 }
@@ -173,7 +179,7 @@ fn refuse_overflow(
     if values.iter().all(|v| v.abs() <= half::f16::MAX.to_f32()) {
         return Ok(());
     }
-    let decoded = to_f32(target, bytes.to_vec(), values.len()).at(&info.name)?;
+    let decoded = to_f32(target, bytes.to_vec(), values.len()).at(place(from, info))?;
     let Some(lost) = decoded.iter().position(|v| !v.is_finite()) else { return Ok(()) };
     // The scale of a block follows from its largest value.
     let (elements, _) = target.block();

@@ -6,6 +6,7 @@
 //! documents.
 
 mod clock;
+mod cycles;
 mod python;
 mod tags;
 
@@ -31,6 +32,7 @@ pub fn render_chat(template: &ChatTemplate, system: Option<&str>, user: &str) ->
 }
 
 fn render(template: &ChatTemplate, system: Option<&str>, user: &str) -> Result<String, minijinja::Error> {
+    cycles::refuse_cycles(&template.source)?;
     let source = tags::replace_generation_tags(&template.source);
     let mut env = Environment::new();
     env.set_trim_blocks(true);

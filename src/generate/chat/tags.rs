@@ -3,40 +3,51 @@
 //! The tag marks text for training and renders its body in its own scope, as `{% with %}` does. minijinja has no custom
 //! tags (<https://github.com/mitsuhiko/minijinja/issues/815>), so the names are replaced before parsing.
 
+use std::ops::Range;
+
 /// Replaces the tags `generation` and `endgeneration` by `with` and `endwith`, except in text, strings, comments and
 /// raw blocks.
 pub fn replace_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(at) = rest.find(['{']).filter(|at| *at + 1 < rest.len()) {
-        let (text, tag) = rest.split_at(at);
-        out.push_str(text);
+    let mut from = 0;
+    for tag in block_tags(source) {
+        let swap = match body(&source[tag.clone()]) {
+            Some("generation") => ("generation", "with"),
+            Some("endgeneration") => ("endgeneration", "endwith"),
+            _ => continue,
+        };
+        out.push_str(&source[from..tag.start]);
+        out.push_str(&source[tag.clone()].replacen(swap.0, swap.1, 1));
+        from = tag.end;
+    }
+    out + &source[from..]
+}
+
+/// Returns the text between the delimiters of a closed tag, without white-space control.
+pub fn body(tag: &str) -> Option<&str> {
+    tag.strip_prefix("{%").and_then(|t| t.strip_suffix("%}")).map(|t| t.trim_matches(['-', '+']).trim())
+}
+
+/// Returns the ranges of all `{% .. %}` tags outside strings, comments and raw blocks.
+pub fn block_tags(source: &str) -> Vec<Range<usize>> {
+    let (mut tags, mut at) = (vec![], 0);
+    while let Some(next) = source[at..].find('{').filter(|next| at + next + 1 < source.len()) {
+        at += next;
+        let tag = &source[at..];
         let length = match tag.as_bytes()[1] {
             b'#' => tag.find("#}").map_or(tag.len(), |end| end + 2),
             b'{' => expression_end(tag, "}}"),
             b'%' if name_of(tag) == "raw" => raw_end(tag),
             b'%' => {
                 let length = expression_end(tag, "%}");
-                let (tag, _) = tag.split_at(length);
-                let body = tag
-                    .strip_prefix("{%")
-                    .and_then(|t| t.strip_suffix("%}"))
-                    .map(|t| t.trim_matches(['-', '+']).trim());
-                let swap = match body {
-                    Some("generation") => Some(("generation", "with")),
-                    Some("endgeneration") => Some(("endgeneration", "endwith")),
-                    _ => None,
-                };
-                out.push_str(&swap.map_or(tag.into(), |(old, new)| tag.replacen(old, new, 1)));
-                rest = &rest[at + length..];
-                continue;
+                tags.push(at..at + length);
+                length
             }
             _ => 1,
         };
-        out.push_str(&tag[..length]);
-        rest = &rest[at + length..];
+        at += length;
     }
-    out + rest
+    tags
 }
 
 /// Returns the first word of a tag.
