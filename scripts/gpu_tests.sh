@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs the GPU tests on a machine with a GPU and without Rust.
+# GPU tests on a machine that has a GPU but no Rust.
 #
-#   scripts/gpu_tests.sh pack [DIR]            build the GPU test binaries and copy them to DIR [target/gpu-tests]
-#   scripts/gpu_tests.sh run [DIR] [REPORT]    run them and write a Markdown report [target/gpu-tests/report.md]
-#   scripts/gpu_tests.sh run --sanitize [DIR]  run the kernels' own tests under compute-sanitizer (memcheck)
+#   scripts/gpu_tests.sh pack [DIR]            build the GPU tests here and put the binary into DIR
+#   scripts/gpu_tests.sh run [DIR] [REPORT]    run it there; the report is Markdown
+#   scripts/gpu_tests.sh run --sanitize [DIR]  under compute-sanitizer (memcheck), a few tests each
 #
-# Packing needs Rust and nvcc (README, "Building for CUDA"). Running needs the checkout, DIR and a driver, with cuBLAS
-# and cuRAND of the toolkit's major version on LD_LIBRARY_PATH. Tests that find no GPU count as skipped, never as passed.
+# DIR is target/gpu-tests. Packing needs Rust and nvcc (README, "Building for CUDA"); running needs the checkout, DIR and a driver,
+# with cuBLAS and cuRAND of the toolkit's major version on LD_LIBRARY_PATH. A test without a GPU counts as skipped, never as passed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -16,19 +16,19 @@ pack() {
   local dir=${1:-target/gpu-tests}
   mkdir -p "$dir"
   git describe --always --dirty --abbrev=12 --exclude '*' >"$dir/commit"
-  cargo test --release --features cuda --test cuda --test cuda_quantised --no-run --message-format=json |
+  cargo test --release --features cuda --test cuda --no-run --message-format=json |
     python3 -c 'import json,sys
 for line in sys.stdin:
     m = json.loads(line)
-    if m.get("executable") and m["target"]["kind"] == ["test"]: print(m["target"]["name"], m["executable"])' |
-    while read -r name path; do strip -o "$dir/$name" "$path"; echo "packed $dir/$name"; done
+    if m.get("executable") and m["target"]["kind"] == ["test"]: print(m["executable"])' |
+    while read -r path; do strip -o "$dir/cuda" "$path"; echo "packed $dir/cuda"; done
 }
 
 run() {
   local sanitize=""
   [ "${1:-}" = --sanitize ] && { sanitize=1; shift; }
   local dir=${1:-target/gpu-tests} report=${2:-target/gpu-tests/report.md} failed=0
-  command -v nvidia-smi >/dev/null || echo "gpu_tests.sh: nvidia-smi is missing; tests that find no GPU count as skipped" >&2
+  command -v nvidia-smi >/dev/null || echo "gpu_tests.sh: no nvidia-smi here; tests without a GPU are counted as skipped" >&2
   local log; log=$(mktemp)
   {
     echo "# GPU tests"
@@ -40,15 +40,13 @@ run() {
     echo "| test | result |"
     echo "|---|---|"
   } >"$report"
-  for binary in "$dir"/*; do
-    [ -x "$binary" ] && [ -f "$binary" ] || continue
-    local command=("$binary" --test-threads=1 --nocapture)
-    # All tests under compute-sanitizer would take hours, so only the kernels' own tests run.
-    [ -n "$sanitize" ] && command=(compute-sanitizer --error-exitcode 9 "$binary" --test-threads=1 --nocapture
-      small_operators block_means attention_of_one products_of captured_decode highest_scores)
-    CARGO_MANIFEST_DIR=$root "${command[@]}" >"$log" 2>&1 || failed=1
-    cat "$log"
-    python3 - "$log" >>"$report" <<'P'
+  local command=("$dir/cuda" --test-threads=1 --nocapture)
+  # Everything under the checker takes hours: the kernels' own tests are enough.
+  [ -n "$sanitize" ] && command=(compute-sanitizer --error-exitcode 9 "$dir/cuda" --test-threads=1 --nocapture
+    small_operators block_means attention_of_one products_of captured_decode highest_scores)
+  CARGO_MANIFEST_DIR=$root "${command[@]}" >"$log" 2>&1 || failed=1
+  cat "$log"
+  python3 - "$log" >>"$report" <<'P'
 import re, sys
 lines = open(sys.argv[1]).read().splitlines()
 name, skipped = None, None
@@ -66,7 +64,6 @@ for line in lines:
 if name:
     print(f"| {name} | FAILED: the process exited |")
 P
-  done
   rm -f "$log"
   local passed skipped wrong
   passed=$(grep -c '| passed |$' "$report" || true)

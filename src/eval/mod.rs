@@ -16,7 +16,7 @@
 //! | [`quality`] | quality against stock: distributions, tasks, ablations, layer sensitivity |
 //! | `plot` | figures from results (feature `plot`) |
 //!
-//! `bench` and `quality` do not import each other, and `plot` imports `report` alone: `tests/imports.rs` checks both.
+//! `bench` and `quality` do not import each other, and `plot` imports `report` alone (`tests/it/imports.rs`).
 
 pub mod bench;
 pub mod kv_budget;

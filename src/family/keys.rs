@@ -2,7 +2,7 @@
 //! the logits.
 //!
 //! A key that is not in the table is refused. Defaults are those of transformers' configuration classes;
-//! `tests/unread.rs` compares keys and defaults with the classes, as recorded by `scripts/dump_config_keys.py`.
+//! `tests/it/unread.rs` compares keys and defaults with the classes, as recorded by `scripts/dump_config_keys.py`.
 
 use crate::error::{Error, Result};
 use crate::spec::Config;

@@ -1,10 +1,6 @@
 //! Outputs lose nothing: what is written where, what is replaced, and what is left when a run is cut short.
 
-#![cfg(unix)]
-
-mod common;
-
-use common::*;
+use crate::common::*;
 use serde_json::Value;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};

@@ -1,11 +1,9 @@
 //! What `bfly-quality-smoke` measures against what is known beforehand, and what it refuses.
 
-mod common;
-
+use crate::common::*;
 use assert_cmd::Command;
 use bfly::eval::quality::metrics::{compare, LogitRows, TOP};
 use bfly::eval::report::{read, Ablation, Answers, LayerStudy, Score, Smoke, ABLATION, ANSWERS, LAYERS, SMOKE};
-use common::*;
 use std::path::Path;
 
 fn quality(args: &[&str]) -> Command {
@@ -68,7 +66,7 @@ fn stock_against_stock_is_exactly_the_same() -> Any {
 fn with_transformers_logits_the_same_metrics_come_out() -> Any {
     for name in GOLDENS {
         let golden = Golden::open(name)?;
-        // tests/golden.rs reads the long ones of all.
+        // tests/it/golden.rs reads the long ones of all.
         for (case, last) in [("short", 64), ("long", 8)].into_iter().filter(|(c, _)| *c == "short" || *name == "qwen2")
         {
             let ids = golden.ids(case)?;

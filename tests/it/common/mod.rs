@@ -1,5 +1,5 @@
 //! What the integration tests share: golden cases, models loaded in one line, comparisons.
-#![allow(dead_code)] // Each test binary uses its own part.
+#![allow(dead_code)] // Each test binary and each set of features uses its own part.
 
 pub mod attention;
 pub mod gguf;

@@ -2,11 +2,8 @@
 //!
 //! SmolLM2's file is fetched by scripts/test.sh, all four by scripts/test.sh --all-models.
 
-mod common;
-
 use bfly::checkpoint::{Detokenizer, TextTokenizer};
 use bfly::spec::Config;
-use common::*;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use serde_json::{json, Value};

@@ -2,11 +2,9 @@
 //!
 //! SmolLM2's file is fetched by scripts/test.sh, all four by scripts/test.sh --all-models.
 
-mod common;
-
+use crate::common::*;
 use bfly::generate::{watch, Request, Sampler, Sampling};
 use bfly::retrofit::Settings;
-use common::*;
 
 fn greedy(name: &str, settings: Option<&Settings>) -> Any {
     let recorded = fixture(&format!("real/{name}.json"))?;

@@ -2,11 +2,9 @@
 //!
 //! The set is written out here from the design's formulas, not taken from the code under test.
 
-mod common;
-
+use crate::common::*;
 use bfly::retrofit::Settings;
 use candle_core::Tensor;
-use common::*;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 

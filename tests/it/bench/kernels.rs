@@ -1,4 +1,4 @@
-//! Kernels, ceilings and the peak of a run.
+//! Kernels and ceilings.
 
 use super::*;
 
@@ -41,18 +41,4 @@ fn kernels_are_judged_against_ceilings_of_the_same_process() -> Any {
         &["--out /nowhere/k.json: cannot be written"],
     );
     Ok(())
-}
-
-#[test]
-fn the_peak_of_a_cpu_run_is_of_what_came_after_it_began() {
-    let device = Device::Cpu;
-    peak::begin_peak(&device);
-    let before = peak::peak(&device);
-    let held = vec![1u8; 256 << 20];
-    let during = peak::peak(&device);
-    assert!(during >= before + (192 << 20), "{before}, then {during} with {}", held.len());
-    drop(held);
-    peak::begin_peak(&device);
-    let after = peak::peak(&device);
-    assert!(after + (128 << 20) < during, "a new mark forgets the old one: {during}, then {after}");
 }

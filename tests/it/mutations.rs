@@ -1,9 +1,7 @@
 //! Damaged inputs: every mutation of a header, configuration, tokenizer, template or plan is read, or refused by an error that names
 //! the file. Nothing panics.
 //!
-//! `BFLY_MUTATIONS=10000000 cargo test --test mutations --release` runs so many; a failure names the seed that repeats it.
-
-mod common;
+//! `BFLY_MUTATIONS=10000000 cargo test --release --test it mutations` runs so many; a failure names the seed that repeats it.
 
 use bfly::checkpoint::{ChatTemplate, Detokenizer, TextTokenizer};
 use bfly::cli::Patch;
@@ -11,7 +9,6 @@ use bfly::generate::render_chat;
 use bfly::layout::Layout;
 use bfly::retrofit::{RetrofitPlan, Settings};
 use bfly::spec::{Config, ModelSpec};
-use common::*;
 use rayon::prelude::*;
 use serde_json::{json, Value};
 use std::panic::{catch_unwind, AssertUnwindSafe};

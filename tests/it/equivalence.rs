@@ -1,14 +1,12 @@
 //! The retrofit equals dense attention where it must, and does not depend on how a text is fed.
 
-mod common;
-
+use crate::common::*;
 use bfly::generate::watch;
 use bfly::layout::Layout;
 use bfly::retrofit::{FarPosition, KeyPooling, Settings, WindowAlign};
 use bfly::run::Run;
 use bfly::selector::SELECTORS;
 use candle_core::Tensor;
-use common::*;
 use proptest::prelude::*;
 
 fn small(block: usize, window: usize, sink_tokens: usize) -> Settings {

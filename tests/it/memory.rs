@@ -1,7 +1,6 @@
 //! The cache's size is a function of the settings, and a run stays within weights, cache and a fixed allowance.
 
-mod common;
-
+use crate::common::*;
 use bfly::cache::Cache;
 use bfly::eviction::EvictionPlan;
 use bfly::generate::watch;
@@ -10,7 +9,6 @@ use bfly::method::Method;
 use bfly::retrofit::{RetrofitPlan, Settings};
 use bfly::selector::{find, reach, rows_needed, stages_of};
 use candle_core::{DType, Device};
-use common::*;
 use proptest::prelude::*;
 
 /// The design's own example: 24 full-attention layers.

@@ -1,9 +1,7 @@
 //! The command line: help, a run, its report, patches, logits, completions.
 
-mod common;
-
+use crate::common::*;
 use assert_cmd::Command;
-use common::*;
 use serde_json::Value;
 
 fn bfly() -> Command {

@@ -1,7 +1,7 @@
 //! Methods that evict: dense attention where nothing has to go, exactly the tokens that the scores say otherwise, and bytes.
 
-mod common;
-
+use crate::common::attention::values;
+use crate::common::*;
 use bfly::cache::{Cache, LayerState};
 use bfly::eviction::EvictionPlan;
 use bfly::generate::{watch, MemoryNeeds, Request, Sampler, Sampling};
@@ -12,8 +12,6 @@ use bfly::nn::{Linear, Rope, Weight};
 use bfly::run::Run;
 use bfly::spec::{MixerSpec, ModelSpec, RopeScaling, RopeSpec};
 use candle_core::{DType, Device, Tensor};
-use common::attention::values;
-use common::*;
 
 fn keydiff(budget: usize, block: usize) -> bfly::Result<EvictionPlan> {
     EvictionPlan::new("keydiff", budget, &[("block", block)])

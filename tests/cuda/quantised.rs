@@ -1,9 +1,7 @@
-//! Products with quantised blocks on a GPU, and the captured step made of them. Built with `--features cuda`; without a GPU each
-//! test says that it was skipped.
-#![cfg(feature = "cuda")]
+//! Products with quantised blocks on a GPU, and the captured step made of them.
 
-mod common;
-
+use crate::common::attention::values;
+use crate::common::*;
 use bfly::checkpoint::{WeightDtype, WeightFormat};
 use bfly::generate::{watch, Request, Sampler, Sampling};
 use bfly::nn::{Blocks, Linear, Weight};
@@ -11,8 +9,6 @@ use bfly::storage::Storage;
 use candle_core::quantized::gguf_file::Value;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use common::attention::values;
-use common::*;
 use std::path::Path;
 use GgmlDType::*;
 

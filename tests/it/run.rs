@@ -1,7 +1,6 @@
 //! A run survives cancellation and early stops, refuses use after a failure, and shares its weights.
 
-mod common;
-
+use crate::common::*;
 use bfly::eviction::EvictionPlan;
 use bfly::generate::{watch, Request, Sampler, Sampling};
 use bfly::method::Method;
@@ -9,7 +8,6 @@ use bfly::retrofit::{RetrofitPlan, Settings};
 use bfly::run::Run;
 use bfly::{Error, ErrorKind};
 use candle_core::Tensor;
-use common::*;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 

@@ -1,11 +1,9 @@
 //! The stock path gives transformers' logits, on every family, rope scaling and head shape.
 
-mod common;
-
+use crate::common::*;
 use bfly::checkpoint::{WeightDtype, WeightFormat};
 use bfly::storage::Storage;
 use candle_core::Device;
-use common::*;
 
 fn check(case: &str, last: usize, tolerance: f32) -> Any {
     for name in GOLDENS {

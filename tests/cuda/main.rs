@@ -1,7 +1,10 @@
 //! The GPU gives what the CPU gives. Built with `--features cuda`; without a GPU each test says that it was skipped.
-#![cfg(feature = "cuda")]
+//!
+//! A binary of its own: scripts/gpu_tests.sh builds it alone and carries it to a machine that has a GPU and no Rust.
 
+#[path = "../it/common/mod.rs"]
 mod common;
+mod quantised;
 
 use bfly::checkpoint::{WeightDtype, WeightFormat};
 use bfly::eviction::EvictionPlan;

@@ -1,12 +1,8 @@
 //! `bfly-plot`: every figure from JSON alone, and one clear error for what cannot be drawn.
-#![cfg(feature = "plot")]
-
-mod common;
-
+use crate::common::Any;
 use assert_cmd::Command;
 use bfly::eval::plot::render::DETAIL;
 use bfly::eval::plot::theme::{Ink, LINE, MARKER, SAMPLE, THEMES};
-use common::Any;
 use serde_json::{json, Value};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;

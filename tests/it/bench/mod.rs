@@ -1,7 +1,5 @@
 //! bfly-bench: ladders with variants and peers, resuming, random weights, largest contexts, kernels, and bad input.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod kernels;
 mod ladder;
 mod max_context;
@@ -10,9 +8,9 @@ mod prompts;
 mod random;
 mod resume;
 
+use crate::common::*;
 use assert_cmd::Command;
 use bfly::checkpoint::{Checkpoint, WeightDtype, WeightFormat};
-use bfly::eval::bench::peak;
 use bfly::eval::report::{hash, read, Kernels, Ladder, LadderRun, KERNELS, LADDER};
 use bfly::eval::texts::TextStream;
 use bfly::generate::{watch, Request, Sampler, Sampling};
@@ -21,7 +19,6 @@ use bfly::storage::{Ggml, Storage};
 use bfly::tensors::TensorSpec;
 use bfly::weights::Weights;
 use candle_core::Device;
-use common::*;
 use serde_json::{json, Value};
 use std::path::{Path, PathBuf};
 

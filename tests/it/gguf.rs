@@ -1,11 +1,9 @@
 //! Other forms of a golden checkpoint give its logits: GGUF (names, metadata, interleaved heads) and shards.
 
-mod common;
-
+use crate::common::*;
 use bfly::checkpoint::{Checkpoint, OpenOptions};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::Device;
-use common::*;
 
 #[test]
 fn a_gguf_copy_of_a_golden_gives_its_logits() -> Any {

@@ -2,11 +2,7 @@
 //!
 //! A small HTTP server in this file answers the requests that hf-hub makes for a repository of one golden case. Settings go
 //! through environment variables, so every case runs the binary in a process of its own with a cache of its own.
-#![cfg(feature = "hub")]
-
-mod common;
-
-use common::*;
+use crate::common::*;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};

@@ -1,13 +1,13 @@
 //! The attention operator against its definition, on random ragged shapes and every kind of segment.
 
-mod common;
-
+use crate::common::attention::{batch, both, case, lse_difference, values, Case};
+use crate::common::attention::{both, case, lse_difference, values, Case};
+use crate::common::Any;
+use crate::common::Any;
 use bfly::ops::{
     attend, merge_attention, reference, Attended, AttentionArgs, KeyValues, RowList, Segment, Store, StoreRows, Window,
 };
 use candle_core::{DType, Device, Tensor};
-use common::attention::{batch, both, case, lse_difference, values, Case};
-use common::Any;
 use proptest::prelude::*;
 
 fn apart(a: &Tensor, b: &Tensor) -> Any<f32> {

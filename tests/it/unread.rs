@@ -1,15 +1,13 @@
 //! Nothing unread: every configuration key, metadata key and tensor is used, known to be without effect, or refused
 //! by name.
 
-mod common;
-
+use crate::common::*;
 use bfly::family::keys::{meaning, Meaning, Table};
 use bfly::family::{self, FAMILIES};
 use bfly::spec::Config;
 use candle_core::quantized::gguf_file::Value as Metadata;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use common::*;
 use serde_json::{json, Value};
 
 const RECORDED: &[&str] = &["config_keys/4.57.6.json", "config_keys/5.24.0.json"];

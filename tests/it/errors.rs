@@ -1,11 +1,9 @@
 //! Bad input: exit code 2, one line on stderr that names what and where, nothing half-written.
 
-mod common;
-
+use crate::common::*;
 use assert_cmd::Command;
 use candle_core::quantized::gguf_file::Value;
 use candle_core::{DType, Device, Tensor};
-use common::*;
 use std::collections::HashMap;
 use std::path::Path;
 

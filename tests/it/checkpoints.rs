@@ -1,14 +1,12 @@
 //! Checkpoints as people have them: split, tied by half, named by a wrapper, with keys left to the class, or too wide
 //! for a type.
 
-mod common;
-
+use crate::common::*;
 use bfly::checkpoint::{Checkpoint, WeightDtype, WeightFormat};
 use bfly::spec::ModelSpec;
 use bfly::storage::{Ggml, Storage};
 use candle_core::quantized::gguf_file::Value as Metadata;
 use candle_core::{Device, Tensor};
-use common::*;
 use serde_json::json;
 use std::collections::HashMap;
 use std::path::Path;

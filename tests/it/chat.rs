@@ -1,10 +1,8 @@
 //! Chat templates render as transformers renders them (scripts/dump_chat.py records what that is).
 
-mod common;
-
+use crate::common::*;
 use bfly::checkpoint::ChatTemplate;
 use bfly::generate::render_chat;
-use common::*;
 use std::collections::BTreeMap;
 
 #[test]

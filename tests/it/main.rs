@@ -1,0 +1,34 @@
+//! Every integration test that needs no process of its own, in one binary: each binary is a minute of linking.
+
+mod common;
+
+#[cfg(feature = "eval")]
+mod bench;
+mod chat;
+mod checkpoints;
+#[cfg(feature = "cli")]
+mod cli;
+mod equivalence;
+#[cfg(feature = "cli")]
+mod errors;
+mod eviction;
+mod gguf;
+mod golden;
+#[cfg(all(feature = "cli", feature = "hub"))]
+mod hub;
+mod imports;
+mod locality;
+mod memory;
+#[cfg(feature = "cli")]
+mod mutations;
+mod operator;
+#[cfg(all(feature = "cli", unix))]
+mod outputs;
+#[cfg(feature = "plot")]
+mod plot;
+#[cfg(feature = "eval")]
+mod quality;
+mod real_models;
+mod run;
+mod tokenizers;
+mod unread;
