@@ -3,6 +3,7 @@
 //!
 //! `BFLY_MUTATIONS=10000000 cargo test --release --test it mutations` runs so many; a failure names the seed that repeats it.
 
+use crate::common::*;
 use bfly::checkpoint::{ChatTemplate, Detokenizer, TextTokenizer};
 use bfly::cli::Patch;
 use bfly::generate::render_chat;

@@ -1,8 +1,6 @@
 //! The attention operator against its definition, on random ragged shapes and every kind of segment.
 
 use crate::common::attention::{batch, both, case, lse_difference, values, Case};
-use crate::common::attention::{both, case, lse_difference, values, Case};
-use crate::common::Any;
 use crate::common::Any;
 use bfly::ops::{
     attend, merge_attention, reference, Attended, AttentionArgs, KeyValues, RowList, Segment, Store, StoreRows, Window,

@@ -2,6 +2,7 @@
 //!
 //! SmolLM2's file is fetched by scripts/test.sh, all four by scripts/test.sh --all-models.
 
+use crate::common::*;
 use bfly::checkpoint::{Detokenizer, TextTokenizer};
 use bfly::spec::Config;
 use proptest::collection::vec;
