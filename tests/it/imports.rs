@@ -19,7 +19,7 @@ fn beyond(path: &str, parts: &[&str]) -> bool {
     within(path, "crate::eval") && !parts.iter().any(|part| within(path, &format!("crate::eval::{part}")))
 }
 
-const FLAGS_AND_FIGURES: [&str; 5] = ["clap", "clap_complete", "ctrlc", "indicatif", "plotters"];
+const FLAGS_AND_FIGURES: [&str; 6] = ["clap", "clap_complete", "ctrlc", "indicatif", "plotters", "signal_hook"];
 
 /// The files of the library that are neither evaluation nor command line.
 fn is_core(file: &str) -> bool {
