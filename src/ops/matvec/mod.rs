@@ -169,8 +169,10 @@ impl WithBlock for Dots<'_> {
 fn dot_blocks<B: Block>(row: &[u8], x: &[f32]) -> f32 {
     let mut sums = [0f32; 16];
     let mut decoded = [0f32; 256];
-    let (mut blocks, mut parts) = (row.chunks_exact(B::BYTES), x.chunks_exact(B::ELEMENTS));
-    for (block, x) in (&mut blocks).zip(&mut parts) {
+    let whole = x.len() / B::ELEMENTS;
+    let (blocks, last) = row.split_at(whole * B::BYTES);
+    let (parts, rest) = x.split_at(whole * B::ELEMENTS);
+    for (block, x) in blocks.chunks_exact(B::BYTES).zip(parts.chunks_exact(B::ELEMENTS)) {
         let decoded = &mut decoded[..B::ELEMENTS];
         B::decode(block, decoded);
         for (v, x) in decoded.chunks_exact(16).zip(x.chunks_exact(16)) {
@@ -179,13 +181,20 @@ fn dot_blocks<B: Block>(row: &[u8], x: &[f32]) -> f32 {
             }
         }
     }
-    let rest = parts.remainder();
-    let mut tail = 0.0;
-    if !rest.is_empty() {
-        decode_tail::<B>(blocks.remainder(), rest.len(), &mut decoded);
-        tail = decoded.iter().zip(rest).map(|(v, x)| v * x).sum();
+    let sum = sums.iter().sum::<f32>();
+    match rest.is_empty() {
+        true => sum,
+        false => sum + dot_tail::<B>(last, rest),
     }
-    sums.iter().sum::<f32>() + tail
+}
+
+/// The product of a dense row's last values, fewer than a block; apart, so that the loop over blocks stays small.
+#[cold]
+#[inline(never)]
+fn dot_tail<B: Block>(row: &[u8], x: &[f32]) -> f32 {
+    let mut decoded = [0f32; 256];
+    decode_tail::<B>(row, x.len(), &mut decoded);
+    decoded.iter().zip(x).map(|(v, x)| v * x).sum()
 }
 
 struct Dequantise<'a> {
