@@ -1,7 +1,7 @@
 //! How weights are encoded in memory: the meaning of `--dtype`.
 
 use crate::error::{Error, Result};
-use crate::storage::{Float, Ggml, Storage};
+use crate::storage::{Ggml, Storage};
 use candle_core::DType;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -97,7 +97,7 @@ impl WeightFormat {
         let wanted = if on_gpu_dense { self.fallback } else { wanted };
         match wanted.fits(cols) {
             true => wanted,
-            false if self.compute == DType::F32 => Storage::Dense(Float::F32),
+            false if self.compute == DType::F32 => Storage::F32,
             false => self.fallback,
         }
     }

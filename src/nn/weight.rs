@@ -4,6 +4,7 @@ use crate::error::{At, Error, Result};
 use crate::ops;
 use crate::storage::Storage;
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 
 /// Bytes after the last block on a GPU, since kernels read whole words.
 const PADDING: usize = 64;
@@ -67,15 +68,19 @@ impl Blocks {
         &self.data
     }
 
-    /// The matrix in f32 on the CPU.
-    ///
-    /// # Errors
-    /// A copy from the device that fails.
-    pub fn dequantise(&self) -> Result<Tensor> {
-        let data = self.data.to_device(&Device::Cpu)?;
-        let mut values = vec![0f32; self.rows * self.columns];
-        ops::dequantise(self.storage, ops::view(&data, "weight")?.values()?, 0, self.columns, &mut values);
-        Tensor::from_vec(values, (self.rows, self.columns), &Device::Cpu).at("weight")
+    /// Looks up rows `ids` on the CPU, in f32.
+    fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+        let view = ops::view(&self.data, "weight")?;
+        let (data, ids) = (view.values()?, ids.to_vec1::<u32>()?);
+        if let Some(id) = ids.iter().find(|id| **id as usize >= self.rows) {
+            return Err(Error::usage("embedding", format!("row {id} of {}", self.rows)));
+        }
+        let mut values = vec![0f32; ids.len() * self.columns];
+        // One parallel region for all rows.
+        values.par_chunks_mut(self.columns).zip(&ids).for_each(|(row, id)| {
+            ops::dequantise(self.storage, data, *id as usize, self.columns, row);
+        });
+        Ok(Tensor::from_vec(values, (ids.len(), self.columns), &Device::Cpu)?)
     }
 }
 
@@ -116,22 +121,5 @@ impl Weight {
             Self::Blocks(w) => w.rows(ids)?.to_dtype(dtype),
         }
         .at("embedding")
-    }
-}
-
-impl Blocks {
-    /// Rows `ids` in f32 on the CPU.
-    fn rows(&self, ids: &Tensor) -> Result<Tensor> {
-        let data = ops::view(&self.data, "weight")?;
-        let (data, ids) = (data.values()?, ids.to_vec1::<u32>()?);
-        let mut values = vec![0f32; ids.len() * self.columns];
-        for (id, row) in ids.iter().zip(values.chunks_mut(self.columns)) {
-            let id = *id as usize;
-            if id >= self.rows {
-                return Err(Error::usage("embedding", format!("row {id} of {}", self.rows)));
-            }
-            ops::dequantise(self.storage, data, id, self.columns, row);
-        }
-        Ok(Tensor::from_vec(values, (ids.len(), self.columns), &Device::Cpu)?)
     }
 }

@@ -8,10 +8,15 @@ use crate::storage::{Float, Ggml, Storage};
 
 /// An encoding: `ELEMENTS` values in `BYTES` bytes.
 pub trait Block {
-    /// Values decoded at a time; a multiple of 16.
-    const ELEMENTS: usize;
+    /// The encoding, whose geometry [`Storage::block`] has.
+    const STORAGE: Storage;
+    /// Values decoded at a time: a block of GGML's formats, 16 of a dense encoding, so that the loops vectorise.
+    const ELEMENTS: usize = match Self::STORAGE {
+        Storage::Dense(_) => 16,
+        Storage::Ggml(_) => Self::STORAGE.block().0,
+    };
     /// Bytes that encode them.
-    const BYTES: usize;
+    const BYTES: usize = Self::ELEMENTS / Self::STORAGE.block().0 * Self::STORAGE.block().1;
 
     /// Writes the `ELEMENTS` values of block `b`.
     fn decode(b: &[u8], out: &mut [f32]);
@@ -81,8 +86,7 @@ fn half(b: &[u8]) -> f32 {
 
 struct F32Block;
 impl Block for F32Block {
-    const ELEMENTS: usize = 16;
-    const BYTES: usize = 64;
+    const STORAGE: Storage = Storage::F32;
     #[inline(always)]
     fn decode(b: &[u8], out: &mut [f32]) {
         for (o, b) in out.iter_mut().zip(b.chunks_exact(4)) {
@@ -93,8 +97,7 @@ impl Block for F32Block {
 
 struct F16Block;
 impl Block for F16Block {
-    const ELEMENTS: usize = 16;
-    const BYTES: usize = 32;
+    const STORAGE: Storage = Storage::F16;
     #[inline(always)]
     fn decode(b: &[u8], out: &mut [f32]) {
         for (o, b) in out.iter_mut().zip(b.chunks_exact(2)) {
@@ -105,8 +108,7 @@ impl Block for F16Block {
 
 struct Bf16Block;
 impl Block for Bf16Block {
-    const ELEMENTS: usize = 16;
-    const BYTES: usize = 32;
+    const STORAGE: Storage = Storage::BF16;
     #[inline(always)]
     fn decode(b: &[u8], out: &mut [f32]) {
         for (o, b) in out.iter_mut().zip(b.chunks_exact(2)) {
@@ -130,8 +132,7 @@ fn nibbles(q: &[u8], out: &mut [f32], f: impl Fn(i32, usize) -> f32) {
 
 struct Q4_0Block;
 impl Block for Q4_0Block {
-    const ELEMENTS: usize = 32;
-    const BYTES: usize = 18;
+    const STORAGE: Storage = Storage::Ggml(Ggml::Q4_0);
     #[inline(always)]
     fn decode(b: &[u8], out: &mut [f32]) {
         let d = half(b);
@@ -141,8 +142,7 @@ impl Block for Q4_0Block {
 
 struct Q4_1Block;
 impl Block for Q4_1Block {
-    const ELEMENTS: usize = 32;
-    const BYTES: usize = 20;
+    const STORAGE: Storage = Storage::Ggml(Ggml::Q4_1);
     #[inline(always)]
     fn decode(b: &[u8], out: &mut [f32]) {
         let (d, m) = (half(b), half(&b[2..]));
@@ -158,8 +158,7 @@ fn fifth(bits: u32, j: usize) -> i32 {
 
 struct Q5_0Block;
 impl Block for Q5_0Block {
-    const ELEMENTS: usize = 32;
-    const BYTES: usize = 22;
+    const STORAGE: Storage = Storage::Ggml(Ggml::Q5_0);
     #[inline(always)]
     fn decode(b: &[u8], out: &mut [f32]) {
         let (d, bits) = (half(b), u32::from_le_bytes([b[2], b[3], b[4], b[5]]));
@@ -169,8 +168,7 @@ impl Block for Q5_0Block {
 
 struct Q5_1Block;
 impl Block for Q5_1Block {
-    const ELEMENTS: usize = 32;
-    const BYTES: usize = 24;
+    const STORAGE: Storage = Storage::Ggml(Ggml::Q5_1);
     #[inline(always)]
     fn decode(b: &[u8], out: &mut [f32]) {
         let (d, m, bits) = (half(b), half(&b[2..]), u32::from_le_bytes([b[4], b[5], b[6], b[7]]));
@@ -180,8 +178,7 @@ impl Block for Q5_1Block {
 
 struct Q8_0Block;
 impl Block for Q8_0Block {
-    const ELEMENTS: usize = 32;
-    const BYTES: usize = 34;
+    const STORAGE: Storage = Storage::Ggml(Ggml::Q8_0);
     #[inline(always)]
     fn decode(b: &[u8], out: &mut [f32]) {
         let d = half(b);
@@ -203,8 +200,7 @@ fn scale_min(s: &[u8], j: usize) -> (f32, f32) {
 
 struct Q2KBlock;
 impl Block for Q2KBlock {
-    const ELEMENTS: usize = 256;
-    const BYTES: usize = 84;
+    const STORAGE: Storage = Storage::Ggml(Ggml::Q2K);
     #[inline(always)]
     fn decode(b: &[u8], out: &mut [f32]) {
         let (scales, d, dmin) = (&b[..16], half(&b[80..]), half(&b[82..]));
@@ -221,8 +217,7 @@ impl Block for Q2KBlock {
 
 struct Q3KBlock;
 impl Block for Q3KBlock {
-    const ELEMENTS: usize = 256;
-    const BYTES: usize = 110;
+    const STORAGE: Storage = Storage::Ggml(Ggml::Q3K);
     #[inline(always)]
     fn decode(b: &[u8], out: &mut [f32]) {
         let (scales, d) = (&b[96..108], half(&b[108..]));
@@ -240,8 +235,7 @@ impl Block for Q3KBlock {
 
 struct Q4KBlock;
 impl Block for Q4KBlock {
-    const ELEMENTS: usize = 256;
-    const BYTES: usize = 144;
+    const STORAGE: Storage = Storage::Ggml(Ggml::Q4K);
     #[inline(always)]
     fn decode(b: &[u8], out: &mut [f32]) {
         let (d, dmin) = (half(b), half(&b[2..]));
@@ -258,8 +252,7 @@ impl Block for Q4KBlock {
 
 struct Q5KBlock;
 impl Block for Q5KBlock {
-    const ELEMENTS: usize = 256;
-    const BYTES: usize = 176;
+    const STORAGE: Storage = Storage::Ggml(Ggml::Q5K);
     #[inline(always)]
     fn decode(b: &[u8], out: &mut [f32]) {
         let (d, dmin, fifths) = (half(b), half(&b[2..]), &b[16..48]);
@@ -277,8 +270,7 @@ impl Block for Q5KBlock {
 
 struct Q6KBlock;
 impl Block for Q6KBlock {
-    const ELEMENTS: usize = 256;
-    const BYTES: usize = 210;
+    const STORAGE: Storage = Storage::Ggml(Ggml::Q6K);
     #[inline(always)]
     fn decode(b: &[u8], out: &mut [f32]) {
         let d = half(&b[208..]);

@@ -19,7 +19,6 @@ use common::attention::{batch, both, case, lse_difference, values, Case};
 use common::*;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use std::ops::ControlFlow;
 
 const TYPES: [(DType, Storage); 3] =
     [(DType::F32, Storage::F32), (DType::BF16, Storage::BF16), (DType::F16, Storage::F16)];
@@ -387,18 +386,10 @@ fn captured_decode_that_is_stopped_equals_one_that_never_was() -> Any {
             let model = load_as(&checkpoint, s.as_ref(), 400, &held, &device)?;
             let generate = |most: usize| -> Any<(Vec<u32>, Run)> {
                 let request = Request { prompt: &prompt, max_new_tokens: 45, chunk: 128, stop: &[], logits_last: 1 };
-                let (mut run, mut count) = (model.run()?, 0);
+                let mut run = model.run()?;
                 assert!(run.captures());
-                let mut on_token = |_| {
-                    count += 1;
-                    if count == most {
-                        ControlFlow::Break(())
-                    } else {
-                        ControlFlow::Continue(())
-                    }
-                };
-                let sampler = &mut Sampler::new(Sampling::GREEDY)?;
-                let made = run.generate(&request, sampler, &mut watch(|_| ()), &mut on_token)?;
+                let greedy = &mut Sampler::new(Sampling::GREEDY)?;
+                let made = run.generate(&request, greedy, &mut watch(|_| ()), &mut stop_after(most))?;
                 Ok((made.tokens, run))
             };
             let (all, _) = generate(usize::MAX)?;

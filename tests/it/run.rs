@@ -70,16 +70,8 @@ fn a_prefill_that_is_cancelled_at_its_end_is_whole() -> Any {
 fn generate(model: &Model, text: &[u32], stop: &[u32], most: usize) -> Any<(Vec<u32>, Run)> {
     let mut run = model.run()?;
     let request = Request { prompt: text, max_new_tokens: 60, chunk: 64, stop, logits_last: 1 };
-    let mut count = 0;
-    let mut on_token = |_| {
-        count += 1;
-        if count == most {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
-    };
-    let made = run.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut watch(|_| ()), &mut on_token)?;
+    let greedy = &mut Sampler::new(Sampling::GREEDY)?;
+    let made = run.generate(&request, greedy, &mut watch(|_| ()), &mut stop_after(most))?;
     Ok((made.tokens, run))
 }
 

@@ -11,16 +11,16 @@ struct Item {
     index: Option<Tensor>,
 }
 
-/// Item `b` of a tensor with a batch axis before `rank` others.
-fn item(x: &Tensor, (b, items): (usize, usize), rank: usize) -> Result<Tensor> {
-    match x.rank() == rank + 1 && x.dims()[0] == items {
+/// Returns item `b` of a tensor with a batch axis before three others.
+fn item(x: &Tensor, (b, items): (usize, usize)) -> Result<Tensor> {
+    match x.rank() == 4 && x.dims()[0] == items {
         true => Ok(x.get(b)?),
         false => fail(format!("a tensor {:?} in a batch of {items}", x.dims())),
     }
 }
 
 fn item_of(segment: &Segment, at: (usize, usize)) -> Result<Item> {
-    let pair = |rows: &KeyValues| -> Result<_> { Ok((item(rows.k, at, 3)?, item(rows.v, at, 3)?)) };
+    let pair = |rows: &KeyValues| -> Result<_> { Ok((item(rows.k, at)?, item(rows.v, at)?)) };
     match segment {
         Segment::Chunk(rows) | Segment::Ring(rows) | Segment::Sinks(rows, _) => {
             Ok(Item { rows: Some(pair(rows)?), q: None, index: None })
@@ -32,10 +32,10 @@ fn item_of(segment: &Segment, at: (usize, usize)) -> Result<Item> {
                 StoreRows::Host(_) => return fail("rows in host memory have no batch axis".into()),
             };
             let index = match store.read {
-                RowList::Table { index, .. } => Some(item(index, at, 3)?),
+                RowList::Table { index, .. } => Some(item(index, at)?),
                 RowList::Blocks { .. } => None,
             };
-            Ok(Item { rows, q: store.q.map(|q| item(q, at, 3)).transpose()?, index })
+            Ok(Item { rows, q: store.q.map(|q| item(q, at)).transpose()?, index })
         }
     }
 }

@@ -13,6 +13,7 @@ use bfly::spec::ModelSpec;
 use bfly::weights::Weights;
 use candle_core::{DType, Device, Tensor};
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -214,5 +215,17 @@ pub fn real_model(name: &str) -> Any<String> {
     match path.exists() {
         true => Ok(path.to_string_lossy().into_owned()),
         false => Err(format!("{} is missing: run scripts/fetch_models.py {name}", path.display()).into()),
+    }
+}
+
+/// A callback that ends a generation after `most` tokens.
+pub fn stop_after(most: usize) -> impl FnMut(u32) -> ControlFlow<()> {
+    let mut count = 0;
+    move |_| {
+        count += 1;
+        match count == most {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
     }
 }
