@@ -7,7 +7,7 @@ fields
     classes      by class: its model_type, every key that it saves, and the default of every argument
     generation   generation settings, which older versions saved in config.json too
 
-tests/it/unread.rs compares the table in src/family/keys.rs with these files: a class that gains a key fails the test.
+tests/it/unread.rs compares the tables in src/family with these files: a class that gains a key fails the test.
 
 Needs transformers, without torch. Record one version 4 and one version 5, since there are checkpoints of both:
 

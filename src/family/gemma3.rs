@@ -1,17 +1,20 @@
 //! Gemma 3, text only: five sliding-window layers per full-attention layer, two RoPE bases, norms before and after
 //! attention and feed-forward, scaled embeddings, and norm weights stored as `w` for a factor of `1 + w`.
 
-use super::{decoder, keys, layer_types, rope, Family, GgufMapping, Naming, Wrapper, PLAIN};
+use super::keys::{
+    Bool, Float, Int, NoEffect, Null, OnlyIf, Section, Table, Text, Used, DECODER, GENERIC, ROPE, TRAINING,
+};
+use super::{decoder, layer_types, rope, Family, GgufMapping, Naming, Wrapper, PLAIN};
 use crate::error::{Error, Result};
 use crate::spec::{AttentionKind, Config, ModelSpec, Norms};
 use serde_json::json;
 
 pub(super) static FAMILY: Family = Family {
     model_type: "gemma3_text",
-    keys: keys::GEMMA3,
+    keys: KEYS,
     wrapper: Some(Wrapper {
         model_type: "gemma3",
-        keys: keys::GEMMA3_WRAPPER,
+        keys: WRAPPER_KEYS,
         other_parts: &[
             "vision_tower.",
             "multi_modal_projector.",
@@ -97,3 +100,55 @@ fn complete(config: &mut Config) -> Result<()> {
     }
     Ok(())
 }
+
+/// Keys of transformers' `Gemma3TextConfig`.
+const KEYS: Table = &[
+    &[
+        ("vocab_size", Used(Int(262_208))),
+        ("hidden_size", Used(Int(2304))),
+        ("intermediate_size", Used(Int(9216))),
+        ("num_hidden_layers", Used(Int(26))),
+        ("num_attention_heads", Used(Int(8))),
+        ("num_key_value_heads", Used(Int(4))),
+        ("head_dim", Used(Int(256))),
+        ("hidden_activation", Used(Text("gelu_pytorch_tanh"))),
+        ("hidden_act", OnlyIf(Text("gelu_pytorch_tanh"))),
+        ("max_position_embeddings", Used(Int(131_072))),
+        ("tie_word_embeddings", Used(Bool(true))),
+        ("attention_bias", Used(Bool(false))),
+        ("query_pre_attn_scalar", Used(Int(256))),
+        ("sliding_window", Used(Int(4096))),
+        ("layer_types", Used(Null)),
+        ("sliding_window_pattern", Used(Int(6))),
+        ("_sliding_window_pattern", NoEffect("`layer_types` or `sliding_window_pattern` is used")),
+        ("final_logit_softcapping", OnlyIf(Null)),
+        ("attn_logit_softcapping", OnlyIf(Null)),
+        ("use_bidirectional_attention", OnlyIf(Bool(false))),
+        ("rope_theta", Used(Float(1_000_000.0))),
+        ("rope_local_base_freq", Used(Float(10_000.0))),
+        ("rope_scaling", Section(ROPE)),
+        ("rope_parameters", Section(&[&[("full_attention", Section(ROPE)), ("sliding_attention", Section(ROPE))]])),
+    ],
+    DECODER,
+    GENERIC,
+];
+
+const IMAGES: &str = "for image inputs, which are not supported";
+
+/// Keys of transformers' `Gemma3Config`, whose `text_config` has the keys [`KEYS`].
+const WRAPPER_KEYS: Table = &[
+    &[
+        ("text_config", Section(KEYS)),
+        ("vision_config", NoEffect(IMAGES)),
+        ("tie_word_embeddings", Used(Bool(true))),
+        ("mm_tokens_per_image", NoEffect(IMAGES)),
+        ("boi_token_index", NoEffect(IMAGES)),
+        ("eoi_token_index", NoEffect(IMAGES)),
+        ("image_token_index", NoEffect(IMAGES)),
+        ("boi_token_id", NoEffect(IMAGES)),
+        ("eoi_token_id", NoEffect(IMAGES)),
+        ("image_token_id", NoEffect(IMAGES)),
+        ("initializer_range", NoEffect(TRAINING)),
+    ],
+    GENERIC,
+];

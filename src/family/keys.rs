@@ -1,5 +1,5 @@
 //! Meaning of every key of a `config.json`, per model type: read, supported with one value only, or without effect on
-//! the logits.
+//! the logits. The table of a model type is in its family's file; the groups that families share are here.
 //!
 //! A key that is not in the table is refused. Defaults are those of transformers' configuration classes;
 //! `tests/it/unread.rs` compares keys and defaults with the classes, as recorded by `scripts/dump_config_keys.py`.
@@ -44,137 +44,20 @@ pub type Row = (&'static str, Meaning);
 /// The keys of a model type, in groups: its own first, then shared ones.
 pub type Table = &'static [&'static [Row]];
 
-use Const::{Bool, Float, Int, Null, Text};
-use Meaning::{NoEffect, OnlyIf, Quantised, Section, Used};
+pub(super) use Const::{Bool, Float, Int, Null, Text};
+pub(super) use Meaning::{NoEffect, OnlyIf, Quantised, Section, Used};
 
 const RUN: &str = "a runtime setting of transformers";
 const GENERATION: &str = "a default of transformers' generate()";
-const TRAINING: &str = "used in training only";
-const RECORD: &str = "records how the file was made";
+pub(super) const TRAINING: &str = "used in training only";
+pub(super) const RECORD: &str = "records how the file was made";
 const TOKENIZER: &str = "read from the tokenizer's files";
 const LABELS: &str = "for classification heads";
 const STORED: &str = "each tensor stores its own type";
-const IMAGES: &str = "for image inputs, which are not supported";
 const NO_WINDOW: &str = "used only if `use_sliding_window` is true";
 
-/// Keys of transformers' `LlamaConfig`.
-pub const LLAMA: Table = &[
-    &[
-        ("vocab_size", Used(Int(32_000))),
-        ("hidden_size", Used(Int(4096))),
-        ("intermediate_size", Used(Int(11_008))),
-        ("num_hidden_layers", Used(Int(32))),
-        ("num_attention_heads", Used(Int(32))),
-        ("num_key_value_heads", Used(Null)),
-        ("head_dim", Used(Null)),
-        ("hidden_act", Used(Text("silu"))),
-        ("max_position_embeddings", Used(Int(2048))),
-        ("tie_word_embeddings", Used(Bool(false))),
-        ("attention_bias", Used(Bool(false))),
-        ("mlp_bias", Used(Bool(false))),
-        ("pretraining_tp", NoEffect("splits matrix products without changing their results")),
-        ("rope_interleaved", OnlyIf(Bool(false))),
-        ("is_llama_config", NoEffect(RECORD)),
-    ],
-    ONE_ROPE,
-    DECODER,
-    GENERIC,
-];
-
-/// Keys of transformers' `Qwen2Config`.
-pub const QWEN2: Table = &[
-    &[
-        ("vocab_size", Used(Int(151_936))),
-        ("hidden_size", Used(Int(4096))),
-        ("intermediate_size", Used(Int(22_016))),
-        ("num_hidden_layers", Used(Int(32))),
-        ("num_attention_heads", Used(Int(32))),
-        ("num_key_value_heads", Used(Int(32))),
-        ("head_dim", Used(Null)),
-        ("hidden_act", Used(Text("silu"))),
-        ("max_position_embeddings", Used(Int(32_768))),
-        ("tie_word_embeddings", Used(Bool(false))),
-        ("use_mrope", OnlyIf(Bool(false))),
-    ],
-    QWEN_WINDOW,
-    ONE_ROPE,
-    DECODER,
-    GENERIC,
-];
-
-/// Keys of transformers' `Qwen3Config`.
-pub const QWEN3: Table = &[
-    &[
-        ("vocab_size", Used(Int(151_936))),
-        ("hidden_size", Used(Int(4096))),
-        ("intermediate_size", Used(Int(22_016))),
-        ("num_hidden_layers", Used(Int(32))),
-        ("num_attention_heads", Used(Int(32))),
-        ("num_key_value_heads", Used(Int(32))),
-        ("head_dim", Used(Int(128))),
-        ("hidden_act", Used(Text("silu"))),
-        ("max_position_embeddings", Used(Int(32_768))),
-        ("tie_word_embeddings", Used(Bool(false))),
-        ("attention_bias", Used(Bool(false))),
-    ],
-    QWEN_WINDOW,
-    ONE_ROPE,
-    DECODER,
-    GENERIC,
-];
-
-/// Keys of transformers' `Gemma3TextConfig`.
-pub const GEMMA3: Table = &[
-    &[
-        ("vocab_size", Used(Int(262_208))),
-        ("hidden_size", Used(Int(2304))),
-        ("intermediate_size", Used(Int(9216))),
-        ("num_hidden_layers", Used(Int(26))),
-        ("num_attention_heads", Used(Int(8))),
-        ("num_key_value_heads", Used(Int(4))),
-        ("head_dim", Used(Int(256))),
-        ("hidden_activation", Used(Text("gelu_pytorch_tanh"))),
-        ("hidden_act", OnlyIf(Text("gelu_pytorch_tanh"))),
-        ("max_position_embeddings", Used(Int(131_072))),
-        ("tie_word_embeddings", Used(Bool(true))),
-        ("attention_bias", Used(Bool(false))),
-        ("query_pre_attn_scalar", Used(Int(256))),
-        ("sliding_window", Used(Int(4096))),
-        ("layer_types", Used(Null)),
-        ("sliding_window_pattern", Used(Int(6))),
-        ("_sliding_window_pattern", NoEffect("`layer_types` or `sliding_window_pattern` is used")),
-        ("final_logit_softcapping", OnlyIf(Null)),
-        ("attn_logit_softcapping", OnlyIf(Null)),
-        ("use_bidirectional_attention", OnlyIf(Bool(false))),
-        ("rope_theta", Used(Float(1_000_000.0))),
-        ("rope_local_base_freq", Used(Float(10_000.0))),
-        ("rope_scaling", Section(ROPE)),
-        ("rope_parameters", Section(&[&[("full_attention", Section(ROPE)), ("sliding_attention", Section(ROPE))]])),
-    ],
-    DECODER,
-    GENERIC,
-];
-
-/// Keys of transformers' `Gemma3Config`, whose `text_config` has the keys [`GEMMA3`].
-pub const GEMMA3_WRAPPER: Table = &[
-    &[
-        ("text_config", Section(GEMMA3)),
-        ("vision_config", NoEffect(IMAGES)),
-        ("tie_word_embeddings", Used(Bool(true))),
-        ("mm_tokens_per_image", NoEffect(IMAGES)),
-        ("boi_token_index", NoEffect(IMAGES)),
-        ("eoi_token_index", NoEffect(IMAGES)),
-        ("image_token_index", NoEffect(IMAGES)),
-        ("boi_token_id", NoEffect(IMAGES)),
-        ("eoi_token_id", NoEffect(IMAGES)),
-        ("image_token_id", NoEffect(IMAGES)),
-        ("initializer_range", NoEffect(TRAINING)),
-    ],
-    GENERIC,
-];
-
 /// Keys that all families share.
-const DECODER: &[Row] = &[
+pub(super) const DECODER: &[Row] = &[
     ("rms_norm_eps", Used(Float(1e-6))),
     ("initializer_range", NoEffect(TRAINING)),
     ("attention_dropout", NoEffect(TRAINING)),
@@ -183,7 +66,7 @@ const DECODER: &[Row] = &[
 ];
 
 /// Keys of families with one rotary embedding for all layers.
-const ONE_ROPE: &[Row] = &[
+pub(super) const ONE_ROPE: &[Row] = &[
     ("rope_theta", Used(Float(10_000.0))),
     ("rope_scaling", Section(ROPE)),
     ("rope_parameters", Section(ROPE)),
@@ -191,7 +74,7 @@ const ONE_ROPE: &[Row] = &[
 ];
 
 /// Keys of a RoPE section.
-const ROPE: Table = &[&[
+pub(super) const ROPE: Table = &[&[
     ("rope_type", Used(Null)),
     ("type", Used(Null)),
     ("rope_theta", Used(Null)),
@@ -210,7 +93,7 @@ const ROPE: Table = &[&[
 ]];
 
 /// Keys of sliding-window attention, which Qwen models turn off with `use_sliding_window`.
-const QWEN_WINDOW: &[Row] = &[
+pub(super) const QWEN_WINDOW: &[Row] = &[
     ("layer_types", Used(Null)),
     ("use_sliding_window", OnlyIf(Bool(false))),
     ("sliding_window", NoEffect(NO_WINDOW)),
@@ -218,7 +101,7 @@ const QWEN_WINDOW: &[Row] = &[
 ];
 
 /// Keys of transformers' base class, and keys that other software adds to any configuration.
-const GENERIC: &[Row] = &[
+pub(super) const GENERIC: &[Row] = &[
     ("model_type", Used(Null)),
     ("architectures", NoEffect("`model_type` and the tensors are used")),
     ("auto_map", NoEffect("the checkpoint's own code is not run; transformers' class is implemented")),

@@ -1,6 +1,6 @@
 //! Model families: configuration keys, tensor names and quirks of each.
 //!
-//! A family is one file with one [`Family`] value, registered by one line in [`FAMILIES`], and one table in [`keys`].
+//! A family is one file, with one [`Family`] value and the table of its keys, registered by one line in [`FAMILIES`].
 //! It converts a [`Config`] to a [`ModelSpec`]; the layers themselves are in `nn` and `mixer`.
 
 mod gemma3;

@@ -1,12 +1,13 @@
 //! Qwen3: the Llama layout with an explicit head dimension and RMS norms on each head of q and k.
 
-use super::{decoder, keys, no_windows, rope, Family, GgufMapping, PLAIN};
+use super::keys::{Bool, Int, Table, Text, Used, DECODER, GENERIC, ONE_ROPE, QWEN_WINDOW};
+use super::{decoder, no_windows, rope, Family, GgufMapping, PLAIN};
 use crate::error::Result;
 use crate::spec::{Config, ModelSpec};
 
 pub(super) static FAMILY: Family = Family {
     model_type: "qwen3",
-    keys: keys::QWEN3,
+    keys: KEYS,
     wrapper: None,
     spec,
     norm_plus_one: false,
@@ -23,3 +24,24 @@ fn spec(config: &Config) -> Result<ModelSpec> {
     spec.ropes = vec![rope::one(config, spec.head_dim())?];
     Ok(spec)
 }
+
+/// Keys of transformers' `Qwen3Config`.
+const KEYS: Table = &[
+    &[
+        ("vocab_size", Used(Int(151_936))),
+        ("hidden_size", Used(Int(4096))),
+        ("intermediate_size", Used(Int(22_016))),
+        ("num_hidden_layers", Used(Int(32))),
+        ("num_attention_heads", Used(Int(32))),
+        ("num_key_value_heads", Used(Int(32))),
+        ("head_dim", Used(Int(128))),
+        ("hidden_act", Used(Text("silu"))),
+        ("max_position_embeddings", Used(Int(32_768))),
+        ("tie_word_embeddings", Used(Bool(false))),
+        ("attention_bias", Used(Bool(false))),
+    ],
+    QWEN_WINDOW,
+    ONE_ROPE,
+    DECODER,
+    GENERIC,
+];

@@ -228,7 +228,7 @@ fn block_means_equal_the_cpus_however_the_text_is_cut() -> Any {
 #[test]
 fn stock_logits_equal_transformers() -> Any {
     let Some(device) = gpu("stock logits") else { return Ok(()) };
-    for name in GOLDENS {
+    for name in &goldens()? {
         let (golden, checkpoint) = (Golden::open(name)?, open(&golden_dir(name).to_string_lossy())?);
         for (case, last, exact) in [("short", 64, 1e-4), ("long", 8, 1e-3)] {
             let (ids, want) = (golden.ids(case)?, golden.logits(case)?);

@@ -20,7 +20,7 @@ fn ids(count: usize) -> Vec<u32> {
 
 #[test]
 fn a_window_that_covers_the_text_gives_stock_logits() -> Any {
-    for name in GOLDENS {
+    for name in &goldens()? {
         let golden = Golden::open(name)?;
         let text = golden.ids("short")?;
         for settings in [small(128, 384, 4), small(16, 304, 0), small(50, 300, 70)] {

@@ -47,7 +47,7 @@ fn logits(model: &Model, ids: &[u32], chunk: usize, end: Option<usize>, last: us
 
 #[test]
 fn a_budget_that_covers_the_text_gives_stock_logits() -> Any {
-    for name in GOLDENS {
+    for name in &goldens()? {
         let golden = Golden::open(name)?;
         let (text, want) = (golden.ids("short")?, golden.logits("short")?);
         for plan in [keydiff(text.len(), 37)?, keydiff(512, 128)?, snapkv(text.len(), 40)?] {

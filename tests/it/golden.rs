@@ -6,7 +6,7 @@ use bfly::storage::Storage;
 use candle_core::Device;
 
 fn check(case: &str, last: usize, tolerance: f32) -> Any {
-    for name in GOLDENS {
+    for name in &goldens()? {
         let golden = Golden::open(name)?;
         let ids = golden.ids(case)?;
         let model = load_golden(name, None, ids.len())?;
@@ -32,7 +32,7 @@ fn stock_logits_equal_transformers_past_8k_positions() -> Any {
 #[test]
 fn weights_in_bf16_are_within_twice_transformers_own_bf16_error() -> Any {
     let hold = || WeightFormat::new(WeightDtype::As(Storage::BF16), 0, None);
-    for name in GOLDENS {
+    for name in &goldens()? {
         let golden = Golden::open(name)?;
         let checkpoint = open(&golden_dir(name).to_string_lossy())?;
         for (case, last) in [("short", 64), ("long", 8)] {

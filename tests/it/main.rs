@@ -1,4 +1,5 @@
-//! Every integration test that needs no process of its own, in one binary: each binary is a minute of linking.
+//! The integration tests, a module each, in one binary: every further binary links the library and compiles its generic
+//! code once more. Tests that need a process of their own are binaries beside it: `tests/peak.rs`, `tests/cuda/`.
 
 mod common;
 

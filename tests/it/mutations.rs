@@ -219,7 +219,7 @@ impl Whole {
                 .map(|case| std::fs::read(fault(case).join("model.gguf")))
                 .collect::<Result<_, _>>()?,
             safetensors: std::fs::read(dir.join("model.safetensors"))?,
-            configs: GOLDENS
+            configs: goldens()?
                 .iter()
                 .map(|g| golden_dir(g))
                 .chain([dir.clone()])

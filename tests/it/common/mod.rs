@@ -19,10 +19,6 @@ use std::sync::Arc;
 
 pub type Any<T = ()> = Result<T, Box<dyn std::error::Error>>;
 
-/// Every golden case.
-pub const GOLDENS: &[&str] =
-    &["qwen2", "qwen3", "llama", "gemma3", "qwen2_yarn", "llama3_rope", "llama_linear", "qwen3_d128", "gemma3_bias"];
-
 /// The package's folder: where it was built, unless the variable says that it was moved (scripts/gpu_tests.sh).
 pub fn root() -> PathBuf {
     std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
@@ -30,6 +26,20 @@ pub fn root() -> PathBuf {
 
 pub fn golden_dir(name: &str) -> PathBuf {
     root().join("tests/fixtures/goldens").join(name)
+}
+
+/// Every golden case: the folders there, by name.
+pub fn goldens() -> Any<Vec<String>> {
+    let mut names = vec![];
+    for entry in std::fs::read_dir(golden_dir(""))? {
+        let entry = entry?;
+        if entry.path().is_dir() {
+            names.push(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    names.sort();
+    assert!(names.len() >= 9, "only {names:?} are there");
+    Ok(names)
 }
 
 /// Ids and logits that transformers recorded.
