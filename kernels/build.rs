@@ -5,8 +5,6 @@
 use cudaforge::KernelBuilder;
 use std::path::{Path, PathBuf};
 
-/// Sources compiled whole.
-const WHOLE: &[&str] = &["attention_any", "decode", "pointwise", "select", "summaries"];
 /// Sources compiled once per head dim: the driver translates a module's PTX when it is first loaded, and all of one takes
 /// seconds.
 const BY_DIM: &[(&str, &[u32])] = &[
@@ -18,13 +16,30 @@ const BY_DIM: &[(&str, &[u32])] = &[
 /// The same per format of weights: a model uses a few of them.
 const BY_FORMAT: &[(&str, &[&str])] =
     &[("quantised", &["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])];
-const HEADERS: &[&str] = &["common.cuh", "attention.cuh", "blocks.cuh", "decode.cuh", "matvec.cuh", "wgmma.cuh"];
+
+/// The sources that are compiled whole, those that are neither in [`BY_DIM`] nor in [`BY_FORMAT`], and the headers.
+fn sources(folder: &Path) -> (Vec<PathBuf>, Vec<PathBuf>) {
+    let in_parts = |name: &str| BY_DIM.iter().any(|(n, _)| *n == name) || BY_FORMAT.iter().any(|(n, _)| *n == name);
+    let (mut whole, mut headers) = (vec![], vec![]);
+    for entry in std::fs::read_dir(folder).expect("kernels/ is readable") {
+        let path = entry.expect("kernels/ is readable").path();
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        match path.extension().and_then(|e| e.to_str()) {
+            Some("cu") if !in_parts(&name) => whole.push(path),
+            Some("cuh") => headers.push(path),
+            _ => (),
+        }
+    }
+    whole.sort();
+    headers.sort();
+    (whole, headers)
+}
 
 pub fn compile() {
     let out = PathBuf::from(std::env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
     let here = Path::new(&std::env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR")).join("kernels");
-    let mut files: Vec<PathBuf> = WHOLE.iter().map(|name| here.join(format!("{name}.cu"))).collect();
-    let mut watched: Vec<PathBuf> = HEADERS.iter().map(|name| here.join(name)).collect();
+    println!("cargo:rerun-if-changed={}", here.display()); // A new file too.
+    let (mut files, mut watched) = sources(&here);
     let generated = out.join("parts");
     std::fs::create_dir_all(&generated).expect("OUT_DIR is writable");
     let dims = BY_DIM.iter().map(|(name, dims)| (name, "ONLY_DIM", dims.iter().map(u32::to_string).collect()));
@@ -40,6 +55,8 @@ pub fn compile() {
         }
         watched.push(source);
     }
+    let stem = |file: &PathBuf| file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let stems: Vec<String> = files.iter().map(stem).collect();
     let built = KernelBuilder::new()
         .source_files(files)
         .watch(watched)
@@ -51,4 +68,10 @@ pub fn compile() {
         .build_ptx()
         .unwrap_or_else(|e| panic!("compiling kernels/*.cu: {e}"));
     built.write(out.join("kernels.rs")).expect("OUT_DIR is writable");
+    // `Kernel::load` finds a module by the name of its file, so that no Rust source lists the files again.
+    let rows: String = stems.iter().map(|stem| format!("(\"{stem}\", {}),\n", stem.to_uppercase())).collect();
+    let table = format!("/// PTX by the name of its source or part.\npub const ALL: &[(&str, &str)] = &[\n{rows}];\n");
+    let mut list = std::fs::read_to_string(out.join("kernels.rs")).expect("OUT_DIR is readable");
+    list.push_str(&table);
+    std::fs::write(out.join("kernels.rs"), list).expect("OUT_DIR is writable");
 }

@@ -4,7 +4,6 @@
 //! reused only after it. That is what makes handing plain device addresses to a kernel sound.
 
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::storage::Ggml;
 use candle_core::cuda_backend::cudarc::driver::{
     sys, sys::CUfunction_attribute, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr,
 };
@@ -29,60 +28,6 @@ mod ptx {
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }
 
-/// A compiled source file, or its part for one head dim or format. One line per file of `kernels/`.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Module {
-    AttentionAny,
-    AttentionDecode(usize),
-    AttentionHopper(usize),
-    AttentionHopperPieces(usize),
-    AttentionPrefill(usize),
-    Decode,
-    Quantised(Ggml),
-    Pointwise,
-    Select,
-    Summaries,
-}
-
-impl Module {
-    /// A name for candle's table of modules, and the PTX.
-    fn source(self) -> Result<(&'static str, &'static str)> {
-        Ok(match self {
-            Self::AttentionAny => ("bfly_attention_any", ptx::ATTENTION_ANY),
-            Self::AttentionDecode(64) => ("bfly_attention_decode_64", ptx::ATTENTION_DECODE_64),
-            Self::AttentionDecode(128) => ("bfly_attention_decode_128", ptx::ATTENTION_DECODE_128),
-            Self::AttentionDecode(256) => ("bfly_attention_decode_256", ptx::ATTENTION_DECODE_256),
-            Self::AttentionHopper(64) => ("bfly_attention_hopper_64", ptx::ATTENTION_HOPPER_64),
-            Self::AttentionHopper(96) => ("bfly_attention_hopper_96", ptx::ATTENTION_HOPPER_96),
-            Self::AttentionHopper(128) => ("bfly_attention_hopper_128", ptx::ATTENTION_HOPPER_128),
-            Self::AttentionHopper(256) => ("bfly_attention_hopper_256", ptx::ATTENTION_HOPPER_256),
-            Self::AttentionHopperPieces(64) => ("bfly_attention_hopper_pieces_64", ptx::ATTENTION_HOPPER_PIECES_64),
-            Self::AttentionHopperPieces(96) => ("bfly_attention_hopper_pieces_96", ptx::ATTENTION_HOPPER_PIECES_96),
-            Self::AttentionHopperPieces(128) => ("bfly_attention_hopper_pieces_128", ptx::ATTENTION_HOPPER_PIECES_128),
-            Self::AttentionHopperPieces(256) => ("bfly_attention_hopper_pieces_256", ptx::ATTENTION_HOPPER_PIECES_256),
-            Self::AttentionPrefill(64) => ("bfly_attention_prefill_64", ptx::ATTENTION_PREFILL_64),
-            Self::AttentionPrefill(96) => ("bfly_attention_prefill_96", ptx::ATTENTION_PREFILL_96),
-            Self::AttentionPrefill(128) => ("bfly_attention_prefill_128", ptx::ATTENTION_PREFILL_128),
-            Self::AttentionPrefill(256) => ("bfly_attention_prefill_256", ptx::ATTENTION_PREFILL_256),
-            Self::Decode => ("bfly_decode", ptx::DECODE),
-            Self::Quantised(Ggml::Q4_0) => ("bfly_quantised_q4_0", ptx::QUANTISED_Q4_0),
-            Self::Quantised(Ggml::Q4_1) => ("bfly_quantised_q4_1", ptx::QUANTISED_Q4_1),
-            Self::Quantised(Ggml::Q5_0) => ("bfly_quantised_q5_0", ptx::QUANTISED_Q5_0),
-            Self::Quantised(Ggml::Q5_1) => ("bfly_quantised_q5_1", ptx::QUANTISED_Q5_1),
-            Self::Quantised(Ggml::Q8_0) => ("bfly_quantised_q8_0", ptx::QUANTISED_Q8_0),
-            Self::Quantised(Ggml::Q2K) => ("bfly_quantised_q2_k", ptx::QUANTISED_Q2_K),
-            Self::Quantised(Ggml::Q3K) => ("bfly_quantised_q3_k", ptx::QUANTISED_Q3_K),
-            Self::Quantised(Ggml::Q4K) => ("bfly_quantised_q4_k", ptx::QUANTISED_Q4_K),
-            Self::Quantised(Ggml::Q5K) => ("bfly_quantised_q5_k", ptx::QUANTISED_Q5_K),
-            Self::Quantised(Ggml::Q6K) => ("bfly_quantised_q6_k", ptx::QUANTISED_Q6_K),
-            Self::Pointwise => ("bfly_pointwise", ptx::POINTWISE),
-            Self::Select => ("bfly_select", ptx::SELECT),
-            Self::Summaries => ("bfly_summaries", ptx::SUMMARIES),
-            other => return Err(Error::unsupported("kernel", format!("{other:?} is not compiled"))),
-        })
-    }
-}
-
 /// A kernel about to be launched.
 pub(crate) struct Kernel {
     function: CudaFunction,
@@ -92,10 +37,13 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    /// Loads `name`; its module on first use.
-    pub fn load(device: &CudaDevice, module: Module, name: String) -> Result<Self> {
-        let (module_name, source) = module.source()?;
-        let function = device.get_or_load_custom_func(&name, module_name, source).map_err(|e| explain(&name, &e))?;
+    /// Loads kernel `name` of a module, which is a file of `kernels/` (`pointwise`) or its part for one head dim or format
+    /// (`attention_decode_64`, `quantised_q4_k`), compiled by the driver on first use.
+    pub fn load(device: &CudaDevice, module: &str, name: String) -> Result<Self> {
+        let source = ptx::ALL.iter().find(|(stem, _)| *stem == module).map(|(_, source)| *source);
+        let source = source.ok_or_else(|| Error::unsupported("kernel", format!("{module} is not compiled")))?;
+        let unique = format!("bfly_{module}");
+        let function = device.get_or_load_custom_func(&name, &unique, source).map_err(|e| explain(&name, &e))?;
         Ok(Self { function: function.into_cuda_function(), stream: device.cuda_stream(), name, shared: 0 })
     }
 

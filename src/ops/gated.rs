@@ -52,7 +52,7 @@ fn gelu(x: f32, up: f32) -> f32 {
 
 #[cfg(feature = "cuda")]
 fn cuda(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
-    use super::cuda::{address, device, suffix, uninitialised, Kernel, Launch, Module};
+    use super::cuda::{address, device, suffix, uninitialised, Kernel, Launch};
     if gate.dims() != up.dims() || !gate.is_contiguous() || !up.is_contiguous() || gate.dtype() != up.dtype() {
         return Err(Error::new(ErrorKind::Backend, "gated", "gate and up differ or are strided"));
     }
@@ -65,7 +65,7 @@ fn cuda(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
     let wide = gate.dtype() != candle_core::DType::F32 && n.is_multiple_of(8);
     let name = format!("gated_{}{}", if wide { "wide_" } else { "" }, suffix(gate.dtype())?);
     let (a, b, c, count) = (address(gate)?, address(up)?, address(&out)?, n as i64);
-    let kernel = Kernel::load(gpu, Module::Pointwise, name)?;
+    let kernel = Kernel::load(gpu, "pointwise", name)?;
     let launch = Launch::new(kernel, (n.div_ceil(2048), 1, 1), 256).with(a).with(b).with(c).with(count).with(kind);
     // SAFETY: three tensors of n elements; frees are ordered after the launch on the one stream.
     unsafe { launch.enqueue(false)? };

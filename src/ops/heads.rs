@@ -81,14 +81,14 @@ fn cuda_table(
     positions: &[f32],
     amplitude: f32,
 ) -> Result<(Tensor, Tensor)> {
-    use super::cuda::{address, uninitialised, upload, Kernel, Launch, Module};
+    use super::cuda::{address, uninitialised, upload, Kernel, Launch};
     let (t, n) = (positions.len(), frequencies.len());
     let (f, p) = (upload(gpu, frequencies)?, upload(gpu, positions)?);
     let (cos, sin) =
         (uninitialised(gpu, candle_core::DType::F32, (t, n))?, uninitialised(gpu, candle_core::DType::F32, (t, n))?);
     let (c, s) = (address(&cos)?, address(&sin)?);
     let (start, tokens, count) = (0i32, t as i32, n as i32);
-    let kernel = Kernel::load(gpu, Module::Pointwise, "rope_table".into())?;
+    let kernel = Kernel::load(gpu, "pointwise", "rope_table".into())?;
     let launch = Launch::new(kernel, ((t * n).div_ceil(256), 1, 1), 256).with(f.address).with(p.address).with(start);
     let launch = launch.with(amplitude).with(c).with(s).with(tokens).with(count);
     // SAFETY: `t` positions, `n` frequencies and two tables of both; frees are ordered after the launch on the one
@@ -105,7 +105,7 @@ fn cuda(
     norm: Option<HeadNorm>,
     table: Option<(&Tensor, &Tensor)>,
 ) -> Result<Tensor> {
-    use super::cuda::{address, address_or_null, device, suffix, uninitialised, Kernel, Launch, Module};
+    use super::cuda::{address, address_or_null, device, suffix, uninitialised, Kernel, Launch};
     if bias.is_none() && norm.is_none() && table.is_none() {
         return x.reshape((t, heads, dim)).at("heads");
     }
@@ -127,7 +127,7 @@ fn cuda(
         true => ("heads_wide", (t * heads * dim).div_ceil(4096)),
         false => ("heads", (t * heads).div_ceil(8)),
     };
-    let kernel = Kernel::load(gpu, Module::Pointwise, format!("{form}_{}", suffix(x.dtype())?))?;
+    let kernel = Kernel::load(gpu, "pointwise", format!("{form}_{}", suffix(x.dtype())?))?;
     let launch = Launch::new(kernel, (grid, 1, 1), 256).with(from).with(row).with(b).with(w).with(eps);
     let launch = launch.with(cos).with(sin).with(to).with(tokens).with(count).with(width);
     // SAFETY: shapes as the kernel's header asks for; frees are ordered after the launch on the one stream.

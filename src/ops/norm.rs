@@ -23,7 +23,7 @@ pub fn add_norm(x: &Tensor, y: Option<&Tensor>, weight: &Tensor, eps: f32) -> Re
 
 #[cfg(feature = "cuda")]
 fn cuda(x: &Tensor, y: Option<&Tensor>, weight: &Tensor, eps: f32) -> Result<(Tensor, Tensor)> {
-    use super::cuda::{address, address_or_null, device, suffix, uninitialised, Kernel, Launch, Module};
+    use super::cuda::{address, address_or_null, device, suffix, uninitialised, Kernel, Launch};
     let gpu = device(x)?;
     let (x, y) = (x.contiguous()?, y.map(Tensor::contiguous).transpose()?);
     let n = weight.elem_count();
@@ -44,7 +44,7 @@ fn cuda(x: &Tensor, y: Option<&Tensor>, weight: &Tensor, eps: f32) -> Result<(Te
     let wide = x.dtype() != candle_core::DType::F32 && n.is_multiple_of(8) && n <= 8192 && aligned;
     let warps = n.div_ceil(1024).next_power_of_two();
     let (form, grid) = if wide { ("add_norm_wide", (rows * warps).div_ceil(8)) } else { ("add_norm", rows) };
-    let kernel = Kernel::load(gpu, Module::Pointwise, format!("{form}_{name}"))?;
+    let kernel = Kernel::load(gpu, "pointwise", format!("{form}_{name}"))?;
     let launch = Launch::new(kernel, (grid, 1, 1), 256).with(from.0).with(from.1).with(w).with(to.0).with(to.1);
     let launch = launch.with(count).with(eps).with(tokens).with(warps as i32);
     // SAFETY: `rows` rows of `n` in every tensor; frees are ordered after the launch on the one stream.

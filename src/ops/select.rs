@@ -40,11 +40,11 @@ fn highest(scores: &[f32], count: usize) -> Vec<usize> {
 
 #[cfg(feature = "cuda")]
 fn cuda(scores: &Tensor, keep: usize) -> Result<Tensor> {
-    use super::cuda::{address, device, uninitialised, Kernel, Launch, Module};
+    use super::cuda::{address, device, uninitialised, Kernel, Launch};
     let (heads, count) = scores.dims2()?;
     let (gpu, scores) = (device(scores)?, scores.contiguous()?);
     let index = uninitialised(gpu, candle_core::DType::U32, keep * heads)?;
-    let kernel = Kernel::load(gpu, Module::Select, "highest".into())?;
+    let kernel = Kernel::load(gpu, "select", "highest".into())?;
     let launch = Launch::new(kernel, (heads, 1, 1), 1024).with(address(&scores)?).with(address(&index)?);
     // SAFETY: shapes as the kernel's header asks for; frees are ordered after the launch on the one stream.
     unsafe { launch.with(count as i32).with(keep as i32).with(heads as i32).enqueue(false)? };

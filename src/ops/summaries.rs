@@ -142,7 +142,7 @@ fn cuda(
     sums: &Tensor,
     count: usize,
 ) -> Result<Pooled> {
-    use super::cuda::{address, device, suffix, uninitialised, Kernel, Launch, Module};
+    use super::cuda::{address, device, suffix, uninitialised, Kernel, Launch};
     let (t, g, d) = k.dims3()?;
     let (gpu, dtype) = (device(k)?, k.dtype());
     // Heads side by side within a row, rows at any stride.
@@ -166,7 +166,7 @@ fn cuda(
         width: (g * d) as i32,
     };
     let (name, columns) = (suffix(dtype)?, (g * d).div_ceil(128));
-    let kernel = Kernel::load(gpu, Module::Summaries, format!("pool_{name}"))?;
+    let kernel = Kernel::load(gpu, "summaries", format!("pool_{name}"))?;
     // SAFETY: shapes as the kernel's header asks for; frees are ordered after the launch on the one stream.
     unsafe { Launch::new(kernel, (count.max(1), columns, 2), 128).with(params).enqueue(false)? };
     Ok(Pooled { k: mean_k, v: mean_v, first: start / block, count })

@@ -8,7 +8,7 @@
 use super::{driver, State, BATCH};
 use crate::cache::{LayerState, Ring};
 use crate::error::Result;
-use crate::ops::cuda::{address, address_or_null, uninitialised, upload, Kernel, Launch, Module, Uploaded};
+use crate::ops::cuda::{address, address_or_null, uninitialised, upload, Kernel, Launch, Uploaded};
 use crate::run::Run;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
 use candle_core::cuda_backend::CudaDevice;
@@ -68,7 +68,7 @@ impl Journal {
     /// Saves the rows that `count` steps from `state`'s position on overwrite, or restores them.
     pub fn exchange(&self, gpu: &CudaDevice, state: &CudaSlice<State>, count: usize, restore: bool) -> Result<()> {
         let Some((table, layers)) = &self.table else { return Ok(()) };
-        let kernel = Kernel::load(gpu, Module::Decode, "decode_journal".into())?;
+        let kernel = Kernel::load(gpu, "decode", "decode_journal".into())?;
         let at = state.device_ptr(&gpu.cuda_stream()).0;
         let launch = Launch::new(kernel, (*layers, 1, 1), 256).with(table.address).with(at);
         let launch = launch.with(count as i32).with(i32::from(restore));

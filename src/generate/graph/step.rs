@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::layout::{ButterflyLayer, LayerPlan};
 use crate::mixer::Projections;
 use crate::nn::{Linear, RmsNorm};
-use crate::ops::cuda::{address, address_or_null, uninitialised, upload, Kernel, Launch, Module, Uploaded};
+use crate::ops::cuda::{address, address_or_null, uninitialised, upload, Kernel, Launch, Uploaded};
 use crate::ops::decode::{Cut, DecodeAttention, Scratch};
 use crate::ops::on_gpu::Form;
 use crate::run::Run;
@@ -106,7 +106,7 @@ impl<'a> Builder<'a> {
         threads: usize,
         arguments: impl FnOnce(Launch) -> Launch,
     ) -> Result<()> {
-        let kernel = Kernel::load(self.gpu, Module::Decode, kernel.into())?;
+        let kernel = Kernel::load(self.gpu, "decode", kernel.into())?;
         self.launches.push(arguments(Launch::new(kernel, (grid, 1, 1), threads)));
         Ok(())
     }

@@ -4,9 +4,7 @@
 use super::decode::{Cut, DecodeAttention};
 use super::{Attended, AttentionArgs, FarRow, KeyValues, Parts, RowList, Store, StoreRows, Window};
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::cuda::{
-    address, address_or_null, device, is_hopper, suffix, uninitialised, upload, Kernel, Launch, Module,
-};
+use crate::ops::cuda::{address, address_or_null, device, is_hopper, suffix, uninitialised, upload, Kernel, Launch};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{DType, Tensor};
 
@@ -222,7 +220,7 @@ pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
         return Ok(Attended { out, lse });
     }
     if !tiled {
-        let kernel = Kernel::load(gpu, Module::AttentionAny, format!("attention_any_{name}"))?;
+        let kernel = Kernel::load(gpu, "attention_any", format!("attention_any_{name}"))?;
         // SAFETY: the addresses are those of tensors borrowed here; frees are ordered after the launch on the one
         // stream.
         unsafe { Launch::new(kernel, (t.div_ceil(4), h, 1), 128).with(params).enqueue(false)? };
@@ -230,19 +228,17 @@ pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
     }
     let tiles = (args.start + t - 1) / QUERIES - args.start / QUERIES + 1;
     if let Some(shape) = hopper {
-        let (module, form) = match pieces.is_some() {
-            true => (Module::AttentionHopperPieces(shape.dim), "attention_hopper_pieces"),
-            false => (Module::AttentionHopper(shape.dim), "attention_hopper"),
-        };
-        let kernel = Kernel::load(gpu, module, format!("{form}_{name}_{}", shape.dim))?.shared(shape.shared())?;
+        let form = if pieces.is_some() { "attention_hopper_pieces" } else { "attention_hopper" };
+        let module = format!("{form}_{}", shape.dim);
+        let kernel = Kernel::load(gpu, &module, format!("{form}_{name}_{}", shape.dim))?.shared(shape.shared())?;
         // SAFETY: as above.
         unsafe { Launch::new(kernel, (h, tiles, 1), 384).with(params).enqueue(false)? };
         return Ok(Attended { out, lse });
     }
     let shape = SHAPES.iter().find(|s| d <= s.dim).ok_or_else(|| Error::unsupported("attention", "head dim"))?;
-    let kernel =
-        Kernel::load(gpu, Module::AttentionPrefill(shape.dim), format!("attention_prefill_{name}_{}", shape.dim))?
-            .shared((QUERIES + 2 * shape.keys) * shape.shared_row * 2)?;
+    let module = format!("attention_prefill_{}", shape.dim);
+    let kernel = Kernel::load(gpu, &module, format!("attention_prefill_{name}_{}", shape.dim))?
+        .shared((QUERIES + 2 * shape.keys) * shape.shared_row * 2)?;
     // SAFETY: as above.
     unsafe { Launch::new(kernel, (tiles, h, 1), shape.threads).with(params).enqueue(false)? };
     Ok(Attended { out, lse })

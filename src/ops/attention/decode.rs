@@ -1,7 +1,7 @@
 //! Launches `kernels/attention_decode.cu`: attention of one token over ring, sinks and rows of a store.
 
 use crate::error::Result;
-use crate::ops::cuda::{suffix, uninitialised, Kernel, Launch, Module};
+use crate::ops::cuda::{suffix, uninitialised, Kernel, Launch};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Tensor};
@@ -146,7 +146,7 @@ impl Cut {
         p.counters = address(&scratch.counters)?;
         let name = format!("attention_decode_{}_{}", suffix(dtype)?, self.dim);
         let shared = 4 * ROWS * (self.dim + 2) * 4 + (ROWS + 2) * self.dim * 2;
-        let kernel = Kernel::load(gpu, Module::AttentionDecode(self.dim), name)?.shared(shared)?;
+        let kernel = Kernel::load(gpu, &format!("attention_decode_{}", self.dim), name)?.shared(shared)?;
         Ok(Launch::new(kernel, (self.splits, self.kv_heads, self.lists / self.kv_heads), 128).with(p))
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::error::{Error, Result};
 use crate::nn::Blocks;
-use crate::ops::cuda::{address, device, suffix, uninitialised, Kernel, Launch, Module};
+use crate::ops::cuda::{address, device, suffix, uninitialised, Kernel, Launch};
 use crate::spec::Activation;
 use crate::storage::{Float, Ggml, Storage};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
@@ -82,10 +82,13 @@ impl Format {
     /// Loads kernel `stem` for this format, with what follows its name.
     pub fn kernel(self, gpu: &CudaDevice, stem: &str, end: &str) -> Result<Kernel> {
         let (module, name) = match self {
-            Self::Dense(dtype) => (Module::Decode, suffix(dtype)?),
-            Self::Ggml(format) => (Module::Quantised(format), Storage::Ggml(format).name()),
+            Self::Dense(dtype) => ("decode".to_string(), suffix(dtype)?),
+            Self::Ggml(format) => {
+                let name = Storage::Ggml(format).name();
+                (format!("quantised_{name}"), name)
+            }
         };
-        Kernel::load(gpu, module, format!("{stem}_{name}{end}"))
+        Kernel::load(gpu, &module, format!("{stem}_{name}{end}"))
     }
 
     /// Elements of a row that a thread reads at a time.
@@ -185,7 +188,7 @@ impl Matvec {
 pub(crate) fn gather(w: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let (gpu, (_, columns), n) = (device(ids)?, w.dims2()?, ids.dim(0)?);
     let out = uninitialised(gpu, w.dtype(), (n, columns))?;
-    let kernel = Kernel::load(gpu, Module::Pointwise, format!("gather_{}", suffix(w.dtype())?))?;
+    let kernel = Kernel::load(gpu, "pointwise", format!("gather_{}", suffix(w.dtype())?))?;
     let launch = Launch::new(kernel, (n, 1, 1), 256).with(address(w)?).with(w.stride()[0] as i64);
     let launch = launch.with(address(ids)?).with(address(&out)?).with(columns as i32);
     // SAFETY: `ids` are below `rows`, as the run checks before any launch; frees are ordered after the launch on the
