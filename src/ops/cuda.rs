@@ -37,7 +37,7 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    /// Loads kernel `name` of a module, which is a file of `kernels/` (`pointwise`) or its part for one head dim or format
+    /// Loads kernel `name` of `module`: a file of `kernels/` (`pointwise`) or its part for one head dim or format
     /// (`attention_decode_64`, `quantised_q4_k`), compiled by the driver on first use.
     pub fn load(device: &CudaDevice, module: &str, name: String) -> Result<Self> {
         let source = ptx::ALL.iter().find(|(stem, _)| *stem == module).map(|(_, source)| *source);
