@@ -5,6 +5,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ops::{self, Rows, View};
 use crate::storage::Storage;
 use candle_core::{DType, Device, Module, Tensor};
+use std::cell::RefCell;
 use std::ops::Deref;
 
 /// Rows of input up to which a CPU multiplies by a quantised matrix row by row. Beyond, dequantising a part of the
@@ -147,19 +148,29 @@ impl Module for Linear {
     }
 }
 
+thread_local! {
+    // Kept between products: a new buffer of this size is memory that the system maps and clears each time.
+    static DEQUANTISED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
 /// `x Wᵀ` on a CPU, with a part of `W` dequantised at a time.
 fn dequantised_matmul(x: &Tensor, w: &Blocks) -> Result<Tensor> {
-    let (out, cols) = w.dims();
+    let (tokens, (out, cols)) = (x.dim(0)?, w.dims());
     let step = (PART / cols).clamp(1, out);
-    let view = ops::view(w.data(), "weight")?;
-    let bytes = view.values()?;
-    let parts = (0..out).step_by(step).map(|first| {
-        let rows = step.min(out - first);
-        let mut values = vec![0f32; rows * cols];
-        ops::dequantise(w.storage(), bytes, first, cols, &mut values);
-        Ok(x.matmul(&Tensor::from_vec(values, (rows, cols), &Device::Cpu)?.t()?)?)
+    let x = x.contiguous()?;
+    let (view, input) = (ops::view(w.data(), "weight")?, ops::view(&x, "input")?);
+    let (bytes, input) = (view.values()?, input.values()?);
+    let mut products = vec![0f32; tokens * out];
+    DEQUANTISED.with_borrow_mut(|buffer| {
+        for first in (0..out).step_by(step) {
+            let rows = step.min(out - first);
+            buffer.resize(buffer.len().max(rows * cols), 0.0);
+            let values = &mut buffer[..rows * cols];
+            ops::dequantise(w.storage(), bytes, first, cols, values);
+            ops::multiply_transposed_parallel([tokens, rows, cols], input, values, &mut products[first..], out);
+        }
     });
-    Ok(Tensor::cat(&parts.collect::<Result<Vec<Tensor>>>()?, 1)?)
+    Ok(Tensor::from_vec(products, (tokens, out), &Device::Cpu)?)
 }
 
 #[cfg(test)]

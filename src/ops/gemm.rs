@@ -1,4 +1,4 @@
-//! Bounds-checked calls of the `gemm` crate on one thread, for tiles inside a worker.
+//! Bounds-checked calls of the `gemm` crate: for tiles inside a worker, and with all threads into a part of a matrix.
 
 use gemm::Parallelism;
 
@@ -17,11 +17,31 @@ impl Strided<'_> {
     }
 }
 
-/// `c[m, n] = a[m, k] · b[n, k]ᵀ`, with `c`'s rows `n` apart.
+/// `c[m, n] = a[m, k] · b[n, k]ᵀ` on the calling thread, with `c`'s rows `n` apart.
 pub fn multiply_transposed(m: usize, n: usize, k: usize, a: Strided, b: Strided, c: &mut [f32]) {
+    transposed(m, n, k, a, b, c, n, Parallelism::None);
+}
+
+/// `c[m, n] = a[m, k] · b[n, k]ᵀ` on all threads, with rows of `a` and `b` `k` apart and those of `c` `stride`.
+pub fn multiply_transposed_parallel([m, n, k]: [usize; 3], a: &[f32], b: &[f32], c: &mut [f32], stride: usize) {
+    let rows = |data| Strided { data, stride: k };
+    transposed(m, n, k, rows(a), rows(b), c, stride, Parallelism::Rayon(rayon::current_num_threads()));
+}
+
+#[allow(clippy::too_many_arguments)]
+fn transposed(
+    m: usize,
+    n: usize,
+    k: usize,
+    a: Strided,
+    b: Strided,
+    c: &mut [f32],
+    stride: usize,
+    parallelism: Parallelism,
+) {
     a.check(m, k);
     b.check(n, k);
-    assert!(c.len() >= m * n, "output exceeds its slice");
+    Strided { data: c, stride }.check(m, n);
     // SAFETY: the three checks above cover every element that the strides reach.
     unsafe {
         gemm::gemm(
@@ -30,7 +50,7 @@ pub fn multiply_transposed(m: usize, n: usize, k: usize, a: Strided, b: Strided,
             k,
             c.as_mut_ptr(),
             1,
-            n as isize,
+            stride as isize,
             false,
             a.data.as_ptr(),
             1,
@@ -43,7 +63,7 @@ pub fn multiply_transposed(m: usize, n: usize, k: usize, a: Strided, b: Strided,
             false,
             false,
             false,
-            Parallelism::None,
+            parallelism,
         );
     }
 }
