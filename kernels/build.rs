@@ -23,7 +23,7 @@ fn sources(folder: &Path) -> (Vec<PathBuf>, Vec<PathBuf>) {
     let (mut whole, mut headers) = (vec![], vec![]);
     for entry in std::fs::read_dir(folder).expect("kernels/ is readable") {
         let path = entry.expect("kernels/ is readable").path();
-        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let name = stem(&path);
         match path.extension().and_then(|e| e.to_str()) {
             Some("cu") if !in_parts(&name) => whole.push(path),
             Some("cuh") => headers.push(path),
@@ -33,6 +33,10 @@ fn sources(folder: &Path) -> (Vec<PathBuf>, Vec<PathBuf>) {
     whole.sort();
     headers.sort();
     (whole, headers)
+}
+
+fn stem(path: &Path) -> String {
+    path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 pub fn compile() {
@@ -55,8 +59,7 @@ pub fn compile() {
         }
         watched.push(source);
     }
-    let stem = |file: &PathBuf| file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let stems: Vec<String> = files.iter().map(stem).collect();
+    let stems: Vec<String> = files.iter().map(|file| stem(file)).collect();
     let built = KernelBuilder::new()
         .source_files(files)
         .watch(watched)
@@ -69,8 +72,11 @@ pub fn compile() {
         .unwrap_or_else(|e| panic!("compiling kernels/*.cu: {e}"));
     built.write(out.join("kernels.rs")).expect("OUT_DIR is writable");
     // `Kernel::load` finds a module by the name of its file, so that no Rust source lists the files again.
-    let rows: String = stems.iter().map(|stem| format!("(\"{stem}\", {}),\n", stem.to_uppercase())).collect();
-    let table = format!("/// PTX by the name of its source or part.\npub const ALL: &[(&str, &str)] = &[\n{rows}];\n");
+    let arms: String = stems.iter().map(|stem| format!("\"{stem}\" => {},\n", stem.to_uppercase())).collect();
+    let table = format!(
+        "/// PTX by the name of its source or part.\n\
+         pub fn module(name: &str) -> Option<&'static str> {{\nSome(match name {{\n{arms}_ => return None,\n}})\n}}\n"
+    );
     let mut list = std::fs::read_to_string(out.join("kernels.rs")).expect("OUT_DIR is readable");
     list.push_str(&table);
     std::fs::write(out.join("kernels.rs"), list).expect("OUT_DIR is writable");

@@ -40,10 +40,9 @@ impl Kernel {
     /// Loads kernel `name` of `module`: a file of `kernels/` (`pointwise`) or its part for one head dim or format
     /// (`attention_decode_64`, `quantised_q4_k`), compiled by the driver on first use.
     pub fn load(device: &CudaDevice, module: &str, name: String) -> Result<Self> {
-        let source = ptx::ALL.iter().find(|(stem, _)| *stem == module).map(|(_, source)| *source);
+        let source = ptx::module(module);
         let source = source.ok_or_else(|| Error::unsupported("kernel", format!("{module} is not compiled")))?;
-        let unique = format!("bfly_{module}");
-        let function = device.get_or_load_custom_func(&name, &unique, source).map_err(|e| explain(&name, &e))?;
+        let function = device.get_or_load_custom_func(&name, module, source).map_err(|e| explain(&name, &e))?;
         Ok(Self { function: function.into_cuda_function(), stream: device.cuda_stream(), name, shared: 0 })
     }
 
