@@ -279,7 +279,7 @@ fn quality_is_drawn_from_any_mix_of_files_and_names_everything() -> Any {
     let figures: [(&str, &[&str]); 8] = [
         ("smoke-smoke", &["KL from stock, nats", "Same likeliest token as stock, %", "Loss added", "context, tokens"]),
         ("ruler-tasks", &["niah_single_1", "mean", "mean score, %", "stock · KV 1.00× of dense", "samples per task"]),
-        ("ruler-bytes", &["1/64", "sinks + window", "snapkv", "hollow: held after eviction", "share of dense"]),
+        ("ruler-bytes", &["1/64", "sinks + window", "snapkv", "hollow: after eviction", "relative to dense"]),
         ("needle-needle", &["0%", "50%", "100%", "mean score of a cell", "Down: depth of the needle"]),
         ("layers-layers", &["Loss added on expected answers, nats", "KL from stock on text, nats", "layer"]),
         ("layers-curve", &["KV cache, % of dense", "layers kept dense", "Answers wholly right, %"]),

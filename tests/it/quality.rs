@@ -219,7 +219,7 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
     assert_eq!((first.cells.len(), both.cells.len(), both.header.resumed.len()), (4, 4, 1));
     for (one, two) in first.cells.iter().zip(&both.cells) {
         assert_eq!((one.answers.len(), two.answers.len()), (1, 2));
-        assert_eq!(one.answers[0], two.answers[0], "what was answered is not asked again");
+        assert_eq!(one.answers[0], two.answers[0], "a stored answer is not generated again");
     }
     // The same samples out of the file, two side by side, give the same answers in the same order.
     let again = path(dir.path(), "again.json");

@@ -34,7 +34,8 @@ pub struct Answers {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub joined: Vec<JoinedPart>,
     /// How samples were generated and prompted.
-    pub asked: PromptSettings,
+    #[serde(alias = "asked")]
+    pub prompting: PromptSettings,
     /// One entry per variant, task and length.
     pub cells: Vec<Cell>,
 }
@@ -106,7 +107,8 @@ impl Answers {
     pub fn difference(&self, other: &Self) -> Option<Difference> {
         let show = |a: &PromptSettings| serde_json::to_string(a).unwrap_or_default();
         header_difference(&self.header, &other.header).or_else(|| {
-            (self.asked != other.asked).then(|| ("set of prompt settings", show(&self.asked), show(&other.asked)))
+            (self.prompting != other.prompting)
+                .then(|| ("set of prompt settings", show(&self.prompting), show(&other.prompting)))
         })
     }
 }

@@ -123,7 +123,7 @@ mod tests {
         };
         let e = fails(&|a| a.header.git_sha = "0000000".into());
         assert!(e.starts_with("b.json") && e.contains("another build") && e.contains("0000000"), "{e}");
-        let e = fails(&|a| a.asked.question_unseen = !a.asked.question_unseen);
+        let e = fails(&|a| a.prompting.question_unseen = !a.prompting.question_unseen);
         assert!(e.contains("another set of prompt settings than a.json"), "{e}");
         let e = fails(&|a| a.cells = parts().0.cells);
         assert!(e.contains("which an earlier file has too"), "{e}");

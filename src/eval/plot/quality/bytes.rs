@@ -66,7 +66,7 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
     let mut keys: Vec<LegendEntry> =
         families.iter().map(|(name, style)| LegendEntry::Series(*style, name.clone())).collect();
     if points.iter().any(|p| p.evicted.is_some()) {
-        keys.push(LegendEntry::Linked("hollow: held after eviction; dashes lead to the peak".into()));
+        keys.push(LegendEntry::Linked("hollow: after eviction; dashes lead to the peak".into()));
     }
     if points.iter().any(|p| p.score.low.is_some()) {
         keys.push(LegendEntry::Interval("95% interval".into()));
@@ -75,7 +75,7 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
     let what = if tasks.len() > 1 { format!("the {} tasks' mean", tasks.len()) } else { tasks[0].into() };
     let about = [
         format!("Score: {what}, in percent. KV: the most that was allocated at once, prefill included, over a dense cache's bytes"),
-        cells.asked("task and length", cells.cells.iter().map(|c| c.answers.len())),
+        cells.prompting_line("task and length", cells.cells.iter().map(|c| c.answers.len())),
     ];
     let heading = title(&cells.answers.header, "Score against the bytes of the KV cache");
     let mut page = Page::new(&heading, &[vec![target(&cells.answers.header)], about.to_vec()].concat(), &keys);
@@ -88,7 +88,7 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
         let panel = Panel {
             title: &format!("{} tokens{beyond}: score, %", short_count(length)),
             x: &x,
-            x_name: "KV held at the peak, share of dense",
+            x_name: "peak KV bytes, relative to dense",
             y: &Scale::percent(),
             shaded_from: None,
             crosses: None,

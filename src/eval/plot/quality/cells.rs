@@ -65,14 +65,14 @@ impl<'a> Cells<'a> {
     }
 
     /// Formats a line with the number of samples and the prompt settings.
-    pub fn asked(&self, per: &str, samples: impl IntoIterator<Item = usize>) -> String {
-        let asked = &self.answers.asked;
+    pub fn prompting_line(&self, per: &str, samples: impl IntoIterator<Item = usize>) -> String {
+        let prompting = &self.answers.prompting;
         let mut parts = vec![format!("{} per {per}", super::count(samples, "sample"))];
-        if asked.chat {
+        if prompting.chat {
             parts.push("put in the chat template".into());
         }
         let evicts = self.cells.iter().any(|c| c.record.eviction.is_some());
-        parts.extend(evicts.then(|| match asked.question_unseen {
+        parts.extend(evicts.then(|| match prompting.question_unseen {
             true => "methods that evict did so before the question was read".into(),
             false => "methods that evict had read the question".into(),
         }));

@@ -104,12 +104,12 @@ fn scene(cells: &Cells, grid: &Grid, maps: &[HeatMap]) -> Scene {
         keys.push(LegendEntry::Dashes(format!("right of it beyond the trained length ({})", short_count(trained))));
     }
     if maps.iter().any(|m| m.means.len() < grid.lengths.len() * grid.depths.len()) {
-        keys.push(LegendEntry::Missed("not asked".into()));
+        keys.push(LegendEntry::Missed("not run".into()));
     }
     let heading = title(&cells.answers.header, "Where a needle is found, by length and depth");
     let about = "Across: tokens of the text. Down: depth of the needle in it, 0% its beginning, 100% its end".into();
-    let asked = cells.asked("cell", maps.iter().flat_map(|m| m.means.values().map(|(_, n)| *n)));
-    let mut page = Page::new(&heading, &[target(&cells.answers.header), about, asked], &keys);
+    let prompting = cells.prompting_line("cell", maps.iter().flat_map(|m| m.means.values().map(|(_, n)| *n)));
+    let mut page = Page::new(&heading, &[target(&cells.answers.header), about, prompting], &keys);
     let columns = grid.lengths.len() as f64;
     let most = ((CONTENT + 24.0) / (DEPTHS + 26.0 * columns + 24.0)).floor().clamp(1.0, 3.0) as usize;
     let per_row = most.min(maps.len());

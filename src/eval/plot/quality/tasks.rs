@@ -29,10 +29,11 @@ pub fn figure(cells: &Cells) -> Figure {
         keys.push(LegendEntry::Interval("95% interval of the mean".into()));
     }
     if cells.cells.len() < lengths.len() * tasks.len() * variants.len() {
-        keys.push(LegendEntry::Missed("not asked".into()));
+        keys.push(LegendEntry::Missed("not run".into()));
     }
     let samples = cells.cells.iter().map(|c| c.answers.len());
-    let about = format!("{}; KV is the most that was allocated at once", cells.asked("task and length", samples));
+    let about =
+        format!("{}; KV is the most that was allocated at once", cells.prompting_line("task and length", samples));
     let heading = title(&cells.answers.header, "Scores by task, at each length");
     let mut page = Page::new(&heading, &[target(&cells.answers.header), about], &keys);
     let names = tasks.iter().map(|t| text_width(t, LABEL)).fold(30.0, f64::max).min(150.0) + 18.0;

@@ -191,9 +191,9 @@ fn no_text_of_answers_overlaps_another() {
                 cell.record.variant = long(v);
                 let at = |d: usize| d as f64 / (depths - 1).max(1) as f64;
                 // Some cells are missing.
-                let asked = (0..depths).filter(|d| (d + l + v) % 7 != 6);
+                let run = (0..depths).filter(|d| (d + l + v) % 7 != 6);
                 cell.answers =
-                    asked.map(|d| crate::eval::report::Answer { depth: Some(at(d)), ..answer.clone() }).collect();
+                    run.map(|d| crate::eval::report::Answer { depth: Some(at(d)), ..answer.clone() }).collect();
                 a.cells.push(cell);
             }
         })
@@ -202,7 +202,7 @@ fn no_text_of_answers_overlaps_another() {
         ("as measured", ruler_of(|_| ())),
         ("one sample", ruler_of(|a| a.cells.iter_mut().for_each(|c| c.answers.truncate(1)))),
         ("one cell", ruler_of(|a| a.cells.truncate(1))),
-        ("a cell that was not asked", ruler_of(|a| drop(a.cells.remove(1)))),
+        ("a cell that was not run", ruler_of(|a| drop(a.cells.remove(1)))),
         ("bytes that make no sense", ruler_of(|a| a.cells.iter_mut().for_each(|c| c.record.kv.dense_bytes = 0))),
         ("many lengths, long names", {
             ruler_of(|a| {

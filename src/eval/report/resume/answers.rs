@@ -20,8 +20,8 @@ impl AnswersFile {
     /// # Errors
     /// A path that cannot be written; an existing file that is not an answers file, or of another measurement, with the
     /// difference.
-    pub fn open(path: Option<&Path>, header: Header, asked: PromptSettings) -> Result<Self> {
-        let fresh = Answers { header, joined: vec![], asked, cells: vec![] };
+    pub fn open(path: Option<&Path>, header: Header, prompting: PromptSettings) -> Result<Self> {
+        let fresh = Answers { header, joined: vec![], prompting, cells: vec![] };
         let Some(place) = path else { return Ok(Self { path: None, answers: fresh }) };
         check_writable(place)?;
         if !place.exists() {
