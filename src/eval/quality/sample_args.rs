@@ -143,14 +143,14 @@ impl SampleArgs {
             self.eval.check_trained(&target, &lengths, &bars)?;
         }
         let variants = lengths.iter().map(|l| target.variants_at(*l)).collect::<Result<Vec<_>>>()?;
-        let prompting = PromptSettings {
+        let settings = PromptSettings {
             seed: from.is_none().then_some(self.seed),
             from,
             chat: self.chat,
             question_unseen: self.question_unseen,
             prefill_chunk: self.eval.prefill_chunk,
         };
-        let mut file = AnswersFile::open(self.out.as_deref(), target.header(ANSWERS), prompting)?;
+        let mut file = AnswersFile::open(self.out.as_deref(), target.header(ANSWERS), settings)?;
         // No more workers than samples to answer.
         let most = sets.iter().map(|s| s.samples.len()).max().unwrap_or(1);
         let mut runners = Workers::load(&target, self.jobs.min(most), &progress)?;
