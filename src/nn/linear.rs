@@ -161,22 +161,25 @@ fn dequantised_matmul(x: &Tensor, w: &Blocks) -> Result<Tensor> {
     let (view, input) = (ops::view(w.data(), "weight")?, ops::view(&x, "input")?);
     let (bytes, input) = (view.values()?, input.values()?);
     let mut products = vec![0f32; tokens * out];
-    DEQUANTISED.with_borrow_mut(|buffer| {
-        for first in (0..out).step_by(step) {
-            let rows = step.min(out - first);
-            buffer.resize(buffer.len().max(rows * cols), 0.0);
-            let values = &mut buffer[..rows * cols];
-            ops::dequantise(w.storage(), bytes, first, cols, values);
-            ops::multiply_transposed_parallel([tokens, rows, cols], input, values, &mut products[first..], out);
-        }
-    });
+    // Taken, not borrowed: a worker that waits inside the product may steal another run's product.
+    let mut buffer = DEQUANTISED.take();
+    for first in (0..out).step_by(step) {
+        let rows = step.min(out - first);
+        buffer.resize(buffer.len().max(rows * cols), 0.0);
+        let values = &mut buffer[..rows * cols];
+        ops::dequantise(w.storage(), bytes, first, cols, values);
+        ops::multiply_transposed_parallel([tokens, rows, cols], input, values, &mut products[first..], out);
+    }
+    DEQUANTISED.set(buffer);
     Ok(Tensor::from_vec(products, (tokens, out), &Device::Cpu)?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::Ggml;
     use candle_core::quantized::QTensor;
+    use rayon::prelude::*;
 
     #[test]
     fn products_with_blocks_are_those_of_the_dequantised_matrix() -> Result<()> {
@@ -204,6 +207,23 @@ mod tests {
             }
         }
         Ok(())
+    }
+
+    #[test]
+    fn products_may_run_inside_products_of_the_same_thread() -> Result<()> {
+        let (out, columns) = (512, 2048);
+        let w = Tensor::randn(0f32, 1.0, (out, columns), &Device::Cpu)?;
+        let q = QTensor::quantize(&w, Storage::Ggml(Ggml::Q8_0).candle())?;
+        let blocks = Blocks::new(Storage::Ggml(Ggml::Q8_0), (out, columns), q.data()?.into_owned(), &Device::Cpu)?;
+        let layer = Linear::new(Weight::Blocks(blocks), None);
+        let x = Tensor::randn(0f32, 1.0, (64, columns), &Device::Cpu)?;
+        let want = layer.forward(&x)?;
+        // A worker that waits for a part of its product steals one of the other products.
+        (0..64).into_par_iter().try_for_each(|_| {
+            let off = (layer.forward(&x)? - &want)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert_eq!(off, 0.0);
+            Ok(())
+        })
     }
 
     #[test]
