@@ -1,7 +1,7 @@
 //! Sampling of the next token.
 
 use crate::error::{Error, ErrorKind, Result};
-use candle_core::{DType, Tensor, D};
+use candle_core::{Tensor, D};
 use rand::distr::{weighted::WeightedIndex, Distribution};
 use rand::{rngs::StdRng, SeedableRng};
 
@@ -71,7 +71,7 @@ impl Sampler {
         if self.is_greedy() {
             return Ok(last.argmax(D::Minus1)?.to_scalar()?);
         }
-        let candidates = candidates(&last.to_dtype(DType::F32)?.to_vec1()?, &self.settings);
+        let candidates = candidates(&last.to_vec1()?, &self.settings);
         let weights = WeightedIndex::new(candidates.iter().map(|c| c.1));
         let weights = weights.map_err(|e| Error::new(ErrorKind::Backend, "sampling", e.to_string()))?;
         Ok(candidates[weights.sample(&mut self.rng)].0)

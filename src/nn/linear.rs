@@ -5,7 +5,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ops::{self, Rows, View};
 use crate::storage::Storage;
 use candle_core::{DType, Device, Module, Tensor};
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::ops::Deref;
 
 /// Rows of input up to which a CPU multiplies by a quantised matrix row by row. Beyond, dequantising a part of the
@@ -150,7 +150,7 @@ impl Module for Linear {
 
 thread_local! {
     // Kept between products: a new buffer of this size is memory that the system maps and clears each time.
-    static DEQUANTISED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static DEQUANTISED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 /// `x Wᵀ` on a CPU, with a part of `W` dequantised at a time.
