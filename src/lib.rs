@@ -73,6 +73,7 @@ pub mod mixer;
 pub mod nn;
 pub mod ops;
 mod panics;
+pub mod recall;
 pub mod retrofit;
 pub mod run;
 pub mod selector;

@@ -13,6 +13,7 @@ mod host_rows;
 mod matvec;
 mod memory;
 mod norm;
+pub mod recall;
 mod select;
 mod simd;
 mod summaries;

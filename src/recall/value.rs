@@ -1,0 +1,172 @@
+//! Value codes: a product quantiser with 256 codewords for each 16 channels, 1/64 of the bytes of bf16 keys and values.
+//!
+//! Source: Jégou et al., "Product quantization for nearest neighbor search" (2011),
+//! <https://doi.org/10.1109/TPAMI.2010.57>.
+
+use rayon::prelude::*;
+
+/// Channels of a sub-vector.
+pub const SUB: usize = 16;
+/// Codewords of a sub-vector.
+const WORDS: usize = 256;
+/// Iterations of k-means.
+const ITERATIONS: usize = 12;
+
+/// The value code of one KV head.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ValueCode {
+    dim: usize,
+    /// `[bytes, 256, SUB]`; channels beyond `D` are 0.
+    codebook: Vec<f32>,
+}
+
+impl ValueCode {
+    /// Returns a code with the given codewords.
+    ///
+    /// # Shapes
+    /// `codebook [ceil(D / 16), 256, 16]`.
+    pub fn new(dim: usize, codebook: Vec<f32>) -> Option<Self> {
+        (codebook.len() == dim.div_ceil(SUB) * WORDS * SUB).then_some(Self { dim, codebook })
+    }
+
+    /// Fits codewords to `values [n, D]` by k-means from evenly spaced values; the result depends on the values alone.
+    pub fn fit(dim: usize, values: &[f32]) -> Self {
+        let n = values.len() / dim;
+        let book = |m: usize| {
+            let width = SUB.min(dim - m * SUB);
+            let at = |i: usize| {
+                let mut x = [0f32; SUB];
+                x[..width].copy_from_slice(&values[i * dim + m * SUB..][..width]);
+                x
+            };
+            let points: Vec<[f32; SUB]> = (0..n).map(at).collect();
+            let mut words: Vec<[f32; SUB]> =
+                (0..WORDS).map(|w| if n == 0 { [0.0; SUB] } else { points[w * n / WORDS] }).collect();
+            for _ in 0..ITERATIONS {
+                let (mut sums, mut counts) = (vec![[0f64; SUB]; WORDS], vec![0usize; WORDS]);
+                let mut worst: Vec<(f32, usize)> = vec![];
+                for (i, point) in points.iter().enumerate() {
+                    let (word, off) = nearest(&words, point);
+                    counts[word] += 1;
+                    sums[word].iter_mut().zip(point).for_each(|(s, x)| *s += f64::from(*x));
+                    worst.push((off, i));
+                }
+                // A codeword without values moves to one of the values that are coded worst.
+                worst.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+                let mut spare = worst.into_iter();
+                for (word, (sum, count)) in words.iter_mut().zip(sums.iter().zip(&counts)) {
+                    match (count, spare.as_slice().is_empty()) {
+                        (0, true) => {}
+                        (0, false) => *word = spare.next().map_or(*word, |(_, i)| points[i]),
+                        (n, _) => word.iter_mut().zip(sum).for_each(|(w, s)| *w = (s / *n as f64) as f32),
+                    }
+                }
+            }
+            words.concat()
+        };
+        let books: Vec<Vec<f32>> = (0..dim.div_ceil(SUB)).into_par_iter().map(book).collect();
+        Self { dim, codebook: books.concat() }
+    }
+
+    /// Returns the bytes per token.
+    pub fn bytes(&self) -> usize {
+        self.dim.div_ceil(SUB)
+    }
+
+    /// Returns the codewords, `[bytes, 256, 16]`.
+    pub fn codebook(&self) -> &[f32] {
+        &self.codebook
+    }
+
+    /// Writes the codes of `values [n, D]` to `codes [n, bytes]`.
+    pub fn encode(&self, values: &[f32], codes: &mut [u8]) {
+        let books: Vec<Vec<[f32; SUB]>> = (0..self.bytes()).map(|m| self.words(m)).collect();
+        for (value, code) in values.chunks_exact(self.dim).zip(codes.chunks_exact_mut(self.bytes())) {
+            for ((part, code), words) in value.chunks(SUB).zip(code).zip(&books) {
+                let mut x = [0f32; SUB];
+                x[..part.len()].copy_from_slice(part);
+                *code = nearest(words, &x).0 as u8;
+            }
+        }
+    }
+
+    /// Writes the decoded value of one token's `code` to `value [D]`.
+    pub fn decode(&self, code: &[u8], value: &mut [f32]) {
+        for (m, (byte, part)) in code.iter().zip(value.chunks_mut(SUB)).enumerate() {
+            part.copy_from_slice(&self.codebook[(m * WORDS + usize::from(*byte)) * SUB..][..part.len()]);
+        }
+    }
+
+    /// Adds to `out [D]` the decoded values of `weights [bytes, 256]`, the sum of the weights of the tokens with each
+    /// codeword.
+    pub fn add_weighted(&self, weights: &[f32], out: &mut [f32]) {
+        for (m, part) in out.chunks_mut(SUB).enumerate() {
+            for (w, word) in
+                weights[m * WORDS..][..WORDS].iter().zip(self.codebook[m * WORDS * SUB..].chunks_exact(SUB))
+            {
+                part.iter_mut().zip(word).for_each(|(o, x)| *o += w * x);
+            }
+        }
+    }
+
+    fn words(&self, m: usize) -> Vec<[f32; SUB]> {
+        let words = self.codebook[m * WORDS * SUB..][..WORDS * SUB].chunks_exact(SUB);
+        words.map(|w| std::array::from_fn(|i| w[i])).collect()
+    }
+}
+
+/// Returns the index of the codeword nearest to `x`, the first of equals, and the squared distance.
+fn nearest(words: &[[f32; SUB]], x: &[f32; SUB]) -> (usize, f32) {
+    let mut best = (0, f32::INFINITY);
+    for (i, word) in words.iter().enumerate() {
+        let off: f32 = word.iter().zip(x).map(|(a, b)| (a - b) * (a - b)).sum();
+        if off < best.1 {
+            best = (i, off);
+        }
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(n: usize, dim: usize) -> Vec<f32> {
+        (0..n * dim).map(|i| ((i * 7919 + 13) % 9973) as f32 / 9973.0 - 0.5).collect()
+    }
+
+    #[test]
+    fn values_that_are_codewords_are_exact() {
+        // 100 different values for 256 codewords.
+        for dim in [64, 40] {
+            let some = values(100, dim);
+            let code = ValueCode::fit(dim, &some);
+            let (mut codes, mut value) = (vec![0; 100 * code.bytes()], vec![0.0; dim]);
+            code.encode(&some, &mut codes);
+            for (want, code_of) in some.chunks(dim).zip(codes.chunks(code.bytes())) {
+                code.decode(code_of, &mut value);
+                let off = want.iter().zip(&value).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(off < 1e-6, "{dim}: {off}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_weighted_sum_by_codewords_is_that_of_the_decoded_values() {
+        let (n, dim) = (700, 48);
+        let all = values(n, dim);
+        let code = ValueCode::fit(dim, &all);
+        let mut codes = vec![0; n * code.bytes()];
+        code.encode(&all, &mut codes);
+        let (mut want, mut value, mut weights) = (vec![0.0; dim], vec![0.0; dim], vec![0.0; code.bytes() * WORDS]);
+        for (i, bytes) in codes.chunks(code.bytes()).enumerate() {
+            let w = (i % 17) as f32 / 17.0;
+            code.decode(bytes, &mut value);
+            want.iter_mut().zip(&value).for_each(|(o, v)| *o += w * v);
+            bytes.iter().enumerate().for_each(|(m, b)| weights[m * WORDS + usize::from(*b)] += w);
+        }
+        let mut got = vec![0.0; dim];
+        code.add_weighted(&weights, &mut got);
+        assert!(want.iter().zip(&got).all(|(a, b)| (a - b).abs() < 1e-2), "{want:?} {got:?}");
+    }
+}
