@@ -5,10 +5,12 @@
 //! ([`Cache::compress`]) the kept rows are copied out of a dense cache, and [`Cache::peak_bytes`] counts both.
 
 mod compressed_kv;
+mod host;
 mod ring;
 mod two_pool;
 
 pub use compressed_kv::CompressedKv;
+pub use host::HostStore;
 pub use ring::Ring;
 pub use two_pool::TwoPool;
 

@@ -23,6 +23,26 @@ pub fn view<'a>(tensor: &'a Tensor, what: &str) -> Result<View<impl Deref<Target
     }
 }
 
+/// Locks the storage of a tensor `[rows, G, D]` whose rows and heads may be at any stride; returns the strides too, in
+/// elements.
+#[allow(clippy::type_complexity)]
+pub fn rows_view<'a>(
+    tensor: &'a Tensor,
+    what: &str,
+) -> Result<(View<impl Deref<Target = Storage> + 'a>, (usize, usize))> {
+    let (rows, heads, dim) = tensor.dims3()?;
+    let (guard, layout) = tensor.storage_and_layout();
+    let [row, head, 1] = layout.stride() else {
+        return Err(Error::new(ErrorKind::Backend, what, "must have contiguous heads"));
+    };
+    let (start, strides) = (layout.start_offset(), (*row, *head));
+    let len = if rows * heads == 0 { 0 } else { (rows - 1) * row + (heads - 1) * head + dim };
+    match &*guard {
+        Storage::Cpu(_) => Ok((View { guard, start, len }, strides)),
+        _ => Err(Error::unsupported(what, "this operator has no kernel for the device yet")),
+    }
+}
+
 impl<G: Deref<Target = Storage>> View<G> {
     /// The values.
     ///

@@ -15,7 +15,8 @@ pub struct Field {
     pub bits: usize,
 }
 
-/// The code of one KV head: `k̂_c = mean_c + scale_c · level(bits_c, field_c)`; a channel without bits decodes to its mean.
+/// The code of one KV head: `k̂_c = mean_c + scale_c · level(bits_c, field_c)`; a channel without bits decodes to its
+/// mean.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScalarCode {
     /// Bytes per token.
@@ -29,8 +30,8 @@ pub struct ScalarCode {
 }
 
 impl ScalarCode {
-    /// Gives `8 · bytes` bits to `units` of channels so that `Σ_c weight_c · distortion(bits_c)` is small: greedily to the
-    /// unit with the largest gain per bit, as many to each channel of a unit.
+    /// Gives at most `8 · bytes` bits to `units` of channels so that `Σ_c weight_c · distortion(bits_c)` is small: greedily
+    /// to the unit with the largest gain per bit, as many to each channel of a unit.
     ///
     /// # Shapes
     /// `mean`, `scale`, `weight` `[D]`; `units` names every channel once.

@@ -5,10 +5,10 @@ use super::{Attended, AttentionArgs, FarRow, KeyValues, Parts, RowList, StoreRow
 use crate::error::Result;
 use crate::ops::gemm::{multiply_add, multiply_transposed, Strided};
 use crate::ops::simd;
-use crate::ops::view::{view, View};
-use candle_core::{Device, Tensor};
+use crate::ops::view::{rows_view, view, View};
+use candle_core::{Device, Storage, Tensor};
 use rayon::prelude::*;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 /// Query rows (tokens times heads per KV head) per tile.
 const QUERY_ROWS: usize = 192;
@@ -36,14 +36,32 @@ struct Tile {
     runs: Vec<Run>,
 }
 
+/// Rows of one tensor `[rows, G, D]`, at any stride.
+#[derive(Clone, Copy, Default)]
+struct Rows<'a> {
+    values: &'a [f32],
+    row: usize,
+    head: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// The rows of KV head `kv` from `row` on.
+    fn from(&self, row: usize, kv: usize) -> Strided<'a> {
+        Strided { data: &self.values[row * self.row + kv * self.head..], stride: self.row }
+    }
+}
+
+/// Keys and values.
+type Pair<'a> = (Rows<'a>, Rows<'a>);
+
 /// The values of a call's tensors.
 struct Buffers<'a> {
     q: &'a [f32],
-    chunk: (&'a [f32], &'a [f32]),
-    ring: (&'a [f32], &'a [f32]),
-    sinks: (&'a [f32], &'a [f32]),
-    /// Per store: keys, values, and the queries that score them.
-    stores: Vec<(&'a [f32], &'a [f32], &'a [f32])>,
+    chunk: Pair<'a>,
+    ring: Pair<'a>,
+    sinks: Pair<'a>,
+    /// Per store: keys and values, and the queries that score them.
+    stores: Vec<(Pair<'a>, &'a [f32])>,
     /// Per store with a table: row numbers `[G, blocks, n]`, and `n`.
     tables: Vec<Option<(Vec<u32>, usize, usize)>>,
 }
@@ -77,22 +95,24 @@ struct Call<'a> {
 pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
     let (t, h, g, d) = parts.dims;
     let group = h / g;
-    let pair = |rows: Option<KeyValues>| [rows.map(|r| r.k.clone()), rows.map(|r| r.v.clone())];
-    let mut tensors: Vec<Option<Tensor>> = vec![Some(args.q.clone())];
-    tensors.extend(pair(parts.chunk));
-    tensors.extend(pair(parts.ring));
-    tensors.extend(pair(parts.sinks.map(|s| s.0)));
+    let mut tensors: Vec<Option<KeyValues>> = vec![parts.chunk, parts.ring, parts.sinks.map(|s| s.0)];
     for store in &parts.stores {
         match store.rows {
-            StoreRows::Tensors(rows) => tensors.extend(pair(Some(rows))),
+            StoreRows::Tensors(rows) => tensors.push(Some(rows)),
             #[cfg(feature = "cuda")]
             StoreRows::Host(_) => return super::fail("pinned host rows are for queries on a GPU".into()),
         }
-        tensors.push(store.q.cloned());
     }
-    let views: Result<Vec<_>> = tensors.iter().map(|x| x.as_ref().map(|x| view(x, "attention")).transpose()).collect();
-    let views = views?;
-    let values = |i: usize| views[i].as_ref().map_or(Ok(&[][..]), View::values);
+    let rows: Vec<_> = tensors.into_iter().map(|t| t.map(lock).transpose()).collect::<Result<_>>()?;
+    let pair = |i: usize| -> Result<Pair> {
+        let Some([(k, sk), (v, sv)]) = &rows[i] else { return Ok(Pair::default()) };
+        let rows = |values, s: &(usize, usize)| Rows { values, row: s.0, head: s.1 };
+        Ok((rows(k.values()?, sk), rows(v.values()?, sv)))
+    };
+    let q = view(args.q, "attention")?;
+    let far: Vec<_> =
+        parts.stores.iter().map(|s| s.q.map(|q| view(q, "attention")).transpose()).collect::<Result<_>>()?;
+    let far = |i: usize| far[i].as_ref().map_or(Ok(&[][..]), View::values);
     let table = |store: &super::Store| -> Result<_> {
         let RowList::Table { index, .. } = store.read else { return Ok(None) };
         let (_, blocks, places) = index.dims3()?;
@@ -104,13 +124,11 @@ pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
     };
     let stores = 0..parts.stores.len();
     let buffers = Buffers {
-        q: values(0)?,
-        chunk: (values(1)?, values(2)?),
-        ring: (values(3)?, values(4)?),
-        sinks: (values(5)?, values(6)?),
-        stores: stores
-            .map(|i| Ok((values(7 + 3 * i)?, values(8 + 3 * i)?, values(9 + 3 * i)?)))
-            .collect::<Result<_>>()?,
+        q: q.values()?,
+        chunk: pair(0)?,
+        ring: pair(1)?,
+        sinks: pair(2)?,
+        stores: stores.map(|i| Ok((pair(3 + i)?, far(i)?))).collect::<Result<_>>()?,
         tables: parts.stores.iter().map(table).collect::<Result<_>>()?,
     };
     let call = Call { args, parts, buffers, group, kv_heads: g, dim: d };
@@ -144,6 +162,13 @@ pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
     }
     let lse = args.lse.then(|| Tensor::from_vec(lse, (t, h), &Device::Cpu)).transpose()?;
     Ok(Attended { out: Tensor::from_vec(out, (t, h, d), &Device::Cpu)?, lse })
+}
+
+/// A tensor's locked values and its strides.
+type Locked<V> = (View<V>, (usize, usize));
+
+fn lock<'a>(rows: KeyValues<'a>) -> Result<[Locked<impl Deref<Target = Storage> + 'a>; 2]> {
+    Ok([rows_view(rows.k, "attention")?, rows_view(rows.v, "attention")?])
 }
 
 impl Call<'_> {
@@ -200,7 +225,6 @@ impl Call<'_> {
         if extras {
             self.extras(tile, kv, scratch, &mut partial);
         }
-        let stride = self.kv_heads * d;
         let p_first = self.args.start + tile.queries.start;
         let p_last = self.args.start + tile.queries.end - 1;
         for run in &tile.runs[runs] {
@@ -208,11 +232,10 @@ impl Call<'_> {
                 Source::Ring => self.buffers.ring,
                 Source::Chunk => self.buffers.chunk,
             };
-            let at = run.row * stride + kv * d;
             scratch.logits.resize(rows * run.len, 0.0);
             let logits = &mut scratch.logits[..rows * run.len];
             let q = Strided { data: &scratch.q, stride: d };
-            multiply_transposed(rows, run.len, d, q, Strided { data: &k[at..], stride }, logits);
+            multiply_transposed(rows, run.len, d, q, k.from(run.row, kv), logits);
             let whole = run.position >= self.args.window.left(p_last) && run.position + run.len <= p_first + 1;
             if !whole {
                 for (r, row) in logits.chunks_mut(run.len).enumerate() {
@@ -223,7 +246,7 @@ impl Call<'_> {
                     row[past..].fill(f32::NEG_INFINITY);
                 }
             }
-            partial.fold(logits, run.len, Strided { data: &v[at..], stride }, d);
+            partial.fold(logits, run.len, v.from(run.row, kv), d);
         }
         partial
     }
@@ -240,7 +263,7 @@ impl Call<'_> {
             let mut rows = vec![];
             self.listed(i, tile, kv, &mut rows);
             if !rows.is_empty() {
-                self.pack_queries(self.buffers.stores[i].2, tile, kv, &mut scratch.q_far);
+                self.pack_queries(self.buffers.stores[i].1, tile, kv, &mut scratch.q_far);
                 self.extra_tiles(rows, tile, kv, true, scratch, partial);
             }
         }
@@ -275,7 +298,7 @@ impl Call<'_> {
         scratch: &mut Scratch,
         partial: &mut Partial,
     ) {
-        let (d, stride) = (self.dim, self.kv_heads * self.dim);
+        let d = self.dim;
         let rows = tile.queries.len() * self.group;
         for extras in extras.chunks(KEYS) {
             let n = extras.len();
@@ -284,14 +307,10 @@ impl Call<'_> {
             for extra in extras {
                 let ((k, v), row) = match extra {
                     Extra::Sink(row) => (self.buffers.sinks, *row),
-                    Extra::Far { store, row, .. } => {
-                        let (k, v, _) = self.buffers.stores[*store];
-                        ((k, v), *row)
-                    }
+                    Extra::Far { store, row, .. } => (self.buffers.stores[*store].0, *row),
                 };
-                let at = row * stride + kv * d;
-                scratch.keys.extend_from_slice(&k[at..at + d]);
-                scratch.values.extend_from_slice(&v[at..at + d]);
+                scratch.keys.extend_from_slice(&k.from(row, kv).data[..d]);
+                scratch.values.extend_from_slice(&v.from(row, kv).data[..d]);
             }
             scratch.logits.resize(rows * n, 0.0);
             let q = Strided { data: if far { &scratch.q_far } else { &scratch.q }, stride: d };

@@ -216,13 +216,18 @@ mod tests {
         #[test]
         fn the_zones_are_those_of_the_definition(
             group in 1usize..9, kv in 1usize..4, half in prop::sample::select(vec![8usize, 20, 32, 64, 128]),
-            n in 0usize..300, sinks in 0usize..5, chosen in 0usize..400, kind in 0usize..3, block in 1usize..40, seed in 0usize..1000,
+            n in 0usize..300, sinks in 0usize..5, chosen in 0usize..400, kind in 0usize..3, block in 1usize..40,
+            seed in 0usize..1000,
         ) {
             let dim = 2 * half;
             let (bytes, total) = (dim.div_ceil(8), n + sinks);
             let units: Vec<Vec<usize>> = (0..half).map(|i| vec![i, i + half]).collect();
             let code: Vec<ScalarCode> = (0..kv)
-                .map(|g| ScalarCode::fit(bytes, &units, &numbers(seed + g, dim), &vec![0.6; dim], &numbers(seed + g, dim).iter().map(|x| x * x + 0.01).collect::<Vec<_>>()))
+                .map(|g| {
+                    let mean = numbers(seed + g, dim);
+                    let weight: Vec<f32> = mean.iter().map(|x| x * x + 0.01).collect();
+                    ScalarCode::fit(bytes, &units, &mean, &vec![0.6; dim], &weight)
+                })
                 .collect();
             let exact: Vec<Vec<f32>> = (0..kv).map(|g| numbers(seed + 10 + g, 2 * total * dim)).collect();
             let rows = |g: usize, part: usize| -> Vec<f32> {

@@ -5,7 +5,7 @@
 //! - chosen: the `k` tokens with the largest `Σ_h exp(ŝ_hi - ln(e^{n_h} + e^{f_h}))` over the heads `h` of `g`, where
 //!   `n_h` is the log-sum-exp of the near zone and `f_h` that of all `ŝ_h`: each head counts with its share of mass
 //!   beyond the near zone; their exact keys and values are read;
-//! - rest: every other far token at weight `exp(min(ŝ_hi, cap_h))`, `cap_h` the largest exact logit among the chosen,
+//! - rest: all other far tokens at weight `exp(min(ŝ_hi, cap_h))`, `cap_h` the largest exact logit among the chosen,
 //!   times an estimate of its value ([`Rest`]).
 //!
 //! The result merges with the near zone's by log-sum-exp ([`crate::ops::merge_attention`]). With `k` at least the number
