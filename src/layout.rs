@@ -8,19 +8,24 @@
 //! |---|---|---|---|---|
 //! | sliding | any | [`LayerKind::Sliding`] | `min(window, ctx)` | |
 //! | full | stock, or not in the plan | [`LayerKind::Full`] | `ctx` | |
-//! | full | in the plan | [`LayerKind::Butterfly`] | `min((w + 1) B, ctx)` | sinks, summaries of the layer's stage |
+//! | full | in the plan, `recall` 0 | [`LayerKind::Butterfly`] | `min((w + 1) B, ctx)` | sinks, summaries of its stage |
+//! | full | in the plan, `recall` k | [`LayerKind::Recall`] | `(w + 1) B` | sinks, codes; all rows in host memory |
+//! | full | the same, `ctx ≤ k + S + (w + 1) B` | [`LayerKind::Full`] | `ctx` | |
 //! | full | eviction | [`LayerKind::Evict`] | by the rule | last queries that the rule observes |
 
 use crate::cache::PoolBytes;
 use crate::error::{Error, Result};
 use crate::eviction::{Eviction, EvictionPlan, When};
 use crate::method::Method;
+use crate::nn::Rope;
 use crate::ops::Window;
-use crate::retrofit::Settings;
+use crate::recall::{Calibration, KeyCodeChoice, LayerTables, PAGE, SUB};
+use crate::retrofit::{RestKind, Settings};
 use crate::selector::{self, Grid, Selector};
 use crate::spec::{AttentionKind, AttentionSpec, ModelSpec};
 use candle_core::DType;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Layers of a model under a method, sized for a context length.
 #[derive(Debug, Clone)]
@@ -60,8 +65,25 @@ pub enum LayerKind {
     },
     /// Compressed butterfly attention.
     Butterfly(Box<ButterflyLayer>),
+    /// Exact recall: window and sinks, the best of all other tokens from host memory, an estimate of the others.
+    Recall(Box<RecallLayer>),
     /// Dense attention over the tokens that an eviction rule keeps.
     Evict(Box<EvictLayer>),
+}
+
+/// A layer with exact recall.
+#[derive(Debug, Clone)]
+pub struct RecallLayer {
+    /// Settings of the retrofit plan.
+    pub settings: Settings,
+    /// Key code.
+    pub code: KeyCodeChoice,
+    /// Sink rows to allocate.
+    pub sink_rows: usize,
+    /// Positions of the context.
+    pub ctx: usize,
+    /// Codes fitted to a calibration ([`Layout::calibrated`]); a cache cannot be made without them.
+    pub tables: Option<Arc<LayerTables>>,
 }
 
 /// A layer with butterfly attention: settings, rule and block grid.
@@ -109,6 +131,8 @@ pub struct CacheBytes {
     pub settled: u64,
     /// Bytes that the stock model allocates.
     pub dense: u64,
+    /// Bytes of exact keys and values in host memory, not counted in the others.
+    pub host: u64,
 }
 
 impl Layout {
@@ -154,6 +178,12 @@ impl Layout {
                 AttentionKind::Full => (
                     ctx,
                     match (swapped(i), &method) {
+                        (Some(_), Method::Butterfly(plan)) if plan.settings.recall > 0 => {
+                            match RecallLayer::new(&plan.settings, ctx)? {
+                                Some(layer) => LayerKind::Recall(Box::new(layer)),
+                                None => LayerKind::Full,
+                            }
+                        }
                         (Some(layer), _) => LayerKind::Butterfly(Box::new(layer)),
                         (None, Method::Evict(plan)) => LayerKind::Evict(Box::new(EvictLayer::new(plan, a, ctx)?)),
                         (None, _) => LayerKind::Full,
@@ -162,7 +192,8 @@ impl Layout {
             };
             let raw_rows = match &kind {
                 LayerKind::Full | LayerKind::Sliding { .. } => dense_rows,
-                LayerKind::Butterfly(b) => b.ring_rows().min(ctx),
+                LayerKind::Butterfly(b) => b.settings.ring_rows().min(ctx),
+                LayerKind::Recall(r) => r.settings.ring_rows(),
                 LayerKind::Evict(e) => e.plan.rows(ctx)?,
             };
             let (heads, kv_heads, head_dim) = (a.heads, a.kv_heads, a.head_dim);
@@ -170,6 +201,37 @@ impl Layout {
         };
         let layers = spec.attention().map(layer).collect::<Result<_>>()?;
         Ok(Self { layers, method, ctx })
+    }
+
+    /// Fits the codes of layers with exact recall to `calibration`.
+    ///
+    /// # Errors
+    /// The calibration was made with another number of sinks, or lacks a layer.
+    pub fn calibrated(mut self, calibration: &Calibration, spec: &ModelSpec, ropes: &[Rope]) -> Result<Self> {
+        let ropes = spec.attention().map(|(_, a)| &ropes[a.rope]);
+        for (i, (plan, rope)) in self.layers.iter_mut().zip(ropes).enumerate() {
+            let LayerKind::Recall(r) = &mut plan.kind else { continue };
+            let sinks = r.settings.sink_tokens;
+            if sinks != calibration.sink_tokens {
+                let made = calibration.sink_tokens;
+                let message = format!("{sinks} sinks, but the calibration left out {made}; calibrate again");
+                return Err(Error::usage("--sink-tokens", message));
+            }
+            let layer = calibration.layers.get(i).and_then(Option::as_ref);
+            let missing = || Error::format("recall calibration", format!("has nothing on layer {i}"));
+            r.tables = Some(Arc::new(layer.ok_or_else(missing)?.tables(&r.code, rope, sinks, r.ctx)));
+        }
+        Ok(self)
+    }
+
+    /// Returns whether a layer with exact recall still lacks its codes.
+    pub fn lacks_tables(&self) -> bool {
+        self.layers.iter().any(|l| matches!(&l.kind, LayerKind::Recall(r) if r.tables.is_none()))
+    }
+
+    /// Returns the layers with exact recall, in model order.
+    pub fn recall(&self) -> impl Iterator<Item = &RecallLayer> {
+        self.layers.iter().filter_map(|l| if let LayerKind::Recall(r) = &l.kind { Some(&**r) } else { None })
     }
 
     /// Returns the method that the layout was made for.
@@ -184,14 +246,15 @@ impl Layout {
 
     /// Returns the sizes of the cache with keys and values in `dtype`.
     pub fn bytes(&self, dtype: DType) -> CacheBytes {
-        let (mut own, mut settled, mut dense, mut copy) = (0, 0, 0, 0);
+        let (mut own, mut settled, mut dense, mut copy, mut host) = (0, 0, 0, 0, 0);
         for l in &self.layers {
+            host = u64::saturating_add(host, l.bytes(dtype).host);
             own = u64::saturating_add(own, l.bytes(dtype).total());
             settled = u64::saturating_add(settled, l.settled_bytes(dtype));
             dense = u64::saturating_add(dense, l.row_bytes(dtype).saturating_mul(l.dense_rows as u64));
             copy = copy.max(l.copy_bytes(dtype));
         }
-        CacheBytes { peak: own.saturating_add(copy), settled, dense }
+        CacheBytes { peak: own.saturating_add(copy), settled, dense, host }
     }
 
     /// Returns the bytes of keys and values that queries at `positions` read in total; each row counts once per KV head
@@ -237,6 +300,7 @@ impl LayerPlan {
             LayerKind::Full | LayerKind::Evict(_) => Window::Unbounded,
             LayerKind::Sliding { window } => Window::Tokens(*window),
             LayerKind::Butterfly(b) => b.settings.raw_window(),
+            LayerKind::Recall(r) => r.settings.raw_window(),
         }
     }
 
@@ -250,6 +314,11 @@ impl LayerPlan {
                 // Running sums: f32 for keys and values.
                 bytes.summary = rows(b.summary_rows) + 8 * (self.kv_heads * self.head_dim) as u64;
                 bytes.sink = rows(b.sink_rows);
+            }
+            LayerKind::Recall(r) => {
+                bytes.sink = rows(r.sink_rows);
+                r.add_bytes(self.kv_heads, self.head_dim, dtype, &mut bytes);
+                bytes.host = rows(r.ctx);
             }
             LayerKind::Evict(e) => {
                 bytes.local += (e.observed * self.heads * self.head_dim * dtype.size_in_bytes()) as u64;
@@ -267,6 +336,7 @@ impl LayerPlan {
     pub fn rows_read(&self, positions: Range<usize>) -> Result<usize> {
         match &self.kind {
             LayerKind::Butterfly(b) => Ok(b.rows_read(positions)),
+            LayerKind::Recall(r) => Ok(r.rows_read(positions)),
             LayerKind::Evict(e) => e.plan.rows_read(positions),
             LayerKind::Full | LayerKind::Sliding { .. } => Ok(positions.map(|p| p + 1 - self.window().left(p)).sum()),
         }
@@ -335,11 +405,6 @@ impl ButterflyLayer {
         (self.settings.summary_bias * (self.settings.pooled_count(n) as f64).ln()) as f32
     }
 
-    /// Returns the rows of the local ring, `(w + 1) B`: the window and the query's own block.
-    fn ring_rows(&self) -> usize {
-        (self.settings.window_blocks() + 1) * self.settings.block
-    }
-
     fn rows_read(&self, positions: Range<usize>) -> usize {
         let (s, window) = (&self.settings, self.settings.raw_window());
         let (mut sum, mut routed) = (0, (usize::MAX, 0));
@@ -352,6 +417,55 @@ impl ButterflyLayer {
             sum += p + 1 - left + s.sink_tokens.min(left) + routed.1;
         }
         sum
+    }
+}
+
+impl RecallLayer {
+    /// Returns the layer, or `None` where window, sinks and fetched tokens would cover the whole context: dense
+    /// attention is then exact and smaller.
+    fn new(settings: &Settings, ctx: usize) -> Result<Option<Self>> {
+        let near = settings.ring_rows().saturating_add(settings.sink_tokens).saturating_add(settings.recall);
+        if ctx <= near {
+            return Ok(None);
+        }
+        let code = KeyCodeChoice::parse(&settings.key_code)?;
+        Ok(Some(Self { settings: settings.clone(), code, sink_rows: settings.sink_tokens, ctx, tables: None }))
+    }
+
+    /// Returns the positions that a query at `position` reads by their codes: neither sinks nor in its window.
+    pub fn far(&self, position: usize) -> Range<usize> {
+        let left = self.settings.raw_window().left(position);
+        self.settings.sink_tokens.min(left)..left
+    }
+
+    /// Returns the number of positions that key codes are allocated for: whole pages.
+    pub fn coded(&self) -> usize {
+        self.ctx.next_multiple_of(PAGE)
+    }
+
+    /// Adds the bytes of codes, means and tables.
+    fn add_bytes(&self, kv_heads: usize, dim: usize, dtype: DType, bytes: &mut PoolBytes) {
+        bytes.key_codes = (kv_heads * self.coded() * self.code.bytes(dim)) as u64;
+        match self.settings.rest {
+            RestKind::Codes => bytes.values = (kv_heads * self.ctx * dim.div_ceil(SUB)) as u64,
+            RestKind::Means => {
+                bytes.values = (kv_heads * self.ctx.div_ceil(self.settings.block) * dim * dtype.size_in_bytes()) as u64;
+            }
+            RestKind::None => {}
+        }
+        // Mean, scale and field of each channel; codewords.
+        bytes.tables = (kv_heads * dim * 12) as u64;
+        if self.settings.rest == RestKind::Codes {
+            bytes.tables += (kv_heads * dim.div_ceil(SUB) * 256 * SUB * dtype.size_in_bytes().min(4)) as u64;
+        }
+    }
+
+    fn rows_read(&self, positions: Range<usize>) -> usize {
+        let row = |p: usize| {
+            let far = self.far(p);
+            p + 1 - far.end + far.start + far.len().min(self.settings.recall)
+        };
+        positions.map(row).sum()
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::error::{At, Error, Result};
 use crate::layout::MAX_CONTEXT;
 use crate::ops::Window;
+use crate::recall::KeyCodeChoice;
 use crate::selector::{self, Grid};
 use crate::spec::{AttentionKind, ModelSpec};
 use serde::{Deserialize, Serialize};
@@ -41,7 +42,23 @@ pub enum FarPosition {
     Clamp,
 }
 
-/// Settings of butterfly attention.
+/// Estimate of the values of tokens that exact recall does not fetch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "snake_case")]
+pub enum RestKind {
+    /// Value codes of single tokens: 1/64 of the bytes of bf16 keys and values.
+    Codes,
+    /// Means of the values of blocks of `block` tokens.
+    Means,
+    /// No estimate: tokens that are not fetched have no weight.
+    None,
+}
+
+/// Tokens that each KV head fetches per decode step where recall is on and nothing else is said.
+pub const DEFAULT_RECALL: usize = 2048;
+
+/// Settings of butterfly attention and of exact recall.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
@@ -68,6 +85,13 @@ pub struct Settings {
     pub far_position: FarPosition,
     /// Seed of the `random` rule.
     pub seed: u64,
+    /// Exact recall: tokens outside the window that each KV head fetches per decode step, `k`. With 0 the layer has no
+    /// recall, and summaries instead.
+    pub recall: usize,
+    /// Key code that recall chooses tokens by, such as `pair:1bit`.
+    pub key_code: String,
+    /// Estimate of the values of tokens that recall does not fetch.
+    pub rest: RestKind,
 }
 
 impl Default for Settings {
@@ -84,6 +108,9 @@ impl Default for Settings {
             summary_bias: 0.0,
             far_position: FarPosition::True,
             seed: 0,
+            recall: 0,
+            key_code: "pair:1bit".into(),
+            rest: RestKind::Codes,
         }
     }
 }
@@ -129,7 +156,33 @@ impl Settings {
                 "clamp rotates summaries anew, which needs unrotated keys: add --pool pre-rope".into(),
             );
         }
+        KeyCodeChoice::parse(&self.key_code)?;
+        if self.recall > 0 {
+            self.validate_recall()?;
+        }
         selector::find(&self.partner).map(|_| ())
+    }
+
+    /// Refuses settings that have no meaning under exact recall.
+    fn validate_recall(&self) -> Result<()> {
+        let plain = Self::default();
+        let set = [
+            ("--partner", self.partner != plain.partner),
+            ("--partner-count", self.partner_count != plain.partner_count),
+            ("--shift-unit", self.shift_unit.is_some()),
+            ("--pool", self.pool != plain.pool),
+            ("--summary-bias", self.summary_bias != plain.summary_bias),
+            ("--far-position", self.far_position != plain.far_position),
+            ("--window-align", self.window_align != plain.window_align),
+        ];
+        if let Some((flag, _)) = set.iter().find(|(_, set)| *set) {
+            let message = "is a setting of block summaries, which exact recall replaces; add --recall 0 to use them";
+            return Err(Error::usage(flag, message));
+        }
+        match self.recall > MAX_CONTEXT {
+            true => Err(Error::usage("--recall", format!("{} tokens are more than the longest context", self.recall))),
+            false => Ok(()),
+        }
     }
 
     /// Returns the window of raw positions that a query reads.
@@ -143,6 +196,11 @@ impl Settings {
     /// Returns the window in blocks, `w`.
     pub fn window_blocks(&self) -> usize {
         self.window / self.block
+    }
+
+    /// Returns the rows of the local ring, `(w + 1) B`: the window and the query's own block.
+    pub fn ring_rows(&self) -> usize {
+        (self.window_blocks() + 1) * self.block
     }
 
     /// Returns the block grid of a context of `ctx` positions.

@@ -8,7 +8,7 @@ use crate::cache::{Cache, LayerState};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::Layout;
 use crate::method::Method;
-use crate::mixer::{mix, ChunkContext, Projections};
+use crate::mixer::{mix, ChunkContext, Phase, Projections};
 use crate::weights::{Block, Lease, Weights};
 use candle_core::{DType, Device, Tensor};
 use std::sync::Arc;
@@ -63,6 +63,10 @@ impl Run {
         if !shapes.eq(layout.layers.iter().map(|l| (l.heads, l.kv_heads, l.head_dim))) {
             return Err(Error::new(ErrorKind::Backend, "layout", "was made for another model"));
         }
+        let layout = match layout.lacks_tables() {
+            true => layout.calibrated(weights.calibration()?, weights.spec(), &weights.ropes)?,
+            false => layout,
+        };
         let stream = Lease::new(weights)?;
         let cache = Cache::new(&layout, weights.dtype(), stream.device())?;
         Ok(Self { layout, cache, poisoned: None, stream, weights: weights.clone() })
@@ -126,7 +130,17 @@ impl Run {
         self.check(ids, want)?;
         // On a worker of the pool: a parallel region entered from there starts by work stealing, from outside by a
         // thread wake-up.
-        rayon::scope(|_| self.chunk(ids, want, None))
+        rayon::scope(|_| self.chunk(ids, want, Phase::Prefill, None))
+    }
+
+    /// Processes `ids` like [`Run::forward`], as decode steps: layers with exact recall fetch the best tokens of each
+    /// step instead of reading all. Other layers make no difference between the two.
+    ///
+    /// # Errors
+    /// Those of [`Run::forward`].
+    pub fn step(&mut self, ids: &[u32], want: &[usize]) -> Result<Tensor> {
+        self.check(ids, want)?;
+        rayon::scope(|_| self.chunk(ids, want, Phase::Decode, None))
     }
 
     /// Runs [`Run::forward`] with an observer that is called before each layer's mixer.
@@ -135,7 +149,7 @@ impl Run {
     /// Those of [`Run::forward`] and of `observer`.
     pub fn forward_observed(&mut self, ids: &[u32], want: &[usize], observer: Observer) -> Result<Tensor> {
         self.check(ids, want)?;
-        self.chunk(ids, want, Some(observer))
+        self.chunk(ids, want, Phase::Prefill, Some(observer))
     }
 
     /// Marks the end of the context, at which eviction rules evict ([`Cache::compress`]); they choose without having
@@ -176,19 +190,19 @@ impl Run {
         Ok(())
     }
 
-    fn chunk(&mut self, ids: &[u32], want: &[usize], observer: Option<Observer>) -> Result<Tensor> {
+    fn chunk(&mut self, ids: &[u32], want: &[usize], phase: Phase, observer: Option<Observer>) -> Result<Tensor> {
         // Remains if this unwinds.
         self.poisoned = Some("a chunk panicked".into());
-        let made = self.layers(ids, want, observer);
+        let made = self.layers(ids, want, phase, observer);
         self.poisoned = made.as_ref().err().map(|e| format!("a chunk failed: {e}"));
         made
     }
 
-    fn layers(&mut self, ids: &[u32], want: &[usize], mut observer: Option<Observer>) -> Result<Tensor> {
+    fn layers(&mut self, ids: &[u32], want: &[usize], phase: Phase, mut observer: Option<Observer>) -> Result<Tensor> {
         let (w, device, start) = (&*self.weights, self.stream.device(), self.cache.position());
         let positions = || (start..start + ids.len()).map(|p| p as f32);
         let tables: Result<Vec<_>> = w.ropes.iter().map(|r| r.table(positions(), device)).collect();
-        let chunk = ChunkContext { start, ropes: &w.ropes, tables: &tables? };
+        let chunk = ChunkContext { start, phase, ropes: &w.ropes, tables: &tables? };
         let mut x = w.embed.rows(&Tensor::new(ids, device)?, w.dtype())?;
         on_stream(&x, device, "the embedding")?;
         if w.spec().embed_scale != 1.0 {

@@ -9,10 +9,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mixer::Projections;
 use crate::nn::{Linear, Mlp, RmsNorm, Rope, Weight};
 use crate::ops::{beside, human_bytes};
+use crate::recall::Calibration;
 use crate::spec::{LayerSpec, MixerSpec, ModelSpec};
 use crate::tensors::{LayerTensors, LinearSpec, TensorSpec};
 use candle_core::{DType, Device};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// One layer's weights.
 pub(crate) struct Block {
@@ -51,6 +52,8 @@ pub struct Weights {
     bytes: u64,
     /// Device handles that no run leases, each with its own stream.
     idle: Mutex<Vec<Device>>,
+    /// What the codes of exact recall are fitted to, once it is known.
+    calibration: OnceLock<Calibration>,
 }
 
 impl Weights {
@@ -100,6 +103,20 @@ impl Weights {
     /// Bytes that a decode step reads: every matrix but an untied embedding table.
     pub fn bytes_per_token(&self) -> u64 {
         self.bytes - if self.spec.tied { 0 } else { self.embed.bytes() }
+    }
+
+    /// Sets what the codes of exact recall are fitted to; has no effect if it is set already.
+    pub fn calibrate(&self, calibration: Calibration) {
+        let _ = self.calibration.set(calibration);
+    }
+
+    /// What the codes of exact recall are fitted to.
+    ///
+    /// # Errors
+    /// It has not been set.
+    pub fn calibration(&self) -> Result<&Calibration> {
+        let missing = || Error::new(ErrorKind::Usage, "recall", "needs a calibration of this model");
+        self.calibration.get().ok_or_else(missing)
     }
 
     /// Whether any matrix is block-encoded.
@@ -183,7 +200,7 @@ impl Loader<'_> {
         let ropes = spec.ropes.iter().map(Rope::new).collect();
         let (device, dtype) = (self.device.clone(), self.format.compute());
         let idle = Mutex::new(vec![device.clone()]);
-        Ok(Weights { spec, embed, blocks, norm, head, ropes, device, dtype, bytes, idle })
+        Ok(Weights { spec, embed, blocks, norm, head, ropes, device, dtype, bytes, idle, calibration: OnceLock::new() })
     }
 
     fn matrix(&self, tensor: &TensorSpec) -> Result<Weight> {

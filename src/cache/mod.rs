@@ -6,11 +6,13 @@
 
 mod compressed_kv;
 mod host;
+mod recall_kv;
 mod ring;
 mod two_pool;
 
 pub use compressed_kv::CompressedKv;
 pub use host::HostStore;
+pub use recall_kv::RecallKv;
 pub use ring::Ring;
 pub use two_pool::TwoPool;
 
@@ -30,12 +32,20 @@ pub struct PoolBytes {
     pub summary: u64,
     /// Bytes of attention sinks.
     pub sink: u64,
+    /// Bytes of the key codes of exact recall.
+    pub key_codes: u64,
+    /// Bytes of what estimates the values that exact recall does not fetch: value codes or block means.
+    pub values: u64,
+    /// Bytes of the tables that key codes and value codes are read with.
+    pub tables: u64,
+    /// Bytes of exact keys and values in host memory; not part of the total.
+    pub host: u64,
 }
 
 impl PoolBytes {
-    /// Returns the bytes of all pools.
+    /// Returns the bytes of all pools on the device: all but those in host memory.
     pub fn total(&self) -> u64 {
-        self.local + self.summary + self.sink
+        self.local + self.summary + self.sink + self.key_codes + self.values + self.tables
     }
 }
 
@@ -44,6 +54,10 @@ impl std::ops::AddAssign for PoolBytes {
         self.local += other.local;
         self.summary += other.summary;
         self.sink += other.sink;
+        self.key_codes += other.key_codes;
+        self.values += other.values;
+        self.tables += other.tables;
+        self.host += other.host;
     }
 }
 
@@ -56,6 +70,8 @@ pub enum LayerState {
     Ring(Ring),
     /// Butterfly attention: local ring, sinks and summaries.
     TwoPool(Box<TwoPool>),
+    /// Exact recall: local ring, sinks, codes, and every position in host memory.
+    Recall(Box<RecallKv>),
     /// Eviction: the tokens that a rule keeps, different ones in each KV head.
     CompressedKv(Box<CompressedKv>),
 }
@@ -67,6 +83,7 @@ impl LayerState {
             LayerKind::Full => Self::Dense(ring()?),
             LayerKind::Sliding { .. } => Self::Ring(ring()?),
             LayerKind::Butterfly(b) => Self::TwoPool(Box::new(TwoPool::new(b, ring()?, plan.row(), dtype, device)?)),
+            LayerKind::Recall(r) => Self::Recall(Box::new(RecallKv::new(r, ring()?, plan, dtype, device)?)),
             LayerKind::Evict(e) => Self::CompressedKv(Box::new(CompressedKv::new(e, ring()?, plan.heads, device)?)),
         })
     }
@@ -76,6 +93,7 @@ impl LayerState {
         match self {
             Self::Dense(r) | Self::Ring(r) => PoolBytes { local: r.capacity_bytes(), ..PoolBytes::default() },
             Self::TwoPool(t) => t.capacity_bytes(),
+            Self::Recall(r) => r.capacity_bytes(),
             Self::CompressedKv(k) => PoolBytes { local: k.capacity_bytes(), ..PoolBytes::default() },
         }
     }
@@ -85,6 +103,7 @@ impl LayerState {
         match self {
             Self::Dense(r) | Self::Ring(r) => PoolBytes { local: r.used_bytes(position), ..PoolBytes::default() },
             Self::TwoPool(t) => t.used_bytes(position),
+            Self::Recall(r) => r.used_bytes(position),
             Self::CompressedKv(k) => PoolBytes { local: k.used_bytes(position), ..PoolBytes::default() },
         }
     }
@@ -108,8 +127,11 @@ impl Cache {
     /// # Errors
     /// The cache is larger than the device's memory (refused before the first allocation); an allocation fails.
     pub fn new(layout: &Layout, dtype: DType, device: &Device) -> Result<Self> {
-        let CacheBytes { peak, dense, .. } = layout.bytes(dtype);
-        refuse_too_large(peak, layout.ctx(), device)?;
+        let CacheBytes { peak, dense, host, .. } = layout.bytes(dtype);
+        refuse_too_large(if device.is_cpu() { peak.saturating_add(host) } else { peak }, layout.ctx(), device)?;
+        if !device.is_cpu() {
+            refuse_too_large(host, layout.ctx(), &Device::Cpu)?;
+        }
         let state = |(i, plan): (usize, &LayerPlan)| {
             LayerState::new(plan, dtype, device).map_err(|e| out_of_memory(e, i, peak, layout.method()))
         };
@@ -242,6 +264,7 @@ fn out_of_memory(e: Error, layer: usize, need: u64, method: &Method) -> Error {
     }
     let hint = match method {
         Method::Stock => "use a smaller --ctx, or no --stock",
+        Method::Butterfly(plan) if plan.settings.recall > 0 => "use a smaller --ctx, --window or --key-code",
         Method::Butterfly(_) => "use a smaller --ctx or --window",
         Method::Evict(_) => "use a smaller --ctx or budget",
     };

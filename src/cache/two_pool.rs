@@ -93,6 +93,7 @@ impl TwoPool {
             local: self.local.capacity_bytes(),
             summary: bytes(&self.summaries) + self.running.bytes(),
             sink: bytes(&self.sinks),
+            ..PoolBytes::default()
         }
     }
 
@@ -103,6 +104,7 @@ impl TwoPool {
             local: self.local.used_bytes(position),
             summary: bytes(&self.summaries, (position / self.block).min(self.readable)) + self.running.bytes(),
             sink: bytes(&self.sinks, position),
+            ..PoolBytes::default()
         }
     }
 }

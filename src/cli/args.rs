@@ -4,7 +4,7 @@ use super::{parse_bytes, parse_count, parse_size};
 use crate::checkpoint::{OpenOptions, WeightDtype};
 use crate::error::{Error, Result};
 use crate::generate::Sampling;
-use crate::retrofit::{FarPosition, KeyPooling, Settings, WindowAlign};
+use crate::retrofit::{FarPosition, KeyPooling, RestKind, Settings, WindowAlign};
 use crate::selector::SELECTORS;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -53,12 +53,50 @@ Examples:
 
 /// Subcommands of `bfly-retrofit`.
 #[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant)]
 pub enum Command {
+    /// Calibrate exact recall on a model, and save plan and calibration as a patch.
+    ///
+    /// Reads 32k tokens once. A run without a patch does the same by itself, with the bundled texts, and keeps the
+    /// result in the user's cache directory.
+    #[command(after_help = CALIBRATE_EXAMPLES)]
+    Calibrate(CalibrateArgs),
     /// Print a completion script for a shell.
     Completions {
         /// Shell to print the script for.
         shell: clap_complete::Shell,
     },
+}
+
+const CALIBRATE_EXAMPLES: &str = "\
+Examples:
+  # Calibrate on the bundled prose and code
+  bfly-retrofit calibrate --model smollm2.gguf --out smollm2-recall
+
+  # Calibrate on your own documents, for a context of 128k
+  bfly-retrofit calibrate --model Qwen/Qwen2.5-0.5B-Instruct --ctx 128k --texts reports/ --out reports-recall";
+
+/// Flags of `calibrate`.
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// Checkpoint, weight type and device.
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Default context length of runs of the patch, in tokens [default: the model's trained length]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_size, help_heading = "Model")]
+    pub ctx: Option<usize>,
+    /// Settings of the patch's plan.
+    #[command(flatten)]
+    pub retrofit: RetrofitArgs,
+    /// Folder of text files to calibrate on, in order of name [default: bundled prose and code]
+    #[arg(long, value_name = "DIR", help_heading = "Calibration")]
+    pub texts: Option<PathBuf>,
+    /// Directory to write the patch to: a new one, or an earlier patch.
+    #[arg(long, value_name = "PATCH", help_heading = "Output")]
+    pub out: PathBuf,
+    /// Print no progress; warnings and errors remain.
+    #[arg(long, short, help_heading = "Output")]
+    pub quiet: bool,
 }
 
 /// Flags of a run.
@@ -172,7 +210,7 @@ fn partner_names() -> clap::builder::PossibleValuesParser {
 #[command(next_help_heading = "Retrofit")]
 pub struct RetrofitArgs {
     /// Run the unmodified model with dense attention.
-    #[arg(long, conflicts_with_all = ["layers", "plan", "block", "window", "window_align", "sink_tokens", "partner", "partner_count", "shift_unit", "pool", "summary_bias", "far_position"])]
+    #[arg(long, conflicts_with_all = ["layers", "plan", "block", "window", "window_align", "sink_tokens", "partner", "partner_count", "shift_unit", "pool", "summary_bias", "far_position", "recall", "key_code", "rest"])]
     pub stock: bool,
     /// Layers to swap: all (every full-attention layer) or a list such as 0-14,17-29 [default: all]
     #[arg(long, value_name = "all|LIST")]
@@ -212,6 +250,18 @@ pub struct RetrofitArgs {
     /// Relative position at which summaries are scored [default: true]
     #[arg(long)]
     pub far_position: Option<FarPosition>,
+    /// Exact recall: tokens outside the window that each KV head fetches per decode step; 0 turns recall off, for block
+    /// summaries instead [default: 2048]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
+    pub recall: Option<usize>,
+    /// Code of the keys that recall chooses tokens by, with its size in bits per channel
+    ///
+    /// pair:1bit, pair:2bit, pair:1/2bit; scalar2, page and exact are for comparison [default: pair:1bit]
+    #[arg(long, value_name = "CODE[:SIZE]")]
+    pub key_code: Option<String>,
+    /// Estimate of the values of tokens that recall does not fetch [default: codes]
+    #[arg(long)]
+    pub rest: Option<RestKind>,
 }
 
 impl RetrofitArgs {
@@ -228,6 +278,9 @@ impl RetrofitArgs {
             pool: self.pool.unwrap_or(base.pool),
             summary_bias: self.summary_bias.unwrap_or(base.summary_bias),
             far_position: self.far_position.unwrap_or(base.far_position),
+            recall: self.recall.unwrap_or(base.recall),
+            key_code: self.key_code.clone().unwrap_or(base.key_code),
+            rest: self.rest.unwrap_or(base.rest),
             seed: base.seed,
         }
     }

@@ -19,7 +19,15 @@ pub struct KvBytes {
     pub summary_bytes: u64,
     /// Bytes allocated for attention sinks.
     pub sink_bytes: u64,
-    /// Bytes allocated in all pools.
+    /// Bytes allocated for key codes of exact recall.
+    pub key_code_bytes: u64,
+    /// Bytes allocated for value codes or block means of exact recall.
+    pub value_bytes: u64,
+    /// Bytes of the tables that the codes are read with.
+    pub table_bytes: u64,
+    /// Bytes of exact keys and values in host memory, not in `total_bytes`.
+    pub host_bytes: u64,
+    /// Bytes allocated in all pools on the device.
     pub total_bytes: u64,
     /// Bytes of `total_bytes` in use at the end of the run.
     pub used_bytes: u64,
@@ -37,6 +45,10 @@ impl KvBytes {
             local_bytes: bytes.local,
             summary_bytes: bytes.summary,
             sink_bytes: bytes.sink,
+            key_code_bytes: bytes.key_codes,
+            value_bytes: bytes.values,
+            table_bytes: bytes.tables,
+            host_bytes: bytes.host,
             total_bytes: bytes.total(),
             used_bytes: cache.used_bytes().total(),
             dense_bytes: cache.dense_bytes(),
@@ -129,9 +141,13 @@ impl Ledger {
             None => rows.push(("attention", "stock".into())),
             Some(p) => {
                 let (s, full) = (&p.settings, p.model_layers);
-                let what = format!("butterfly in layers {} of {full}", ranges(&p.layers));
+                let kind = if s.recall > 0 { "exact recall" } else { "butterfly" };
+                let what = format!("{kind} in layers {} of {full}", ranges(&p.layers));
                 rows.push(("attention", what));
-                let far = format!("{} x{}, {}", s.partner, s.partner_count, name_of(&s.pool));
+                let far = match s.recall {
+                    0 => format!("{} x{}, {}", s.partner, s.partner_count, name_of(&s.pool)),
+                    k => format!("{k} tokens fetched by {}, rest by {}", s.key_code, name_of(&s.rest)),
+                };
                 rows.push((
                     "",
                     format!("window {} in blocks of {}, {} sinks, {far}", s.window, s.block, s.sink_tokens),
@@ -142,7 +158,14 @@ impl Ledger {
         if self.plan.is_some() {
             rows.push(("local ring", human_bytes(kv.local_bytes)));
             rows.push(("sinks", human_bytes(kv.sink_bytes)));
-            rows.push(("summaries", human_bytes(kv.summary_bytes)));
+            match kv.host_bytes {
+                0 => rows.push(("summaries", human_bytes(kv.summary_bytes))),
+                _ => {
+                    rows.push(("key codes", human_bytes(kv.key_code_bytes)));
+                    rows.push(("values", human_bytes(kv.value_bytes)));
+                    rows.push(("tables", human_bytes(kv.table_bytes)));
+                }
+            }
         }
         rows.push((
             "KV cache",
@@ -154,6 +177,9 @@ impl Ledger {
             ),
         ));
         rows.push(("dense KV", format!("{} for the stock model, ratio {:.4}", human_bytes(kv.dense_bytes), kv.ratio)));
+        if kv.host_bytes > 0 {
+            rows.push(("host KV", format!("{} of exact keys and values", human_bytes(kv.host_bytes))));
+        }
         if let Some(reach) = self.reach {
             rows.push(("reach", format!("{:.0}% of earlier blocks, through the swapped layers", 100.0 * reach)));
         }

@@ -1,6 +1,7 @@
 //! Command-line code shared by the binaries: argument groups, progress bars, output files, the memory ledger.
 
 mod args;
+mod calibration;
 mod console;
 mod device;
 mod ledger;
@@ -13,13 +14,14 @@ mod size;
 mod temporary;
 
 pub use crate::ops::{describe, human_bytes};
-pub use args::{Cli, Command, ModelArgs, PromptArgs, RetrofitArgs, RunArgs, SamplingArgs};
+pub use args::{CalibrateArgs, Cli, Command, ModelArgs, PromptArgs, RetrofitArgs, RunArgs, SamplingArgs};
+pub use calibration::prepare as prepare_recall;
 pub use console::{completions, main_with, note, parse, print};
 pub use device::{open_device, weight_format};
 pub use ledger::{peak_memory, Ledger};
 pub use output::Output;
 pub use patch::Patch;
 pub use progress::Bars;
-pub use retrofit::run;
+pub use retrofit::{calibrate, run};
 pub use size::{at_least_one, parse_bytes, parse_count, parse_size, short_count};
 pub use temporary::Temporary;

@@ -223,21 +223,27 @@ pub fn not_of_tensors(path: &Path, names: &[&str], what: &str) -> Result<Option<
     }
 }
 
-/// Writes `content` to the file `name` in `dir`: overwrites an earlier `name` and leaves other files alone, or creates
-/// `dir` atomically. `flag` names the output in errors; for `fault` see [`Output::reserve_replacing`].
+/// Writes `files`, names with contents, to `dir`: where the first exists, overwrites them and leaves other files alone;
+/// otherwise creates `dir` atomically. `flag` names the output in errors; for `fault`, which is asked about the first
+/// file, see [`Output::reserve_replacing`].
 ///
 /// # Errors
-/// `dir` exists without a file `name`; `fault` rejects the existing file; `dir` cannot be written to.
+/// `dir` exists without the first file; `fault` rejects the existing file; `dir` cannot be written to.
 pub fn write_into(
     dir: &Path,
     flag: &'static str,
-    (name, content): (&str, &[u8]),
+    files: &[(&str, &[u8])],
     fault: impl FnOnce(bool) -> Result<Option<String>>,
 ) -> Result<()> {
     let fail = |e| error(flag, dir, e);
+    let Some(((name, content), others)) = files.split_first() else { return Ok(()) };
     let file = dir.join(name);
     if file.exists() {
-        return Output::reserve_replacing(&file, flag, fault)?.write(content);
+        let first = Output::reserve_replacing(&file, flag, fault)?;
+        for (name, content) in others {
+            Output::reserve(&dir.join(name), flag)?.write(content)?;
+        }
+        return first.write(content);
     }
     if dir.exists() {
         let message = "exists and is not a patch; choose a new directory";
@@ -245,6 +251,8 @@ pub fn write_into(
     }
     let temporary = Temporary::beside(dir).map_err(fail)?;
     std::fs::create_dir_all(temporary.path()).map_err(fail)?;
-    std::fs::write(temporary.path().join(name), content).map_err(fail)?;
+    for (name, content) in files {
+        std::fs::write(temporary.path().join(name), content).map_err(fail)?;
+    }
     std::fs::rename(temporary.path(), dir).map_err(fail)
 }

@@ -1,15 +1,19 @@
-//! Patches: a directory with a retrofit plan and the identity of its base checkpoint, without weights.
+//! Patches: a directory with a retrofit plan, the identity of its base checkpoint and, for exact recall, its calibration;
+//! without weights.
 
 use super::output::write_into;
 use crate::checkpoint::{Checkpoint, Identity, OnProgress, OpenOptions};
 use crate::error::{At, Error, Result};
 use crate::layout::MAX_CONTEXT;
+use crate::recall::Calibration;
 use crate::retrofit::RetrofitPlan;
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Name of a patch's file in its directory.
 const FILE: &str = "bfly.json";
+/// Name of the file with the calibration of exact recall.
+const CALIBRATION: &str = "recall.safetensors";
 const VERSION: u32 = 1;
 
 /// A saved retrofit: plan, context length and base checkpoint.
@@ -23,6 +27,9 @@ pub struct Patch {
     pub ctx: usize,
     /// Swapped layers and settings.
     pub plan: RetrofitPlan,
+    /// Directory that the patch was read from.
+    #[serde(skip)]
+    dir: PathBuf,
 }
 
 impl Patch {
@@ -35,17 +42,22 @@ impl Patch {
         checkpoint: &Checkpoint,
         ctx: usize,
         plan: &RetrofitPlan,
+        calibration: Option<&Calibration>,
+        flag: &'static str,
         progress: OnProgress,
     ) -> Result<()> {
         let base = checkpoint.identity.hashed(&checkpoint.files(), progress)?;
-        let patch = Self { schema_version: VERSION, base, ctx, plan: plan.clone() };
+        let patch = Self { schema_version: VERSION, base, ctx, plan: plan.clone(), dir: dir.into() };
         let json = serde_json::to_vec_pretty(&patch).map_err(|e| Error::format(dir.display(), e))?;
+        let tables = calibration.map(Calibration::to_bytes).transpose()?;
         let fault = |_| {
             Ok(Self::load(&dir.join(FILE))
                 .err()
                 .map(|_| "is not a patch that this build reads; only a patch is overwritten".into()))
         };
-        write_into(dir, "--save", (FILE, &json), fault)
+        let mut files = vec![(FILE, json.as_slice())];
+        files.extend(tables.as_ref().map(|t| (CALIBRATION, t.as_slice())));
+        write_into(dir, flag, &files, fault)
     }
 
     /// Reads the patch in `dir`; returns `None` if `dir` has no `bfly.json`.
@@ -57,9 +69,15 @@ impl Patch {
         path.exists().then(|| Self::load(&path)).transpose()
     }
 
+    /// Returns the file with the calibration of exact recall, if the patch has one.
+    pub fn calibration(&self) -> Option<PathBuf> {
+        Some(self.dir.join(CALIBRATION)).filter(|path| path.exists())
+    }
+
     fn load(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).at(path.display())?;
-        let patch: Self = serde_json::from_str(&text).map_err(|e| Error::format(path.display(), e))?;
+        let mut patch: Self = serde_json::from_str(&text).map_err(|e| Error::format(path.display(), e))?;
+        patch.dir = path.parent().unwrap_or(Path::new(".")).into();
         if patch.schema_version != VERSION {
             let message = format!("is a patch of version {}; this build reads version {VERSION}", patch.schema_version);
             return Err(Error::format(path.display(), message));

@@ -25,7 +25,7 @@ impl Bars {
         if bar.as_ref().is_none_or(|(name, _)| name != stage) {
             let template = match stage {
                 "download" | "hash" => "{prefix:>9} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta} left",
-                "load" => "{prefix:>9} {wide_bar} {pos}/{len} layers {eta} left",
+                "load" | "codewords" => "{prefix:>9} {wide_bar} {pos}/{len} layers {eta} left",
                 "kernel" => "{prefix:>9} {wide_bar} {pos}/{len} cases {eta} left",
                 "documents" => "{prefix:>9} {wide_bar} {pos}/{len} {eta} left",
                 "samples" => "{prefix:>9} {wide_bar} {pos}/{len} sets {eta} left",

@@ -1,16 +1,17 @@
 //! `bfly-retrofit`: runs one prompt through one model and reports time and memory.
 
+use super::calibration::make as make_calibration;
 use super::console::ignore_broken_pipe;
 use super::ledger::{KvBytes, LEDGER_KIND, LEDGER_VERSION};
 use super::output::{not_of_kind, not_of_tensors};
 use super::{describe, human_bytes, open_device, peak_memory, short_count, signals, weight_format};
-use super::{Bars, Ledger, Output, Patch, RunArgs};
+use super::{Bars, CalibrateArgs, Ledger, Output, Patch, RunArgs};
 use crate::checkpoint::{Checkpoint, Detokenizer, OnProgress, TextTokenizer, WeightDtype};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::generate::{render_chat, watch, MemoryNeeds, Request, Sampler};
 use crate::layout::{Layout, MAX_CONTEXT};
 use crate::ops::device_memory;
-use crate::retrofit::{parse_layers, RetrofitPlan, Settings};
+use crate::retrofit::{parse_layers, RetrofitPlan, Settings, DEFAULT_RECALL};
 use crate::run::Run;
 use crate::spec::{AttentionKind, ModelSpec};
 use crate::weights::Weights;
@@ -35,20 +36,26 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let mut sampler = Sampler::new(args.sampling.sampling())?;
     let json = args.json.as_deref().map(reserve_report).transpose()?;
     let logits_out = args.logits_out.as_deref().map(reserve_logits).transpose()?;
-    let Inputs { checkpoint, plan, ctx, ids, text } = Inputs::open(args, &progress)?;
+    let Inputs { checkpoint, patch, plan, ctx, ids, text } = Inputs::open(args, &progress)?;
     let spec = &checkpoint.spec;
     checkpoint.take_warnings().iter().for_each(|w| bars.warn(w));
     warn_past_training(&bars, spec, ctx);
-    if let (Some(dir), Some(plan)) = (&args.save, &plan) {
-        Patch::save(dir, &checkpoint, ctx, plan, &progress)?;
-        bars.say(&format!("saved {}; run it with --model {}", dir.display(), dir.display()));
-    }
-
     let name = args.model.model.as_deref().unwrap_or_default();
     let request: WeightDtype = args.model.dtype.parse()?;
     let format = weight_format(request, &checkpoint, &device);
     let layout = Layout::new(spec, plan.as_ref(), ctx)?;
     let weights = Weights::load(&checkpoint, &format, &device, &progress)?;
+    let tokens = ids.len() + args.sampling.max_new_tokens;
+    // A saved patch is for any later prompt.
+    let tokens = Some(tokens).filter(|_| args.save.is_none());
+    if let Some(layer) = layout.recall().next() {
+        let warn = |line: &str| bars.warn(line);
+        super::prepare_recall(&weights, &checkpoint, &layer.settings, tokens, patch.as_ref(), (&warn, &progress))?;
+    }
+    if let (Some(dir), Some(plan)) = (&args.save, &plan) {
+        Patch::save(dir, &checkpoint, ctx, plan, weights.calibration().ok(), "--save", &progress)?;
+        bars.say(&format!("saved {}; run it with --model {}", dir.display(), dir.display()));
+    }
     let chunk = chunk(args, &weights, &layout)?;
     let mut run = Run::with_layout(&weights, layout)?;
     let mut stream = text.as_ref().map(Detokenizer::new);
@@ -136,6 +143,39 @@ impl Stdout {
     }
 }
 
+/// The settings of a run without a plan: exact recall.
+fn recalling() -> Settings {
+    Settings { recall: DEFAULT_RECALL, ..Settings::default() }
+}
+
+/// Runs `bfly-retrofit calibrate`: calibrates exact recall and saves it with a plan as a patch.
+///
+/// # Errors
+/// A bad flag, a model or text that cannot be read, a text too short, or a failed write.
+pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
+    let bars = Bars::new(args.quiet);
+    let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
+    args.model.set_threads()?;
+    let device = open_device(&args.model.device)?;
+    let name = args.model.model.as_deref().unwrap_or_default();
+    let settings = args.retrofit.settings(recalling());
+    settings.validate()?;
+    if settings.recall == 0 {
+        return Err(Error::usage("--recall", "0 turns exact recall off: nothing needs a calibration"));
+    }
+    let checkpoint = Checkpoint::open(name, &args.model.open_options(), &progress)?;
+    checkpoint.take_warnings().iter().for_each(|w| bars.warn(w));
+    let layers = args.retrofit.layers.as_deref().map(parse_layers).transpose()?.flatten();
+    let plan = RetrofitPlan::new(&checkpoint.spec, layers, settings)?;
+    let ctx = args.ctx.unwrap_or(checkpoint.spec.max_positions);
+    let format = weight_format(args.model.dtype.parse()?, &checkpoint, &device);
+    let weights = Weights::load(&checkpoint, &format, &device, &progress)?;
+    let made = make_calibration(&weights, &checkpoint, args.texts.as_deref(), plan.settings.sink_tokens, &progress)?;
+    Patch::save(&args.out, &checkpoint, ctx, &plan, Some(&made), "--out", &progress)?;
+    bars.say(&format!("saved {}; run it with --model {}", args.out.display(), args.out.display()));
+    Ok(())
+}
+
 fn reserve_report(path: &Path) -> Result<Output> {
     Output::reserve_replacing(path, "--json", |json| not_of_kind(path, json, LEDGER_KIND, "an earlier report"))
 }
@@ -147,6 +187,7 @@ fn reserve_logits(path: &Path) -> Result<Output> {
 /// Inputs of a run, opened and checked against each other.
 struct Inputs {
     checkpoint: Checkpoint,
+    patch: Option<Patch>,
     plan: Option<RetrofitPlan>,
     ctx: usize,
     ids: Vec<u32>,
@@ -160,7 +201,7 @@ impl Inputs {
         let saved = args.retrofit.plan.as_deref().map(RetrofitPlan::load).transpose()?;
         let base = saved.or(patch.as_ref().map(|p| p.plan.clone()));
         let layers = args.retrofit.layers.as_deref().map(parse_layers).transpose()?;
-        let mut settings = args.retrofit.settings(base.as_ref().map_or_else(Settings::default, |p| p.settings.clone()));
+        let mut settings = args.retrofit.settings(base.as_ref().map_or_else(recalling, |p| p.settings.clone()));
         settings.seed = args.sampling.seed.unwrap_or(settings.seed);
         settings.validate()?;
         let (text_prompt, id_prompt) = (args.prompt.text()?, args.prompt.ids()?);
@@ -179,7 +220,7 @@ impl Inputs {
         let plan = (!args.retrofit.stock).then(|| RetrofitPlan::new(spec, layers, settings)).transpose()?;
         let ctx = args.ctx.or(patch.as_ref().map(|p| p.ctx)).unwrap_or(spec.max_positions);
         let (ids, text) = prompt_ids(args, &checkpoint, text_prompt, id_prompt)?;
-        let inputs = Self { checkpoint, plan, ctx, ids, text };
+        let inputs = Self { checkpoint, patch, plan, ctx, ids, text };
         inputs.check(args)?;
         Ok(inputs)
     }

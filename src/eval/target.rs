@@ -5,7 +5,7 @@ use super::report::{beyond_trained, Header};
 use super::texts::TextStream;
 use super::variant::{self, Variant};
 use crate::checkpoint::{Checkpoint, OnProgress, WeightDtype, WeightFormat};
-use crate::cli::{human_bytes, short_count, weight_format, Bars, ModelArgs, Patch};
+use crate::cli::{human_bytes, note, prepare_recall, short_count, weight_format, Bars, ModelArgs, Patch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::weights::Weights;
 use candle_core::Device;
@@ -112,7 +112,16 @@ impl Target {
     /// # Errors
     /// As [`Weights::load`].
     pub fn load(&self, progress: OnProgress) -> Result<Arc<Weights>> {
-        Weights::load(&self.checkpoint, &self.format, &self.device, progress)
+        let weights = Weights::load(&self.checkpoint, &self.format, &self.device, progress)?;
+        // Settings do not depend on the context, at which only shares of a cache are resolved.
+        let variants = self.parse_variants(Some(self.checkpoint.spec.max_positions))?;
+        let plans = variants.iter().filter_map(|v| v.method.plan());
+        if let Some(plan) = plans.into_iter().find(|p| p.settings.recall > 0) {
+            let warn = |line: &str| note(&format!("warning: {line}"));
+            let report: (&dyn Fn(&str), OnProgress) = (&warn, progress);
+            prepare_recall(&weights, &self.checkpoint, &plan.settings, None, self.patch.as_ref(), report)?;
+        }
+        Ok(weights)
     }
 
     /// Prints each warning about the files read so far, once.

@@ -12,7 +12,7 @@ use crate::cli::{parse_count, RetrofitArgs};
 use crate::error::{Error, Result};
 use crate::eviction::{self, EvictionPlan, DEFAULT_BUDGET, RULES};
 use crate::method::Method;
-use crate::retrofit::{parse_layers, RetrofitPlan, Settings};
+use crate::retrofit::{parse_layers, RetrofitPlan, Settings, DEFAULT_RECALL};
 use crate::spec::ModelSpec;
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapErrorKind};
 use clap::{CommandFactory, Parser};
@@ -21,6 +21,10 @@ use clap::{CommandFactory, Parser};
 const KV: &str = "kv";
 /// Flag that error messages name.
 const FLAG: &str = "--variants";
+/// The two-pool cache: window and block summaries.
+const RETROFIT: &str = "retrofit";
+/// Exact recall.
+const RECALL: &str = "recall";
 
 /// One way to run the model.
 #[derive(Debug, Clone, PartialEq)]
@@ -123,7 +127,7 @@ pub fn parse(
                 _ => {
                     let rules: Vec<_> = RULES.iter().map(|r| r.name()).collect();
                     let message = format!(
-                        "`{item}` is not stock, retrofit, {}, or one of the latter with :KEY=VALUE,..",
+                        "`{item}` is not stock, retrofit, recall, {}, or one of the latter with :KEY=VALUE,..",
                         rules.join(", ")
                     );
                     return Err(Error::usage(FLAG, message));
@@ -141,7 +145,7 @@ pub fn parse(
 
 /// Returns whether the variant called `name` takes `KEY=VALUE` settings.
 fn has_settings(name: &str) -> bool {
-    name == "retrofit" || RULES.iter().any(|r| r.name() == name)
+    name == RETROFIT || name == RECALL || RULES.iter().any(|r| r.name() == name)
 }
 
 fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec, ctx: Option<usize>) -> Result<Variant> {
@@ -151,9 +155,12 @@ fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec, ctx: Opt
     let place = || format!("{FLAG} {name}");
     let (what, given) = name.split_once(':').unwrap_or((&name, ""));
     let mut given = pairs(given);
-    let size = if what == "retrofit" { "window" } else { "budget" };
+    let size = if what == RETROFIT { "window" } else { "budget" };
+    if what == RECALL && given.iter().any(|(key, _)| key == KV) {
+        return Err(Error::usage(place(), format!("`{KV}` sizes a window or a budget; recall has neither to size")));
+    }
     let share = share_of(&mut given, size, ctx).map_err(|e| e.within(place()))?;
-    if what != "retrofit" {
+    if what != RETROFIT && what != RECALL {
         let plan = eviction(what, &given).and_then(|plan| match share {
             Some((share, ctx)) => kv_budget::eviction(&plan, spec, ctx, share),
             None => Ok(plan),
@@ -169,7 +176,14 @@ fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec, ctx: Opt
         plan.check(spec).map_err(|e| e.within(format!("{}: {}", place(), path.display())))?;
     }
     let base = saved.as_ref().or(base);
-    let mut settings = args.settings(base.map_or_else(Settings::default, |p| p.settings.clone()));
+    let from = base.map_or_else(Settings::default, |p| p.settings.clone());
+    // Unless a plan in a file says otherwise, `retrofit` is the two-pool cache and `recall` recalls.
+    let from = match (what, saved.is_some()) {
+        (RECALL, _) if from.recall == 0 => Settings { recall: DEFAULT_RECALL, ..from },
+        (RETROFIT, false) => Settings { recall: 0, ..from },
+        _ => from,
+    };
+    let mut settings = args.settings(from);
     settings.seed = keys.seed.unwrap_or(settings.seed);
     let layers = args.layers.as_deref().map(parse_layers).transpose().map_err(|e| e.within(place()))?;
     let layers = layers.unwrap_or_else(|| base.map(|p| p.layers.clone()));
@@ -241,7 +255,7 @@ fn pairs(text: &str) -> Vec<(String, String)> {
 mod tests {
     use super::*;
     use crate::checkpoint::Checkpoint;
-    use crate::retrofit::{FarPosition, KeyPooling, WindowAlign};
+    use crate::retrofit::{FarPosition, KeyPooling, RestKind, WindowAlign};
     use clap::Args;
 
     fn spec() -> ModelSpec {
@@ -283,7 +297,7 @@ mod tests {
             assert!(keys.contains(&field), "{field} is not one of {keys:?}");
         }
         let list = "retrofit:block=64,window=128,window-align=token,sink-tokens=1,partner=random,partner-count=2,shift-unit=4,\
-                    pool=pre-rope,summary-bias=-0.5,far-position=clamp,seed=9,layers=1,3";
+                    pool=pre-rope,summary-bias=-0.5,far-position=clamp,seed=9,layers=1,3,recall=0,key-code=exact,rest=means";
         let plan = parsed(list).unwrap()[0].method.plan().unwrap().clone();
         let want = Settings {
             block: 64,
@@ -297,6 +311,9 @@ mod tests {
             summary_bias: -0.5,
             far_position: FarPosition::Clamp,
             seed: 9,
+            recall: 0,
+            key_code: "exact".into(),
+            rest: RestKind::Means,
         };
         assert_eq!((plan.settings, plan.layers.as_slice()), (want, [1, 3].as_slice()));
     }
@@ -309,6 +326,17 @@ mod tests {
         assert_eq!(all[0].method.plan(), Some(&base));
         let plan = all[1].method.plan().unwrap();
         assert_eq!((plan.layers.as_slice(), plan.settings.window, plan.settings.sink_tokens), ([1].as_slice(), 256, 8));
+    }
+
+    #[test]
+    fn recall_is_a_variant_and_retrofit_stays_without_it() {
+        let recalls = |v: &Variant| v.method.plan().unwrap().settings.recall;
+        let all = parsed("recall,recall:recall=512,rest=means,retrofit,retrofit:recall=64").unwrap();
+        assert_eq!(all.iter().map(recalls).collect::<Vec<_>>(), [DEFAULT_RECALL, 512, 0, 64]);
+        let settings = Settings { recall: 100, ..Settings::default() };
+        let base = RetrofitPlan::new(&spec(), None, settings).unwrap();
+        let all = parse(&["recall,retrofit".into()], Some(&base), &spec(), None).unwrap();
+        assert_eq!(all.iter().map(recalls).collect::<Vec<_>>(), [100, 0]);
     }
 
     #[test]
@@ -376,7 +404,7 @@ mod tests {
     fn mistakes_are_named() {
         for (list, words) in [
             ("", "`` is not stock"),
-            ("stock,sdpa", "`sdpa` is not stock, retrofit, snapkv, keydiff, or"),
+            ("stock,sdpa", "`sdpa` is not stock, retrofit, recall, snapkv, keydiff, or"),
             ("stock,stock", "`stock` twice"),
             ("stock:window=1", "belongs to no `retrofit:`"),
             ("stock,window=1024", "belongs to no `retrofit:`"),
@@ -394,6 +422,9 @@ mod tests {
             ("retrofit:layers=x", "neither `all` nor a list"),
             ("retrofit:5", "`5` is not a setting"),
             ("retrofits", "`retrofits` is not stock"),
+            ("recall:partner=all", "--partner: is a setting of block summaries"),
+            ("recall:kv=1/8", "`kv` sizes a window or a budget"),
+            ("recall:key-code=pear", "--key-code: `pear` is not one of pair"),
             ("snapkv2:budget=9", "belongs to no"),
             ("keydiff:budget=0", "--variants keydiff:budget=0: budget: 0 is not a number of tokens"),
             ("keydiff:budget=x", "budget: `x` is not a number of tokens such as"),

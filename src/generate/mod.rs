@@ -132,7 +132,7 @@ impl Run {
             left = later;
         }
         while let Some((id, later)) = left.split_first() {
-            rows.push(self.forward(&[*id], &[0])?);
+            rows.push(self.step(&[*id], &[0])?);
             left = later;
         }
         Ok(Tensor::cat(&rows, 0)?)
@@ -205,7 +205,7 @@ impl Run {
                 break;
             }
             let step = Instant::now();
-            let logits = self.forward(&[next], &[0])?;
+            let logits = self.step(&[next], &[0])?;
             next = sampler.sample(&logits)?;
             timing.steps.push(step.elapsed());
         }

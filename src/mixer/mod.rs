@@ -7,6 +7,7 @@
 mod butterfly;
 mod evict;
 mod projections;
+mod recall;
 mod windowed;
 
 pub use projections::{Projections, Qkv};
@@ -17,10 +18,21 @@ use crate::layout::{LayerKind, LayerPlan};
 use crate::nn::{Rope, RopeTable};
 use candle_core::Tensor;
 
+/// How a chunk is processed by layers with exact recall; other layers make no difference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Attention to every position, as the stock model.
+    Prefill,
+    /// Token by token: window and sinks, fetched tokens, an estimate of the others.
+    Decode,
+}
+
 /// Inputs of a forward pass that all layers share.
 pub struct ChunkContext<'a> {
     /// Position of the chunk's first token.
     pub start: usize,
+    /// How layers with exact recall process the chunk.
+    pub phase: Phase,
     /// Rotary embeddings of the model.
     pub ropes: &'a [Rope],
     /// Table of each rotary embedding for the chunk's positions.
@@ -46,6 +58,7 @@ pub fn mix(
             windowed::forward(p, plan.window(), x, chunk, cache)
         }
         (LayerKind::Butterfly(layer), LayerState::TwoPool(cache)) => butterfly::forward(layer, p, x, chunk, cache),
+        (LayerKind::Recall(layer), LayerState::Recall(cache)) => recall::forward(layer, p, x, chunk, cache),
         (LayerKind::Evict(_), LayerState::CompressedKv(cache)) => evict::forward(p, x, chunk, cache),
         _ => Err(Error::new(ErrorKind::Backend, "cache", "was made for another layout")),
     }

@@ -27,7 +27,7 @@ pub use attention::{
 };
 pub use device::{beside, describe, open_gpu};
 pub use gated::gated;
-pub(crate) use gemm::multiply_transposed_parallel;
+pub(crate) use gemm::{multiply_transposed, multiply_transposed_parallel, Strided};
 pub use heads::{prepare_heads, rope_table, HeadNorm};
 #[cfg(feature = "cuda")]
 pub use host_rows::HostRows;

@@ -1,11 +1,162 @@
 //! Exact recall: a few bytes per token on the device choose which exact keys and values a decode step fetches.
 //!
-//! A key code stores each token's key in a few bytes; a query turns them into scores by tables of 256 entries, one table
-//! per byte. A value code estimates the values of the tokens that are not fetched.
+//! A key code stores each token's key in a few bytes, from which a query gets the token's approximate score. A value
+//! code estimates the values of the tokens that are not fetched. Both are fitted to a [`Calibration`]: moments of keys
+//! and queries, and codewords of values, from text that the model has read once.
+//!
+//! A code is one file with one [`KeyCode`] and one line in [`KEY_CODES`].
 
+mod calibrate;
+mod calibration;
+mod exact;
 mod lloyd;
+mod moments;
+mod page;
+mod pair;
 mod scalar;
+mod scalar2;
 mod value;
 
+pub use calibrate::{bundled, calibrate, tokenise};
+pub use calibration::{Calibration, LayerCalibration, LayerTables};
+pub use moments::{HeadMoments, KeyStatistics};
+pub use page::PAGE;
 pub use scalar::{Field, ScalarCode};
-pub use value::ValueCode;
+pub use value::{ValueCode, SUB};
+
+use crate::error::{Error, Result};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Supported key codes; the first is the default.
+pub static KEY_CODES: &[&dyn KeyCode] = &[&pair::Pair, &scalar2::Scalar2, &page::Page, &exact::Exact];
+
+/// A kind of key code.
+pub trait KeyCode: std::fmt::Debug + Sync {
+    /// Returns the code's name for `--key-code`.
+    fn name(&self) -> &'static str;
+
+    /// Returns a one-line description for help texts.
+    fn about(&self) -> &'static str;
+
+    /// Returns the rates that the code offers, in bits per channel; the first is the default. A code without rates has a
+    /// size of its own.
+    fn rates(&self) -> &'static [f64] {
+        &[]
+    }
+
+    /// Returns the bytes per token of a head of `dim` channels.
+    fn bytes(&self, dim: usize, rate: Option<f64>) -> usize;
+
+    /// Fits the code of one KV head.
+    fn fit(&self, keys: &KeyStatistics, rate: Option<f64>) -> Arc<dyn HeadCode>;
+}
+
+/// The key code of one KV head.
+pub trait HeadCode: std::fmt::Debug + Send + Sync {
+    /// Returns the bytes per token.
+    fn bytes(&self) -> usize;
+
+    /// Returns the number of tokens that share one record of `page · bytes` bytes: keys are encoded from a multiple of
+    /// it.
+    fn page(&self) -> usize {
+        1
+    }
+
+    /// Writes the codes of `keys [n, D]`, of which the first is at a multiple of [`HeadCode::page`], to `codes`; the
+    /// last record may lack tokens.
+    fn encode(&self, keys: &[f32], codes: &mut [u8]);
+
+    /// Appends the scores `q · k̂` of `tokens` to one list per query.
+    ///
+    /// # Shapes
+    /// `queries [n, D]`, `scores [n]`.
+    fn scores(&self, queries: &[f32], rows: &HeadRows, tokens: Range<usize>, scores: &mut [Vec<f32>]);
+
+    /// Returns the code as scalar fields, if it is one: the form that kernels read.
+    fn scalar(&self) -> Option<&ScalarCode> {
+        None
+    }
+}
+
+/// What is stored of the keys of one KV head, from position 0 on.
+#[derive(Debug, Clone, Copy)]
+pub struct HeadRows<'a> {
+    /// Key codes, `[positions, bytes]`.
+    pub codes: &'a [u8],
+    /// Exact keys and values, `[positions, 2, D]`.
+    pub exact: &'a [f32],
+}
+
+/// A key code with its rate, as `--key-code` names it.
+#[derive(Debug, Clone, Copy)]
+pub struct KeyCodeChoice {
+    /// The code.
+    pub code: &'static dyn KeyCode,
+    /// Bits per channel, for codes that have rates.
+    pub rate: Option<f64>,
+}
+
+impl KeyCodeChoice {
+    /// Parses a name such as `pair`, `pair:1bit` or `pair:1/2bit`.
+    ///
+    /// # Errors
+    /// An unknown code, or a rate that the code does not offer; the message lists what there is.
+    pub fn parse(text: &str) -> Result<Self> {
+        let fail = |message: String| Err(Error::usage("--key-code", message));
+        let (name, rate) = text.split_once(':').map_or((text, None), |(name, rate)| (name, Some(rate)));
+        let Some(code) = KEY_CODES.iter().find(|c| c.name() == name) else {
+            let names: Vec<_> = KEY_CODES.iter().map(|c| c.name()).collect();
+            return fail(format!("`{name}` is not one of {}", names.join(", ")));
+        };
+        let rates = code.rates();
+        let Some(rate) = rate else { return Ok(Self { code: *code, rate: rates.first().copied() }) };
+        match rates.iter().find(|r| rate_name(**r) == rate) {
+            Some(rate) => Ok(Self { code: *code, rate: Some(*rate) }),
+            None if rates.is_empty() => fail(format!("`{name}` has one size: give it without `:{rate}`")),
+            None => {
+                let names: Vec<_> = rates.iter().map(|r| rate_name(*r)).collect();
+                fail(format!("`{rate}` is not a size of `{name}`: give one of {}", names.join(", ")))
+            }
+        }
+    }
+
+    /// Returns the bytes per token of a head of `dim` channels.
+    pub fn bytes(&self, dim: usize) -> usize {
+        self.code.bytes(dim, self.rate)
+    }
+
+    /// Fits the code of one KV head.
+    pub fn fit(&self, keys: &KeyStatistics) -> Arc<dyn HeadCode> {
+        self.code.fit(keys, self.rate)
+    }
+}
+
+fn rate_name(rate: f64) -> String {
+    match rate {
+        r if r < 1.0 => format!("1/{}bit", (1.0 / r).round()),
+        r => format!("{r}bit"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_rates_are_parsed_and_refused_by_name() {
+        let default = KeyCodeChoice::parse("pair").unwrap();
+        assert_eq!((default.code.name(), default.rate), ("pair", Some(1.0)));
+        assert_eq!(KeyCodeChoice::parse("pair:1/2bit").unwrap().bytes(64), 4);
+        assert_eq!(KeyCodeChoice::parse("pair:2bit").unwrap().bytes(128), 32);
+        for (text, words) in [
+            ("pairs", "`pairs` is not one of pair, scalar2, page, exact"),
+            ("pair:3bit", "`3bit` is not a size of `pair`: give one of 1bit, 2bit, 1/2bit"),
+            ("exact:1bit", "`exact` has one size"),
+            ("", "`` is not one of"),
+        ] {
+            let e = KeyCodeChoice::parse(text).unwrap_err().to_string();
+            assert!(e.contains(words), "{text}: {e}");
+        }
+    }
+}

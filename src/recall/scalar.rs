@@ -1,6 +1,12 @@
 //! Scalar codes: each channel has its own number of bits, a Lloyd-Max quantiser and one scale, packed into whole bytes.
 
 use super::lloyd::{levels, MOST_BITS};
+use pulp::{Arch, Simd, WithSimd};
+
+/// Most queries scored at a time.
+const LANES: usize = 8;
+/// Tokens scored at a time.
+const TILE: usize = 512;
 
 /// Where a channel's level number lies in a token's code.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -100,6 +106,59 @@ impl ScalarCode {
         (table, q.iter().zip(&self.mean).map(|(q, m)| q * m).sum())
     }
 
+    /// Appends the scores `q · k̂` of `codes [n, bytes]` to one list per query of `queries [heads, D]`.
+    pub fn scan(&self, queries: &[f32], codes: &[u8], scores: &mut [Vec<f32>]) {
+        for (queries, scores) in queries.chunks(LANES * self.mean.len()).zip(scores.chunks_mut(LANES)) {
+            match scores.len() {
+                0..=4 => self.scan_lanes::<4>(queries, codes, scores),
+                _ => self.scan_lanes::<LANES>(queries, codes, scores),
+            }
+        }
+    }
+
+    /// Scores up to `W` queries at a time: their table entries of a byte lie side by side, so that one load serves all.
+    fn scan_lanes<const W: usize>(&self, queries: &[f32], codes: &[u8], scores: &mut [Vec<f32>]) {
+        struct Scan<'a, const W: usize> {
+            tables: &'a [[[f32; W]; 256]],
+            constants: [f32; W],
+            codes: &'a [u8],
+            out: &'a mut [[f32; W]],
+        }
+        impl<const W: usize> WithSimd for Scan<'_, W> {
+            type Output = ();
+            #[inline(always)]
+            fn with_simd<S: Simd>(self, _: S) {
+                for (code, out) in self.codes.chunks_exact(self.tables.len()).zip(self.out) {
+                    let mut sum = self.constants;
+                    for (byte, table) in code.iter().zip(self.tables) {
+                        let entry = &table[usize::from(*byte)];
+                        for (s, x) in sum.iter_mut().zip(entry) {
+                            *s += x;
+                        }
+                    }
+                    *out = sum;
+                }
+            }
+        }
+        let mut tables = vec![[[0f32; W]; 256]; self.bytes];
+        let mut constants = [0f32; W];
+        for (lane, q) in queries.chunks_exact(self.mean.len()).enumerate() {
+            let (table, constant) = self.table(q);
+            constants[lane] = constant;
+            for (entry, x) in tables.iter_mut().flatten().zip(&table) {
+                entry[lane] = *x;
+            }
+        }
+        let mut out = [[0f32; W]; TILE];
+        for codes in codes.chunks(TILE * self.bytes) {
+            let out = &mut out[..codes.len() / self.bytes];
+            Arch::new().dispatch(Scan { tables: &tables, constants, codes, out });
+            for (lane, scores) in scores.iter_mut().enumerate() {
+                scores.extend(out.iter().map(|x| x[lane]));
+            }
+        }
+    }
+
     fn level(&self, f: &Field, byte: u8) -> f32 {
         levels(f.bits).levels[usize::from(byte) >> f.shift & ((1 << f.bits) - 1)]
     }
@@ -143,9 +202,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn tables_score_the_decoded_keys(half in 4usize..64, bytes in 1usize..24, seed in 0usize..1000) {
+        fn tables_score_the_decoded_keys(
+            half in 4usize..64, bytes in 1usize..24, heads in 1usize..18, seed in 0usize..1000,
+        ) {
             let dim = 2 * half;
-            let (mean, q) = (normal(seed, dim), normal(seed + 1, dim));
+            let (mean, q) = (normal(seed, dim), normal(seed + 1, heads * dim));
             let scale: Vec<f32> = normal(seed + 2, dim).iter().map(|x| x.abs() + 0.01).collect();
             let weight: Vec<f32> = normal(seed + 3, dim).iter().map(|x| x * x).collect();
             let code = ScalarCode::fit(bytes, &pairs(dim), &mean, &scale, &weight);
@@ -154,11 +215,14 @@ mod tests {
             let (mut codes, mut decoded) = (vec![0; 5 * bytes], vec![0.0; 5 * dim]);
             code.encode(&keys, &mut codes);
             code.decode(&codes, &mut decoded);
-            let (table, constant) = code.table(&q);
-            for (code, key) in codes.chunks(bytes).zip(decoded.chunks(dim)) {
-                let want: f32 = q.iter().zip(key).map(|(q, k)| q * k).sum();
-                let got = code.iter().enumerate().map(|(m, b)| table[m * 256 + usize::from(*b)]).sum::<f32>() + constant;
-                prop_assert!((got - want).abs() < 1e-3 * (1.0 + want.abs()), "{got}, not {want}");
+            let mut scores = vec![vec![]; heads];
+            code.scan(&q, &codes, &mut scores);
+            for (q, scores) in q.chunks(dim).zip(&scores) {
+                prop_assert_eq!(scores.len(), 5);
+                for (got, key) in scores.iter().zip(decoded.chunks(dim)) {
+                    let want: f32 = q.iter().zip(key).map(|(q, k)| q * k).sum();
+                    prop_assert!((got - want).abs() < 1e-3 * (1.0 + want.abs()), "{got}, not {want}");
+                }
             }
         }
     }

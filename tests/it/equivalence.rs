@@ -95,6 +95,7 @@ prop_compose! {
             summary_bias: bias,
             far_position: if clamp && pre_rope { FarPosition::Clamp } else { FarPosition::True },
             seed: 5,
+            ..Settings::default()
         };
         Setup { settings, length, chunk, ctx: length + spare }
     }

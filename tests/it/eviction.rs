@@ -7,7 +7,7 @@ use bfly::eviction::EvictionPlan;
 use bfly::generate::{watch, MemoryNeeds, Request, Sampler, Sampling};
 use bfly::layout::Layout;
 use bfly::method::Method;
-use bfly::mixer::{mix, ChunkContext, Projections};
+use bfly::mixer::{mix, ChunkContext, Phase, Projections};
 use bfly::nn::{Linear, Rope, Weight};
 use bfly::run::Run;
 use bfly::spec::{MixerSpec, ModelSpec, RopeScaling, RopeSpec};
@@ -265,7 +265,7 @@ fn a_layer_keeps_what_the_scores_say_and_attends_to_exactly_that() -> Any {
                     for start in (from..until).step_by(chunk) {
                         let n = chunk.min(until - start);
                         let (ropes, tables) = (std::slice::from_ref(&rope), [table(start, n)?]);
-                        let step = ChunkContext { start, ropes, tables: &tables };
+                        let step = ChunkContext { start, phase: Phase::Prefill, ropes, tables: &tables };
                         let x = x.narrow(0, start, n)?;
                         let y = mix(&layout.layers[0], &projections, &x, &step, &mut cache.layers[0])?;
                         got.extend(y.flatten_all()?.to_vec1::<f32>()?);

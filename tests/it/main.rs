@@ -30,6 +30,7 @@ mod plot;
 #[cfg(feature = "eval")]
 mod quality;
 mod real_models;
+mod recall;
 mod run;
 mod tokenizers;
 mod unread;

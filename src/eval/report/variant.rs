@@ -15,7 +15,13 @@ pub struct KvBytes {
     pub summary_bytes: u64,
     /// Bytes of attention sinks.
     pub sink_bytes: u64,
-    /// Sum of all pools in bytes.
+    /// Bytes of the codes, means and tables of exact recall.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub code_bytes: u64,
+    /// Bytes of exact keys and values in host memory, which are not part of the sum.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub host_bytes: u64,
+    /// Sum of all pools on the device in bytes.
     pub total_bytes: u64,
     /// Bytes that the stock model allocates for the same context and element type.
     pub dense_bytes: u64,
@@ -32,6 +38,8 @@ impl KvBytes {
             local_bytes: bytes.local,
             summary_bytes: bytes.summary,
             sink_bytes: bytes.sink,
+            code_bytes: bytes.key_codes + bytes.values + bytes.tables,
+            host_bytes: bytes.host,
             total_bytes: bytes.total(),
             dense_bytes: cache.dense_bytes(),
             peak_bytes: (peak != bytes.total()).then_some(peak),
@@ -42,6 +50,10 @@ impl KvBytes {
     pub fn share_of_dense(&self) -> f64 {
         self.peak_bytes.unwrap_or(self.total_bytes) as f64 / self.dense_bytes as f64
     }
+}
+
+fn is_zero(bytes: &u64) -> bool {
+    *bytes == 0
 }
 
 /// A variant and the cache that it allocated.
@@ -78,6 +90,8 @@ impl VariantRecord {
             local_bytes: 1,
             summary_bytes: 0,
             sink_bytes: 0,
+            code_bytes: 0,
+            host_bytes: 0,
             total_bytes: 1,
             dense_bytes: 2,
             peak_bytes: None,

@@ -4,10 +4,8 @@ use super::{FarArgs, FarAttended, Rest};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::gemm::{multiply_add, multiply_transposed, Strided};
 use crate::ops::simd;
+use crate::recall::{HeadRows, ValueCode};
 use rayon::prelude::*;
-
-/// Tokens scored at a time.
-const TILE: usize = 1024;
 
 /// Attends to the far zone, as [`super`] defines it.
 ///
@@ -18,18 +16,17 @@ const TILE: usize = 1024;
 /// Slices that are too short for the far positions.
 pub fn attend_far(a: &FarArgs) -> Result<FarAttended> {
     let (kv_heads, heads) = (a.codes.len(), a.near.len());
-    let dim = a.code.first().map_or(0, |c| c.mean.len());
     let end = a.far.1;
-    let short = a.q.len() != heads * dim
+    let short = a.q.len() != heads * a.dim
         || kv_heads == 0
         || !heads.is_multiple_of(kv_heads)
         || [a.code.len(), a.exact.len()].iter().any(|n| *n != kv_heads)
-        || a.code.iter().zip(a.codes).any(|(code, codes)| codes.len() < end * code.bytes)
-        || a.exact.iter().any(|x| x.len() < 2 * end * dim)
+        || a.code.iter().zip(a.codes).any(|(c, codes)| codes.len() < end.next_multiple_of(c.page()) * c.bytes())
+        || a.exact.iter().any(|x| x.len() < 2 * end * a.dim)
         || match a.rest {
             Rest::None => false,
             Rest::Means { block, means } => {
-                block == 0 || means.len() != kv_heads || means.iter().any(|m| m.len() < end.div_ceil(block) * dim)
+                block == 0 || means.len() != kv_heads || means.iter().any(|m| m.len() < end.div_ceil(block) * a.dim)
             }
             Rest::Codes { code, codes } => {
                 [code.len(), codes.len()].iter().any(|n| *n != kv_heads)
@@ -40,7 +37,7 @@ pub fn attend_far(a: &FarArgs) -> Result<FarAttended> {
         return Err(Error::new(ErrorKind::Backend, "recall", format!("inputs too short for {end} far tokens")));
     }
     let group = heads / kv_heads;
-    let parts: Vec<Part> = (0..kv_heads).into_par_iter().map(|g| head(a, g, group, dim)).collect();
+    let parts: Vec<Part> = (0..kv_heads).into_par_iter().map(|g| head(a, g, group)).collect();
     let mut result = FarAttended { out: vec![], lse: vec![], chosen: vec![] };
     for part in parts {
         result.out.extend(part.out);
@@ -57,29 +54,48 @@ struct Part {
     chosen: Vec<u32>,
 }
 
-fn head(a: &FarArgs, g: usize, group: usize, dim: usize) -> Part {
-    let n = a.far.1 - a.far.0;
+fn head(a: &FarArgs, g: usize, group: usize) -> Part {
+    let (n, dim) = (a.far.1 - a.far.0, a.dim);
     let none = || Part { out: vec![0.0; group * dim], lse: vec![f32::NEG_INFINITY; group], chosen: vec![] };
     if n == 0 {
         return none();
     }
-    let queries: Vec<Vec<f32>> =
-        a.q[g * group * dim..][..group * dim].chunks(dim).map(|q| q.iter().map(|x| x * a.scale).collect()).collect();
-    let scores = scan(a, g, &queries);
-    let chosen = choose(a, g, &scores);
+    let queries: Vec<f32> = a.q[g * group * dim..][..group * dim].iter().map(|x| x * a.scale).collect();
+    let mut scores: Vec<Vec<f32>> = (0..group).map(|_| Vec::with_capacity(n)).collect();
+    let rows = HeadRows { codes: a.codes[g], exact: a.exact[g] };
+    a.code[g].scores(&queries, &rows, a.far.0..a.far.1, &mut scores);
+    let heads: Vec<Softmax> = scores.into_iter().map(Softmax::new).collect();
+    let chosen = choose(&heads, &a.near[g * group..][..group], a.chosen);
     // Without an exact logit nothing bounds the estimates: `k` is at least 1 where there is a rest.
     if chosen.is_empty() {
         return none();
     }
-    let exact = Exact::new(a, g, &queries.concat(), &chosen);
+    let exact = Exact::new(a, g, &queries, &chosen);
     let mut part = Part { out: vec![], lse: vec![], chosen: chosen.iter().map(|i| (a.far.0 + i) as u32).collect() };
-    for (h, scores) in scores.into_iter().enumerate() {
-        let mut out = exact.out[h * dim..(h + 1) * dim].to_vec();
-        let sum = f64::from(exact.sum[h]) + rest(a, g, scores, &chosen, exact.max[h], &mut out);
+    let mut out = exact.out.clone();
+    let sums = rest(a, g, heads, &chosen, &exact.max, &mut out);
+    for (h, (out, rest)) in out.chunks_exact(dim).zip(sums).enumerate() {
+        let sum = f64::from(exact.sum[h]) + rest;
         part.lse.push(exact.max[h] + sum.ln() as f32);
         part.out.extend(out.iter().map(|x| (f64::from(*x) / sum) as f32));
     }
     part
+}
+
+/// Decoded scores of a query, as weights relative to the largest.
+struct Softmax {
+    /// `exp(ŝ - top)`.
+    weights: Vec<f32>,
+    top: f32,
+    sum: f32,
+}
+
+impl Softmax {
+    fn new(mut scores: Vec<f32>) -> Self {
+        let (mut top, mut sum) = (f32::NEG_INFINITY, 0.0);
+        simd::softmax_row(&mut scores, &mut top, &mut sum);
+        Self { weights: scores, top, sum }
+    }
 }
 
 /// Attention of a group's queries to the chosen tokens, before division.
@@ -94,7 +110,7 @@ struct Exact {
 
 impl Exact {
     fn new(a: &FarArgs, g: usize, queries: &[f32], chosen: &[usize]) -> Self {
-        let (dim, n) = (a.code[g].mean.len(), chosen.len());
+        let (dim, n) = (a.dim, chosen.len());
         let group = queries.len() / dim;
         let (mut keys, mut values) = (Vec::with_capacity(n * dim), Vec::with_capacity(n * dim));
         for i in chosen {
@@ -114,90 +130,102 @@ impl Exact {
     }
 }
 
-/// Decoded scores of the far tokens, per query of the group.
-fn scan(a: &FarArgs, g: usize, queries: &[Vec<f32>]) -> Vec<Vec<f32>> {
-    let (code, bytes) = (&a.code[g], a.code[g].bytes);
-    let tables: Vec<(Vec<f32>, f32)> = queries.iter().map(|q| code.table(q)).collect();
-    let mut scores: Vec<Vec<f32>> = queries.iter().map(|_| Vec::with_capacity(a.far.1 - a.far.0)).collect();
-    for tile in a.codes[g][a.far.0 * bytes..a.far.1 * bytes].chunks(TILE * bytes) {
-        for ((table, constant), scores) in tables.iter().zip(&mut scores) {
-            scores.extend(tile.chunks_exact(bytes).map(|code| {
-                let entries = code.iter().zip(table.chunks_exact(256)).map(|(byte, t)| t[usize::from(*byte)]);
-                constant + entries.sum::<f32>()
-            }));
-        }
-    }
-    scores
-}
-
 /// Places of the chosen tokens among the far ones, ascending.
-fn choose(a: &FarArgs, g: usize, scores: &[Vec<f32>]) -> Vec<usize> {
-    let n = scores[0].len();
-    if a.chosen >= n {
+fn choose(heads: &[Softmax], near: &[f32], count: usize) -> Vec<usize> {
+    let n = heads[0].weights.len();
+    if count >= n {
         return (0..n).collect();
     }
-    if a.chosen == 0 {
+    if count == 0 {
         return vec![];
     }
     let mut weights = vec![0f32; n];
-    for (scores, near) in scores.iter().zip(&a.near[g * scores.len()..]) {
-        let (mut top, mut sum) = (f32::NEG_INFINITY, 0.0);
-        let mut copy = scores.clone();
-        simd::softmax_row(&mut copy, &mut top, &mut sum);
+    for (h, near) in heads.iter().zip(near) {
         // exp(ŝ - ln(e^n + e^f)) with f = top + ln(sum): the softmax weight times the far zone's share of the mass.
-        let far = top + sum.ln();
-        let share = 1.0 / (1.0 + (near - far).min(80.0).exp());
-        weights.iter_mut().zip(&copy).for_each(|(w, x)| *w += share * x / sum);
+        let far = h.top + h.sum.ln();
+        let factor = 1.0 / ((1.0 + (near - far).min(80.0).exp()) * h.sum);
+        weights.iter_mut().zip(&h.weights).for_each(|(w, x)| *w += factor * x);
     }
-    let mut order: Vec<u32> = (0..n as u32).collect();
-    let by = |x: &u32, y: &u32| weights[*y as usize].total_cmp(&weights[*x as usize]).then(x.cmp(y));
-    order.select_nth_unstable_by(a.chosen - 1, by);
-    order.truncate(a.chosen);
-    order.sort_unstable();
-    order.into_iter().map(|i| i as usize).collect()
+    // Weights are not negative, so that their bits are in their order; of equals the earlier token goes first.
+    let mut order: Vec<u64> =
+        weights.iter().enumerate().map(|(i, w)| u64::from(!w.to_bits()) << 32 | i as u64).collect();
+    order.select_nth_unstable(count - 1);
+    order.truncate(count);
+    let mut chosen: Vec<usize> = order.into_iter().map(|x| (x & 0xffff_ffff) as usize).collect();
+    chosen.sort_unstable();
+    chosen
 }
 
-/// Adds the estimates of the tokens that are not chosen to `out`, at weights relative to `cap`, and returns their sum.
-fn rest(a: &FarArgs, g: usize, mut scores: Vec<f32>, chosen: &[usize], cap: f32, out: &mut [f32]) -> f64 {
+/// Adds the estimates of the tokens that are not chosen to `out [H / G, D]`, at weights relative to each head's `cap`,
+/// and returns the sums of the weights.
+fn rest(a: &FarArgs, g: usize, heads: Vec<Softmax>, chosen: &[usize], caps: &[f32], out: &mut [f32]) -> Vec<f64> {
     if matches!(a.rest, Rest::None) {
-        return 0.0;
+        return vec![0.0; heads.len()];
     }
-    chosen.iter().for_each(|i| scores[*i] = f32::NEG_INFINITY);
-    scores.iter_mut().for_each(|x| *x = simd::exp(x.min(cap) - cap));
-    let weights = scores;
+    let weights: Vec<Vec<f32>> = heads
+        .into_iter()
+        .zip(caps)
+        .map(|(mut head, cap)| {
+            chosen.iter().for_each(|i| head.weights[*i] = 0.0);
+            // exp(min(ŝ, cap) - cap) from exp(ŝ - top); the bound keeps the factor finite.
+            let factor = simd::exp((head.top - cap).min(80.0));
+            head.weights.iter_mut().for_each(|w| *w = (*w * factor).min(1.0));
+            head.weights
+        })
+        .collect();
     match a.rest {
         Rest::None => {}
         Rest::Means { block, means } => {
-            let mut at = 0;
-            while at < weights.len() {
-                let n = (a.far.0 + at) / block;
-                let end = ((n + 1) * block - a.far.0).min(weights.len());
-                let sum: f32 = weights[at..end].iter().sum();
-                let dim = out.len();
-                out.iter_mut().zip(&means[g][n * dim..][..dim]).for_each(|(o, m)| *o += sum * m);
-                at = end;
+            for (weights, out) in weights.iter().zip(out.chunks_exact_mut(a.dim)) {
+                let mut at = 0;
+                while at < weights.len() {
+                    let n = (a.far.0 + at) / block;
+                    let end = ((n + 1) * block - a.far.0).min(weights.len());
+                    let sum: f32 = weights[at..end].iter().sum();
+                    out.iter_mut().zip(&means[g][n * a.dim..][..a.dim]).for_each(|(o, m)| *o += sum * m);
+                    at = end;
+                }
             }
         }
         Rest::Codes { code, codes } => {
-            let bytes = code[g].bytes();
-            let mut by_word = vec![0f32; bytes * 256];
-            for (w, code) in weights.iter().zip(codes[g][a.far.0 * bytes..].chunks_exact(bytes)) {
-                for (byte, sums) in code.iter().zip(by_word.chunks_exact_mut(256)) {
-                    sums[usize::from(*byte)] += w;
-                }
+            let codes = &codes[g][a.far.0 * code[g].bytes()..];
+            for (weights, out) in weights.chunks(LANES).zip(out.chunks_mut(LANES * a.dim)) {
+                by_codewords(&code[g], codes, weights, out);
             }
-            code[g].add_weighted(&by_word, out);
         }
     }
-    weights.iter().map(|w| f64::from(*w)).sum()
+    weights.iter().map(|w| w.iter().map(|w| f64::from(*w)).sum()).collect()
+}
+
+/// Query heads whose weights are summed at a time.
+const LANES: usize = 4;
+
+/// Adds the decoded values of `codes`, weighted by each head, to `out [heads, D]`: weights are summed per codeword, and
+/// codewords once.
+fn by_codewords(code: &ValueCode, codes: &[u8], weights: &[Vec<f32>], out: &mut [f32]) {
+    let bytes = code.bytes();
+    let mut by_word = vec![[0f32; LANES]; bytes * 256];
+    for (i, code) in codes.chunks_exact(bytes).take(weights[0].len()).enumerate() {
+        let mut w = [0f32; LANES];
+        w.iter_mut().zip(weights).for_each(|(w, weights)| *w = weights[i]);
+        for (byte, sums) in code.iter().zip(by_word.chunks_exact_mut(256)) {
+            sums[usize::from(*byte)].iter_mut().zip(&w).for_each(|(s, w)| *s += w);
+        }
+    }
+    let dim = out.len() / weights.len();
+    for (lane, out) in out.chunks_exact_mut(dim).enumerate() {
+        let sums: Vec<f32> = by_word.iter().map(|w| w[lane]).collect();
+        code.add_weighted(&sums, out);
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::reference::reference;
     use super::*;
-    use crate::recall::{ScalarCode, ValueCode};
+    use crate::recall::{HeadCode, ScalarCode};
     use proptest::prelude::*;
+    use std::sync::Arc;
 
     fn numbers(seed: usize, n: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 + seed * 104_729 + 13) % 9973) as f32 / 4986.5 - 1.0).collect()
@@ -256,11 +284,12 @@ mod tests {
                 2 if chosen > 0 => Rest::Codes { code: &value, codes: &value_rows },
                 _ => Rest::None,
             };
+            let fitted: Vec<Arc<dyn HeadCode>> = code.iter().map(|c| Arc::new(c.clone()) as Arc<dyn HeadCode>).collect();
             let args = FarArgs {
-                q: &q, near: &near, scale: 0.3, far: (sinks, total), chosen, code: &code, codes: &code_rows,
+                q: &q, near: &near, scale: 0.3, far: (sinks, total), dim, chosen, code: &fitted, codes: &code_rows,
                 exact: &exact_rows, rest,
             };
-            agree(&attend_far(&args).unwrap(), &reference(&args))?;
+            agree(&attend_far(&args).unwrap(), &reference(&args, &code))?;
         }
     }
 }

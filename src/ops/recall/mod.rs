@@ -17,7 +17,8 @@ mod reference;
 
 pub use cpu::attend_far;
 
-use crate::recall::{ScalarCode, ValueCode};
+use crate::recall::{HeadCode, ValueCode};
+use std::sync::Arc;
 
 /// Estimate of the values of far tokens that are not chosen.
 #[derive(Debug, Clone, Copy)]
@@ -51,10 +52,12 @@ pub struct FarArgs<'a> {
     pub scale: f32,
     /// Far positions: from the first token that is not a sink to the window's left edge.
     pub far: (usize, usize),
+    /// Channels of a head, `D`.
+    pub dim: usize,
     /// Tokens to choose per KV head, `k`.
     pub chosen: usize,
     /// Key code of each KV head.
-    pub code: &'a [ScalarCode],
+    pub code: &'a [Arc<dyn HeadCode>],
     /// Key codes of all positions, `[positions, bytes]` per KV head.
     pub codes: &'a [&'a [u8]],
     /// Exact keys and values of all positions, `[positions, 2, D]` per KV head.

@@ -1,10 +1,11 @@
 //! The definition in f64, with every decoded key and value written out: what the faster path is checked against.
 
 use super::{FarArgs, FarAttended, Rest};
+use crate::recall::ScalarCode;
 
-pub fn reference(a: &FarArgs) -> FarAttended {
+pub fn reference(a: &FarArgs, key_codes: &[ScalarCode]) -> FarAttended {
     let kv_heads = a.codes.len();
-    let dim = a.code[0].mean.len();
+    let dim = a.dim;
     let group = a.near.len() / kv_heads;
     let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
     let lse = |x: &[f64]| {
@@ -21,9 +22,9 @@ pub fn reference(a: &FarArgs) -> FarAttended {
         let far: Vec<usize> = (a.far.0..a.far.1).collect();
         let key = |i: usize| &a.exact[g][2 * i * dim..][..dim];
         let value = |i: usize| &a.exact[g][(2 * i + 1) * dim..][..dim];
-        let bytes = a.code[g].bytes;
+        let bytes = key_codes[g].bytes;
         let mut decoded = vec![0.0; a.codes[g].len() / bytes * dim];
-        a.code[g].decode(a.codes[g], &mut decoded);
+        key_codes[g].decode(a.codes[g], &mut decoded);
         let heads = g * group..(g + 1) * group;
         let q = |h: usize| &a.q[h * dim..][..dim];
         let score = |h: usize, i: usize| f64::from(a.scale) * dot(q(h), &decoded[i * dim..][..dim]);

@@ -1,0 +1,179 @@
+//! Exact recall: exact prefill, decode in three zones, calibration and its file.
+
+use crate::common::*;
+use bfly::generate::watch;
+use bfly::recall::{calibrate, Calibration};
+use bfly::retrofit::{RestKind, RetrofitPlan, Settings};
+use bfly::run::Run;
+use candle_core::Tensor;
+
+fn settings(recall: usize) -> Settings {
+    Settings { block: 16, window: 32, sink_tokens: 3, recall, ..Settings::default() }
+}
+
+/// Text for a calibration: three documents.
+fn documents(vocab: usize) -> Vec<Vec<u32>> {
+    (0..3u32).map(|d| (0..800u32).map(|i| (i * 7919 + d * 31 + i * i) % vocab as u32).collect()).collect()
+}
+
+fn ids(count: usize) -> Vec<u32> {
+    (0..count as u32).map(|i| (i * i + 7 * i + 3) % 251 + 3).collect()
+}
+
+fn calibrated(name: &str) -> Any<Model> {
+    let model = load_golden(name, None, 600)?;
+    let made = calibrate(&model.weights, &documents(model.spec().vocab), 3, &|_, _, _| ())?;
+    model.weights.calibrate(made);
+    Ok(model)
+}
+
+fn run(model: &Model, settings: &Settings, ctx: usize) -> Any<Run> {
+    let plan = RetrofitPlan::new(model.spec(), None, settings.clone())?;
+    Ok(Run::new(&model.weights, &plan, ctx)?)
+}
+
+/// Logits of `text`: a prefill of the first `prefix` tokens in chunks, then decode steps.
+fn read(run: &mut Run, text: &[u32], prefix: usize, chunk: usize) -> Any<Tensor> {
+    run.prefill(&text[..prefix], chunk, 1, &mut watch(|_| ()))?;
+    Ok(run.read(&text[prefix..])?)
+}
+
+#[test]
+fn with_every_token_fetched_decode_is_dense_attention() -> Any {
+    for name in ["llama", "qwen2", "gemma3", "qwen3_d128"] {
+        let model = calibrated(name)?;
+        let text = ids(260);
+        let want = read(&mut Run::new(&model.weights, bfly::method::Method::Stock, 600)?, &text, 200, 64)?;
+        for (rest, chunk) in [(RestKind::Codes, 1), (RestKind::Means, 37), (RestKind::None, 200)] {
+            let settings = Settings { rest, ..settings(300) };
+            let got = read(&mut run(&model, &settings, 600)?, &text, 200, chunk)?;
+            let off = deviation(&got, &want)?;
+            assert!(off < 1e-4, "{name}, {rest:?}, chunks of {chunk}: {off:.2e} standard deviations off");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn prefill_is_exact_whatever_is_fetched() -> Any {
+    let model = calibrated("qwen2")?;
+    let text = ids(500);
+    let want =
+        Run::new(&model.weights, bfly::method::Method::Stock, 600)?.prefill(&text, 128, 50, &mut watch(|_| ()))?;
+    for chunk in [1, 33, 500] {
+        let got = run(&model, &settings(1), 600)?.prefill(&text, chunk, 50, &mut watch(|_| ()))?;
+        let off = deviation(&got, &want)?;
+        assert!(off < 1e-4, "chunks of {chunk}: {off:.2e} standard deviations off");
+    }
+    Ok(())
+}
+
+#[test]
+fn decode_does_not_depend_on_how_the_prompt_was_cut() -> Any {
+    let model = calibrated("llama")?;
+    let text = ids(400);
+    for rest in [RestKind::Codes, RestKind::Means, RestKind::None] {
+        for key_code in ["pair:1bit", "pair:1/2bit", "scalar2", "page", "exact"] {
+            let settings = Settings { rest, key_code: key_code.into(), ..settings(20) };
+            let want = read(&mut run(&model, &settings, 600)?, &text, 380, 380)?;
+            let got = read(&mut run(&model, &settings, 600)?, &text, 380, 7)?;
+            let off = deviation(&got, &want)?;
+            assert!(off < 1e-3, "{rest:?}, {key_code}: {off:.2e} standard deviations off");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn tokens_far_back_are_recalled_and_without_recall_forgotten() -> Any {
+    // An early token differs, outside every later window: the window alone cannot know, recall does.
+    let model = calibrated("llama")?;
+    let (mut text, mut other) = (ids(400), ids(400));
+    (text[60], other[60]) = (7, 1234 % model.spec().vocab as u32);
+    let moved = |settings: &Settings| -> Any<f32> {
+        let read = |text: &[u32]| read(&mut run(&model, settings, 600)?, text, 380, 64);
+        Ok(deviation(&read(&text)?, &read(&other)?)?)
+    };
+    let local = Settings { partner: "local".into(), ..settings(0) };
+    // Layer by layer a change reaches three windows further; 60 + 4 layers of 48 tokens is far below 380.
+    assert_eq!(moved(&local)?, 0.0);
+    assert!(moved(&settings(20))? > 1e-4);
+    Ok(())
+}
+
+#[test]
+fn a_calibration_survives_its_file_and_faults_are_named() -> Any {
+    let model = load_golden("qwen2", None, 600)?;
+    let made = calibrate(&model.weights, &documents(model.spec().vocab), 3, &|_, _, _| ())?;
+    let bytes = made.to_bytes()?;
+    let read = Calibration::from_bytes(&bytes, model.spec())?;
+    assert_eq!(read.sink_tokens, 3);
+    for (a, b) in made.layers.iter().flatten().zip(read.layers.iter().flatten()) {
+        assert_eq!(a.heads, b.heads);
+        for (a, b) in a.values.iter().zip(&b.values) {
+            let off = a.codebook().iter().zip(b.codebook()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(off < 1e-2, "codewords are f16: {off}");
+        }
+    }
+    assert!(read.to_bytes()? == bytes, "nothing is lost the second time");
+
+    let fails = |bytes: &[u8], model: &Model| Calibration::from_bytes(bytes, model.spec()).unwrap_err().to_string();
+    for length in [0, 4, 100, bytes.len() - 1] {
+        assert!(fails(&bytes[..length], &model).contains("recall calibration"), "cut to {length} bytes");
+    }
+    let other = load_golden("gemma3", None, 600)?;
+    let e = fails(&bytes, &other);
+    assert!(e.contains("layers.") && (e.contains("shape") || e.contains("missing")), "{e}");
+    let mut nan = bytes.clone();
+    let end = nan.len();
+    nan[end - 4..].fill(0xff);
+    assert!(fails(&nan, &model).contains("NaN"), "{}", fails(&nan, &model));
+
+    let few = calibrate(&model.weights, &[ids(100)], 3, &|_, _, _| ()).unwrap_err().to_string();
+    assert!(few.contains("97 tokens after the first 3"), "{few}");
+    let e = run(&model, &settings(20), 600).err().ok_or("a run without a calibration")?.to_string();
+    assert!(e.contains("needs a calibration"), "{e}");
+    model.weights.calibrate(made);
+    let sinks = Settings { sink_tokens: 5, ..settings(20) };
+    let e = run(&model, &sinks, 600).err().ok_or("other sinks")?.to_string();
+    assert!(e.contains("--sink-tokens: 5 sinks, but the calibration left out 3"), "{e}");
+    Ok(())
+}
+
+#[test]
+fn settings_of_summaries_are_refused_with_recall() -> Any {
+    for (flag, set) in [
+        ("--partner", Settings { partner: "all".into(), ..settings(9) }),
+        ("--partner-count", Settings { partner_count: 2, ..settings(9) }),
+        ("--shift-unit", Settings { shift_unit: Some(1), ..settings(9) }),
+        ("--summary-bias", Settings { summary_bias: 1.0, ..settings(9) }),
+    ] {
+        let e = set.validate().unwrap_err().to_string();
+        assert!(e.starts_with(flag) && e.contains("--recall 0"), "{e}");
+        assert!(Settings { recall: 0, ..set }.validate().is_ok());
+    }
+    Ok(())
+}
+
+#[test]
+fn bytes_are_those_of_the_settings_at_every_length() -> Any {
+    let model = calibrated("qwen2")?;
+    for (rest, key_code) in [(RestKind::Codes, "pair:1bit"), (RestKind::Means, "pair:2bit"), (RestKind::None, "page")] {
+        let settings = Settings { rest, key_code: key_code.into(), ..settings(20) };
+        let mut run = run(&model, &settings, 600)?;
+        let empty = run.cache().capacity_bytes();
+        let plan = run.layout().bytes(model.weights.dtype());
+        assert_eq!((plan.peak, plan.host), (empty.total(), empty.host), "{rest:?}");
+        assert_eq!(empty.host, run.cache().dense_bytes());
+        let mut used = run.cache().used_bytes();
+        for chunk in ids(600).chunks(150) {
+            run.forward(chunk, &[])?;
+            let now = run.cache().used_bytes();
+            assert!(now.host > used.host && now.key_codes > used.key_codes);
+            used = now;
+            assert_eq!(run.cache().capacity_bytes(), empty);
+        }
+        assert_eq!((used.host, used.key_codes, used.values), (empty.host, empty.key_codes, empty.values));
+    }
+    Ok(())
+}
