@@ -36,7 +36,7 @@
 //!
 //! ```
 //! use bfly::checkpoint::{Checkpoint, OpenOptions, WeightDtype, WeightFormat};
-//! use bfly::generate::{watch, Request, Sampler, Sampling};
+//! use bfly::generate::{watch, Phase, Request, Sampler, Sampling};
 //! use bfly::{retrofit::{RetrofitPlan, Settings}, run::Run, weights::Weights};
 //!
 //! # fn main() -> bfly::Result<()> {
@@ -48,7 +48,7 @@
 //! let plan = RetrofitPlan::new(&checkpoint.spec, None, Settings::default())?;
 //! let mut run = Run::new(&weights, &plan, 8192)?;
 //! let prompt: Vec<u32> = (5..300).collect();
-//! let request = Request { prompt: &prompt, max_new_tokens: 8, chunk: 128, stop: &[], logits_last: 1 };
+//! let request = Request { prompt: &prompt, max_new_tokens: 8, chunk: 128, stop: &[], logits_last: 1, phase: Phase::Prefill };
 //! let greedy = &mut Sampler::new(Sampling::GREEDY)?;
 //! let made = run.generate(&request, greedy, &mut watch(|_| ()), &mut watch(|_| ()))?;
 //! assert_eq!(made.tokens.len(), 8);

@@ -8,7 +8,7 @@ use super::{describe, human_bytes, open_device, peak_memory, short_count, signal
 use super::{Bars, CalibrateArgs, Ledger, Output, Patch, RunArgs};
 use crate::checkpoint::{Checkpoint, Detokenizer, OnProgress, TextTokenizer, WeightDtype};
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::generate::{render_chat, watch, MemoryNeeds, Request, Sampler};
+use crate::generate::{render_chat, watch, MemoryNeeds, Phase, Request, Sampler};
 use crate::layout::{Layout, MAX_CONTEXT};
 use crate::ops::device_memory;
 use crate::retrofit::{parse_layers, RetrofitPlan, Settings, DEFAULT_RECALL};
@@ -66,6 +66,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
             max_new_tokens: args.sampling.max_new_tokens,
             chunk,
             logits_last: args.logits_last,
+            phase: Phase::Prefill,
             stop: text.as_ref().filter(|_| !args.sampling.ignore_eos).map_or(&[], |t| &t.stop),
         },
         &mut sampler,

@@ -11,6 +11,7 @@ pub use chat::render_chat;
 pub use sample::{Sampler, Sampling};
 
 use crate::error::{Error, ErrorKind, Result};
+pub use crate::mixer::Phase;
 use crate::run::Run;
 use candle_core::Tensor;
 use std::ops::ControlFlow;
@@ -63,6 +64,8 @@ pub struct Request<'a> {
     pub stop: &'a [u32],
     /// Number of last prompt positions whose logits are returned (0 counts as 1).
     pub logits_last: usize,
+    /// How layers with exact recall process the prompt: exactly by default.
+    pub phase: Phase,
 }
 
 /// Result of [`Run::generate`].
@@ -86,6 +89,21 @@ impl Run {
     /// [`ErrorKind::Cancelled`] if `on_tokens` breaks: the cache then holds exactly the chunks read so far, and the run
     /// can continue.
     pub fn prefill(&mut self, ids: &[u32], chunk: usize, last: usize, on_tokens: OnTokens) -> Result<Tensor> {
+        self.prefill_as(Phase::Prefill, ids, chunk, last, on_tokens)
+    }
+
+    /// Processes `ids` like [`Run::prefill`], in which layers with exact recall treat every token as `phase` says.
+    ///
+    /// # Errors
+    /// Those of [`Run::prefill`].
+    pub fn prefill_as(
+        &mut self,
+        phase: Phase,
+        ids: &[u32],
+        chunk: usize,
+        last: usize,
+        on_tokens: OnTokens,
+    ) -> Result<Tensor> {
         self.admit_ids(ids)?;
         if last == 0 || last > ids.len() {
             return Err(Error::new(
@@ -99,7 +117,11 @@ impl Run {
         let mut done = 0;
         for piece in ids.chunks(chunk.max(1)) {
             let want: Vec<usize> = (from.saturating_sub(done)..piece.len()).collect();
-            let logits = self.forward(piece, &want).map_err(|e| no_room(e, piece.len()))?;
+            let logits = match phase {
+                Phase::Prefill => self.forward(piece, &want),
+                Phase::Decode => self.step(piece, &want),
+            };
+            let logits = logits.map_err(|e| no_room(e, piece.len()))?;
             if !want.is_empty() {
                 parts.push(logits);
             }
@@ -172,7 +194,8 @@ impl Run {
         self.admit(total.ok_or_else(overflow)?)?;
         let mut timing = Timing::new();
         let begin = Instant::now();
-        let prompt_logits = self.prefill(request.prompt, request.chunk, request.logits_last.max(1), on_tokens)?;
+        let last = request.logits_last.max(1);
+        let prompt_logits = self.prefill_as(request.phase, request.prompt, request.chunk, last, on_tokens)?;
         self.compress()?;
         // Kernels may still be running: wait, so that the time is prefill's.
         self.device().synchronize()?;

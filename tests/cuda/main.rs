@@ -8,7 +8,7 @@ mod quantised;
 
 use bfly::checkpoint::{WeightDtype, WeightFormat};
 use bfly::eviction::EvictionPlan;
-use bfly::generate::{watch, MemoryNeeds, Request, Sampler, Sampling};
+use bfly::generate::{watch, MemoryNeeds, Phase, Request, Sampler, Sampling};
 use bfly::ops::{self, AttentionArgs, KeyValues, RowList, Segment, Store, StoreRows, Window};
 use bfly::retrofit::{FarPosition, KeyPooling, Settings, WindowAlign};
 use bfly::run::Run;
@@ -348,7 +348,8 @@ fn captured_decode_takes_the_likeliest_token_and_stops_in_the_middle_of_a_batch(
     let s = small(16, 32, 4);
     let model = load_as(&checkpoint, Some(&s), 400, &WeightFormat::for_gpu(WeightDtype::As(Storage::F16)), &device)?;
     let generate = |stop: &[u32]| -> Any<(Vec<u32>, usize)> {
-        let request = Request { prompt: &prompt, max_new_tokens: 45, chunk: 128, stop, logits_last: 1 };
+        let request =
+            Request { prompt: &prompt, max_new_tokens: 45, chunk: 128, stop, logits_last: 1, phase: Phase::Prefill };
         let mut session = model.run()?;
         let made =
             session.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut watch(|_| ()), &mut watch(|_| ()))?;
@@ -385,7 +386,14 @@ fn captured_decode_that_is_stopped_equals_one_that_never_was() -> Any {
         {
             let model = load_as(&checkpoint, s.as_ref(), 400, &held, &device)?;
             let generate = |most: usize| -> Any<(Vec<u32>, Run)> {
-                let request = Request { prompt: &prompt, max_new_tokens: 45, chunk: 128, stop: &[], logits_last: 1 };
+                let request = Request {
+                    prompt: &prompt,
+                    max_new_tokens: 45,
+                    chunk: 128,
+                    stop: &[],
+                    logits_last: 1,
+                    phase: Phase::Prefill,
+                };
                 let mut run = model.run()?;
                 assert!(run.captures());
                 let greedy = &mut Sampler::new(Sampling::GREEDY)?;
@@ -460,7 +468,14 @@ fn what_evicts_decodes_captured_as_it_does_step_by_step() -> Any {
             Ok((session, last))
         };
         // Two or three evictions of keydiff lie among the new tokens.
-        let request = Request { prompt: &prompt, max_new_tokens: new, chunk: 100, stop: &[], logits_last: 1 };
+        let request = Request {
+            prompt: &prompt,
+            max_new_tokens: new,
+            chunk: 100,
+            stop: &[],
+            logits_last: 1,
+            phase: Phase::Prefill,
+        };
         let mut session = model.run()?;
         let made = session
             .generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut watch(|_| ()), &mut watch(|_| ()))?
@@ -552,7 +567,8 @@ fn a_budget_is_kept_and_does_not_change_the_output() -> Any {
     let theirs = deviation(&golden.logits_bf16("long")?, &golden.logits("long")?)?;
     let run = |chunk: usize| -> Any<(Tensor, u64)> {
         ops::reset_peak(&device);
-        let request = Request { prompt: &prompt, max_new_tokens: 20, chunk, stop: &[], logits_last: 1 };
+        let request =
+            Request { prompt: &prompt, max_new_tokens: 20, chunk, stop: &[], logits_last: 1, phase: Phase::Prefill };
         let mut session = model.run()?;
         let made =
             session.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut watch(|_| ()), &mut watch(|_| ()))?;

@@ -3,7 +3,7 @@
 use crate::common::attention::values;
 use crate::common::*;
 use bfly::checkpoint::{WeightDtype, WeightFormat};
-use bfly::generate::{watch, Request, Sampler, Sampling};
+use bfly::generate::{watch, Phase, Request, Sampler, Sampling};
 use bfly::nn::{Blocks, Linear, Weight};
 use bfly::storage::Storage;
 use candle_core::quantized::gguf_file::Value;
@@ -241,7 +241,8 @@ fn captured_decode_of_a_mixture_takes_the_likeliest_token() -> Any {
     write_wide(&path, mixed)?;
     let model =
         load_as(&open(&path.to_string_lossy())?, None, 100, &WeightFormat::for_gpu(WeightDtype::Auto), &device)?;
-    let request = Request { prompt: &prompt, max_new_tokens: 30, chunk: 128, stop: &[], logits_last: 1 };
+    let request =
+        Request { prompt: &prompt, max_new_tokens: 30, chunk: 128, stop: &[], logits_last: 1, phase: Phase::Prefill };
     let mut greedy = Sampler::new(Sampling::GREEDY)?;
     let made = model.run()?.generate(&request, &mut greedy, &mut watch(|_| ()), &mut watch(|_| ()))?;
     assert!(made.timing.fetched > 1, "tokens of a captured step are fetched together");

@@ -4,10 +4,10 @@ use crate::common::attention::values;
 use crate::common::*;
 use bfly::cache::{Cache, LayerState};
 use bfly::eviction::EvictionPlan;
-use bfly::generate::{watch, MemoryNeeds, Request, Sampler, Sampling};
+use bfly::generate::{watch, MemoryNeeds, Phase, Request, Sampler, Sampling};
 use bfly::layout::Layout;
 use bfly::method::Method;
-use bfly::mixer::{mix, ChunkContext, Phase, Projections};
+use bfly::mixer::{mix, ChunkContext, Projections};
 use bfly::nn::{Linear, Rope, Weight};
 use bfly::run::Run;
 use bfly::spec::{MixerSpec, ModelSpec, RopeScaling, RopeSpec};
@@ -100,7 +100,8 @@ fn generation_compresses_at_the_end_of_its_prompt() -> Any {
         let model = evicting("qwen2", &plan, 256)?;
         let mut session = model.run()?;
         assert!(!session.captures());
-        let request = Request { prompt: &text, max_new_tokens: new, chunk: 64, stop: &[], logits_last: 1 };
+        let request =
+            Request { prompt: &text, max_new_tokens: new, chunk: 64, stop: &[], logits_last: 1, phase: Phase::Prefill };
         let mut sampler = Sampler::new(Sampling::GREEDY)?;
         let made = session.generate(&request, &mut sampler, &mut watch(|_| ()), &mut watch(|_| ()))?.tokens;
         let mut by_hand = model.run()?;

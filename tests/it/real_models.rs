@@ -3,14 +3,21 @@
 //! SmolLM2's file is fetched by scripts/test.sh, all four by scripts/test.sh --all-models.
 
 use crate::common::*;
-use bfly::generate::{watch, Request, Sampler, Sampling};
+use bfly::generate::{watch, Phase, Request, Sampler, Sampling};
 use bfly::retrofit::Settings;
 
 fn greedy(name: &str, settings: Option<&Settings>) -> Any {
     let recorded = fixture(&format!("real/{name}.json"))?;
     let (prompt, want) = (numbers(&recorded["prompt_ids"])?, numbers(&recorded["greedy_ids"])?);
     let model = load(&open(&real_model(name)?)?, settings, prompt.len() + want.len())?;
-    let request = Request { prompt: &prompt, max_new_tokens: want.len(), chunk: 200, stop: &[], logits_last: 1 };
+    let request = Request {
+        prompt: &prompt,
+        max_new_tokens: want.len(),
+        chunk: 200,
+        stop: &[],
+        logits_last: 1,
+        phase: Phase::Prefill,
+    };
     let mut sampler = Sampler::new(Sampling::GREEDY)?;
     let got = model.run()?.generate(&request, &mut sampler, &mut watch(|_| ()), &mut watch(|_| ()))?;
     assert_eq!(got.tokens, want, "{name}, {settings:?}");

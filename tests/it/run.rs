@@ -2,7 +2,7 @@
 
 use crate::common::*;
 use bfly::eviction::EvictionPlan;
-use bfly::generate::{watch, Request, Sampler, Sampling};
+use bfly::generate::{watch, Phase, Request, Sampler, Sampling};
 use bfly::method::Method;
 use bfly::retrofit::{RetrofitPlan, Settings};
 use bfly::run::Run;
@@ -69,7 +69,7 @@ fn a_prefill_that_is_cancelled_at_its_end_is_whole() -> Any {
 /// New tokens of a greedy generation that the callback ends after `most`, and the run.
 fn generate(model: &Model, text: &[u32], stop: &[u32], most: usize) -> Any<(Vec<u32>, Run)> {
     let mut run = model.run()?;
-    let request = Request { prompt: text, max_new_tokens: 60, chunk: 64, stop, logits_last: 1 };
+    let request = Request { prompt: text, max_new_tokens: 60, chunk: 64, stop, logits_last: 1, phase: Phase::Prefill };
     let greedy = &mut Sampler::new(Sampling::GREEDY)?;
     let made = run.generate(&request, greedy, &mut watch(|_| ()), &mut stop_after(most))?;
     Ok((made.tokens, run))

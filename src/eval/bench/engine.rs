@@ -5,7 +5,7 @@ use super::peer::one_line;
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::report::{hash, KvBytes, ReadBytes, TimedRun};
 use crate::eval::variant::Variant;
-use crate::generate::{watch, Generation, MemoryNeeds, Request, Sampler, Sampling};
+use crate::generate::{watch, Generation, MemoryNeeds, Phase, Request, Sampler, Sampling};
 use crate::layout::Layout;
 use crate::ops::{human_bytes, release_memory};
 use crate::run::Run;
@@ -153,7 +153,7 @@ fn attempt(
 ) -> Result<(Generation, Duration, KvBytes)> {
     // Allocation is asynchronous and may not have finished.
     run.device().synchronize()?;
-    let request = Request { prompt, max_new_tokens: new, chunk, stop: &[], logits_last: 1 };
+    let request = Request { prompt, max_new_tokens: new, chunk, stop: &[], logits_last: 1, phase: Phase::Prefill };
     let mut sampler = Sampler::new(Sampling::GREEDY)?;
     let begin = Instant::now();
     let made = run.generate(&request, &mut sampler, &mut watch(on_tokens), &mut watch(|_| ()))?;

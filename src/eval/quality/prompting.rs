@@ -5,7 +5,7 @@ use super::tasks::Sample;
 use crate::checkpoint::TextTokenizer;
 use crate::error::{Error, Result};
 use crate::eval::report::KvBytes;
-use crate::generate::{render_chat, watch, Request, Sampler, Sampling};
+use crate::generate::{render_chat, watch, Phase, Request, Sampler, Sampling};
 use crate::run::Run;
 
 /// Builds prompts from samples and generates answers.
@@ -111,6 +111,7 @@ impl Prompter {
             chunk: self.chunk,
             stop: &self.text.stop,
             logits_last: 1,
+            phase: Phase::Prefill,
         };
         let mut greedy = Sampler::new(Sampling::GREEDY)?;
         let made = run.generate(&request, &mut greedy, &mut watch(|n| on_tokens(before + n)), &mut watch(|_| ()))?;

@@ -15,7 +15,7 @@ use crate::eval::report::{
     check_replaceable, hash, save, DocumentScore, KvBytes, Smoke, SmokeRun, VariantRecord, SMOKE,
 };
 use crate::eval::variant::Variant;
-use crate::generate::{watch, Request, Sampler, Sampling};
+use crate::generate::{watch, Phase, Request, Sampler, Sampling};
 use crate::run::Run;
 use clap::Args;
 use std::path::PathBuf;
@@ -150,14 +150,23 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
     Gate::check(&gates, &smoke)
 }
 
-/// Prefills `text` without its last `--greedy` tokens, then generates as many greedily.
+/// Prefills `text` without its last `--greedy` tokens, then generates as many greedily. Under exact recall the compared
+/// positions are decode steps, since its prefill is exact.
 fn reading(run: &mut Run, text: &Excerpt, args: &SmokeArgs, on_tokens: &mut dyn FnMut(usize)) -> Result<VariantOutput> {
+    let mut prompt = &text.ids[..text.ids.len() - args.greedy];
+    let recalls = run.layout().recall().next().is_some();
+    if recalls {
+        let (context, compared) = prompt.split_at(prompt.len() - args.positions);
+        run.prefill(context, args.eval.prefill_chunk, 1, &mut watch(&mut *on_tokens))?;
+        prompt = compared;
+    }
     let request = Request {
-        prompt: &text.ids[..text.ids.len() - args.greedy],
+        prompt,
         max_new_tokens: args.greedy,
         chunk: args.eval.prefill_chunk,
         stop: &[],
         logits_last: args.positions,
+        phase: if recalls { Phase::Decode } else { Phase::Prefill },
     };
     let made =
         run.generate(&request, &mut Sampler::new(Sampling::GREEDY)?, &mut watch(on_tokens), &mut watch(|_| ()))?;

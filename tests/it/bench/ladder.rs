@@ -70,7 +70,14 @@ fn variants_give_the_tokens_of_a_model_loaded_for_them() -> Any {
         let hold = WeightFormat::new(WeightDtype::Auto, 0, None);
         let quiet: bfly::checkpoint::OnProgress = &|_, _, _| ();
         let weights = Weights::load(&checkpoint, &hold, &Device::Cpu, quiet)?;
-        let request = Request { prompt: &ids[..r.ctx - 8], max_new_tokens: 8, chunk: 50, stop: &[], logits_last: 1 };
+        let request = Request {
+            prompt: &ids[..r.ctx - 8],
+            max_new_tokens: 8,
+            chunk: 50,
+            stop: &[],
+            logits_last: 1,
+            phase: bfly::generate::Phase::Prefill,
+        };
         let mut sampler = Sampler::new(Sampling::GREEDY)?;
         let made = bfly::run::Run::new(&weights, r.plan.as_ref(), r.ctx)?.generate(
             &request,
