@@ -2,9 +2,9 @@
 
 use super::output::Output;
 use super::Patch;
-use crate::checkpoint::{Checkpoint, OnProgress};
+use crate::checkpoint::{splitmix, Checkpoint, OnProgress};
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::recall::{bundled, calibrate, tokenise, Calibration};
+use crate::recall::{bundled, calibrate, tokenise, Calibration, LONGEST, TOKENS};
 use crate::retrofit::Settings;
 use crate::weights::Weights;
 use sha2::{Digest, Sha256};
@@ -67,18 +67,27 @@ pub fn make(
     sink_tokens: usize,
     progress: OnProgress,
 ) -> Result<Calibration> {
-    let tokenizer = checkpoint.tokenizer()?;
     let trained = checkpoint.spec.max_positions;
     let read = texts.map(documents).transpose()?;
     let ids = match &read {
-        Some(read) => tokenise(&tokenizer, &read.iter().map(String::as_str).collect::<Vec<_>>(), trained)?,
-        None => tokenise(&tokenizer, &bundled(), trained)?,
+        Some(read) => {
+            tokenise(&checkpoint.tokenizer()?, &read.iter().map(String::as_str).collect::<Vec<_>>(), trained)?
+        }
+        None if checkpoint.has_tokenizer() => tokenise(&checkpoint.tokenizer()?, &bundled(), trained)?,
+        None => random_documents(checkpoint.spec.vocab, trained),
     };
     let made = calibrate(weights, &ids, sink_tokens, progress);
     made.map_err(|e| match (texts, e.kind()) {
         (Some(dir), ErrorKind::Usage) => e.within(format!("--texts {}", dir.display())),
         _ => e,
     })
+}
+
+/// Generates ids for a model without a tokenizer, which nothing else can be read with either.
+fn random_documents(vocab: usize, trained: usize) -> Vec<Vec<u32>> {
+    let id = |i: usize| (splitmix(0, i as u64) % vocab as u64) as u32;
+    let ids: Vec<u32> = (0..TOKENS).map(id).collect();
+    ids.chunks(LONGEST.min(trained)).map(<[u32]>::to_vec).collect()
 }
 
 /// Reads the text files of a folder, in order of name.

@@ -141,7 +141,11 @@ impl Ledger {
             None => rows.push(("attention", "stock".into())),
             Some(p) => {
                 let (s, full) = (&p.settings, p.model_layers);
-                let kind = if s.recall > 0 { "exact recall" } else { "butterfly" };
+                let kind = match (s.recall, kv.host_bytes) {
+                    (0, _) => "butterfly",
+                    (_, 0) => "exact recall (dense: this context needs no more)",
+                    _ => "exact recall",
+                };
                 let what = format!("{kind} in layers {} of {full}", ranges(&p.layers));
                 rows.push(("attention", what));
                 let far = match s.recall {

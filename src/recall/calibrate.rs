@@ -16,7 +16,7 @@ pub const TOKENS: usize = 32 << 10;
 /// Fewest tokens that a calibration accepts: eight values per codeword.
 pub const FEWEST: usize = 2 << 10;
 /// Most tokens that are read as one document.
-const LONGEST: usize = 4 << 10;
+pub const LONGEST: usize = 4 << 10;
 /// Most values per KV head that codewords are fitted to.
 const MOST_VALUES: usize = 16 << 10;
 /// Tokens per chunk.
@@ -32,7 +32,7 @@ pub fn bundled() -> Vec<&'static str> {
     pairs.flatten().copied().collect()
 }
 
-/// Tokenises documents, each cut to `longest` tokens, up to [`TOKENS`] in all.
+/// Tokenises documents, each cut to [`LONGEST`] tokens or the model's trained length, up to [`TOKENS`] in all.
 ///
 /// # Errors
 /// A tokenizer that fails.

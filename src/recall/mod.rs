@@ -17,7 +17,7 @@ mod scalar;
 mod scalar2;
 mod value;
 
-pub use calibrate::{bundled, calibrate, tokenise};
+pub use calibrate::{bundled, calibrate, tokenise, LONGEST, TOKENS};
 pub use calibration::{Calibration, LayerCalibration, LayerTables};
 pub use moments::{HeadMoments, KeyStatistics};
 pub use page::PAGE;

@@ -2,6 +2,7 @@
 
 use crate::common::*;
 use assert_cmd::Command;
+use predicates::prelude::PredicateBooleanExt;
 use serde_json::Value;
 
 fn bfly() -> Command {
@@ -43,7 +44,7 @@ fn help_shows_examples_every_rule_and_every_flag() -> Any {
         assert!(help.contains(word), "help lacks {word}");
     }
     for flag in "model ctx stock layers plan block window window-align sink-tokens partner partner-count shift-unit pool \
-                 summary-bias far-position prompt prompt-file chat system max-new-tokens temperature top-p top-k seed \
+                 summary-bias far-position recall key-code rest prompt prompt-file chat system max-new-tokens temperature top-p top-k seed \
                  prefill-chunk device dtype threads json token-ids logits-out logits-last save quiet revision offline ignore-eos"
         .split_whitespace()
     {
@@ -59,7 +60,7 @@ fn a_report_holds_every_promised_key() -> Any {
     let run = Run::new(&(5..205).collect::<Vec<_>>())?;
     let flags =
         ["--ctx", "1k", "-n", "6", "--window", "64", "--block", "32", "--prefill-chunk", "50", "--threads", "1"];
-    let r = run.report(&llama(), &flags)?;
+    let r = run.report(&llama(), &[&flags[..], &["--recall", "0"]].concat())?;
     for key in
         "schema_version git_sha model spec plan device dtype threads prompt_tokens generated_tokens prefill_s ttft_s \
                 decode_s prefill_tok_s decode_tok_s peak_memory_bytes weights_bytes kv text token_ids"
@@ -67,7 +68,8 @@ fn a_report_holds_every_promised_key() -> Any {
     {
         assert!(r.get(key).is_some(), "the report lacks `{key}`");
     }
-    for key in ["local_bytes", "summary_bytes", "sink_bytes", "total_bytes", "used_bytes", "dense_bytes", "ratio"] {
+    let pools = ["local_bytes", "summary_bytes", "sink_bytes", "key_code_bytes", "value_bytes", "table_bytes"];
+    for key in pools.iter().chain(&["host_bytes", "total_bytes", "used_bytes", "dense_bytes", "ratio"]) {
         assert!(r["kv"][key].is_number(), "the report's kv lacks `{key}`");
     }
     assert_eq!((r["prompt_tokens"].as_u64(), r["generated_tokens"].as_u64()), (Some(200), Some(6)));
@@ -75,7 +77,7 @@ fn a_report_holds_every_promised_key() -> Any {
     assert_eq!(r["plan"]["settings"]["window"], 64);
     assert_eq!(r["decode_steps_s"].as_array().map(Vec::len), Some(5));
     let kv = &r["kv"];
-    let sum: u64 = ["local_bytes", "summary_bytes", "sink_bytes"].iter().filter_map(|k| kv[*k].as_u64()).sum();
+    let sum: u64 = pools.iter().filter_map(|k| kv[*k].as_u64()).sum();
     assert_eq!(kv["total_bytes"].as_u64(), Some(sum));
     assert!(r["ttft_s"].as_f64() >= r["prefill_s"].as_f64());
     Ok(())
@@ -85,7 +87,7 @@ fn a_report_holds_every_promised_key() -> Any {
 fn the_ledger_goes_to_stderr_unless_quiet() -> Any {
     let run = Run::new(&[5, 6, 7])?;
     let ids = run.path("ids.json");
-    let base = ["--model", &llama(), "--token-ids", &ids, "-n", "2", "--ctx", "100"];
+    let base = ["--model", &llama(), "--token-ids", &ids, "-n", "2", "--ctx", "100", "--recall", "0"];
     let loud = bfly().args(base).output()?;
     let ledger = String::from_utf8(loud.stderr)?;
     for row in ["weights", "local ring", "summaries", "dense KV", "ratio", "reach", "peak memory", "prefill", "decode"]
@@ -94,6 +96,70 @@ fn the_ledger_goes_to_stderr_unless_quiet() -> Any {
     }
     let quiet = bfly().args(base).arg("--quiet").output()?;
     assert!(quiet.status.success() && quiet.stderr.is_empty(), "{}", String::from_utf8_lossy(&quiet.stderr));
+    Ok(())
+}
+
+/// Flags that make a small model recall a few tokens of a short text.
+const RECALL: [&str; 8] = ["--window", "32", "--block", "16", "--recall", "8", "--ctx", "1k"];
+
+#[test]
+fn a_calibrated_patch_recalls_and_its_faults_are_named() -> Any {
+    let (run, model) = (Run::new(&(5..250).cycle().take(700).collect::<Vec<_>>())?, tiny_model(&[])?);
+    let (patch, model) = (run.path("patch"), model.path().to_string_lossy().into_owned());
+    bfly().args(["calibrate", "--model", &model, "--out", &patch]).args(RECALL).assert().success();
+    let r = run.report(&patch, &["-n", "4"])?;
+    let kv = |key: &str| r["kv"][key].as_u64().unwrap_or(0);
+    assert_eq!((kv("host_bytes"), kv("summary_bytes")), (kv("dense_bytes"), 0));
+    assert!(kv("key_code_bytes") > 0 && kv("value_bytes") > 0 && kv("table_bytes") > 0);
+    assert_eq!(r["plan"]["settings"]["recall"], 8);
+    let file = run.dir.path().join("patch/recall.safetensors");
+    let whole = std::fs::read(&file)?;
+    std::fs::write(&file, &whole[..whole.len() / 2])?;
+    let ids = run.path("ids.json");
+    let refused = bfly().args(["--model", &patch, "--token-ids", &ids]).assert().code(2);
+    refused.stderr(predicates::str::contains("recall.safetensors: "));
+    std::fs::write(&file, &whole)?;
+    let refused = bfly().args(["--model", &patch, "--token-ids", &ids, "--sink-tokens", "7"]).assert().code(2);
+    refused.stderr(predicates::str::contains("--sink-tokens: 7 sinks, but the calibration left out 4"));
+
+    let texts = run.dir.path().join("texts");
+    std::fs::create_dir(&texts)?;
+    let other = run.path("other");
+    let calibrate = || {
+        let mut command = bfly();
+        command.args(["calibrate", "--model", &model, "--out", &other, "--texts"]).arg(&texts);
+        command.assert().code(2)
+    };
+    calibrate().stderr(predicates::str::contains("--texts").and(predicates::str::contains("has no files")));
+    std::fs::write(texts.join("a.txt"), "too short")?;
+    calibrate().stderr(predicates::str::contains("2048 are the fewest"));
+    assert!(!std::path::Path::new(&other).exists(), "nothing is half-written");
+    Ok(())
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn the_first_run_calibrates_and_later_ones_use_the_cache() -> Any {
+    let (run, model) = (Run::new(&(5..250).cycle().take(700).collect::<Vec<_>>())?, tiny_model(&[])?);
+    let (model, ids) = (model.path().to_string_lossy().into_owned(), run.path("ids.json"));
+    let cache = run.dir.path().join("cache");
+    let go = || {
+        let mut command = bfly();
+        command.env("XDG_CACHE_HOME", &cache).args(["--model", &model, "--token-ids", &ids, "-n", "4"]).args(RECALL);
+        command.assert().success()
+    };
+    go();
+    let files = || std::fs::read_dir(cache.join("bfly/recall"))?.map(|e| Ok(e?.path())).collect::<Any<Vec<_>>>();
+    let file = match files()?.as_slice() {
+        [one] => one.clone(),
+        other => return Err(format!("{other:?} in the cache").into()),
+    };
+    let (whole, then) = (std::fs::read(&file)?, std::fs::metadata(&file)?.modified()?);
+    go().stderr(predicates::str::contains("damaged").not());
+    assert_eq!(std::fs::metadata(&file)?.modified()?, then, "the cached calibration is used");
+    std::fs::write(&file, &whole[..100])?;
+    go().stderr(predicates::str::contains("the cached calibration is damaged and is made anew"));
+    assert!(std::fs::read(&file)? == whole, "and is the same again");
     Ok(())
 }
 
@@ -115,7 +181,8 @@ fn logits_out_holds_transformers_logits() -> Any {
 fn a_patch_runs_what_was_saved() -> Any {
     let run = Run::new(&(5..300).collect::<Vec<_>>())?;
     let patch = run.path("patch");
-    let flags = ["--ctx", "512", "-n", "8", "--window", "32", "--block", "16", "--layers", "0,2", "--partner", "xor"];
+    let flags =
+        "--ctx 512 -n 8 --window 32 --block 16 --layers 0,2 --recall 0 --partner xor".split(' ').collect::<Vec<_>>();
     let first = run.report(&llama(), &[&flags[..], &["--save", &patch]].concat())?;
     let saved: Value = serde_json::from_str(&std::fs::read_to_string(run.dir.path().join("patch/bfly.json"))?)?;
     assert_eq!(saved["plan"]["layers"], serde_json::json!([0, 2]));
