@@ -27,7 +27,8 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
 
   const AttentionParams &p;
   const uint32_t base;
-  const int head, kv, tile, first, last, begin, lowest, x_first, tiles;
+  // `end` is the last raw position to read: without keys of the chunk's own, the one before it.
+  const int head, kv, tile, first, last, end, begin, lowest, x_first, tiles;
   int extra_from, extra_to;
 #if WITH_PIECES
   int piece_from, piece_to, listed;
@@ -38,8 +39,9 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
   __device__ Hopper(const AttentionParams &params, uint32_t shared)
       : p(params), base((shared + 1023) & ~1023u), head(blockIdx.x), kv(head / (params.heads / params.kv_heads)),
         tile(params.start / BM + (int)(gridDim.y - 1 - blockIdx.y)), first(tile * BM),
-        last(min(tile * BM + BM, params.start + params.tokens) - 1), begin(max(first, params.start)),
-        lowest(left_edge(params, begin)), x_first(lowest / BN * BN), tiles((last - x_first) / BN + 1), extra_from(0), extra_to(0) {
+        last(min(tile * BM + BM, params.start + params.tokens) - 1), end(params.k ? last : min(last, params.start - 1)),
+        begin(max(first, params.start)), lowest(left_edge(params, begin)), x_first(lowest / BN * BN),
+        tiles((end - x_first) / BN + 1), extra_from(0), extra_to(0) {
     if (p.extras) {
       const int list = tile - p.start / EXTRA_TILE;
       extra_from = p.extra_offsets[list];
@@ -77,7 +79,7 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
 
   // ---- the gathering warpgroup ----
 
-  // Raw keys (or values) of positions x0 .. x0 + BN - 1; zeros outside [lowest, last].
+  // Raw keys (or values) of positions x0 .. x0 + BN - 1; zeros outside [lowest, end].
   __device__ void gather(uint32_t to, const void *past, const void *own, int64_t own_row, int64_t own_head, int x0) const {
     const int j = threadIdx.x % CHUNKS, r0 = threadIdx.x / CHUNKS;
     const bool column = j * 8 < p.dim;
@@ -86,7 +88,7 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
     const T *ring = (const T *)past + kv * p.past_head + j * 8;
     const int turn = x0 < p.start ? x0 % p.capacity : 0;
     const bool in_chunk = x0 >= p.start, in_ring = x0 + BN <= p.start && turn + BN <= p.capacity;
-    if ((in_chunk || in_ring) && x0 >= lowest && x0 + BN - 1 <= last) {
+    if ((in_chunk || in_ring) && x0 >= lowest && x0 + BN - 1 <= end) {
       const int64_t stride = in_chunk ? own_row : p.past_row;
       const T *row = (in_chunk ? chunk + (x0 - p.start) * stride : ring + turn * stride) + r0 * stride;
 #pragma unroll
@@ -106,7 +108,7 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
         if (at >= p.capacity) at %= p.capacity;
         row = ring + at * p.past_row;
       }
-      const bool valid = column && x >= lowest && x <= last;
+      const bool valid = column && x >= lowest && x <= end;
       copy16(to + panel_place(BN, r, j), valid ? row : (const T *)p.q, valid);
     }
   }
@@ -260,13 +262,13 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
   __device__ void mask_raw(float (&s)[BN / 2], int group, int x0) const {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int x = position(group, half), left = left_edge(p, x);
+      const int x = position(group, half), left = left_edge(p, x), right = min(x, end);
 #pragma unroll
       for (int n = 0; n < NT; n++) {
 #pragma unroll
         for (int c = 0; c < 2; c++) {
           const int key = x0 + n * 8 + (threadIdx.x % 4) * 2 + c;
-          if (key < left || key > x) s[n * 4 + half * 2 + c] = -INFINITY;
+          if (key < left || key > right) s[n * 4 + half * 2 + c] = -INFINITY;
         }
       }
     }
@@ -304,7 +306,7 @@ template <typename T, int DIM, int BN, int STAGES> struct Hopper {
   __device__ void mask(float (&s)[BN / 2], int group, int i, int inner, int low) const {
     const int x0 = x_first + (i - listed) * BN;
     if (i < listed) mask_pieces(s, group, piece_from + i * PIECES);
-    else if (x0 < inner || x0 + BN - 1 > low) mask_raw(s, group, x0);
+    else if (x0 < inner || x0 + BN - 1 > min(low, end)) mask_raw(s, group, x0);
   }
 
   __device__ void release(uint32_t barrier) const {

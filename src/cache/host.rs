@@ -1,33 +1,57 @@
 //! Keys and values of every position in host memory, KV head by KV head, a token's key and value adjacent: rows fetched
 //! for one head lie in one region.
 
+#[cfg(feature = "cuda")]
+use super::pinned::PinnedStore;
 use crate::error::Result;
+#[cfg(feature = "cuda")]
+use crate::error::{Error, ErrorKind};
+use crate::ops::{attend, AttentionArgs, KeyValues, Segment, Window};
 use candle_core::{DType, Device, Tensor};
 
-/// Exact keys and values, `[G, ctx, 2, D]`; position `p` is in row `p`.
+/// Exact keys and values of every position, `[G, ctx, 2, D]`.
 #[derive(Debug)]
 pub struct HostStore {
-    rows: Tensor,
+    rows: Rows,
+    ctx: usize,
+}
+
+#[derive(Debug)]
+enum Rows {
+    /// Ordinary memory, for a run on a CPU.
+    Memory(Tensor),
+    /// Page-locked memory that a GPU reads.
+    #[cfg(feature = "cuda")]
+    Pinned(PinnedStore),
 }
 
 impl HostStore {
-    /// Allocates room for `ctx` positions.
+    /// Allocates room for `ctx` positions, page-locked where `device` is a GPU.
     ///
     /// # Errors
     /// An allocation fails.
-    pub fn new(ctx: usize, (kv_heads, dim): (usize, usize), dtype: DType) -> Result<Self> {
-        Ok(Self { rows: Tensor::zeros((kv_heads, ctx.max(1), 2, dim), dtype, &Device::Cpu)? })
+    pub fn new(ctx: usize, (kv_heads, dim): (usize, usize), dtype: DType, device: &Device) -> Result<Self> {
+        let ctx = ctx.max(1);
+        let rows = match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => Rows::Pinned(PinnedStore::new(ctx, (kv_heads, dim), dtype, device)?),
+            _ => Rows::Memory(Tensor::zeros((kv_heads, ctx, 2, dim), dtype, &Device::Cpu)?),
+        };
+        Ok(Self { rows, ctx })
     }
 
     /// Returns the allocated bytes.
     pub fn capacity_bytes(&self) -> u64 {
-        (self.rows.elem_count() * self.rows.dtype().size_in_bytes()) as u64
+        match &self.rows {
+            Rows::Memory(rows) => (rows.elem_count() * rows.dtype().size_in_bytes()) as u64,
+            #[cfg(feature = "cuda")]
+            Rows::Pinned(rows) => rows.bytes(),
+        }
     }
 
     /// Returns the bytes in use after `position` tokens.
     pub fn used_bytes(&self, position: usize) -> u64 {
-        let ctx = self.rows.dims()[1];
-        self.capacity_bytes() / ctx as u64 * position.min(ctx) as u64
+        self.capacity_bytes() / self.ctx as u64 * position.min(self.ctx) as u64
     }
 
     /// Writes the keys and values of positions `start..start + T`.
@@ -38,22 +62,47 @@ impl HostStore {
     /// # Errors
     /// Positions beyond the context.
     pub fn write(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
-        let rows = Tensor::stack(&[k, v], 2)?.transpose(0, 1)?.contiguous()?;
-        Ok(self.rows.slice_set(&rows, 1, start)?)
+        match &self.rows {
+            Rows::Memory(rows) => {
+                let new = Tensor::stack(&[k, v], 2)?.transpose(0, 1)?.contiguous()?;
+                Ok(rows.slice_set(&new, 1, start)?)
+            }
+            #[cfg(feature = "cuda")]
+            Rows::Pinned(rows) => rows.write(k, v, start),
+        }
     }
 
-    /// Returns all rows as keys and values `[ctx, G, D]`, without a copy.
+    /// Attends queries at positions `start..start + T` to every stored position before `start`, and causally to `own`.
+    ///
+    /// # Shapes
+    /// `q [T, H, D]`, `own.k`, `own.v` `[T, G, D]`; the result is as `q`.
     ///
     /// # Errors
-    /// None for a store that was made by [`HostStore::new`].
-    pub fn keys_and_values(&self) -> Result<(Tensor, Tensor)> {
-        let part = |i: usize| self.rows.narrow(2, i, 1)?.squeeze(2)?.transpose(0, 1);
-        Ok((part(0)?, part(1)?))
+    /// Those of [`attend`].
+    pub fn attend(&self, q: &Tensor, own: KeyValues, start: usize, scale: f32) -> Result<Tensor> {
+        match &self.rows {
+            Rows::Memory(rows) => {
+                let part = |i: usize| rows.narrow(2, i, 1)?.squeeze(2)?.transpose(0, 1);
+                let (k, v) = (part(0)?, part(1)?);
+                let segments = [Segment::Ring(KeyValues { k: &k, v: &v }), Segment::Chunk(own)];
+                let window = Window::Unbounded;
+                Ok(attend(&AttentionArgs { q, start, window, scale, segments: &segments, lse: false })?.out)
+            }
+            #[cfg(feature = "cuda")]
+            Rows::Pinned(rows) => rows.attend(q, own, start, scale),
+        }
     }
 
-    /// Returns the rows, `[G, ctx, 2, D]`.
-    pub fn rows(&self) -> &Tensor {
-        &self.rows
+    /// Returns the rows of a store in ordinary memory, `[G, ctx, 2, D]`.
+    ///
+    /// # Errors
+    /// A store for a GPU.
+    pub fn rows(&self) -> Result<&Tensor> {
+        match &self.rows {
+            Rows::Memory(rows) => Ok(rows),
+            #[cfg(feature = "cuda")]
+            Rows::Pinned(_) => Err(Error::new(ErrorKind::Backend, "host store", "is page-locked for a GPU")),
+        }
     }
 }
 
@@ -61,7 +110,6 @@ impl HostStore {
 mod tests {
     use super::*;
     use crate::cache::Ring;
-    use crate::ops::{attend, AttentionArgs, KeyValues, Segment, Window};
 
     #[test]
     fn attention_over_the_store_is_that_over_a_dense_cache() -> Result<()> {
@@ -69,26 +117,23 @@ mod tests {
         for (cuts, g, group, d) in [(vec![5usize, 1, 300, 64], 2, 3, 64), (vec![9, 1], 1, 1, 7), (vec![1], 3, 2, 32)] {
             let total: usize = cuts.iter().sum();
             let (mut store, mut ring) =
-                (HostStore::new(total, (g, d), DType::F32)?, Ring::new(total, (g, d), DType::F32, &device)?);
+                (HostStore::new(total, (g, d), DType::F32, &device)?, Ring::new(total, (g, d), DType::F32, &device)?);
             let mut start = 0;
             for t in cuts {
                 let random = |heads: usize| Tensor::randn(0f32, 1.0, (t, heads, d), &device);
                 let (q, k, v) = (random(g * group)?, random(g)?, random(g)?);
-                let chunk = Segment::Chunk(KeyValues { k: &k, v: &v });
-                let over = |rows: KeyValues| {
-                    let segments = [Segment::Ring(rows), chunk];
-                    attend(&AttentionArgs {
-                        q: &q,
-                        start,
-                        window: Window::Unbounded,
-                        scale: 0.2,
-                        segments: &segments,
-                        lse: false,
-                    })
+                let own = KeyValues { k: &k, v: &v };
+                let segments = [Segment::Ring(ring.rows()), Segment::Chunk(own)];
+                let args = AttentionArgs {
+                    q: &q,
+                    start,
+                    window: Window::Unbounded,
+                    scale: 0.2,
+                    segments: &segments,
+                    lse: false,
                 };
-                let (sk, sv) = store.keys_and_values()?;
-                let (got, want) = (over(KeyValues { k: &sk, v: &sv })?, over(ring.rows())?);
-                let off = (got.out - want.out)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                let (got, want) = (store.attend(&q, own, start, 0.2)?, attend(&args)?.out);
+                let off = (got - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
                 assert!(off < 1e-5, "{off}");
                 store.write(&k, &v, start)?;
                 ring.write(&k, &v, start)?;

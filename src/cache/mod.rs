@@ -6,6 +6,8 @@
 
 mod compressed_kv;
 mod host;
+#[cfg(feature = "cuda")]
+mod pinned;
 mod recall_kv;
 mod ring;
 mod two_pool;

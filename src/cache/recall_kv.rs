@@ -66,7 +66,7 @@ impl RecallKv {
             local,
             sinks: sink(layer.sink_rows)?,
             sink_tokens: layer.settings.sink_tokens,
-            store: HostStore::new(ctx, row, dtype)?,
+            store: HostStore::new(ctx, row, dtype, device)?,
             key_codes: tables.keys.iter().map(|k| vec![0; layer.coded() * k.bytes()]).collect(),
             value_codes,
             means,
@@ -123,7 +123,7 @@ impl RecallKv {
         }
         self.local.write(k, v, start)?;
         self.store.write(k, v, start)?;
-        let rows = view(self.store.rows(), "recall store")?;
+        let rows = view(self.store.rows()?, "recall store")?;
         let exact: Vec<&[f32]> = rows.values::<f32>()?.chunks_exact(self.ctx * 2 * self.dim).collect();
         for (g, exact) in exact.into_iter().enumerate() {
             let row = |p: usize, part: usize| &exact[(2 * p + part) * self.dim..][..self.dim];

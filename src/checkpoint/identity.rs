@@ -67,6 +67,15 @@ impl Identity {
         self.place()
     }
 
+    /// Returns whether both name the same content: the same commit of a repository, or equal hashes.
+    pub fn same_content(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Directory { sha256: a, .. }, Self::Directory { sha256: b, .. })
+            | (Self::File { sha256: a, .. }, Self::File { sha256: b, .. }) => a.is_some() && a == b,
+            _ => self == other,
+        }
+    }
+
     /// Returns a copy with the content hash of `files` filled in; a hub identity, which has its commit, is unchanged.
     ///
     /// # Errors

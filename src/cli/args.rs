@@ -215,8 +215,9 @@ pub struct RetrofitArgs {
     /// Layers to swap: all (every full-attention layer) or a list such as 0-14,17-29 [default: all]
     #[arg(long, value_name = "all|LIST")]
     pub layers: Option<String>,
-    /// Read layers and settings from a plan (JSON); the other flags of this group override it.
-    #[arg(long, value_name = "FILE")]
+    /// Read layers and settings from a plan (JSON) or a patch of the same model; the other flags of this group override
+    /// it.
+    #[arg(long, value_name = "FILE|PATCH")]
     pub plan: Option<PathBuf>,
     /// Block size in tokens; one summary stands for one block [default: 128]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]

@@ -92,6 +92,21 @@ impl Patch {
         Ok(patch)
     }
 
+    /// Checks that `checkpoint`, wherever it lies, has the content of the patch's base.
+    ///
+    /// # Errors
+    /// Another checkpoint, or a file that cannot be read.
+    pub fn check_base(&self, checkpoint: &Checkpoint, progress: OnProgress) -> Result<()> {
+        let place = self.dir.join(FILE);
+        match self.base.same_content(&checkpoint.identity.hashed(&checkpoint.files(), progress)?) {
+            true => Ok(()),
+            false => {
+                let message = format!("was made for another model than {}", checkpoint.identity.place());
+                Err(Error::format(place.display(), message))
+            }
+        }
+    }
+
     /// Opens the base checkpoint.
     ///
     /// # Errors

@@ -199,8 +199,11 @@ impl Inputs {
     fn open(args: &RunArgs, progress: OnProgress) -> Result<Self> {
         let name = args.model.model.as_deref().unwrap_or_default();
         let patch = Patch::open(name)?;
-        let saved = args.retrofit.plan.as_deref().map(RetrofitPlan::load).transpose()?;
-        let base = saved.or(patch.as_ref().map(|p| p.plan.clone()));
+        let (saved, plan_patch) = match args.retrofit.plan.as_deref() {
+            Some(path) if path.is_dir() => (None, Patch::open(&path.to_string_lossy())?),
+            path => (path.map(RetrofitPlan::load).transpose()?, None),
+        };
+        let base = saved.or(plan_patch.as_ref().or(patch.as_ref()).map(|p| p.plan.clone()));
         let layers = args.retrofit.layers.as_deref().map(parse_layers).transpose()?;
         let mut settings = args.retrofit.settings(base.as_ref().map_or_else(recalling, |p| p.settings.clone()));
         settings.seed = args.sampling.seed.unwrap_or(settings.seed);
@@ -212,6 +215,10 @@ impl Inputs {
             Some(patch) => patch.base(&options, progress)?,
             None => Checkpoint::open(name, &options, progress)?,
         };
+        if let Some(plan_patch) = &plan_patch {
+            plan_patch.check_base(&checkpoint, progress)?;
+        }
+        let patch = plan_patch.or(patch);
         let spec = &checkpoint.spec;
         if let Some(base) = &base {
             let place = args.retrofit.plan.as_deref().unwrap_or(Path::new(name));

@@ -9,7 +9,7 @@ use crate::cache::{RecallKv, Ring};
 use crate::error::Result;
 use crate::layout::RecallLayer;
 use crate::ops::recall::{attend_far, FarArgs};
-use crate::ops::{attend, merge_attention, view, Attended, AttentionArgs, KeyValues, Segment, Window};
+use crate::ops::{attend, merge_attention, view, Attended, AttentionArgs, KeyValues, Segment};
 use candle_core::Tensor;
 
 pub(super) fn forward(
@@ -21,18 +21,9 @@ pub(super) fn forward(
 ) -> Result<Tensor> {
     let Qkv { q, k, v, .. } = p.project(x, &chunk.tables[p.rope], false)?;
     if chunk.phase == Phase::Prefill {
-        let (all_k, all_v) = cache.store().keys_and_values()?;
-        let stored = KeyValues { k: &all_k, v: &all_v };
-        let attended = attend(&AttentionArgs {
-            q: &q,
-            start: chunk.start,
-            window: Window::Unbounded,
-            scale: p.scale,
-            segments: &[Segment::Ring(stored), Segment::Chunk(KeyValues { k: &k, v: &v })],
-            lse: false,
-        })?;
+        let attended = cache.store().attend(&q, KeyValues { k: &k, v: &v }, chunk.start, p.scale)?;
         cache.push(&k, &v, chunk.start)?;
-        return p.output(&attended.out);
+        return p.output(&attended);
     }
     let mut parts = vec![];
     for t in 0..x.dim(0)? {
@@ -67,7 +58,7 @@ fn step(
     }
     let far = {
         let lse = near.lse.as_ref().map(Tensor::flatten_all).transpose()?.map(|l| l.to_vec1::<f32>()).transpose()?;
-        let (q, rows) = (view(q, "queries")?, view(cache.store().rows(), "recall store")?);
+        let (q, rows) = (view(q, "queries")?, view(cache.store().rows()?, "recall store")?);
         let exact: Vec<&[f32]> = rows.values::<f32>()?.chunks_exact(layer.ctx * 2 * p.head_dim).collect();
         let ((code, codes), values) = (cache.keys(), cache.value_rows());
         attend_far(&FarArgs {

@@ -159,4 +159,55 @@ mod tests {
             assert!(e.contains(words), "{text}: {e}");
         }
     }
+
+    #[test]
+    fn every_code_scores_what_it_encodes() {
+        let (dim, n, cut) = (32, 100, 37);
+        let number = |i: usize| ((i * 7919 + 13) % 9973) as f32 / 4986.5 - 1.0;
+        let exact: Vec<f32> = (0..2 * n * dim).map(number).collect();
+        let keys: Vec<f32> = exact.chunks(dim).step_by(2).flatten().copied().collect();
+        let queries: Vec<f32> = (0..3 * dim).map(|i| number(i + 77_777)).collect();
+        let statistics = KeyStatistics {
+            mean: vec![0.1; dim],
+            deviation: vec![0.6; dim],
+            query: vec![1.0; dim],
+            units: (0..dim / 2).map(|i| vec![i, i + dim / 2]).collect(),
+        };
+        for code in KEY_CODES {
+            let rates: Vec<_> =
+                code.rates().iter().map(|r| Some(*r)).chain(code.rates().is_empty().then_some(None)).collect();
+            for rate in rates {
+                let head = code.fit(&statistics, rate);
+                assert_eq!(head.bytes(), code.bytes(dim, rate), "{}", code.name());
+                let scores = |codes: &[u8], exact: &[f32], tokens: Range<usize>| {
+                    let mut scores = vec![vec![]; 3];
+                    head.scores(&queries, &HeadRows { codes, exact }, tokens, &mut scores);
+                    scores
+                };
+                let room = n.next_multiple_of(head.page()) * head.bytes();
+                let (mut whole, mut parts) = (vec![0; room], vec![0; room]);
+                head.encode(&keys, &mut whole);
+                head.encode(&keys[..cut * dim], &mut parts);
+                let before = scores(&parts, &exact[..2 * cut * dim], 3..cut);
+                let from = cut / head.page() * head.page();
+                head.encode(&keys[from * dim..], &mut parts[from * head.bytes()..]);
+                assert_eq!(scores(&whole, &exact, 3..n), scores(&parts, &exact, 3..n), "{}: in pieces", code.name());
+                if head.page() == 1 {
+                    let after = scores(&whole, &exact, 3..cut);
+                    assert_eq!(before, after, "{}: a later key moves an earlier score", code.name());
+                }
+                for (q, got) in queries.chunks(dim).zip(scores(&whole, &exact, 0..n)) {
+                    let want: Vec<f32> = keys.chunks(dim).map(|k| q.iter().zip(k).map(|(q, k)| q * k).sum()).collect();
+                    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+                    let centred = |x: &[f32]| -> Vec<f32> {
+                        let mean = x.iter().sum::<f32>() / x.len() as f32;
+                        x.iter().map(|x| x - mean).collect()
+                    };
+                    let (a, b) = (centred(&want), centred(&got));
+                    let correlation = dot(&a, &b) / (dot(&a, &a) * dot(&b, &b)).sqrt();
+                    assert!(correlation > 0.3, "{} {rate:?}: correlation {correlation} with exact scores", code.name());
+                }
+            }
+        }
+    }
 }

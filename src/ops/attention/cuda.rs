@@ -164,10 +164,13 @@ pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
         let message = "a table of rows is read by one 16-bit query at a time, with head dims of a multiple of 8";
         return Err(Error::unsupported("attention", message));
     }
-    // The tiled kernels need the chunk's own keys.
+    // The portable tiled kernel needs the chunk's own keys.
     let tiled = wide && k.is_some();
-    let hopper =
-        HOPPER.iter().find(|s| d <= s.dim).filter(|_| tiled && !one_token && q_far.is_none() && is_hopper(gpu));
+    let past_alone = wide && past_k.is_some() && parts.stores.is_empty() && parts.sinks.is_none();
+    let hopper = HOPPER
+        .iter()
+        .find(|s| d <= s.dim)
+        .filter(|_| (tiled || past_alone) && !one_token && q_far.is_none() && is_hopper(gpu));
     // Only this kernel reads runs of rows as pieces.
     let extras = Extras::of(args, parts, hopper.is_some())?;
     let on_device = match extras.rows.is_empty() {
@@ -219,7 +222,7 @@ pub(super) fn attend(args: &AttentionArgs, parts: &Parts) -> Result<Attended> {
         one(args, parts, &params, extras.rows.len(), table)?;
         return Ok(Attended { out, lse });
     }
-    if !tiled {
+    if !tiled && hopper.is_none() {
         let kernel = Kernel::load(gpu, "attention_any", format!("attention_any_{name}"))?;
         // SAFETY: the addresses are those of tensors borrowed here; frees are ordered after the launch on the one
         // stream.

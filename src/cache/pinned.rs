@@ -1,0 +1,167 @@
+//! The host store of a GPU: page-locked memory that kernels read in place and that prefill streams back tile by tile.
+
+use crate::error::{At, Error, ErrorKind, Result};
+use crate::ops::cuda::{address, device, uninitialised};
+use crate::ops::{attend, human_bytes, merge_attention, Attended, AttentionArgs, KeyValues, Segment, Window};
+use candle_core::cuda_backend::cudarc::driver::{sys, CudaStream, DriverError, PinnedHostSlice};
+use candle_core::{DType, Device, Tensor};
+use std::sync::Arc;
+
+/// Bytes of a tile of keys and values that prefill streams to the device; two are allocated.
+const TILE_BYTES: usize = 64 << 20;
+
+/// Exact keys and values in page-locked memory, `[G, ctx, 2, D]`.
+#[derive(Debug)]
+pub struct PinnedStore {
+    slice: PinnedHostSlice<u8>,
+    /// Address of the slice, the same on host and device under unified addressing.
+    at: u64,
+    /// `(G, ctx, D)`.
+    dims: (usize, usize, usize),
+    dtype: DType,
+    /// Stream of the copies to the device, beside the run's own.
+    copies: Arc<CudaStream>,
+}
+
+impl PinnedStore {
+    /// Allocates the store.
+    ///
+    /// # Errors
+    /// The system does not lock as much memory.
+    pub fn new(ctx: usize, (kv_heads, dim): (usize, usize), dtype: DType, gpu: &Device) -> Result<Self> {
+        let Device::Cuda(gpu) = gpu else { return Err(Error::unsupported("host store", "is locked for a GPU alone")) };
+        let stream = gpu.cuda_stream();
+        let bytes = kv_heads * ctx * 2 * dim * dtype.size_in_bytes();
+        let failed = |e: DriverError| {
+            let message =
+                format!("{} of host memory cannot be locked: {e}; use a smaller --ctx", human_bytes(bytes as u64));
+            Error::new(ErrorKind::Memory, "host store", message)
+        };
+        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        // SAFETY: every position is written before attention reads it.
+        let slice = unsafe { stream.context().alloc_pinned_with_flags::<u8>(bytes.max(1), flags) }.map_err(failed)?;
+        let at = slice.as_ptr().map_err(failed)? as u64;
+        let copies = stream.context().new_stream().map_err(candle_core::Error::wrap).at("host store")?;
+        Ok(Self { slice, at, dims: (kv_heads, ctx, dim), dtype, copies })
+    }
+
+    /// Returns the allocated bytes.
+    pub fn bytes(&self) -> u64 {
+        self.slice.num_bytes() as u64
+    }
+
+    /// Returns the address that kernels read.
+    pub fn address(&self) -> u64 {
+        self.at
+    }
+
+    /// Bytes of a position of one KV head.
+    fn row_bytes(&self) -> usize {
+        2 * self.dims.2 * self.dtype.size_in_bytes()
+    }
+
+    /// Writes the keys and values of positions `start..start + T`, in the order of the run's stream.
+    ///
+    /// # Shapes
+    /// `k`, `v` `[T, G, D]`.
+    ///
+    /// # Errors
+    /// Positions beyond the context; another shape or type; the device fails.
+    pub fn write(&self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
+        let ((heads, ctx, _), tokens) = (self.dims, k.dim(0)?);
+        let rows = Tensor::stack(&[k, v], 2)?.transpose(0, 1)?.contiguous()?;
+        if start + tokens > ctx || rows.dims() != [heads, tokens, 2, self.dims.2] || rows.dtype() != self.dtype {
+            let message = format!("{:?} rows of {:?} at {start} do not fit {:?}", rows.dims(), rows.dtype(), self.dims);
+            return Err(Error::new(ErrorKind::Backend, "host store", message));
+        }
+        let (from, row) = (address(&rows)?, self.row_bytes());
+        let stream = device(&rows)?.cuda_stream();
+        for g in 0..heads {
+            let to = self.at + ((g * ctx + start) * row) as u64;
+            let (from, bytes) = (from + (g * tokens * row) as u64, tokens * row);
+            // SAFETY: both ranges lie in allocations that outlive the copy: the tensor is freed in the order of the
+            // same stream, and the store waits for the stream before it is freed.
+            unsafe { sys::cuMemcpyDtoHAsync_v2(to as *mut _, from, bytes, stream.cu_stream()) }
+                .result()
+                .map_err(candle_core::Error::wrap)
+                .at("host store")?;
+        }
+        Ok(())
+    }
+
+    /// Attends queries at positions `start..start + T` to every stored position before `start` and causally to the
+    /// chunk's own: tiles are copied while the tile before is attended to, and partial results merge by log-sum-exp.
+    ///
+    /// # Shapes
+    /// `q [T, H, D]`, `own.k`, `own.v` `[T, G, D]`; the result is as `q`.
+    ///
+    /// # Errors
+    /// Too little memory for two tiles; the device fails.
+    pub fn attend(&self, q: &Tensor, own: KeyValues, start: usize, scale: f32) -> Result<Tensor> {
+        let part = |start: usize, segment: Segment, lse: bool| {
+            attend(&AttentionArgs { q, start, window: Window::Unbounded, scale, segments: &[segment], lse })
+        };
+        // The chunk as if nothing came before it.
+        let mut all = part(0, Segment::Chunk(own), start > 0)?;
+        if start == 0 {
+            return Ok(all.out);
+        }
+        let (gpu, (heads, ctx, dim)) = (device(q)?, self.dims);
+        let main = gpu.cuda_stream();
+        let failed = |e: DriverError| Error::new(ErrorKind::Backend, "host store", e);
+        let row = self.row_bytes();
+        let tile = (TILE_BYTES / (row * heads)).clamp(256, start.next_multiple_of(256));
+        let buffers = [(); 2].map(|()| uninitialised(gpu, self.dtype, (heads, tile, 2, dim)));
+        let [one, two] = buffers;
+        let buffers = [one?, two?];
+        let mut free = [main.record_event(None).map_err(failed)?, main.record_event(None).map_err(failed)?];
+        for (i, from) in (0..start).step_by(tile).enumerate() {
+            let (buffer, n) = (&buffers[i % 2], tile.min(start - from));
+            self.copies.wait(&free[i % 2]).map_err(failed)?;
+            let to = address(buffer)?;
+            for g in 0..heads {
+                let source = self.at + ((g * ctx + from) * row) as u64;
+                // SAFETY: the buffer is `[G, tile, 2, D]` and the store `[G, ctx, 2, D]`; the main stream waits for the
+                // copies before it uses or frees the buffer.
+                unsafe {
+                    sys::cuMemcpyHtoDAsync_v2(
+                        to + (g * tile * row) as u64,
+                        source as *const _,
+                        n * row,
+                        self.copies.cu_stream(),
+                    )
+                }
+                .result()
+                .map_err(failed)?;
+            }
+            main.join(&self.copies).map_err(failed)?;
+            let rows = buffer.narrow(1, 0, n)?;
+            let half = |i: usize| rows.narrow(2, i, 1)?.squeeze(2)?.transpose(0, 1);
+            let (k, v) = (half(0)?, half(1)?);
+            // A row number, not a position: every query sees the whole tile.
+            let tile_part = part(n, Segment::Ring(KeyValues { k: &k, v: &v }), true)?;
+            free[i % 2] = main.record_event(None).map_err(failed)?;
+            all = merge_attention(&[all, tile_part])?;
+        }
+        let Attended { out, .. } = all;
+        Ok(out)
+    }
+
+    /// Returns a copy of the first `positions` as a CPU tensor `[G, positions, 2, D]`, for tests.
+    ///
+    /// # Errors
+    /// A failure of the driver.
+    pub fn to_tensor(&self, positions: usize) -> Result<Tensor> {
+        let bytes = self.slice.as_slice().map_err(candle_core::Error::wrap).at("host store")?;
+        let (heads, ctx, dim) = self.dims;
+        let all = Tensor::from_raw_buffer(bytes, self.dtype, &[heads, ctx, 2, dim], &Device::Cpu)?;
+        Ok(all.narrow(1, 0, positions)?)
+    }
+}
+
+impl Drop for PinnedStore {
+    fn drop(&mut self) {
+        // Kernels and copies of the run's stream may still use the memory.
+        let _ = self.slice.context().synchronize();
+    }
+}
