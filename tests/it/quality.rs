@@ -2,7 +2,8 @@
 
 use crate::common::*;
 use assert_cmd::Command;
-use bfly::eval::quality::metrics::{compare, LogitRows, TOP};
+use bfly::eval::quality::metrics::{compare, losses, LogitRows, TOP};
+use bfly::eval::quality::prompting::{answer_turns, loss, read_context, AnswerLimits, PromptIds};
 use bfly::eval::report::{read, Ablation, Answers, LayerStudy, Score, Smoke, ABLATION, ANSWERS, LAYERS, SMOKE};
 use std::path::Path;
 
@@ -161,6 +162,9 @@ fn bad_input_is_named() -> Any {
     std::fs::write(&broken, line)?;
     ruler(&["--import", &broken, "--tasks", "cwe"], &["--import", "no samples of cwe"]);
     refused(&["ablate", "--model", &tiny, "--tasks", "vt,vt"], &["--tasks", "names `vt` twice"]);
+    ruler(&["--tasks", "all,vt"], &["--tasks", "names `vt` twice"]);
+    ruler(&["--tasks", "recall,recall_turns"], &["--tasks", "names `recall_turns` twice"]);
+    ruler(&["--ctx", "700", "--tasks", "recall_turns"], &["recall_turns", "700 tokens are too few", "240 tokens"]);
 
     // What is no earlier result stays what it is.
     let (notes, no_dir) = (path(dir.path(), "notes.txt"), path(dir.path(), "no/where.jsonl"));
@@ -237,6 +241,42 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
 }
 
 #[test]
+fn turns_are_recorded_resumed_and_travel_through_files() -> Any {
+    let dir = tempfile::tempdir()?;
+    let (real, jsonl) = (smollm2(), path(dir.path(), "samples.jsonl"));
+    for how in [&["--chat", "--question-unseen"][..], &["--question-unseen"], &["--chat"]] {
+        let name = how.concat();
+        let (out, again) = (path(dir.path(), &format!("a{name}.json")), path(dir.path(), &format!("b{name}.json")));
+        let ask = |more: &[&str]| {
+            let args = ["ruler", "--model", real.as_str(), "-q", "--variants", "stock"];
+            quality(&[&args[..], how, more].concat()).assert().success();
+        };
+        let made = ["--tasks", "recall_turns", "--ctx", "1300", "--out", &out];
+        ask(&[&made[..], &["--samples", "1"]].concat());
+        let one: Answers = read(Path::new(&out), ANSWERS)?;
+        let answer = &one.cells[0].answers[0];
+        assert_eq!(answer.turns.len(), 10);
+        assert_eq!(answer.tokens, answer.turns.iter().map(|t| t.tokens).sum::<usize>());
+        let mean = answer.turns.iter().map(|t| t.score).sum::<f64>() / 10.0;
+        assert!((answer.score - mean).abs() < 1e-12);
+        assert!(answer.prompt_tokens + 10 * 24 <= 1300, "{} tokens of prompt", answer.prompt_tokens);
+        assert!(answer.turns.iter().all(|t| t.tokens <= 24));
+        // A line ends a raw answer; a chat has its own end of turn.
+        let one_line = |t: &bfly::eval::report::TurnAnswer| !t.answer.trim().contains('\n');
+        assert!(how.contains(&"--chat") || answer.turns.iter().all(one_line), "{:?}", answer.turns);
+        if how.len() == 2 {
+            ask(&[&made[..], &["--samples", "2", "--export", &jsonl]].concat());
+            let two: Answers = read(Path::new(&out), ANSWERS)?;
+            assert_eq!((two.cells[0].answers.len(), &two.cells[0].answers[0]), (2, answer));
+            ask(&["--import", &jsonl, "--jobs", "2", "--out", &again]);
+            let imported: Answers = read(Path::new(&again), ANSWERS)?;
+            assert_eq!((imported.cells[0].length, &imported.cells[0].answers), (1300, &two.cells[0].answers));
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn rulers_own_files_are_one_cell_and_their_questions_can_be_unseen() -> Any {
     let dir = tempfile::tempdir()?;
     let (real, out, jsonl) = (smollm2(), path(dir.path(), "answers.json"), path(dir.path(), "ours.jsonl"));
@@ -274,6 +314,65 @@ fn rulers_own_files_are_one_cell_and_their_questions_can_be_unseen() -> Any {
         warned.contains("validation.jsonl does not state the length") && warned.contains("--import-length"),
         "{warned}"
     );
+    Ok(())
+}
+
+/// What several turns read, with the answers in their places.
+fn in_one_go(prompt: &PromptIds, answers: &[Vec<u32>]) -> Vec<u32> {
+    let later = prompt.follow_ups.iter().zip(&answers[1..]).flat_map(|(turn, answer)| [turn.clone(), answer.clone()]);
+    [prompt.first_turn(), answers[0].clone()].into_iter().chain(later).flatten().collect()
+}
+
+#[test]
+fn several_turns_read_what_one_text_with_their_answers_reads() -> Any {
+    let window = Settings { window: 64, block: 16, ..Settings::default() };
+    for (name, settings) in [("qwen2", None), ("qwen2", Some(&window)), ("gemma3", None), ("gemma3", Some(&window))] {
+        let model = load_golden(name, settings, 400)?;
+        let ids = |n: u32, from: u32| (0..n).map(|i| 4 + (from + 37 * i) % 300).collect::<Vec<u32>>();
+        for context in [ids(150, 0), vec![]] {
+            let prompt = PromptIds { context, rest: ids(20, 5), follow_ups: vec![ids(9, 7), ids(1, 8), ids(14, 9)] };
+            let answers_of = |stop: &[u32], ends: &dyn Fn(&[u32]) -> bool| -> Any<_> {
+                let (mut run, mut read) = (model.run()?, vec![]);
+                let before = read_context(&mut run, &prompt, 32, &mut |n| read.push(n))?;
+                let limits = AnswerLimits { room: 6, stop, ends, chunk: 8 };
+                let answers = answer_turns(&mut run, &prompt, &limits, &mut |n| read.push(before + n))?;
+                assert_eq!(read.last(), Some(&prompt.tokens()), "progress counts the prompt's tokens");
+                assert!(read.windows(2).all(|p| p[0] <= p[1]), "{read:?}");
+                Ok((answers, run.cache().position()))
+            };
+            let (full, _) = answers_of(&[], &|_| false)?;
+            assert!(full.iter().all(|a| a.len() == 6), "{name}: room for six tokens");
+            // A stop token is no part of its answer, a token that ends an answer otherwise is.
+            let (stopped, _) = answers_of(&[full[0][3]], &|_| false)?;
+            let first = full[0].iter().position(|id| *id == full[0][3]).ok_or("a token")?;
+            assert_eq!(stopped[0], full[0][..first], "{name}");
+            let (ended, _) = answers_of(&[], &|answer| answer.len() == 2)?;
+            assert!(ended.iter().all(|a| a.len() == 2) && ended[0] == full[0][..2], "{name}");
+            for (answers, how) in [(full, "full"), (stopped, "stopped"), (ended, "ended")] {
+                let ids = in_one_go(&prompt, &answers);
+                let logits = model.run()?.prefill(&ids, 512, ids.len(), &mut watch(|_| ()))?;
+                let likeliest = logits.argmax(1)?.to_vec1::<u32>()?;
+                let mut at = prompt.first_turn().len();
+                for (i, answer) in answers.iter().enumerate() {
+                    assert_eq!(likeliest[at - 1..at - 1 + answer.len()], answer[..], "{name}, {how}, turn {i}");
+                    at += answer.len() + prompt.follow_ups.get(i).map_or(0, Vec::len);
+                }
+                // The loss on these very answers, read turn by turn and in one go.
+                if answers.iter().all(|a| !a.is_empty()) {
+                    let (by_turns, all_likeliest) = loss(&mut model.run()?, (&prompt, &answers), 8, &mut |_| ())?;
+                    let rows = LogitRows::of(&logits.narrow(0, 0, ids.len() - 1)?)?;
+                    let each = losses(&rows, &ids[1..])?;
+                    let (mut at, mut own) = (prompt.first_turn().len(), vec![]);
+                    for (i, answer) in answers.iter().enumerate() {
+                        own.extend_from_slice(&each[at - 1..at - 1 + answer.len()]);
+                        at += answer.len() + prompt.follow_ups.get(i).map_or(0, Vec::len);
+                    }
+                    let mean = own.iter().sum::<f64>() / own.len() as f64;
+                    assert!(all_likeliest && (by_turns - mean).abs() < 1e-3, "{name}, {how}: {by_turns} and {mean}");
+                }
+            }
+        }
+    }
     Ok(())
 }
 
