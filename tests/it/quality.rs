@@ -5,6 +5,8 @@ use assert_cmd::Command;
 use bfly::eval::quality::metrics::{compare, losses, LogitRows, TOP};
 use bfly::eval::quality::prompting::{answer_turns, loss, read_context, AnswerLimits, PromptIds};
 use bfly::eval::report::{read, Ablation, Answers, LayerStudy, Score, Smoke, ABLATION, ANSWERS, LAYERS, SMOKE};
+use bfly::generate::watch;
+use bfly::retrofit::Settings;
 use std::path::Path;
 
 fn quality(args: &[&str]) -> Command {
@@ -244,35 +246,33 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
 fn turns_are_recorded_resumed_and_travel_through_files() -> Any {
     let dir = tempfile::tempdir()?;
     let (real, jsonl) = (smollm2(), path(dir.path(), "samples.jsonl"));
-    for how in [&["--chat", "--question-unseen"][..], &["--question-unseen"], &["--chat"]] {
-        let name = how.concat();
-        let (out, again) = (path(dir.path(), &format!("a{name}.json")), path(dir.path(), &format!("b{name}.json")));
-        let ask = |more: &[&str]| {
-            let args = ["ruler", "--model", real.as_str(), "-q", "--variants", "stock"];
-            quality(&[&args[..], how, more].concat()).assert().success();
-        };
-        let made = ["--tasks", "recall_turns", "--ctx", "1300", "--out", &out];
-        ask(&[&made[..], &["--samples", "1"]].concat());
-        let one: Answers = read(Path::new(&out), ANSWERS)?;
-        let answer = &one.cells[0].answers[0];
+    let ask = |name: &str, how: &[&str]| -> Any<Answers> {
+        let out = path(dir.path(), name);
+        let args = ["ruler", "--model", real.as_str(), "-q", "--variants", "stock", "--out", &out];
+        quality(&[&args[..], how].concat()).assert().success();
+        Ok(read(Path::new(&out), ANSWERS)?)
+    };
+    let made = ["--tasks", "recall_turns", "--ctx", "1100", "--samples", "1"];
+    let chat = ["--chat", "--question-unseen"];
+    let (asked, export) = ([&made[..], &chat].concat(), ["--export", jsonl.as_str()]);
+    let chats = ask("chat.json", &[&asked[..], &export].concat())?;
+    let lines = ask("lines.json", &made)?;
+    for (answers, by_lines) in [(&chats, false), (&lines, true)] {
+        let answer = &answers.cells[0].answers[0];
         assert_eq!(answer.turns.len(), 10);
         assert_eq!(answer.tokens, answer.turns.iter().map(|t| t.tokens).sum::<usize>());
         let mean = answer.turns.iter().map(|t| t.score).sum::<f64>() / 10.0;
-        assert!((answer.score - mean).abs() < 1e-12);
-        assert!(answer.prompt_tokens + 10 * 24 <= 1300, "{} tokens of prompt", answer.prompt_tokens);
-        assert!(answer.turns.iter().all(|t| t.tokens <= 24));
+        assert!((answer.score - mean).abs() < 1e-12 && answer.turns.iter().all(|t| t.tokens <= 24));
+        assert!(answer.prompt_tokens + 10 * 24 <= 1100, "{} tokens of prompt", answer.prompt_tokens);
         // A line ends a raw answer; a chat has its own end of turn.
-        let one_line = |t: &bfly::eval::report::TurnAnswer| !t.answer.trim().contains('\n');
-        assert!(how.contains(&"--chat") || answer.turns.iter().all(one_line), "{:?}", answer.turns);
-        if how.len() == 2 {
-            ask(&[&made[..], &["--samples", "2", "--export", &jsonl]].concat());
-            let two: Answers = read(Path::new(&out), ANSWERS)?;
-            assert_eq!((two.cells[0].answers.len(), &two.cells[0].answers[0]), (2, answer));
-            ask(&["--import", &jsonl, "--jobs", "2", "--out", &again]);
-            let imported: Answers = read(Path::new(&again), ANSWERS)?;
-            assert_eq!((imported.cells[0].length, &imported.cells[0].answers), (1300, &two.cells[0].answers));
-        }
+        let one_line = answer.turns.iter().all(|t| !t.answer.trim().contains('\n'));
+        assert!(!by_lines || one_line, "{:?}", answer.turns);
     }
+    // An answered sample is not answered again, and out of a file it is the same sample.
+    let again = ask("chat.json", &asked)?;
+    assert_eq!(again.cells, chats.cells);
+    let imported = ask("imported.json", &[&["--import", jsonl.as_str()], &chat[..]].concat())?;
+    assert_eq!((imported.cells[0].length, &imported.cells[0].answers), (1100, &chats.cells[0].answers));
     Ok(())
 }
 

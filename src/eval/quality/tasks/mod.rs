@@ -1,8 +1,8 @@
-//! RULER's thirteen tasks (Hsieh et al. 2024, <https://arxiv.org/abs/2404.06654>, <https://github.com/NVIDIA/RULER>),
-//! generated and scored natively.
+//! RULER's thirteen tasks (Hsieh et al. 2024, <https://arxiv.org/abs/2404.06654>, <https://github.com/NVIDIA/RULER>) and
+//! three recall tasks, generated and scored natively.
 //!
-//! A task generates prompts of any length with a known answer. Templates, counts, answer lengths and scoring are
-//! RULER's:
+//! A task generates prompts of any length with a known answer. Templates, counts, answer lengths and scoring of the
+//! first thirteen are RULER's:
 //!
 //! | task | context | question for | score |
 //! |---|---|---|---|
@@ -19,13 +19,17 @@
 //! | `fwe` | coded words with zeta-distributed frequencies | the three most frequent ones | all |
 //! | `qa_1` | documents, SQuAD | the answer to a question about one | part |
 //! | `qa_2` | documents, HotpotQA | the answer to a question about two | part |
+//! | `recall_turns` | needles only | the numbers of ten keys, one a turn | all, mean over turns |
+//! | `recall_needles` | prose | sixteen numbers of one key | all |
+//! | `recall_count` | lines with labels | the number of lines with one label | count |
 //!
-//! `all` is the share of the expected outputs that the answer contains, `part` is 1 where it contains any
-//! ([`ScoringRule`]). [`needle`] is one needle at a given depth, for a grid over lengths and depths (Kamradt 2023,
+//! `all` is the share of the expected outputs that the answer contains, `part` is 1 where it contains any, `count` is 1
+//! where its first number is the expected one ([`ScoringRule`]). A sample of several turns has [`FollowUp`] questions,
+//! each read after the answer of the turn before. [`needle`] is one needle at a given depth, for a grid over lengths and depths (Kamradt 2023,
 //! <https://github.com/gkamradt/LLMTest_NeedleInAHaystack>).
 //!
 //! ```text
-//! words, hay, qa (files), rng --> niah, vt, cwe, fwe, qa (a draft with n units of hay)
+//! words, hay, qa (files), rng --> niah, vt, cwe, fwe, qa, turns, count (a draft with n units of hay)
 //!                                   `--> length_search (the n) --> sample --> JSONL
 //! answer, sample --> Rule::score
 //! ```
@@ -36,8 +40,8 @@
 //!
 //! # Lengths
 //!
-//! `length` is the tokens of the prompt, with the start of the answer, plus the maximum tokens of the answer. The
-//! caller counts tokens; the length includes a chat template where the counter adds it. Each sample has as much hay as
+//! `length` is the tokens of the prompt, with the start of the answer, plus the maximum tokens of the answer, over all
+//! turns. The caller counts tokens; the length includes a chat template where the counter adds it. Each sample has as much hay as
 //! fits, to within a unit of hay or 1/512 of the length. A length that the smallest prompt exceeds is an error.
 //!
 //! # Start of the question
@@ -67,7 +71,8 @@
 //!   RULER takes the first ones.
 //! - **Scoring** does not replace control characters in the answer first, which cannot change whether the answer
 //!   contains an output.
-//! - **Files** have the fields `task`, `question_at`, `made_for`, `max_new_tokens` and `depth` in addition to RULER's.
+//! - **Files** have the fields `task`, `question_at`, `made_for`, `max_new_tokens`, `depth` and `follow_ups` in addition
+//!   to RULER's.
 //!   RULER's own files are read too: the question is found by the wording of the task's template ([`question_at`]), the
 //!   user states the length that the file was generated for (`--import-length`), and `index` of the needle tasks is the
 //!   place of the answer in the text.
