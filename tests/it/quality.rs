@@ -3,9 +3,10 @@
 use crate::common::*;
 use assert_cmd::Command;
 use bfly::eval::quality::metrics::{compare, losses, LogitRows, TOP};
-use bfly::eval::quality::prompting::{answer_turns, loss, read_context, AnswerLimits, PromptIds};
+use bfly::eval::quality::prompting::{answer_turns, loss, read_context, AnswerLimits, PromptIds, Prompter};
+use bfly::eval::quality::tasks::{FollowUp, Sample, TokenCounter};
 use bfly::eval::report::{read, Ablation, Answers, LayerStudy, Score, Smoke, ABLATION, ANSWERS, LAYERS, SMOKE};
-use bfly::generate::watch;
+use bfly::generate::{render_messages, watch};
 use bfly::retrofit::Settings;
 use std::path::Path;
 
@@ -372,6 +373,57 @@ fn several_turns_read_what_one_text_with_their_answers_reads() -> Any {
                 }
             }
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn turns_in_a_chat_are_the_rendered_conversation() -> Any {
+    let question = |key: &str| format!("What is the number for {key}?");
+    let prefix = |key: &str| format!(" The number for {key} is");
+    let turn = |key: &str| FollowUp { question: question(key), answer_prefix: prefix(key), outputs: vec!["1".into()] };
+    let context = "The number for a is 71. The number for b is 82. The number for c is 93.\n";
+    let sample = Sample {
+        task: "recall_turns".into(),
+        index: 0,
+        input: format!("{context}{}", question("a")),
+        question_at: Some(context.len()),
+        answer_prefix: prefix("a"),
+        outputs: vec!["71".into()],
+        length: 0,
+        made_for: None,
+        max_new_tokens: 8,
+        depth: None,
+        follow_ups: vec![turn("b"), turn("c")],
+    };
+    let text = || open(&smollm2())?.tokenizer();
+    let answers = [" 71.", " 82, I think.", " 93"];
+    let ids = answers.map(|a| text().and_then(|t| t.encode(a, false)));
+    let ids = ids.into_iter().collect::<bfly::Result<Vec<_>>>()?;
+    let users = [sample.input.clone(), question("b"), question("c")];
+    let said = ["a", "b", "c"].iter().zip(answers).map(|(key, answer)| prefix(key).trim_start().to_string() + answer);
+    let said: Vec<String> = said.collect();
+    let messages: Vec<_> =
+        users.iter().zip(&said).flat_map(|(u, a)| [("user", u.as_str()), ("assistant", a)]).collect();
+    // The last answer's message is open.
+    let conversation = render_messages(text()?.chat_template()?, &messages[..5])? + &said[2];
+    let plain = format!("{}{}{}", sample.prompt(), answers[0], "\n") + &turn("b").prompt() + answers[1] + "\n";
+    let plain = plain + &turn("c").prompt() + answers[2];
+    for (chat, unseen) in [(true, true), (true, false), (false, true), (false, false)] {
+        let prompter = Prompter::new(text()?, chat, unseen, 64)?;
+        let prompt = prompter.prompt(&sample)?;
+        assert_eq!((prompt.follow_ups.len(), prompt.context.is_empty()), (2, !unseen));
+        let want = text()?.encode(if chat { &conversation } else { &plain }, !chat)?;
+        assert_eq!(in_one_go(&prompt, &ids), want, "chat {chat}, unseen {unseen}");
+        // What is counted is what is read, to within a token where two texts meet.
+        let later = sample.follow_ups.iter().map(|turn| prompter.follow_up(&turn.prompt()));
+        let later: usize = later.collect::<bfly::Result<Vec<_>>>()?.iter().sum();
+        let counted = TokenCounter::prompt(&prompter, &sample.prompt())? + later;
+        assert!(
+            (prompt.tokens()..=prompt.tokens() + 3).contains(&counted),
+            "counted {counted}, read {}",
+            prompt.tokens()
+        );
     }
     Ok(())
 }

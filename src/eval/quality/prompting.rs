@@ -152,8 +152,8 @@ impl Prompter {
     /// Generates the greedy answers, one per turn and of at most `room` tokens each; returns the text and the number of
     /// tokens of each, and the cache's bytes.
     ///
-    /// Without a chat template nothing but the line ends an answer of several turns: it ends at its first line break
-    /// after text.
+    /// Without a chat template no token separates turns, so an answer of a sample with several turns ends at its first
+    /// line break after text.
     ///
     /// # Errors
     /// As [`Run::generate`].

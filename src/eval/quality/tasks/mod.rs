@@ -1,5 +1,5 @@
-//! RULER's thirteen tasks (Hsieh et al. 2024, <https://arxiv.org/abs/2404.06654>, <https://github.com/NVIDIA/RULER>) and
-//! three recall tasks, generated and scored natively.
+//! RULER's thirteen tasks (Hsieh et al. 2024, <https://arxiv.org/abs/2404.06654>, <https://github.com/NVIDIA/RULER>)
+//! and three recall tasks, generated and scored natively.
 //!
 //! A task generates prompts of any length with a known answer. Templates, counts, answer lengths and scoring of the
 //! first thirteen are RULER's:
