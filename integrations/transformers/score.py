@@ -6,7 +6,8 @@
 
 `--samples` is a file of `bfly-quality-smoke ruler --export` (or of RULER's own making, with --task). Prompts go in as they are, without
 a chat template. An answer ends at the model's end-of-text tokens or where its room ends. Scores are RULER's: the share of the
-expected outputs that occur in the answer, whatever their case (for qa: whether any does).
+expected outputs that occur in the answer, whatever their case (for qa: whether any does); for recall_count, whether its first number is
+the expected one. Samples of several turns (recall_turns) are refused: their prompts depend on the answers.
 
 --compare holds the answers against those of the variant `stock` in a file of bfly's: same prompts (by hash of the token ids), the
 share of equal answers, both scores.
@@ -17,6 +18,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import struct
 import sys
 import time
@@ -46,6 +48,8 @@ def read_samples(path: Path, task: str):
             sample["prompt"] = sample["input"] + sample.get("answer_prefix", "")
             if not sample["outputs"]:
                 raise Bad(f"{path}: line {number} expects no output")
+            if sample.get("follow_ups"):
+                raise Bad(f"{path}: line {number} has several turns, which this script does not read; leave out {sample['task']}")
         except (json.JSONDecodeError, KeyError, TypeError) as e:
             raise Bad(f"{path}: line {number} is not a sample: {e!r}")
         samples.append(sample)
@@ -54,7 +58,19 @@ def read_samples(path: Path, task: str):
     return samples
 
 
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+
+def first_number(answer: str):
+    """The first number of an answer: words of digits, or where there are none the words of NUMBERS."""
+    words = re.findall(r"[^\W_]+", answer.lower())
+    digits = next((word for word in words if re.fullmatch("[0-9]+", word)), None)
+    return str(int(digits)) if digits else next((str(NUMBERS.index(word)) for word in words if word in NUMBERS), None)
+
+
 def score(task: str, answer: str, outputs) -> float:
+    if task == "recall_count":
+        return float(first_number(answer) in outputs)
     found = sum(o.lower() in answer.lower() for o in outputs)
     return float(found > 0) if task.startswith("qa") else found / len(outputs)
 

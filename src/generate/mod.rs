@@ -7,7 +7,7 @@ mod graph;
 mod sample;
 
 pub use budget::MemoryNeeds;
-pub use chat::render_chat;
+pub use chat::{render_chat, render_messages};
 pub use sample::{Sampler, Sampling};
 
 use crate::error::{Error, ErrorKind, Result};

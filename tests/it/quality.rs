@@ -2,8 +2,12 @@
 
 use crate::common::*;
 use assert_cmd::Command;
-use bfly::eval::quality::metrics::{compare, LogitRows, TOP};
+use bfly::eval::quality::metrics::{compare, losses, LogitRows, TOP};
+use bfly::eval::quality::prompting::{answer_turns, loss, read_context, AnswerLimits, PromptIds, Prompter};
+use bfly::eval::quality::tasks::{FollowUp, Sample, TokenCounter};
 use bfly::eval::report::{read, Ablation, Answers, LayerStudy, Score, Smoke, ABLATION, ANSWERS, LAYERS, SMOKE};
+use bfly::generate::{render_messages, watch};
+use bfly::retrofit::Settings;
 use std::path::Path;
 
 fn quality(args: &[&str]) -> Command {
@@ -161,6 +165,9 @@ fn bad_input_is_named() -> Any {
     std::fs::write(&broken, line)?;
     ruler(&["--import", &broken, "--tasks", "cwe"], &["--import", "no samples of cwe"]);
     refused(&["ablate", "--model", &tiny, "--tasks", "vt,vt"], &["--tasks", "names `vt` twice"]);
+    ruler(&["--tasks", "all,vt"], &["--tasks", "names `vt` twice"]);
+    ruler(&["--tasks", "recall,recall_turns"], &["--tasks", "names `recall_turns` twice"]);
+    ruler(&["--ctx", "700", "--tasks", "recall_turns"], &["recall_turns", "700 tokens are too few", "240 tokens"]);
 
     // What is no earlier result stays what it is.
     let (notes, no_dir) = (path(dir.path(), "notes.txt"), path(dir.path(), "no/where.jsonl"));
@@ -237,6 +244,40 @@ fn answers_are_taken_up_again_and_samples_travel_through_files() -> Any {
 }
 
 #[test]
+fn turns_are_recorded_resumed_and_travel_through_files() -> Any {
+    let dir = tempfile::tempdir()?;
+    let (real, jsonl) = (smollm2(), path(dir.path(), "samples.jsonl"));
+    let ask = |name: &str, how: &[&str]| -> Any<Answers> {
+        let out = path(dir.path(), name);
+        let args = ["ruler", "--model", real.as_str(), "-q", "--variants", "stock", "--out", &out];
+        quality(&[&args[..], how].concat()).assert().success();
+        Ok(read(Path::new(&out), ANSWERS)?)
+    };
+    let made = ["--tasks", "recall_turns", "--ctx", "1100", "--samples", "1"];
+    let chat = ["--chat", "--question-unseen"];
+    let (asked, export) = ([&made[..], &chat].concat(), ["--export", jsonl.as_str()]);
+    let chats = ask("chat.json", &[&asked[..], &export].concat())?;
+    let lines = ask("lines.json", &made)?;
+    for (answers, by_lines) in [(&chats, false), (&lines, true)] {
+        let answer = &answers.cells[0].answers[0];
+        assert_eq!(answer.turns.len(), 10);
+        assert_eq!(answer.tokens, answer.turns.iter().map(|t| t.tokens).sum::<usize>());
+        let mean = answer.turns.iter().map(|t| t.score).sum::<f64>() / 10.0;
+        assert!((answer.score - mean).abs() < 1e-12 && answer.turns.iter().all(|t| t.tokens <= 24));
+        assert!(answer.prompt_tokens + 10 * 24 <= 1100, "{} tokens of prompt", answer.prompt_tokens);
+        // A line ends a raw answer; a chat has its own end of turn.
+        let one_line = answer.turns.iter().all(|t| !t.answer.trim().contains('\n'));
+        assert!(!by_lines || one_line, "{:?}", answer.turns);
+    }
+    // An answered sample is not answered again, and out of a file it is the same sample.
+    let again = ask("chat.json", &asked)?;
+    assert_eq!(again.cells, chats.cells);
+    let imported = ask("imported.json", &[&["--import", jsonl.as_str()], &chat[..]].concat())?;
+    assert_eq!((imported.cells[0].length, &imported.cells[0].answers), (1100, &chats.cells[0].answers));
+    Ok(())
+}
+
+#[test]
 fn rulers_own_files_are_one_cell_and_their_questions_can_be_unseen() -> Any {
     let dir = tempfile::tempdir()?;
     let (real, out, jsonl) = (smollm2(), path(dir.path(), "answers.json"), path(dir.path(), "ours.jsonl"));
@@ -274,6 +315,116 @@ fn rulers_own_files_are_one_cell_and_their_questions_can_be_unseen() -> Any {
         warned.contains("validation.jsonl does not state the length") && warned.contains("--import-length"),
         "{warned}"
     );
+    Ok(())
+}
+
+/// What several turns read, with the answers in their places.
+fn in_one_go(prompt: &PromptIds, answers: &[Vec<u32>]) -> Vec<u32> {
+    let later = prompt.follow_ups.iter().zip(&answers[1..]).flat_map(|(turn, answer)| [turn.clone(), answer.clone()]);
+    [prompt.first_turn(), answers[0].clone()].into_iter().chain(later).flatten().collect()
+}
+
+#[test]
+fn several_turns_read_what_one_text_with_their_answers_reads() -> Any {
+    let window = Settings { window: 64, block: 16, ..Settings::default() };
+    for (name, settings) in [("qwen2", None), ("qwen2", Some(&window)), ("gemma3", None), ("gemma3", Some(&window))] {
+        let model = load_golden(name, settings, 400)?;
+        let ids = |n: u32, from: u32| (0..n).map(|i| 4 + (from + 37 * i) % 300).collect::<Vec<u32>>();
+        for context in [ids(150, 0), vec![]] {
+            let prompt = PromptIds { context, rest: ids(20, 5), follow_ups: vec![ids(9, 7), ids(1, 8), ids(14, 9)] };
+            let answers_of = |stop: &[u32], ends: &dyn Fn(&[u32]) -> bool| -> Any<_> {
+                let (mut run, mut read) = (model.run()?, vec![]);
+                let before = read_context(&mut run, &prompt, 32, &mut |n| read.push(n))?;
+                let limits = AnswerLimits { room: 6, stop, ends, chunk: 8 };
+                let answers = answer_turns(&mut run, &prompt, &limits, &mut |n| read.push(before + n))?;
+                assert_eq!(read.last(), Some(&prompt.tokens()), "progress counts the prompt's tokens");
+                assert!(read.windows(2).all(|p| p[0] <= p[1]), "{read:?}");
+                Ok((answers, run.cache().position()))
+            };
+            let (full, _) = answers_of(&[], &|_| false)?;
+            assert!(full.iter().all(|a| a.len() == 6), "{name}: room for six tokens");
+            // A stop token is no part of its answer, a token that ends an answer otherwise is.
+            let (stopped, _) = answers_of(&[full[0][3]], &|_| false)?;
+            let first = full[0].iter().position(|id| *id == full[0][3]).ok_or("a token")?;
+            assert_eq!(stopped[0], full[0][..first], "{name}");
+            let (ended, _) = answers_of(&[], &|answer| answer.len() == 2)?;
+            assert!(ended.iter().all(|a| a.len() == 2) && ended[0] == full[0][..2], "{name}");
+            for (answers, how) in [(full, "full"), (stopped, "stopped"), (ended, "ended")] {
+                let ids = in_one_go(&prompt, &answers);
+                let logits = model.run()?.prefill(&ids, 512, ids.len(), &mut watch(|_| ()))?;
+                let likeliest = logits.argmax(1)?.to_vec1::<u32>()?;
+                let mut at = prompt.first_turn().len();
+                for (i, answer) in answers.iter().enumerate() {
+                    assert_eq!(likeliest[at - 1..at - 1 + answer.len()], answer[..], "{name}, {how}, turn {i}");
+                    at += answer.len() + prompt.follow_ups.get(i).map_or(0, Vec::len);
+                }
+                // The loss on these very answers, read turn by turn and in one go.
+                if answers.iter().all(|a| !a.is_empty()) {
+                    let (by_turns, all_likeliest) = loss(&mut model.run()?, (&prompt, &answers), 8, &mut |_| ())?;
+                    let rows = LogitRows::of(&logits.narrow(0, 0, ids.len() - 1)?)?;
+                    let each = losses(&rows, &ids[1..])?;
+                    let (mut at, mut own) = (prompt.first_turn().len(), vec![]);
+                    for (i, answer) in answers.iter().enumerate() {
+                        own.extend_from_slice(&each[at - 1..at - 1 + answer.len()]);
+                        at += answer.len() + prompt.follow_ups.get(i).map_or(0, Vec::len);
+                    }
+                    let mean = own.iter().sum::<f64>() / own.len() as f64;
+                    assert!(all_likeliest && (by_turns - mean).abs() < 1e-3, "{name}, {how}: {by_turns} and {mean}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn turns_in_a_chat_are_the_rendered_conversation() -> Any {
+    let question = |key: &str| format!("What is the number for {key}?");
+    let prefix = |key: &str| format!(" The number for {key} is");
+    let turn = |key: &str| FollowUp { question: question(key), answer_prefix: prefix(key), outputs: vec!["1".into()] };
+    let context = "The number for a is 71. The number for b is 82. The number for c is 93.\n";
+    let sample = Sample {
+        task: "recall_turns".into(),
+        index: 0,
+        input: format!("{context}{}", question("a")),
+        question_at: Some(context.len()),
+        answer_prefix: prefix("a"),
+        outputs: vec!["71".into()],
+        length: 0,
+        made_for: None,
+        max_new_tokens: 8,
+        depth: None,
+        follow_ups: vec![turn("b"), turn("c")],
+    };
+    let text = || open(&smollm2())?.tokenizer();
+    let answers = [" 71.", " 82, I think.", " 93"];
+    let ids = answers.map(|a| text().and_then(|t| t.encode(a, false)));
+    let ids = ids.into_iter().collect::<bfly::Result<Vec<_>>>()?;
+    let users = [sample.input.clone(), question("b"), question("c")];
+    let said = ["a", "b", "c"].iter().zip(answers).map(|(key, answer)| prefix(key).trim_start().to_string() + answer);
+    let said: Vec<String> = said.collect();
+    let messages: Vec<_> =
+        users.iter().zip(&said).flat_map(|(u, a)| [("user", u.as_str()), ("assistant", a)]).collect();
+    // The last answer's message is open.
+    let conversation = render_messages(text()?.chat_template()?, &messages[..5])? + &said[2];
+    let plain = format!("{}{}{}", sample.prompt(), answers[0], "\n") + &turn("b").prompt() + answers[1] + "\n";
+    let plain = plain + &turn("c").prompt() + answers[2];
+    for (chat, unseen) in [(true, true), (true, false), (false, true), (false, false)] {
+        let prompter = Prompter::new(text()?, chat, unseen, 64)?;
+        let prompt = prompter.prompt(&sample)?;
+        assert_eq!((prompt.follow_ups.len(), prompt.context.is_empty()), (2, !unseen));
+        let want = text()?.encode(if chat { &conversation } else { &plain }, !chat)?;
+        assert_eq!(in_one_go(&prompt, &ids), want, "chat {chat}, unseen {unseen}");
+        // What is counted is what is read, to within a token where two texts meet.
+        let later = sample.follow_ups.iter().map(|turn| prompter.follow_up(&turn.prompt()));
+        let later: usize = later.collect::<bfly::Result<Vec<_>>>()?.iter().sum();
+        let counted = TokenCounter::prompt(&prompter, &sample.prompt())? + later;
+        assert!(
+            (prompt.tokens()..=prompt.tokens() + 3).contains(&counted),
+            "counted {counted}, read {}",
+            prompt.tokens()
+        );
+    }
     Ok(())
 }
 

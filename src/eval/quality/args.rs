@@ -52,6 +52,9 @@ Examples:
   bfly-quality-smoke ruler --model MODEL --ctx 8k --question-unseen \\
       --variants retrofit:kv=1/8,keydiff:kv=1/8 --out bytes.json
 
+  # The three recall tasks, which are not RULER's and not in the default
+  bfly-quality-smoke ruler --model MODEL --ctx 8k --tasks recall --chat --question-unseen --out recall.json
+
   # Six samples in parallel on one GPU
   bfly-quality-smoke ruler --model MODEL --ctx 32k --samples 50 --jobs 6 --out ruler.json
 
@@ -104,7 +107,7 @@ Example:
 /// A measurement other than the smoke test.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// RULER's tasks, generated natively and scored by RULER's rules.
+    /// RULER's tasks and three of recall, generated natively and scored by rules.
     #[command(after_help = RULER_EXAMPLES)]
     Ruler(Box<ruler::RulerArgs>),
     /// One needle over a grid of lengths and depths.

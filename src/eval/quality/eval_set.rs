@@ -19,8 +19,8 @@ use candle_core::Tensor;
 pub struct EvalSet {
     /// Texts of one length.
     pub texts: Vec<Excerpt>,
-    /// Questions, each with the tokens of the expected answer.
-    pub questions: Vec<(PromptIds, Vec<u32>)>,
+    /// Samples of tasks, each with the tokens of the expected answer of every turn.
+    pub questions: Vec<(PromptIds, Vec<Vec<u32>>)>,
     /// Number of prefilled positions of a text that are compared, just before the decode positions.
     pub prefill: usize,
     /// Number of positions at the end of a text that are read one by one, in decode steps.

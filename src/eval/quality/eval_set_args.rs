@@ -28,7 +28,8 @@ pub struct EvalSetArgs {
     /// Positions at the end of each text to read one by one, in decode steps.
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one)]
     pub decode: usize,
-    /// Tasks whose expected answers are scored by their loss, comma-separated; none for text alone.
+    /// Tasks whose expected answers are scored by their loss, comma-separated; recall is the three recall tasks, none
+    /// is text alone.
     #[arg(long, value_name = "none|LIST", default_value = "niah_single_2,niah_multikey_1", value_delimiter = ',')]
     pub tasks: Vec<String>,
     /// Samples per task.
@@ -98,13 +99,12 @@ impl EvalSetArgs {
                 prose: Some(Prose::open(&eval.texts)?),
                 ..Sources::default()
             };
-            for task in tasks {
-                let task = tasks::find(task)?;
+            for task in tasks::named(tasks)? {
                 let one = |index| {
                     let draw = SampleKey { length: self.ctx, seed: self.seed, index };
-                    let sample = task.sample(&sources, draw, &|text| prompting.count(text))?;
-                    let answer = prompting.answer_ids(&format!(" {}", sample.outputs.join(", ")))?;
-                    Ok((prompting.prompt(&sample)?, answer))
+                    let sample = task.sample(&sources, draw, &prompting)?;
+                    let answers = sample.outputs().map(|o| prompting.answer_ids(&format!(" {}", o.join(", "))));
+                    Ok((prompting.prompt(&sample)?, answers.collect::<Result<Vec<_>>>()?))
                 };
                 questions.extend((0..self.samples).into_par_iter().map(one).collect::<Result<Vec<_>>>()?);
             }

@@ -38,13 +38,13 @@ impl HeadCounter {
         self.steps
     }
 
-    /// Reads `prompt`, then `answer` token by token, and counts the heads that copy. A prompt without the tokens of
-    /// `answer` is skipped.
+    /// Reads the first turn of `prompt`, then `answer` token by token, and counts the heads that copy. A prompt without
+    /// the tokens of `answer` is skipped.
     ///
     /// # Errors
     /// As [`Run::forward`].
     pub fn count(&mut self, run: &mut Run, prompt: &PromptIds, answer: &[u32], chunk: usize) -> Result<()> {
-        let ids = prompt.ids();
+        let ids = prompt.first_turn();
         let Some(needle) = ids.windows(answer.len().max(1)).position(|w| w == answer) else { return Ok(()) };
         // The query of the prompt's last token retrieves the first token of the answer.
         let (first, last) = ids.split_at(ids.len() - 1);

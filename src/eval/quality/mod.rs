@@ -10,7 +10,7 @@
 //! | [`documents`] | excerpts of real text |
 //! | [`tasks`] | prompts with known answers (RULER) |
 //! | [`runner`] | running variants over one copy of the weights, on several workers |
-//! | [`prompting`] | prompting with one sample: its tokens, the greedy answer, the loss on the expected answer |
+//! | [`prompting`] | prompting with one sample: its tokens, the greedy answers of its turns, the loss on the expected ones |
 //! | [`metrics`] | distances between next-token distributions, over the whole vocabulary |
 //! | [`smoke`], [`gate`] | distributions and greedy text against stock; `--fail-below`, `--fail-above` |
 //! | [`ruler`], [`needle`], [`answers`], [`join`] | scores in tasks and needle grids; joining files |

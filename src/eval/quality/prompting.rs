@@ -1,12 +1,24 @@
-//! Prompting a model with a sample: the prompt's tokens, the greedy answer, the loss on the expected answer.
+//! Prompting a model with a sample: the prompt's tokens, the greedy answers, the loss on the expected answers.
+//!
+//! A sample has one turn or several. The context is read once; each turn then reads its question after the answers of
+//! the turns before, so that every turn continues one cache:
+//!
+//! ```text
+//! context | question, answer | question, answer | ...
+//! ```
 
 use super::metrics::{losses, LogitRows};
-use super::tasks::Sample;
+use super::tasks::{Sample, TokenCounter};
 use crate::checkpoint::TextTokenizer;
 use crate::error::{Error, Result};
 use crate::eval::report::KvBytes;
-use crate::generate::{render_chat, watch, Phase, Request, Sampler, Sampling};
+use crate::generate::{render_chat, render_messages, watch, Phase, Request, Sampler, Sampling};
 use crate::run::Run;
+use candle_core::Tensor;
+use std::ops::ControlFlow;
+
+/// Stands for the assistant's answer in a rendered chat, to find what the template adds after it.
+const ANSWER: &str = "ANSWER-OF-THE-TURN-BEFORE";
 
 /// Builds prompts from samples and generates answers.
 pub struct Prompter {
@@ -25,19 +37,53 @@ pub struct Prompter {
 pub struct PromptIds {
     /// Ids read before eviction; empty where eviction may use the question.
     pub context: Vec<u32>,
-    /// Ids read after `context`: the question, or the whole prompt.
+    /// Ids read after `context`: the question, or the whole prompt of the first turn.
     pub rest: Vec<u32>,
+    /// Ids of each later turn, read after the answer of the turn before.
+    pub follow_ups: Vec<Vec<u32>>,
 }
 
 impl PromptIds {
     /// Returns the number of ids.
     pub fn tokens(&self) -> usize {
-        self.context.len() + self.rest.len()
+        self.context.len() + self.rest.len() + self.follow_ups.iter().map(Vec::len).sum::<usize>()
     }
 
-    /// Returns all ids in order.
-    pub fn ids(&self) -> Vec<u32> {
+    /// Returns how layers with exact recall read questions: as decode steps after a context that they were not known to,
+    /// exactly where the whole prompt is one.
+    fn phase(&self) -> Phase {
+        match self.context.is_empty() {
+            true => Phase::Prefill,
+            false => Phase::Decode,
+        }
+    }
+
+    /// Returns the ids of the first turn in order.
+    pub fn first_turn(&self) -> Vec<u32> {
         [self.context.as_slice(), &self.rest].concat()
+    }
+
+    /// Returns all ids in order, without answers.
+    pub fn ids(&self) -> Vec<u32> {
+        [self.first_turn(), self.follow_ups.concat()].concat()
+    }
+
+    /// Returns the ids that each turn reads after the context.
+    fn turns(&self) -> impl Iterator<Item = &[u32]> {
+        std::iter::once(&self.rest[..]).chain(self.follow_ups.iter().map(|turn| &turn[..]))
+    }
+}
+
+impl TokenCounter for Prompter {
+    /// Counts the tokens of a prompt, its chat template included.
+    fn prompt(&self, text: &str) -> Result<usize> {
+        let template = if self.chat { self.text.encode(&self.rendered("")?, false)?.len() } else { 0 };
+        Ok(template + self.text.encode(text, !self.chat)?.len())
+    }
+
+    /// Counts the tokens of a later turn, and those that the chat template puts around it.
+    fn follow_up(&self, text: &str) -> Result<usize> {
+        Ok(self.text.encode(&self.continued("")?, false)?.len() + self.text.encode(text, false)?.len())
     }
 }
 
@@ -53,15 +99,6 @@ impl Prompter {
         Ok(Self { text, chat, unseen, chunk })
     }
 
-    /// Counts the tokens of a prompt, its chat template included.
-    ///
-    /// # Errors
-    /// A tokenizer or template that fails.
-    pub fn count(&self, prompt: &str) -> Result<usize> {
-        let template = if self.chat { self.text.encode(&self.rendered("")?, false)?.len() } else { 0 };
-        Ok(template + self.text.encode(prompt, !self.chat)?.len())
-    }
-
     /// Renders `user` with the chat template, or returns it unchanged without `chat`.
     fn rendered(&self, user: &str) -> Result<String> {
         match self.chat {
@@ -70,18 +107,46 @@ impl Prompter {
         }
     }
 
-    /// Tokenises the prompt of `sample`.
+    /// Returns the text between the answer of a turn and the next one: the end of the answer's message, the message
+    /// `user` and the start of the next answer. Without `chat` it is `user` on a line of its own.
+    fn continued(&self, user: &str) -> Result<String> {
+        if !self.chat {
+            return Ok(format!("\n{user}"));
+        }
+        let messages = [("user", user), ("assistant", ANSWER), ("user", user)];
+        let rendered = render_messages(self.text.chat_template()?, &messages)?;
+        let after = rendered.rsplit_once(ANSWER).map(|(_, after)| after);
+        after.filter(|after| after.contains(user)).map(String::from).ok_or_else(|| {
+            Error::usage("--chat", "this model's chat template alters the text of a conversation of several turns")
+        })
+    }
+
+    /// Returns the start of an answer as it follows a prompt.
+    fn prefix<'a>(&self, answer_prefix: &'a str) -> &'a str {
+        // A template ends with its own whitespace.
+        if self.chat {
+            answer_prefix.trim_start()
+        } else {
+            answer_prefix
+        }
+    }
+
+    /// Tokenises the prompt of `sample`, all turns included.
     ///
     /// # Errors
     /// A template that alters the user's text, or a sample without the place of its question, where eviction must not
     /// use the question.
     pub fn prompt(&self, sample: &Sample) -> Result<PromptIds> {
         let rendered = self.rendered(&sample.input)?;
-        // A template ends with its own whitespace.
-        let prefix = if self.chat { sample.answer_prefix.trim_start() } else { &sample.answer_prefix };
+        let prefix = self.prefix(&sample.answer_prefix);
+        let follow_ups = sample.follow_ups.iter().map(|turn| {
+            let text = self.continued(&turn.question)? + self.prefix(&turn.answer_prefix);
+            self.text.encode(&text, false)
+        });
+        let follow_ups = follow_ups.collect::<Result<_>>()?;
         if !self.unseen {
             let rest = self.text.encode(&(rendered + prefix), !self.chat)?;
-            return Ok(PromptIds { context: vec![], rest });
+            return Ok(PromptIds { context: vec![], rest, follow_ups });
         }
         let changed = || Error::usage("--chat", "this model's chat template alters the user's text");
         let at = rendered.find(&sample.input).ok_or_else(changed)? + sample.context()?.len();
@@ -89,11 +154,15 @@ impl Prompter {
         Ok(PromptIds {
             context: self.text.encode(context, !self.chat)?,
             rest: self.text.encode(&format!("{question}{prefix}"), false)?,
+            follow_ups,
         })
     }
 
-    /// Generates the greedy answer of at most `room` tokens; returns its text, its number of tokens and the cache's
-    /// bytes.
+    /// Generates the greedy answers, one per turn and of at most `room` tokens each; returns the text and the number of
+    /// tokens of each, and the cache's bytes.
+    ///
+    /// Without a chat template no token separates turns, so an answer of a sample with several turns ends at its first
+    /// line break after text.
     ///
     /// # Errors
     /// As [`Run::generate`].
@@ -103,19 +172,16 @@ impl Prompter {
         prompt: &PromptIds,
         room: usize,
         on_tokens: &mut dyn FnMut(usize),
-    ) -> Result<(String, usize, KvBytes)> {
+    ) -> Result<(Vec<(String, usize)>, KvBytes)> {
         let before = read_context(run, prompt, self.chunk, on_tokens)?;
-        let request = Request {
-            prompt: &prompt.rest,
-            max_new_tokens: room,
-            chunk: self.chunk,
-            stop: &self.text.stop,
-            logits_last: 1,
-            phase: Phase::Prefill,
-        };
-        let mut greedy = Sampler::new(Sampling::GREEDY)?;
-        let made = run.generate(&request, &mut greedy, &mut watch(|n| on_tokens(before + n)), &mut watch(|_| ()))?;
-        Ok((self.text.decode(&made.tokens)?, made.tokens.len(), KvBytes::of(run.cache())))
+        let by_lines = !self.chat && !prompt.follow_ups.is_empty();
+        // Where the text cannot be decoded, decoding the whole answer reports it.
+        let line_ends = |ids: &[u32]| self.text.decode(ids).is_ok_and(|text| text.trim_start().contains('\n'));
+        let limits =
+            AnswerLimits { room, stop: &self.text.stop, ends: &|ids| by_lines && line_ends(ids), chunk: self.chunk };
+        let answers = answer_turns(run, prompt, &limits, &mut |n| on_tokens(before + n))?;
+        let texts = answers.iter().map(|ids| Ok((self.text.decode(ids)?, ids.len())));
+        Ok((texts.collect::<Result<_>>()?, KvBytes::of(run.cache())))
     }
 
     /// Tokenises an answer, without BOS.
@@ -127,32 +193,115 @@ impl Prompter {
     }
 }
 
-/// Returns the mean loss on the tokens of `answer` after the prompt, in nats, and whether each token is the likeliest.
+/// Limits of each turn's answer, and the chunk in which its question is read.
+pub struct AnswerLimits<'a> {
+    /// Maximum tokens of an answer.
+    pub room: usize,
+    /// Token ids that end an answer and are no part of it.
+    pub stop: &'a [u32],
+    /// Whether an answer ends with the last of these ids, which is a part of it.
+    pub ends: &'a dyn Fn(&[u32]) -> bool,
+    /// Tokens per prefill chunk.
+    pub chunk: usize,
+}
+
+/// Answers the turns of `prompt` greedily in a run that has read its context, and returns the ids of each answer.
+///
+/// Every answer stays in the cache, without its stop token, and the next turn is read after it.
 ///
 /// # Errors
-/// As [`Run::prefill`]; an answer without tokens.
+/// As [`Run::generate`].
+pub fn answer_turns(
+    run: &mut Run,
+    prompt: &PromptIds,
+    limits: &AnswerLimits,
+    on_tokens: &mut dyn FnMut(usize),
+) -> Result<Vec<Vec<u32>>> {
+    let mut greedy = Sampler::new(Sampling::GREEDY)?;
+    let (mut answers, mut unread, mut read) = (vec![], vec![], 0);
+    for turn in prompt.turns() {
+        let own = unread.len();
+        let ids = [std::mem::take(&mut unread), turn.to_vec()].concat();
+        let request = Request {
+            prompt: &ids,
+            max_new_tokens: limits.room,
+            chunk: limits.chunk,
+            stop: limits.stop,
+            logits_last: 1,
+            phase: prompt.phase(),
+        };
+        let begin = run.cache().position();
+        let mut answer = vec![];
+        let mut on_token = |id| {
+            answer.push(id);
+            if (limits.ends)(&answer) {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        };
+        let progress = |n: usize| on_tokens(read + n.saturating_sub(own));
+        let made = run.generate(&request, &mut greedy, &mut watch(progress), &mut on_token)?;
+        read += turn.len();
+        // Decode does not read its last token, unless a stop token follows it.
+        let of_answer = run.cache().position() - begin - ids.len();
+        unread = made.tokens[of_answer..].to_vec();
+        answers.push(made.tokens);
+    }
+    Ok(answers)
+}
+
+/// Returns the mean loss on the tokens of the expected `answers` after each turn's question, in nats, and whether each
+/// token is the likeliest.
+///
+/// Later turns are read after the expected answers, not after the model's own.
+///
+/// # Errors
+/// As [`Run::prefill`]; an answer without tokens; not one answer per turn.
 pub fn loss(
     run: &mut Run,
-    (prompt, answer): (&PromptIds, &[u32]),
+    (prompt, answers): (&PromptIds, &[Vec<u32>]),
     chunk: usize,
     on_tokens: &mut dyn FnMut(usize),
 ) -> Result<(f64, bool)> {
-    let Some((_, read)) = answer.split_last() else {
-        return Err(Error::usage("samples", "an expected answer has no tokens"));
-    };
-    let before = read_context(run, prompt, chunk, on_tokens)?;
-    let mut logits = run.prefill(&prompt.rest, chunk, 1, &mut watch(|n| on_tokens(before + n)))?;
-    run.compress()?;
-    if !read.is_empty() {
-        logits = candle_core::Tensor::cat(&[&logits, &run.read(read)?], 0)?;
+    if answers.len() != 1 + prompt.follow_ups.len() {
+        let message = format!("{} expected answers do not fit {} turns", answers.len(), 1 + prompt.follow_ups.len());
+        return Err(Error::usage("samples", message));
     }
-    let losses = losses(&LogitRows::of(&logits)?, answer)?;
-    let likeliest = logits.argmax(1)?.to_vec1::<u32>()? == answer;
-    Ok((losses.iter().sum::<f64>() / losses.len() as f64, likeliest))
+    let mut before = read_context(run, prompt, chunk, on_tokens)?;
+    let (mut sum, mut count, mut all_likeliest) = (0.0, 0, true);
+    let mut unread: Option<u32> = None;
+    for (turn, answer) in prompt.turns().zip(answers) {
+        let Some((last, read)) = answer.split_last() else {
+            return Err(Error::usage("samples", "an expected answer has no tokens"));
+        };
+        let own = usize::from(unread.is_some());
+        let ids: Vec<u32> = unread.into_iter().chain(turn.iter().copied()).collect();
+        let progress = |n: usize| on_tokens(before + n.saturating_sub(own));
+        let mut logits = run.prefill_as(prompt.phase(), &ids, chunk, 1, &mut watch(progress))?;
+        before += turn.len();
+        run.compress()?;
+        if !read.is_empty() {
+            logits = Tensor::cat(&[&logits, &run.read(read)?], 0)?;
+        }
+        sum += losses(&LogitRows::of(&logits)?, answer)?.iter().sum::<f64>();
+        count += answer.len();
+        all_likeliest &= logits.argmax(1)?.to_vec1::<u32>()? == *answer;
+        unread = Some(*last);
+    }
+    Ok((sum / count as f64, all_likeliest))
 }
 
 /// Prefills the context, evicts, and returns the number of tokens read.
-fn read_context(run: &mut Run, prompt: &PromptIds, chunk: usize, on_tokens: &mut dyn FnMut(usize)) -> Result<usize> {
+///
+/// # Errors
+/// As [`Run::prefill`].
+pub fn read_context(
+    run: &mut Run,
+    prompt: &PromptIds,
+    chunk: usize,
+    on_tokens: &mut dyn FnMut(usize),
+) -> Result<usize> {
     if !prompt.context.is_empty() {
         run.prefill(&prompt.context, chunk, 1, &mut watch(on_tokens))?;
         run.compress()?;

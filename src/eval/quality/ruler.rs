@@ -1,19 +1,22 @@
-//! `ruler`: RULER's tasks, generated natively, answered by every variant and scored by RULER's rules.
+//! `ruler`: RULER's tasks and the recall tasks, generated natively, answered by every variant and scored.
 
 use super::sample_args::{CellSpec, ImportedSamples, SampleArgs};
-use super::tasks::{self, Sample, SampleKey, TASKS};
+use super::tasks::{self, Sample, SampleKey, RECALL, RECALL_TASKS, TASKS};
 use crate::cli::{parse_size, print};
 use crate::error::{Error, Result};
 use crate::eval::report::table::answers_table;
 use clap::Args;
 use std::path::PathBuf;
 
+/// Name of all of RULER's tasks in `--tasks`.
+const ALL: &str = "all";
+
 /// Flags of `ruler`.
 #[derive(Debug, Args)]
 pub struct RulerArgs {
-    /// Tasks by name, comma-separated; all is every task but qa_1 and qa_2, which are included where --squad and
-    /// --hotpot give their files.
-    #[arg(long, value_name = "all|LIST", default_value = "all", value_delimiter = ',')]
+    /// Tasks by name, comma-separated; all is every task of RULER but qa_1 and qa_2, which are included where --squad
+    /// and --hotpot give their files; recall is recall_turns, recall_needles and recall_count, which are not RULER's.
+    #[arg(long, value_name = "all|recall|LIST", default_value = "all", value_delimiter = ',')]
     pub tasks: Vec<String>,
     /// Questions of qa_1, in the format of SQuAD 2.0, such as dev-v2.0.json.
     #[arg(long, value_name = "FILE.json")]
@@ -39,21 +42,32 @@ impl RulerArgs {
     /// # Errors
     /// An unknown name, or one given twice.
     fn tasks(&self) -> Result<Vec<&'static tasks::Task>> {
-        if self.tasks == ["all"] {
-            let has_file = |name: &str| match name {
-                "qa_1" => self.squad.is_some(),
-                "qa_2" => self.hotpot.is_some(),
-                _ => true,
-            };
-            return Ok(TASKS.iter().filter(|t| has_file(t.name)).collect());
-        }
-        tasks::named(&self.tasks)
+        let has_file = |name: &str| match name {
+            "qa_1" => self.squad.is_some(),
+            "qa_2" => self.hotpot.is_some(),
+            _ => true,
+        };
+        let all = || TASKS.iter().map(|t| t.name).filter(|name| has_file(name)).map(String::from);
+        let names = self.tasks.iter().flat_map(|name| match name.as_str() {
+            ALL => all().collect(),
+            _ => vec![name.clone()],
+        });
+        tasks::named(&names.collect::<Vec<_>>())
+    }
+
+    /// Returns whether `--tasks` names `task`, or a group that it is in.
+    fn names(&self, task: &str) -> bool {
+        self.tasks.iter().any(|name| match name.as_str() {
+            ALL => TASKS.iter().any(|t| t.name == task),
+            RECALL => RECALL_TASKS.iter().any(|t| t.name == task),
+            name => name == task,
+        })
     }
 
     /// Returns those of the imported `samples` whose task `--tasks` names.
     fn only_named(&self, mut samples: Vec<Sample>) -> Result<Vec<Sample>> {
-        if self.tasks != ["all"] {
-            samples.retain(|s| self.tasks.contains(&s.task));
+        if self.tasks != [ALL] {
+            samples.retain(|s| self.names(&s.task));
         }
         match samples.is_empty() {
             true => Err(Error::usage("--import", format!("has no samples of {}", self.tasks.join(", ")))),
@@ -69,7 +83,7 @@ impl RulerArgs {
 pub fn run(args: &RulerArgs) -> Result<()> {
     let tasks = args.tasks()?;
     let one = match args.tasks.as_slice() {
-        [name] if name != "all" => Some(name.as_str()),
+        [name] => tasks::find(name).ok().map(|task| task.name),
         _ => None,
     };
     let missing = tasks::SampleDefaults { task: one, max_new_tokens: None };

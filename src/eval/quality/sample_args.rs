@@ -165,7 +165,7 @@ fn make(cells: &[CellSpec], prompting: &Prompter, bars: &Bars) -> Result<Vec<Sam
     for (i, cell) in cells.iter().enumerate() {
         bars.show("samples", i as u64, cells.len() as u64);
         let one = |index: usize| {
-            let sample = (cell.make)(index, &|text| prompting.count(text))?;
+            let sample = (cell.make)(index, prompting)?;
             let prompt = prompting.prompt(&sample)?;
             Ok((sample, prompt))
         };
@@ -189,7 +189,7 @@ fn given(imported: ImportedSamples, prompting: &Prompter, bars: &Bars) -> Result
     let mut unstated = false;
     for sample in imported.samples {
         let prompt = prompting.prompt(&sample)?;
-        let tokens = prompt.tokens() + sample.max_new_tokens;
+        let tokens = prompt.tokens() + sample.room();
         let length = match (sample.made_for.filter(|n| *n >= tokens), imported.length) {
             (Some(length), _) => length,
             (None, Some(length)) if length < tokens => {

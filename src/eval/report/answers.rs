@@ -14,10 +14,15 @@ pub const ANSWERS: &str = "bfly-answers";
 /// Tasks whose questions come from files that the user provides.
 pub const FILE_TASKS: [&str; 2] = ["qa_1", "qa_2"];
 
+/// Start of the names of the recall tasks, which are not RULER's.
+const RECALL_PREFIX: &str = "recall_";
+
 /// Returns the means to show over `tasks`, each with its name and tasks. It is one mean over all tasks, preceded by the
-/// mean over those outside [`FILE_TASKS`] where `tasks` holds both kinds.
+/// mean over those outside [`FILE_TASKS`] and the recall tasks where `tasks` holds others too, so that it compares with
+/// results of RULER's generated tasks alone.
 pub fn means<'a>(tasks: &[&'a str]) -> Vec<(String, Vec<&'a str>)> {
-    let plain: Vec<&str> = tasks.iter().copied().filter(|t| !FILE_TASKS.contains(t)).collect();
+    let added = |task: &&str| FILE_TASKS.contains(task) || task.starts_with(RECALL_PREFIX);
+    let plain: Vec<&str> = tasks.iter().copied().filter(|t| !added(t)).collect();
     match plain.len() {
         n if n == 0 || n == tasks.len() => vec![("mean".into(), tasks.to_vec())],
         n => vec![(format!("mean of {n}"), plain), (format!("mean of {}", tasks.len()), tasks.to_vec())],
@@ -74,7 +79,7 @@ pub struct Cell {
     pub task: String,
     /// Scoring rule of the task.
     pub rule: ScoringRule,
-    /// Maximum tokens of a prompt and its answer together; also the positions provisioned.
+    /// Maximum tokens of a prompt and its answers together; also the positions provisioned.
     pub length: usize,
     /// Wall-clock seconds from prompt tokens to answers, for all samples together.
     pub seconds: f64,
@@ -89,11 +94,25 @@ pub struct Answer {
     pub index: usize,
     /// Hash of the prompt's ids.
     pub sha256: String,
-    /// Tokens of the prompt.
+    /// Tokens of the prompt, the questions of later turns included.
     pub prompt_tokens: usize,
     /// Depth of the needle in the context, 0 to 1; null outside depth grids.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub depth: Option<f64>,
+    /// Text of the answer; the answers of several turns are joined by line breaks.
+    pub answer: String,
+    /// Tokens of the answer, those of all turns together.
+    pub tokens: usize,
+    /// Score of the answer, 0 to 1; the mean over its turns.
+    pub score: f64,
+    /// Answer of each turn; empty for a sample with a single question.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub turns: Vec<TurnAnswer>,
+}
+
+/// The answer to the question of one turn.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TurnAnswer {
     /// Text of the answer.
     pub answer: String,
     /// Tokens of the answer.
@@ -148,6 +167,9 @@ mod tests {
         assert_eq!(means(&["qa_1"]), [("mean".to_string(), vec!["qa_1"])]);
         let both = [("mean of 2".to_string(), vec!["vt", "cwe"]), ("mean of 3".to_string(), vec!["vt", "qa_2", "cwe"])];
         assert_eq!(means(&["vt", "qa_2", "cwe"]), both);
+        let tasks = ["vt", "recall_turns", "recall_count"];
+        assert_eq!(means(&tasks), [("mean of 1".to_string(), vec!["vt"]), ("mean of 3".to_string(), tasks.to_vec())]);
+        assert_eq!(means(&tasks[1..]), [("mean".to_string(), tasks[1..].to_vec())]);
     }
 
     #[test]
@@ -160,6 +182,7 @@ mod tests {
             answer: String::new(),
             tokens: 1,
             score,
+            turns: vec![],
         };
         let cell = |answers| Cell {
             record: VariantRecord::test("stock"),

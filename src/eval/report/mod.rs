@@ -43,7 +43,7 @@ mod trained;
 mod variant;
 
 pub use ablation::{Ablation, AblationAxis, AblationChange, ABLATION};
-pub use answers::{means, Answer, Answers, Cell, JoinedPart, PromptSettings, ANSWERS, FILE_TASKS};
+pub use answers::{means, Answer, Answers, Cell, JoinedPart, PromptSettings, TurnAnswer, ANSWERS, FILE_TASKS};
 pub use eval_set::{AnswerScore, EvalSetRecord, Score, TextScore};
 pub use file::{check_replaceable, check_writable, kind_of, read, save, stem};
 pub use header::{Ceilings, Header, Machine, SCHEMA_VERSION};

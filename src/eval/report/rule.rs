@@ -1,7 +1,8 @@
-//! Scoring of answers: RULER's two rules.
+//! Scoring of answers: RULER's two rules, and one for counts.
 //!
-//! Both test whether an expected output occurs anywhere in the answer, ignoring case. A task's score is the mean over
-//! its samples, in percent.
+//! RULER's test whether an expected output occurs anywhere in the answer, ignoring case. A count is right where it is
+//! the first number of the answer, since the digits of a wrong count may contain those of the right one. A task's score
+//! is the mean over its samples, in percent.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,14 +14,33 @@ pub enum ScoringRule {
     All,
     /// RULER's `string_match_part`: 1 where any output occurs, else 0.
     Part,
+    /// 1 where the first number of the answer is one of the outputs, else 0. Numbers are whole words of digits; in an
+    /// answer without digits, the words from `zero` to `twelve` are numbers too.
+    Count,
+}
+
+/// Numbers from 0 in words.
+const NUMBERS: [&str; 13] =
+    ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"];
+
+/// Returns the first number of `answer`, which is in lower case, in digits without leading zeros.
+fn first_number(answer: &str) -> Option<String> {
+    let words = || answer.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
+    let in_digits = |word: &&str| word.chars().all(|c| c.is_ascii_digit());
+    if let Some(digits) = words().find(in_digits) {
+        let number = digits.trim_start_matches('0');
+        return Some(if number.is_empty() { "0" } else { number }.into());
+    }
+    words().find_map(|word| NUMBERS.iter().position(|n| *n == word)).map(|n| n.to_string())
 }
 
 impl ScoringRule {
-    /// Returns RULER's name of the rule.
+    /// Returns the name of the rule, RULER's where it is RULER's.
     pub fn name(self) -> &'static str {
         match self {
             Self::All => "string_match_all",
             Self::Part => "string_match_part",
+            Self::Count => "first_number_match",
         }
     }
 
@@ -31,6 +51,7 @@ impl ScoringRule {
         match self {
             Self::All => found as f64 / outputs.len().max(1) as f64,
             Self::Part => f64::from(u8::from(found > 0)),
+            Self::Count => f64::from(u8::from(first_number(&answer).is_some_and(|n| outputs.contains(&n)))),
         }
     }
 }
@@ -53,5 +74,19 @@ mod tests {
         assert_eq!(scores("1 2 3", &["123"]), (0.0, 0.0));
         assert_eq!(scores("", &["x"]), (0.0, 0.0));
         assert_eq!(scores("anything", &[]), (0.0, 0.0));
+    }
+
+    #[test]
+    fn a_count_is_right_where_it_is_the_first_number() {
+        let score = |answer: &str| ScoringRule::Count.score(answer, &["7".into()]);
+        for right in [" 7.", "7", " **7** lines, not 17", "seven", " Seven.", "There are 07", "are: one label, 7 lines"]
+        {
+            assert_eq!(score(right), 1.0, "{right}");
+        }
+        for wrong in [" 17.", " 70", " 6, or 7", "", "several", "line7", "7th", "six or seven", "-"] {
+            assert_eq!(score(wrong), 0.0, "{wrong}");
+        }
+        assert_eq!(ScoringRule::Count.score("0 lines", &["0".into()]), 1.0);
+        assert_eq!(ScoringRule::Count.score("7", &[]), 0.0);
     }
 }

@@ -21,17 +21,26 @@ use std::collections::BTreeMap;
 /// # Errors
 /// The template does not parse, or refuses the messages (some models have no system turn).
 pub fn render_chat(template: &ChatTemplate, system: Option<&str>, user: &str) -> Result<String> {
+    let messages: Vec<_> = system.map(|s| ("system", s)).into_iter().chain([("user", user)]).collect();
+    render_messages(template, &messages)
+}
+
+/// Renders messages, each a role and its content, with the generation prompt.
+///
+/// # Errors
+/// As [`render_chat`].
+pub fn render_messages(template: &ChatTemplate, messages: &[(&str, &str)]) -> Result<String> {
     let place = format!("chat template of {}", template.origin);
     let fail = |e: minijinja::Error| {
         let why = e.detail().map_or_else(|| e.to_string(), String::from);
         let line = e.line().map_or(String::new(), |n| format!(" (line {n})"));
         Error::new(ErrorKind::Tokenizer, &place, format!("{why}{line}"))
     };
-    let made = catch_panic(|| render(template, system, user));
+    let made = catch_panic(|| render(template, messages));
     made.map_err(|why| Error::new(ErrorKind::Tokenizer, &place, why))?.map_err(fail)
 }
 
-fn render(template: &ChatTemplate, system: Option<&str>, user: &str) -> Result<String, minijinja::Error> {
+fn render(template: &ChatTemplate, messages: &[(&str, &str)]) -> Result<String, minijinja::Error> {
     cycles::refuse_cycles(&template.source)?;
     let source = tags::replace_generation_tags(&template.source);
     let mut env = Environment::new();
@@ -47,8 +56,8 @@ fn render(template: &ChatTemplate, system: Option<&str>, user: &str) -> Result<S
         Err(minijinja::Error::new(JinjaKind::InvalidOperation, message))
     });
     env.add_template("chat", &source)?;
-    let turn = |role: &str, content: &str| context! { role => role, content => content };
-    let messages: Vec<_> = system.map(|s| turn("system", s)).into_iter().chain([turn("user", user)]).collect();
+    let message = |(role, content): &(&str, &str)| context! { role => role, content => content };
+    let messages: Vec<_> = messages.iter().map(message).collect();
     let tokens: BTreeMap<_, _> = template.tokens.iter().map(|(name, text)| (name, text)).collect();
     env.get_template("chat")?.render(context! {
         messages => messages,
@@ -77,6 +86,13 @@ mod tests {
     fn python_string_methods_and_whitespace_follow_transformers() {
         let t = template("{{ bos_token }}{% for m in messages %}\n<{{ m.role }}>{{ m['content'].strip() }}\n{% endfor %}\n{% if add_generation_prompt %}<a>{% endif %}");
         assert_eq!(render_chat(&t, Some("S"), "  hi ").unwrap(), "<s><system>S\n<user>hi\n<a>");
+    }
+
+    #[test]
+    fn messages_are_rendered_in_order() {
+        let t = template("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ add_generation_prompt }}");
+        let messages = [("user", "a"), ("assistant", "b"), ("user", "c")];
+        assert_eq!(render_messages(&t, &messages).unwrap(), "[user]a[assistant]b[user]cTrue");
     }
 
     #[test]

@@ -11,10 +11,10 @@ use crate::method::Method;
 use crate::retrofit::{ranges, RetrofitPlan};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Counts the steps at which each head of the stock model copies the answers of `eval_set`.
+/// Counts the steps at which each head of the stock model copies the answers of `eval_set`, of several turns the first.
 pub fn retrieval_heads(eval_set: &EvalSet, runner: &Runner) -> Result<HeadCounter> {
     let mut tally = HeadCounter::default();
-    for (prompt, answer) in &eval_set.questions {
+    for (prompt, answer) in eval_set.questions.iter().filter_map(|(p, answers)| Some((p, answers.first()?))) {
         runner.run(&Variant::stock(), eval_set.ctx, |run| tally.count(run, prompt, answer, eval_set.chunk))?;
     }
     Ok(tally)

@@ -48,6 +48,7 @@ fn draft((list, common): (String, Vec<String>)) -> Draft {
         answer_prefix: " Answer: The top 10 words that appear most often in the list are:".into(),
         outputs: common,
         depth: None,
+            follow_ups: vec![],
     }
 }
 

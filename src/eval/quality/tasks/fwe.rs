@@ -53,6 +53,7 @@ pub(super) fn start<'a>(call: &SampleRequest<'a>) -> PromptMaker<'a> {
             answer_prefix: " Answer: According to the coded text above, the three most frequently appeared words are:".into(),
             outputs: vocabulary[1..4].to_vec(),
             depth: None,
+            follow_ups: vec![],
         })
     };
     PromptMaker { least: LEAST, most: usize::MAX, step: 200, draft: Box::new(draft) }

@@ -1,5 +1,6 @@
 //! Search for the largest prompt within a length: how many units of hay (sentences, lines, documents) fit.
 
+use super::sample::FollowUp;
 use super::{CountTokens, SampleKey, Sources};
 use crate::error::Result;
 
@@ -35,6 +36,16 @@ pub(super) struct Draft {
     pub outputs: Vec<String>,
     /// Depth of the needle, 0 to 1; `None` outside depth grids.
     pub depth: Option<f64>,
+    /// Questions asked in later turns.
+    pub follow_ups: Vec<FollowUp>,
+}
+
+impl Draft {
+    /// Returns the tokens of the prompt, the questions of later turns included.
+    fn tokens(&self, count: CountTokens) -> Result<usize> {
+        let first = count.prompt(&[&self.context, self.question.as_str(), &self.answer_prefix].concat())?;
+        self.follow_ups.iter().try_fold(first, |all, turn| Ok(all + count.follow_up(&turn.prompt())?))
+    }
 }
 
 /// Generates one sample with any amount of hay, deterministically.
@@ -69,7 +80,7 @@ const ROUNDS: usize = 6;
 pub(super) fn largest(maker: &PromptMaker, limit: usize, count: CountTokens) -> Result<CountedDraft> {
     let make = |units: usize| -> Result<CountedDraft> {
         let draft = (maker.draft)(units)?;
-        let tokens = count(&[&draft.context, draft.question.as_str(), &draft.answer_prefix].concat())?;
+        let tokens = draft.tokens(count)?;
         Ok(CountedDraft { draft, tokens })
     };
     let mut best = make(maker.least)?;
@@ -114,6 +125,7 @@ mod tests {
             answer_prefix: String::new(),
             outputs: vec![],
             depth: None,
+            follow_ups: vec![],
         };
         PromptMaker { least, most, step: 10, draft: Box::new(move |n| Ok(empty(text(n)))) }
     }
@@ -127,7 +139,7 @@ mod tests {
         for (i, (tokens, limit)) in cases.into_iter().enumerate() {
             let m = maker(1, usize::MAX, move |n| "w ".repeat(tokens(n)));
             let counter = Counter::default();
-            let found = largest(&m, limit, &|t| counter.count(t))?;
+            let found = largest(&m, limit, &|t: &str| counter.count(t))?;
             let unit = tokens(2) - tokens(1);
             assert!(found.tokens <= limit && found.tokens + unit.max(limit / 512 + 1) > limit, "{i}: {}", found.tokens);
             assert!(counter.counts() <= 7, "{i}: counted {} times", counter.counts());

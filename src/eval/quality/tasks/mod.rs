@@ -1,8 +1,8 @@
-//! RULER's thirteen tasks (Hsieh et al. 2024, <https://arxiv.org/abs/2404.06654>, <https://github.com/NVIDIA/RULER>),
-//! generated and scored natively.
+//! RULER's thirteen tasks (Hsieh et al. 2024, <https://arxiv.org/abs/2404.06654>, <https://github.com/NVIDIA/RULER>)
+//! and three recall tasks, generated and scored natively.
 //!
-//! A task generates prompts of any length with a known answer. Templates, counts, answer lengths and scoring are
-//! RULER's:
+//! A task generates prompts of any length with a known answer. Templates, counts, answer lengths and scoring of the
+//! first thirteen are RULER's:
 //!
 //! | task | context | question for | score |
 //! |---|---|---|---|
@@ -19,13 +19,17 @@
 //! | `fwe` | coded words with zeta-distributed frequencies | the three most frequent ones | all |
 //! | `qa_1` | documents, SQuAD | the answer to a question about one | part |
 //! | `qa_2` | documents, HotpotQA | the answer to a question about two | part |
+//! | `recall_turns` | needles only | the numbers of ten keys, one a turn | all, mean over turns |
+//! | `recall_needles` | prose | sixteen numbers of one key | all |
+//! | `recall_count` | lines with labels | the number of lines with one label | count |
 //!
-//! `all` is the share of the expected outputs that the answer contains, `part` is 1 where it contains any
-//! ([`ScoringRule`]). [`needle`] is one needle at a given depth, for a grid over lengths and depths (Kamradt 2023,
+//! `all` is the share of the expected outputs that the answer contains, `part` is 1 where it contains any, `count` is 1
+//! where its first number is the expected one ([`ScoringRule`]). A sample of several turns has [`FollowUp`] questions,
+//! each read after the answer of the turn before. [`needle`] is one needle at a given depth, for a grid over lengths and depths (Kamradt 2023,
 //! <https://github.com/gkamradt/LLMTest_NeedleInAHaystack>).
 //!
 //! ```text
-//! words, hay, qa (files), rng --> niah, vt, cwe, fwe, qa (a draft with n units of hay)
+//! words, hay, qa (files), rng --> niah, vt, cwe, fwe, qa, turns, count (a draft with n units of hay)
 //!                                   `--> length_search (the n) --> sample --> JSONL
 //! answer, sample --> Rule::score
 //! ```
@@ -36,8 +40,8 @@
 //!
 //! # Lengths
 //!
-//! `length` is the tokens of the prompt, with the start of the answer, plus the maximum tokens of the answer. The
-//! caller counts tokens; the length includes a chat template where the counter adds it. Each sample has as much hay as
+//! `length` is the tokens of the prompt, with the start of the answer, plus the maximum tokens of the answer, over all
+//! turns. The caller counts tokens; the length includes a chat template where the counter adds it. Each sample has as much hay as
 //! fits, to within a unit of hay or 1/512 of the length. A length that the smallest prompt exceeds is an error.
 //!
 //! # Start of the question
@@ -67,11 +71,13 @@
 //!   RULER takes the first ones.
 //! - **Scoring** does not replace control characters in the answer first, which cannot change whether the answer
 //!   contains an output.
-//! - **Files** have the fields `task`, `question_at`, `made_for`, `max_new_tokens` and `depth` in addition to RULER's.
+//! - **Files** have the fields `task`, `question_at`, `made_for`, `max_new_tokens`, `depth` and `follow_ups` in addition
+//!   to RULER's.
 //!   RULER's own files are read too: the question is found by the wording of the task's template ([`question_at`]), the
 //!   user states the length that the file was generated for (`--import-length`), and `index` of the needle tasks is the
 //!   place of the answer in the text.
 
+mod count;
 mod cwe;
 #[cfg(test)]
 mod fixture;
@@ -82,6 +88,7 @@ mod niah;
 mod qa;
 mod rng;
 mod sample;
+mod turns;
 mod vt;
 mod words;
 
@@ -89,7 +96,7 @@ pub use crate::eval::report::ScoringRule;
 pub use hay::{Haystack, Prose, NOISE};
 pub use qa::Questions;
 pub use rng::Rng;
-pub use sample::{check_replaceable, read, write, Sample, SampleDefaults};
+pub use sample::{check_replaceable, read, write, FollowUp, Sample, SampleDefaults};
 pub use words::WordLists;
 
 use crate::checkpoint::OnProgress;
@@ -97,8 +104,32 @@ use crate::error::{Error, Result};
 use length_search::{PromptMaker, SampleRequest};
 use niah::{NeedleKind, NeedlePlacement, Niah};
 
-/// Counts the tokens of a text.
-pub type CountTokens<'a> = &'a dyn Fn(&str) -> Result<usize>;
+/// Counts the tokens of a prompt by turns; a function of a text counts all turns in the same way.
+pub trait TokenCounter {
+    /// Returns the tokens of a first turn, `text` being its context, its question and the start of its answer.
+    ///
+    /// # Errors
+    /// A tokenizer or chat template that fails.
+    fn prompt(&self, text: &str) -> Result<usize>;
+
+    /// Returns the tokens between the answer of one turn and that of the next, `text` being the question and the start
+    /// of its answer.
+    ///
+    /// # Errors
+    /// As [`Self::prompt`].
+    fn follow_up(&self, text: &str) -> Result<usize> {
+        self.prompt(text)
+    }
+}
+
+impl<F: Fn(&str) -> Result<usize>> TokenCounter for F {
+    fn prompt(&self, text: &str) -> Result<usize> {
+        self(text)
+    }
+}
+
+/// Counts the tokens of prompts.
+pub type CountTokens<'a> = &'a dyn TokenCounter;
 
 /// Parameters that identify a sample of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,17 +179,17 @@ impl Sources {
     }
 }
 
-/// A task of RULER.
+/// A task: RULER's, or one of [`RECALL_TASKS`].
 pub struct Task {
-    /// Name of the task in RULER.
+    /// Name of the task; in RULER the same.
     pub name: &'static str,
     /// Short description of the task.
     pub about: &'static str,
-    /// Maximum tokens of an answer.
+    /// Maximum tokens of an answer, in each turn.
     pub max_new_tokens: usize,
-    /// Scoring rule.
+    /// Scoring rule of an answer.
     pub rule: ScoringRule,
-    /// Possible starts of the question in RULER's template; a prompt has one of them.
+    /// Possible starts of the question in the task's template; a prompt has one of them.
     asks: &'static [&'static str],
     start: for<'a> fn(&SampleRequest<'a>) -> Result<PromptMaker<'a>>,
 }
@@ -202,26 +233,52 @@ pub static TASKS: &[Task] = &[
         start: |c| qa::start(c, c.sources.hotpot(c.task)?) },
 ];
 
+/// Name of the group of [`RECALL_TASKS`] in `--tasks`.
+pub const RECALL: &str = "recall";
+
+/// Tasks at which published retrieval of keys and values breaks; not RULER's.
+#[rustfmt::skip]
+pub static RECALL_TASKS: &[Task] = &[
+    Task { name: "recall_turns", about: "ten of many keys, one a turn", max_new_tokens: 24, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| turns::start(c) },
+    Task { name: "recall_needles", about: "sixteen values of one key in prose", max_new_tokens: 256, rule: ScoringRule::All, asks: niah::ASKS,
+        start: |c| niah(Haystack::Essay, NeedleKind::Words, NeedleKind::Numbers, (1, 16, 1)).start(c, NeedlePlacement::Drawn) },
+    Task { name: "recall_count", about: "the number of lines with one label", max_new_tokens: 32, rule: ScoringRule::Count, asks: &[count::ASK],
+        start: |c| count::start(c) },
+];
+
+/// Returns all tasks, RULER's first.
+fn every() -> impl Iterator<Item = &'static Task> {
+    TASKS.iter().chain(RECALL_TASKS)
+}
+
 /// Finds a task by name.
 ///
 /// # Errors
 /// An unknown name; the message lists all names.
 pub fn find(name: &str) -> Result<&'static Task> {
-    TASKS.iter().find(|t| t.name == name).ok_or_else(|| {
-        let names: Vec<_> = TASKS.iter().map(|t| t.name).collect();
+    every().find(|t| t.name == name).ok_or_else(|| {
+        let names: Vec<_> = every().map(|t| t.name).collect();
         Error::usage("task", format!("`{name}` is not one of {}", names.join(", ")))
     })
 }
 
-/// Returns the tasks that `--tasks` names.
+/// Returns the tasks that `--tasks` names, those of the group [`RECALL`] in place of its name.
 ///
 /// # Errors
-/// An unknown name, or a repeated one, whose samples would count twice.
+/// An unknown name, or a task named twice, whose samples would count twice.
 pub fn named(names: &[String]) -> Result<Vec<&'static Task>> {
-    if let Some((_, name)) = names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)) {
-        return Err(Error::usage("--tasks", format!("names `{name}` twice")));
+    let mut tasks: Vec<&Task> = vec![];
+    for name in names {
+        match name.as_str() {
+            RECALL => tasks.extend(RECALL_TASKS),
+            name => tasks.push(find(name).map_err(|e| e.within("--tasks"))?),
+        }
     }
-    names.iter().map(|name| find(name).map_err(|e| e.within("--tasks"))).collect()
+    match tasks.iter().enumerate().find(|(i, task)| tasks[..*i].iter().any(|t| t.name == task.name)) {
+        Some((_, task)) => Err(Error::usage("--tasks", format!("names `{}` twice", task.name))),
+        None => Ok(tasks),
+    }
 }
 
 /// Returns the scoring rule of a task, [`NEEDLE`] included.
@@ -289,9 +346,11 @@ pub fn needle(sources: &Sources, hay: Haystack, depth: f64, draw: SampleKey, cou
     finish(&call, &maker, 128)
 }
 
-/// Returns the largest sample of `maker` that fits.
+/// Returns the largest sample of `maker` that fits, with `room` tokens for the answer of each turn.
 fn finish(call: &SampleRequest, maker: &PromptMaker, room: usize) -> Result<Sample> {
     let SampleKey { length, index, .. } = call.draw;
+    let (answer, turns) = (room, 1 + (maker.draft)(maker.least)?.follow_ups.len());
+    let room = answer * turns;
     let largest = length_search::largest(maker, length.saturating_sub(room), call.count)?;
     let (draft, tokens) = (largest.draft, largest.tokens + room);
     if tokens > length {
@@ -308,8 +367,9 @@ fn finish(call: &SampleRequest, maker: &PromptMaker, room: usize) -> Result<Samp
         outputs: draft.outputs,
         length: tokens,
         made_for: Some(length),
-        max_new_tokens: room,
+        max_new_tokens: answer,
         depth: draft.depth,
+        follow_ups: draft.follow_ups,
     })
 }
 

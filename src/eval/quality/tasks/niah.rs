@@ -69,19 +69,35 @@ impl NeedleKind {
     }
 }
 
+/// Words of RULER's template that depend on the number of values in question.
+struct Wording {
+    some: &'static str,
+    name: &'static str,
+    are: &'static str,
+    ask: &'static str,
+}
+
 /// Draws the keys and values of one sample, all different and none of them in the prose.
-struct UniqueDraws<'a> {
-    rng: Rng,
-    words: &'a WordLists,
-    prose: Option<&'a Prose>,
-    seen: HashSet<String>,
+pub(super) struct UniqueDraws<'a> {
+    /// Random stream of the draws.
+    pub rng: Rng,
+    /// Word lists that keys are drawn from.
+    pub words: &'a WordLists,
+    /// Prose in which nothing drawn may occur.
+    pub prose: Option<&'a Prose>,
+    /// Texts drawn so far, and others that are not to be drawn.
+    pub seen: HashSet<String>,
 }
 
 /// Number of failed draws after which the word lists are considered exhausted.
 const TRIES: usize = 1_000;
 
 impl UniqueDraws<'_> {
-    fn next(&mut self, kind: NeedleKind) -> Result<String> {
+    /// Draws a text that is neither in `seen` nor in the prose, and adds it to `seen`.
+    ///
+    /// # Errors
+    /// Word lists that have no further text.
+    pub(super) fn next(&mut self, kind: NeedleKind) -> Result<String> {
         for _ in 0..TRIES {
             let new = kind.draw(&mut self.rng, self.words);
             if !self.seen.contains(&new) && self.prose.is_none_or(|p| !p.contains(&new)) {
@@ -96,7 +112,7 @@ impl UniqueDraws<'_> {
 
 impl Niah {
     /// Returns the sentence that assigns `value` to `key`.
-    fn needle(&self, key: &str, value: &str) -> String {
+    pub(super) fn needle(&self, key: &str, value: &str) -> String {
         format!("One of the special magic {} for {key} is: {value}.", self.values.name())
     }
 
@@ -155,19 +171,41 @@ impl Niah {
 
     /// Builds RULER's prompt, in the singular where the question is for one value.
     fn draft(&self, hay: &str, query: &str, outputs: &[String], place: NeedlePlacement) -> Draft {
-        let name = self.values.name();
         let one = outputs.len() == 1;
-        let (some, are, ask, name) =
-            if one { ("A", "is", ASKS[0], &name[..name.len() - 1]) } else { ("Some", "are", ASKS[1], name) };
+        let (question, answer_prefix) = self.question(query, one);
         Draft {
-            context: format!(
-                "{some} special magic {name} {are} hidden within the following text. Make sure to memorize it. I will quiz you \
-                 about the {name} afterwards.\n{hay}\n"
-            ),
-            question: format!("{ask}{name} for {query} mentioned in the provided text?"),
-            answer_prefix: format!(" The special magic {name} for {query} mentioned in the provided text {are}"),
+            context: self.context(hay, one),
+            question,
+            answer_prefix,
             outputs: outputs.to_vec(),
             depth: if let NeedlePlacement::At(share) = place { Some(share) } else { None },
+            follow_ups: vec![],
+        }
+    }
+
+    /// Returns the text before the question, in the singular with `one`.
+    pub(super) fn context(&self, hay: &str, one: bool) -> String {
+        let Wording { some, name, are, .. } = self.wording(one);
+        format!(
+            "{some} special magic {name} {are} hidden within the following text. Make sure to memorize it. I will quiz you about \
+             the {name} afterwards.\n{hay}\n"
+        )
+    }
+
+    /// Returns the question for the values of `query` and the start of its answer, in the singular with `one`.
+    pub(super) fn question(&self, query: &str, one: bool) -> (String, String) {
+        let Wording { name, are, ask, .. } = self.wording(one);
+        (
+            format!("{ask}{name} for {query} mentioned in the provided text?"),
+            format!(" The special magic {name} for {query} mentioned in the provided text {are}"),
+        )
+    }
+
+    fn wording(&self, one: bool) -> Wording {
+        let name = self.values.name();
+        match one {
+            true => Wording { some: "A", name: &name[..name.len() - 1], are: "is", ask: ASKS[0] },
+            false => Wording { some: "Some", name, are: "are", ask: ASKS[1] },
         }
     }
 }
@@ -254,8 +292,9 @@ mod tests {
             ("niah_multikey_3", 1, 1),
             ("niah_multivalue", 4, 1),
             ("niah_multiquery", 4, 4),
+            ("recall_needles", 16, 1),
         ];
-        assert_eq!(tasks.len(), TASKS.iter().filter(|t| t.name.starts_with("niah")).count());
+        assert_eq!(tasks.len(), TASKS.iter().filter(|t| t.name.starts_with("niah")).count() + 1);
         for ((task, answers, keys), index) in tasks.into_iter().flat_map(|t| (0..6).map(move |i| (t, i))) {
             let s = sample(task, 1_500, index);
             let (context, question) = (s.context().expect("context"), s.question().expect("question"));

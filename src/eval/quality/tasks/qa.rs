@@ -185,6 +185,7 @@ pub(super) fn start<'a>(call: &SampleRequest<'a>, from: &'a Questions) -> Result
             answer_prefix: " Answer:".into(),
             outputs: q.outputs.clone(),
             depth: None,
+            follow_ups: vec![],
         })
     };
     Ok(PromptMaker { least: q.own.len(), most: usize::MAX, step: 10, draft: Box::new(draft) })

@@ -27,17 +27,39 @@ pub struct Sample {
     pub answer_prefix: String,
     /// Strings that the answer should contain.
     pub outputs: Vec<String>,
-    /// Tokens of the prompt and of the longest answer together.
+    /// Tokens of the prompt, of the follow-up questions and of the longest answers together.
     pub length: usize,
     /// Requested length in tokens, where it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub made_for: Option<usize>,
-    /// Maximum tokens of the answer.
+    /// Maximum tokens of the answer, and of the answer to each follow-up question.
     #[serde(default)]
     pub max_new_tokens: usize,
     /// Share of the context before the needle, 0 to 1; null outside depth grids.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub depth: Option<f64>,
+    /// Questions asked in later turns, each after the answer of the turn before; empty for a single question.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub follow_ups: Vec<FollowUp>,
+}
+
+/// A question asked in a later turn, over the same context and after the earlier answers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct FollowUp {
+    /// Question, without the context.
+    pub question: String,
+    /// Start of the answer, which the model continues.
+    #[serde(default)]
+    pub answer_prefix: String,
+    /// Strings that the answer should contain.
+    pub outputs: Vec<String>,
+}
+
+impl FollowUp {
+    /// Returns the text of the turn: the question and the start of its answer.
+    pub fn prompt(&self) -> String {
+        format!("{}{}", self.question, self.answer_prefix)
+    }
 }
 
 /// Values for fields that files written by RULER lack.
@@ -50,7 +72,7 @@ pub struct SampleDefaults<'a> {
 }
 
 impl Sample {
-    /// Returns the whole prompt, the start of the answer included.
+    /// Returns the whole prompt of the first turn, the start of the answer included.
     pub fn prompt(&self) -> String {
         format!("{}{}", self.input, self.answer_prefix)
     }
@@ -71,6 +93,16 @@ impl Sample {
         self.split().map(|(_, question)| format!("{question}{}", self.answer_prefix))
     }
 
+    /// Returns the strings that each turn's answer should contain.
+    pub fn outputs(&self) -> impl Iterator<Item = &[String]> {
+        std::iter::once(&self.outputs[..]).chain(self.follow_ups.iter().map(|turn| &turn.outputs[..]))
+    }
+
+    /// Returns the maximum tokens of all answers together.
+    pub fn room(&self) -> usize {
+        self.max_new_tokens * (1 + self.follow_ups.len())
+    }
+
     fn split(&self) -> Result<(&str, &str)> {
         self.question_at.and_then(|at| self.input.split_at_checked(at)).ok_or_else(|| {
             let place = format!("sample {} of {}", self.index, self.task);
@@ -82,7 +114,7 @@ impl Sample {
     /// Returns why the sample cannot be scored or split; `None` for a valid sample.
     fn fault(&self) -> Option<String> {
         // The empty string occurs in every answer.
-        if self.outputs.is_empty() || self.outputs.iter().any(|o| o.trim().is_empty()) {
+        if self.outputs().any(|outputs| outputs.is_empty() || outputs.iter().any(|o| o.trim().is_empty())) {
             return Some("`outputs` is empty: there is nothing to score an answer by".into());
         }
         let at = self.question_at.filter(|at| !self.input.is_char_boundary(*at))?;
@@ -136,7 +168,9 @@ pub fn read(path: &Path, missing: SampleDefaults) -> Result<Vec<Sample>> {
     // A repeated sample would count as two independent ones.
     let mut seen = HashMap::new();
     for (i, sample) in samples.iter().enumerate() {
-        if let Some(before) = seen.insert((&sample.task, &sample.input, &sample.answer_prefix), i + 1) {
+        if let Some(before) =
+            seen.insert((&sample.task, &sample.input, &sample.answer_prefix, &sample.follow_ups), i + 1)
+        {
             return Err(at_line(i, format!("repeats the sample of line {before}")));
         }
     }
@@ -183,6 +217,7 @@ mod tests {
             made_for: None,
             max_new_tokens: 30,
             depth: Some(0.25),
+            follow_ups: vec![],
         }
     }
 
@@ -193,6 +228,30 @@ mod tests {
         assert_eq!(s.prompt(), "Ein Stück\nText. Wo? Da:");
         let error = Sample { question_at: None, ..s }.context().expect_err("unknown").to_string();
         assert!(error.contains("sample 3 of vt") && error.contains("question_at"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn follow_up_questions_are_written_only_where_there_are_any() -> Result<()> {
+        let dir = tempfile::tempdir().at("temporary folder")?;
+        let path = dir.path().join("samples.jsonl");
+        let turn = |question: &str, output: &str| FollowUp {
+            question: question.into(),
+            answer_prefix: " Da:".into(),
+            outputs: vec![output.into()],
+        };
+        let several = Sample { follow_ups: vec![turn("Wann?", "1"), turn("Wie?", "2")], ..sample() };
+        // Samples that differ in a later turn alone are two samples.
+        let samples = [sample(), several.clone(), Sample { follow_ups: vec![turn("Wann?", "1")], ..sample() }];
+        write(&path, &samples, "--out")?;
+        let text = std::fs::read_to_string(&path).at("file")?;
+        let written: Vec<bool> = text.lines().map(|line| line.contains("follow_ups")).collect();
+        assert_eq!(written, [false, true, true], "{text}");
+        assert_eq!(read(&path, SampleDefaults::default())?, samples);
+        assert_eq!(several.outputs().map(|o| o[0].as_str()).collect::<Vec<_>>(), ["é", "1", "2"]);
+        assert_eq!((several.room(), sample().room()), (90, 30));
+        let bad = Sample { follow_ups: vec![turn("Wann?", " ")], ..sample() };
+        assert!(write(&path, &[bad], "--out").is_err_and(|e| e.to_string().contains("`outputs` is empty")));
         Ok(())
     }
 

@@ -46,18 +46,67 @@ fn the_tasks_are_rulers() {
 }
 
 #[test]
+fn the_recall_tasks_are_named_apart_from_rulers() -> Result<()> {
+    let tasks: Vec<_> = RECALL_TASKS.iter().map(|t| (t.name, t.max_new_tokens, t.rule.name())).collect();
+    let expected = [
+        ("recall_turns", 24, "string_match_all"),
+        ("recall_needles", 256, "string_match_all"),
+        ("recall_count", 32, "first_number_match"),
+    ];
+    assert_eq!(tasks, expected);
+    let names = |names: &[&str]| -> Result<Vec<&str>> {
+        let names: Vec<String> = names.iter().map(|n| n.to_string()).collect();
+        Ok(named(&names)?.iter().map(|t| t.name).collect())
+    };
+    assert_eq!(names(&["vt", "recall"])?, ["vt", "recall_turns", "recall_needles", "recall_count"]);
+    assert_eq!(names(&["recall_count"])?, ["recall_count"]);
+    let twice = names(&["recall_turns", "recall"]).err().map(|e| e.to_string()).unwrap_or_default();
+    assert!(twice.contains("--tasks") && twice.contains("names `recall_turns` twice"), "{twice}");
+    let unknown = names(&["recalls"]).err().map(|e| e.to_string()).unwrap_or_default();
+    assert!(unknown.contains("`recalls` is not one of") && unknown.contains("recall_count"), "{unknown}");
+    Ok(())
+}
+
+#[test]
+fn every_turn_has_room_and_is_counted_as_such() -> Result<()> {
+    /// Counts words, and three more for every later turn, as a chat template adds them.
+    struct Chat;
+    impl TokenCounter for Chat {
+        fn prompt(&self, text: &str) -> Result<usize> {
+            words(text)
+        }
+        fn follow_up(&self, text: &str) -> Result<usize> {
+            Ok(words(text)? + 3)
+        }
+    }
+    let task = find("recall_turns")?;
+    let sample = |count| task.sample(&sources(), SampleKey { length: 1_000, seed: 1, index: 0 }, count);
+    let (plain, chat) = (sample(&words)?, sample(&Chat)?);
+    assert_eq!((plain.follow_ups.len(), plain.room()), (9, 240));
+    assert!(chat.input.len() < plain.input.len() && chat.follow_ups == plain.follow_ups);
+    assert!((980..=1_000).contains(&chat.length) && (980..=1_000).contains(&plain.length));
+    Ok(())
+}
+
+#[test]
 fn lengths_are_counted_right_and_nearly_reached() -> Result<()> {
     let all = all_sources()?;
-    for (task, length) in TASKS.iter().flat_map(|t| [900, 4_096, 20_000].map(|length| (t, length))) {
+    for (task, length) in every().flat_map(|t| [900, 4_096, 20_000].map(|length| (t, length))) {
         let counter = Counter::default();
-        let s = task.sample(&all, SampleKey { length, seed: 5, index: 2 }, &|t| counter.count(t))?;
-        assert_eq!(s.length, words(&s.prompt())? + task.max_new_tokens, "{}", task.name);
+        let s = task.sample(&all, SampleKey { length, seed: 5, index: 2 }, &|t: &str| counter.count(t))?;
+        let later = s.follow_ups.iter().map(|turn| words(&turn.prompt())).sum::<Result<usize>>()?;
+        assert_eq!(s.length, words(&s.prompt())? + later + s.room(), "{}", task.name);
         assert_eq!((s.task.as_str(), s.max_new_tokens, s.index), (task.name, task.max_new_tokens, 2));
         let share = s.length as f64 / length as f64;
         // A document or a line of noise is up to 40 of 900 words.
         let least = if length == 900 { 0.95 } else { 0.98 };
         assert!(share <= 1.0 && share >= least, "{} at {length}: {}", task.name, s.length);
-        assert!(counter.counts() <= 16, "{} at {length}: counted {} times", task.name, counter.counts());
+        assert!(
+            counter.counts() <= 16 * (1 + s.follow_ups.len()),
+            "{} at {length}: counted {} times",
+            task.name,
+            counter.counts()
+        );
     }
     Ok(())
 }
@@ -65,7 +114,7 @@ fn lengths_are_counted_right_and_nearly_reached() -> Result<()> {
 #[test]
 fn a_sample_depends_on_task_length_seed_and_index_alone() -> Result<()> {
     let all = all_sources()?;
-    for task in TASKS {
+    for task in every() {
         let five = task.samples(&all, (1_200, 9), 5, &words, &quiet)?;
         assert_eq!(task.samples(&all, (1_200, 9), 2, &words, &quiet)?, five[..2], "{}", task.name);
         assert_eq!(task.sample(&all_sources()?, SampleKey { length: 1_200, seed: 9, index: 4 }, &words)?, five[4]);
@@ -74,7 +123,7 @@ fn a_sample_depends_on_task_length_seed_and_index_alone() -> Result<()> {
         assert_ne!(other.input, five[0].input, "{}: the seed counts", task.name);
         // The same is hidden at every length.
         let longer = task.sample(&all, SampleKey { length: 1_500, seed: 9, index: 0 }, &words)?;
-        assert_eq!(longer.outputs, five[0].outputs, "{}", task.name);
+        assert_eq!((&longer.outputs, &longer.follow_ups), (&five[0].outputs, &five[0].follow_ups), "{}", task.name);
     }
     Ok(())
 }
@@ -82,7 +131,7 @@ fn a_sample_depends_on_task_length_seed_and_index_alone() -> Result<()> {
 #[test]
 fn the_question_is_not_in_the_context() -> Result<()> {
     let all = all_sources()?;
-    for (task, index) in TASKS.iter().flat_map(|t| (0..3).map(move |i| (t, i))) {
+    for (task, index) in every().flat_map(|t| (0..3).map(move |i| (t, i))) {
         let s = task.sample(&all, SampleKey { length: 1_000, seed: 5, index }, &words)?;
         let (context, question) = (s.context()?, s.question()?);
         assert_eq!(format!("{context}{question}"), s.prompt());
@@ -91,6 +140,7 @@ fn the_question_is_not_in_the_context() -> Result<()> {
         // The example of `cwe` has the same question about another list.
         let before = if task.name == "cwe" { context.rsplit("Below is").next().unwrap_or_default() } else { context };
         assert!(!before.contains(asked), "{}: {asked}", task.name);
+        assert!(s.follow_ups.iter().all(|turn| !s.input.contains(&turn.question)), "{}", task.name);
         // A file without `question_at`, as RULER writes it, is split at the same place, also where line breaks were
         // removed.
         assert_eq!(question_at(task.name, &s.input), s.question_at, "{}: {asked}", task.name);
@@ -142,7 +192,7 @@ fn the_question_of_rulers_own_prompts_is_found() {
 #[test]
 fn lengths_that_nothing_fits_are_refused() -> Result<()> {
     let all = all_sources()?;
-    for (task, length) in TASKS.iter().flat_map(|t| [0, 1, 40].map(|length| (t, length))) {
+    for (task, length) in every().flat_map(|t| [0, 1, 40].map(|length| (t, length))) {
         let made = task.sample(&all, SampleKey { length, seed: 1, index: 0 }, &words);
         let error = made.err().map(|e| e.to_string()).unwrap_or_default();
         assert!(error.contains(task.name) && error.contains(&format!("{length} tokens are too few")), "{error}");
@@ -153,16 +203,17 @@ fn lengths_that_nothing_fits_are_refused() -> Result<()> {
 #[test]
 fn missing_sources_are_named() {
     let none = Sources::default();
-    for task in TASKS.iter().filter(|t| t.name != "vt" && t.name != "fwe") {
+    for task in every().filter(|t| t.name != "vt" && t.name != "fwe") {
         let made = task.sample(&none, SampleKey { length: 900, seed: 1, index: 0 }, &words);
         let error = made.err().map(|e| e.to_string()).unwrap_or_default();
         assert!(error.starts_with(task.name) && error.contains("needs"), "{error}");
     }
     let few =
         Sources { words: Some(WordLists::new(vec!["n".into()], vec!["a".into()], vec!["v".into()])), ..sources() };
-    let made =
-        find("niah_multiquery").and_then(|t| t.sample(&few, SampleKey { length: 900, seed: 1, index: 0 }, &words));
-    assert!(made.err().is_some_and(|e| e.to_string().contains("too few words")));
+    for task in ["niah_multiquery", "recall_turns", "recall_count"] {
+        let made = find(task).and_then(|t| t.sample(&few, SampleKey { length: 900, seed: 1, index: 0 }, &words));
+        assert!(made.err().is_some_and(|e| e.to_string().contains("too few words")), "{task}");
+    }
 }
 
 #[test]

@@ -60,6 +60,7 @@ impl Chain {
             ),
             outputs: self.names.clone(),
             depth: None,
+            follow_ups: vec![],
         }
     }
 }
