@@ -3,8 +3,9 @@
 //   w_i = sum_h exp(scores[h, i] - ln(e^near_h + e^far_h)), far_h the log-sum-exp of all scores of head h;
 //   chosen: the k largest in rising order, of equal weights the earlier tokens; all where there are no more than k.
 //
-// Launch  grid (CLUSTER, G), 1024 threads, dynamic shared memory 4 `cached` bytes; 16 blocks to a cluster need the attribute
-//         for sizes that are not portable. `cached` a multiple of 8; weights beyond it go to `weights` in memory.
+// Launch  grid (CLUSTER, G), 1024 threads, dynamic shared memory 4 `cached` bytes. `cached` a multiple of 8, at most
+//         51200; weights beyond it go to `weights` in memory. Sixteen blocks to a cluster take three times as long: not all
+//         clusters fit at once.
 //
 // Radix selection on the bits of f32 weights, which are in the order of the weights as none is negative: 11, 11 and 9 bits.
 // The blocks of a cluster split the tokens; each sums all histograms through distributed shared memory, in the same
@@ -19,10 +20,9 @@ constexpr uint32_t NO_TOKEN = 0xffffffffu;
 
 struct Choice {
   int bins[3][BINS];
-  int sums[2][CHOOSE_WARPS];
+  int2 sums[2][CHOOSE_WARPS];
   int above[CHOOSE_WARPS], equal[CHOOSE_WARPS];
-  int found[3], rest[3];
-  int2 own;  // tokens of this block above the lowest weight, and equal to it
+  int found[3], rest[3], above_before[3], equal_before;
   float base[RECALL_HEADS];
 };
 
@@ -91,35 +91,40 @@ template <int CLUSTER> struct Choose {
     }
   }
 
-  // The bin of histogram `pass` that holds the `left`-th highest weight of the cluster, and how many are wanted in it.
+  // The bin of histogram `pass` that holds the `left`-th highest weight of the cluster, how many are wanted in it, and how many
+  // weights of the blocks before this one lie above it and in it.
   __device__ void find(int pass, int left) {
     const int high = BINS - 1 - 2 * (int)threadIdx.x;  // this thread's two bins: the first thread has the highest
-    int upper = 0, lower = 0;
+    int2 upper = make_int2(0, 0), lower = make_int2(0, 0);  // x: of all blocks; y: of those before this one
 #pragma unroll
     for (int r = 0; r < CLUSTER; r++) {
       const int2 two = *(const int2 *)cluster.map_shared_rank(&s.bins[pass][high - 1], r);
-      lower += two.x;
-      upper += two.y;
+      lower.x += two.x;
+      upper.x += two.y;
+      if (r < rank) lower.y += two.x, upper.y += two.y;
     }
-    int upto = upper + lower;
+    int2 upto = make_int2(upper.x + lower.x, upper.y + lower.y);
     for (int d = 1; d < WARP; d *= 2) {
-      const int other = __shfl_up_sync(~0u, upto, d);
-      if (lane >= d) upto += other;
+      const int x = __shfl_up_sync(~0u, upto.x, d), y = __shfl_up_sync(~0u, upto.y, d);
+      if (lane >= d) upto.x += x, upto.y += y;
     }
     if (lane == WARP - 1) s.sums[pass % 2][warp] = upto;
     __syncthreads();
-    int before = s.sums[pass % 2][lane];
+    int2 before = s.sums[pass % 2][lane];
     for (int d = 1; d < WARP; d *= 2) {
-      const int other = __shfl_up_sync(~0u, before, d);
-      if (lane >= d) before += other;
+      const int x = __shfl_up_sync(~0u, before.x, d), y = __shfl_up_sync(~0u, before.y, d);
+      if (lane >= d) before.x += x, before.y += y;
     }
-    before = __shfl_sync(~0u, before, max(warp - 1, 0));
-    if (warp > 0) upto += before;
-    const int above = upto - upper - lower;
-    if (above < left && left <= upto) {
-      const bool first = left <= above + upper;
+    before.x = __shfl_sync(~0u, before.x, max(warp - 1, 0));
+    before.y = __shfl_sync(~0u, before.y, max(warp - 1, 0));
+    if (warp > 0) upto.x += before.x, upto.y += before.y;
+    const int above = upto.x - upper.x - lower.x;
+    if (above < left && left <= upto.x) {
+      const bool first = left <= above + upper.x;
       s.found[pass] = first ? high : high - 1;
-      s.rest[pass] = left - above - (first ? 0 : upper);
+      s.rest[pass] = left - above - (first ? 0 : upper.x);
+      s.above_before[pass] = upto.y - lower.y - (first ? upper.y : 0);
+      s.equal_before = first ? upper.y : lower.y;
     }
     __syncthreads();
   }
@@ -139,6 +144,8 @@ template <int CLUSTER> struct Choose {
     weigh();
     uint32_t lowest = 0;
     int wanted = n;  // of those equal to the lowest
+    // Chosen tokens, and those equal to the lowest, of the blocks before this one.
+    int above_before = 0, equal_before = 0;
     if (p.k < n) {
       cluster.sync();
       find(0, p.k);
@@ -156,62 +163,59 @@ template <int CLUSTER> struct Choose {
       }
       cluster.sync();
       find(2, s.rest[1]);
+      cluster.barrier_arrive();  // no block ends while another may read its histograms
       lowest = second << 9 | s.found[2];
       wanted = s.rest[2];
-    } else __syncthreads();
+      above_before = s.above_before[0] + s.above_before[1] + s.above_before[2];
+      equal_before = s.equal_before;
+    } else {
+      __syncthreads();
+      // All are chosen; all count as equals, which the places below take in.
+      equal_before = max(from - far.begin, 0);
+    }
+    // Above the lowest weight, and equal to it.
+    auto is_above = [&](uint32_t w) { return p.k < n && w != NO_TOKEN && w > lowest; };
+    auto is_equal = [&](uint32_t w) { return p.k < n ? w == lowest : w != NO_TOKEN; };
     // Each warp counts its own run of tokens.
     const int each = (count / WARP + CHOOSE_WARPS - 1) / CHOOSE_WARPS * WARP;
     const int start = min(warp * each, count), stop = min(start + each, count);
     int above = 0, equal = 0;
     for (int i = start + lane; i < stop; i += WARP) {
       const uint32_t w = weight(i);
-      above += __popc(__ballot_sync(~0u, w != NO_TOKEN && w > lowest));
-      equal += __popc(__ballot_sync(~0u, w == lowest));
+      above += __popc(__ballot_sync(~0u, is_above(w)));
+      equal += __popc(__ballot_sync(~0u, is_equal(w)));
     }
     if (lane == 0) s.above[warp] = above, s.equal[warp] = equal;
     __syncthreads();
-    auto before = [&](const int *sums, int &all) {
+    auto before = [&](const int *sums) {
       int sum = sums[lane];
       for (int d = 1; d < WARP; d *= 2) {
         const int other = __shfl_up_sync(~0u, sum, d);
         if (lane >= d) sum += other;
       }
-      all = __shfl_sync(~0u, sum, WARP - 1);
       const int earlier = __shfl_sync(~0u, sum, max(warp - 1, 0));
       return warp > 0 ? earlier : 0;
     };
-    int all_above, all_equal;
-    int above_before = before(s.above, all_above), equal_before = before(s.equal, all_equal);
-    if (threadIdx.x == 0) s.own = make_int2(all_above, all_equal);
-    cluster.sync();
-    int whole_above = 0, whole_equal = 0;
-    for (int r = 0; r < CLUSTER; r++) {
-      const int2 other = *cluster.map_shared_rank(&s.own, r);
-      if (r < rank) above_before += other.x, equal_before += other.y;
-      whole_above += other.x, whole_equal += other.y;
-    }
-    cluster.barrier_arrive();
-    wanted = min(wanted, whole_equal);
+    above_before += before(s.above);
+    equal_before += before(s.equal);
     int *chosen = p.chosen + (int64_t)g * p.k;
     uint32_t *bitmap = p.bitmap + (int64_t)g * (p.ctx / WARP) + from / WARP;
     const uint32_t earlier = (1u << lane) - 1;
     for (int i = start + lane; i < stop; i += WARP) {
       const uint32_t w = weight(i);
-      const uint32_t equals = __ballot_sync(~0u, w == lowest);
-      const bool stays = (w != NO_TOKEN && w > lowest) || (w == lowest && equal_before + __popc(equals & earlier) < wanted);
+      const uint32_t equals = __ballot_sync(~0u, is_equal(w)), aboves = __ballot_sync(~0u, is_above(w));
+      const bool stays = is_above(w) || (is_equal(w) && equal_before + __popc(equals & earlier) < wanted);
       const uint32_t votes = __ballot_sync(~0u, stays);
-      const int place = above_before + min(equal_before, wanted) + __popc(votes & earlier);
-      if (stays) chosen[place] = from + i;
+      if (stays) chosen[above_before + min(equal_before, wanted) + __popc(votes & earlier)] = from + i;
       if (lane == 0) bitmap[i / WARP] = votes;
-      // Those above are the votes that are not for an equal.
+      above_before += __popc(aboves);
       equal_before += __popc(equals);
-      above_before += __popc(__ballot_sync(~0u, w != NO_TOKEN && w > lowest));
     }
     if (rank == 0 && threadIdx.x == 0) {
-      p.counts[g] = whole_above + wanted;
+      p.counts[g] = min(p.k, n);
       p.lowest[g] = log2f(__uint_as_float(lowest));
     }
-    cluster.barrier_wait();
+    if (p.k < n) cluster.barrier_wait();
   }
 };
 
@@ -227,5 +231,4 @@ template <int CLUSTER> struct Choose {
   }
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 INSTANCE(8)
-INSTANCE(16)
 #endif

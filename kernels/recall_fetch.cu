@@ -207,7 +207,7 @@ template <int THREADS> struct Rest {
 #pragma unroll
       for (int j = 0; j < 8; j++) {
         const int chunk = (j + threadIdx.x) % 8;  // a warp's stores in different banks
-        *(uint4 *)(table + i * 128 + chunk * 16) = chunk % 2 ? b : a;
+        *(uint4 *)(table + i / 512 * 65536 + i % 256 * 256 + i / 256 % 2 * 128 + chunk * 16) = chunk % 2 ? b : a;
       }
     }
   }
@@ -215,36 +215,47 @@ template <int THREADS> struct Rest {
   // log2 of what weights are relative to, for head h.
   __device__ float base(int h) const { return p.mass[g * group + h] + fmaxf(p.lowest[g], -126.f); }
 
-  // The four words (of this subset's sub-vectors) of this lane's eight tokens.
-  __device__ void load_codes(uint32_t (&code)[8], int token) const {
+  // A token's bytes of this subset's sub-vectors.
+  __device__ uint32_t code_of(int token) const {
     const int subs = (p.dim + RECALL_SUB - 1) / RECALL_SUB;
-    const uint8_t *from = p.value_codes + ((int64_t)g * p.ctx + token) * subs;
-    if (subs == 4) {
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const uint4 x = load16_written(from + i * 16);
-        code[4 * i] = x.x, code[4 * i + 1] = x.y, code[4 * i + 2] = x.z, code[4 * i + 3] = x.w;
-      }
-    } else if (subs == 8) {
+    const uint8_t *from = p.value_codes + ((int64_t)g * p.ctx + token) * subs + subset * REST_WORDS;
+    if (subs % 4 == 0) return *(const uint32_t *)from;
+    uint32_t code = 0;
+    for (int b = 0; b < min(REST_WORDS, subs - subset * REST_WORDS); b++) code |= (uint32_t)from[b] << (8 * b);
+    return code;
+  }
+
+  // Of 32 tokens those that do not count: chosen, sinks, near.
+  __device__ uint32_t excluded(const uint32_t *bitmap, int unit) const {
+    uint32_t out = bitmap[unit];
+    if (unit * WARP < far.begin) out |= far.begin - unit * WARP >= WARP ? ~0u : (1u << (far.begin - unit * WARP)) - 1;
+    if (far.end - unit * WARP < WARP) out |= ~0u << (far.end - unit * WARP);
+    return out;
+  }
+
+  // Weights of this lane's eight tokens of 32, whose scores are `x`, for its head.
+  __device__ void weigh(uint4 x, uint32_t out, float against, float cap, __half2 &most, float &sum, float (&weight)[8]) const {
+    uint32_t scored[4] = {x.x, x.y, x.z, x.w};
+    if (out) {
+      const uint32_t mine = out >> (quad * 8);
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const uint4 x = load16_written(from + i * 16);
-        code[2 * i] = subset ? x.y : x.x, code[2 * i + 1] = subset ? x.w : x.z;
+        if (mine >> (2 * i) & 1) scored[i] = (scored[i] & 0xffff0000u) | 0xfc00u;
+        if (mine >> (2 * i + 1) & 1) scored[i] = (scored[i] & 0xffffu) | 0xfc000000u;
       }
-    } else if (subs % 4 == 0) {
+    }
 #pragma unroll
-      for (int i = 0; i < 8; i++) code[i] = *(const uint32_t *)(from + i * subs + subset * 4);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        code[i] = 0;
-        for (int b = 0; b < min(4, subs - subset * 4); b++) code[i] |= (uint32_t)from[i * subs + subset * 4 + b] << (8 * b);
-      }
+    for (int i = 0; i < 4; i++) {
+      most = __hmax2(most, *(__half2 *)&scored[i]);
+      const float2 s = unpack<__half>(scored[i]);
+      weight[2 * i] = exp2f(fminf(s.x * LOG2E, cap) - against);
+      weight[2 * i + 1] = exp2f(fminf(s.y * LOG2E, cap) - against);
+      sum += weight[2 * i] + weight[2 * i + 1];
     }
   }
 
-  // Sums over the slice with scores capped (base 2) at `cap`, per head of `row`; returns the largest score, base 2, and writes
-  // the part.
+  // Sums over the slice with scores capped at `cap`, weights relative to `against` (both base 2, of the head of `row`); returns the
+  // head's largest score and writes the part.
   __device__ float codes(float against, float cap, float *to) {
     const int units = (far.end + WARP - 1) / WARP, each = (units + p.rest_slices - 1) / p.rest_slices;
     const int until = min(units, (slice + 1) * each);
@@ -252,45 +263,42 @@ template <int THREADS> struct Rest {
     const __half *scores = p.scores + (int64_t)(g * group + min(row, group - 1)) * p.ctx + quad * 8;
     float acc[REST_WORDS][4] = {}, sum = 0.f;
     __half2 most = __half2half2(__ushort_as_half(0xfc00));
-    const char *own = table + quad * 32 + row * 4;
+    const uint32_t own = quad * 32 + row * 4;
+    // One unit ahead. A lane loads the code of one token; the four lanes that decode it together ask for it by shuffle.
+    uint4 next_x = make_uint4(0, 0, 0, 0);
+    uint32_t next_code = 0, next_out = 0;
+    auto load = [&](int unit) {
+      if (unit >= until) return;
+      next_x = load16_written(scores + unit * WARP);
+      next_code = code_of(unit * WARP + quad * 8 + row);
+      next_out = excluded(bitmap, unit);
+    };
+    load(slice * each + warp);
     for (int unit = slice * each + warp; unit < until; unit += WARPS) {
-      const uint4 x = load16_written(scores + unit * WARP);
-      uint32_t code[8];
-      load_codes(code, unit * WARP + quad * 8);
-      uint32_t out = bitmap[unit];
-      if (unit * WARP < far.begin) out |= far.begin - unit * WARP >= WARP ? ~0u : (1u << (far.begin - unit * WARP)) - 1;
-      if (far.end - unit * WARP < WARP) out |= ~0u << (far.end - unit * WARP);
-      uint32_t scored[4] = {x.x, x.y, x.z, x.w}, weight[4];
-      if (out) {
-        const uint32_t mine = out >> (quad * 8);
+      const uint4 x = next_x;
+      const uint32_t code = next_code, out = next_out;
+      load(unit + WARPS);
+      float weight[8];
+      weigh(x, out, against, cap, most, sum, weight);
+      uint32_t b[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          if (mine >> (2 * i) & 1) scored[i] = (scored[i] & 0xffff0000u) | 0xfc00u;
-          if (mine >> (2 * i + 1) & 1) scored[i] = (scored[i] & 0xffffu) | 0xfc000000u;
-        }
-      }
+      for (int i = 0; i < 4; i++) b[i] = pack<__half>(weight[2 * i], weight[2 * i + 1]);
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        most = __hmax2(most, *(__half2 *)&scored[i]);
-        const float2 s = unpack<__half>(scored[i]);
-        const float a = exp2f(fminf(s.x * LOG2E, cap) - against), b = exp2f(fminf(s.y * LOG2E, cap) - against);
-        sum += a + b;
-        weight[i] = pack<__half>(a, b);
-      }
+      for (int s = 0; s < 2; s++) {
+        uint32_t c[4];
 #pragma unroll
-      for (int m = 0; m < REST_WORDS; m++)
+        for (int i = 0; i < 4; i++) c[i] = __shfl_sync(~0u, code, (4 * s + i) * 4 + quad);
 #pragma unroll
-        for (int s = 0; s < 2; s++) {
+        for (int m = 0; m < REST_WORDS; m++) {
           uint32_t v[4];
 #pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const uint32_t c = code[4 * s + i], offset = (m == 0 ? c << 7 : c >> (8 * m - 7)) & 0x7f80u;
-            v[i] = *(const uint32_t *)(own + m * (256 * 128) + offset);
-          }
+          for (int i = 0; i < 4; i++)  // the byte becomes the second of the address, whose first is the lane's place
+            v[i] = *(const uint32_t *)(table + m / 2 * 65536 + m % 2 * 128 + __byte_perm(c[i], own, 0x6604 | m << 4));
           const uint32_t a[4] = {__byte_perm(v[0], v[1], 0x5410), __byte_perm(v[0], v[1], 0x7632), __byte_perm(v[2], v[3], 0x5410),
                                  __byte_perm(v[2], v[3], 0x7632)};
-          mma<__half>(acc[m], a, weight[2 * s], weight[2 * s + 1]);
+          mma<__half>(acc[m], a, b[2 * s], b[2 * s + 1]);
         }
+      }
     }
     // [warp][channel][head]
     float *part = sums + warp * REST_PART;
@@ -314,72 +322,86 @@ template <int THREADS> struct Rest {
       to[h * part_row(p) + subset * 64 + c] = all;
     }
     largest = -INFINITY;
-    for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, top[w][row]);
-    if (subset == 0 && threadIdx.x < group) {
-      float all = 0.f;
-      for (int w = 0; w < WARPS; w++) all += total[w][threadIdx.x];
-      *(float2 *)(to + threadIdx.x * part_row(p) + part_row(p) - 4) = make_float2(0.f, all);
-    }
+    float all = 0.f;
+    for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, top[w][row]), all += total[w][row];
+    if (subset == 0 && warp == 0 && quad == 0 && row < group) put(to, against, all);
     __syncthreads();
     return largest;
   }
 
-  // The same with the means of blocks. Shared memory: [heads][64 blocks] weights, then [heads][D] sums, [heads] totals.
+  // What the part of the head of `row` is relative to, and the sum of its weights.
+  __device__ void put(float *to, float against, float all) const {
+    *(float2 *)(to + row * part_row(p) + part_row(p) - 4) = make_float2(against, all);
+  }
+
+  // The same with the means of blocks. Shared memory: [heads][64 blocks] weights, then [heads][D] sums.
   __device__ float means(float against, float cap, float *to) {
     constexpr int AT_A_TIME = 64;
-    float *weights = (float *)table, *out = weights + RECALL_HEADS * AT_A_TIME, *total = out + RECALL_HEADS * p.dim;
-    __shared__ float base_of[RECALL_HEADS], cap_of[RECALL_HEADS], top[WARPS][RECALL_HEADS];
+    float *weights = (float *)table, *out = weights + RECALL_HEADS * AT_A_TIME;
+    __shared__ float base_of[RECALL_HEADS], cap_of[RECALL_HEADS], total[WARPS][RECALL_HEADS], top[WARPS][RECALL_HEADS];
     if (warp == 0 && quad == 0) base_of[row] = against, cap_of[row] = cap;
-    for (int i = threadIdx.x; i < RECALL_HEADS * (p.dim + 1); i += THREADS) out[i] = 0.f;
+    if (threadIdx.x < WARPS * RECALL_HEADS) total[0][threadIdx.x] = 0.f, top[0][threadIdx.x] = -INFINITY;
+    for (int i = threadIdx.x; i < RECALL_HEADS * p.dim; i += THREADS) out[i] = 0.f;
     __syncthreads();
-    float largest[RECALL_HEADS];
-#pragma unroll
-    for (int h = 0; h < RECALL_HEADS; h++) largest[h] = -INFINITY;
     const int all = (far.end + p.block - 1) / p.block, each = (all + p.rest_slices - 1) / p.rest_slices;
     const int until = min(all, (slice + 1) * each);
     const uint32_t *bitmap = p.bitmap + (int64_t)g * (p.ctx / WARP);
+    const __half *scores = p.scores + (int64_t)(g * group + min(row, group - 1)) * p.ctx + quad * 8;
     for (int from = slice * each; from < until; from += AT_A_TIME) {
       const int here = min(AT_A_TIME, until - from);
       for (int n = warp; n < here; n += WARPS) {
-        const int start = max((from + n) * p.block, far.begin), stop = min((from + n + 1) * p.block, far.end);
-        float sum[RECALL_HEADS] = {};
-        for (int i = start + lane; i < stop; i += WARP) {
-          if (bitmap[i / WARP] >> (i % WARP) & 1) continue;
-#pragma unroll
-          for (int h = 0; h < RECALL_HEADS; h++) {
-            if (h >= group) break;
-            const float s = __half2float(p.scores[(int64_t)(g * group + h) * p.ctx + i]) * LOG2E;
-            largest[h] = fmaxf(largest[h], s);
-            sum[h] += exp2f(fminf(s, cap_of[h]) - base_of[h]);
+        if (p.block % WARP == 0) {  // whole words of the bitmap; lanes as in `codes`
+          const int first = (from + n) * (p.block / WARP), last = min(first + p.block / WARP, (far.end + WARP - 1) / WARP);
+          __half2 most = __half2half2(__ushort_as_half(0xfc00));
+          float sum = 0.f, unused[8];
+#pragma unroll 4
+          for (int unit = first; unit < last; unit++)
+            weigh(load16_written(scores + unit * WARP), excluded(bitmap, unit), against, cap, most, sum, unused);
+          float largest = fmaxf(__low2float(most), __high2float(most)) * LOG2E;
+          for (int d = 1; d < 4; d *= 2) {
+            sum += __shfl_xor_sync(~0u, sum, d);
+            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
+          }
+          if (quad == 0) {
+            weights[row * AT_A_TIME + n] = sum;
+            total[warp][row] += sum;
+            top[warp][row] = fmaxf(top[warp][row], largest);
+          }
+        } else {
+          const int start = max((from + n) * p.block, far.begin), stop = min((from + n + 1) * p.block, far.end);
+          for (int h = 0; h < group; h++) {
+            float sum = 0.f, largest = -INFINITY;
+            for (int i = start + lane; i < stop; i += WARP) {
+              if (bitmap[i / WARP] >> (i % WARP) & 1) continue;
+              const float s = __half2float(p.scores[(int64_t)(g * group + h) * p.ctx + i]) * LOG2E;
+              largest = fmaxf(largest, s);
+              sum += exp2f(fminf(s, cap_of[h]) - base_of[h]);
+            }
+            sum = warp_sum(sum);
+            for (int d = 16; d > 0; d >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
+            if (lane == 0) {
+              weights[h * AT_A_TIME + n] = sum;
+              total[warp][h] += sum;
+              top[warp][h] = fmaxf(top[warp][h], largest);
+            }
           }
         }
-#pragma unroll
-        for (int h = 0; h < RECALL_HEADS; h++) {
-          const float whole = warp_sum(sum[h]);
-          if (lane == 0) weights[h * AT_A_TIME + n] = whole;
-        }
       }
       __syncthreads();
-      for (int i = threadIdx.x; i < group * (p.dim + 1); i += THREADS) {
-        const int h = i / (p.dim + 1), c = i % (p.dim + 1);
+      for (int i = threadIdx.x; i < group * p.dim; i += THREADS) {
+        const int h = i / p.dim, c = i % p.dim;
         float x = 0.f;
+#pragma unroll 8
         for (int n = 0; n < here; n++)
-          x += weights[h * AT_A_TIME + n] *
-               (c == p.dim ? 1.f : element(p.means, ((int64_t)g * p.blocks + from + n) * p.dim + c, p.means_type));
-        (c == p.dim ? total[h] : out[h * p.dim + c]) += x;
+          x = fmaf(weights[h * AT_A_TIME + n], element(p.means, ((int64_t)g * p.blocks + from + n) * p.dim + c, p.means_type), x);
+        out[i] += x;
       }
       __syncthreads();
-    }
-#pragma unroll
-    for (int h = 0; h < RECALL_HEADS; h++) {
-      for (int d = 16; d > 0; d >>= 1) largest[h] = fmaxf(largest[h], __shfl_xor_sync(~0u, largest[h], d));
-      if (lane == 0) top[warp][h] = largest[h];
     }
     for (int i = threadIdx.x; i < group * p.dim; i += THREADS) to[i / p.dim * part_row(p) + i % p.dim] = out[i];
-    if (threadIdx.x < group) *(float2 *)(to + threadIdx.x * part_row(p) + part_row(p) - 4) = make_float2(0.f, total[threadIdx.x]);
-    __syncthreads();
-    float most = -INFINITY;
-    for (int w = 0; w < WARPS; w++) most = fmaxf(most, top[w][row]);
+    float most = -INFINITY, sum = 0.f;
+    for (int w = 0; w < WARPS; w++) most = fmaxf(most, top[w][row]), sum += total[w][row];
+    if (warp == 0 && quad == 0 && row < group) put(to, against, sum);
     __syncthreads();
     return most;
   }
@@ -403,8 +425,10 @@ template <int THREADS> struct Rest {
     for (int f = 0; f < p.fetchers; f++) cap = fmaxf(cap, __ldcg(part_of(p, g, f) + min(row, group - 1) * part_row(p) + part_row(p) - 4));
     if (!__syncthreads_or(row < group && largest > cap)) return;
     if (threadIdx.x == 0) atomicAdd(p.redone, 1);
-    if (p.value_codes) codes(against, cap, to);
-    else means(against, cap, to);
+    // Relative to the cap where it is lower, as the weights of a head are at most that now. All subsets of a slice see the same
+    // scores, and so come here together.
+    if (p.value_codes) codes(fminf(against, cap), cap, to);
+    else means(fminf(against, cap), cap, to);
   }
 };
 
@@ -412,16 +436,14 @@ template <int THREADS> struct Rest {
 template <int THREADS> __device__ void merge(const RecallParams &p, int g, float *shared) {
   const int group = p.heads / p.kv_heads, parts = p.fetchers + p.rest_slices, row = part_row(p);
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const bool rest = p.counts[g] < Far(p).count();
   float *factors = shared, *total = factors + RECALL_HEADS * (parts + 1);
   for (int h = warp; h < group; h += THREADS / WARP) {
     const float near = p.near_lse[g * group + h] * LOG2E;
-    const float base = rest && p.rest_slices > 0 ? p.mass[g * group + h] + fmaxf(p.lowest[g], -126.f) : -INFINITY;
-    // A part's weight in base 2: its largest logit, or what the rest is relative to.
+    // What a part is relative to, in base 2.
     auto logit = [&](int i) {
       if (i == parts) return near;
       const float2 ml = __ldcg((const float2 *)(part_of(p, g, i) + h * row + row - 4));
-      return ml.y > 0.f ? i < p.fetchers ? ml.x : base : -INFINITY;
+      return ml.y > 0.f ? ml.x : -INFINITY;
     };
     float top = -INFINITY, sum = 0.f;
     for (int i = lane; i <= parts; i += WARP) top = fmaxf(top, logit(i));

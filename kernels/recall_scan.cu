@@ -1,17 +1,22 @@
 // recall_scan: decoded scores of all far tokens, and the new token's codes and exact row.
 //
-//   scores[h, i] = factor q_h . k^_i = constant_h + sum_m table[m][code_im][h], for all heads h of the KV head at once;
+//   scores[h, i] = factor q_h . k^_i, for all heads h of the KV head at once;
 //   slices[h, s] = the largest score of slice s, and the sum of exp relative to it (base 2).
 //
-// Shapes  HEADS (2, 4, 8) heads to a thread block; WORDS: key code of 4 WORDS bytes (2, 4, 8), 0: of any length.
-//         _nibbles: no field crosses the middle of a byte.
+// Shapes  recall_scan_HEADS_BYTES: HEADS (4, 8) heads to a thread block, key codes of BYTES (8, 16, 32) bytes, at most 6 bits a
+//         channel, levels symmetric about 0; recall_scan_HEADS_any: codes of any length.
 // Launch  grid (slice_count + 1, G, ceil(group / HEADS)), 1024 threads, dynamic shared memory
-//         ceil4(bytes) (256, _nibbles: 32) HEADS 2 + D HEADS 4 + 2624 bytes. One multiprocessor holds one block.
+//         ceil4(bytes) (512 HEADS + 96 HEADS) + 4 D HEADS + 4096 bytes. One multiprocessor holds one block.
 //
-// A table holds one entry of HEADS halves for each value of a byte, so that one load of shared memory serves all heads:
-// 2, 4 or 8 words wide, at random places: about three-fold bank conflicts. With _nibbles it has 16 entries of at most 8
-// bytes, which lie in all banks once: no conflict, at twice the loads. A lane has its own token; the tensor cores add up
-// its entries in f32: with B = (I I)', A B adds two pairs of halves to a lane's own two sums, and its other two rows the same.
+// A level of one or two bits is a sum over its bits, l = sum_j c_j (2 bit_j - 1), as levels are symmetric; for more bits this
+// is their best fit, and the remainder comes from a table. So the bits of all codes, as bytes of 0 or 1, times factor q_c
+// scale_c 2 c_j, are one integer product on tensor cores: coefficients have 16 bits (of the largest of a head), as two
+// columns of 8. Remainders: one load of shared memory for each byte that holds a wider field, for all heads, added up by
+// tensor cores too, with a second operand that has a 1 where a half belongs to a column. No load of shared memory for
+// codes of one and two bits.
+// _any looks up every byte in a table of 256 entries of HEADS halves: a load of 8 or 16 bytes at random places has about
+// three-fold bank conflicts. A lane has its own token, and with B = (I I)' the product A B adds two pairs of halves to a
+// lane's own two sums, and its other two rows the same.
 // The last block of each KV head appends the new token instead.
 #include "recall.cuh"
 
@@ -60,197 +65,143 @@ __device__ void append(const RecallParams &p, const Far &far, char *shared) {
   if (threadIdx.x < subs) p.value_codes[((int64_t)g * p.ctx + far.position) * subs + threadIdx.x] = (uint8_t)best[threadIdx.x];
 }
 
-template <int HEADS, int WORDS, bool NIBBLES> struct Scan {
-  static constexpr int PLANES = NIBBLES && HEADS == 8 ? 2 : 1;  // tables of entries of at most 8 bytes
-  static constexpr int ENTRY = HEADS / PLANES * 2, VALUES = NIBBLES ? 16 : 256;
-  static constexpr int PLANE = VALUES * ENTRY, BYTE = (NIBBLES ? 2 : 1) * PLANES * PLANE;  // bytes of a plane, of a code's byte
-  static constexpr int ACCS = HEADS == 8 ? 2 : 1, AHEAD = WORDS > 0 && WORDS <= 4;
+// The largest score of each head and the sum of exp relative to it, over a thread block's tokens; `lists` [HEADS][warps].
+__device__ inline void put_slice(float2 *lists, float2 *slices, int heads, int stride) {
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  __syncthreads();
+  if (warp >= heads) return;
+  const float2 own = lists[warp * SCAN_WARPS + lane];
+  float top = own.x;
+  for (int d = 16; d > 0; d >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+  const float all = warp_sum(own.y * exp2f(own.x - top));
+  if (lane == 0) slices[warp * stride] = make_float2(top, all);
+}
+
+// A thread block's tokens: tiles of 64, and where its result goes.
+struct Slice {
+  int group, head0, heads, from, to;
+  float2 *out;
+  __device__ Slice(const RecallParams &p, const Far &far, int most) {
+    group = p.heads / p.kv_heads;
+    head0 = blockIdx.y * group + blockIdx.z * most;
+    heads = min(most, group - (int)blockIdx.z * most);
+    const int tiles = (far.end + 63) / 64, each = (tiles + p.slice_count - 1) / p.slice_count;
+    from = blockIdx.x * each;
+    to = min(from + each, tiles);
+    out = p.slices + (int64_t)head0 * p.slice_count + blockIdx.x;
+  }
+  // Whether there is nothing to do, which is then the result.
+  __device__ bool empty(const RecallParams &p, const Far &far) const {
+    if (from < to && far.count() > 0) return false;
+    if (threadIdx.x < heads) out[threadIdx.x * p.slice_count] = make_float2(-1e30f, 0.f);
+    return true;
+  }
+};
+
+__device__ inline float finite(float x) { return fminf(fmaxf(x, -65504.f), 65504.f); }
+
+// Codes of any length.
+template <int HEADS> struct Tables {
+  static constexpr int ENTRY = HEADS * 2, BYTE = 256 * ENTRY, ACCS = HEADS / 4;
   const RecallParams &p;
   char *tables;
-  const int lane, warp, g, group, head0, heads;
-  uint32_t one[2];
+  const int lane, warp, g;
+  uint32_t one;
 
-  __device__ Scan(const RecallParams &params, char *shared)
-      : p(params), tables(shared), lane(threadIdx.x % WARP), warp(threadIdx.x / WARP), g(blockIdx.y), group(p.heads / p.kv_heads),
-        head0(blockIdx.z * HEADS), heads(min(HEADS, group - head0)) {
+  __device__ Tables(const RecallParams &params, char *shared)
+      : p(params), tables(shared), lane(threadIdx.x % WARP), warp(threadIdx.x / WARP), g(blockIdx.y) {
     const int row = lane / 4, column = lane % 4 * 2;
-    one[0] = one[1] = (column == row ? 0x3c00u : 0u) | (column + 1 == row ? 0x3c000000u : 0u);
+    one = (column == row ? 0x3c00u : 0u) | (column + 1 == row ? 0x3c000000u : 0u);
   }
 
-  __device__ int words() const { return WORDS > 0 ? WORDS : (p.bytes + 3) / 4; }
+  __device__ int words() const { return (p.bytes + 3) / 4; }
 
-  // The tables of this block's heads, and the constants.
-  __device__ void build(float *factors, float *levels, float *constants) {
-    const float *q = p.q + (int64_t)(g * group + head0) * p.dim, *mean = p.mean + g * p.dim, *scale = p.scale + g * p.dim;
+  __device__ void build(const Slice &slice, float *factors, float *levels, float *constants) {
+    const float *q = p.q + (int64_t)slice.head0 * p.dim, *mean = p.mean + g * p.dim, *scale = p.scale + g * p.dim;
     const RecallField *fields = p.fields + g * p.dim;
     const int *first = p.first + g * (p.bytes + 1);
     for (int i = threadIdx.x; i < p.dim * HEADS; i += SCAN_THREADS) {
       const int c = i / HEADS, h = i % HEADS;
-      factors[i] = h < heads ? q[h * p.dim + c] * p.factor * scale[c] : 0.f;
+      factors[i] = h < slice.heads ? q[h * p.dim + c] * p.factor * scale[c] : 0.f;
     }
     for (int i = threadIdx.x; i < RECALL_EDGES; i += SCAN_THREADS) levels[i] = p.levels[i];
     if (warp < HEADS) {
       float sum = 0.f;
-      for (int c = lane; c < p.dim && warp < heads; c += WARP) sum += q[warp * p.dim + c] * mean[c];
+      for (int c = lane; c < p.dim && warp < slice.heads; c += WARP) sum += q[warp * p.dim + c] * mean[c];
       sum = warp_sum(sum);
       if (lane == 0) constants[warp] = sum * p.factor;
     }
     __syncthreads();
-    const int values = words() * 4 * (NIBBLES ? 32 : 256);
-    for (int i = threadIdx.x; i < values; i += SCAN_THREADS) {
-      const int byte = i / (NIBBLES ? 32 : 256), part = NIBBLES ? i / 16 % 2 : 0, value = i % VALUES;
+    for (int i = threadIdx.x; i < words() * 4 * 256; i += SCAN_THREADS) {
+      const int byte = i / 256, value = i % 256, until = byte < p.bytes ? first[byte + 1] : 0;
       float sums[HEADS] = {};
-      const int until = byte < p.bytes ? first[byte + 1] : 0;
       for (int f = byte < p.bytes ? first[byte] : 0; f < until; f++) {
         const RecallField field = fields[f];
-        if (NIBBLES && field.shift / 4 != part) continue;
-        const int shift = NIBBLES ? field.shift % 4 : field.shift;
-        const float level = levels[(1 << field.bits) + (value >> shift & ((1 << field.bits) - 1))];
+        const float level = levels[(1 << field.bits) + (value >> field.shift & ((1 << field.bits) - 1))];
 #pragma unroll
         for (int h = 0; h < HEADS; h++) sums[h] = fmaf(factors[field.channel * HEADS + h], level, sums[h]);
       }
 #pragma unroll
-      for (int h = 0; h < HEADS; h += 2) {
-        const int plane = h * 2 / ENTRY, at = h * 2 % ENTRY;
-        const float lo = fminf(fmaxf(sums[h], -65504.f), 65504.f), hi = fminf(fmaxf(sums[h + 1], -65504.f), 65504.f);
-        *(uint32_t *)(tables + byte * BYTE + (part * PLANES + plane) * PLANE + value * ENTRY + at) = pack<__half>(lo, hi);
-      }
+      for (int h = 0; h < HEADS; h += 2)
+        *(uint32_t *)(tables + i * ENTRY + h * 2) = pack<__half>(finite(sums[h]), finite(sums[h + 1]));
     }
     __syncthreads();
   }
 
   __device__ void add(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) const {
     const uint32_t a[4] = {a0, a1, a2, a3};
-    mma<__half>(c, a, one[0], one[1]);
+    mma<__half>(c, a, one, one);
   }
 
   // Adds the entries of four bytes of a code; `at` is the first one's table.
   __device__ void look_up(float (&c)[ACCS][4], uint32_t word, const char *at) const {
-    constexpr int SHIFT = ENTRY == 4 ? 2 : ENTRY == 8 ? 3 : 4;
-    if constexpr (NIBBLES) {
-      // The offsets of four nibbles, one to a byte.
-      const uint32_t mask = 0x0f0f0f0fu << SHIFT, offsets[2] = {word << SHIFT & mask, (SHIFT > 3 ? word << (SHIFT - 4) : word >> (4 - SHIFT)) & mask};
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const uint32_t lo = __byte_perm(offsets[0], 0, 0x4440 + i), hi = __byte_perm(offsets[1], 0, 0x4440 + i);
-        const char *from = at + i * BYTE;
-        if constexpr (ENTRY == 4) {
-          if (i % 2 == 1) continue;
-          const uint32_t lo2 = __byte_perm(offsets[0], 0, 0x4441 + i), hi2 = __byte_perm(offsets[1], 0, 0x4441 + i);
-          add(c[0], *(const uint32_t *)(from + lo), *(const uint32_t *)(from + PLANE + hi), *(const uint32_t *)(from + BYTE + lo2),
-              *(const uint32_t *)(from + BYTE + PLANE + hi2));
-        } else {
-#pragma unroll
-          for (int plane = 0; plane < PLANES; plane++) {
-            const uint2 a = *(const uint2 *)(from + plane * PLANE + lo), b = *(const uint2 *)(from + (PLANES + plane) * PLANE + hi);
-            add(c[plane], a.x, a.y, b.x, b.y);
-          }
-        }
-      }
-    } else {
-      uint32_t offset[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) offset[i] = __byte_perm(word, 0, 0x4440 + i) << SHIFT;
-      if constexpr (HEADS == 2) {
-        add(c[0], *(const uint32_t *)(at + offset[0]), *(const uint32_t *)(at + BYTE + offset[1]),
-            *(const uint32_t *)(at + 2 * BYTE + offset[2]), *(const uint32_t *)(at + 3 * BYTE + offset[3]));
+    for (int i = 0; i < 4; i += 2) {
+      const char *first = at + i * BYTE + (word >> (8 * i) & 0xff) * ENTRY, *second = at + (i + 1) * BYTE + (word >> (8 * i + 8) & 0xff) * ENTRY;
+      if constexpr (HEADS == 4) {
+        const uint2 a = *(const uint2 *)first, b = *(const uint2 *)second;
+        add(c[0], a.x, a.y, b.x, b.y);
       } else {
-#pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-          const char *one_at = at + i * BYTE + offset[i], *two_at = at + (i + 1) * BYTE + offset[i + 1];
-          if constexpr (HEADS == 4) {
-            const uint2 a = *(const uint2 *)one_at, b = *(const uint2 *)two_at;
-            add(c[0], a.x, a.y, b.x, b.y);
-          } else {
-            const uint4 a = *(const uint4 *)one_at, b = *(const uint4 *)two_at;
-            add(c[0], a.x, a.y, b.x, b.y);
-            add(c[1], a.z, a.w, b.z, b.w);
-          }
-        }
+        const uint4 a = *(const uint4 *)first, b = *(const uint4 *)second;
+        add(c[0], a.x, a.y, b.x, b.y);
+        add(c[1], a.z, a.w, b.z, b.w);
       }
     }
   }
 
-  // The words of a token's code.
-  template <int N> __device__ void load(uint32_t (&w)[N], const uint8_t *from, bool valid) const {
-    if constexpr (N == 2) {
-      const uint2 x = valid ? *(const uint2 *)from : make_uint2(0, 0);
-      w[0] = x.x, w[1] = x.y;
-    } else {
-#pragma unroll
-      for (int i = 0; i < N; i += 4) {
-        const uint4 x = valid ? load16_written(from + i * 4) : make_uint4(0, 0, 0, 0);
-        w[i] = x.x, w[i + 1] = x.y, w[i + 2] = x.z, w[i + 3] = x.w;
-      }
-    }
-  }
-
-  // One word of a code of any length.
   __device__ uint32_t word_of(const uint8_t *from, int i, bool valid) const {
+    if (!valid) return 0;
+    if (p.bytes % 4 == 0) return *(const uint32_t *)(from + i * 4);
     uint32_t word = 0;
-    for (int b = 0; b < 4; b++)
-      if (valid && i * 4 + b < p.bytes) word |= (uint32_t)from[i * 4 + b] << (8 * b);
+    for (int b = 0; b < min(4, p.bytes - i * 4); b++) word |= (uint32_t)from[i * 4 + b] << (8 * b);
     return word;
   }
 
-  __device__ void run(float *rest) {
+  __device__ void run() {
+    await_previous();
     const Far far(p);
-    float *levels = rest, *factors = levels + RECALL_EDGES, *constants = factors + p.dim * HEADS;
-    float2 *per_warp = (float2 *)(constants + HEADS);
-    const int tiles = (far.end + 63) / 64, each = (tiles + p.slice_count - 1) / p.slice_count;
-    const int from = blockIdx.x * each, to = min(from + each, tiles);
-    float2 *slices = p.slices + (int64_t)(g * group + head0) * p.slice_count + blockIdx.x;
-    if (from >= to || far.count() == 0) {
-      if (threadIdx.x < heads) slices[threadIdx.x * p.slice_count] = make_float2(-1e30f, 0.f);
-      return;
-    }
-    build(factors, levels, constants);
-    float most[HEADS], sum[HEADS], constant[HEADS];
+    const Slice slice(p, far, HEADS);
+    if (slice.empty(p, far)) return;
+    float *levels = (float *)(tables + words() * 4 * BYTE), *factors = levels + RECALL_EDGES, *constants = factors + p.dim * HEADS;
+    float2 *lists = (float2 *)(constants + HEADS);
+    build(slice, factors, levels, constants);
+    float most[HEADS], sum[HEADS];
 #pragma unroll
-    for (int h = 0; h < HEADS; h++) most[h] = -1e30f, sum[h] = 0.f, constant[h] = constants[h];
+    for (int h = 0; h < HEADS; h++) most[h] = -1e30f, sum[h] = 0.f;
     const uint8_t *codes = p.key_codes + (int64_t)g * p.ctx * p.bytes;
-    __half *scores = p.scores + (int64_t)(g * group + head0) * p.ctx;
-    constexpr int N = WORDS > 0 ? WORDS : 4;
-    uint32_t ahead[2][N];
-    auto fetch = [&](int tile) {
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int token = tile * 64 + lane * 2 + i;
-        load(ahead[i], codes + (int64_t)token * p.bytes, tile < to && token < far.end);
-      }
-    };
-    if constexpr (AHEAD) fetch(from + warp);
-    for (int tile = from + warp; tile < to; tile += SCAN_WARPS) {
+    __half *scores = p.scores + (int64_t)slice.head0 * p.ctx;
+    for (int tile = slice.from + warp; tile < slice.to; tile += SCAN_WARPS) {
       const int token = tile * 64 + lane * 2;
       float c[2][ACCS][4] = {};
-      if constexpr (WORDS > 0) {
-        uint32_t word[2][N];
-        if constexpr (!AHEAD) fetch(tile);
+      for (int w = 0; w < words(); w++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
-#pragma unroll
-          for (int w = 0; w < N; w++) word[i][w] = ahead[i][w];
-        if constexpr (AHEAD) fetch(tile + SCAN_WARPS);
-#pragma unroll
-        for (int w = 0; w < N; w++)
-#pragma unroll
-          for (int i = 0; i < 2; i++) look_up(c[i], word[i][w], tables + w * 4 * BYTE);
-      } else {
-        for (int w = 0; w < words(); w++)
-          for (int i = 0; i < 2; i++)
-            look_up(c[i], word_of(codes + (int64_t)(token + i) * p.bytes, w, token + i < far.end), tables + w * 4 * BYTE);
-      }
+          look_up(c[i], word_of(codes + (int64_t)(token + i) * p.bytes, w, token + i < far.end), tables + w * 4 * BYTE);
       const bool valid[2] = {token >= far.begin && token < far.end, token + 1 >= far.begin && token + 1 < far.end};
 #pragma unroll
       for (int h = 0; h < HEADS; h++) {
-        float s[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          s[i] = HEADS == 2 ? c[i][0][h % 2] + c[i][0][h % 2 + 2] : c[i][h / 4][h % 4];
-          s[i] = fminf(fmaxf(s[i] + constant[h], -65504.f), 65504.f);
-        }
-        const __half2 both = __floats2half2_rn(s[0], s[1]);
-        if (h < heads) *(__half2 *)(scores + (int64_t)h * p.ctx + token) = both;
+        const __half2 both = __floats2half2_rn(finite(c[0][h / 4][h % 4] + constants[h]), finite(c[1][h / 4][h % 4] + constants[h]));
+        if (h < slice.heads) *(__half2 *)(scores + (int64_t)h * p.ctx + token) = both;
         const float a = valid[0] ? __low2float(both) * LOG2E : -INFINITY, b = valid[1] ? __high2float(both) * LOG2E : -INFINITY;
         const float top = fmaxf(most[h], fmaxf(a, b));
         sum[h] = sum[h] * exp2f(most[h] - top) + exp2f(a - top) + exp2f(b - top);
@@ -262,39 +213,294 @@ template <int HEADS, int WORDS, bool NIBBLES> struct Scan {
       float top = most[h];
       for (int d = 16; d > 0; d >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
       const float all = warp_sum(sum[h] * exp2f(most[h] - top));
-      if (lane == 0) per_warp[h * SCAN_WARPS + warp] = make_float2(top, all);
+      if (lane == 0) lists[h * SCAN_WARPS + warp] = make_float2(top, all);
     }
-    __syncthreads();
-    if (warp < heads) {
-      const float2 own = per_warp[warp * SCAN_WARPS + lane];
-      float top = own.x;
-      for (int d = 16; d > 0; d >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-      const float all = warp_sum(own.y * exp2f(own.x - top));
-      if (lane == 0) slices[warp * p.slice_count] = make_float2(top, all);
-    }
+    put_slice(lists, slice.out, slice.heads, p.slice_count);
   }
 };
 
-#define INSTANCE(NAME, HEADS, WORDS, NIBBLES)                                                               \
+__device__ inline void mma_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Codes of 4 WORDS bytes. Rows of a product: 16 tokens, two neighbours in rows r and r + 8; columns: heads.
+template <int HEADS, int WORDS> struct Bits {
+  static constexpr int OWN = WORDS == 8 ? 2 : 1, PLANES = WORDS == 2 ? 4 : 8;  // words of a lane, bits of each byte it takes
+  static constexpr int STEPS = OWN * PLANES / 2, PARTS = HEADS == 8 ? 2 : 1;   // products of 32 bits; high and low apart
+  static constexpr int BITS = 32 * WORDS, ENTRY = HEADS * 2, TABLE = 256 * ENTRY, COLUMNS = 2 * HEADS, GROUPS = WORDS == 8 ? 2 : 4;
+  static constexpr int VALUES = HEADS / 4;  // heads of a lane
+  struct Shared {
+    float terms[8][8], remainders[RECALL_EDGES];  // c_j of b bits; what is left of a level
+    float scale[HEADS], constant[HEADS];
+    float2 lists[HEADS * SCAN_WARPS];
+    int wide[4 * WORDS], wides;  // bytes with fields of more than two bits
+    float terms_of[BITS][HEADS];
+    uint32_t columns[COLUMNS][8][WORDS];  // coefficients of four bytes: [high of each head, low of each head][bit][word]
+  };
+  const RecallParams &p;
+  Shared &s;
+  char *tables;
+  float *factors;
+  const int lane, warp, g, quad, row;
+
+  __device__ Bits(const RecallParams &params, char *shared)
+      : p(params), s(*(Shared *)shared), tables(shared + (sizeof(Shared) + 15) / 16 * 16), factors((float *)(tables + 4 * WORDS * TABLE)),
+        lane(threadIdx.x % WARP), warp(threadIdx.x / WARP), g(blockIdx.y), quad(lane % 4), row(lane / 4) {}
+
+  // What does not depend on the token.
+  __device__ void constants() {
+    const int *first = p.first + g * (p.bytes + 1);
+    if (warp < 21) {
+      // Warp: one of the bits of 1 .. 6.
+      int bits = 1, j = warp;
+      while (j >= bits) j -= bits++;
+      float sum = 0.f;
+      for (int i = lane; i < 1 << bits; i += WARP) sum += (i >> j & 1 ? 1.f : -1.f) * p.levels[(1 << bits) + i];
+      sum = warp_sum(sum);
+      if (lane == 0) s.terms[bits][j] = sum / (1 << bits);
+    } else if (warp == 21) {
+      bool wide = false;
+      if (lane < 4 * WORDS)
+        for (int f = first[lane]; f < first[lane + 1]; f++) wide |= p.fields[g * p.dim + f].bits > 2;
+      const uint32_t votes = __ballot_sync(~0u, wide);
+      if (wide) s.wide[__popc(votes & ((1u << lane) - 1))] = lane;
+      if (lane == 0) s.wides = __popc(votes);
+    } else {
+      for (int i = threadIdx.x - 22 * WARP; i < BITS * HEADS; i += SCAN_THREADS - 22 * WARP) (&s.terms_of[0][0])[i] = 0.f;
+    }
+    __syncthreads();
+    if (threadIdx.x >= 2 && threadIdx.x < RECALL_EDGES) {
+      const int bits = 31 - __clz(threadIdx.x), level = threadIdx.x - (1 << bits);
+      float left = p.levels[threadIdx.x];
+      for (int j = 0; j < bits; j++) left -= (level >> j & 1 ? 1.f : -1.f) * s.terms[bits][j];
+      s.remainders[threadIdx.x] = left;
+    }
+  }
+
+  __device__ void build(const Slice &slice) {
+    const float *q = p.q + (int64_t)slice.head0 * p.dim, *mean = p.mean + g * p.dim, *scale = p.scale + g * p.dim;
+    const RecallField *fields = p.fields + g * p.dim;
+    const int *first = p.first + g * (p.bytes + 1);
+    const int count = first[4 * WORDS];
+    for (int i = threadIdx.x; i < count * HEADS; i += SCAN_THREADS) {
+      const int f = i / HEADS, h = i % HEADS;
+      const RecallField field = fields[f];
+      int byte = 0;  // the last whose first field is not beyond f
+      for (int step = 2 * WORDS; step > 0; step /= 2)
+        if (first[byte + step] <= f) byte += step;
+      const float x = h < slice.heads ? q[h * p.dim + field.channel] * p.factor * scale[field.channel] : 0.f;
+      factors[i] = x;
+      for (int j = 0; j < field.bits; j++) s.terms_of[byte * 8 + field.shift + j][h] = 2.f * x * s.terms[field.bits][j];
+    }
+    __syncthreads();
+    if (warp < HEADS) {
+      float most = 0.f, all = 0.f, sum = 0.f;
+      for (int i = lane; i < BITS; i += WARP) {
+        const float x = s.terms_of[i][warp];
+        most = fmaxf(most, fabsf(x));
+        all += x;
+      }
+      for (int c = lane; c < p.dim && warp < slice.heads; c += WARP) sum += q[warp * p.dim + c] * mean[c];
+      for (int d = 16; d > 0; d >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+      sum = warp_sum(sum * p.factor - 0.5f * all);
+      if (lane == 0) s.scale[warp] = most / 32512.f, s.constant[warp] = sum;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < COLUMNS * BITS / 4; i += SCAN_THREADS) {
+      const int column = i / (BITS / 4), plane = i / WORDS % 8, word = i % WORDS, h = column % HEADS;
+      const float inverse = s.scale[h] > 0.f ? 1.f / s.scale[h] : 0.f;
+      uint32_t packed = 0;
+      for (int e = 0; e < 4; e++) {
+        const int x = __float2int_rn(s.terms_of[(word * 4 + e) * 8 + plane][h] * inverse), high = (x + 128) >> 8;
+        packed |= (uint32_t)((column < HEADS ? high : x - high * 256) & 0xff) << (8 * e);
+      }
+      s.columns[column][plane][word] = packed;
+    }
+    for (int i = threadIdx.x; i < s.wides * 256; i += SCAN_THREADS) {
+      const int byte = s.wide[i / 256], value = i % 256;
+      float sums[HEADS] = {};
+      for (int f = first[byte]; f < first[byte + 1]; f++) {
+        const RecallField field = fields[f];
+        if (field.bits <= 2) continue;
+        const float left = s.remainders[(1 << field.bits) + (value >> field.shift & ((1 << field.bits) - 1))];
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) sums[h] = fmaf(factors[f * HEADS + h], left, sums[h]);
+      }
+#pragma unroll
+      for (int h = 0; h < HEADS; h += 2) *(uint32_t *)(tables + i * ENTRY + h * 2) = pack<__half>(finite(sums[h]), finite(sums[h + 1]));
+    }
+    __syncthreads();
+  }
+
+  __device__ void run() {
+    constants();
+    await_previous();
+    const Far far(p);
+    const Slice slice(p, far, HEADS);
+    if (slice.empty(p, far)) return;
+    const uint8_t *codes = p.key_codes + (int64_t)g * p.ctx * p.bytes + (WORDS == 2 ? quad % 2 : quad * OWN) * 4;
+    constexpr int TILE = GROUPS * 16;
+    const int until = min(slice.to * 64, (far.end + TILE - 1) / TILE * TILE);
+    uint32_t ahead[GROUPS][2][OWN];  // this lane's words of two neighbours
+    auto load = [&](int at) {
+#pragma unroll
+      for (int u = 0; u < GROUPS; u++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const int token = at + u * 16 + row * 2 + i;
+          const bool any = at < until && token < far.end;
+          const uint8_t *from = codes + (int64_t)token * (4 * WORDS);
+          if constexpr (OWN == 1) ahead[u][i][0] = any ? *(const uint32_t *)from : 0;
+          else {
+            const uint2 x = any ? *(const uint2 *)from : make_uint2(0, 0);
+            ahead[u][i][0] = x.x, ahead[u][i][1] = x.y;
+          }
+        }
+    };
+    int at = slice.from * 64 + warp * TILE;
+    load(at);
+    build(slice);
+    // Second operands: the coefficients of this lane's bits, and where halves of an entry go.
+    uint32_t b[PARTS][STEPS][2];
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+#pragma unroll
+      for (int step = 0; step < STEPS; step++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          b[part][step][i] = s.columns[part * 8 + row][(WORDS == 2 ? quad / 2 * 4 : 0) + step % (PLANES / 2) * 2 + i]
+                                      [WORDS == 2 ? quad % 2 : quad * OWN + step / (PLANES / 2)];
+    auto one = [&](int column) {  // heads column and column + 1
+      const int r = HEADS == 4 ? row % 4 : row;
+      return (r == column ? 0x3c00u : 0u) | (r == column + 1 ? 0x3c000000u : 0u);
+    };
+    const int wides = s.wides, mine = HEADS == 4 ? (quad < 2 ? 2 * quad : 2 * quad - 3) : 2 * quad;  // the first of this lane's heads
+    float most[VALUES], sum[VALUES], scale[VALUES], constant[VALUES];
+#pragma unroll
+    for (int v = 0; v < VALUES; v++) most[v] = -1e30f, sum[v] = 0.f, scale[v] = s.scale[mine + v], constant[v] = s.constant[mine + v];
+    __half *scores = p.scores + (int64_t)(slice.head0 + mine) * p.ctx + row * 2;
+    for (; at < until; at += SCAN_WARPS * TILE) {
+      uint32_t code[GROUPS][2][OWN];
+#pragma unroll
+      for (int u = 0; u < GROUPS; u++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+          for (int w = 0; w < OWN; w++) code[u][i][w] = ahead[u][i][w];
+      load(at + SCAN_WARPS * TILE);
+      __half2 both[GROUPS][VALUES];
+#pragma unroll
+      for (int u = 0; u < GROUPS; u++) {
+        int c[PARTS][4] = {};
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+          uint32_t a[4];
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const uint32_t word = code[u][i % 2][step / (PLANES / 2)] >> (WORDS == 2 ? quad / 2 * 4 : 0);
+            a[i] = word >> (step % (PLANES / 2) * 2 + i / 2) & 0x01010101u;
+          }
+#pragma unroll
+          for (int part = 0; part < PARTS; part++) mma_bytes(c[part], a, b[part][step][0], b[part][step][1]);
+        }
+        float left[4] = {};
+        for (int r = 0; r < wides; r += 4) {
+          const int byte = r + quad < wides ? s.wide[r + quad] : -1, from = row * 4 + (WORDS == 2 ? byte / 4 : byte / 4 / OWN) % 4;
+          uint32_t entry[2][ENTRY / 4];
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            uint32_t word = __shfl_sync(~0u, code[u][i][0], from);
+            if constexpr (OWN == 2) {
+              const uint32_t other = __shfl_sync(~0u, code[u][i][1], from);
+              if (byte / 4 % 2) word = other;
+            }
+            const char *x = tables + (r + quad) * TABLE + (word >> (byte % 4 * 8) & 0xff) * ENTRY;
+#pragma unroll
+            for (int e = 0; e < ENTRY / 4; e++) entry[i][e] = 0;
+            if (byte < 0) continue;
+            if constexpr (HEADS == 4) {
+              const uint2 v = *(const uint2 *)x;
+              entry[i][0] = v.x, entry[i][1] = v.y;
+            } else {
+              const uint4 v = *(const uint4 *)x;
+              entry[i][0] = v.x, entry[i][1] = v.y, entry[i][2] = v.z, entry[i][3] = v.w;
+            }
+          }
+#pragma unroll
+          for (int v = 0; v < VALUES; v++) {
+            const uint32_t a[4] = {entry[0][2 * v], entry[1][2 * v], entry[0][2 * v + 1], entry[1][2 * v + 1]};
+            mma<__half>(left, a, one(4 * v), one(4 * v + 2));
+          }
+        }
+        if constexpr (HEADS == 4) {
+          // High halves are in lanes 0 and 1 of four, low ones in 2 and 3: each lane takes one head.
+          const bool high = quad < 2;
+          const int x = __shfl_xor_sync(~0u, high ? c[0][1] : c[0][0], 2), y = __shfl_xor_sync(~0u, high ? c[0][3] : c[0][2], 2);
+          const int first = high ? c[0][0] * 256 + x : x * 256 + c[0][1], second = high ? c[0][2] * 256 + y : y * 256 + c[0][3];
+          both[u][0] = __floats2half2_rn(finite(fmaf((float)first, scale[0], constant[0]) + (high ? left[0] : left[1])),
+                                         finite(fmaf((float)second, scale[0], constant[0]) + (high ? left[2] : left[3])));
+        } else {
+#pragma unroll
+          for (int v = 0; v < VALUES; v++)
+            both[u][v] = __floats2half2_rn(finite(fmaf((float)(c[0][v] * 256 + c[PARTS - 1][v]), scale[v], constant[v]) + left[v]),
+                                           finite(fmaf((float)(c[0][v + 2] * 256 + c[PARTS - 1][v + 2]), scale[v], constant[v]) + left[v + 2]));
+        }
+#pragma unroll
+        for (int v = 0; v < VALUES; v++)
+          if (mine + v < slice.heads) *(__half2 *)(scores + (int64_t)v * p.ctx + at + u * 16) = both[u][v];
+      }
+      const bool whole = at >= far.begin && at + TILE <= far.end;
+#pragma unroll
+      for (int v = 0; v < VALUES; v++) {
+        float x[GROUPS][2], top = most[v];
+#pragma unroll
+        for (int u = 0; u < GROUPS; u++) {
+          x[u][0] = __low2float(both[u][v]) * LOG2E, x[u][1] = __high2float(both[u][v]) * LOG2E;
+          if (!whole) {
+            const int token = at + u * 16 + row * 2;
+            if (token < far.begin || token >= far.end) x[u][0] = -INFINITY;
+            if (token + 1 < far.begin || token + 1 >= far.end) x[u][1] = -INFINITY;
+          }
+          top = fmaxf(top, fmaxf(x[u][0], x[u][1]));
+        }
+        sum[v] *= exp2f(most[v] - top);
+#pragma unroll
+        for (int u = 0; u < GROUPS; u++) sum[v] += exp2f(x[u][0] - top) + exp2f(x[u][1] - top);
+        most[v] = top;
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < VALUES; v++) {
+      float top = most[v];
+      for (int d = 4; d < WARP; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+      float all = sum[v] * exp2f(most[v] - top);
+      for (int d = 4; d < WARP; d *= 2) all += __shfl_xor_sync(~0u, all, d);
+      if (row == 0) s.lists[(mine + v) * SCAN_WARPS + warp] = make_float2(top, all);
+    }
+    put_slice(s.lists, slice.out, slice.heads, p.slice_count);
+  }
+};
+
+#define INSTANCE(NAME, KIND)                                                                                \
   extern "C" __global__ void __launch_bounds__(SCAN_THREADS) NAME(const __grid_constant__ RecallParams p) { \
     extern __shared__ __align__(16) char shared[];                                                          \
     release_next();                                                                                         \
-    await_previous();                                                                                       \
     if ((int)blockIdx.x == p.slice_count) {                                                                 \
+      await_previous();                                                                                     \
       if (blockIdx.z == 0) append(p, Far(p), shared);                                                       \
       return;                                                                                               \
     }                                                                                                       \
-    Scan<HEADS, WORDS, NIBBLES> scan(p, shared);                                                            \
-    scan.run((float *)(shared + scan.words() * 4 * scan.BYTE));                                             \
+    KIND scan(p, shared);                                                                                   \
+    scan.run();                                                                                             \
   }
-#define LENGTHS(HEADS, SUFFIX, NIBBLES)                           \
-  INSTANCE(recall_scan_##HEADS##_any##SUFFIX, HEADS, 0, NIBBLES)  \
-  INSTANCE(recall_scan_##HEADS##_8##SUFFIX, HEADS, 2, NIBBLES)    \
-  INSTANCE(recall_scan_##HEADS##_16##SUFFIX, HEADS, 4, NIBBLES)   \
-  INSTANCE(recall_scan_##HEADS##_32##SUFFIX, HEADS, 8, NIBBLES)
-#define ALL(HEADS)            \
-  LENGTHS(HEADS, , false)     \
-  LENGTHS(HEADS, _nibbles, true)
-ALL(2)
-ALL(4)
-ALL(8)
+#define TABLES(HEADS) Tables<HEADS>
+#define BITS(HEADS, WORDS) Bits<HEADS, WORDS>
+#define LENGTHS(HEADS)                                   \
+  INSTANCE(recall_scan_##HEADS##_any, TABLES(HEADS))     \
+  INSTANCE(recall_scan_##HEADS##_8, BITS(HEADS, 2))      \
+  INSTANCE(recall_scan_##HEADS##_16, BITS(HEADS, 4))     \
+  INSTANCE(recall_scan_##HEADS##_32, BITS(HEADS, 8))
+LENGTHS(4)
+LENGTHS(8)
