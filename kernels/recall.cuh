@@ -1,8 +1,9 @@
 // Shared by the kernels of exact recall (recall_*.cu): parameters, far positions, codes.
 //
 //   near, chosen and rest of the far tokens under one softmax: src/ops/recall/mod.rs has the definition.
-//   A decode step is three launches: recall_scan (scores of all far tokens, and the new token's codes and exact row),
-//   recall_choose (the k best of each KV head), recall_fetch (their exact attention, the rest's estimate, the merge).
+//   A decode step is four launches: recall_scan (scores of all far tokens, and the new token's codes and exact row),
+//   recall_weigh and recall_choose (the k best of each KV head), recall_fetch (their exact attention, the rest's estimate,
+//   the merge).
 #pragma once
 #include "decode.cuh"
 
@@ -16,6 +17,8 @@ MIRRORED(RecallField, 4);
 constexpr int RECALL_HEADS = 8;   // query heads of a group, at most
 constexpr int RECALL_SUB = 16;    // channels of a value code's sub-vector
 constexpr int RECALL_EDGES = 128; // offset of the edges in `levels`
+constexpr int RECALL_BINS = 2048; // of `histogram`
+constexpr int RECALL_LISTED = 4096;
 
 // G KV heads, group = H / G. `ctx` is a multiple of 64.
 struct RecallParams {
@@ -33,7 +36,9 @@ struct RecallParams {
   const float *levels;        // [256]: level i of b bits at 2^b + i; edge i of b bits at 128 + 2^b + i
   __half *scores;             // [H, ctx]: clamped to finite values; no entry below the first far position is read
   float2 *slices;             // [H, slices]: largest score of a slice and the sum of exp relative to it, base 2
-  float *weights;             // [G, ctx]: scratch of recall_choose
+  float *weights;             // [G, ctx]
+  int *histogram;             // [G, 2048]: weights by their upper bits; zero between steps
+  uint2 *listed;              // [G, 4096]: weight and position of tokens in the k-th's bin
   int *chosen;                // [G, k]: positions, ascending
   int *counts;                // [G]: how many are chosen
   uint32_t *bitmap;           // [G, ctx / 32]: bit i % 32 of word i / 32: position i is chosen
@@ -42,7 +47,7 @@ struct RecallParams {
   void *store;                // [G, rows, 2, D]: exact keys and values, pinned host memory that the device maps
   const void *own_k, *own_v;  // [own_rows, G, D]: the new token's in row position % own_rows
   float *parts;               // [G, fetchers + rest_slices, 8, ceil4(D) + 4]: o, m, l
-  int *counters;              // [G, 2], zero between launches
+  int *counters;              // [G, 4], zero between steps: fetchers and blocks of recall_fetch, tokens and blocks of recall_choose
   uint32_t *redone;           // thread blocks that computed their rest again since an estimate exceeded the cap
   const DecodeState *state;   // or null: `position`
   int position;
@@ -51,28 +56,27 @@ struct RecallParams {
   int fetchers, rest_slices;  // thread blocks per KV head; rest_slices 0: no rest
   int block, blocks;          // positions of a mean
   int sinks, window_kind, window_size, window_count;
-  int cached;                 // weights that a block of recall_choose holds in shared memory
   int store_type, means_type; // 0: f32, 1: bf16, 2: f16
   float factor;               // of dot products
 };
-MIRRORED(RecallParams, 312);
+MIRRORED(RecallParams, 328);
 FIELD(RecallParams, q, 0); FIELD(RecallParams, near_lse, 8); FIELD(RecallParams, near_out, 16);
 FIELD(RecallParams, out, 24); FIELD(RecallParams, key_codes, 32); FIELD(RecallParams, value_codes, 40);
 FIELD(RecallParams, codebook, 48); FIELD(RecallParams, means, 56); FIELD(RecallParams, mean, 64);
 FIELD(RecallParams, scale, 72); FIELD(RecallParams, fields, 80); FIELD(RecallParams, first, 88);
 FIELD(RecallParams, levels, 96); FIELD(RecallParams, scores, 104); FIELD(RecallParams, slices, 112);
-FIELD(RecallParams, weights, 120); FIELD(RecallParams, chosen, 128); FIELD(RecallParams, counts, 136);
-FIELD(RecallParams, bitmap, 144); FIELD(RecallParams, lowest, 152); FIELD(RecallParams, mass, 160);
-FIELD(RecallParams, store, 168); FIELD(RecallParams, own_k, 176); FIELD(RecallParams, own_v, 184);
-FIELD(RecallParams, parts, 192); FIELD(RecallParams, counters, 200); FIELD(RecallParams, redone, 208);
-FIELD(RecallParams, state, 216); FIELD(RecallParams, position, 224); FIELD(RecallParams, ctx, 228);
-FIELD(RecallParams, rows, 232); FIELD(RecallParams, own_rows, 236); FIELD(RecallParams, heads, 240);
-FIELD(RecallParams, kv_heads, 244); FIELD(RecallParams, dim, 248); FIELD(RecallParams, bytes, 252);
-FIELD(RecallParams, k, 256); FIELD(RecallParams, slice_count, 260); FIELD(RecallParams, fetchers, 264);
-FIELD(RecallParams, rest_slices, 268); FIELD(RecallParams, block, 272); FIELD(RecallParams, blocks, 276);
-FIELD(RecallParams, sinks, 280); FIELD(RecallParams, window_kind, 284); FIELD(RecallParams, window_size, 288);
-FIELD(RecallParams, window_count, 292); FIELD(RecallParams, cached, 296); FIELD(RecallParams, store_type, 300);
-FIELD(RecallParams, means_type, 304); FIELD(RecallParams, factor, 308);
+FIELD(RecallParams, weights, 120); FIELD(RecallParams, histogram, 128); FIELD(RecallParams, listed, 136);
+FIELD(RecallParams, chosen, 144); FIELD(RecallParams, counts, 152); FIELD(RecallParams, bitmap, 160);
+FIELD(RecallParams, lowest, 168); FIELD(RecallParams, mass, 176); FIELD(RecallParams, store, 184);
+FIELD(RecallParams, own_k, 192); FIELD(RecallParams, own_v, 200); FIELD(RecallParams, parts, 208);
+FIELD(RecallParams, counters, 216); FIELD(RecallParams, redone, 224); FIELD(RecallParams, state, 232);
+FIELD(RecallParams, position, 240); FIELD(RecallParams, ctx, 244); FIELD(RecallParams, rows, 248);
+FIELD(RecallParams, own_rows, 252); FIELD(RecallParams, heads, 256); FIELD(RecallParams, kv_heads, 260);
+FIELD(RecallParams, dim, 264); FIELD(RecallParams, bytes, 268); FIELD(RecallParams, k, 272);
+FIELD(RecallParams, slice_count, 276); FIELD(RecallParams, fetchers, 280); FIELD(RecallParams, rest_slices, 284);
+FIELD(RecallParams, block, 288); FIELD(RecallParams, blocks, 292); FIELD(RecallParams, sinks, 296);
+FIELD(RecallParams, window_kind, 300); FIELD(RecallParams, window_size, 304); FIELD(RecallParams, window_count, 308);
+FIELD(RecallParams, store_type, 312); FIELD(RecallParams, means_type, 316); FIELD(RecallParams, factor, 320);
 
 // Far positions begin .. end: from the first that is no sink to the window's left edge.
 struct Far {

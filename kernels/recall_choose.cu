@@ -1,55 +1,35 @@
-// recall_choose: the k far tokens of each KV head with the largest weight over its heads.
+// recall_weigh, recall_choose: the k far tokens of each KV head with the largest weight over its heads.
 //
 //   w_i = sum_h exp(scores[h, i] - ln(e^near_h + e^far_h)), far_h the log-sum-exp of all scores of head h;
 //   chosen: the k largest in rising order, of equal weights the earlier tokens; all where there are no more than k.
 //
-// Launch  grid (CLUSTER, G), 1024 threads, dynamic shared memory 4 `cached` bytes. `cached` a multiple of 8, at most
-//         51200; weights beyond it go to `weights` in memory. Sixteen blocks to a cluster take three times as long: not all
-//         clusters fit at once.
+// Launch  recall_weigh: grid (any, G), 512 threads; mass, weights and their histogram.
+//         recall_choose: grid (any, G), 1024 threads; dynamic shared memory 8 LISTED bytes. About as many blocks as
+//         multiprocessors for all KV heads together.
 //
-// Radix selection on the bits of f32 weights, which are in the order of the weights as none is negative: 11, 11 and 9 bits.
-// The blocks of a cluster split the tokens; each sums all histograms through distributed shared memory, in the same
-// way, so that all find the same bin behind one barrier. Two passes of votes then give every chosen token its place:
+// Selection on the bits of f32 weights, which are in the order of the weights as none is negative. recall_weigh counts the
+// weights by their upper 11 bits. Each block of recall_choose finds in that histogram the bin where the k-th lies, marks
+// what is above it and lists what is in it: a ninth of an octave, a few hundred tokens. The last block of a KV head selects
+// among those by the other 20 bits, of equals by position, and writes the places of all bits of the map. More than LISTED
+// tokens in the bin (repeated codes) are read from memory again. Only counts and bits meet in atomic operations, so that
 // the result does not depend on scheduling.
 #include "recall.cuh"
-#include <cooperative_groups.h>
-namespace cg = cooperative_groups;
 
-constexpr int CHOOSE_THREADS = 1024, CHOOSE_WARPS = CHOOSE_THREADS / WARP, BINS = 2048;
+constexpr int WEIGH_THREADS = 512, CHOOSE_THREADS = 1024, CHOOSE_WARPS = CHOOSE_THREADS / WARP, BINS = RECALL_BINS;
+constexpr int LISTED = RECALL_LISTED;
 constexpr uint32_t NO_TOKEN = 0xffffffffu;
 
-struct Choice {
-  int bins[3][BINS];
-  int2 sums[2][CHOOSE_WARPS];
-  int above[CHOOSE_WARPS], equal[CHOOSE_WARPS];
-  int found[3], rest[3], above_before[3], equal_before;
-  float base[RECALL_HEADS];
-};
-
-template <int CLUSTER> struct Choose {
-  const RecallParams &p;
-  Choice &s;
-  uint32_t *cache, *spilt;
-  cg::cluster_group cluster;
-  const int lane, warp, rank, g, group;
-  int from, count;  // this block's tokens
-  Far far;
-
-  __device__ Choose(const RecallParams &params, Choice &state, uint32_t *shared)
-      : p(params), s(state), cache(shared), cluster(cg::this_cluster()), lane(threadIdx.x % WARP), warp(threadIdx.x / WARP),
-        rank(cluster.block_rank()), g(blockIdx.y), group(params.heads / params.kv_heads), far(params) {
-    // Whole rounds of a block's votes.
-    const int each = ((far.end + CLUSTER - 1) / CLUSTER + CHOOSE_THREADS - 1) / CHOOSE_THREADS * CHOOSE_THREADS;
-    from = min(rank * each, p.ctx);
-    count = max(0, min(each, (far.end + WARP - 1) / WARP * WARP - from));
-    spilt = (uint32_t *)p.weights + (int64_t)g * p.ctx + from;
-  }
-
-  __device__ uint32_t weight(int i) const { return i < p.cached ? cache[i] : spilt[i]; }
-
+extern "C" __global__ void __launch_bounds__(WEIGH_THREADS) recall_weigh(const __grid_constant__ RecallParams p) {
+  __shared__ int bins[BINS];
+  __shared__ float base_of[RECALL_HEADS];
+  release_next();
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = blockIdx.y, group = p.heads / p.kv_heads;
+  for (int i = threadIdx.x; i < BINS; i += WEIGH_THREADS) bins[i] = 0;
+  await_previous();
+  const Far far(p);
+  if (far.count() == 0) return;
   // log2(e^near + e^far) of each head.
-  __device__ void bases() {
-    if (warp >= group) return;
+  if (warp < group) {
     const int h = g * group + warp;
     const float2 *slices = p.slices + (int64_t)h * p.slice_count;
     float top = -1e30f, sum = 0.f;
@@ -59,176 +39,200 @@ template <int CLUSTER> struct Choose {
     sum = warp_sum(sum);
     const float all = top + log2f(sum), near = p.near_lse[h] * LOG2E, most = fmaxf(all, near);
     const float base = most + log2f(exp2f(all - most) + exp2f(near - most));
-    if (lane == 0) s.base[warp] = base;
-    if (lane == 0 && rank == 0) p.mass[h] = base;
+    if (lane == 0) base_of[warp] = base;
+    if (lane == 0 && blockIdx.x == 0) p.mass[h] = base;
   }
-
-  __device__ void weigh() {
-    for (int i = threadIdx.x * 8; i < count; i += CHOOSE_THREADS * 8) {
-      float w[8] = {};
-      for (int h = 0; h < group; h++) {
-        const uint4 x = __ldcg((const uint4 *)(p.scores + (int64_t)(g * group + h) * p.ctx + from + i));
-        const float base = s.base[h];
-        const uint32_t part[4] = {x.x, x.y, x.z, x.w};
+  __syncthreads();
+  const int64_t scores = (int64_t)g * group * p.ctx;
+  const int until = (far.end + WARP - 1) / WARP * WARP;  // words of the bitmap are whole
+  for (int i = (blockIdx.x * WEIGH_THREADS + threadIdx.x) * 8; i < until; i += gridDim.x * WEIGH_THREADS * 8) {
+    float w[8] = {};
+    uint4 x[RECALL_HEADS];
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-          const float2 score = unpack<__half>(part[j]);
-          w[2 * j] += exp2f(fmaf(score.x, LOG2E, -base));
-          w[2 * j + 1] += exp2f(fmaf(score.y, LOG2E, -base));
-        }
-      }
-      uint32_t bits[8];
+    for (int h = 0; h < RECALL_HEADS; h++)
+      if (h < group) x[h] = load16_written(p.scores + scores + (int64_t)h * p.ctx + i);
 #pragma unroll
-      for (int j = 0; j < 8; j++) {
-        const int token = from + i + j;
-        // No weight is negative; what is not a number (a query that is none) counts as nothing.
-        bits[j] = token < far.begin || token >= far.end ? NO_TOKEN : w[j] >= 0.f ? __float_as_uint(w[j]) : 0u;
-        if (bits[j] != NO_TOKEN) atomicAdd(&s.bins[0][bits[j] >> 20], 1);
-      }
-      uint4 *to = (uint4 *)((i < p.cached ? cache : spilt) + i);
-      to[0] = make_uint4(bits[0], bits[1], bits[2], bits[3]);
-      to[1] = make_uint4(bits[4], bits[5], bits[6], bits[7]);
-    }
-  }
-
-  // The bin of histogram `pass` that holds the `left`-th highest weight of the cluster, how many are wanted in it, and how many
-  // weights of the blocks before this one lie above it and in it.
-  __device__ void find(int pass, int left) {
-    const int high = BINS - 1 - 2 * (int)threadIdx.x;  // this thread's two bins: the first thread has the highest
-    int2 upper = make_int2(0, 0), lower = make_int2(0, 0);  // x: of all blocks; y: of those before this one
+    for (int h = 0; h < RECALL_HEADS; h++) {
+      if (h >= group) break;
+      const float base = base_of[h];
+      const uint32_t part[4] = {x[h].x, x[h].y, x[h].z, x[h].w};
 #pragma unroll
-    for (int r = 0; r < CLUSTER; r++) {
-      const int2 two = *(const int2 *)cluster.map_shared_rank(&s.bins[pass][high - 1], r);
-      lower.x += two.x;
-      upper.x += two.y;
-      if (r < rank) lower.y += two.x, upper.y += two.y;
+      for (int j = 0; j < 4; j++) {
+        const float2 score = unpack<__half>(part[j]);
+        w[2 * j] += exp2f(fmaf(score.x, LOG2E, -base));
+        w[2 * j + 1] += exp2f(fmaf(score.y, LOG2E, -base));
+      }
     }
-    int2 upto = make_int2(upper.x + lower.x, upper.y + lower.y);
-    for (int d = 1; d < WARP; d *= 2) {
-      const int x = __shfl_up_sync(~0u, upto.x, d), y = __shfl_up_sync(~0u, upto.y, d);
-      if (lane >= d) upto.x += x, upto.y += y;
+    uint32_t bits[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      // No weight is negative; what is not a number (a query that is none) counts as nothing.
+      bits[j] = i + j < far.begin || i + j >= far.end ? NO_TOKEN : w[j] >= 0.f ? __float_as_uint(w[j]) : 0u;
+      if (bits[j] != NO_TOKEN) atomicAdd(&bins[bits[j] >> 20], 1);
     }
-    if (lane == WARP - 1) s.sums[pass % 2][warp] = upto;
-    __syncthreads();
-    int2 before = s.sums[pass % 2][lane];
-    for (int d = 1; d < WARP; d *= 2) {
-      const int x = __shfl_up_sync(~0u, before.x, d), y = __shfl_up_sync(~0u, before.y, d);
-      if (lane >= d) before.x += x, before.y += y;
-    }
-    before.x = __shfl_sync(~0u, before.x, max(warp - 1, 0));
-    before.y = __shfl_sync(~0u, before.y, max(warp - 1, 0));
-    if (warp > 0) upto.x += before.x, upto.y += before.y;
-    const int above = upto.x - upper.x - lower.x;
-    if (above < left && left <= upto.x) {
-      const bool first = left <= above + upper.x;
-      s.found[pass] = first ? high : high - 1;
-      s.rest[pass] = left - above - (first ? 0 : upper.x);
-      s.above_before[pass] = upto.y - lower.y - (first ? upper.y : 0);
-      s.equal_before = first ? upper.y : lower.y;
-    }
-    __syncthreads();
+    uint4 *to = (uint4 *)(p.weights + (int64_t)g * p.ctx + i);
+    to[0] = make_uint4(bits[0], bits[1], bits[2], bits[3]);
+    to[1] = make_uint4(bits[4], bits[5], bits[6], bits[7]);
   }
+  __syncthreads();
+  for (int i = threadIdx.x; i < BINS; i += WEIGH_THREADS)
+    if (bins[i]) atomicAdd(p.histogram + g * BINS + i, bins[i]);
+}
 
-  __device__ void run() {
-    const int n = far.count();
-    if (n == 0) {
-      if (rank == 0 && threadIdx.x == 0) {
-        p.counts[g] = 0;
-        p.lowest[g] = -INFINITY;
-      }
-      return;
-    }
-    for (int i = threadIdx.x; i < 3 * BINS; i += CHOOSE_THREADS) (&s.bins[0][0])[i] = 0;
-    bases();
-    __syncthreads();
-    weigh();
-    uint32_t lowest = 0;
-    int wanted = n;  // of those equal to the lowest
-    // Chosen tokens, and those equal to the lowest, of the blocks before this one.
-    int above_before = 0, equal_before = 0;
-    if (p.k < n) {
-      cluster.sync();
-      find(0, p.k);
-      const uint32_t first = s.found[0];
-      for (int i = threadIdx.x; i < count; i += CHOOSE_THREADS) {
-        const uint32_t w = weight(i);
-        if (w >> 20 == first) atomicAdd(&s.bins[1][w >> 9 & (BINS - 1)], 1);
-      }
-      cluster.sync();
-      find(1, s.rest[0]);
-      const uint32_t second = first << 11 | s.found[1];
-      for (int i = threadIdx.x; i < count; i += CHOOSE_THREADS) {
-        const uint32_t w = weight(i);
-        if (w >> 9 == second) atomicAdd(&s.bins[2][w & 511], 1);
-      }
-      cluster.sync();
-      find(2, s.rest[1]);
-      cluster.barrier_arrive();  // no block ends while another may read its histograms
-      lowest = second << 9 | s.found[2];
-      wanted = s.rest[2];
-      above_before = s.above_before[0] + s.above_before[1] + s.above_before[2];
-      equal_before = s.equal_before;
-    } else {
-      __syncthreads();
-      // All are chosen; all count as equals, which the places below take in.
-      equal_before = max(from - far.begin, 0);
-    }
-    // Above the lowest weight, and equal to it.
-    auto is_above = [&](uint32_t w) { return p.k < n && w != NO_TOKEN && w > lowest; };
-    auto is_equal = [&](uint32_t w) { return p.k < n ? w == lowest : w != NO_TOKEN; };
-    // Each warp counts its own run of tokens.
-    const int each = (count / WARP + CHOOSE_WARPS - 1) / CHOOSE_WARPS * WARP;
-    const int start = min(warp * each, count), stop = min(start + each, count);
-    int above = 0, equal = 0;
-    for (int i = start + lane; i < stop; i += WARP) {
-      const uint32_t w = weight(i);
-      above += __popc(__ballot_sync(~0u, is_above(w)));
-      equal += __popc(__ballot_sync(~0u, is_equal(w)));
-    }
-    if (lane == 0) s.above[warp] = above, s.equal[warp] = equal;
-    __syncthreads();
-    auto before = [&](const int *sums) {
-      int sum = sums[lane];
-      for (int d = 1; d < WARP; d *= 2) {
-        const int other = __shfl_up_sync(~0u, sum, d);
-        if (lane >= d) sum += other;
-      }
-      const int earlier = __shfl_sync(~0u, sum, max(warp - 1, 0));
-      return warp > 0 ? earlier : 0;
-    };
-    above_before += before(s.above);
-    equal_before += before(s.equal);
-    int *chosen = p.chosen + (int64_t)g * p.k;
-    uint32_t *bitmap = p.bitmap + (int64_t)g * (p.ctx / WARP) + from / WARP;
-    const uint32_t earlier = (1u << lane) - 1;
-    for (int i = start + lane; i < stop; i += WARP) {
-      const uint32_t w = weight(i);
-      const uint32_t equals = __ballot_sync(~0u, is_equal(w)), aboves = __ballot_sync(~0u, is_above(w));
-      const bool stays = is_above(w) || (is_equal(w) && equal_before + __popc(equals & earlier) < wanted);
-      const uint32_t votes = __ballot_sync(~0u, stays);
-      if (stays) chosen[above_before + min(equal_before, wanted) + __popc(votes & earlier)] = from + i;
-      if (lane == 0) bitmap[i / WARP] = votes;
-      above_before += __popc(aboves);
-      equal_before += __popc(equals);
-    }
-    if (rank == 0 && threadIdx.x == 0) {
-      p.counts[g] = min(p.k, n);
-      p.lowest[g] = log2f(__uint_as_float(lowest));
-    }
-    if (p.k < n) cluster.barrier_wait();
-  }
+struct Found {
+  int bin, rest;  // the bin with the `left`-th highest, and how many are wanted in it
 };
 
-#define INSTANCE(CLUSTER)                                                                                                   \
-  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CHOOSE_THREADS)                             \
-      recall_choose_##CLUSTER(const __grid_constant__ RecallParams p) {                                                     \
-    extern __shared__ __align__(16) uint32_t shared[];                                                                      \
-    __shared__ __align__(16) Choice state;                                                                                  \
-    release_next();                                                                                                         \
-    await_previous();                                                                                                       \
-    Choose<CLUSTER> choose(p, state, shared);                                                                               \
-    choose.run();                                                                                                           \
+// Inclusive sums over the block's threads; `sums` [warps] must differ from the previous call's.
+__device__ inline int sum_upto(int x, int *sums) {
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  for (int d = 1; d < WARP; d *= 2) {
+    const int other = __shfl_up_sync(~0u, x, d);
+    if (lane >= d) x += other;
   }
-#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
-INSTANCE(8)
-#endif
+  if (lane == WARP - 1) sums[warp] = x;
+  __syncthreads();
+  int before = sums[lane];
+  for (int d = 1; d < WARP; d *= 2) {
+    const int other = __shfl_up_sync(~0u, before, d);
+    if (lane >= d) before += other;
+  }
+  before = __shfl_sync(~0u, before, max(warp - 1, 0));
+  return warp > 0 ? x + before : x;
+}
+
+// The first thread has the highest two of 2048 bins.
+__device__ inline void find(int upper, int lower, int left, int *sums, Found &found) {
+  const int upto = sum_upto(upper + lower, sums), above = upto - upper - lower, high = BINS - 1 - 2 * (int)threadIdx.x;
+  if (above < left && left <= upto) {
+    const bool first = left <= above + upper;
+    found.bin = first ? high : high - 1;
+    found.rest = left - above - (first ? 0 : upper);
+  }
+  __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) recall_choose(const __grid_constant__ RecallParams p) {
+  extern __shared__ __align__(16) uint2 list[];
+  __shared__ int bins[BINS], sums[3][WARP];
+  __shared__ Found found[3];
+  __shared__ bool last;
+  release_next();
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = blockIdx.y;
+  await_previous();
+  const Far far(p);
+  const int n = far.count(), words = (far.end + WARP - 1) / WARP;
+  const bool all = p.k >= n;
+  const uint32_t *weights = (const uint32_t *)p.weights + (int64_t)g * p.ctx;
+  uint32_t *bitmap = p.bitmap + (int64_t)g * (p.ctx / WARP);
+  uint2 *listed = p.listed + (int64_t)g * LISTED;
+  int *histogram = p.histogram + g * BINS, *counters = p.counters + 4 * g + 2;  // tokens listed, blocks that have ended
+  if (!all) {
+    const int2 two = __ldcg((const int2 *)histogram + (BINS / 2 - 1 - threadIdx.x));
+    find(two.y, two.x, p.k, sums[0], found[0]);
+  }
+  const uint32_t bin = all ? 0 : found[0].bin;
+  for (int word = blockIdx.x * CHOOSE_WARPS + warp; word < words && n > 0; word += gridDim.x * CHOOSE_WARPS) {
+    const uint32_t w = __ldcg(weights + word * WARP + lane), upper = w >> 20;
+    const uint32_t above = __ballot_sync(~0u, w != NO_TOKEN && (all || upper > bin)), in = __ballot_sync(~0u, !all && upper == bin);
+    if (lane == 0) bitmap[word] = above;
+    if (in) {
+      int place = lane == 0 ? atomicAdd(counters, __popc(in)) : 0;
+      place = __shfl_sync(~0u, place, 0) + __popc(in & ((1u << lane) - 1));
+      if (in >> lane & 1 && place < LISTED) listed[place] = make_uint2(w, word * WARP + lane);
+    }
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(counters + 1, 1) == (int)gridDim.x - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  uint32_t lowest = 0;
+  if (!all) {
+    const int many = __ldcg(counters);
+    const bool fits = many <= LISTED;
+    for (int i = threadIdx.x; i < many && fits; i += CHOOSE_THREADS) list[i] = __ldcg(listed + i);
+    // Calls `f` with the weight and position of every token in the bin.
+    auto each = [&](auto f) {
+      if (fits) {
+        for (int i = threadIdx.x; i < many; i += CHOOSE_THREADS) f(list[i].x, list[i].y);
+      } else {
+        for (int i = threadIdx.x; i < far.end; i += CHOOSE_THREADS) {
+          const uint32_t w = __ldcg(weights + i);
+          if (w >> 20 == bin) f(w, (uint32_t)i);
+        }
+      }
+    };
+    for (int i = threadIdx.x; i < BINS; i += CHOOSE_THREADS) bins[i] = histogram[i] = 0;
+    __syncthreads();
+    each([&](uint32_t w, uint32_t) { atomicAdd(&bins[w >> 9 & 2047], 1); });
+    __syncthreads();
+    const int two = 2 * (CHOOSE_THREADS - 1 - (int)threadIdx.x);
+    find(bins[two + 1], bins[two], found[0].rest, sums[1], found[1]);
+    for (int i = threadIdx.x; i < BINS; i += CHOOSE_THREADS) bins[i] = 0;
+    __syncthreads();
+    const uint32_t prefix = bin << 11 | found[1].bin;
+    each([&](uint32_t w, uint32_t) {
+      if (w >> 9 == prefix) atomicAdd(&bins[w & 511], 1);
+    });
+    __syncthreads();
+    find(bins[two + 1], bins[two], found[1].rest, sums[2], found[2]);
+    lowest = prefix << 9 | found[2].bin;
+    const int wanted = found[2].rest, equal = bins[found[2].bin];
+    // The position up to which equals are chosen: as many as are wanted, by halving.
+    int until = far.end;
+    if (wanted < equal) {
+      int low = far.begin, high = far.end;  // fewer than wanted lie before low, enough before high
+      while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        __shared__ int before;
+        if (threadIdx.x == 0) before = 0;
+        __syncthreads();
+        int own = 0;
+        each([&](uint32_t w, uint32_t i) { own += w == lowest && (int)i < middle; });
+        if (own) atomicAdd(&before, own);
+        __syncthreads();
+        if (before >= wanted) high = middle;
+        else low = middle;
+        __syncthreads();
+      }
+      until = high;
+    }
+    each([&](uint32_t w, uint32_t i) {
+      if (w > lowest || (w == lowest && (int)i < until)) atomicOr(bitmap + i / WARP, 1u << (i % WARP));
+    });
+    __threadfence();
+    __syncthreads();
+  }
+  // Places of the bits, in order: eight words of a thread at a time. A row of the map is a multiple of two words.
+  int *chosen = p.chosen + (int64_t)g * p.k;
+  __shared__ int whole[WARP];
+  int before = 0;
+  for (int from = 0; from < words && n > 0; from += CHOOSE_THREADS * 8) {
+    uint2 word[4];
+    int count = 0;
+    const int own = from + (int)threadIdx.x * 8;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      word[i] = own + 2 * i < words ? __ldcg((const uint2 *)(bitmap + own) + i) : make_uint2(0, 0);
+      if (own + 2 * i + 1 >= words) word[i].y = 0;  // left of an earlier step
+      count += __popc(word[i].x) + __popc(word[i].y);
+    }
+    __syncthreads();
+    const int upto = sum_upto(count, whole);
+    int place = before + upto - count;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      for (uint32_t left = i % 2 ? word[i / 2].y : word[i / 2].x; left; left &= left - 1)
+        chosen[place++] = (own + i) * WARP + __ffs(left) - 1;
+    for (int i = 0; i < CHOOSE_WARPS; i++) before += whole[i];
+  }
+  if (threadIdx.x == 0) {
+    p.counts[g] = min(p.k, n);
+    p.lowest[g] = log2f(__uint_as_float(lowest));
+    counters[0] = counters[1] = 0;
+  }
+  if (all)
+    for (int i = threadIdx.x; i < BINS; i += CHOOSE_THREADS) histogram[i] = 0;
+}

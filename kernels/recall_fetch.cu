@@ -219,7 +219,7 @@ template <int THREADS> struct Rest {
   __device__ uint32_t code_of(int token) const {
     const int subs = (p.dim + RECALL_SUB - 1) / RECALL_SUB;
     const uint8_t *from = p.value_codes + ((int64_t)g * p.ctx + token) * subs + subset * REST_WORDS;
-    if (subs % 4 == 0) return *(const uint32_t *)from;
+    if (subs % 4 == 0) return __ldcs((const uint32_t *)from);
     uint32_t code = 0;
     for (int b = 0; b < min(REST_WORDS, subs - subset * REST_WORDS); b++) code |= (uint32_t)from[b] << (8 * b);
     return code;
@@ -418,7 +418,7 @@ template <int THREADS> struct Rest {
     const float largest = p.value_codes ? codes(against, INFINITY, to) : means(against, INFINITY, to);
     // The largest exact logit, once the fetchers have come to it.
     if (threadIdx.x == 0)
-      while (*(volatile int *)(p.counters + 2 * g) < p.fetchers) __nanosleep(100);
+      while (*(volatile int *)(p.counters + 4 * g) < p.fetchers) __nanosleep(100);
     __syncthreads();
     __threadfence();
     float cap = -INFINITY;
@@ -489,9 +489,9 @@ template <typename T, int UNIT, int LANES, int UNITS, int HEADS, int THREADS> __
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    if (id < 0) atomicAdd(p.counters + 2 * g, 1);
-    last = atomicAdd(p.counters + 2 * g + 1, 1) == p.fetchers + resting - 1;
-    if (last) p.counters[2 * g] = p.counters[2 * g + 1] = 0;
+    if (id < 0) atomicAdd(p.counters + 4 * g, 1);
+    last = atomicAdd(p.counters + 4 * g + 1, 1) == p.fetchers + resting - 1;
+    if (last) p.counters[4 * g] = p.counters[4 * g + 1] = 0;
   }
   __syncthreads();
   if (!last) return;

@@ -230,14 +230,16 @@ template <int HEADS, int WORDS> struct Bits {
   static constexpr int OWN = WORDS == 8 ? 2 : 1, PLANES = WORDS == 2 ? 4 : 8;  // words of a lane, bits of each byte it takes
   static constexpr int STEPS = OWN * PLANES / 2, PARTS = HEADS == 8 ? 2 : 1;   // products of 32 bits; high and low apart
   static constexpr int BITS = 32 * WORDS, ENTRY = HEADS * 2, TABLE = 256 * ENTRY, COLUMNS = 2 * HEADS, GROUPS = WORDS == 8 ? 2 : 4;
-  static constexpr int VALUES = HEADS / 4;  // heads of a lane
+  static constexpr int TILE = GROUPS * 16;     // tokens of a warp at a time
+  static constexpr int VALUES = HEADS / 4;     // heads of a lane
   struct Shared {
     float terms[8][8], remainders[RECALL_EDGES];  // c_j of b bits; what is left of a level
     float scale[HEADS], constant[HEADS];
     float2 lists[HEADS * SCAN_WARPS];
     int wide[4 * WORDS], wides;  // bytes with fields of more than two bits
     float terms_of[BITS][HEADS];
-    uint32_t columns[COLUMNS][8][WORDS];  // coefficients of four bytes: [high of each head, low of each head][bit][word]
+    // Coefficients of four bytes: [high of each head, low of each head][bit, word]; rows apart by four banks.
+    uint32_t columns[COLUMNS][8 * WORDS + 4];
   };
   const RecallParams &p;
   Shared &s;
@@ -309,14 +311,14 @@ template <int HEADS, int WORDS> struct Bits {
     }
     __syncthreads();
     for (int i = threadIdx.x; i < COLUMNS * BITS / 4; i += SCAN_THREADS) {
-      const int column = i / (BITS / 4), plane = i / WORDS % 8, word = i % WORDS, h = column % HEADS;
+      const int plane = i % 8, column = i / 8 % COLUMNS, word = i / 8 / COLUMNS, h = column % HEADS;
       const float inverse = s.scale[h] > 0.f ? 1.f / s.scale[h] : 0.f;
       uint32_t packed = 0;
       for (int e = 0; e < 4; e++) {
         const int x = __float2int_rn(s.terms_of[(word * 4 + e) * 8 + plane][h] * inverse), high = (x + 128) >> 8;
         packed |= (uint32_t)((column < HEADS ? high : x - high * 256) & 0xff) << (8 * e);
       }
-      s.columns[column][plane][word] = packed;
+      s.columns[column][plane * WORDS + word] = packed;
     }
     for (int i = threadIdx.x; i < s.wides * 256; i += SCAN_THREADS) {
       const int byte = s.wide[i / 256], value = i % 256;
@@ -334,6 +336,23 @@ template <int HEADS, int WORDS> struct Bits {
     __syncthreads();
   }
 
+  // This lane's words of two neighbours, for a warp's tile from token `at` on.
+  __device__ void load(uint32_t (&words)[GROUPS][2][OWN], const uint8_t *codes, int at, int until, int end) const {
+#pragma unroll
+    for (int u = 0; u < GROUPS; u++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int token = at + u * 16 + row * 2 + i;
+        const bool any = at < until && token < end;
+        const uint8_t *from = codes + (int64_t)token * (4 * WORDS);
+        if constexpr (OWN == 1) words[u][i][0] = any ? __ldcs((const uint32_t *)from) : 0;
+        else {
+          const uint2 x = any ? __ldcs((const uint2 *)from) : make_uint2(0, 0);
+          words[u][i][0] = x.x, words[u][i][1] = x.y;
+        }
+      }
+  }
+
   __device__ void run() {
     constants();
     await_previous();
@@ -341,27 +360,17 @@ template <int HEADS, int WORDS> struct Bits {
     const Slice slice(p, far, HEADS);
     if (slice.empty(p, far)) return;
     const uint8_t *codes = p.key_codes + (int64_t)g * p.ctx * p.bytes + (WORDS == 2 ? quad % 2 : quad * OWN) * 4;
-    constexpr int TILE = GROUPS * 16;
-    const int until = min(slice.to * 64, (far.end + TILE - 1) / TILE * TILE);
-    uint32_t ahead[GROUPS][2][OWN];  // this lane's words of two neighbours
-    auto load = [&](int at) {
-#pragma unroll
-      for (int u = 0; u < GROUPS; u++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int token = at + u * 16 + row * 2 + i;
-          const bool any = at < until && token < far.end;
-          const uint8_t *from = codes + (int64_t)token * (4 * WORDS);
-          if constexpr (OWN == 1) ahead[u][i][0] = any ? *(const uint32_t *)from : 0;
-          else {
-            const uint2 x = any ? *(const uint2 *)from : make_uint2(0, 0);
-            ahead[u][i][0] = x.x, ahead[u][i][1] = x.y;
-          }
-        }
-    };
-    int at = slice.from * 64 + warp * TILE;
-    load(at);
+    const int until = min(slice.to * 64, (far.end + TILE - 1) / TILE * TILE), at = slice.from * 64 + warp * TILE;
+    uint32_t ahead[GROUPS][2][OWN];
+    load(ahead, codes, at, until, far.end);
     build(slice);
+    if (s.wides > 0) score<true>(slice, far, codes, at, until, ahead);
+    else score<false>(slice, far, codes, at, until, ahead);
+    put_slice(s.lists, slice.out, slice.heads, p.slice_count);
+  }
+
+  template <bool WIDE>
+  __device__ void score(const Slice &slice, const Far &far, const uint8_t *codes, int at, int until, uint32_t (&ahead)[GROUPS][2][OWN]) {
     // Second operands: the coefficients of this lane's bits, and where halves of an entry go.
     uint32_t b[PARTS][STEPS][2];
 #pragma unroll
@@ -370,8 +379,8 @@ template <int HEADS, int WORDS> struct Bits {
       for (int step = 0; step < STEPS; step++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
-          b[part][step][i] = s.columns[part * 8 + row][(WORDS == 2 ? quad / 2 * 4 : 0) + step % (PLANES / 2) * 2 + i]
-                                      [WORDS == 2 ? quad % 2 : quad * OWN + step / (PLANES / 2)];
+          b[part][step][i] = s.columns[part * 8 + row][((WORDS == 2 ? quad / 2 * 4 : 0) + step % (PLANES / 2) * 2 + i) * WORDS +
+                                                       (WORDS == 2 ? quad % 2 : quad * OWN + step / (PLANES / 2))];
     auto one = [&](int column) {  // heads column and column + 1
       const int r = HEADS == 4 ? row % 4 : row;
       return (r == column ? 0x3c00u : 0u) | (r == column + 1 ? 0x3c000000u : 0u);
@@ -389,7 +398,7 @@ template <int HEADS, int WORDS> struct Bits {
         for (int i = 0; i < 2; i++)
 #pragma unroll
           for (int w = 0; w < OWN; w++) code[u][i][w] = ahead[u][i][w];
-      load(at + SCAN_WARPS * TILE);
+      load(ahead, codes, at + SCAN_WARPS * TILE, until, far.end);
       __half2 both[GROUPS][VALUES];
 #pragma unroll
       for (int u = 0; u < GROUPS; u++) {
@@ -406,7 +415,7 @@ template <int HEADS, int WORDS> struct Bits {
           for (int part = 0; part < PARTS; part++) mma_bytes(c[part], a, b[part][step][0], b[part][step][1]);
         }
         float left[4] = {};
-        for (int r = 0; r < wides; r += 4) {
+        for (int r = 0; WIDE && r < wides; r += 4) {
           const int byte = r + quad < wides ? s.wide[r + quad] : -1, from = row * 4 + (WORDS == 2 ? byte / 4 : byte / 4 / OWN) % 4;
           uint32_t entry[2][ENTRY / 4];
 #pragma unroll
@@ -479,7 +488,6 @@ template <int HEADS, int WORDS> struct Bits {
       for (int d = 4; d < WARP; d *= 2) all += __shfl_xor_sync(~0u, all, d);
       if (row == 0) s.lists[(mine + v) * SCAN_WARPS + warp] = make_float2(top, all);
     }
-    put_slice(s.lists, slice.out, slice.heads, p.slice_count);
   }
 };
 
