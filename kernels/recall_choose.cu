@@ -132,14 +132,28 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) recall_choose(const
     find(two.y, two.x, p.k, sums[0], found[0]);
   }
   const uint32_t bin = all ? 0 : found[0].bin;
-  for (int word = blockIdx.x * CHOOSE_WARPS + warp; word < words && n > 0; word += gridDim.x * CHOOSE_WARPS) {
-    const uint32_t w = __ldcg(weights + word * WARP + lane), upper = w >> 20;
-    const uint32_t above = __ballot_sync(~0u, w != NO_TOKEN && (all || upper > bin)), in = __ballot_sync(~0u, !all && upper == bin);
-    if (lane == 0) bitmap[word] = above;
-    if (in) {
-      int place = lane == 0 ? atomicAdd(counters, __popc(in)) : 0;
-      place = __shfl_sync(~0u, place, 0) + __popc(in & ((1u << lane) - 1));
-      if (in >> lane & 1 && place < LISTED) listed[place] = make_uint2(w, word * WARP + lane);
+  // Eight words of the map at a time, so that their loads are in flight together.
+  for (int word = (blockIdx.x * CHOOSE_WARPS + warp) * 8; word < words && n > 0; word += gridDim.x * CHOOSE_WARPS * 8) {
+    uint32_t w[8], own = 0, in[8];
+    int many = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) w[i] = word + i < words ? __ldcg(weights + (word + i) * WARP + lane) : NO_TOKEN;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const uint32_t upper = w[i] >> 20, above = __ballot_sync(~0u, w[i] != NO_TOKEN && (all || upper > bin));
+      in[i] = __ballot_sync(~0u, !all && upper == bin);
+      many += __popc(in[i]);
+      if (lane == i) own = above;
+    }
+    if (lane < 8 && word + lane < words) bitmap[word + lane] = own;
+    if (many == 0) continue;
+    int place = lane == 0 ? atomicAdd(counters, many) : 0;
+    place = __shfl_sync(~0u, place, 0);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int at = place + __popc(in[i] & ((1u << lane) - 1));
+      if (in[i] >> lane & 1 && at < LISTED) listed[at] = make_uint2(w[i], (word + i) * WARP + lane);
+      place += __popc(in[i]);
     }
   }
   __threadfence();

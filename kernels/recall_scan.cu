@@ -315,7 +315,7 @@ template <int HEADS, int WORDS> struct Bits {
       const float inverse = s.scale[h] > 0.f ? 1.f / s.scale[h] : 0.f;
       uint32_t packed = 0;
       for (int e = 0; e < 4; e++) {
-        const int x = __float2int_rn(s.terms_of[(word * 4 + e) * 8 + plane][h] * inverse), high = (x + 128) >> 8;
+        const int x = __float2int_rn(s.terms_of[(word * 4 + e) * 8 + plane][h] * inverse * (1.f / (1 << plane % 4))), high = (x + 128) >> 8;
         packed |= (uint32_t)((column < HEADS ? high : x - high * 256) & 0xff) << (8 * e);
       }
       s.columns[column][plane * WORDS + word] = packed;
@@ -337,17 +337,17 @@ template <int HEADS, int WORDS> struct Bits {
   }
 
   // This lane's words of two neighbours, for a warp's tile from token `at` on.
-  __device__ void load(uint32_t (&words)[GROUPS][2][OWN], const uint8_t *codes, int at, int until, int end) const {
+  // (Rows up to a multiple of 64 are allocated; what lies beyond the far positions is not used.)
+  __device__ void load(uint32_t (&words)[GROUPS][2][OWN], const uint8_t *codes, int at, int until) const {
+    if (at >= until) return;
 #pragma unroll
     for (int u = 0; u < GROUPS; u++)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const int token = at + u * 16 + row * 2 + i;
-        const bool any = at < until && token < end;
-        const uint8_t *from = codes + (int64_t)token * (4 * WORDS);
-        if constexpr (OWN == 1) words[u][i][0] = any ? __ldcs((const uint32_t *)from) : 0;
+        const uint8_t *from = codes + (int64_t)at * (4 * WORDS) + (u * 16 + i) * (4 * WORDS);
+        if constexpr (OWN == 1) words[u][i][0] = __ldcs((const uint32_t *)from);
         else {
-          const uint2 x = any ? __ldcs((const uint2 *)from) : make_uint2(0, 0);
+          const uint2 x = __ldcs((const uint2 *)from);
           words[u][i][0] = x.x, words[u][i][1] = x.y;
         }
       }
@@ -359,10 +359,10 @@ template <int HEADS, int WORDS> struct Bits {
     const Far far(p);
     const Slice slice(p, far, HEADS);
     if (slice.empty(p, far)) return;
-    const uint8_t *codes = p.key_codes + (int64_t)g * p.ctx * p.bytes + (WORDS == 2 ? quad % 2 : quad * OWN) * 4;
+    const uint8_t *codes = p.key_codes + ((int64_t)g * p.ctx + row * 2) * p.bytes + (WORDS == 2 ? quad % 2 : quad * OWN) * 4;
     const int until = min(slice.to * 64, (far.end + TILE - 1) / TILE * TILE), at = slice.from * 64 + warp * TILE;
-    uint32_t ahead[GROUPS][2][OWN];
-    load(ahead, codes, at, until, far.end);
+    uint32_t ahead[GROUPS][2][OWN] = {};
+    load(ahead, codes, at, until);
     build(slice);
     if (s.wides > 0) score<true>(slice, far, codes, at, until, ahead);
     else score<false>(slice, far, codes, at, until, ahead);
@@ -385,7 +385,10 @@ template <int HEADS, int WORDS> struct Bits {
       const int r = HEADS == 4 ? row % 4 : row;
       return (r == column ? 0x3c00u : 0u) | (r == column + 1 ? 0x3c000000u : 0u);
     };
-    const int wides = s.wides, mine = HEADS == 4 ? (quad < 2 ? 2 * quad : 2 * quad - 3) : 2 * quad;  // the first of this lane's heads
+    const int half = quad / 2 * 4, wides = s.wides, mine = HEADS == 4 ? (quad < 2 ? 2 * quad : 2 * quad - 3) : 2 * quad;  // the first of this lane's heads
+    const bool high = quad < 2;
+    const int of_own = high ? 256 : 1, of_other = high ? 1 : 256;
+    const __half2 largest = __float2half2_rn(65504.f);
     float most[VALUES], sum[VALUES], scale[VALUES], constant[VALUES];
 #pragma unroll
     for (int v = 0; v < VALUES; v++) most[v] = -1e30f, sum[v] = 0.f, scale[v] = s.scale[mine + v], constant[v] = s.constant[mine + v];
@@ -398,7 +401,7 @@ template <int HEADS, int WORDS> struct Bits {
         for (int i = 0; i < 2; i++)
 #pragma unroll
           for (int w = 0; w < OWN; w++) code[u][i][w] = ahead[u][i][w];
-      load(ahead, codes, at + SCAN_WARPS * TILE, until, far.end);
+      load(ahead, codes, at + SCAN_WARPS * TILE, until);
       __half2 both[GROUPS][VALUES];
 #pragma unroll
       for (int u = 0; u < GROUPS; u++) {
@@ -408,8 +411,10 @@ template <int HEADS, int WORDS> struct Bits {
           uint32_t a[4];
 #pragma unroll
           for (int i = 0; i < 4; i++) {
-            const uint32_t word = code[u][i % 2][step / (PLANES / 2)] >> (WORDS == 2 ? quad / 2 * 4 : 0);
-            a[i] = word >> (step % (PLANES / 2) * 2 + i / 2) & 0x01010101u;
+            // Bits 0 .. 3 of a half byte stay where they are: as 1, 2, 4, 8, by which their coefficients are divided.
+            const int plane = step % (PLANES / 2) * 2 + i / 2;
+            const uint32_t word = code[u][i % 2][step / (PLANES / 2)];
+            a[i] = (WORDS == 2 ? word >> half : plane < 4 ? word : word >> 4) & 0x01010101u << plane % 4;
           }
 #pragma unroll
           for (int part = 0; part < PARTS; part++) mma_bytes(c[part], a, b[part][step][0], b[part][step][1]);
@@ -445,38 +450,50 @@ template <int HEADS, int WORDS> struct Bits {
         }
         if constexpr (HEADS == 4) {
           // High halves are in lanes 0 and 1 of four, low ones in 2 and 3: each lane takes one head.
-          const bool high = quad < 2;
           const int x = __shfl_xor_sync(~0u, high ? c[0][1] : c[0][0], 2), y = __shfl_xor_sync(~0u, high ? c[0][3] : c[0][2], 2);
-          const int first = high ? c[0][0] * 256 + x : x * 256 + c[0][1], second = high ? c[0][2] * 256 + y : y * 256 + c[0][3];
-          both[u][0] = __floats2half2_rn(finite(fmaf((float)first, scale[0], constant[0]) + (high ? left[0] : left[1])),
-                                         finite(fmaf((float)second, scale[0], constant[0]) + (high ? left[2] : left[3])));
+          const int first = (high ? c[0][0] : c[0][1]) * of_own + x * of_other, second = (high ? c[0][2] : c[0][3]) * of_own + y * of_other;
+          float lo = fmaf((float)first, scale[0], constant[0]), hi = fmaf((float)second, scale[0], constant[0]);
+          if (WIDE) lo += high ? left[0] : left[1], hi += high ? left[2] : left[3];
+          both[u][0] = __floats2half2_rn(lo, hi);
         } else {
 #pragma unroll
           for (int v = 0; v < VALUES; v++)
-            both[u][v] = __floats2half2_rn(finite(fmaf((float)(c[0][v] * 256 + c[PARTS - 1][v]), scale[v], constant[v]) + left[v]),
-                                           finite(fmaf((float)(c[0][v + 2] * 256 + c[PARTS - 1][v + 2]), scale[v], constant[v]) + left[v + 2]));
+            both[u][v] = __floats2half2_rn(fmaf((float)(c[0][v] * 256 + c[PARTS - 1][v]), scale[v], constant[v]) + left[v],
+                                           fmaf((float)(c[0][v + 2] * 256 + c[PARTS - 1][v + 2]), scale[v], constant[v]) + left[v + 2]);
         }
 #pragma unroll
-        for (int v = 0; v < VALUES; v++)
+        for (int v = 0; v < VALUES; v++) {
+          both[u][v] = __hmin2(__hmax2(both[u][v], __hneg2(largest)), largest);  // a NaN becomes the lowest
           if (mine + v < slice.heads) *(__half2 *)(scores + (int64_t)v * p.ctx + at + u * 16) = both[u][v];
+        }
       }
-      const bool whole = at >= far.begin && at + TILE <= far.end;
-#pragma unroll
-      for (int v = 0; v < VALUES; v++) {
-        float x[GROUPS][2], top = most[v];
+      if (at < far.begin || at + TILE > far.end) {
+        asm volatile("" ::: "memory");  // a branch, as it is seldom taken
 #pragma unroll
         for (int u = 0; u < GROUPS; u++) {
-          x[u][0] = __low2float(both[u][v]) * LOG2E, x[u][1] = __high2float(both[u][v]) * LOG2E;
-          if (!whole) {
-            const int token = at + u * 16 + row * 2;
-            if (token < far.begin || token >= far.end) x[u][0] = -INFINITY;
-            if (token + 1 < far.begin || token + 1 >= far.end) x[u][1] = -INFINITY;
+          const int token = at + u * 16 + row * 2;
+          const uint32_t drop = (token >= far.begin && token < far.end ? 0u : 0xfc00u) | (token + 1 >= far.begin && token + 1 < far.end ? 0u : 0xfc000000u);
+#pragma unroll
+          for (int v = 0; v < VALUES; v++) {
+            uint32_t x = *(uint32_t *)&both[u][v];
+            if (drop & 0xffffu) x = (x & 0xffff0000u) | 0xfc00u;
+            if (drop >> 16) x = (x & 0xffffu) | 0xfc000000u;
+            both[u][v] = *(__half2 *)&x;
           }
-          top = fmaxf(top, fmaxf(x[u][0], x[u][1]));
         }
+      }
+#pragma unroll
+      for (int v = 0; v < VALUES; v++) {
+        __half2 tops = both[0][v];
+#pragma unroll
+        for (int u = 1; u < GROUPS; u++) tops = __hmax2(tops, both[u][v]);
+        const float top = fmaxf(most[v], fmaxf(__low2float(tops), __high2float(tops)) * LOG2E);
         sum[v] *= exp2f(most[v] - top);
 #pragma unroll
-        for (int u = 0; u < GROUPS; u++) sum[v] += exp2f(x[u][0] - top) + exp2f(x[u][1] - top);
+        for (int u = 0; u < GROUPS; u++) {
+          const float2 x = __half22float2(both[u][v]);
+          sum[v] += exp2f(fmaf(x.x, LOG2E, -top)) + exp2f(fmaf(x.y, LOG2E, -top));
+        }
         most[v] = top;
       }
     }
