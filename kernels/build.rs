@@ -12,6 +12,7 @@ const BY_DIM: &[(&str, &[u32])] = &[
     ("attention_hopper", &[64, 96, 128, 256]),
     ("attention_hopper_pieces", &[64, 96, 128, 256]),
     ("attention_prefill", &[64, 96, 128, 256]),
+    ("recall_fetch", &[64, 128, 256]),
 ];
 /// The same per format of weights: a model uses a few of them.
 const BY_FORMAT: &[(&str, &[&str])] =
