@@ -36,7 +36,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let mut sampler = Sampler::new(args.sampling.sampling())?;
     let json = args.json.as_deref().map(reserve_report).transpose()?;
     let logits_out = args.logits_out.as_deref().map(reserve_logits).transpose()?;
-    let Inputs { checkpoint, patch, plan, ctx, ids, text } = Inputs::open(args, &progress)?;
+    let Inputs { checkpoint, patch, plan, ctx, ids, text } = Inputs::open(args, &device, &progress)?;
     let spec = &checkpoint.spec;
     checkpoint.take_warnings().iter().for_each(|w| bars.warn(w));
     warn_past_training(&bars, spec, ctx);
@@ -144,9 +144,9 @@ impl Stdout {
     }
 }
 
-/// The settings of a run without a plan: exact recall.
-fn recalling() -> Settings {
-    Settings { recall: DEFAULT_RECALL, ..Settings::default() }
+/// The settings of a run without a plan: exact recall, which has no GPU path yet.
+fn recalling(device: &Device) -> Settings {
+    Settings { recall: if device.is_cpu() { DEFAULT_RECALL } else { 0 }, ..Settings::default() }
 }
 
 /// Runs `bfly-retrofit calibrate`: calibrates exact recall and saves it with a plan as a patch.
@@ -159,7 +159,7 @@ pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
     args.model.set_threads()?;
     let device = open_device(&args.model.device)?;
     let name = args.model.model.as_deref().unwrap_or_default();
-    let settings = args.retrofit.settings(recalling());
+    let settings = args.retrofit.settings(recalling(&Device::Cpu));
     settings.validate()?;
     if settings.recall == 0 {
         return Err(Error::usage("--recall", "0 turns exact recall off: nothing needs a calibration"));
@@ -196,7 +196,7 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn open(args: &RunArgs, progress: OnProgress) -> Result<Self> {
+    fn open(args: &RunArgs, device: &Device, progress: OnProgress) -> Result<Self> {
         let name = args.model.model.as_deref().unwrap_or_default();
         let patch = Patch::open(name)?;
         let (saved, plan_patch) = match args.retrofit.plan.as_deref() {
@@ -205,7 +205,8 @@ impl Inputs {
         };
         let base = saved.or(plan_patch.as_ref().or(patch.as_ref()).map(|p| p.plan.clone()));
         let layers = args.retrofit.layers.as_deref().map(parse_layers).transpose()?;
-        let mut settings = args.retrofit.settings(base.as_ref().map_or_else(recalling, |p| p.settings.clone()));
+        let mut settings =
+            args.retrofit.settings(base.as_ref().map_or_else(|| recalling(device), |p| p.settings.clone()));
         settings.seed = args.sampling.seed.unwrap_or(settings.seed);
         settings.validate()?;
         let (text_prompt, id_prompt) = (args.prompt.text()?, args.prompt.ids()?);
