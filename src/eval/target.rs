@@ -117,7 +117,7 @@ impl Target {
         let variants = self.parse_variants(Some(self.checkpoint.spec.max_positions))?;
         let plans = variants.iter().filter_map(|v| v.method.plan());
         if let Some(plan) = plans.into_iter().find(|p| p.settings.recall > 0) {
-            let warn = |line: &str| note(&format!("warning: {line}"));
+            let warn = |line: &str| note(format!("warning: {line}"));
             let report: (&dyn Fn(&str), OnProgress) = (&warn, progress);
             prepare_recall(&weights, &self.checkpoint, &plan.settings, None, self.patch.as_ref(), report)?;
         }
