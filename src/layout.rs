@@ -438,16 +438,16 @@ impl RecallLayer {
         self.settings.sink_tokens.min(left)..left
     }
 
-    /// Returns the number of positions that key codes are allocated for: whole pages.
+    /// Returns the number of positions that codes are allocated for: whole pages, and whole words of kernels.
     pub fn coded(&self) -> usize {
-        self.ctx.next_multiple_of(PAGE)
+        self.ctx.next_multiple_of(64.max(PAGE))
     }
 
     /// Adds the bytes of codes, means and tables.
     fn add_bytes(&self, kv_heads: usize, dim: usize, dtype: DType, bytes: &mut PoolBytes) {
         bytes.key_codes = (kv_heads * self.coded() * self.code.bytes(dim)) as u64;
         match self.settings.rest {
-            RestKind::Codes => bytes.values = (kv_heads * self.ctx * dim.div_ceil(SUB)) as u64,
+            RestKind::Codes => bytes.values = (kv_heads * self.coded() * dim.div_ceil(SUB)) as u64,
             RestKind::Means => {
                 bytes.values = (kv_heads * self.ctx.div_ceil(self.settings.block) * dim * dtype.size_in_bytes()) as u64;
             }

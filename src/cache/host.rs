@@ -93,6 +93,18 @@ impl HostStore {
         }
     }
 
+    /// Returns the page-locked store of a GPU.
+    ///
+    /// # Errors
+    /// A store in ordinary memory.
+    #[cfg(feature = "cuda")]
+    pub(super) fn pinned(&self) -> Result<&PinnedStore> {
+        match &self.rows {
+            Rows::Pinned(rows) => Ok(rows),
+            Rows::Memory(_) => Err(Error::new(ErrorKind::Backend, "host store", "is in ordinary memory")),
+        }
+    }
+
     /// Returns the rows of a store in ordinary memory, `[G, ctx, 2, D]`.
     ///
     /// # Errors

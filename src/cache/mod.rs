@@ -8,13 +8,21 @@ mod compressed_kv;
 mod host;
 #[cfg(feature = "cuda")]
 mod pinned;
+mod recall_codes;
+#[cfg(feature = "cuda")]
+mod recall_gpu;
 mod recall_kv;
 mod ring;
 mod two_pool;
 
 pub use compressed_kv::CompressedKv;
 pub use host::HostStore;
-pub use recall_kv::RecallKv;
+#[cfg(feature = "cuda")]
+pub use pinned::PinnedStore;
+pub use recall_codes::{CpuCodes, ValueRows};
+#[cfg(feature = "cuda")]
+pub use recall_gpu::GpuCodes;
+pub use recall_kv::{Codes, RecallKv};
 pub use ring::Ring;
 pub use two_pool::TwoPool;
 

@@ -5,7 +5,7 @@
 //! rest ([`crate::ops::recall`]).
 
 use super::{ChunkContext, Phase, Projections, Qkv};
-use crate::cache::{RecallKv, Ring};
+use crate::cache::{Codes, RecallKv, Ring};
 use crate::error::Result;
 use crate::layout::RecallLayer;
 use crate::ops::recall::{attend_far, FarArgs};
@@ -29,18 +29,17 @@ pub(super) fn forward(
     for t in 0..x.dim(0)? {
         let (q, k, v) = (q.narrow(0, t, 1)?, k.narrow(0, t, 1)?, v.narrow(0, t, 1)?);
         parts.push(step(layer, p, [&q, &k, &v], chunk.start + t, cache)?);
-        cache.push(&k, &v, chunk.start + t)?;
     }
     p.output(&Tensor::cat(&parts, 0)?)
 }
 
-/// Attends one token, `[1, H, D]`, at `position`.
+/// Attends one token, `[1, H, D]`, at `position`, and stores it.
 fn step(
     layer: &RecallLayer,
     p: &Projections,
     [q, k, v]: [&Tensor; 3],
     position: usize,
-    cache: &RecallKv,
+    cache: &mut RecallKv,
 ) -> Result<Tensor> {
     let mut segments = vec![Segment::Ring(cache.local.rows()), Segment::Chunk(KeyValues { k, v })];
     segments.extend(cache.sinks().map(|r: &Ring| Segment::Sinks(r.rows(), r.capacity())));
@@ -52,32 +51,61 @@ fn step(
         segments: &segments,
         lse: true,
     })?;
-    let far = layer.far(position);
-    if far.is_empty() {
+    if layer.far(position).is_empty() {
+        cache.push(k, v, position)?;
         return Ok(near.out);
     }
-    let far = {
-        let lse = near.lse.as_ref().map(Tensor::flatten_all).transpose()?.map(|l| l.to_vec1::<f32>()).transpose()?;
-        let (q, rows) = (view(q, "queries")?, view(cache.store().rows()?, "recall store")?);
-        let exact: Vec<&[f32]> = rows.values::<f32>()?.chunks_exact(layer.ctx * 2 * p.head_dim).collect();
-        let ((code, codes), values) = (cache.keys(), cache.value_rows());
-        attend_far(&FarArgs {
-            q: q.values()?,
-            near: &lse.unwrap_or_default(),
-            scale: p.scale,
-            far: (far.start, far.end),
-            dim: p.head_dim,
-            chosen: layer.settings.recall,
-            code,
-            codes: &codes,
-            exact: &exact,
-            rest: cache.rest(&values),
-        })?
+    let out = match &mut cache.codes {
+        Codes::Cpu(_) => None,
+        #[cfg(feature = "cuda")]
+        Codes::Gpu(codes) => Some(codes.step([q, k, v], &near, position, p.scale)?),
     };
-    let device = q.device();
-    let far = Attended {
-        out: Tensor::from_vec(far.out, (1, p.heads, p.head_dim), device)?,
-        lse: Some(Tensor::from_vec(far.lse, (1, p.heads), device)?),
+    match out {
+        // The kernels have appended the token to codes and store.
+        Some(out) => {
+            cache.push_near(k, v, position)?;
+            Ok(out)
+        }
+        None => {
+            let far = far_on_cpu(layer, p, q, &near, position, cache)?;
+            cache.push(k, v, position)?;
+            Ok(merge_attention(&[near, far])?.out)
+        }
+    }
+}
+
+/// Attention of one token to the far zone.
+fn far_on_cpu(
+    layer: &RecallLayer,
+    p: &Projections,
+    q: &Tensor,
+    near: &Attended,
+    position: usize,
+    cache: &RecallKv,
+) -> Result<Attended> {
+    let (store, far) = (cache.store().rows()?, layer.far(position));
+    let codes = match &cache.codes {
+        Codes::Cpu(codes) => codes,
+        #[cfg(feature = "cuda")]
+        Codes::Gpu(_) => return Err(crate::Error::new(crate::ErrorKind::Backend, "recall", "codes are on a GPU")),
     };
-    Ok(merge_attention(&[near, far])?.out)
+    let lse = near.lse.as_ref().map(Tensor::flatten_all).transpose()?.map(|l| l.to_vec1::<f32>()).transpose()?;
+    let (queries, rows, values) = (view(q, "queries")?, view(store, "recall store")?, codes.value_rows());
+    let exact: Vec<&[f32]> = rows.values::<f32>()?.chunks_exact(layer.ctx * 2 * p.head_dim).collect();
+    let far = attend_far(&FarArgs {
+        q: queries.values()?,
+        near: &lse.unwrap_or_default(),
+        scale: p.scale,
+        far: (far.start, far.end),
+        dim: p.head_dim,
+        chosen: layer.settings.recall,
+        code: &codes.tables().keys,
+        codes: &codes.keys(),
+        exact: &exact,
+        rest: codes.rest(&values),
+    })?;
+    Ok(Attended {
+        out: Tensor::from_vec(far.out, (1, p.heads, p.head_dim), q.device())?,
+        lse: Some(Tensor::from_vec(far.lse, (1, p.heads), q.device())?),
+    })
 }

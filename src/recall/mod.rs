@@ -19,6 +19,8 @@ mod value;
 
 pub use calibrate::{bundled, calibrate, tokenise, LONGEST, TOKENS};
 pub use calibration::{Calibration, LayerCalibration, LayerTables};
+#[cfg(feature = "cuda")]
+pub(crate) use lloyd::{levels, MOST_BITS};
 pub use moments::{HeadMoments, KeyStatistics};
 pub use page::PAGE;
 pub use scalar::{Field, ScalarCode};

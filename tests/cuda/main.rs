@@ -5,6 +5,7 @@
 #[path = "../it/common/mod.rs"]
 mod common;
 mod quantised;
+mod recall;
 
 use bfly::checkpoint::{WeightDtype, WeightFormat};
 use bfly::eviction::EvictionPlan;

@@ -185,6 +185,7 @@ impl<'a> Builder<'a> {
             LayerState::Dense(ring) | LayerState::Ring(ring) => (ring, 0),
             LayerState::TwoPool(pools) => (&pools.local, 0),
             LayerState::CompressedKv(kept) => kept.captured().ok_or_else(without_form)?,
+            LayerState::Recall(_) => return Err(without_form()),
         };
         let (ring_k, ring_v, capacity) = rows(Some(ring))?;
         let mut launch = DecodeAttention {

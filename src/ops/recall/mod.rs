@@ -13,12 +13,13 @@
 
 mod cpu;
 #[cfg(feature = "cuda")]
-#[expect(dead_code, reason = "launched once a layer's captured step holds recall")]
 mod cuda;
 #[cfg(test)]
 mod reference;
 
 pub use cpu::attend_far;
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::{encode, kind, Cut, Encode, Recall, BINS, LISTED};
 
 use crate::recall::{HeadCode, ValueCode};
 use std::sync::Arc;

@@ -1,0 +1,285 @@
+//! Codes of exact recall on a GPU: key and value codes, block means, the tables that kernels read them with, and the
+//! memory that a decode step works in.
+
+use super::PinnedStore;
+use crate::error::{At, Error, ErrorKind, Result};
+use crate::layout::{LayerPlan, RecallLayer};
+use crate::ops::cuda::{address, address_or_null, device, uninitialised, upload, Uploaded};
+use crate::ops::recall::{encode, kind, Cut, Encode, Recall, BINS, LISTED};
+use crate::ops::{pool_blocks, Attended, RunningMean};
+use crate::recall::{levels, LayerTables, ScalarCode, MOST_BITS};
+use crate::retrofit::RestKind;
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::{DType, Device, Tensor};
+
+/// Codes of a layer and what its kernels need.
+#[derive(Debug)]
+pub struct GpuCodes {
+    /// u8 `[G, ctx, bytes]`.
+    keys: Tensor,
+    /// u8 `[G, ctx, D / 16]`.
+    values: Option<Tensor>,
+    /// Block means of values `[G, blocks, D]`, and the sum of the block in progress.
+    means: Option<(Tensor, RunningMean)>,
+    _tables: Tables,
+    scratch: Scratch,
+    cut: Cut,
+    /// Parameters of the launches, but for a step's own.
+    base: Recall,
+    block: usize,
+    sink_tokens: usize,
+    dtype: DType,
+}
+
+/// Tables on the device.
+struct Tables {
+    mean: Uploaded<f32>,
+    scale: Uploaded<f32>,
+    fields: Uploaded<u32>,
+    first: Uploaded<i32>,
+    levels: Uploaded<f32>,
+    codebook: Option<Tensor>,
+}
+
+impl std::fmt::Debug for Tables {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tables").finish_non_exhaustive()
+    }
+}
+
+/// Memory of a decode step.
+#[derive(Debug)]
+struct Scratch(Vec<Tensor>);
+
+impl GpuCodes {
+    /// Allocates the codes of `layer` on `device`.
+    ///
+    /// # Errors
+    /// A key code that only a CPU runs; too little memory.
+    pub fn new(
+        layer: &RecallLayer,
+        plan: &LayerPlan,
+        tables: &LayerTables,
+        store: &PinnedStore,
+        (dtype, on): (DType, &Device),
+    ) -> Result<Self> {
+        let Device::Cuda(gpu) = on else { return Err(Error::new(ErrorKind::Backend, "recall", "is not on a GPU")) };
+        let codes: Option<Vec<&ScalarCode>> = tables.keys.iter().map(|k| k.scalar()).collect();
+        let Some(codes) = codes else {
+            let message = format!("`{}` runs on a CPU only; give pair", layer.code.code.name());
+            return Err(Error::unsupported("--key-code", message));
+        };
+        let (heads, (kv_heads, dim)) = (plan.heads, plan.row());
+        let s = &layer.settings;
+        let ctx = layer.coded();
+        let bytes = codes[0].bytes;
+        let subs = dim.div_ceil(16);
+        let keys = Tensor::zeros((kv_heads, ctx, bytes), DType::U8, on)?;
+        let values = (s.rest == RestKind::Codes).then(|| Tensor::zeros((kv_heads, ctx, subs), DType::U8, on));
+        let values = values.transpose()?;
+        let blocks = layer.ctx.div_ceil(s.block);
+        let means = match s.rest {
+            RestKind::Means => {
+                Some((Tensor::zeros((kv_heads, blocks, dim), dtype, on)?, RunningMean::new(kv_heads * dim, on)?))
+            }
+            _ => None,
+        };
+        let on_device = Tables::new(gpu, on, &codes, tables, values.is_some())?;
+        let (window_kind, window_size, window_count) = s.raw_window().numbers();
+        let mut base = Recall {
+            key_codes: address(&keys)?,
+            value_codes: address_or_null(values.as_ref())?,
+            codebook: address_or_null(on_device.codebook.as_ref())?,
+            means: address_or_null(means.as_ref().map(|(m, _)| m))?,
+            mean: on_device.mean.address,
+            scale: on_device.scale.address,
+            fields: on_device.fields.address,
+            first: on_device.first.address,
+            levels: on_device.levels.address,
+            store: store.address(),
+            ctx: ctx as i32,
+            rows: layer.ctx as i32,
+            own_rows: 1,
+            heads: heads as i32,
+            kv_heads: kv_heads as i32,
+            dim: dim as i32,
+            bytes: bytes as i32,
+            k: s.recall as i32,
+            block: s.block as i32,
+            blocks: blocks as i32,
+            sinks: s.sink_tokens as i32,
+            window_kind,
+            window_size,
+            window_count,
+            means_type: kind(dtype)?,
+            ..Recall::default()
+        };
+        let cut = Cut::new(gpu, &base)?;
+        let scratch = Scratch::new(on, &cut, &mut base, (heads, kv_heads, dim), ctx)?;
+        let (block, sink_tokens) = (s.block, s.sink_tokens);
+        Ok(Self { keys, values, means, _tables: on_device, scratch, cut, base, block, sink_tokens, dtype })
+    }
+
+    /// Returns the allocated bytes of key codes, and of value codes or means.
+    pub fn bytes(&self) -> (u64, u64) {
+        let bytes = |x: &Tensor| (x.elem_count() * x.dtype().size_in_bytes()) as u64;
+        let means = self.means.as_ref().map_or(0, |(m, _)| bytes(m));
+        (bytes(&self.keys), self.values.as_ref().map_or(0, bytes) + means)
+    }
+
+    /// Codes the keys and values of a chunk from position `start` on.
+    ///
+    /// # Shapes
+    /// `k`, `v` `[T, G, D]`.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn push(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
+        let (k, v) = (k.contiguous()?, v.contiguous()?);
+        let b = &self.base;
+        let launch = encode(
+            device(&k)?,
+            Encode {
+                k: address(&k)?,
+                v: address(&v)?,
+                key_codes: b.key_codes,
+                value_codes: b.value_codes,
+                codebook: b.codebook,
+                mean: b.mean,
+                scale: b.scale,
+                fields: b.fields,
+                first: b.first,
+                levels: b.levels,
+                tokens: k.dim(0)? as i32,
+                start: start as i32,
+                ctx: b.ctx,
+                kv_heads: b.kv_heads,
+                dim: b.dim,
+                bytes: b.bytes,
+                dtype: kind(self.dtype)?,
+            },
+        )?;
+        // SAFETY: the addresses are those of tensors borrowed or held here, in the layouts that the kernel's header names.
+        unsafe { launch.enqueue(false)? };
+        self.pool(&v, start)
+    }
+
+    /// Adds a chunk's values to the means of their blocks.
+    fn pool(&mut self, v: &Tensor, start: usize) -> Result<()> {
+        let Some((means, running)) = &mut self.means else { return Ok(()) };
+        let pooled = pool_blocks(v, v, start, self.block, self.sink_tokens, running)?;
+        match pooled.count {
+            0 => Ok(()),
+            _ => Ok(means.slice_set(&pooled.v.transpose(0, 1)?.contiguous()?, 1, pooled.first)?),
+        }
+    }
+
+    /// Attends one token at `position` to all zones, and appends its key and value to the codes and the host store.
+    ///
+    /// # Shapes
+    /// `q [1, H, D]`, `k`, `v` `[1, G, D]`; `near` is the attention to the near zone with its log-sum-exp.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn step(&mut self, [q, k, v]: [&Tensor; 3], near: &Attended, position: usize, factor: f32) -> Result<Tensor> {
+        let gpu = device(q)?;
+        let (k, v) = (k.contiguous()?, v.contiguous()?);
+        let (q32, out32) = (q.to_dtype(DType::F32)?.contiguous()?, near.out.to_dtype(DType::F32)?.contiguous()?);
+        let out = uninitialised(gpu, DType::F32, q.dims())?;
+        let lse =
+            near.lse.as_ref().ok_or_else(|| Error::new(ErrorKind::Backend, "recall", "lacks the near zone's lse"))?;
+        let p = Recall {
+            q: address(&q32)?,
+            near_lse: address(lse)?,
+            near_out: address(&out32)?,
+            out: address(&out)?,
+            own_k: address(&k)?,
+            own_v: address(&v)?,
+            position: position as i32,
+            factor,
+            ..self.base
+        };
+        for launch in self.cut.launches(gpu, self.dtype, p)? {
+            // SAFETY: as in `push`; scratch and tables are held by `self`, and frees are ordered after the launches.
+            unsafe { launch.enqueue(false)? };
+        }
+        self.pool(&v, position)?;
+        Ok(out.to_dtype(q.dtype())?)
+    }
+
+    /// Returns the positions that the last step chose, ascending, by KV head.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn chosen(&self) -> Result<Vec<Vec<u32>>> {
+        let [.., chosen, counts] = self.scratch.0.as_slice() else { return Ok(vec![]) };
+        let counts: Vec<u32> = counts.to_vec1()?;
+        let rows: Vec<Vec<u32>> = chosen.to_vec2()?;
+        Ok(rows.into_iter().zip(counts).map(|(row, n)| row[..n as usize].to_vec()).collect())
+    }
+}
+
+impl Tables {
+    fn new(gpu: &CudaDevice, on: &Device, codes: &[&ScalarCode], tables: &LayerTables, values: bool) -> Result<Self> {
+        let dim = codes[0].mean.len();
+        let all = |f: fn(&ScalarCode) -> &[f32]| codes.iter().flat_map(|c| f(c)).copied().collect::<Vec<f32>>();
+        let (mut fields, mut first) = (vec![0u32; codes.len() * dim], vec![]);
+        for (g, code) in codes.iter().enumerate() {
+            for (i, f) in code.fields.iter().enumerate() {
+                fields[g * dim + i] = f.channel as u32 | (f.shift as u32) << 16 | (f.bits as u32) << 24;
+            }
+            first.extend((0..=code.bytes).map(|byte| code.fields.partition_point(|f| f.byte < byte) as i32));
+        }
+        let mut numbers = vec![0f32; 256];
+        for bits in 0..=MOST_BITS {
+            let (at, l) = (1 << bits, levels(bits));
+            numbers[at..at + l.levels.len()].copy_from_slice(&l.levels);
+            numbers[128 + at..][..l.edges.len()].copy_from_slice(&l.edges);
+        }
+        let codebook = values.then(|| {
+            let words: Vec<f32> = tables.values.iter().flat_map(|v| v.codebook()).copied().collect();
+            Tensor::new(words, on)?.to_dtype(DType::F16)
+        });
+        Ok(Self {
+            mean: upload(gpu, &all(|c| &c.mean))?,
+            scale: upload(gpu, &all(|c| &c.scale))?,
+            fields: upload(gpu, &fields)?,
+            first: upload(gpu, &first)?,
+            levels: upload(gpu, &numbers)?,
+            codebook: codebook.transpose().at("codebook")?,
+        })
+    }
+}
+
+impl Scratch {
+    /// Allocates the memory of a step and enters its addresses into `p`.
+    fn new(
+        on: &Device,
+        cut: &Cut,
+        p: &mut Recall,
+        (heads, kv_heads, dim): (usize, usize, usize),
+        ctx: usize,
+    ) -> Result<Self> {
+        let mut held = vec![];
+        let mut room = |shape: &[usize], dtype: DType| -> Result<u64> {
+            let tensor = Tensor::zeros(shape, dtype, on)?;
+            let at = address(&tensor)?;
+            held.push(tensor);
+            Ok(at)
+        };
+        p.scores = room(&[heads, ctx], DType::F16)?;
+        p.slices = room(&[heads, cut.slices, 2], DType::F32)?;
+        p.weights = room(&[kv_heads, ctx], DType::F32)?;
+        p.histogram = room(&[kv_heads, BINS], DType::U32)?;
+        p.listed = room(&[kv_heads, LISTED, 2], DType::U32)?;
+        p.bitmap = room(&[kv_heads, ctx / 32], DType::U32)?;
+        p.lowest = room(&[kv_heads], DType::F32)?;
+        p.mass = room(&[heads], DType::F32)?;
+        p.parts = room(&[kv_heads, cut.fetchers + cut.rest_slices, 8, dim.next_multiple_of(4) + 4], DType::F32)?;
+        p.counters = room(&[kv_heads, 4], DType::U32)?;
+        p.redone = room(&[1], DType::U32)?;
+        p.chosen = room(&[kv_heads, p.k as usize], DType::U32)?;
+        p.counts = room(&[kv_heads], DType::U32)?;
+        Ok(Self(held))
+    }
+}

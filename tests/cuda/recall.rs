@@ -1,0 +1,92 @@
+//! Exact recall: the GPU's prefill, choice and decode against the CPU's.
+
+use super::*;
+use bfly::recall::calibrate;
+use bfly::retrofit::{RestKind, RetrofitPlan};
+
+fn settings(recall: usize, rest: RestKind) -> Settings {
+    Settings { block: 16, window: 32, sink_tokens: 3, recall, rest, ..Settings::default() }
+}
+
+fn ids(count: usize) -> Vec<u32> {
+    (0..count as u32).map(|i| 4 + (i * i * 31 + i * 7) % 370).collect()
+}
+
+/// The same weights on CPU and GPU, the GPU's in `kept`, with one calibration.
+fn both_devices(name: &str, gpu: &Device, kept: Storage) -> Any<(Model, Model)> {
+    let checkpoint = open(&golden_dir(name).to_string_lossy())?;
+    let load = |kept: Storage, device: &Device| -> Any<Model> {
+        let format = WeightFormat::new(WeightDtype::As(kept), 0, None);
+        Ok(load_as(&checkpoint, None, 700, &format, device)?)
+    };
+    let (cpu, gpu) = (load(Storage::F32, &Device::Cpu)?, load(kept, gpu)?);
+    let vocab = cpu.spec().vocab as u32;
+    let documents: Vec<Vec<u32>> =
+        (0..3u32).map(|d| (0..800u32).map(|i| (i * 7919 + d * 31 + i * i) % vocab).collect()).collect();
+    let made = calibrate(&cpu.weights, &documents, 3, &|_, _, _| ())?;
+    gpu.weights.calibrate(made.clone());
+    cpu.weights.calibrate(made);
+    Ok((cpu, gpu))
+}
+
+/// Logits of the last prompt position and of every decode step.
+fn read(model: &Model, settings: Option<&Settings>, text: &[u32], prefix: usize, chunk: usize) -> Any<Tensor> {
+    let plan = settings.map(|s| RetrofitPlan::new(model.spec(), None, s.clone())).transpose()?;
+    let mut run = Run::new(&model.weights, plan.as_ref(), 700)?;
+    let last = run.prefill(&text[..prefix], chunk, 1, &mut watch(|_| ()))?;
+    Ok(Tensor::cat(&[last, run.read(&text[prefix..])?], 0)?.to_device(&Device::Cpu)?)
+}
+
+#[test]
+fn recall_of_every_token_is_dense_attention() -> Any {
+    let Some(device) = gpu("recall_of_every_token_is_dense_attention") else { return Ok(()) };
+    let text = ids(520);
+    for name in ["llama", "qwen2", "qwen3_d128", "gemma3"] {
+        for kept in [Storage::F32, Storage::BF16] {
+            let (_, on_gpu) = both_devices(name, &device, kept)?;
+            let want = read(&on_gpu, None, &text, 480, 128)?;
+            for rest in [RestKind::Codes, RestKind::Means, RestKind::None] {
+                for chunk in [480, 77] {
+                    let got = read(&on_gpu, Some(&settings(600, rest)), &text, 480, chunk)?;
+                    let off = deviation(&got, &want)?;
+                    let limit = if kept == Storage::F32 { 1e-3 } else { 0.1 };
+                    assert!(off < limit, "{name} in {kept:?}, {rest:?}, chunks of {chunk}: {off:.2e}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn recall_on_the_gpu_is_the_cpus() -> Any {
+    let Some(device) = gpu("recall_on_the_gpu_is_the_cpus") else { return Ok(()) };
+    let text = ids(520);
+    for name in ["llama", "qwen2", "qwen3_d128", "gemma3"] {
+        let (on_cpu, on_gpu) = both_devices(name, &device, Storage::F32)?;
+        for rest in [RestKind::Codes, RestKind::Means, RestKind::None] {
+            for (k, key_code) in [(40, "pair:1bit"), (200, "pair:2bit"), (1, "pair:1/2bit")] {
+                let settings = Settings { key_code: key_code.into(), ..settings(k, rest) };
+                let want = read(&on_cpu, Some(&settings), &text, 480, 100)?;
+                let got = read(&on_gpu, Some(&settings), &text, 480, 100)?;
+                let off = deviation(&got, &want)?;
+                // Scores are half precision: two tokens that score alike may change places in the choice.
+                assert!(off < 0.05, "{name}, {rest:?}, {k} by {key_code}: {off:.2e} standard deviations off");
+                println!("{name}, {rest:?}, {k} by {key_code}: {off:.2e}");
+                let again = read(&on_gpu, Some(&settings), &text, 480, 100)?;
+                assert!(deviation(&again, &got)? == 0.0, "{name}, {rest:?}: a rerun differs");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn key_codes_without_kernels_are_refused_on_a_gpu() -> Any {
+    let Some(device) = gpu("key_codes_without_kernels_are_refused_on_a_gpu") else { return Ok(()) };
+    let (_, on_gpu) = both_devices("qwen2", &device, Storage::BF16)?;
+    let settings = Settings { key_code: "page".into(), ..settings(40, RestKind::Codes) };
+    let e = read(&on_gpu, Some(&settings), &ids(520), 480, 100).unwrap_err().to_string();
+    assert!(e.contains("--key-code") && e.contains("`page` runs on a CPU only"), "{e}");
+    Ok(())
+}
