@@ -15,11 +15,8 @@ fn ids(count: usize) -> Vec<u32> {
 /// The same weights on CPU and GPU, the GPU's in `kept`, with one calibration.
 fn both_devices(name: &str, gpu: &Device, kept: Storage) -> Any<(Model, Model)> {
     let checkpoint = open(&golden_dir(name).to_string_lossy())?;
-    let load = |kept: Storage, device: &Device| -> Any<Model> {
-        let format = WeightFormat::new(WeightDtype::As(kept), 0, None);
-        Ok(load_as(&checkpoint, None, 700, &format, device)?)
-    };
-    let (cpu, gpu) = (load(Storage::F32, &Device::Cpu)?, load(kept, gpu)?);
+    let cpu = load(&checkpoint, None, 700)?;
+    let gpu = load_as(&checkpoint, None, 700, &WeightFormat::for_gpu(WeightDtype::As(kept)), gpu)?;
     let vocab = cpu.spec().vocab as u32;
     let documents: Vec<Vec<u32>> =
         (0..3u32).map(|d| (0..800u32).map(|i| (i * 7919 + d * 31 + i * i) % vocab).collect()).collect();
