@@ -35,6 +35,17 @@ pub enum Codes {
     Gpu(Box<GpuCodes>),
 }
 
+impl Codes {
+    /// Returns the codes in ordinary memory, if that is where they are.
+    pub fn in_memory(&self) -> Option<&CpuCodes> {
+        match self {
+            Self::Cpu(codes) => Some(codes),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) => None,
+        }
+    }
+}
+
 impl RecallKv {
     /// Allocates the cache of `layer`; `local` is its ring.
     pub(super) fn new(

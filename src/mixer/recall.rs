@@ -6,7 +6,7 @@
 
 use super::{ChunkContext, Phase, Projections, Qkv};
 use crate::cache::{Codes, RecallKv, Ring};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::layout::RecallLayer;
 use crate::ops::recall::{attend_far, FarArgs};
 use crate::ops::{attend, merge_attention, view, Attended, AttentionArgs, KeyValues, Segment};
@@ -84,11 +84,8 @@ fn far_on_cpu(
     cache: &RecallKv,
 ) -> Result<Attended> {
     let (store, far) = (cache.store().rows()?, layer.far(position));
-    let codes = match &cache.codes {
-        Codes::Cpu(codes) => codes,
-        #[cfg(feature = "cuda")]
-        Codes::Gpu(_) => return Err(crate::Error::new(crate::ErrorKind::Backend, "recall", "codes are on a GPU")),
-    };
+    let elsewhere = || Error::new(ErrorKind::Backend, "recall", "codes are on a GPU");
+    let codes = cache.codes.in_memory().ok_or_else(elsewhere)?;
     let lse = near.lse.as_ref().map(Tensor::flatten_all).transpose()?.map(|l| l.to_vec1::<f32>()).transpose()?;
     let (queries, rows, values) = (view(q, "queries")?, view(store, "recall store")?, codes.value_rows());
     let exact: Vec<&[f32]> = rows.values::<f32>()?.chunks_exact(layer.ctx * 2 * p.head_dim).collect();

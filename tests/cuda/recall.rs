@@ -67,8 +67,10 @@ fn recall_on_the_gpu_is_the_cpus() -> Any {
                 let want = read(&on_cpu, Some(&settings), &text, 480, 100)?;
                 let got = read(&on_gpu, Some(&settings), &text, 480, 100)?;
                 let off = deviation(&got, &want)?;
-                // Scores are half precision: two tokens that score alike may change places in the choice.
-                assert!(off < 0.05, "{name}, {rest:?}, {k} by {key_code}: {off:.2e} standard deviations off");
+                // Scores are half precision: two tokens that score alike may change places in the choice, and without a
+                // rest the one that is not chosen has no weight at all.
+                let limit = if rest == RestKind::None { 0.2 } else { 0.05 };
+                assert!(off < limit, "{name}, {rest:?}, {k} by {key_code}: {off:.2e} standard deviations off");
                 println!("{name}, {rest:?}, {k} by {key_code}: {off:.2e}");
                 let again = read(&on_gpu, Some(&settings), &text, 480, 100)?;
                 assert!(deviation(&again, &got)? == 0.0, "{name}, {rest:?}: a rerun differs");
