@@ -43,6 +43,7 @@ struct DecodeAttentionParams {
   float *out;
   void *out16;
   float *lse;                   // [H]: ln of the sum of exp(logit), or null
+  float *q_out;                 // [H, D]: the rotated queries, rounded as they were scored, or null; with `qkv` alone
   int extra_count, position;
   int shift;                    // positions that have no row: row x of the ring is position x + shift, and windows count rows
   int capacity, sinks, mean_rows, route_width, block, readable, table_places;
@@ -50,7 +51,7 @@ struct DecodeAttentionParams {
   int window_kind, window_size, window_count;
   float scale, eps;
 };
-MIRRORED(DecodeAttentionParams, 288);
+MIRRORED(DecodeAttentionParams, 296);
 FIELD(DecodeAttentionParams, q, 0); FIELD(DecodeAttentionParams, ring_k, 8);
 FIELD(DecodeAttentionParams, ring_v, 16); FIELD(DecodeAttentionParams, own_k, 24);
 FIELD(DecodeAttentionParams, own_v, 32); FIELD(DecodeAttentionParams, sink_k, 40);
@@ -64,16 +65,17 @@ FIELD(DecodeAttentionParams, cos, 144); FIELD(DecodeAttentionParams, sin, 152);
 FIELD(DecodeAttentionParams, running, 160); FIELD(DecodeAttentionParams, state, 168);
 FIELD(DecodeAttentionParams, partial, 176); FIELD(DecodeAttentionParams, counters, 184);
 FIELD(DecodeAttentionParams, out, 192); FIELD(DecodeAttentionParams, out16, 200);
-FIELD(DecodeAttentionParams, lse, 208); FIELD(DecodeAttentionParams, extra_count, 216);
-FIELD(DecodeAttentionParams, position, 220); FIELD(DecodeAttentionParams, shift, 224);
-FIELD(DecodeAttentionParams, capacity, 228); FIELD(DecodeAttentionParams, sinks, 232);
-FIELD(DecodeAttentionParams, mean_rows, 236); FIELD(DecodeAttentionParams, route_width, 240);
-FIELD(DecodeAttentionParams, block, 244); FIELD(DecodeAttentionParams, readable, 248);
-FIELD(DecodeAttentionParams, table_places, 252); FIELD(DecodeAttentionParams, heads, 256);
-FIELD(DecodeAttentionParams, kv_heads, 260); FIELD(DecodeAttentionParams, dim, 264);
-FIELD(DecodeAttentionParams, window_kind, 268); FIELD(DecodeAttentionParams, window_size, 272);
-FIELD(DecodeAttentionParams, window_count, 276); FIELD(DecodeAttentionParams, scale, 280);
-FIELD(DecodeAttentionParams, eps, 284);
+FIELD(DecodeAttentionParams, lse, 208); FIELD(DecodeAttentionParams, q_out, 216);
+FIELD(DecodeAttentionParams, extra_count, 224);
+FIELD(DecodeAttentionParams, position, 228); FIELD(DecodeAttentionParams, shift, 232);
+FIELD(DecodeAttentionParams, capacity, 236); FIELD(DecodeAttentionParams, sinks, 240);
+FIELD(DecodeAttentionParams, mean_rows, 244); FIELD(DecodeAttentionParams, route_width, 248);
+FIELD(DecodeAttentionParams, block, 252); FIELD(DecodeAttentionParams, readable, 256);
+FIELD(DecodeAttentionParams, table_places, 260); FIELD(DecodeAttentionParams, heads, 264);
+FIELD(DecodeAttentionParams, kv_heads, 268); FIELD(DecodeAttentionParams, dim, 272);
+FIELD(DecodeAttentionParams, window_kind, 276); FIELD(DecodeAttentionParams, window_size, 280);
+FIELD(DecodeAttentionParams, window_count, 284); FIELD(DecodeAttentionParams, scale, 288);
+FIELD(DecodeAttentionParams, eps, 292);
 
 template <typename T, int DIM> struct Decode {
   static constexpr int STEPS = DIM / 32, GROUPS = (DIM + 63) / 64, WIDE = DIM + 2, PART = DIM + 4, WARPS = 4;
@@ -151,6 +153,9 @@ template <typename T, int DIM> struct Decode {
       }
     }
     __syncthreads();
+    if (blockIdx.x == 0 && p.q_out)
+      for (int i = threadIdx.x; i < heads_here * p.dim; i += blockDim.x)
+        p.q_out[first_head * p.dim + i] = to_float(q_own[i / p.dim * DIM + i % p.dim]);
     // No other block reads these rows: the token's own is taken from shared memory.
     if (blockIdx.x == 0 && !stopped)
       for (int i = threadIdx.x; i < 2 * p.dim; i += blockDim.x) {

@@ -21,6 +21,8 @@ pub use host::HostStore;
 pub use pinned::PinnedStore;
 pub use recall_codes::{CpuCodes, ValueRows};
 #[cfg(feature = "cuda")]
+pub(crate) use recall_gpu::CapturedStep;
+#[cfg(feature = "cuda")]
 pub use recall_gpu::GpuCodes;
 pub use recall_kv::{Codes, RecallKv};
 pub use ring::Ring;

@@ -4,7 +4,7 @@
 use super::PinnedStore;
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::layout::{LayerPlan, RecallLayer};
-use crate::ops::cuda::{address, address_or_null, device, uninitialised, upload, Uploaded};
+use crate::ops::cuda::{address, address_or_null, device, uninitialised, upload, Launch, Uploaded};
 use crate::ops::recall::{encode, kind, Cut, Encode, Recall, BINS, LISTED};
 use crate::ops::{pool_blocks, Attended, RunningMean};
 use crate::recall::{levels, LayerTables, ScalarCode, MOST_BITS};
@@ -50,6 +50,24 @@ impl std::fmt::Debug for Tables {
 /// Memory of a decode step.
 #[derive(Debug)]
 struct Scratch(Vec<Tensor>);
+
+/// Device addresses of a captured step.
+pub(crate) struct CapturedStep {
+    /// Rotated queries, f32 `[H, D]`.
+    pub q: u64,
+    /// Log-sum-exp of the near zone, f32 `[H]`.
+    pub near_lse: u64,
+    /// Attention to the near zone, f32 `[H, D]`.
+    pub near_out: u64,
+    /// Result, f32 `[H, D]`.
+    pub out: u64,
+    /// Keys and values of the local ring, which holds the new token already, and its capacity.
+    pub ring: (u64, u64, i32),
+    /// State of the decode loop.
+    pub state: u64,
+    /// Factor on dot products.
+    pub factor: f32,
+}
 
 impl GpuCodes {
     /// Allocates the codes of `layer` on `device`.
@@ -205,6 +223,31 @@ impl GpuCodes {
         }
         self.pool(&v, position)?;
         Ok(out.to_dtype(q.dtype())?)
+    }
+
+    /// Whether a captured step can hold the layer: block means are pooled by launches of their own.
+    pub fn captured(&self) -> bool {
+        self.means.is_none()
+    }
+
+    /// Returns the launches of a captured step, which read position and token from the device.
+    ///
+    /// # Errors
+    /// A kernel that cannot be loaded.
+    pub(crate) fn launches(&self, gpu: &CudaDevice, step: &CapturedStep) -> Result<[Launch; 4]> {
+        let p = Recall {
+            q: step.q,
+            near_lse: step.near_lse,
+            near_out: step.near_out,
+            out: step.out,
+            own_k: step.ring.0,
+            own_v: step.ring.1,
+            own_rows: step.ring.2,
+            state: step.state,
+            factor: step.factor,
+            ..self.base
+        };
+        self.cut.launches(gpu, self.dtype, p)
     }
 
     /// Returns the positions that the last step chose, ascending, by KV head.

@@ -89,6 +89,12 @@ impl RecallKv {
         &self.store
     }
 
+    /// Whether a captured step can hold the layer.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn captured(&self) -> bool {
+        matches!(&self.codes, Codes::Gpu(codes) if codes.captured())
+    }
+
     /// Stores `T` tokens from position `start` on, after attention.
     ///
     /// # Shapes

@@ -89,3 +89,27 @@ fn key_codes_without_kernels_are_refused_on_a_gpu() -> Any {
     assert!(e.contains("--key-code") && e.contains("`page` runs on a CPU only"), "{e}");
     Ok(())
 }
+
+#[test]
+fn captured_recall_is_that_of_single_steps() -> Any {
+    let Some(device) = gpu("captured_recall_is_that_of_single_steps") else { return Ok(()) };
+    let text = ids(640);
+    for name in ["llama", "qwen2", "qwen3_d128", "gemma3"] {
+        let (_, on_gpu) = both_devices(name, &device, Storage::BF16)?;
+        for (k, rest) in [(600, RestKind::Codes), (600, RestKind::None), (100, RestKind::Codes)] {
+            let plan = RetrofitPlan::new(on_gpu.spec(), None, settings(k, rest))?;
+            let mut run = Run::new(&on_gpu.weights, &plan, 700)?;
+            run.prefill(&text[..480], 100, 1, &mut watch(|_| ()))?;
+            assert!(run.captures(), "{name}, {rest:?}");
+            let captured = run.read(&text[480..])?.to_device(&Device::Cpu)?;
+            let mut run = Run::new(&on_gpu.weights, &plan, 700)?;
+            run.prefill(&text[..480], 100, 1, &mut watch(|_| ()))?;
+            let single: bfly::Result<Vec<Tensor>> = text[480..].iter().map(|id| run.step(&[*id], &[0])).collect();
+            let single = Tensor::cat(&single?, 0)?.to_device(&Device::Cpu)?;
+            let off = deviation(&captured, &single)?;
+            println!("{name}, {k}, {rest:?}: {off:.2e}");
+            assert!(off < 0.1, "{name}, {k}, {rest:?}: {off:.2e} standard deviations off");
+        }
+    }
+    Ok(())
+}

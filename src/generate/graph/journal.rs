@@ -103,8 +103,10 @@ fn overwritten(state: &LayerState) -> Result<Option<Entry>> {
         Ok(Entry { ring_k, ring_v, capacity: ring.capacity() as i32, row: row as i32, block: 1, ..Entry::default() })
     };
     match state {
-        LayerState::Dense(_) | LayerState::CompressedKv(_) | LayerState::Recall(_) => Ok(None),
+        LayerState::Dense(_) | LayerState::CompressedKv(_) => Ok(None),
         LayerState::Ring(rows) => ring(rows).map(Some),
+        // Codes and host rows past the end are written again.
+        LayerState::Recall(cache) => ring(&cache.local).map(Some),
         LayerState::TwoPool(pools) => {
             let mut entry = ring(&pools.local)?;
             if let Some(means) = pools.summary_rows() {

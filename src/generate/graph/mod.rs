@@ -195,7 +195,7 @@ fn has_form(run: &Run, routes: &[Routes]) -> bool {
             }
             LayerKind::Evict(_) => matches!(layer, LayerState::CompressedKv(kept) if kept.captured().is_some()),
             LayerKind::Full | LayerKind::Sliding { .. } => true,
-            LayerKind::Recall(_) => false,
+            LayerKind::Recall(_) => p.heads <= 8 * p.kv_heads && matches!(layer, LayerState::Recall(r) if r.captured()),
         };
         // A gate with a bias would need it before the activation; no known family has one.
         let plain_gate = m.gate.bias().is_none() && m.up.bias().is_none();

@@ -2,7 +2,7 @@
 
 use super::matvec::matrix;
 use super::{widest, Routes, State, BATCH};
-use crate::cache::{LayerState, Ring, TwoPool};
+use crate::cache::{CapturedStep, Codes, LayerState, RecallKv, Ring, TwoPool};
 use crate::error::{Error, Result};
 use crate::layout::{ButterflyLayer, LayerPlan};
 use crate::mixer::Projections;
@@ -33,6 +33,10 @@ struct Vectors {
     y: u64,
     qkv: u64,
     attended: u64,
+    /// Rotated queries, attention to the near zone and its log-sum-exp, of layers with exact recall.
+    rotated: u64,
+    near: u64,
+    near_lse: u64,
     hidden: u64,
     cos: u64,
     sin: u64,
@@ -90,6 +94,9 @@ impl<'a> Builder<'a> {
             y: room(DType::F32, spec.hidden)?,
             qkv: room(DType::F32, q + 2 * kv)?,
             attended: room(DType::F32, q)?,
+            rotated: room(DType::F32, q)?,
+            near: room(DType::F32, q)?,
+            near_lse: room(DType::F32, most(|a| a.heads))?,
             hidden: room(DType::F32, wide)?,
             cos: room(DType::F32, tables * half)?,
             sin: room(DType::F32, tables * half)?,
@@ -185,7 +192,7 @@ impl<'a> Builder<'a> {
             LayerState::Dense(ring) | LayerState::Ring(ring) => (ring, 0),
             LayerState::TwoPool(pools) => (&pools.local, 0),
             LayerState::CompressedKv(kept) => kept.captured().ok_or_else(without_form)?,
-            LayerState::Recall(_) => return Err(without_form()),
+            LayerState::Recall(cache) => (&cache.local, 0),
         };
         let (ring_k, ring_v, capacity) = rows(Some(ring))?;
         let mut launch = DecodeAttention {
@@ -221,9 +228,33 @@ impl<'a> Builder<'a> {
                 self.buffers.scratch.len() - 1
             }
         };
+        let recall = match layer {
+            LayerState::Recall(cache) => Some(self.recall(p, cache, &mut launch)?),
+            _ => None,
+        };
         let l = cut.launch(self.gpu, self.weights.dtype(), &self.buffers.scratch[scratch].1, launch)?;
         self.launches.push(l);
+        self.launches.extend(recall.into_iter().flatten());
         Ok(())
+    }
+
+    /// Makes `launch` attend to the near zone of exact recall, and returns the launches of the other zones, which end
+    /// in `launch.out`.
+    fn recall(&self, p: &Projections, cache: &RecallKv, launch: &mut DecodeAttention) -> Result<[Launch; 4]> {
+        let Codes::Gpu(codes) = &cache.codes else { return Err(without_form()) };
+        (launch.sink_k, launch.sink_v, launch.sinks) = rows(cache.sinks())?;
+        let near = &self.vectors;
+        let step = CapturedStep {
+            q: near.rotated,
+            near_lse: near.near_lse,
+            near_out: near.near,
+            out: launch.out,
+            ring: (launch.ring_k, launch.ring_v, launch.capacity),
+            state: self.state,
+            factor: p.scale,
+        };
+        (launch.q_out, launch.out, launch.lse) = (step.q, step.near_out, step.near_lse);
+        codes.launches(self.gpu, &step)
     }
 
     /// Sets a swapped layer's sinks, summaries and route table in `launch`.

@@ -54,6 +54,7 @@ pub(crate) struct DecodeAttention {
     pub out: u64,
     pub out16: u64,
     pub lse: u64,
+    pub q_out: u64,
     pub extra_count: i32,
     pub position: i32,
     pub shift: i32,
@@ -76,13 +77,13 @@ pub(crate) struct DecodeAttention {
 
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for DecodeAttention {}
-crate::ops::cuda::mirrored!(DecodeAttention, 288, {
+crate::ops::cuda::mirrored!(DecodeAttention, 296, {
     q: 0, ring_k: 8, ring_v: 16, own_k: 24, own_v: 32, sink_k: 40, sink_v: 48, mean_k: 56, mean_v: 64, routes: 72,
     route_bias: 80, extras: 88, store_k: 96, store_v: 104, table: 112, qkv: 120, q_norm: 128, k_norm: 136, cos: 144,
-    sin: 152, running: 160, state: 168, partial: 176, counters: 184, out: 192, out16: 200, lse: 208, extra_count: 216,
-    position: 220, shift: 224, capacity: 228, sinks: 232, mean_rows: 236, route_width: 240, block: 244, readable: 248,
-    table_places: 252, heads: 256, kv_heads: 260, dim: 264, window_kind: 268, window_size: 272, window_count: 276,
-    scale: 280, eps: 284,
+    sin: 152, running: 160, state: 168, partial: 176, counters: 184, out: 192, out16: 200, lse: 208, q_out: 216, extra_count: 224,
+    position: 228, shift: 232, capacity: 236, sinks: 240, mean_rows: 244, route_width: 248, block: 252, readable: 256,
+    table_places: 260, heads: 264, kv_heads: 268, dim: 272, window_kind: 276, window_size: 280, window_count: 284,
+    scale: 288, eps: 292,
 });
 
 /// Partial results that a launch's last thread block merges; the caller keeps them alive until the launch has run.
