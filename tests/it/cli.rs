@@ -303,7 +303,8 @@ fn an_interrupt_during_decode_ends_with_the_ledger() -> Any {
     let json = run.path("report.json");
     let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_bfly-retrofit"))
         .args(["--model", &real_model("smollm2-135m")?, "--prompt", "Once upon a time", "-n", "7000", "--ctx", "8k"])
-        .args(["--ignore-eos", "--json", &json])
+        // Recall would calibrate first, which takes minutes.
+        .args(["--ignore-eos", "--recall", "0", "--json", &json])
         .stdout(std::process::Stdio::piped())
         .stderr(std::process::Stdio::piped())
         .spawn()?;
