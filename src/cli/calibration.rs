@@ -2,11 +2,12 @@
 
 use super::output::Output;
 use super::Patch;
-use crate::checkpoint::{splitmix, Checkpoint, OnProgress};
+use crate::checkpoint::{Checkpoint, OnProgress};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::recall::{bundled, calibrate, tokenise, Calibration, LONGEST, TOKENS};
 use crate::retrofit::Settings;
 use crate::weights::Weights;
+use rand::{rngs::StdRng, Rng, SeedableRng};
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -85,8 +86,8 @@ pub fn make(
 
 /// Generates ids for a model without a tokenizer, which nothing else can be read with either.
 fn random_documents(vocab: usize, trained: usize) -> Vec<Vec<u32>> {
-    let id = |i: usize| (splitmix(0, i as u64) % vocab as u64) as u32;
-    let ids: Vec<u32> = (0..TOKENS).map(id).collect();
+    let mut rng = StdRng::seed_from_u64(0);
+    let ids: Vec<u32> = (0..TOKENS).map(|_| rng.random_range(0..vocab as u32)).collect();
     ids.chunks(LONGEST.min(trained)).map(<[u32]>::to_vec).collect()
 }
 
