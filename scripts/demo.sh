@@ -81,7 +81,12 @@ python3 - "$document" "$out/prompt.txt" <<'PYTHON' || fail "the prompt could not
 import sys
 
 document, prompt = sys.argv[1:]
-paragraphs = open(document, encoding="utf-8").read()[:22000].split("\n\n")
+paragraphs, size = [], 0
+for paragraph in open(document, encoding="utf-8").read().split("\n\n"):
+    paragraphs.append(paragraph)
+    size += len(paragraph)
+    if size > 22000:
+        break
 fact = "The night guard of the museum is called Ottoline."
 paragraphs.insert(len(paragraphs) // 4, fact)
 text = "\n\n".join(["Read the text, then answer the question.", *paragraphs])
@@ -132,6 +137,6 @@ for name, r in zip(("stock", "exact recall", "window alone"), reports):
     print(f"{name:>14}: {' '.join((r['text'] or '').split())}")
 print("""
 On a GPU the KV cache is device memory, and the exact keys and values are in host memory. On a CPU both are the
-machine's memory: recall saves time there, not space (docs/recall.md).""")
+machine's memory (docs/recall.md).""")
 PYTHON
 [ -z "$keep" ] || echo "Prompt and reports: $out" >&2
