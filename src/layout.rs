@@ -177,16 +177,16 @@ impl Layout {
                 AttentionKind::Sliding { window } => (window.min(ctx), LayerKind::Sliding { window }),
                 AttentionKind::Full => (
                     ctx,
-                    match (swapped(i), &method) {
-                        (Some(_), Method::Butterfly(plan)) if plan.settings.recall > 0 => {
-                            match RecallLayer::new(&plan.settings, ctx)? {
-                                Some(layer) => LayerKind::Recall(Box::new(layer)),
-                                None => LayerKind::Full,
-                            }
+                    match &method {
+                        Method::Butterfly(plan) if plan.settings.recall > 0 && plan.ordinal(i).is_some() => {
+                            let layer = RecallLayer::new(&plan.settings, ctx)?;
+                            layer.map_or(LayerKind::Full, |layer| LayerKind::Recall(Box::new(layer)))
                         }
-                        (Some(layer), _) => LayerKind::Butterfly(Box::new(layer)),
-                        (None, Method::Evict(plan)) => LayerKind::Evict(Box::new(EvictLayer::new(plan, a, ctx)?)),
-                        (None, _) => LayerKind::Full,
+                        Method::Butterfly(_) => {
+                            swapped(i).map_or(LayerKind::Full, |layer| LayerKind::Butterfly(Box::new(layer)))
+                        }
+                        Method::Evict(plan) => LayerKind::Evict(Box::new(EvictLayer::new(plan, a, ctx)?)),
+                        Method::Stock => LayerKind::Full,
                     },
                 ),
             };

@@ -365,7 +365,12 @@ impl ModelSpec {
 
     /// Returns the indices of the full-attention layers, which a retrofit can swap.
     pub fn full_layers(&self) -> Vec<usize> {
-        self.attention().filter(|(_, a)| a.kind == AttentionKind::Full).map(|(i, _)| i).collect()
+        self.full_attention().map(|(i, _)| i).collect()
+    }
+
+    /// Returns the full-attention layers with their indices.
+    pub fn full_attention(&self) -> impl Iterator<Item = (usize, &AttentionSpec)> {
+        self.attention().filter(|(_, a)| a.kind == AttentionKind::Full)
     }
 
     /// Checks invariants of all families: heads divisible into groups, even head dimensions, valid rope indices.

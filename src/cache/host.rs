@@ -62,13 +62,11 @@ impl HostStore {
     /// # Errors
     /// Positions beyond the context.
     pub fn write(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
+        let new = Tensor::stack(&[k, v], 2)?.transpose(0, 1)?.contiguous()?;
         match &self.rows {
-            Rows::Memory(rows) => {
-                let new = Tensor::stack(&[k, v], 2)?.transpose(0, 1)?.contiguous()?;
-                Ok(rows.slice_set(&new, 1, start)?)
-            }
+            Rows::Memory(rows) => Ok(rows.slice_set(&new, 1, start)?),
             #[cfg(feature = "cuda")]
-            Rows::Pinned(rows) => rows.write(k, v, start),
+            Rows::Pinned(rows) => rows.write(&new, start),
         }
     }
 

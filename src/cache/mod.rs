@@ -13,6 +13,7 @@ mod recall_codes;
 mod recall_gpu;
 mod recall_kv;
 mod ring;
+mod sinks;
 mod two_pool;
 
 pub use compressed_kv::CompressedKv;
@@ -26,6 +27,7 @@ pub(crate) use recall_gpu::CapturedStep;
 pub use recall_gpu::GpuCodes;
 pub use recall_kv::{Codes, RecallKv};
 pub use ring::Ring;
+pub use sinks::Sinks;
 pub use two_pool::TwoPool;
 
 use crate::error::{Error, ErrorKind, Result};

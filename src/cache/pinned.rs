@@ -60,22 +60,21 @@ impl PinnedStore {
         2 * self.dims.2 * self.dtype.size_in_bytes()
     }
 
-    /// Writes the keys and values of positions `start..start + T`, in the order of the run's stream.
+    /// Writes the rows of positions `start..start + T`, in the order of the run's stream.
     ///
     /// # Shapes
-    /// `k`, `v` `[T, G, D]`.
+    /// `rows [G, T, 2, D]`, contiguous.
     ///
     /// # Errors
     /// Positions beyond the context; another shape or type; the device fails.
-    pub fn write(&self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
-        let ((heads, ctx, _), tokens) = (self.dims, k.dim(0)?);
-        let rows = Tensor::stack(&[k, v], 2)?.transpose(0, 1)?.contiguous()?;
-        if start + tokens > ctx || rows.dims() != [heads, tokens, 2, self.dims.2] || rows.dtype() != self.dtype {
+    pub fn write(&self, rows: &Tensor, start: usize) -> Result<()> {
+        let ((heads, ctx, dim), tokens) = (self.dims, rows.dim(1)?);
+        if start + tokens > ctx || rows.dims() != [heads, tokens, 2, dim] || rows.dtype() != self.dtype {
             let message = format!("{:?} rows of {:?} at {start} do not fit {:?}", rows.dims(), rows.dtype(), self.dims);
             return Err(Error::new(ErrorKind::Backend, "host store", message));
         }
-        let (from, row) = (address(&rows)?, self.row_bytes());
-        let stream = device(&rows)?.cuda_stream();
+        let (from, row) = (address(rows)?, self.row_bytes());
+        let stream = device(rows)?.cuda_stream();
         for g in 0..heads {
             let to = self.at + ((g * ctx + start) * row) as u64;
             let (from, bytes) = (from + (g * tokens * row) as u64, tokens * row);
@@ -145,17 +144,6 @@ impl PinnedStore {
         }
         let Attended { out, .. } = all;
         Ok(out)
-    }
-
-    /// Returns a copy of the first `positions` as a CPU tensor `[G, positions, 2, D]`, for tests.
-    ///
-    /// # Errors
-    /// A failure of the driver.
-    pub fn to_tensor(&self, positions: usize) -> Result<Tensor> {
-        let bytes = self.slice.as_slice().map_err(candle_core::Error::wrap).at("host store")?;
-        let (heads, ctx, dim) = self.dims;
-        let all = Tensor::from_raw_buffer(bytes, self.dtype, &[heads, ctx, 2, dim], &Device::Cpu)?;
-        Ok(all.narrow(1, 0, positions)?)
     }
 }
 

@@ -3,7 +3,7 @@
 
 #[cfg(feature = "cuda")]
 use super::GpuCodes;
-use super::{CpuCodes, HostStore, PoolBytes, Ring};
+use super::{CpuCodes, HostStore, PoolBytes, Ring, Sinks};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{LayerPlan, RecallLayer};
 use candle_core::{DType, Device, Tensor};
@@ -14,8 +14,7 @@ pub struct RecallKv {
     /// Local ring of `(w + 1) B` raw positions: the window and the query's own block.
     pub local: Ring,
     /// Sinks, positions `0..S`.
-    sinks: Option<Ring>,
-    sink_tokens: usize,
+    sinks: Sinks,
     /// Every position's exact key and value.
     store: HostStore,
     /// Codes of every position.
@@ -59,7 +58,6 @@ impl RecallKv {
             return Err(Error::new(ErrorKind::Usage, "recall", "needs a calibration of this model"));
         };
         let row = plan.row();
-        let sink = |n: usize| (n > 0).then(|| Ring::new(n, row, dtype, device)).transpose();
         let store = HostStore::new(layer.ctx, row, dtype, device)?;
         let codes = match device {
             #[cfg(feature = "cuda")]
@@ -70,8 +68,7 @@ impl RecallKv {
         };
         Ok(Self {
             local,
-            sinks: sink(layer.sink_rows)?,
-            sink_tokens: layer.settings.sink_tokens,
+            sinks: Sinks::new(layer.sink_rows, layer.settings.sink_tokens, row, dtype, device)?,
             store,
             codes,
             bytes: plan.bytes(dtype),
@@ -81,7 +78,7 @@ impl RecallKv {
 
     /// Returns the sinks, if the layer has any.
     pub fn sinks(&self) -> Option<&Ring> {
-        self.sinks.as_ref()
+        self.sinks.rows()
     }
 
     /// Returns the exact keys and values of every position.
@@ -117,10 +114,7 @@ impl RecallKv {
     /// # Errors
     /// Those of [`Ring::write`].
     pub fn push_near(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
-        if let Some(sinks) = self.sinks.as_mut().filter(|_| start < self.sink_tokens) {
-            let n = (self.sink_tokens - start).min(k.dim(0)?);
-            sinks.write(&k.narrow(0, 0, n)?, &v.narrow(0, 0, n)?, start)?;
-        }
+        self.sinks.keep(k, v, start)?;
         self.local.write(k, v, start)
     }
 
@@ -133,7 +127,7 @@ impl RecallKv {
         };
         PoolBytes {
             local: self.local.capacity_bytes(),
-            sink: self.sinks.as_ref().map_or(0, Ring::capacity_bytes),
+            sink: self.sinks.capacity_bytes(),
             key_codes,
             values,
             host: self.store.capacity_bytes(),
@@ -147,7 +141,7 @@ impl RecallKv {
         let share = |bytes: u64| (bytes as u128 * position.min(self.ctx) as u128 / self.ctx as u128) as u64;
         PoolBytes {
             local: self.local.used_bytes(position),
-            sink: self.sinks.as_ref().map_or(0, |r| r.used_bytes(position)),
+            sink: self.sinks.used_bytes(position),
             key_codes: share(all.key_codes),
             values: share(all.values),
             host: self.store.used_bytes(position),

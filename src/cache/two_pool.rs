@@ -1,6 +1,6 @@
 //! Cache of a butterfly layer: a pool of raw rows (sinks and local ring) and a pool of summary rows, allocated once.
 
-use super::{PoolBytes, Ring};
+use super::{PoolBytes, Ring, Sinks};
 use crate::error::Result;
 use crate::layout::ButterflyLayer;
 use crate::ops::{Pooled, RunningMean};
@@ -12,8 +12,7 @@ pub struct TwoPool {
     /// Local ring of `(w + 1) B` raw positions: the window and the query's own block.
     pub local: Ring,
     /// Sinks, positions `0..S`.
-    sinks: Option<Ring>,
-    sink_tokens: usize,
+    sinks: Sinks,
     /// The newest summaries: block `n` in row `n % rows`.
     summaries: Option<Ring>,
     /// Running mean of the block in progress.
@@ -33,12 +32,11 @@ impl TwoPool {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let pool = |n: usize| (n > 0).then(|| Ring::new(n, row, dtype, device)).transpose();
+        let summaries = (layer.summary_rows > 0).then(|| Ring::new(layer.summary_rows, row, dtype, device));
         Ok(Self {
             local,
-            sinks: pool(layer.sink_rows)?,
-            sink_tokens: layer.settings.sink_tokens,
-            summaries: pool(layer.summary_rows)?,
+            sinks: Sinks::new(layer.sink_rows, layer.settings.sink_tokens, row, dtype, device)?,
+            summaries: summaries.transpose()?,
             running: RunningMean::new(row.0 * row.1, device)?,
             block: layer.settings.block,
             readable: layer.grid.readable(),
@@ -47,18 +45,12 @@ impl TwoPool {
 
     /// Returns the sinks, if the layer has any.
     pub fn sinks(&self) -> Option<&Ring> {
-        self.sinks.as_ref()
+        self.sinks.rows()
     }
 
     /// Stores the sinks among a chunk's positions. Called before attention: the chunk's later queries read them.
     pub fn keep_sinks(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
-        match &mut self.sinks {
-            Some(sinks) if start < self.sink_tokens => {
-                let n = (self.sink_tokens - start).min(k.dims()[0]);
-                sinks.write(&k.narrow(0, 0, n)?, &v.narrow(0, 0, n)?, start)
-            }
-            _ => Ok(()),
-        }
+        self.sinks.keep(k, v, start)
     }
 
     /// Returns the summary rows, if the layer has any.
@@ -88,22 +80,21 @@ impl TwoPool {
 
     /// Returns the allocated bytes by pool.
     pub fn capacity_bytes(&self) -> PoolBytes {
-        let bytes = |r: &Option<Ring>| r.as_ref().map_or(0, Ring::capacity_bytes);
         PoolBytes {
             local: self.local.capacity_bytes(),
-            summary: bytes(&self.summaries) + self.running.bytes(),
-            sink: bytes(&self.sinks),
+            summary: self.summaries.as_ref().map_or(0, Ring::capacity_bytes) + self.running.bytes(),
+            sink: self.sinks.capacity_bytes(),
             ..PoolBytes::default()
         }
     }
 
     /// Returns the bytes in use by pool after `position` tokens.
     pub fn used_bytes(&self, position: usize) -> PoolBytes {
-        let bytes = |r: &Option<Ring>, n| r.as_ref().map_or(0, |r| r.used_bytes(n));
+        let stored = (position / self.block).min(self.readable);
         PoolBytes {
             local: self.local.used_bytes(position),
-            summary: bytes(&self.summaries, (position / self.block).min(self.readable)) + self.running.bytes(),
-            sink: bytes(&self.sinks, position),
+            summary: self.summaries.as_ref().map_or(0, |r| r.used_bytes(stored)) + self.running.bytes(),
+            sink: self.sinks.used_bytes(position),
             ..PoolBytes::default()
         }
     }

@@ -71,11 +71,10 @@ pub fn calibrate(
     }
     let spec = weights.spec();
     let every = usable.div_ceil(MOST_VALUES);
-    let full = spec.full_layers();
-    let sums = |(i, a): (usize, &crate::spec::AttentionSpec)| {
-        full.contains(&i).then(|| Sums::new(a.kv_heads, a.heads / a.kv_heads, a.head_dim, spec.ropes[a.rope].dim / 2))
-    };
-    let mut layers: Vec<Option<Sums>> = spec.attention().map(sums).collect();
+    let mut layers: Vec<Option<Sums>> = spec.layers.iter().map(|_| None).collect();
+    for (i, a) in spec.full_attention() {
+        layers[i] = Some(Sums::new(a.kv_heads, a.heads / a.kv_heads, a.head_dim, spec.ropes[a.rope].dim / 2));
+    }
     let mut done = 0;
     for document in documents.iter().filter(|d| !d.is_empty()) {
         let mut run = Run::new(weights, Method::Stock, document.len())?;

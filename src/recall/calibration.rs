@@ -1,7 +1,7 @@
 //! Calibrations: what a model's key codes and value codes are fitted to, saved as `recall.safetensors`.
 
-use super::{HeadCode, HeadMoments, KeyCodeChoice, ValueCode};
-use crate::error::{At, Error, Result};
+use super::{HeadCode, HeadMoments, KeyCodeChoice, ValueCode, SUB, WORDS};
+use crate::error::{At, Error, ErrorKind, Result};
 use crate::nn::Rope;
 use crate::spec::{AttentionSpec, ModelSpec};
 use candle_core::{DType, Device, Tensor};
@@ -60,7 +60,7 @@ impl LayerCalibration {
     }
 }
 
-/// Names of the moments in the file, and how to read them.
+/// Names of the moments in the file, in the order of [`HeadMoments::parts`].
 const MOMENTS: [&str; 5] = ["key_mean", "key_square", "key_cross", "query_square", "query_cross"];
 
 impl HeadMoments {
@@ -82,14 +82,14 @@ impl Calibration {
                 query_square: vec![1.0; d],
                 query_cross: vec![0.0; half],
             };
-            let values = ValueCode::new(d, vec![0.0; d.div_ceil(16) * 4096]);
+            let values = ValueCode::new(d, vec![0.0; d.div_ceil(SUB) * WORDS * SUB]);
             LayerCalibration {
                 heads: vec![head; a.kv_heads],
                 values: values.into_iter().cycle().take(a.kv_heads).collect(),
             }
         };
-        let full = spec.full_layers();
-        let layers = spec.attention().map(|(i, a)| full.contains(&i).then(|| layer(a))).collect();
+        let mut layers = vec![None; spec.layers.len()];
+        spec.full_attention().for_each(|(i, a)| layers[i] = Some(layer(a)));
         Self { layers, sink_tokens }
     }
 
@@ -109,7 +109,7 @@ impl Calibration {
             }
             let words: Vec<f16> = layer.values.iter().flat_map(|v| v.codebook()).map(|x| f16::from_f32(*x)).collect();
             let parts = layer.values.first().map_or(0, ValueCode::bytes);
-            let words = Tensor::from_vec(words, (heads, parts, 256, 16), &Device::Cpu)?;
+            let words = Tensor::from_vec(words, (heads, parts, WORDS, SUB), &Device::Cpu)?;
             tensors.insert(format!("layers.{i}.value_words"), words);
         }
         let header = Header { version: VERSION, sink_tokens: self.sink_tokens };
@@ -145,10 +145,9 @@ impl Calibration {
         let file = SafeTensors::deserialize(bytes).map_err(malformed)?;
         let mut layers: Vec<Option<LayerCalibration>> = vec![None; spec.layers.len()];
         let mut read = 0;
-        for i in spec.full_layers() {
-            let Some((_, a)) = spec.attention().find(|(l, _)| *l == i) else { continue };
+        for (i, a) in spec.full_attention() {
             let half = spec.ropes[a.rope].dim / 2;
-            let (heads, parts) = (a.kv_heads, a.head_dim.div_ceil(16));
+            let (heads, parts) = (a.kv_heads, a.head_dim.div_ceil(SUB));
             let mut of = |name: &str, shape: &[usize]| {
                 read += 1;
                 numbers(&file, &format!("layers.{i}.{name}"), shape)
@@ -166,9 +165,9 @@ impl Calibration {
                 query_square: part(3, g),
                 query_cross: part(4, g),
             };
-            let words = of("value_words", &[heads, parts, 256, 16])?;
-            let code = |g: usize| ValueCode::new(a.head_dim, words[g * parts * 4096..][..parts * 4096].to_vec());
-            let values: Option<Vec<_>> = (0..heads).map(code).collect();
+            let words = of("value_words", &[heads, parts, WORDS, SUB])?;
+            let code = |words: &[f32]| ValueCode::new(a.head_dim, words.to_vec());
+            let values: Option<Vec<_>> = words.chunks_exact(parts * WORDS * SUB).map(code).collect();
             let Some(values) = values else {
                 return Err(Error::tensor(format!("layers.{i}.value_words"), "has the wrong number of codewords"));
             };
@@ -203,6 +202,6 @@ fn numbers(file: &SafeTensors, name: &str, shape: &[usize]) -> Result<Vec<f32>> 
     let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>().at(name)?;
     match values.iter().all(|x| x.is_finite()) {
         true => Ok(values),
-        false => Err(Error::new(crate::error::ErrorKind::NotFinite, name, "holds NaN or infinity")),
+        false => Err(Error::new(ErrorKind::NotFinite, name, "holds NaN or infinity")),
     }
 }

@@ -24,7 +24,7 @@ pub(crate) use lloyd::{levels, MOST_BITS};
 pub use moments::{HeadMoments, KeyStatistics};
 pub use page::PAGE;
 pub use scalar::{Field, ScalarCode};
-pub use value::{ValueCode, SUB};
+pub use value::{ValueCode, SUB, WORDS};
 
 use crate::error::{Error, Result};
 use std::ops::Range;

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 /// Channels of a sub-vector.
 pub const SUB: usize = 16;
 /// Codewords of a sub-vector.
-const WORDS: usize = 256;
+pub const WORDS: usize = 256;
 /// Iterations of k-means.
 const ITERATIONS: usize = 12;
 

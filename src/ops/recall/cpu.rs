@@ -70,13 +70,12 @@ fn head(a: &FarArgs, g: usize, group: usize) -> Part {
     if chosen.is_empty() {
         return none();
     }
-    let exact = Exact::new(a, g, &queries, &chosen);
+    let Exact { max, sum, mut out } = Exact::new(a, g, &queries, &chosen);
     let mut part = Part { out: vec![], lse: vec![], chosen: chosen.iter().map(|i| (a.far.0 + i) as u32).collect() };
-    let mut out = exact.out.clone();
-    let sums = rest(a, g, heads, &chosen, &exact.max, &mut out);
+    let sums = rest(a, g, heads, &chosen, &max, &mut out);
     for (h, (out, rest)) in out.chunks_exact(dim).zip(sums).enumerate() {
-        let sum = f64::from(exact.sum[h]) + rest;
-        part.lse.push(exact.max[h] + sum.ln() as f32);
+        let sum = f64::from(sum[h]) + rest;
+        part.lse.push(max[h] + sum.ln() as f32);
         part.out.extend(out.iter().map(|x| (f64::from(*x) / sum) as f32));
     }
     part
