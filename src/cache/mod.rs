@@ -22,13 +22,15 @@ pub use host::HostStore;
 pub use pinned::PinnedStore;
 pub use recall_codes::{CpuCodes, ValueRows};
 #[cfg(feature = "cuda")]
-pub(crate) use recall_gpu::CapturedStep;
-#[cfg(feature = "cuda")]
 pub use recall_gpu::GpuCodes;
+#[cfg(feature = "cuda")]
+pub(crate) use recall_gpu::StepAddresses;
 pub use recall_kv::{Codes, RecallKv};
 pub use ring::Ring;
 pub use sinks::Sinks;
 pub use two_pool::TwoPool;
+
+use recall_kv::Workspace;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{CacheBytes, LayerKind, LayerPlan, Layout};
@@ -91,13 +93,15 @@ pub enum LayerState {
 }
 
 impl LayerState {
-    fn new(plan: &LayerPlan, dtype: DType, device: &Device) -> Result<Self> {
+    fn new(plan: &LayerPlan, workspace: &mut Workspace, dtype: DType, device: &Device) -> Result<Self> {
         let ring = || Ring::new(plan.raw_rows, plan.row(), dtype, device);
         Ok(match &plan.kind {
             LayerKind::Full => Self::Dense(ring()?),
             LayerKind::Sliding { .. } => Self::Ring(ring()?),
             LayerKind::Butterfly(b) => Self::TwoPool(Box::new(TwoPool::new(b, ring()?, plan.row(), dtype, device)?)),
-            LayerKind::Recall(r) => Self::Recall(Box::new(RecallKv::new(r, ring()?, plan, dtype, device)?)),
+            LayerKind::Recall(r) => {
+                Self::Recall(Box::new(RecallKv::new(r, ring()?, plan, workspace, (dtype, device))?))
+            }
             LayerKind::Evict(e) => Self::CompressedKv(Box::new(CompressedKv::new(e, ring()?, plan.heads, device)?)),
         })
     }
@@ -146,8 +150,9 @@ impl Cache {
         if !device.is_cpu() {
             refuse_too_large(host, layout.ctx(), &Device::Cpu)?;
         }
+        let mut workspace = Workspace::default();
         let state = |(i, plan): (usize, &LayerPlan)| {
-            LayerState::new(plan, dtype, device).map_err(|e| out_of_memory(e, i, peak, layout.method()))
+            LayerState::new(plan, &mut workspace, dtype, device).map_err(|e| out_of_memory(e, i, peak, layout.method()))
         };
         let layers = layout.layers.iter().enumerate().map(state).collect::<Result<_>>()?;
         Ok(Self { layers, ctx: layout.ctx(), position: 0, dense_bytes: dense, peak: PoolBytes::default() })

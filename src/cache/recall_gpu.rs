@@ -1,16 +1,18 @@
 //! Codes of exact recall on a GPU: key and value codes, block means, the tables that kernels read them with, and the
 //! memory that a decode step works in.
 
+use super::recall_kv::Workspace;
 use super::PinnedStore;
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::layout::{LayerPlan, RecallLayer};
 use crate::ops::cuda::{address, address_or_null, device, uninitialised, upload, Launch, Uploaded};
 use crate::ops::recall::{encode, kind, Cut, Encode, Recall, BINS, LISTED};
 use crate::ops::{pool_blocks, Attended, RunningMean};
-use crate::recall::{levels, LayerTables, ScalarCode, MOST_BITS};
+use crate::recall::{levels, LayerTables, ScalarCode, MOST_BITS, SUB};
 use crate::retrofit::RestKind;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Device, Tensor};
+use std::sync::Arc;
 
 /// Codes of a layer and what its kernels need.
 #[derive(Debug)]
@@ -22,7 +24,7 @@ pub struct GpuCodes {
     /// Block means of values `[G, blocks, D]`, and the sum of the block in progress.
     means: Option<(Tensor, RunningMean)>,
     _tables: Tables,
-    scratch: Scratch,
+    _scratch: Arc<Scratch>,
     cut: Cut,
     /// Parameters of the launches, but for a step's own.
     base: Recall,
@@ -47,12 +49,38 @@ impl std::fmt::Debug for Tables {
     }
 }
 
-/// Memory of a decode step.
+/// Memory that the decode steps of a run's layers work in, one after another.
 #[derive(Debug)]
-struct Scratch(Vec<Tensor>);
+pub(super) struct Scratch {
+    /// Parameters with the addresses and the shape that the memory is for.
+    p: Recall,
+    cut: Cut,
+    _held: Vec<Tensor>,
+}
 
-/// Device addresses of a captured step.
-pub(crate) struct CapturedStep {
+impl Workspace {
+    /// Enters into `p` the addresses of memory for its shape, which is allocated once.
+    fn enter(&mut self, p: &mut Recall, cut: &Cut, on: &Device) -> Result<Arc<Scratch>> {
+        let shape = |p: &Recall| (p.heads, p.kv_heads, p.dim, p.ctx, p.k);
+        let made = self.scratch.iter().find(|s| s.cut == *cut && shape(&s.p) == shape(p)).cloned();
+        let scratch = match made {
+            Some(scratch) => scratch,
+            None => {
+                let new = Arc::new(Scratch::new(on, *cut, *p)?);
+                self.scratch.push(new.clone());
+                new
+            }
+        };
+        let s = &scratch.p;
+        (p.scores, p.slices, p.weights, p.histogram) = (s.scores, s.slices, s.weights, s.histogram);
+        (p.listed, p.bitmap, p.lowest, p.mass) = (s.listed, s.bitmap, s.lowest, s.mass);
+        (p.parts, p.counters, p.redone, p.chosen, p.counts) = (s.parts, s.counters, s.redone, s.chosen, s.counts);
+        Ok(scratch)
+    }
+}
+
+/// Device addresses of a step.
+pub(crate) struct StepAddresses {
     /// Rotated queries, f32 `[H, D]`.
     pub q: u64,
     /// Log-sum-exp of the near zone, f32 `[H]`.
@@ -61,10 +89,12 @@ pub(crate) struct CapturedStep {
     pub near_out: u64,
     /// Result, f32 `[H, D]`.
     pub out: u64,
-    /// Keys and values of the local ring, which holds the new token already, and its capacity.
+    /// Keys, values and capacity of a ring that holds the new token.
     pub ring: (u64, u64, i32),
-    /// State of the decode loop.
+    /// State of the decode loop, or 0 where `position` says it.
     pub state: u64,
+    /// Position of the token.
+    pub position: usize,
     /// Factor on dot products.
     pub factor: f32,
 }
@@ -74,11 +104,12 @@ impl GpuCodes {
     ///
     /// # Errors
     /// A key code that only a CPU runs; too little memory.
-    pub fn new(
+    pub(super) fn new(
         layer: &RecallLayer,
         plan: &LayerPlan,
         tables: &LayerTables,
         store: &PinnedStore,
+        workspace: &mut Workspace,
         (dtype, on): (DType, &Device),
     ) -> Result<Self> {
         let Device::Cuda(gpu) = on else { return Err(Error::new(ErrorKind::Backend, "recall", "is not on a GPU")) };
@@ -91,7 +122,7 @@ impl GpuCodes {
         let s = &layer.settings;
         let ctx = layer.coded();
         let bytes = codes[0].bytes;
-        let subs = dim.div_ceil(16);
+        let subs = dim.div_ceil(SUB);
         let keys = Tensor::zeros((kv_heads, ctx, bytes), DType::U8, on)?;
         let values = (s.rest == RestKind::Codes).then(|| Tensor::zeros((kv_heads, ctx, subs), DType::U8, on));
         let values = values.transpose()?;
@@ -117,7 +148,6 @@ impl GpuCodes {
             store: store.address(),
             ctx: ctx as i32,
             rows: layer.ctx as i32,
-            own_rows: 1,
             heads: heads as i32,
             kv_heads: kv_heads as i32,
             dim: dim as i32,
@@ -133,9 +163,9 @@ impl GpuCodes {
             ..Recall::default()
         };
         let cut = Cut::new(gpu, &base)?;
-        let scratch = Scratch::new(on, &cut, &mut base, (heads, kv_heads, dim), ctx)?;
+        let scratch = workspace.enter(&mut base, &cut, on)?;
         let (block, sink_tokens) = (s.block, s.sink_tokens);
-        Ok(Self { keys, values, means, _tables: on_device, scratch, cut, base, block, sink_tokens, dtype })
+        Ok(Self { keys, values, means, _tables: on_device, _scratch: scratch, cut, base, block, sink_tokens, dtype })
     }
 
     /// Returns the allocated bytes of key codes, and of value codes or means.
@@ -206,18 +236,17 @@ impl GpuCodes {
         let out = uninitialised(gpu, DType::F32, q.dims())?;
         let lse =
             near.lse.as_ref().ok_or_else(|| Error::new(ErrorKind::Backend, "recall", "lacks the near zone's lse"))?;
-        let p = Recall {
+        let step = StepAddresses {
             q: address(&q32)?,
             near_lse: address(lse)?,
             near_out: address(&out32)?,
             out: address(&out)?,
-            own_k: address(&k)?,
-            own_v: address(&v)?,
-            position: position as i32,
+            ring: (address(&k)?, address(&v)?, 1),
+            state: 0,
+            position,
             factor,
-            ..self.base
         };
-        for launch in self.cut.launches(gpu, self.dtype, p)? {
+        for launch in self.launches(gpu, &step)? {
             // SAFETY: as in `push`; scratch and tables are held by `self`, and frees are ordered after the launches.
             unsafe { launch.enqueue(false)? };
         }
@@ -230,11 +259,11 @@ impl GpuCodes {
         self.means.is_none()
     }
 
-    /// Returns the launches of a captured step, which read position and token from the device.
+    /// Returns the launches of a step: attention to the other zones, the merge, and the new token's codes and host row.
     ///
     /// # Errors
     /// A kernel that cannot be loaded.
-    pub(crate) fn launches(&self, gpu: &CudaDevice, step: &CapturedStep) -> Result<[Launch; 4]> {
+    pub(crate) fn launches(&self, gpu: &CudaDevice, step: &StepAddresses) -> Result<[Launch; 4]> {
         let p = Recall {
             q: step.q,
             near_lse: step.near_lse,
@@ -244,21 +273,11 @@ impl GpuCodes {
             own_v: step.ring.1,
             own_rows: step.ring.2,
             state: step.state,
+            position: step.position as i32,
             factor: step.factor,
             ..self.base
         };
         self.cut.launches(gpu, self.dtype, p)
-    }
-
-    /// Returns the positions that the last step chose, ascending, by KV head.
-    ///
-    /// # Errors
-    /// The device fails.
-    pub fn chosen(&self) -> Result<Vec<Vec<u32>>> {
-        let [.., chosen, counts] = self.scratch.0.as_slice() else { return Ok(vec![]) };
-        let counts: Vec<u32> = counts.to_vec1()?;
-        let rows: Vec<Vec<u32>> = chosen.to_vec2()?;
-        Ok(rows.into_iter().zip(counts).map(|(row, n)| row[..n as usize].to_vec()).collect())
     }
 }
 
@@ -295,14 +314,9 @@ impl Tables {
 }
 
 impl Scratch {
-    /// Allocates the memory of a step and enters its addresses into `p`.
-    fn new(
-        on: &Device,
-        cut: &Cut,
-        p: &mut Recall,
-        (heads, kv_heads, dim): (usize, usize, usize),
-        ctx: usize,
-    ) -> Result<Self> {
+    /// Allocates memory for steps of the shape in `p`.
+    fn new(on: &Device, cut: Cut, mut p: Recall) -> Result<Self> {
+        let (heads, kv_heads, dim, ctx) = (p.heads as usize, p.kv_heads as usize, p.dim as usize, p.ctx as usize);
         let mut held = vec![];
         let mut room = |shape: &[usize], dtype: DType| -> Result<u64> {
             let tensor = Tensor::zeros(shape, dtype, on)?;
@@ -323,6 +337,6 @@ impl Scratch {
         p.redone = room(&[1], DType::U32)?;
         p.chosen = room(&[kv_heads, p.k as usize], DType::U32)?;
         p.counts = room(&[kv_heads], DType::U32)?;
-        Ok(Self(held))
+        Ok(Self { p, cut, _held: held })
     }
 }

@@ -34,6 +34,13 @@ pub enum Codes {
     Gpu(Box<GpuCodes>),
 }
 
+/// Scratch memory that the layers of a run share, one piece per shape of layer; steps on a CPU need none.
+#[derive(Debug, Default)]
+pub(super) struct Workspace {
+    #[cfg(feature = "cuda")]
+    pub scratch: Vec<std::sync::Arc<super::recall_gpu::Scratch>>,
+}
+
 impl Codes {
     /// Returns the codes in ordinary memory, if that is where they are.
     pub fn in_memory(&self) -> Option<&CpuCodes> {
@@ -47,12 +54,13 @@ impl Codes {
 
 impl RecallKv {
     /// Allocates the cache of `layer`; `local` is its ring.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
     pub(super) fn new(
         layer: &RecallLayer,
         local: Ring,
         plan: &LayerPlan,
-        dtype: DType,
-        device: &Device,
+        workspace: &mut Workspace,
+        (dtype, device): (DType, &Device),
     ) -> Result<Self> {
         let Some(tables) = layer.tables.clone() else {
             return Err(Error::new(ErrorKind::Usage, "recall", "needs a calibration of this model"));
@@ -62,7 +70,7 @@ impl RecallKv {
         let codes = match device {
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => {
-                Codes::Gpu(Box::new(GpuCodes::new(layer, plan, &tables, store.pinned()?, (dtype, device))?))
+                Codes::Gpu(Box::new(GpuCodes::new(layer, plan, &tables, store.pinned()?, workspace, (dtype, device))?))
             }
             _ => Codes::Cpu(CpuCodes::new(layer, tables, row.1)),
         };

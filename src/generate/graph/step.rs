@@ -2,7 +2,7 @@
 
 use super::matvec::matrix;
 use super::{widest, Routes, State, BATCH};
-use crate::cache::{CapturedStep, Codes, LayerState, RecallKv, Ring, TwoPool};
+use crate::cache::{Codes, LayerState, RecallKv, Ring, StepAddresses, TwoPool};
 use crate::error::{Error, Result};
 use crate::layout::{ButterflyLayer, LayerPlan};
 use crate::mixer::Projections;
@@ -244,13 +244,14 @@ impl<'a> Builder<'a> {
         let Codes::Gpu(codes) = &cache.codes else { return Err(without_form()) };
         (launch.sink_k, launch.sink_v, launch.sinks) = rows(cache.sinks())?;
         let near = &self.vectors;
-        let step = CapturedStep {
+        let step = StepAddresses {
             q: near.rotated,
             near_lse: near.near_lse,
             near_out: near.near,
             out: launch.out,
             ring: (launch.ring_k, launch.ring_v, launch.capacity),
             state: self.state,
+            position: 0,
             factor: p.scale,
         };
         (launch.q_out, launch.out, launch.lse) = (step.q, step.near_out, step.near_lse);

@@ -80,8 +80,8 @@ unsafe impl DeviceRepr for DecodeAttention {}
 crate::ops::cuda::mirrored!(DecodeAttention, 296, {
     q: 0, ring_k: 8, ring_v: 16, own_k: 24, own_v: 32, sink_k: 40, sink_v: 48, mean_k: 56, mean_v: 64, routes: 72,
     route_bias: 80, extras: 88, store_k: 96, store_v: 104, table: 112, qkv: 120, q_norm: 128, k_norm: 136, cos: 144,
-    sin: 152, running: 160, state: 168, partial: 176, counters: 184, out: 192, out16: 200, lse: 208, q_out: 216, extra_count: 224,
-    position: 228, shift: 232, capacity: 236, sinks: 240, mean_rows: 244, route_width: 248, block: 252, readable: 256,
+    sin: 152, running: 160, state: 168, partial: 176, counters: 184, out: 192, out16: 200, lse: 208, q_out: 216,
+    extra_count: 224, position: 228, shift: 232, capacity: 236, sinks: 240, mean_rows: 244, route_width: 248, block: 252, readable: 256,
     table_places: 260, heads: 264, kv_heads: 268, dim: 272, window_kind: 276, window_size: 280, window_count: 284,
     scale: 288, eps: 292,
 });
