@@ -185,6 +185,11 @@ impl Settings {
         }
     }
 
+    /// Returns the settings where exact recall is on.
+    pub fn recalls(&self) -> Option<&Self> {
+        Some(self).filter(|s| s.recall > 0)
+    }
+
     /// Returns the window of raw positions that a query reads.
     pub fn raw_window(&self) -> Window {
         match self.window_align {

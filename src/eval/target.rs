@@ -7,6 +7,7 @@ use super::variant::{self, Variant};
 use crate::checkpoint::{Checkpoint, OnProgress, WeightDtype, WeightFormat};
 use crate::cli::{human_bytes, note, prepare_recall, short_count, weight_format, Bars, ModelArgs, Patch};
 use crate::error::{Error, ErrorKind, Result};
+use crate::retrofit::Settings;
 use crate::weights::Weights;
 use candle_core::Device;
 use clap::Args;
@@ -107,19 +108,16 @@ impl Target {
         TextStream::open(&self.checkpoint, &self.args.texts, tokens, seed, progress)
     }
 
-    /// Loads the weights, once for all variants and jobs.
+    /// Loads the weights, once for all variants and jobs, and prepares exact recall where a variant `recalls`.
     ///
     /// # Errors
-    /// As [`Weights::load`].
-    pub fn load(&self, progress: OnProgress) -> Result<Arc<Weights>> {
+    /// As [`Weights::load`] and [`prepare_recall`].
+    pub fn load(&self, recalls: Option<&Settings>, progress: OnProgress) -> Result<Arc<Weights>> {
         let weights = Weights::load(&self.checkpoint, &self.format, &self.device, progress)?;
-        // Settings do not depend on the context, at which only shares of a cache are resolved.
-        let variants = self.parse_variants(Some(self.checkpoint.spec.max_positions))?;
-        let plans = variants.iter().filter_map(|v| v.method.plan());
-        if let Some(plan) = plans.into_iter().find(|p| p.settings.recall > 0) {
+        if let Some(settings) = recalls {
             let warn = |line: &str| note(format!("warning: {line}"));
             let report: (&dyn Fn(&str), OnProgress) = (&warn, progress);
-            prepare_recall(&weights, &self.checkpoint, &plan.settings, None, self.patch.as_ref(), report)?;
+            prepare_recall(&weights, &self.checkpoint, settings, None, self.patch.as_ref(), report)?;
         }
         Ok(weights)
     }

@@ -42,6 +42,11 @@ impl Variant {
     }
 }
 
+/// Returns the settings of the first variant with exact recall, if there is one.
+pub fn recalls<'a>(variants: impl IntoIterator<Item = &'a Variant>) -> Option<&'a Settings> {
+    variants.into_iter().filter_map(|v| v.method.plan()).find_map(|plan| plan.settings.recalls())
+}
+
 /// Settings of a `retrofit:` variant: the flags of `bfly-retrofit` and the seed, each given as `KEY=VALUE`.
 #[derive(Debug, Parser)]
 #[command(no_binary_name = true, disable_help_flag = true)]

@@ -11,18 +11,13 @@ fn settings(recall: usize) -> Settings {
     Settings { block: 16, window: 32, sink_tokens: 3, recall, ..Settings::default() }
 }
 
-/// Text for a calibration: three documents.
-fn documents(vocab: usize) -> Vec<Vec<u32>> {
-    (0..3u32).map(|d| (0..800u32).map(|i| (i * 7919 + d * 31 + i * i) % vocab as u32).collect()).collect()
-}
-
 fn ids(count: usize) -> Vec<u32> {
     (0..count as u32).map(|i| (i * i + 7 * i + 3) % 251 + 3).collect()
 }
 
 fn calibrated(name: &str) -> Any<Model> {
     let model = load_golden(name, None, 600)?;
-    let made = calibrate(&model.weights, &documents(model.spec().vocab), 3, &|_, _, _| ())?;
+    let made = calibrate(&model.weights, &calibration_documents(model.spec().vocab), 3, &|_, _, _| ())?;
     model.weights.calibrate(made);
     Ok(model)
 }
@@ -104,7 +99,7 @@ fn tokens_far_back_are_recalled_and_without_recall_forgotten() -> Any {
 #[test]
 fn a_calibration_survives_its_file_and_faults_are_named() -> Any {
     let model = load_golden("qwen2", None, 600)?;
-    let made = calibrate(&model.weights, &documents(model.spec().vocab), 3, &|_, _, _| ())?;
+    let made = calibrate(&model.weights, &calibration_documents(model.spec().vocab), 3, &|_, _, _| ())?;
     let bytes = made.to_bytes()?;
     let read = Calibration::from_bytes(&bytes, model.spec())?;
     assert_eq!(read.sink_tokens, 3);

@@ -11,6 +11,7 @@ use crate::eval::report::resume::{check_prompt, earlier_ladder, LadderFile};
 use crate::eval::report::table::ladder_table;
 use crate::eval::report::{hash, id_bytes, Header, Ladder, PromptSource, LADDER};
 use crate::eval::target::Target;
+use crate::eval::variant::recalls;
 use crate::ops::release_memory;
 use std::path::Path;
 
@@ -40,6 +41,7 @@ pub fn run(args: &LadderArgs) -> Result<()> {
     let file = LadderFile::open(&args.out, earlier, fresh)?;
     target.warn_beyond_trained(&bars, &contexts);
 
+    let recalled = recalls(&variants).cloned();
     let mut entries: Vec<Entry> = variants.into_iter().map(|v| Entry::new(EntryKind::Bfly(v))).collect();
     entries.iter().try_for_each(|e| file.check(&empty_run(args, e, contexts[0], None)))?;
     let complete = |e: &Entry| contexts.iter().all(|c| file.missing(e.names(), *c, args.repeats) == 0);
@@ -50,7 +52,7 @@ pub fn run(args: &LadderArgs) -> Result<()> {
     let ids = (!args.peers.is_empty()).then(|| IdFile::write(&stream.ids[..tokens])).transpose()?;
     // Peers load their weights while bfly loads its own.
     let mut peers = args.peers.iter().map(|c| Peer::start(c)).collect::<Result<Vec<_>>>()?;
-    let engine = BflyEngine::new(target.load(&progress)?, !peers.is_empty());
+    let engine = BflyEngine::new(target.load(recalled.as_ref(), &progress)?, !peers.is_empty());
     for mut peer in peers.drain(..) {
         let ready = peer.ready()?;
         entries.push(Entry::new(EntryKind::Peer(Box::new(peer), ready)));

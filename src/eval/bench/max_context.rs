@@ -7,7 +7,7 @@ use crate::eval::kv_budget::bisect;
 use crate::eval::report::table::max_context_table;
 use crate::eval::report::{check_replaceable, save, MaxContextRun, MaxContexts, MAX_CONTEXT, OK};
 use crate::eval::target::{Target, TargetArgs};
-use crate::eval::variant::Variant;
+use crate::eval::variant::{recalls, Variant};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -115,7 +115,7 @@ pub fn run(args: &MaxContextArgs) -> Result<()> {
         runs: vec![],
     };
     // Each run starts with the weights alone in memory, as in a process of its own.
-    let mut engine = BflyEngine::new(target.load(&progress)?, true);
+    let mut engine = BflyEngine::new(target.load(recalls(&variants), &progress)?, true);
     let mut found = vec![];
     for budget in args.budgets() {
         for variant in &variants {

@@ -68,7 +68,7 @@ pub fn run(args: &AblateArgs) -> Result<()> {
         ));
     }
     let eval_set = args.eval_set.eval_set(&target, &args.eval, &bars)?;
-    let runner = Runner::new(target.load(&progress)?);
+    let runner = Runner::new(target.load(plan.settings.recalls(), &progress)?);
     let measured = ctx - 1 - args.eval_set.positions - args.eval_set.decode..ctx - 1;
     let mut reads = vec![(base.name.clone(), ReadSet::of(&spec, &plan, ctx, measured.clone())?)];
     let total = (eval_set.tokens() * (2 + changes.len())) as u64;

@@ -10,6 +10,7 @@ use crate::eval::report::table::positions_table;
 use crate::eval::report::{
     check_replaceable, hash, save, KvBytes, LossByPosition, PositionLosses, PositionRun, VariantRecord, POSITIONS,
 };
+use crate::eval::variant::recalls;
 use crate::run::Run;
 use clap::Args;
 use std::path::PathBuf;
@@ -61,7 +62,7 @@ pub fn run(args: &PositionsArgs) -> Result<()> {
     let (checkpoint, lengths) = (target.checkpoint(), (args.ctx, args.ctx));
     let texts = Documents::open(checkpoint, &args.eval.texts, args.documents, lengths, &progress)?.excerpts(args.ctx);
     target.warn(&bars);
-    let runner = Runner::new(target.load(&progress)?);
+    let runner = Runner::new(target.load(recalls(&variants), &progress)?);
     let mut results =
         LossByPosition { header: target.header(POSITIONS), ctx: args.ctx, stride: args.stride, bucket, runs: vec![] };
     let total = args.ctx * texts.len() * variants.len();

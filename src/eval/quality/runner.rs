@@ -4,6 +4,7 @@ use crate::checkpoint::OnProgress;
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::target::Target;
 use crate::eval::variant::Variant;
+use crate::retrofit::Settings;
 use crate::run::Run;
 use crate::weights::Weights;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -42,8 +43,8 @@ impl Workers {
     ///
     /// # Errors
     /// As [`Target::load`].
-    pub fn load(target: &Target, jobs: usize, progress: OnProgress) -> Result<Self> {
-        Ok(Self(vec![Runner::new(target.load(progress)?); jobs.max(1)]))
+    pub fn load(target: &Target, recalls: Option<&Settings>, jobs: usize, progress: OnProgress) -> Result<Self> {
+        Ok(Self(vec![Runner::new(target.load(recalls, progress)?); jobs.max(1)]))
     }
 
     /// Returns the first worker, for work that is done once.

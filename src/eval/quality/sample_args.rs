@@ -9,6 +9,7 @@ use crate::cli::{at_least_one, parse_size, short_count, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::resume::AnswersFile;
 use crate::eval::report::{check_replaceable, Answers, PromptSettings, ANSWERS};
+use crate::eval::variant::recalls;
 use clap::Args;
 use rayon::prelude::*;
 use std::path::PathBuf;
@@ -153,7 +154,7 @@ impl SampleArgs {
         let mut file = AnswersFile::open(self.out.as_deref(), target.header(ANSWERS), settings)?;
         // No more workers than samples to answer.
         let most = sets.iter().map(|s| s.samples.len()).max().unwrap_or(1);
-        let mut runners = Workers::load(&target, self.jobs.min(most), &progress)?;
+        let mut runners = Workers::load(&target, recalls(variants.iter().flatten()), self.jobs.min(most), &progress)?;
         answer_all(&mut file, &mut runners, &prompting, &variants, &sets, &bars)?;
         Ok(Some(file.answers))
     }

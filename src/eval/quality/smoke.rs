@@ -14,7 +14,7 @@ use crate::eval::report::table::smoke_table;
 use crate::eval::report::{
     check_replaceable, hash, save, DocumentScore, KvBytes, Smoke, SmokeRun, VariantRecord, SMOKE,
 };
-use crate::eval::variant::Variant;
+use crate::eval::variant::{recalls, Variant};
 use crate::generate::{watch, Phase, Request, Sampler, Sampling};
 use crate::run::Run;
 use clap::Args;
@@ -107,7 +107,7 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
         let message = format!("no document in {} has {} tokens", args.eval.texts.display(), short_count(*ctx));
         return Err(Error::usage("--ctx", message));
     }
-    let runner = Runner::new(target.load(&progress)?);
+    let runner = Runner::new(target.load(recalls(variants.iter().flatten()), &progress)?);
     let mut smoke = Smoke {
         header: target.header(SMOKE),
         positions: args.positions,

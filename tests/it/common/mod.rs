@@ -111,6 +111,11 @@ impl Model {
     }
 }
 
+/// Ids of three documents to calibrate exact recall on.
+pub fn calibration_documents(vocab: usize) -> Vec<Vec<u32>> {
+    (0..3u32).map(|d| (0..800u32).map(|i| (i * 7919 + d * 31 + i * i) % vocab as u32).collect()).collect()
+}
+
 /// The first GPU; `None`, said aloud, where there is none.
 pub fn gpu(test: &str) -> Option<Device> {
     match bfly::ops::open_gpu(0) {

@@ -96,7 +96,7 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let jobs = args.jobs.min(base.layers.len().max(keep.len()));
     let earlier =
         args.out.as_deref().map(|out| earlier_layers(out, &target.header(LAYERS), &probed)).transpose()?.flatten();
-    let mut runners = Workers::load(&target, jobs, &progress)?;
+    let mut runners = Workers::load(&target, base.settings.recalls(), jobs, &progress)?;
     let on_tokens = &mut |n| bars.show("layers", n as u64, total as u64);
     let (reference, stock) = eval_set.reference(runners.first(), on_tokens)?;
     let mut results = LayerStudy::begin(target.header(LAYERS), probed, (rank_by, args.rank), stock);
