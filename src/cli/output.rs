@@ -223,6 +223,38 @@ pub fn not_of_tensors(path: &Path, names: &[&str], what: &str) -> Result<Option<
     }
 }
 
+/// Checks that [`write_into`] can write to `dir`, in which `name` is the first file, before any work.
+///
+/// # Errors
+/// Those of [`write_into`].
+pub fn check_into(
+    dir: &Path,
+    flag: &'static str,
+    name: &str,
+    fault: impl FnOnce(bool) -> Result<Option<String>>,
+) -> Result<()> {
+    let file = dir.join(name);
+    if file.exists() {
+        return Output::check_replaceable(&file, flag, fault);
+    }
+    refuse_other(dir, flag)?;
+    // The outermost directory that has to be made, whose parent exists.
+    let made = |p: &&Path| p.parent().is_some_and(|parent| parent.as_os_str().is_empty() || parent.exists());
+    let probe = Temporary::beside(dir.ancestors().find(made).unwrap_or(dir));
+    probe.and_then(|probe| std::fs::create_dir(probe.path())).map_err(|e| error(flag, dir, e))
+}
+
+/// Refuses a directory that exists without being a patch.
+fn refuse_other(dir: &Path, flag: &'static str) -> Result<()> {
+    match dir.exists() {
+        true => {
+            let message = "exists and is not a patch; choose a new directory";
+            Err(Error::usage(format!("{flag} {}", dir.display()), message))
+        }
+        false => Ok(()),
+    }
+}
+
 /// Writes `files`, names with contents, to `dir`: where the first exists, overwrites them and leaves other files alone;
 /// otherwise creates `dir` atomically. `flag` names the output in errors; for `fault`, which is asked about the first
 /// file, see [`Output::reserve_replacing`].
@@ -245,10 +277,7 @@ pub fn write_into(
         }
         return first.write(content);
     }
-    if dir.exists() {
-        let message = "exists and is not a patch; choose a new directory";
-        return Err(Error::usage(format!("{flag} {}", dir.display()), message));
-    }
+    refuse_other(dir, flag)?;
     let temporary = Temporary::beside(dir).map_err(fail)?;
     std::fs::create_dir_all(temporary.path()).map_err(fail)?;
     for (name, content) in files {

@@ -1,7 +1,7 @@
 //! Patches: a directory with a retrofit plan, the identity of its base checkpoint and, for exact recall, its calibration;
 //! without weights.
 
-use super::output::write_into;
+use super::output::{check_into, write_into};
 use crate::checkpoint::{Checkpoint, Identity, OnProgress, OpenOptions};
 use crate::error::{At, Error, Result};
 use crate::layout::MAX_CONTEXT;
@@ -33,6 +33,20 @@ pub struct Patch {
 }
 
 impl Patch {
+    /// Checks that a patch can be written to `dir`, before the work that its content takes.
+    ///
+    /// # Errors
+    /// `dir` exists and is not a patch, or cannot be written to.
+    pub fn check(dir: &Path, flag: &'static str) -> Result<()> {
+        check_into(dir, flag, FILE, |_| Ok(Self::fault(dir)))
+    }
+
+    /// Returns why the directory `dir` is not to be overwritten, if it is no patch.
+    fn fault(dir: &Path) -> Option<String> {
+        let fault = Self::load(&dir.join(FILE)).err();
+        fault.map(|_| "is not a patch that this build reads; only a patch is overwritten".into())
+    }
+
     /// Writes a patch to `dir`: a new directory, or one that already is a patch.
     ///
     /// # Errors
@@ -50,14 +64,9 @@ impl Patch {
         let patch = Self { schema_version: VERSION, base, ctx, plan: plan.clone(), dir: dir.into() };
         let json = serde_json::to_vec_pretty(&patch).map_err(|e| Error::format(dir.display(), e))?;
         let tables = calibration.map(Calibration::to_bytes).transpose()?;
-        let fault = |_| {
-            Ok(Self::load(&dir.join(FILE))
-                .err()
-                .map(|_| "is not a patch that this build reads; only a patch is overwritten".into()))
-        };
         let mut files = vec![(FILE, json.as_slice())];
         files.extend(tables.as_ref().map(|t| (CALIBRATION, t.as_slice())));
-        write_into(dir, flag, &files, fault)
+        write_into(dir, flag, &files, |_| Ok(Self::fault(dir)))
     }
 
     /// Reads the patch in `dir`; returns `None` if `dir` has no `bfly.json`.

@@ -36,6 +36,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let mut sampler = Sampler::new(args.sampling.sampling())?;
     let json = args.json.as_deref().map(reserve_report).transpose()?;
     let logits_out = args.logits_out.as_deref().map(reserve_logits).transpose()?;
+    args.save.as_deref().map(|dir| Patch::check(dir, "--save")).transpose()?;
     let Inputs { checkpoint, patch, plan, ctx, ids, text } = Inputs::open(args, &device, &progress)?;
     let spec = &checkpoint.spec;
     checkpoint.take_warnings().iter().for_each(|w| bars.warn(w));
@@ -144,7 +145,7 @@ impl Stdout {
     }
 }
 
-/// The settings of a run without a plan: exact recall, which has no GPU path yet.
+/// The settings of a run without a plan: exact recall, which a GPU must be asked for.
 fn recalling(device: &Device) -> Settings {
     Settings { recall: if device.is_cpu() { DEFAULT_RECALL } else { 0 }, ..Settings::default() }
 }
@@ -161,6 +162,7 @@ pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
     let name = args.model.model.as_deref().unwrap_or_default();
     let settings = args.retrofit.settings(recalling(&Device::Cpu));
     settings.validate()?;
+    Patch::check(&args.out, "--out")?;
     if settings.recall == 0 {
         return Err(Error::usage("--recall", "0 turns exact recall off: nothing needs a calibration"));
     }
@@ -200,7 +202,10 @@ impl Inputs {
         let name = args.model.model.as_deref().unwrap_or_default();
         let patch = Patch::open(name)?;
         let (saved, plan_patch) = match args.retrofit.plan.as_deref() {
-            Some(path) if path.is_dir() => (None, Patch::open(&path.to_string_lossy())?),
+            Some(path) if path.is_dir() => {
+                let missing = || Error::usage(format!("--plan {}", path.display()), "is a directory without a patch");
+                (None, Some(Patch::open(&path.to_string_lossy())?.ok_or_else(missing)?))
+            }
             path => (path.map(RetrofitPlan::load).transpose()?, None),
         };
         let base = saved.or(plan_patch.as_ref().or(patch.as_ref()).map(|p| p.plan.clone()));

@@ -134,6 +134,17 @@ fn a_calibrated_patch_recalls_and_its_faults_are_named() -> Any {
     std::fs::write(texts.join("a.txt"), "too short")?;
     calibrate().stderr(predicates::str::contains("2048 are the fewest"));
     assert!(!std::path::Path::new(&other).exists(), "nothing is half-written");
+
+    // What cannot be written is said before the model is read, and a plan that is no patch is not passed over.
+    let taken = texts.to_string_lossy().into_owned();
+    for (out, why) in [(taken.as_str(), "exists and is not a patch"), ("/proc/none/patch", "--out /proc/none/patch")] {
+        let refused = bfly().args(["calibrate", "--model", "nowhere", "--out", out]).assert().code(2);
+        refused.stderr(predicates::str::contains("--out").and(predicates::str::contains(why)));
+        let refused = bfly().args(["--model", "nowhere", "--prompt", "a", "--save", out]).assert().code(2);
+        refused.stderr(predicates::str::contains("--save").and(predicates::str::contains("nowhere").not()));
+    }
+    let refused = bfly().args(["--model", &model, "--token-ids", &ids, "--plan", &taken]).assert().code(2);
+    refused.stderr(predicates::str::contains("is a directory without a patch"));
     Ok(())
 }
 
