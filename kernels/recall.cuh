@@ -34,8 +34,8 @@ struct RecallParams {
   const RecallField *fields;  // [G, D]: by byte, then by shift
   const int *first;           // [G, bytes + 1]: first field of each byte, and their number
   const float *levels;        // [256]: level i of b bits at 2^b + i; edge i of b bits at 128 + 2^b + i
-  __half *scores;             // [H, ctx]: clamped to finite values; no entry below the first far position is read
-  float2 *slices;             // [H, slices]: largest score of a slice and the sum of exp relative to it, base 2
+  __half *scores;             // [H, ctx]: relative to near_lse, finite; no entry below the first far position is read
+  float2 *slices;             // [H, slices]: largest of a slice's `scores` and the sum of exp relative to it, base 2
   float *weights;             // [G, ctx]
   int *histogram;             // [G, 2048]: weights by their upper bits; zero between steps
   uint2 *listed;              // [G, 4096]: weight and position of tokens in the k-th's bin
@@ -43,11 +43,13 @@ struct RecallParams {
   int *counts;                // [G]: how many are chosen
   uint32_t *bitmap;           // [G, ctx / 32]: bit i % 32 of word i / 32: position i is chosen
   float *lowest;              // [G]: log2 of the lowest weight that was chosen
-  float *mass;                // [H]: log2(e^near + e^far), far the log-sum-exp of all scores of the head
+  float *mass;                // [H]: log2(1 + e^far), far the log-sum-exp of all `scores` of the head
   void *store;                // [G, rows, 2, D]: exact keys and values, pinned host memory that the device maps
   const void *own_k, *own_v;  // [own_rows, G, D]: the new token's in row position % own_rows
   float *parts;               // [G, fetchers + rest_slices, 8, ceil4(D) + 4]: o, m, l
   int *counters;              // [G, 4], zero between steps: fetchers and blocks of recall_fetch, tokens and blocks of recall_choose
+  int *previous;              // [G, k + 1]: `chosen` of the layer's previous step, then how many, or null
+  unsigned long long *fetched;  // [2]: rows fetched in all steps of the layer, and those that the step before fetched too
   uint32_t *redone;           // thread blocks that computed their rest again since an estimate exceeded the cap
   const DecodeState *state;   // or null: `position`
   int position;
@@ -59,7 +61,7 @@ struct RecallParams {
   int store_type, means_type; // 0: f32, 1: bf16, 2: f16
   float factor;               // of dot products
 };
-MIRRORED(RecallParams, 328);
+MIRRORED(RecallParams, 344);
 FIELD(RecallParams, q, 0); FIELD(RecallParams, near_lse, 8); FIELD(RecallParams, near_out, 16);
 FIELD(RecallParams, out, 24); FIELD(RecallParams, key_codes, 32); FIELD(RecallParams, value_codes, 40);
 FIELD(RecallParams, codebook, 48); FIELD(RecallParams, means, 56); FIELD(RecallParams, mean, 64);
@@ -69,14 +71,15 @@ FIELD(RecallParams, weights, 120); FIELD(RecallParams, histogram, 128); FIELD(Re
 FIELD(RecallParams, chosen, 144); FIELD(RecallParams, counts, 152); FIELD(RecallParams, bitmap, 160);
 FIELD(RecallParams, lowest, 168); FIELD(RecallParams, mass, 176); FIELD(RecallParams, store, 184);
 FIELD(RecallParams, own_k, 192); FIELD(RecallParams, own_v, 200); FIELD(RecallParams, parts, 208);
-FIELD(RecallParams, counters, 216); FIELD(RecallParams, redone, 224); FIELD(RecallParams, state, 232);
-FIELD(RecallParams, position, 240); FIELD(RecallParams, ctx, 244); FIELD(RecallParams, rows, 248);
-FIELD(RecallParams, own_rows, 252); FIELD(RecallParams, heads, 256); FIELD(RecallParams, kv_heads, 260);
-FIELD(RecallParams, dim, 264); FIELD(RecallParams, bytes, 268); FIELD(RecallParams, k, 272);
-FIELD(RecallParams, slice_count, 276); FIELD(RecallParams, fetchers, 280); FIELD(RecallParams, rest_slices, 284);
-FIELD(RecallParams, block, 288); FIELD(RecallParams, blocks, 292); FIELD(RecallParams, sinks, 296);
-FIELD(RecallParams, window_kind, 300); FIELD(RecallParams, window_size, 304); FIELD(RecallParams, window_count, 308);
-FIELD(RecallParams, store_type, 312); FIELD(RecallParams, means_type, 316); FIELD(RecallParams, factor, 320);
+FIELD(RecallParams, counters, 216); FIELD(RecallParams, previous, 224);
+FIELD(RecallParams, fetched, 232); FIELD(RecallParams, redone, 240); FIELD(RecallParams, state, 248);
+FIELD(RecallParams, position, 256); FIELD(RecallParams, ctx, 260); FIELD(RecallParams, rows, 264);
+FIELD(RecallParams, own_rows, 268); FIELD(RecallParams, heads, 272); FIELD(RecallParams, kv_heads, 276);
+FIELD(RecallParams, dim, 280); FIELD(RecallParams, bytes, 284); FIELD(RecallParams, k, 288);
+FIELD(RecallParams, slice_count, 292); FIELD(RecallParams, fetchers, 296); FIELD(RecallParams, rest_slices, 300);
+FIELD(RecallParams, block, 304); FIELD(RecallParams, blocks, 308); FIELD(RecallParams, sinks, 312);
+FIELD(RecallParams, window_kind, 316); FIELD(RecallParams, window_size, 320); FIELD(RecallParams, window_count, 324);
+FIELD(RecallParams, store_type, 328); FIELD(RecallParams, means_type, 332); FIELD(RecallParams, factor, 336);
 
 // Far positions begin .. end: from the first that is no sink to the window's left edge.
 struct Far {
@@ -93,6 +96,12 @@ struct Far {
   }
   __device__ int count() const { return end - begin; }
 };
+
+// What `scores` and `parts` of a head are relative to: as half numbers, scores that matter so have the smallest error.
+__device__ inline float near_of(const RecallParams &p, int head) {
+  const float near = p.near_lse[head];
+  return near > -INFINITY ? near : 0.f;
+}
 
 // An element of type 0: f32, 1: bf16, 2: f16.
 __device__ inline float element(const void *p, int64_t i, int type) {

@@ -1,6 +1,7 @@
 // recall_weigh, recall_choose: the k far tokens of each KV head with the largest weight over its heads.
 //
-//   w_i = sum_h exp(scores[h, i] - ln(e^near_h + e^far_h)), far_h the log-sum-exp of all scores of head h;
+//   w_i = sum_h exp(scores[h, i] - ln(1 + e^far_h)), far_h the log-sum-exp of all scores of head h, which are relative to
+//   the near zone's;
 //   chosen: the k largest in rising order, of equal weights the earlier tokens; all where there are no more than k.
 //
 // Launch  recall_weigh: grid (any, G), 512 threads; mass, weights and their histogram.
@@ -28,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(WEIGH_THREADS) recall_weigh(const _
   await_previous();
   const Far far(p);
   if (far.count() == 0) return;
-  // log2(e^near + e^far) of each head.
+  // log2(1 + e^far) of each head.
   if (warp < group) {
     const int h = g * group + warp;
     const float2 *slices = p.slices + (int64_t)h * p.slice_count;
@@ -37,8 +38,8 @@ extern "C" __global__ void __launch_bounds__(WEIGH_THREADS) recall_weigh(const _
     for (int d = 16; d > 0; d >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
     for (int i = lane; i < p.slice_count; i += WARP) sum += slices[i].y * exp2f(slices[i].x - top);
     sum = warp_sum(sum);
-    const float all = top + log2f(sum), near = p.near_lse[h] * LOG2E, most = fmaxf(all, near);
-    const float base = most + log2f(exp2f(all - most) + exp2f(near - most));
+    const float all = top + log2f(sum), most = fmaxf(all, 0.f);
+    const float base = most + log2f(exp2f(all - most) + exp2f(-most));
     if (lane == 0) base_of[warp] = base;
     if (lane == 0 && blockIdx.x == 0) p.mass[h] = base;
   }
@@ -222,6 +223,14 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) recall_choose(const
   // Places of the bits, in order: eight words of a thread at a time. A row of the map is a multiple of two words.
   int *chosen = p.chosen + (int64_t)g * p.k;
   __shared__ int whole[WARP];
+  int *previous = p.previous && !far.stopped ? p.previous + (int64_t)g * (p.k + 1) : nullptr;
+  if (previous) {
+    int again = 0;
+    for (int i = threadIdx.x; i < previous[p.k]; i += CHOOSE_THREADS) again += __ldcg(bitmap + previous[i] / WARP) >> (previous[i] % WARP) & 1;
+    again = __reduce_add_sync(~0u, again);
+    if (lane == 0 && again) atomicAdd(p.fetched + 1, (unsigned long long)again);
+    __syncthreads();
+  }
   int before = 0;
   for (int from = 0; from < words && n > 0; from += CHOOSE_THREADS * 8) {
     uint2 word[4];
@@ -241,6 +250,15 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) recall_choose(const
       for (uint32_t left = i % 2 ? word[i / 2].y : word[i / 2].x; left; left &= left - 1)
         chosen[place++] = (own + i) * WARP + __ffs(left) - 1;
     for (int i = 0; i < CHOOSE_WARPS; i++) before += whole[i];
+  }
+  if (previous) {
+    const int count = min(p.k, n);
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += CHOOSE_THREADS) previous[i] = chosen[i];
+    if (threadIdx.x == 0) {
+      previous[p.k] = count;
+      atomicAdd(p.fetched, (unsigned long long)count);
+    }
   }
   if (threadIdx.x == 0) {
     p.counts[g] = min(p.k, n);

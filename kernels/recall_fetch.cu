@@ -60,7 +60,7 @@ template <typename T, int UNIT, int LANES, int UNITS, int HEADS, int THREADS> st
   __device__ Fetch(const RecallParams &params, float *memory, int kv)
       : p(params), shared(memory), lane(threadIdx.x % LANES), team(threadIdx.x / LANES), g(kv), group(p.heads / p.kv_heads) {}
 
-  // Rows part, part + fetchers, .. of ROWS a team; leaves (o, m, l) in `to`. m in base 2.
+  // Rows part, part + fetchers, .. of ROWS a team; leaves (o, m, l) in `to`. m in base 2, relative to the near zone's.
   __device__ void run(int part, float *to) {
     const int half = p.dim / UNIT, count = p.counts[g];
     float held[UNITS][UNIT][HEADS];  // a lane's queries where its unit is of the key, its output where it is of the value
@@ -174,7 +174,7 @@ template <typename T, int UNIT, int LANES, int UNITS, int HEADS, int THREADS> st
       }
       float *into = to + h * part_row(p);
       if (c < p.dim) into[c] = sum;
-      else *(float2 *)(into + part_row(p) - 4) = make_float2(top, sum);
+      else *(float2 *)(into + part_row(p) - 4) = make_float2(top - near_of(p, g * group + h) * LOG2E, sum);
     }
   }
 };
@@ -438,7 +438,7 @@ template <int THREADS> __device__ void merge(const RecallParams &p, int g, float
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   float *factors = shared, *total = factors + RECALL_HEADS * (parts + 1);
   for (int h = warp; h < group; h += THREADS / WARP) {
-    const float near = p.near_lse[g * group + h] * LOG2E;
+    const float near = p.near_lse[g * group + h] > -INFINITY ? 0.f : -INFINITY;
     // What a part is relative to, in base 2.
     auto logit = [&](int i) {
       if (i == parts) return near;

@@ -1,6 +1,6 @@
 // recall_scan: decoded scores of all far tokens, and the new token's codes and exact row.
 //
-//   scores[h, i] = factor q_h . k^_i, for all heads h of the KV head at once;
+//   scores[h, i] = factor q_h . k^_i - near_h, for all heads h of the KV head at once;
 //   slices[h, s] = the largest score of slice s, and the sum of exp relative to it (base 2).
 //
 // Shapes  recall_scan_HEADS_BYTES: HEADS (4, 8) heads to a thread block, key codes of BYTES (8, 16, 32) bytes, at most 6 bits a
@@ -129,7 +129,7 @@ template <int HEADS> struct Tables {
       float sum = 0.f;
       for (int c = lane; c < p.dim && warp < slice.heads; c += WARP) sum += q[warp * p.dim + c] * mean[c];
       sum = warp_sum(sum);
-      if (lane == 0) constants[warp] = sum * p.factor;
+      if (lane == 0) constants[warp] = sum * p.factor - (warp < slice.heads ? near_of(p, slice.head0 + warp) : 0.f);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < words() * 4 * 256; i += SCAN_THREADS) {
@@ -307,7 +307,7 @@ template <int HEADS, int WORDS> struct Bits {
       for (int c = lane; c < p.dim && warp < slice.heads; c += WARP) sum += q[warp * p.dim + c] * mean[c];
       for (int d = 16; d > 0; d >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
       sum = warp_sum(sum * p.factor - 0.5f * all);
-      if (lane == 0) s.scale[warp] = most / 32512.f, s.constant[warp] = sum;
+      if (lane == 0) s.scale[warp] = most / 32512.f, s.constant[warp] = sum - (warp < slice.heads ? near_of(p, slice.head0 + warp) : 0.f);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < COLUMNS * BITS / 4; i += SCAN_THREADS) {

@@ -13,7 +13,7 @@
 //! | full | the same, `ctx ≤ k + S + (w + 1) B` | [`LayerKind::Full`] | `ctx` | |
 //! | full | eviction | [`LayerKind::Evict`] | by the rule | last queries that the rule observes |
 
-use crate::cache::PoolBytes;
+use crate::cache::{PoolBytes, TILE_BYTES};
 use crate::error::{Error, Result};
 use crate::eviction::{Eviction, EvictionPlan, When};
 use crate::method::Method;
@@ -342,13 +342,19 @@ impl LayerPlan {
         }
     }
 
-    /// Returns the bytes of temporary memory of an eviction, with `element` bytes per number.
+    /// Returns the bytes of temporary memory of an eviction, or of a layer with exact recall on a GPU, with `element`
+    /// bytes per number.
     ///
     /// # Errors
     /// The eviction rule is unknown.
     pub fn scratch(&self, element: usize) -> Result<u64> {
         match &self.kind {
             LayerKind::Evict(e) => e.plan.scratch(e.ctx, self, element),
+            // Two tiles of host rows at prefill; scores, weights and a bit of every position at decode.
+            LayerKind::Recall(r) => {
+                let step = r.coded() * (2 * self.heads + 5 * self.kv_heads);
+                Ok((2 * TILE_BYTES + step) as u64)
+            }
             _ => Ok(0),
         }
     }

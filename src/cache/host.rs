@@ -9,11 +9,15 @@ use crate::error::{Error, ErrorKind};
 use crate::ops::{attend, AttentionArgs, KeyValues, Segment, Window};
 use candle_core::{DType, Device, Tensor};
 
+/// Bytes of a tile of keys and values that prefill on a GPU streams to the device; two are allocated.
+pub(crate) const TILE_BYTES: usize = 64 << 20;
+
 /// Exact keys and values of every position, `[G, ctx, 2, D]`.
 #[derive(Debug)]
 pub struct HostStore {
     rows: Rows,
     ctx: usize,
+    kv_heads: usize,
 }
 
 #[derive(Debug)]
@@ -37,7 +41,7 @@ impl HostStore {
             Device::Cuda(_) => Rows::Pinned(PinnedStore::new(ctx, (kv_heads, dim), dtype, device)?),
             _ => Rows::Memory(Tensor::zeros((kv_heads, ctx, 2, dim), dtype, &Device::Cpu)?),
         };
-        Ok(Self { rows, ctx })
+        Ok(Self { rows, ctx, kv_heads })
     }
 
     /// Returns the allocated bytes.
@@ -47,6 +51,11 @@ impl HostStore {
             #[cfg(feature = "cuda")]
             Rows::Pinned(rows) => rows.bytes(),
         }
+    }
+
+    /// Returns the bytes of a position's key and value of one KV head.
+    pub fn row_bytes(&self) -> u64 {
+        self.capacity_bytes() / (self.ctx * self.kv_heads) as u64
     }
 
     /// Returns the bytes in use after `position` tokens.

@@ -18,6 +18,7 @@ mod two_pool;
 
 pub use compressed_kv::CompressedKv;
 pub use host::HostStore;
+pub(crate) use host::TILE_BYTES;
 #[cfg(feature = "cuda")]
 pub use pinned::PinnedStore;
 pub use recall_codes::{CpuCodes, ValueRows};
@@ -25,7 +26,7 @@ pub use recall_codes::{CpuCodes, ValueRows};
 pub use recall_gpu::GpuCodes;
 #[cfg(feature = "cuda")]
 pub(crate) use recall_gpu::StepAddresses;
-pub use recall_kv::{Codes, RecallKv};
+pub use recall_kv::{Codes, Fetched, RecallKv};
 pub use ring::Ring;
 pub use sinks::Sinks;
 pub use two_pool::TwoPool;
@@ -255,6 +256,22 @@ impl Cache {
     /// Returns the bytes that the stock model allocates for the same context.
     pub fn dense_bytes(&self) -> u64 {
         self.dense_bytes
+    }
+
+    /// Returns the bytes that decode steps have fetched from host memory, and the share of the rows that the step before
+    /// had fetched too; `None` where no layer has fetched any.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn fetched(&self) -> Result<Option<(u64, f64)>> {
+        let (mut all, mut bytes) = (Fetched::default(), 0);
+        for layer in &self.layers {
+            let LayerState::Recall(cache) = layer else { continue };
+            let fetched = cache.fetched()?;
+            bytes += fetched.rows * cache.store().row_bytes();
+            all += fetched;
+        }
+        Ok((all.rows > 0).then(|| (bytes, all.repeated as f64 / all.rows as f64)))
     }
 
     fn sum(&self, f: impl Fn(&LayerState) -> PoolBytes) -> PoolBytes {

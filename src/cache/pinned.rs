@@ -1,14 +1,12 @@
 //! The host store of a GPU: page-locked memory that kernels read in place and that prefill streams back tile by tile.
 
+use super::host::TILE_BYTES;
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::ops::cuda::{address, device, uninitialised};
 use crate::ops::{attend, human_bytes, merge_attention, Attended, AttentionArgs, KeyValues, Segment, Window};
 use candle_core::cuda_backend::cudarc::driver::{sys, CudaStream, DriverError, PinnedHostSlice};
 use candle_core::{DType, Device, Tensor};
 use std::sync::Arc;
-
-/// Bytes of a tile of keys and values that prefill streams to the device; two are allocated.
-const TILE_BYTES: usize = 64 << 20;
 
 /// Exact keys and values in page-locked memory, `[G, ctx, 2, D]`.
 #[derive(Debug)]

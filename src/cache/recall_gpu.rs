@@ -1,12 +1,12 @@
 //! Codes of exact recall on a GPU: key and value codes, block means, the tables that kernels read them with, and the
 //! memory that a decode step works in.
 
-use super::recall_kv::Workspace;
+use super::recall_kv::{Fetched, Workspace};
 use super::PinnedStore;
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::layout::{LayerPlan, RecallLayer};
 use crate::ops::cuda::{address, address_or_null, device, uninitialised, upload, Launch, Uploaded};
-use crate::ops::recall::{encode, kind, Cut, Encode, Recall, BINS, LISTED};
+use crate::ops::recall::{encode, kind, Cut, Encode, Recall, BINS, LISTED, MOST_HEADS};
 use crate::ops::{pool_blocks, Attended, RunningMean};
 use crate::recall::{levels, LayerTables, ScalarCode, MOST_BITS, SUB};
 use crate::retrofit::RestKind;
@@ -25,6 +25,10 @@ pub struct GpuCodes {
     means: Option<(Tensor, RunningMean)>,
     _tables: Tables,
     _scratch: Arc<Scratch>,
+    /// Positions that the previous step fetched, and how many, u32 `[G, k + 1]`.
+    _previous: Tensor,
+    /// [`Fetched`] of all steps, i64 `[2]`.
+    fetched: Tensor,
     cut: Cut,
     /// Parameters of the launches, but for a step's own.
     base: Recall,
@@ -119,6 +123,11 @@ impl GpuCodes {
             return Err(Error::unsupported("--key-code", message));
         };
         let (heads, (kv_heads, dim)) = (plan.heads, plan.row());
+        if heads > MOST_HEADS * kv_heads {
+            let group = heads / kv_heads;
+            let message = format!("{group} query heads share a KV head: kernels take {MOST_HEADS}; give --recall 0");
+            return Err(Error::unsupported("--recall", message));
+        }
         let s = &layer.settings;
         let ctx = layer.coded();
         let bytes = codes[0].bytes;
@@ -164,8 +173,24 @@ impl GpuCodes {
         };
         let cut = Cut::new(gpu, &base)?;
         let scratch = workspace.enter(&mut base, &cut, on)?;
+        let previous = Tensor::zeros((kv_heads, s.recall + 1), DType::U32, on)?;
+        let fetched = Tensor::zeros(2, DType::I64, on)?;
+        (base.previous, base.fetched) = (address(&previous)?, address(&fetched)?);
         let (block, sink_tokens) = (s.block, s.sink_tokens);
-        Ok(Self { keys, values, means, _tables: on_device, _scratch: scratch, cut, base, block, sink_tokens, dtype })
+        Ok(Self {
+            keys,
+            values,
+            means,
+            _tables: on_device,
+            _scratch: scratch,
+            _previous: previous,
+            fetched,
+            cut,
+            base,
+            block,
+            sink_tokens,
+            dtype,
+        })
     }
 
     /// Returns the allocated bytes of key codes, and of value codes or means.
@@ -173,6 +198,15 @@ impl GpuCodes {
         let bytes = |x: &Tensor| (x.elem_count() * x.dtype().size_in_bytes()) as u64;
         let means = self.means.as_ref().map_or(0, |(m, _)| bytes(m));
         (bytes(&self.keys), self.values.as_ref().map_or(0, bytes) + means)
+    }
+
+    /// Returns the rows that decode steps have fetched.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn fetched(&self) -> Result<Fetched> {
+        let counts: Vec<i64> = self.fetched.to_vec1()?;
+        Ok(Fetched { rows: counts[0] as u64, repeated: counts[1] as u64 })
     }
 
     /// Codes the keys and values of a chunk from position `start` on.

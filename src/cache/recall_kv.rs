@@ -7,6 +7,7 @@ use super::{CpuCodes, HostStore, PoolBytes, Ring, Sinks};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{LayerPlan, RecallLayer};
 use candle_core::{DType, Device, Tensor};
+use serde::Serialize;
 
 /// Cache of a layer with exact recall.
 #[derive(Debug)]
@@ -22,6 +23,24 @@ pub struct RecallKv {
     /// Bytes of all pools, as the layout computes them.
     bytes: PoolBytes,
     ctx: usize,
+    /// Rows that steps on a CPU have fetched, and the positions that the last one fetched by KV head.
+    fetched: (Fetched, Vec<Vec<u32>>),
+}
+
+/// Rows of keys and values that the decode steps of a layer have fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct Fetched {
+    /// Rows of all KV heads and steps.
+    pub rows: u64,
+    /// Rows that the step before had fetched too.
+    pub repeated: u64,
+}
+
+impl std::ops::AddAssign for Fetched {
+    fn add_assign(&mut self, other: Self) {
+        self.rows += other.rows;
+        self.repeated += other.repeated;
+    }
 }
 
 /// Codes of a layer, where its queries are.
@@ -81,6 +100,7 @@ impl RecallKv {
             codes,
             bytes: plan.bytes(dtype),
             ctx: layer.ctx,
+            fetched: (Fetched::default(), vec![vec![]; row.0]),
         })
     }
 
@@ -92,6 +112,28 @@ impl RecallKv {
     /// Returns the exact keys and values of every position.
     pub fn store(&self) -> &HostStore {
         &self.store
+    }
+
+    /// Counts the positions, ascending, that a step on a CPU has fetched for each KV head.
+    pub(crate) fn count(&mut self, chosen: Vec<Vec<u32>>) {
+        let (all, before) = &mut self.fetched;
+        for (now, before) in chosen.iter().zip(before.iter()) {
+            all.rows += now.len() as u64;
+            all.repeated += now.iter().filter(|p| before.binary_search(p).is_ok()).count() as u64;
+        }
+        *before = chosen;
+    }
+
+    /// Returns the rows that decode steps have fetched.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn fetched(&self) -> Result<Fetched> {
+        match &self.codes {
+            Codes::Cpu(_) => Ok(self.fetched.0),
+            #[cfg(feature = "cuda")]
+            Codes::Gpu(codes) => codes.fetched(),
+        }
     }
 
     /// Whether a captured step can hold the layer.

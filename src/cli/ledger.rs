@@ -37,6 +37,15 @@ pub struct KvBytes {
     pub ratio: f64,
 }
 
+/// Rows of exact keys and values that decode steps fetch from host memory.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct FetchedRows {
+    /// Bytes per decode step; on a GPU they cross the host link.
+    pub bytes_per_step: f64,
+    /// Share of the rows that the step before had fetched too.
+    pub repeated: f64,
+}
+
 impl KvBytes {
     /// Reads the sizes from `cache`.
     pub fn of(cache: &Cache) -> Self {
@@ -108,6 +117,8 @@ pub struct Ledger {
     pub weights_bytes: u64,
     /// KV cache sizes.
     pub kv: KvBytes,
+    /// Rows that decode steps fetch from host memory; null without exact recall.
+    pub fetched: Option<FetchedRows>,
     /// Share of the earlier blocks whose state reaches the last block through the swapped layers; null for a stock run.
     pub reach: Option<f64>,
     /// Generated text; null without a tokenizer.
@@ -183,6 +194,10 @@ impl Ledger {
         rows.push(("dense KV", format!("{} for the stock model, ratio {:.4}", human_bytes(kv.dense_bytes), kv.ratio)));
         if kv.host_bytes > 0 {
             rows.push(("host KV", format!("{} of exact keys and values", human_bytes(kv.host_bytes))));
+        }
+        if let Some(fetched) = &self.fetched {
+            let (bytes, share) = (human_bytes(fetched.bytes_per_step as u64), 100.0 * fetched.repeated);
+            rows.push(("fetched", format!("{bytes} per token, {share:.0}% of the rows as in the step before")));
         }
         if let Some(reach) = self.reach {
             rows.push(("reach", format!("{:.0}% of earlier blocks, through the swapped layers", 100.0 * reach)));

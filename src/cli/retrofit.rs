@@ -2,7 +2,7 @@
 
 use super::calibration::make as make_calibration;
 use super::console::ignore_broken_pipe;
-use super::ledger::{KvBytes, LEDGER_KIND, LEDGER_VERSION};
+use super::ledger::{FetchedRows, KvBytes, LEDGER_KIND, LEDGER_VERSION};
 use super::output::{not_of_kind, not_of_tensors};
 use super::{describe, human_bytes, open_device, peak_memory, short_count, signals, weight_format};
 use super::{Bars, CalibrateArgs, Ledger, Output, Patch, RunArgs};
@@ -37,7 +37,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let json = args.json.as_deref().map(reserve_report).transpose()?;
     let logits_out = args.logits_out.as_deref().map(reserve_logits).transpose()?;
     args.save.as_deref().map(|dir| Patch::check(dir, "--save")).transpose()?;
-    let Inputs { checkpoint, patch, plan, ctx, ids, text } = Inputs::open(args, &device, &progress)?;
+    let Inputs { checkpoint, patch, plan, ctx, ids, text } = Inputs::open(args, &progress)?;
     let spec = &checkpoint.spec;
     checkpoint.take_warnings().iter().for_each(|w| bars.warn(w));
     warn_past_training(&bars, spec, ctx);
@@ -116,6 +116,10 @@ pub fn run(args: &RunArgs) -> Result<()> {
         peak_device_bytes: device_memory(&device).map(|m| m.peak),
         weights_bytes: weights.bytes(),
         kv: KvBytes::of(run.cache()),
+        fetched: run.cache().fetched()?.map(|(bytes, repeated)| FetchedRows {
+            bytes_per_step: bytes as f64 / made.timing.steps.len().max(1) as f64,
+            repeated,
+        }),
         text: stream.map(|s| s.text().to_string()),
         token_ids: made.tokens,
     };
@@ -145,9 +149,9 @@ impl Stdout {
     }
 }
 
-/// The settings of a run without a plan: exact recall, which a GPU must be asked for.
-fn recalling(device: &Device) -> Settings {
-    Settings { recall: if device.is_cpu() { DEFAULT_RECALL } else { 0 }, ..Settings::default() }
+/// The settings of a run without a plan.
+fn recalling() -> Settings {
+    Settings { recall: DEFAULT_RECALL, ..Settings::default() }
 }
 
 /// Runs `bfly-retrofit calibrate`: calibrates exact recall and saves it with a plan as a patch.
@@ -160,7 +164,7 @@ pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
     args.model.set_threads()?;
     let device = open_device(&args.model.device)?;
     let name = args.model.model.as_deref().unwrap_or_default();
-    let settings = args.retrofit.settings(recalling(&Device::Cpu));
+    let settings = args.retrofit.settings(recalling());
     settings.validate()?;
     Patch::check(&args.out, "--out")?;
     if settings.recall == 0 {
@@ -198,7 +202,7 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn open(args: &RunArgs, device: &Device, progress: OnProgress) -> Result<Self> {
+    fn open(args: &RunArgs, progress: OnProgress) -> Result<Self> {
         let name = args.model.model.as_deref().unwrap_or_default();
         let patch = Patch::open(name)?;
         let (saved, plan_patch) = match args.retrofit.plan.as_deref() {
@@ -210,8 +214,7 @@ impl Inputs {
         };
         let base = saved.or(plan_patch.as_ref().or(patch.as_ref()).map(|p| p.plan.clone()));
         let layers = args.retrofit.layers.as_deref().map(parse_layers).transpose()?;
-        let mut settings =
-            args.retrofit.settings(base.as_ref().map_or_else(|| recalling(device), |p| p.settings.clone()));
+        let mut settings = args.retrofit.settings(base.as_ref().map_or_else(recalling, |p| p.settings.clone()));
         settings.seed = args.sampling.seed.unwrap_or(settings.seed);
         settings.validate()?;
         let (text_prompt, id_prompt) = (args.prompt.text()?, args.prompt.ids()?);

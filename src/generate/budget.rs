@@ -38,6 +38,9 @@ impl MemoryNeeds {
         let width = attention_most(&|a| 2 * a.q_width() + 4 * a.kv_width());
         let attention = 4 * spec.hidden + width + attention_most(&|a| a.q_width());
         let feed_forward = 4 * spec.hidden + 3 * wide;
+        // A tile's attention, its merge with that of earlier tiles, and their log-sum-exps.
+        let partial = |a: &AttentionSpec| 2 * a.q_width() + 8 * a.heads / size;
+        let recall = if layout.recall().next().is_some() { attention_most(&partial) } else { 0 };
         let tables = 4 * attention_most(&|a| a.head_dim) * spec.ropes.len();
         // Products with quantised matrices are computed in parts and concatenated.
         let parts = if weights.has_quantised() { size * width.max(wide) } else { 0 };
@@ -47,7 +50,7 @@ impl MemoryNeeds {
             cache: layout.bytes(weights.dtype()).peak,
             // Logits in two types and a copy; at most this for partial results, routes and vectors of a step; dequantised weights.
             fixed: (spec.vocab * 16) as u64 + (16 << 20) + weights.scratch() + evicting,
-            token: (size * attention.max(feed_forward) + tables + parts) as u64,
+            token: (size * (attention + recall).max(feed_forward) + tables + parts) as u64,
         })
     }
 

@@ -160,8 +160,7 @@ impl Run {
         Ok(Tensor::cat(&rows, 0)?)
     }
 
-    /// Whether greedy decode from here replays a captured CUDA graph; otherwise it launches each step's kernels one by
-    /// one.
+    /// Whether decode from here replays a captured CUDA graph; otherwise it launches each step's kernels one by one.
     pub fn captures(&self) -> bool {
         #[cfg(feature = "cuda")]
         return graph::captures(self);
@@ -242,18 +241,21 @@ impl Run {
         &mut self,
         next: u32,
         request: &Request,
-        sampler: &Sampler,
+        sampler: &mut Sampler,
         (timing, tokens): (&mut Timing, &mut Vec<u32>),
         on_token: OnToken,
     ) -> Result<bool> {
-        if !sampler.is_greedy() || request.stop.contains(&next) || request.max_new_tokens < 2 {
+        if request.stop.contains(&next) || request.max_new_tokens < 2 {
             return Ok(false);
         }
         let Some(mut graph) = graph::StepGraph::capture(self, request.stop)? else { return Ok(false) };
         tokens.push(next);
         let mut from = on_token(next).is_continue().then_some(next);
         while let Some(first) = from {
-            let ran = graph.run(self, first, request, timing, tokens, on_token);
+            let ran = match sampler.is_greedy() {
+                true => graph.run(self, first, request, timing, tokens, on_token),
+                false => graph.sample(self, first, (request, sampler), timing, tokens, on_token),
+            };
             from = ran.inspect_err(|e| self.poison(format!("a captured step failed: {e}")))?;
             if from.is_none() {
                 break;
@@ -274,7 +276,7 @@ impl Run {
         &mut self,
         _: u32,
         _: &Request,
-        _: &Sampler,
+        _: &mut Sampler,
         _: (&mut Timing, &mut Vec<u32>),
         _: OnToken,
     ) -> Result<bool> {

@@ -67,14 +67,15 @@ fn step(
             Ok(out)
         }
         None => {
-            let far = far_on_cpu(layer, p, q, &near, position, cache)?;
+            let (far, chosen) = far_on_cpu(layer, p, q, &near, position, cache)?;
+            cache.count(chosen);
             cache.push(k, v, position)?;
             Ok(merge_attention(&[near, far])?.out)
         }
     }
 }
 
-/// Attention of one token to the far zone.
+/// Attention of one token to the far zone, and the positions fetched for each KV head.
 fn far_on_cpu(
     layer: &RecallLayer,
     p: &Projections,
@@ -82,7 +83,7 @@ fn far_on_cpu(
     near: &Attended,
     position: usize,
     cache: &RecallKv,
-) -> Result<Attended> {
+) -> Result<(Attended, Vec<Vec<u32>>)> {
     let (store, far) = (cache.store().rows()?, layer.far(position));
     let elsewhere = || Error::new(ErrorKind::Backend, "recall", "codes are on a GPU");
     let codes = cache.codes.in_memory().ok_or_else(elsewhere)?;
@@ -101,8 +102,9 @@ fn far_on_cpu(
         exact: &exact,
         rest: codes.rest(&values),
     })?;
-    Ok(Attended {
+    let attended = Attended {
         out: Tensor::from_vec(far.out, (1, p.heads, p.head_dim), q.device())?,
         lse: Some(Tensor::from_vec(far.lse, (1, p.heads), q.device())?),
-    })
+    };
+    Ok((attended, far.chosen))
 }

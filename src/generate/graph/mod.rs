@@ -1,9 +1,10 @@
-//! Greedy decode on a GPU: one step captured as a CUDA graph and replayed for every token.
+//! Decode on a GPU: one step captured as a CUDA graph and replayed for every token.
 //!
 //! Everything that changes from token to token (position, token, running sums) is in device memory and the cache never
 //! grows, so the same launches serve every position. The most likely token is found on the device and read by the next
-//! replay; the host fetches [`BATCH`] tokens at a time. After an eviction, which moves rows, the step is captured
-//! again. The residual stream and all sums are f32, keys and values 16 bits, weights 16 bits or quantised blocks.
+//! replay; the host fetches [`BATCH`] tokens at a time. With a temperature the host samples from each step's logits.
+//! After an eviction, which moves rows, the step is captured again. The residual stream and all sums are f32, keys and
+//! values 16 bits, weights 16 bits or quantised blocks.
 
 mod journal;
 mod matvec;
@@ -14,7 +15,7 @@ use self::matvec::format;
 use self::step::{Builder, StepBuffers};
 use super::sample::not_finite;
 use super::OnToken;
-use super::{Request, Timing};
+use super::{Request, Sampler, Timing};
 use crate::cache::LayerState;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{LayerKind, LayerPlan};
@@ -104,9 +105,7 @@ impl StepGraph {
     pub fn read(mut self, run: &mut Run, ids: &[u32]) -> Result<Tensor> {
         let mut rows = vec![];
         for id in ids {
-            let begin = State { position: run.cache().position() as i32, token: *id, ..State::default() };
-            self.gpu.memcpy_htod(&[begin], &mut self.state)?;
-            self.graph.launch().map_err(driver)?;
+            self.step(run, *id)?;
             rows.push(self.logits.copy()?);
             run.cache_mut().advance_captured(1)?;
         }
@@ -166,6 +165,45 @@ impl StepGraph {
             done += count;
         }
         Ok(None)
+    }
+
+    /// Decodes like [`StepGraph::run`], one step per host synchronisation, after which `sampler` draws from the step's
+    /// logits.
+    pub fn sample(
+        mut self,
+        run: &mut Run,
+        first: u32,
+        (request, sampler): (&Request, &mut Sampler),
+        timing: &mut Timing,
+        tokens: &mut Vec<u32>,
+        on_token: OnToken,
+    ) -> Result<Option<u32>> {
+        for _ in 0..run.cache().until_eviction() {
+            if tokens.len() >= request.max_new_tokens {
+                return Ok(None);
+            }
+            let start = Instant::now();
+            let token = tokens.last().copied().unwrap_or(first);
+            self.step(run, token)?;
+            let next = sampler.sample(&self.logits)?;
+            run.cache_mut().advance_captured(1)?;
+            timing.steps.push(start.elapsed());
+            if request.stop.contains(&next) {
+                return Ok(None);
+            }
+            tokens.push(next);
+            if on_token(next).is_break() {
+                return Ok(None);
+            }
+        }
+        Ok(tokens.last().copied())
+    }
+
+    /// Launches one step that reads `token` at the run's position.
+    fn step(&mut self, run: &Run, token: u32) -> Result<()> {
+        let begin = State { position: run.cache().position() as i32, token, ..State::default() };
+        self.gpu.memcpy_htod(&[begin], &mut self.state)?;
+        self.graph.launch().map_err(driver)
     }
 }
 

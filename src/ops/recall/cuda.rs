@@ -13,6 +13,8 @@ const SHARED: usize = 227 << 10;
 const FETCHERS: usize = 16;
 /// Channels whose value codes one thread block decodes.
 const CHANNELS: usize = 64;
+/// `RECALL_HEADS` of kernels/recall.cuh: query heads of a KV head at most.
+pub(crate) const MOST_HEADS: usize = 8;
 /// `RECALL_LISTED` of kernels/recall.cuh.
 pub(crate) const LISTED: usize = 4096;
 /// `RECALL_BINS` of kernels/recall.cuh.
@@ -50,6 +52,8 @@ pub(crate) struct Recall {
     pub own_v: u64,
     pub parts: u64,
     pub counters: u64,
+    pub previous: u64,
+    pub fetched: u64,
     pub redone: u64,
     pub state: u64,
     pub position: i32,
@@ -76,14 +80,14 @@ pub(crate) struct Recall {
 }
 // SAFETY: numbers in C's layout.
 unsafe impl DeviceRepr for Recall {}
-crate::ops::cuda::mirrored!(Recall, 328, {
+crate::ops::cuda::mirrored!(Recall, 344, {
     q: 0, near_lse: 8, near_out: 16, out: 24, key_codes: 32, value_codes: 40, codebook: 48, means: 56, mean: 64,
     scale: 72, fields: 80, first: 88, levels: 96, scores: 104, slices: 112, weights: 120, histogram: 128, listed: 136,
     chosen: 144, counts: 152, bitmap: 160, lowest: 168, mass: 176, store: 184, own_k: 192, own_v: 200, parts: 208,
-    counters: 216, redone: 224, state: 232, position: 240, ctx: 244, rows: 248, own_rows: 252, heads: 256,
-    kv_heads: 260, dim: 264, bytes: 268, k: 272, slice_count: 276, fetchers: 280, rest_slices: 284, block: 288,
-    blocks: 292, sinks: 296, window_kind: 300, window_size: 304, window_count: 308, store_type: 312, means_type: 316,
-    factor: 320,
+    counters: 216, previous: 224, fetched: 232, redone: 240, state: 248, position: 256, ctx: 260, rows: 264,
+    own_rows: 268, heads: 272, kv_heads: 276, dim: 280, bytes: 284, k: 288, slice_count: 292, fetchers: 296,
+    rest_slices: 300, block: 304, blocks: 308, sinks: 312, window_kind: 316, window_size: 320, window_count: 324,
+    store_type: 328, means_type: 332, factor: 336,
 });
 
 /// `EncodeParams` of kernels/recall_encode.cu.
