@@ -20,7 +20,7 @@ use crate::method::Method;
 use crate::nn::Rope;
 use crate::ops::Window;
 use crate::recall::{Calibration, KeyCodeChoice, LayerTables, PAGE, SUB};
-use crate::retrofit::{RestKind, Settings};
+use crate::retrofit::{PrefillKind, RestKind, Settings};
 use crate::selector::{self, Grid, Selector};
 use crate::spec::{AttentionKind, AttentionSpec, ModelSpec};
 use candle_core::DType;
@@ -84,6 +84,8 @@ pub struct RecallLayer {
     pub ctx: usize,
     /// Codes fitted to a calibration ([`Layout::calibrated`]); a cache cannot be made without them.
     pub tables: Option<Arc<LayerTables>>,
+    /// Block summaries that a prompt is read by; `None` where prefill is exact.
+    pub summaries: Option<ButterflyLayer>,
 }
 
 /// A layer with butterfly attention: settings, rule and block grid.
@@ -180,7 +182,11 @@ impl Layout {
                     match &method {
                         Method::Butterfly(plan) if plan.settings.recall > 0 && plan.ordinal(i).is_some() => {
                             let layer = RecallLayer::new(&plan.settings, ctx)?;
-                            layer.map_or(LayerKind::Full, |layer| LayerKind::Recall(Box::new(layer)))
+                            let by_summaries = plan.settings.prefill == PrefillKind::Butterfly;
+                            layer.map_or(LayerKind::Full, |layer| {
+                                let summaries = swapped(i).filter(|_| by_summaries);
+                                LayerKind::Recall(Box::new(RecallLayer { summaries, ..layer }))
+                            })
                         }
                         Method::Butterfly(_) => {
                             swapped(i).map_or(LayerKind::Full, |layer| LayerKind::Butterfly(Box::new(layer)))
@@ -312,13 +318,17 @@ impl LayerPlan {
             LayerKind::Full | LayerKind::Sliding { .. } => {}
             LayerKind::Butterfly(b) => {
                 // Running sums: f32 for keys and values.
-                bytes.summary = rows(b.summary_rows) + 8 * (self.kv_heads * self.head_dim) as u64;
+                bytes.summary = self.summary_bytes(b, dtype);
                 bytes.sink = rows(b.sink_rows);
             }
             LayerKind::Recall(r) => {
                 bytes.sink = rows(r.sink_rows);
                 r.add_bytes(self.kv_heads, self.head_dim, dtype, &mut bytes);
                 bytes.host = rows(r.ctx);
+                if let Some(b) = &r.summaries {
+                    // The summaries have a ring and sinks of their own: decode steps leave them as the prompt ends.
+                    bytes.summary = self.summary_bytes(b, dtype) + rows(self.raw_rows + b.sink_rows);
+                }
             }
             LayerKind::Evict(e) => {
                 bytes.local += (e.observed * self.heads * self.head_dim * dtype.size_in_bytes()) as u64;
@@ -362,6 +372,11 @@ impl LayerPlan {
     /// Returns the bytes of one position's key and value, all KV heads.
     fn row_bytes(&self, dtype: DType) -> u64 {
         2 * (self.kv_heads * self.head_dim * dtype.size_in_bytes()) as u64
+    }
+
+    /// Returns the bytes of a layer's summaries, and of the running sums: f32 for keys and values.
+    fn summary_bytes(&self, b: &ButterflyLayer, dtype: DType) -> u64 {
+        self.row_bytes(dtype).saturating_mul(b.summary_rows as u64) + 8 * (self.kv_heads * self.head_dim) as u64
     }
 
     fn settled_bytes(&self, dtype: DType) -> u64 {
@@ -435,7 +450,8 @@ impl RecallLayer {
             return Ok(None);
         }
         let code = KeyCodeChoice::parse(&settings.key_code)?;
-        Ok(Some(Self { settings: settings.clone(), code, sink_rows: settings.sink_tokens, ctx, tables: None }))
+        let settings = settings.clone();
+        Ok(Some(Self { code, sink_rows: settings.sink_tokens, settings, ctx, tables: None, summaries: None }))
     }
 
     /// Returns the positions that a query at `position` reads by their codes: neither sinks nor in its window.

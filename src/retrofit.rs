@@ -55,6 +55,18 @@ pub enum RestKind {
     None,
 }
 
+/// How layers with exact recall read a prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "snake_case")]
+pub enum PrefillKind {
+    /// Every token reads all earlier ones, from host memory: logits are the stock model's.
+    Exact,
+    /// Every token reads its window, sinks and block summaries: time is linear in the prompt's length, and keys and
+    /// values of later layers differ from the stock model's.
+    Butterfly,
+}
+
 /// Tokens that each KV head fetches per decode step where recall is on and nothing else is said.
 pub const DEFAULT_RECALL: usize = 2048;
 
@@ -92,6 +104,8 @@ pub struct Settings {
     pub key_code: String,
     /// Estimate of the values of tokens that recall does not fetch.
     pub rest: RestKind,
+    /// How layers with recall read a prompt.
+    pub prefill: PrefillKind,
 }
 
 impl Default for Settings {
@@ -111,6 +125,7 @@ impl Default for Settings {
             recall: 0,
             key_code: "pair:1bit".into(),
             rest: RestKind::Codes,
+            prefill: PrefillKind::Exact,
         }
     }
 }
@@ -173,10 +188,14 @@ impl Settings {
             ("--pool", self.pool != plain.pool),
             ("--summary-bias", self.summary_bias != plain.summary_bias),
             ("--far-position", self.far_position != plain.far_position),
-            ("--window-align", self.window_align != plain.window_align),
         ];
-        if let Some((flag, _)) = set.iter().find(|(_, set)| *set) {
-            let message = "is a setting of block summaries, which exact recall replaces; add --recall 0 to use them";
+        if self.window_align != plain.window_align {
+            return Err(Error::usage("--window-align", "is block under exact recall; add --recall 0 to change it"));
+        }
+        if let Some((flag, _)) = set.iter().find(|(_, set)| *set && self.prefill == PrefillKind::Exact) {
+            let message =
+                "is a setting of block summaries, which exact recall replaces; add --recall 0 to use them, or \
+                           --prefill butterfly to read the prompt by them";
             return Err(Error::usage(flag, message));
         }
         match self.recall > MAX_CONTEXT {

@@ -3,7 +3,7 @@
 
 #[cfg(feature = "cuda")]
 use super::GpuCodes;
-use super::{CpuCodes, HostStore, PoolBytes, Ring, Sinks};
+use super::{CpuCodes, HostStore, PoolBytes, Ring, Sinks, TwoPool};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{LayerPlan, RecallLayer};
 use candle_core::{DType, Device, Tensor};
@@ -20,6 +20,8 @@ pub struct RecallKv {
     store: HostStore,
     /// Codes of every position.
     pub codes: Codes,
+    /// Window, sinks and block summaries that a prompt is read by, and the position up to which they are complete.
+    prompt: Option<(Box<TwoPool>, usize)>,
     /// Bytes of all pools, as the layout computes them.
     bytes: PoolBytes,
     ctx: usize,
@@ -93,11 +95,16 @@ impl RecallKv {
             }
             _ => Codes::Cpu(CpuCodes::new(layer, tables, row.1)),
         };
+        let prompt = layer.summaries.as_ref().map(|summaries| -> Result<_> {
+            let local = Ring::new(plan.raw_rows, row, dtype, device)?;
+            Ok((Box::new(TwoPool::new(summaries, local, row, dtype, device)?), 0))
+        });
         Ok(Self {
             local,
             sinks: Sinks::new(layer.sink_rows, layer.settings.sink_tokens, row, dtype, device)?,
             store,
             codes,
+            prompt: prompt.transpose()?,
             bytes: plan.bytes(dtype),
             ctx: layer.ctx,
             fetched: (Fetched::default(), vec![vec![]; row.0]),
@@ -107,6 +114,14 @@ impl RecallKv {
     /// Returns the sinks, if the layer has any.
     pub fn sinks(&self) -> Option<&Ring> {
         self.sinks.rows()
+    }
+
+    /// Returns the summaries that a chunk of `tokens` at `start` is read by, which it must be stored in. `None` where prefill
+    /// is exact: also after a decode step, which they lack.
+    pub fn summaries(&mut self, start: usize, tokens: usize) -> Option<&mut TwoPool> {
+        let (pools, complete) = self.prompt.as_mut().filter(|(_, complete)| *complete == start)?;
+        *complete += tokens;
+        Some(pools)
     }
 
     /// Returns the exact keys and values of every position.

@@ -4,7 +4,7 @@ use super::{parse_bytes, parse_count, parse_size};
 use crate::checkpoint::{OpenOptions, WeightDtype};
 use crate::error::{Error, Result};
 use crate::generate::Sampling;
-use crate::retrofit::{FarPosition, KeyPooling, RestKind, Settings, WindowAlign};
+use crate::retrofit::{FarPosition, KeyPooling, PrefillKind, RestKind, Settings, WindowAlign};
 use crate::selector::SELECTORS;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -210,7 +210,7 @@ fn partner_names() -> clap::builder::PossibleValuesParser {
 #[command(next_help_heading = "Retrofit")]
 pub struct RetrofitArgs {
     /// Run the unmodified model with dense attention.
-    #[arg(long, conflicts_with_all = ["layers", "plan", "block", "window", "window_align", "sink_tokens", "partner", "partner_count", "shift_unit", "pool", "summary_bias", "far_position", "recall", "key_code", "rest"])]
+    #[arg(long, conflicts_with_all = ["layers", "plan", "block", "window", "window_align", "sink_tokens", "partner", "partner_count", "shift_unit", "pool", "summary_bias", "far_position", "recall", "key_code", "rest", "prefill"])]
     pub stock: bool,
     /// Layers to swap: all (every full-attention layer) or a list such as 0-14,17-29 [default: all]
     #[arg(long, value_name = "all|LIST")]
@@ -263,6 +263,10 @@ pub struct RetrofitArgs {
     /// Estimate of the values of tokens that recall does not fetch [default: codes]
     #[arg(long)]
     pub rest: Option<RestKind>,
+    /// How layers with recall read the prompt: exact reads all earlier tokens, butterfly the window and block summaries
+    /// only, which is faster and loses quality [default: exact]
+    #[arg(long)]
+    pub prefill: Option<PrefillKind>,
 }
 
 impl RetrofitArgs {
@@ -282,6 +286,7 @@ impl RetrofitArgs {
             recall: self.recall.unwrap_or(base.recall),
             key_code: self.key_code.clone().unwrap_or(base.key_code),
             rest: self.rest.unwrap_or(base.rest),
+            prefill: self.prefill.unwrap_or(base.prefill),
             seed: base.seed,
         }
     }

@@ -260,7 +260,7 @@ fn pairs(text: &str) -> Vec<(String, String)> {
 mod tests {
     use super::*;
     use crate::checkpoint::Checkpoint;
-    use crate::retrofit::{FarPosition, KeyPooling, RestKind, WindowAlign};
+    use crate::retrofit::{FarPosition, KeyPooling, PrefillKind, RestKind, WindowAlign};
     use clap::Args;
 
     fn spec() -> ModelSpec {
@@ -302,7 +302,7 @@ mod tests {
             assert!(keys.contains(&field), "{field} is not one of {keys:?}");
         }
         let list = "retrofit:block=64,window=128,window-align=token,sink-tokens=1,partner=random,partner-count=2,shift-unit=4,\
-                    pool=pre-rope,summary-bias=-0.5,far-position=clamp,seed=9,layers=1,3,recall=0,key-code=exact,rest=means";
+                    pool=pre-rope,summary-bias=-0.5,far-position=clamp,seed=9,layers=1,3,recall=0,key-code=exact,rest=means,prefill=butterfly";
         let plan = parsed(list).unwrap()[0].method.plan().unwrap().clone();
         let want = Settings {
             block: 64,
@@ -319,6 +319,7 @@ mod tests {
             recall: 0,
             key_code: "exact".into(),
             rest: RestKind::Means,
+            prefill: PrefillKind::Butterfly,
         };
         assert_eq!((plan.settings, plan.layers.as_slice()), (want, [1, 3].as_slice()));
     }

@@ -31,20 +31,35 @@ pub(super) fn forward(
     chunk: &ChunkContext,
     cache: &mut TwoPool,
 ) -> Result<Tensor> {
+    let qkv = p.project(x, &chunk.tables[p.rope], layer.settings.pool == KeyPooling::PreRope)?;
+    p.output(&attend_chunk(layer, p, &qkv, chunk, cache)?)
+}
+
+/// Attends a chunk to its window, sinks and routed summaries, and stores it in `cache`.
+///
+/// # Shapes
+/// `[T, H, D]`.
+pub(super) fn attend_chunk(
+    layer: &ButterflyLayer,
+    p: &Projections,
+    Qkv { q, k, v, plain }: &Qkv,
+    chunk: &ChunkContext,
+    cache: &mut TwoPool,
+) -> Result<Tensor> {
     let s = &layer.settings;
-    let Qkv { q, k, v, plain } = p.project(x, &chunk.tables[p.rope], s.pool == KeyPooling::PreRope)?;
-    cache.keep_sinks(&k, &v, chunk.start)?;
-    let to_pool = plain.as_ref().map_or(&k, |(_, k)| k);
-    let pooled = pool_blocks(to_pool, &v, chunk.start, s.block, s.sink_tokens, &mut cache.running)?;
-    let far = far(layer, chunk, x.dim(0)?, cache, &pooled, &chunk.ropes[p.rope])?;
+    let tokens = q.dim(0)?;
+    cache.keep_sinks(k, v, chunk.start)?;
+    let to_pool = plain.as_ref().map_or(k, |(_, k)| k);
+    let pooled = pool_blocks(to_pool, v, chunk.start, s.block, s.sink_tokens, &mut cache.running)?;
+    let far = far(layer, chunk, tokens, cache, &pooled, &chunk.ropes[p.rope])?;
     let q_edge = match &plain {
         Some((plain_q, _)) if far.iter().any(|f| f.at_edge) => {
-            let edge = vec![(layer.trained - 1) as f32; x.dim(0)?];
-            Some(chunk.ropes[p.rope].table(edge.into_iter(), x.device())?.apply(plain_q)?)
+            let edge = vec![(layer.trained - 1) as f32; tokens];
+            Some(chunk.ropes[p.rope].table(edge.into_iter(), q.device())?.apply(plain_q)?)
         }
         _ => None,
     };
-    let mut segments = vec![Segment::Ring(cache.local.rows()), Segment::Chunk(KeyValues { k: &k, v: &v })];
+    let mut segments = vec![Segment::Ring(cache.local.rows()), Segment::Chunk(KeyValues { k, v })];
     segments.extend(cache.sinks().map(|r| Segment::Sinks(r.rows(), r.capacity())));
     segments.extend(far.iter().map(|f| {
         let (rows, read) =
@@ -52,16 +67,16 @@ pub(super) fn forward(
         Segment::Store(Store { rows, read, q: q_edge.as_ref().filter(|_| f.at_edge) })
     }));
     let attended = attend(&AttentionArgs {
-        q: &q,
+        q,
         start: chunk.start,
         window: s.raw_window(),
         scale: p.scale,
         segments: &segments,
         lse: false,
     })?;
-    cache.local.write(&k, &v, chunk.start)?;
+    cache.local.write(k, v, chunk.start)?;
     cache.keep_summaries(&pooled)?;
-    p.output(&attended.out)
+    Ok(attended.out)
 }
 
 /// Gathers the summaries that the chunk's query blocks read; empty if they read none.

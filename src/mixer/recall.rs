@@ -1,15 +1,17 @@
 //! Exact recall.
 //!
-//! Prefill is exact: `out[t] = attention(q[t], all positions up to start + t)`, read from the host store. A decode step
-//! has three zones under one softmax: sinks and window raw, the best of the other tokens exactly, and an estimate of the
+//! Prefill is exact: `out[t] = attention(q[t], all positions up to start + t)`, read from the host store; under
+//! `--prefill butterfly` it is butterfly attention, as long as the text is read by prefill alone. A decode step has three
+//! zones under one softmax: sinks and window raw, the best of the other tokens exactly, and an estimate of the
 //! rest ([`crate::ops::recall`]).
 
-use super::{ChunkContext, Phase, Projections, Qkv};
+use super::{butterfly, ChunkContext, Phase, Projections, Qkv};
 use crate::cache::{Codes, RecallKv, Ring};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::RecallLayer;
 use crate::ops::recall::{attend_far, FarArgs};
 use crate::ops::{attend, merge_attention, view, Attended, AttentionArgs, KeyValues, Segment};
+use crate::retrofit::KeyPooling;
 use candle_core::Tensor;
 
 pub(super) fn forward(
@@ -19,10 +21,15 @@ pub(super) fn forward(
     chunk: &ChunkContext,
     cache: &mut RecallKv,
 ) -> Result<Tensor> {
-    let Qkv { q, k, v, .. } = p.project(x, &chunk.tables[p.rope], false)?;
+    let plain = layer.summaries.is_some() && layer.settings.pool == KeyPooling::PreRope;
+    let qkv = p.project(x, &chunk.tables[p.rope], plain)?;
+    let Qkv { q, k, v, .. } = &qkv;
     if chunk.phase == Phase::Prefill {
-        let attended = cache.store().attend(&q, KeyValues { k: &k, v: &v }, chunk.start, p.scale)?;
-        cache.push(&k, &v, chunk.start)?;
+        let attended = match layer.summaries.as_ref().zip(cache.summaries(chunk.start, x.dim(0)?)) {
+            Some((summaries, pools)) => butterfly::attend_chunk(summaries, p, &qkv, chunk, pools)?,
+            None => cache.store().attend(q, KeyValues { k, v }, chunk.start, p.scale)?,
+        };
+        cache.push(k, v, chunk.start)?;
         return p.output(&attended);
     }
     let mut parts = vec![];

@@ -3,7 +3,7 @@
 use crate::common::*;
 use bfly::generate::watch;
 use bfly::recall::{calibrate, Calibration};
-use bfly::retrofit::{RestKind, RetrofitPlan, Settings};
+use bfly::retrofit::{KeyPooling, PrefillKind, RestKind, RetrofitPlan, Settings};
 use bfly::run::Run;
 use candle_core::Tensor;
 
@@ -60,6 +60,48 @@ fn prefill_is_exact_whatever_is_fetched() -> Any {
         let off = deviation(&got, &want)?;
         assert!(off < 1e-4, "chunks of {chunk}: {off:.2e} standard deviations off");
     }
+    Ok(())
+}
+
+#[test]
+fn prefill_by_summaries_is_that_without_recall_until_a_decode_step() -> Any {
+    for (name, pool) in [("llama", KeyPooling::PostRope), ("gemma3", KeyPooling::PreRope)] {
+        let model = calibrated(name)?;
+        let text = ids(500);
+        let fast = Settings { prefill: PrefillKind::Butterfly, partner_count: 2, pool, ..settings(40) };
+        let mut without = run(&model, &Settings { recall: 0, ..fast.clone() }, 600)?;
+        let mut with = run(&model, &fast, 600)?;
+        for part in [&text[..130], &text[130..400]] {
+            let want = without.prefill(part, 64, 50, &mut watch(|_| ()))?;
+            let got = with.prefill(part, 64, 50, &mut watch(|_| ()))?;
+            assert_eq!(deviation(&got, &want)?, 0.0, "{name}: the same operations");
+        }
+        let exact = Settings { prefill: PrefillKind::Exact, pool: KeyPooling::PostRope, partner_count: 1, ..fast };
+        let want = run(&model, &exact, 600)?.prefill(&text[..400], 64, 50, &mut watch(|_| ()))?;
+        let got = without.prefill(&text[400..], 64, 50, &mut watch(|_| ()))?;
+        assert!(deviation(&got, &want)? > 1e-2, "{name}: prefill by summaries is not exact");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_prompt_after_a_decode_step_is_read_exactly() -> Any {
+    // In the last layer alone, nothing that is stored depends on how it reads.
+    let model = calibrated("llama")?;
+    let text = ids(500);
+    let settings = Settings { prefill: PrefillKind::Butterfly, ..settings(40) };
+    let plan = RetrofitPlan::new(model.spec(), Some(vec![3]), settings)?;
+    let last = |steps: usize, plan: Option<&RetrofitPlan>| -> Any<Tensor> {
+        let mut run = Run::new(&model.weights, plan, 600)?;
+        run.prefill(&text[..400], 64, 1, &mut watch(|_| ()))?;
+        if steps > 0 {
+            run.read(&text[400..400 + steps])?;
+        }
+        Ok(run.prefill(&text[400 + steps..], 99, 20, &mut watch(|_| ()))?)
+    };
+    let want = last(1, None)?;
+    assert!(deviation(&last(1, Some(&plan))?, &want)? < 1e-4, "summaries lack the decoded token");
+    assert!(deviation(&last(0, Some(&plan))?, &want)? > 1e-2, "without a decode step the prompt goes on by summaries");
     Ok(())
 }
 
