@@ -3,7 +3,7 @@
 use super::host::TILE_BYTES;
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::ops::cuda::{address, device, uninitialised};
-use crate::ops::{attend, human_bytes, merge_attention, Attended, AttentionArgs, KeyValues, Segment, Window};
+use crate::ops::{attend, human_bytes, AttentionArgs, KeyValues, RunningAttention, Segment, Window};
 use candle_core::cuda_backend::cudarc::driver::{sys, CudaStream, DriverError, PinnedHostSlice};
 use candle_core::{DType, Device, Tensor};
 use std::sync::Arc;
@@ -98,10 +98,8 @@ impl PinnedStore {
         let part = |start: usize, segment: Segment, lse: bool| {
             attend(&AttentionArgs { q, start, window: Window::Unbounded, scale, segments: &[segment], lse })
         };
-        // The chunk as if nothing came before it.
-        let mut all = part(0, Segment::Chunk(own), start > 0)?;
         if start == 0 {
-            return Ok(all.out);
+            return Ok(part(0, Segment::Chunk(own), false)?.out);
         }
         let (gpu, (heads, ctx, dim)) = (device(q)?, self.dims);
         let main = gpu.cuda_stream();
@@ -112,6 +110,7 @@ impl PinnedStore {
         let [one, two] = buffers;
         let buffers = [one?, two?];
         let mut free = [main.record_event(None).map_err(failed)?, main.record_event(None).map_err(failed)?];
+        let mut all = None;
         for (i, from) in (0..start).step_by(tile).enumerate() {
             let (buffer, n) = (&buffers[i % 2], tile.min(start - from));
             self.copies.wait(&free[i % 2]).map_err(failed)?;
@@ -131,6 +130,10 @@ impl PinnedStore {
                 .result()
                 .map_err(failed)?;
             }
+            if all.is_none() {
+                // The chunk as if nothing came before it, while the first tile is copied.
+                all = Some(RunningAttention::new(part(0, Segment::Chunk(own), true)?)?);
+            }
             main.join(&self.copies).map_err(failed)?;
             let rows = buffer.narrow(1, 0, n)?;
             let half = |i: usize| rows.narrow(2, i, 1)?.squeeze(2)?.transpose(0, 1);
@@ -138,10 +141,11 @@ impl PinnedStore {
             // A row number, not a position: every query sees the whole tile.
             let tile_part = part(n, Segment::Ring(KeyValues { k: &k, v: &v }), true)?;
             free[i % 2] = main.record_event(None).map_err(failed)?;
-            all = merge_attention(&[all, tile_part])?;
+            if let Some(all) = &mut all {
+                all.add(&tile_part)?;
+            }
         }
-        let Attended { out, .. } = all;
-        Ok(out)
+        all.ok_or_else(|| Error::new(ErrorKind::Backend, "host store", "has no tile"))?.finish()
     }
 }
 

@@ -38,8 +38,8 @@ impl MemoryNeeds {
         let width = attention_most(&|a| 2 * a.q_width() + 4 * a.kv_width());
         let attention = 4 * spec.hidden + width + attention_most(&|a| a.q_width());
         let feed_forward = 4 * spec.hidden + 3 * wide;
-        // A tile's attention, its merge with that of earlier tiles, and their log-sum-exps.
-        let partial = |a: &AttentionSpec| 2 * a.q_width() + 8 * a.heads / size;
+        // A tile's attention, its f32 sum with that of earlier tiles, and their log-sum-exps.
+        let partial = |a: &AttentionSpec| a.q_width() + (4 * a.q_width() + 8 * a.heads) / size;
         let recall = if layout.recall().next().is_some() { attention_most(&partial) } else { 0 };
         let tables = 4 * attention_most(&|a| a.head_dim) * spec.ropes.len();
         // Products with quantised matrices are computed in parts and concatenated.

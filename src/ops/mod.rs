@@ -21,6 +21,8 @@ mod view;
 
 #[cfg(feature = "cuda")]
 pub(crate) use attention::decode;
+#[cfg(feature = "cuda")]
+pub use attention::RunningAttention;
 pub use attention::{
     attend, merge as merge_attention, reference, Attended, AttentionArgs, FarRow, KeyValues, RowList, Segment, Store,
     StoreRows, Window, NO_ROW,

@@ -2,6 +2,7 @@
 
 use super::*;
 use bfly::layout::Layout;
+use bfly::ops::Attended;
 use bfly::recall::calibrate;
 use bfly::retrofit::{RestKind, RetrofitPlan};
 use bfly::spec::AttentionKind;
@@ -109,6 +110,39 @@ fn steps_of_the_last_layer_are_the_cpus_but_for_ties() -> Any {
                 return Err("nothing was fetched".into());
             };
             assert!(bytes == on_gpu && (share - repeated).abs() < 0.05, "{name}: {share:.3} against {repeated:.3}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_is_summed_in_place_as_merged_at_once() -> Any {
+    let Some(device) = gpu("attention_is_summed_in_place_as_merged_at_once") else { return Ok(()) };
+    for (dtype, limit) in [(DType::F32, 1e-5), (DType::BF16, 1e-2), (DType::F16, 2e-3)] {
+        for (t, h, d) in [(2, 1, 8), (37, 6, 80), (130, 3, 128)] {
+            let part = |i: usize| -> Any<Attended> {
+                let lse = Tensor::randn(0f32, 5.0, (t, h), &Device::Cpu)?;
+                // The first rows read nothing in some parts, and the very first in none.
+                let none = Tensor::full(f32::NEG_INFINITY, (t, h), &Device::Cpu)?;
+                let read: Vec<u8> = (0..t * h).map(|r| u8::from(r > 0 && (r + i) % 3 > 0)).collect();
+                let lse = Tensor::from_vec(read, (t, h), &Device::Cpu)?.where_cond(&lse, &none)?;
+                let out = Tensor::randn(0f32, 1.0, (t, h, d), &Device::Cpu)?.to_dtype(dtype)?;
+                Ok(Attended { out, lse: Some(lse) })
+            };
+            let parts = (0..5).map(part).collect::<Any<Vec<_>>>()?;
+            let want = ops::merge_attention(&parts)?.out.to_dtype(DType::F32)?;
+            let there = |a: &Attended| -> Any<Attended> {
+                let lse = a.lse.as_ref().map(|l| l.to_device(&device)).transpose()?;
+                Ok(Attended { out: a.out.to_device(&device)?, lse })
+            };
+            let mut sum = ops::RunningAttention::new(there(&parts[0])?)?;
+            parts[1..].iter().try_for_each(|p| Ok::<_, Box<dyn std::error::Error>>(sum.add(&there(p)?)?))?;
+            let got = sum.finish()?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+            // The first query reads nothing in any part: no caller uses it.
+            let read = |x: &Tensor| x.flatten_to(1)?.narrow(0, 1, t * h - 1);
+            let (got, want) = (read(&got)?, read(&want)?);
+            let (off, _) = errors(&got, &want, dtype)?;
+            assert!(off < limit, "{dtype:?}, {t} x {h} x {d}: {off:.2e}");
         }
     }
     Ok(())

@@ -32,6 +32,8 @@ mod merge;
 mod reference;
 
 pub use merge::merge;
+#[cfg(feature = "cuda")]
+pub use merge::RunningAttention;
 pub use reference::reference;
 
 use crate::error::{Error, ErrorKind, Result};
