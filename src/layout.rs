@@ -240,6 +240,18 @@ impl Layout {
         self.layers.iter().filter_map(|l| if let LayerKind::Recall(r) = &l.kind { Some(&**r) } else { None })
     }
 
+    /// Returns whether every layer caches each position that its queries may read, as in the stock model.
+    pub fn is_dense(&self) -> bool {
+        self.layers.iter().all(|l| matches!(l.kind, LayerKind::Full | LayerKind::Sliding { .. }))
+    }
+
+    /// Returns whether prefill gives the stock model's keys and values: layers with exact recall attend to every position,
+    /// butterfly layers and evicting layers do not.
+    pub fn prefills_exactly(&self) -> bool {
+        let exact = |l: &LayerPlan| !matches!(l.kind, LayerKind::Butterfly(_) | LayerKind::Evict(_));
+        self.layers.iter().all(exact)
+    }
+
     /// Returns the method that the layout was made for.
     pub fn method(&self) -> &Method {
         &self.method

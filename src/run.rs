@@ -39,7 +39,8 @@ pub struct Run {
     cache: Cache,
     /// Why the cache is incomplete, if it is.
     poisoned: Option<String>,
-    stream: Lease,
+    /// Shared with the runs forked from this one.
+    stream: Arc<Lease>,
     weights: Arc<Weights>,
 }
 
@@ -63,13 +64,38 @@ impl Run {
         if !shapes.eq(layout.layers.iter().map(|l| (l.heads, l.kv_heads, l.head_dim))) {
             return Err(Error::new(ErrorKind::Backend, "layout", "was made for another model"));
         }
+        Self::leased(weights, layout, Arc::new(Lease::new(weights)?))
+    }
+
+    fn leased(weights: &Arc<Weights>, layout: Layout, stream: Arc<Lease>) -> Result<Self> {
         let layout = match layout.lacks_tables() {
             true => layout.calibrated(weights.calibration()?, weights.spec(), &weights.ropes)?,
             false => layout,
         };
-        let stream = Lease::new(weights)?;
-        let cache = Cache::new(&layout, weights.dtype(), stream.device())?;
+        let cache = Cache::within(&layout, weights.dtype(), stream.device(), weights.host_memory().clone())?;
         Ok(Self { layout, cache, poisoned: None, stream, weights: weights.clone() })
+    }
+
+    /// Creates a run of `method` at this run's position from a copy of this run's keys and values, without a prefill of
+    /// its own; this run does not change.
+    ///
+    /// Keys and values of a context are the same under every method with an exact prefill ([`Layout::prefills_exactly`]):
+    /// one prefill by the stock model serves all of them. Returns `None` where a prefill is needed: `method` has none
+    /// that is exact, or this run stores less than every position of its full-attention layers.
+    ///
+    /// Both runs use one device stream, so on a GPU no two threads may use them at the same time.
+    ///
+    /// # Errors
+    /// Those of [`Run::new`]; an earlier failure left the cache of this run incomplete.
+    pub fn fork(&self, method: impl Into<Method>) -> Result<Option<Self>> {
+        self.admit(0)?;
+        let layout = Layout::new(self.weights.spec(), method, self.layout.ctx())?;
+        if !self.layout.is_dense() || !layout.prefills_exactly() {
+            return Ok(None);
+        }
+        let mut run = Self::leased(&self.weights, layout, self.stream.clone())?;
+        run.cache.copy_from(&self.cache)?;
+        Ok(Some(run))
     }
 
     /// Returns the weights.

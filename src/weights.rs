@@ -4,6 +4,7 @@
 //! captured step, and decode steps of several runs fill a GPU that one leaves idle. Loading ends with a
 //! synchronisation, after which weights are only read.
 
+use crate::cache::HostMemory;
 use crate::checkpoint::{Checkpoint, OnProgress, WeightFormat};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mixer::Projections;
@@ -52,6 +53,8 @@ pub struct Weights {
     bytes: u64,
     /// Device handles that no run leases, each with its own stream.
     idle: Mutex<Vec<Device>>,
+    /// Page-locked memory of the runs.
+    host_memory: Arc<HostMemory>,
     /// What the codes of exact recall are fitted to, once it is known.
     calibration: OnceLock<Calibration>,
 }
@@ -103,6 +106,11 @@ impl Weights {
     /// Bytes that a decode step reads: every matrix but an untied embedding table.
     pub fn bytes_per_token(&self) -> u64 {
         self.bytes - if self.spec.tied { 0 } else { self.embed.bytes() }
+    }
+
+    /// Returns the page-locked memory that runs share.
+    pub(crate) fn host_memory(&self) -> &Arc<HostMemory> {
+        &self.host_memory
     }
 
     /// Sets what the codes of exact recall are fitted to; has no effect if it is set already.
@@ -200,7 +208,8 @@ impl Loader<'_> {
         let ropes = spec.ropes.iter().map(Rope::new).collect();
         let (device, dtype) = (self.device.clone(), self.format.compute());
         let idle = Mutex::new(vec![device.clone()]);
-        Ok(Weights { spec, embed, blocks, norm, head, ropes, device, dtype, bytes, idle, calibration: OnceLock::new() })
+        let (host_memory, calibration) = Default::default();
+        Ok(Weights { spec, embed, blocks, norm, head, ropes, device, dtype, bytes, idle, host_memory, calibration })
     }
 
     fn matrix(&self, tensor: &TensorSpec) -> Result<Weight> {

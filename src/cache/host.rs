@@ -3,11 +3,13 @@
 
 #[cfg(feature = "cuda")]
 use super::pinned::PinnedStore;
+use super::HostMemory;
 use crate::error::Result;
 #[cfg(feature = "cuda")]
 use crate::error::{Error, ErrorKind};
 use crate::ops::{attend, AttentionArgs, KeyValues, Segment, Window};
 use candle_core::{DType, Device, Tensor};
+use std::sync::Arc;
 
 /// Bytes of a tile of keys and values that prefill on a GPU streams to the device; two are allocated.
 pub(crate) const TILE_BYTES: usize = 64 << 20;
@@ -30,15 +32,22 @@ enum Rows {
 }
 
 impl HostStore {
-    /// Allocates room for `ctx` positions, page-locked where `device` is a GPU.
+    /// Allocates room for `ctx` positions, page-locked memory of `memory` where `device` is a GPU.
     ///
     /// # Errors
     /// An allocation fails.
-    pub fn new(ctx: usize, (kv_heads, dim): (usize, usize), dtype: DType, device: &Device) -> Result<Self> {
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
+    pub fn new(
+        ctx: usize,
+        (kv_heads, dim): (usize, usize),
+        dtype: DType,
+        device: &Device,
+        memory: &Arc<HostMemory>,
+    ) -> Result<Self> {
         let ctx = ctx.max(1);
         let rows = match device {
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => Rows::Pinned(PinnedStore::new(ctx, (kv_heads, dim), dtype, device)?),
+            Device::Cuda(_) => Rows::Pinned(PinnedStore::new(ctx, (kv_heads, dim), dtype, device, memory)?),
             _ => Rows::Memory(Tensor::zeros((kv_heads, ctx, 2, dim), dtype, &Device::Cpu)?),
         };
         Ok(Self { rows, ctx, kv_heads })
@@ -135,8 +144,8 @@ mod tests {
         let device = Device::Cpu;
         for (cuts, g, group, d) in [(vec![5usize, 1, 300, 64], 2, 3, 64), (vec![9, 1], 1, 1, 7), (vec![1], 3, 2, 32)] {
             let total: usize = cuts.iter().sum();
-            let (mut store, mut ring) =
-                (HostStore::new(total, (g, d), DType::F32, &device)?, Ring::new(total, (g, d), DType::F32, &device)?);
+            let mut store = HostStore::new(total, (g, d), DType::F32, &device, &Arc::default())?;
+            let mut ring = Ring::new(total, (g, d), DType::F32, &device)?;
             let mut start = 0;
             for t in cuts {
                 let random = |heads: usize| Tensor::randn(0f32, 1.0, (t, heads, d), &device);

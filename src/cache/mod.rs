@@ -6,6 +6,7 @@
 
 mod compressed_kv;
 mod host;
+mod host_memory;
 #[cfg(feature = "cuda")]
 mod pinned;
 mod recall_codes;
@@ -18,6 +19,7 @@ mod two_pool;
 
 pub use compressed_kv::CompressedKv;
 pub use host::HostStore;
+pub use host_memory::HostMemory;
 pub(crate) use host::TILE_BYTES;
 #[cfg(feature = "cuda")]
 pub use pinned::PinnedStore;
@@ -36,9 +38,13 @@ use recall_kv::Workspace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{CacheBytes, LayerKind, LayerPlan, Layout};
 use crate::method::Method;
-use crate::ops::human_bytes;
+use crate::ops::{human_bytes, KeyValues};
 use candle_core::{DType, Device};
 use serde::Serialize;
+use std::sync::Arc;
+
+/// Tokens copied at a time from a dense cache to one with exact recall, which bounds the memory of the copy.
+const COPIED_TOKENS: usize = 4096;
 
 /// Cache bytes by pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -107,6 +113,22 @@ impl LayerState {
         })
     }
 
+    /// Fills this empty state with positions `0..count`, those that it stores, of a layer that caches them all.
+    fn copy_from(&mut self, other: &Self, count: usize) -> Result<()> {
+        match (self, other) {
+            (Self::Dense(to), Self::Dense(from)) | (Self::Ring(to), Self::Ring(from)) => to.copy_from(from, count),
+            (Self::Recall(to), Self::Dense(from)) => {
+                let KeyValues { k, v } = from.rows();
+                for start in (0..count).step_by(COPIED_TOKENS) {
+                    let n = COPIED_TOKENS.min(count - start);
+                    to.push(&k.narrow(0, start, n)?, &v.narrow(0, start, n)?, start)?;
+                }
+                Ok(())
+            }
+            _ => Err(Error::new(ErrorKind::Backend, "cache", "cannot be filled from one of another layout")),
+        }
+    }
+
     /// Returns the allocated bytes by pool.
     pub fn capacity_bytes(&self) -> PoolBytes {
         match self {
@@ -146,12 +168,20 @@ impl Cache {
     /// # Errors
     /// The cache is larger than the device's memory (refused before the first allocation); an allocation fails.
     pub fn new(layout: &Layout, dtype: DType, device: &Device) -> Result<Self> {
+        Self::within(layout, dtype, device, Arc::default())
+    }
+
+    /// Allocates like [`Cache::new`], with the page-locked memory of layers with exact recall from `memory`.
+    ///
+    /// # Errors
+    /// Those of [`Cache::new`].
+    pub fn within(layout: &Layout, dtype: DType, device: &Device, memory: Arc<HostMemory>) -> Result<Self> {
         let CacheBytes { peak, dense, host, .. } = layout.bytes(dtype);
         refuse_too_large(if device.is_cpu() { peak.saturating_add(host) } else { peak }, layout.ctx(), device)?;
         if !device.is_cpu() {
             refuse_too_large(host, layout.ctx(), &Device::Cpu)?;
         }
-        let mut workspace = Workspace::default();
+        let mut workspace = Workspace::new(memory);
         let state = |(i, plan): (usize, &LayerPlan)| {
             LayerState::new(plan, &mut workspace, dtype, device).map_err(|e| out_of_memory(e, i, peak, layout.method()))
         };
@@ -181,6 +211,19 @@ impl Cache {
         let more = need.map_or(String::new(), |n| format!("; give at least {n}"));
         let message = format!("{count} tokens after {} exceed the context length of {}{more}", self.position, self.ctx);
         Err(Error::new(ErrorKind::Context, "--ctx", message))
+    }
+
+    /// Fills this empty cache with the positions of `other`, a cache of the same model and context length in which every
+    /// layer is dense or a sliding window.
+    ///
+    /// # Errors
+    /// Layers that cannot be filled from those of `other`; the device fails.
+    pub(crate) fn copy_from(&mut self, other: &Self) -> Result<()> {
+        for (i, (layer, from)) in self.layers.iter_mut().zip(&other.layers).enumerate() {
+            layer.copy_from(from, other.position).map_err(|e| e.within(format!("cache of layer {i}")))?;
+        }
+        self.position = other.position;
+        Ok(())
     }
 
     /// Advances the position by `count` tokens, after every layer has stored them.

@@ -1,6 +1,6 @@
 //! The host store of a GPU: page-locked memory that kernels read in place and that prefill streams back tile by tile.
 
-use super::host::TILE_BYTES;
+use super::{HostMemory, TILE_BYTES};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::ops::cuda::{address, device, uninitialised};
 use crate::ops::{attend, human_bytes, AttentionArgs, KeyValues, RunningAttention, Segment, Window};
@@ -11,7 +11,10 @@ use std::sync::Arc;
 /// Exact keys and values in page-locked memory, `[G, ctx, 2, D]`.
 #[derive(Debug)]
 pub struct PinnedStore {
-    slice: PinnedHostSlice<u8>,
+    /// The memory; `None` only while the store is dropped.
+    slice: Option<PinnedHostSlice<u8>>,
+    /// Where the memory comes from and goes back to.
+    memory: Arc<HostMemory>,
     /// Address of the slice, the same on host and device under unified addressing.
     at: u64,
     /// `(G, ctx, D)`.
@@ -21,31 +24,44 @@ pub struct PinnedStore {
     copies: Arc<CudaStream>,
 }
 
+/// Size of keys and values of `(G, ctx, D)`, bytes.
+fn bytes_of((kv_heads, ctx, dim): (usize, usize, usize), dtype: DType) -> usize {
+    kv_heads * ctx * 2 * dim * dtype.size_in_bytes()
+}
+
 impl PinnedStore {
-    /// Allocates the store.
+    /// Allocates the store in page-locked memory of `memory`.
     ///
     /// # Errors
     /// The system does not lock as much memory.
-    pub fn new(ctx: usize, (kv_heads, dim): (usize, usize), dtype: DType, gpu: &Device) -> Result<Self> {
+    pub fn new(
+        ctx: usize,
+        (kv_heads, dim): (usize, usize),
+        dtype: DType,
+        gpu: &Device,
+        memory: &Arc<HostMemory>,
+    ) -> Result<Self> {
         let Device::Cuda(gpu) = gpu else { return Err(Error::unsupported("host store", "is locked for a GPU alone")) };
         let stream = gpu.cuda_stream();
-        let bytes = kv_heads * ctx * 2 * dim * dtype.size_in_bytes();
+        let dims = (kv_heads, ctx, dim);
+        let bytes = bytes_of(dims, dtype);
         let failed = |e: DriverError| {
             let message =
                 format!("{} of host memory cannot be locked: {e}; use a smaller --ctx", human_bytes(bytes as u64));
             Error::new(ErrorKind::Memory, "host store", message)
         };
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
-        // SAFETY: every position is written before attention reads it.
-        let slice = unsafe { stream.context().alloc_pinned_with_flags::<u8>(bytes.max(1), flags) }.map_err(failed)?;
+        // SAFETY: every position is written before attention reads it, in new and in reused memory.
+        let allocate = || unsafe { stream.context().alloc_pinned_with_flags::<u8>(bytes.max(1), flags) };
+        let slice = memory.pinned.take(bytes, allocate).map_err(failed)?;
         let at = slice.as_ptr().map_err(failed)? as u64;
         let copies = stream.context().new_stream().map_err(candle_core::Error::wrap).at("host store")?;
-        Ok(Self { slice, at, dims: (kv_heads, ctx, dim), dtype, copies })
+        Ok(Self { slice: Some(slice), memory: memory.clone(), at, dims, dtype, copies })
     }
 
     /// Returns the allocated bytes.
     pub fn bytes(&self) -> u64 {
-        self.slice.num_bytes() as u64
+        bytes_of(self.dims, self.dtype) as u64
     }
 
     /// Returns the address that kernels read.
@@ -151,7 +167,10 @@ impl PinnedStore {
 
 impl Drop for PinnedStore {
     fn drop(&mut self) {
-        // Kernels and copies of the run's stream may still use the memory.
-        let _ = self.slice.context().synchronize();
+        if let Some(slice) = self.slice.take() {
+            // Kernels and copies of the run's stream may still use the memory.
+            let _ = slice.context().synchronize();
+            self.memory.pinned.give_back(bytes_of(self.dims, self.dtype), slice);
+        }
     }
 }

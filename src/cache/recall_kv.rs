@@ -3,11 +3,12 @@
 
 #[cfg(feature = "cuda")]
 use super::GpuCodes;
-use super::{CpuCodes, HostStore, PoolBytes, Ring, Sinks, TwoPool};
+use super::{CpuCodes, HostMemory, HostStore, PoolBytes, Ring, Sinks, TwoPool};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{LayerPlan, RecallLayer};
 use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
+use std::sync::Arc;
 
 /// Cache of a layer with exact recall.
 #[derive(Debug)]
@@ -55,11 +56,24 @@ pub enum Codes {
     Gpu(Box<GpuCodes>),
 }
 
-/// Scratch memory that the layers of a run share, one piece per shape of layer; steps on a CPU need none.
-#[derive(Debug, Default)]
+/// Memory that the layers of a run share: scratch memory, one piece per shape of layer, of which steps on a CPU need
+/// none; and where their host stores come from.
+#[derive(Debug)]
 pub(super) struct Workspace {
+    pub memory: Arc<HostMemory>,
     #[cfg(feature = "cuda")]
-    pub scratch: Vec<std::sync::Arc<super::recall_gpu::Scratch>>,
+    pub scratch: Vec<Arc<super::recall_gpu::Scratch>>,
+}
+
+impl Workspace {
+    /// Creates a workspace without scratch memory.
+    pub fn new(memory: Arc<HostMemory>) -> Self {
+        Self {
+            memory,
+            #[cfg(feature = "cuda")]
+            scratch: vec![],
+        }
+    }
 }
 
 impl Codes {
@@ -75,7 +89,6 @@ impl Codes {
 
 impl RecallKv {
     /// Allocates the cache of `layer`; `local` is its ring.
-    #[cfg_attr(not(feature = "cuda"), allow(unused_variables))]
     pub(super) fn new(
         layer: &RecallLayer,
         local: Ring,
@@ -87,7 +100,7 @@ impl RecallKv {
             return Err(Error::new(ErrorKind::Usage, "recall", "needs a calibration of this model"));
         };
         let row = plan.row();
-        let store = HostStore::new(layer.ctx, row, dtype, device)?;
+        let store = HostStore::new(layer.ctx, row, dtype, device, &workspace.memory)?;
         let codes = match device {
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => {

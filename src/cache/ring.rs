@@ -2,7 +2,7 @@
 //!
 //! With the whole context as capacity it is a dense cache.
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::ops::KeyValues;
 use candle_core::{DType, Device, Tensor};
 
@@ -57,6 +57,22 @@ impl Ring {
     pub fn write(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
         write_wrapped(&self.k, k, start)?;
         write_wrapped(&self.v, v, start)
+    }
+
+    /// Copies the rows of a ring of the same capacity into which `count` positions have been written.
+    ///
+    /// # Errors
+    /// Another capacity or shape of rows.
+    pub fn copy_from(&mut self, other: &Self, count: usize) -> Result<()> {
+        if self.capacity() != other.capacity() {
+            let message = format!("{} rows cannot be copied to {}", other.capacity(), self.capacity());
+            return Err(Error::new(ErrorKind::Backend, "cache", message));
+        }
+        // Equal capacities: a position is in the same row of both.
+        match count.min(self.capacity()) {
+            0 => Ok(()),
+            rows => self.write(&other.k.narrow(0, 0, rows)?, &other.v.narrow(0, 0, rows)?, 0),
+        }
     }
 }
 

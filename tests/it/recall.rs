@@ -1,7 +1,9 @@
 //! Exact recall: exact prefill, decode in three zones, calibration and its file.
 
 use crate::common::*;
+use bfly::eviction::EvictionPlan;
 use bfly::generate::watch;
+use bfly::method::Method;
 use bfly::recall::{calibrate, Calibration};
 use bfly::retrofit::{KeyPooling, PrefillKind, RestKind, RetrofitPlan, Settings};
 use bfly::run::Run;
@@ -38,7 +40,7 @@ fn with_every_token_fetched_decode_is_dense_attention() -> Any {
     for name in ["llama", "qwen2", "gemma3", "qwen3_d128"] {
         let model = calibrated(name)?;
         let text = ids(260);
-        let want = read(&mut Run::new(&model.weights, bfly::method::Method::Stock, 600)?, &text, 200, 64)?;
+        let want = read(&mut Run::new(&model.weights, Method::Stock, 600)?, &text, 200, 64)?;
         for (rest, chunk) in [(RestKind::Codes, 1), (RestKind::Means, 37), (RestKind::None, 200)] {
             let settings = Settings { rest, ..settings(300) };
             let got = read(&mut run(&model, &settings, 600)?, &text, 200, chunk)?;
@@ -53,8 +55,7 @@ fn with_every_token_fetched_decode_is_dense_attention() -> Any {
 fn prefill_is_exact_whatever_is_fetched() -> Any {
     let model = calibrated("qwen2")?;
     let text = ids(500);
-    let want =
-        Run::new(&model.weights, bfly::method::Method::Stock, 600)?.prefill(&text, 128, 50, &mut watch(|_| ()))?;
+    let want = Run::new(&model.weights, Method::Stock, 600)?.prefill(&text, 128, 50, &mut watch(|_| ()))?;
     for chunk in [1, 33, 500] {
         let got = run(&model, &settings(1), 600)?.prefill(&text, chunk, 50, &mut watch(|_| ()))?;
         let off = deviation(&got, &want)?;
@@ -118,6 +119,86 @@ fn decode_does_not_depend_on_how_the_prompt_was_cut() -> Any {
             assert!(off < 1e-3, "{rest:?}, {key_code}: {off:.2e} standard deviations off");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn a_fork_of_the_stock_run_goes_on_as_a_run_that_prefilled_by_itself() -> Any {
+    let (text, context) = (ids(420), 380);
+    for name in ["llama", "qwen2", "gemma3"] {
+        let model = calibrated(name)?;
+        let full = model.spec().full_layers();
+        let plan =
+            |layers: &[usize], settings: Settings| RetrofitPlan::new(model.spec(), Some(layers.to_vec()), settings);
+        let mut plans = vec![plan(&full, Settings { key_code: "page".into(), ..settings(20) })?];
+        for rest in [RestKind::Codes, RestKind::Means, RestKind::None] {
+            plans.push(plan(&full, Settings { rest, ..settings(20) })?);
+        }
+        // Dense layers beside layers with recall, and recall of everything, which is dense.
+        plans.extend([plan(&full[..1], settings(20))?, plan(&full, settings(600))?]);
+        let methods: Vec<Method> = plans.iter().map(Method::from).chain([Method::Stock]).collect();
+
+        let mut stock = Run::new(&model.weights, Method::Stock, 600)?;
+        stock.prefill(&text[..context], 100, 1, &mut watch(|_| ()))?;
+        for method in &methods {
+            for exact in [false, true] {
+                let mut own = Run::new(&model.weights, method, 600)?;
+                own.prefill(&text[..context], 100, 1, &mut watch(|_| ()))?;
+                let mut forked = stock.fork(method)?.ok_or("no fork")?;
+                assert_eq!((forked.cache().position(), forked.layout().method()), (context, method));
+                assert_eq!(forked.cache().used_bytes(), own.cache().used_bytes());
+                let go_on = |run: &mut Run| match exact {
+                    true => run.prefill(&text[context..], 100, 40, &mut watch(|_| ())),
+                    false => run.read(&text[context..]),
+                };
+                let off = deviation(&go_on(&mut forked)?, &go_on(&mut own)?)?;
+                assert!(off < 1e-5, "{name}, {method:?}, exact {exact}: {off:.2e} standard deviations off");
+            }
+        }
+        // The forks, which went on, have changed nothing.
+        let mut fresh = Run::new(&model.weights, Method::Stock, 600)?;
+        fresh.prefill(&text[..context], 100, 1, &mut watch(|_| ()))?;
+        assert_eq!(stock.cache().position(), context);
+        assert_eq!(stock.read(&text[context..])?.to_vec2::<f32>()?, fresh.read(&text[context..])?.to_vec2::<f32>()?);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_long_context_is_forked_in_pieces() -> Any {
+    let (model, text) = (calibrated("llama")?, ids(4620));
+    let mut stock = Run::new(&model.weights, Method::Stock, 5000)?;
+    stock.prefill(&text[..4600], 512, 1, &mut watch(|_| ()))?;
+    let method =
+        Method::from(&RetrofitPlan::new(model.spec(), None, Settings { rest: RestKind::Means, ..settings(40) })?);
+    let mut own = Run::new(&model.weights, &method, 5000)?;
+    own.prefill(&text[..4600], 512, 1, &mut watch(|_| ()))?;
+    let mut forked = stock.fork(&method)?.ok_or("no fork")?;
+    let off = deviation(&forked.read(&text[4600..])?, &own.read(&text[4600..])?)?;
+    assert!(off < 1e-5, "{off:.2e} standard deviations off");
+    Ok(())
+}
+
+#[test]
+fn a_fork_is_refused_where_prefill_is_not_the_stock_models() -> Any {
+    let model = calibrated("gemma3")?;
+    let run_of = |method: &Method| -> Any<Run> {
+        let mut run = Run::new(&model.weights, method, 600)?;
+        run.prefill(&ids(300), 100, 1, &mut watch(|_| ()))?;
+        Ok(run)
+    };
+    let summaries = Method::from(&RetrofitPlan::new(model.spec(), None, settings(0))?);
+    let evict = Method::from(&EvictionPlan::new("keydiff", 40, &[("block", 16)])?);
+    let recall = Method::from(&RetrofitPlan::new(model.spec(), None, settings(20))?);
+    let stock = run_of(&Method::Stock)?;
+    for other in [&summaries, &evict] {
+        assert!(stock.fork(other)?.is_none(), "{other:?} reads the context otherwise");
+    }
+    for other in [&summaries, &evict, &recall] {
+        assert!(run_of(other)?.fork(Method::Stock)?.is_none(), "{other:?} lacks rows on the device");
+    }
+    let foreign = RetrofitPlan { model_layers: 99, ..RetrofitPlan::new(model.spec(), None, settings(20))? };
+    assert!(stock.fork(&foreign).is_err());
     Ok(())
 }
 
