@@ -63,20 +63,41 @@ impl Target {
         &self.checkpoint
     }
 
-    /// Parses `--variants` for any context; `kv=SHARE` is refused.
+    /// Parses `--variants` for any context; `kv=SHARE` and `question=exact` are refused.
     ///
     /// # Errors
     /// As [`variant::parse`].
     pub fn variants(&self) -> Result<Vec<Variant>> {
-        self.parse_variants(None)
+        self.without_questions(None)
     }
 
-    /// Parses `--variants` for context `ctx`, at which `kv=SHARE` is a share of the dense cache.
+    /// Parses `--variants` for context `ctx`, at which `kv=SHARE` is a share of the dense cache; `question=exact` is
+    /// refused.
     ///
     /// # Errors
     /// As [`variant::parse`].
     pub fn variants_at(&self, ctx: usize) -> Result<Vec<Variant>> {
-        self.parse_variants(Some(ctx))
+        self.without_questions(Some(ctx))
+    }
+
+    /// Parses `--variants` like [`Target::variants_at`], for variants that answer questions: `question=exact` is
+    /// accepted if questions are `unseen`, read after the context.
+    ///
+    /// # Errors
+    /// As [`variant::parse`].
+    pub fn answering_at(&self, ctx: usize, unseen: bool) -> Result<Vec<Variant>> {
+        let variants = self.parse_variants(Some(ctx))?;
+        if !unseen {
+            let why = "makes no difference without --question-unseen: the whole prompt is read exactly";
+            variant::refuse_exact_questions(&variants, why)?;
+        }
+        Ok(variants)
+    }
+
+    fn without_questions(&self, ctx: Option<usize>) -> Result<Vec<Variant>> {
+        let variants = self.parse_variants(ctx)?;
+        variant::refuse_exact_questions(&variants, "is a setting of ruler and needle alone")?;
+        Ok(variants)
     }
 
     fn parse_variants(&self, ctx: Option<usize>) -> Result<Vec<Variant>> {

@@ -4,14 +4,15 @@
 //! rule of [`crate::eviction`] with a colon, every item that is not a variant's name belongs to that variant: another
 //! `KEY=VALUE`, or another part of a list of layers.
 //!
-//! The keys of `retrofit:` are the flags of `bfly-retrofit` ([`RetrofitArgs`]), parsed by the same struct, so that
-//! every flag is a key.
+//! The keys of `retrofit:` and `recall:` are the flags of `bfly-retrofit` ([`RetrofitArgs`]), parsed by the same struct,
+//! so that every flag is a key. Keys of their own are `kv` (not of `recall`) and, of `recall` alone, `question=exact`.
 
 use super::kv_budget::{self, parse_share};
 use crate::cli::{parse_count, RetrofitArgs};
 use crate::error::{Error, Result};
 use crate::eviction::{self, EvictionPlan, DEFAULT_BUDGET, RULES};
 use crate::method::Method;
+use crate::mixer::Phase;
 use crate::retrofit::{parse_layers, RetrofitPlan, Settings, DEFAULT_RECALL};
 use crate::spec::ModelSpec;
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapErrorKind};
@@ -19,6 +20,8 @@ use clap::{CommandFactory, Parser};
 
 /// Key that sets the window or the budget from the cache's size, as a share of a dense cache.
 const KV: &str = "kv";
+/// Key of `recall` that says how the question is read.
+const QUESTION: &str = "question";
 /// Flag that error messages name.
 const FLAG: &str = "--variants";
 /// The two-pool cache: window and block summaries.
@@ -33,12 +36,31 @@ pub struct Variant {
     pub name: String,
     /// Method that the full-attention layers run.
     pub method: Method,
+    /// How layers with exact recall read a question after its context: token by token, or exactly as prefill does. Other
+    /// layers make no difference.
+    pub question: Phase,
 }
 
 impl Variant {
     /// Returns the stock model, without a method.
     pub fn stock() -> Self {
-        Self { name: "stock".into(), method: Method::Stock }
+        Self::new("stock".into(), Method::Stock)
+    }
+
+    /// Returns the variant `name` that runs `method`, whose questions are read token by token.
+    pub fn new(name: String, method: Method) -> Self {
+        Self { name, method, question: Phase::Decode }
+    }
+}
+
+/// Refuses variants with `question=exact`.
+///
+/// # Errors
+/// The first such variant; the message is `question` and `why`.
+pub fn refuse_exact_questions(variants: &[Variant], why: &str) -> Result<()> {
+    match variants.iter().find(|v| v.question == Phase::Prefill) {
+        None => Ok(()),
+        Some(v) => Err(Error::usage(format!("{FLAG} {}", v.name), format!("`{QUESTION}` {why}"))),
     }
 }
 
@@ -67,11 +89,11 @@ impl RetrofitKeys {
         flags.filter_map(|a| a.get_long()).map(String::from).collect()
     }
 
-    /// Parses `pairs`; error messages begin with `place`.
-    fn parse_pairs(pairs: &[(String, String)], place: &str) -> Result<Self> {
+    /// Parses `pairs`; error messages begin with `place`, and name the variant's `own` key with the others.
+    fn parse_pairs(pairs: &[(String, String)], own: &str, place: &str) -> Result<Self> {
         let keys = Self::keys();
         if let Some((key, _)) = pairs.iter().find(|(key, _)| !keys.contains(key)) {
-            let message = format!("`{key}` is not a setting; settings are {}, {KV}", keys.join(", "));
+            let message = format!("`{key}` is not a setting; settings are {}, {own}", keys.join(", "));
             return Err(Error::usage(place, message));
         }
         Self::try_parse_from(pairs.iter().map(|(key, value)| format!("--{key}={value}")))
@@ -165,15 +187,16 @@ fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec, ctx: Opt
         return Err(Error::usage(place(), format!("`{KV}` sizes a window or a budget; recall has neither to size")));
     }
     let share = share_of(&mut given, size, ctx).map_err(|e| e.within(place()))?;
+    let question = question_of(what, &mut given).map_err(|e| e.within(place()))?;
     if what != RETROFIT && what != RECALL {
         let plan = eviction(what, &given).and_then(|plan| match share {
             Some((share, ctx)) => kv_budget::eviction(&plan, spec, ctx, share),
             None => Ok(plan),
         });
         let plan = plan.map_err(|e| e.within(place()))?;
-        return Ok(Variant { name, method: Method::Evict(plan) });
+        return Ok(Variant::new(name, Method::Evict(plan)));
     }
-    let keys = RetrofitKeys::parse_pairs(&given, &place())?;
+    let keys = RetrofitKeys::parse_pairs(&given, if what == RECALL { QUESTION } else { KV }, &place())?;
     let args = keys.retrofit;
     let saved = args.plan.as_deref().map(RetrofitPlan::load).transpose().map_err(|e| e.within(place()))?;
     if let (Some(plan), Some(path)) = (&saved, &args.plan) {
@@ -201,7 +224,27 @@ fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec, ctx: Opt
         None => Ok(plan),
     });
     let plan = plan.map_err(|e| e.within(place()))?;
-    Ok(Variant { name, method: Method::Butterfly(plan) })
+    if question == Some(Phase::Prefill) && plan.settings.recall == 0 {
+        return Err(Error::usage(place(), format!("`{QUESTION}` makes no difference: recall is 0")));
+    }
+    Ok(Variant { name, method: Method::Butterfly(plan), question: question.unwrap_or(Phase::Decode) })
+}
+
+/// Removes `question=recall|exact` from `given`, the settings of a variant of kind `what`.
+fn question_of(what: &str, given: &mut Vec<(String, String)>) -> Result<Option<Phase>> {
+    let Some(at) = given.iter().position(|(key, _)| key == QUESTION) else { return Ok(None) };
+    let (_, value) = given.remove(at);
+    if what != RECALL {
+        return Err(Error::usage(QUESTION, format!("is a setting of recall; {what} reads every question in one way")));
+    }
+    if given.iter().any(|(key, _)| key == QUESTION) {
+        return Err(Error::usage(QUESTION, "is given twice"));
+    }
+    match value.as_str() {
+        "recall" => Ok(Some(Phase::Decode)),
+        "exact" => Ok(Some(Phase::Prefill)),
+        _ => Err(Error::usage(QUESTION, format!("`{value}` is not one of recall, exact"))),
+    }
 }
 
 /// Removes `kv=SHARE` from `given` and returns the share with its context. The share sets `size`, so `given` must not
@@ -346,6 +389,19 @@ mod tests {
     }
 
     #[test]
+    fn recall_reads_questions_token_by_token_unless_exact() {
+        let all = parsed("stock,recall,recall:question=recall,recall:question=exact,recall=512").unwrap();
+        let questions: Vec<_> = all.iter().map(|v| v.question == Phase::Prefill).collect();
+        assert_eq!(questions, [false, false, false, true]);
+        assert_eq!(all[3].name, "recall:question=exact,recall=512");
+        assert_eq!(all[3].method.plan().unwrap().settings.recall, 512);
+        assert_eq!(all[1].method, all[2].method, "the plan is the same");
+        refuse_exact_questions(&all[..3], "").unwrap();
+        let e = refuse_exact_questions(&all, "is not for this").unwrap_err().to_string();
+        assert!(e.contains("--variants recall:question=exact,recall=512: `question` is not for this"), "{e}");
+    }
+
+    #[test]
     fn a_plan_is_read_from_its_file_and_changed_by_what_else_is_given() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("dense-2.json");
@@ -429,6 +485,12 @@ mod tests {
             ("retrofit:5", "`5` is not a setting"),
             ("retrofits", "`retrofits` is not stock"),
             ("recall:partner=all", "--partner: is a setting of block summaries"),
+            ("recall:question=maybe", "question: `maybe` is not one of recall, exact"),
+            ("recall:question=exact,question=exact", "question: is given twice"),
+            ("recall:question=exact,recall=0", "`question` makes no difference: recall is 0"),
+            ("recall:questions=exact", "`questions` is not a setting; settings are layers,"),
+            ("retrofit:question=exact", "question: is a setting of recall; retrofit reads every question in one way"),
+            ("snapkv:question=exact", "question: is a setting of recall; snapkv reads"),
             ("recall:kv=1/8", "`kv` sizes a window or a budget"),
             ("recall:key-code=pear", "--key-code: `pear` is not one of pair"),
             ("snapkv2:budget=9", "belongs to no"),

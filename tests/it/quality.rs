@@ -6,7 +6,7 @@ use bfly::eval::quality::metrics::{compare, losses, LogitRows, TOP};
 use bfly::eval::quality::prompting::{answer_turns, loss, read_context, AnswerLimits, PromptIds, Prompter};
 use bfly::eval::quality::tasks::{FollowUp, Sample, TokenCounter};
 use bfly::eval::report::{read, Ablation, Answers, LayerStudy, Score, Smoke, ABLATION, ANSWERS, LAYERS, SMOKE};
-use bfly::generate::{render_messages, watch};
+use bfly::generate::{render_messages, watch, Phase};
 use bfly::retrofit::Settings;
 use std::path::Path;
 
@@ -335,7 +335,7 @@ fn several_turns_read_what_one_text_with_their_answers_reads() -> Any {
             let answers_of = |stop: &[u32], ends: &dyn Fn(&[u32]) -> bool| -> Any<_> {
                 let (mut run, mut read) = (model.run()?, vec![]);
                 let before = read_context(&mut run, &prompt, 32, &mut |n| read.push(n))?;
-                let limits = AnswerLimits { room: 6, stop, ends, chunk: 8 };
+                let limits = AnswerLimits { room: 6, stop, ends, chunk: 8, question: Phase::Decode };
                 let answers = answer_turns(&mut run, &prompt, &limits, &mut |n| read.push(before + n))?;
                 assert_eq!(read.last(), Some(&prompt.tokens()), "progress counts the prompt's tokens");
                 assert!(read.windows(2).all(|p| p[0] <= p[1]), "{read:?}");

@@ -96,7 +96,7 @@ pub fn run(args: &AblateArgs) -> Result<()> {
         let name = format!("{} {value}", axis.name());
         let score = match &same_as {
             Some(_) => None,
-            None => Some(score(&Variant { name: name.clone(), method: Method::Butterfly(plan) })?),
+            None => Some(score(&Variant::new(name.clone(), Method::Butterfly(plan)))?),
         };
         let summaries_per_query = own.summaries_per_query();
         reads.push((name, own));

@@ -1,13 +1,17 @@
 //! Answers of variants to sets of samples, resumable.
+//!
+//! Keys and values of a context are the same under every method with an exact prefill, so the stock model reads each
+//! sample's context once and such variants answer in forks of its run ([`Run::fork`](crate::run::Run::fork)).
 
 use super::prompting::{PromptIds, Prompter};
-use super::runner::{shared_progress, Workers};
+use super::runner::{shared_progress, Runner, Workers};
 use super::tasks::{rule, Sample};
 use crate::cli::{short_count, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::resume::AnswersFile;
-use crate::eval::report::{hash, Answer, Cell, ScoringRule, TurnAnswer, VariantRecord};
+use crate::eval::report::{hash, Answer, Cell, KvBytes, ScoringRule, TurnAnswer, VariantRecord};
 use crate::eval::variant::Variant;
+use crate::method::Method;
 use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
 
@@ -21,14 +25,131 @@ pub struct SampleSet {
     pub samples: Vec<(Sample, PromptIds)>,
 }
 
-/// Returns the samples of `set` that `variant` has not answered.
-///
-/// # Errors
-/// Answers in `file` of a variant of this name to other prompts, or with another plan.
-fn missing<'a>(file: &AnswersFile, variant: &Variant, set: &'a SampleSet) -> Result<&'a [(Sample, PromptIds)]> {
-    let hashes = set.samples.iter().map(|(_, p)| hash(&p.ids()));
-    let answered = file.answered((&variant.name, &variant.method), (&set.task, set.length), hashes)?;
-    Ok(&set.samples[answered.min(set.samples.len())..])
+/// A set with the variants that answer it.
+struct Work<'a> {
+    set: &'a SampleSet,
+    variants: &'a [Variant],
+    /// Number of samples that each variant has answered.
+    answered: Vec<usize>,
+    /// Whether each variant answers in a fork of one run of the stock model that has read the context.
+    forks: Vec<bool>,
+}
+
+/// The answer of a variant to a sample.
+struct Answered {
+    /// Index of the variant.
+    variant: usize,
+    answer: Answer,
+    kv: KvBytes,
+    /// Seconds of the variant's own work.
+    seconds: f64,
+}
+
+impl<'a> Work<'a> {
+    /// Looks up the answers in `file`.
+    ///
+    /// # Errors
+    /// Answers in `file` of a variant of this name to other prompts, or with another plan; a variant that does not fit
+    /// the model.
+    fn new(file: &AnswersFile, runner: &Runner, set: &'a SampleSet, variants: &'a [Variant]) -> Result<Self> {
+        let answered = |v: &Variant| {
+            let hashes = set.samples.iter().map(|(_, p)| hash(&p.ids()));
+            file.answered((&v.name, &v.method), (&set.task, set.length), hashes)
+        };
+        let answered = variants.iter().map(answered).collect::<Result<_>>()?;
+        let mut forks = variants.iter().map(|v| runner.forks(v, set.length)).collect::<Result<Vec<_>>>()?;
+        // A variant by itself prefills with its own cache, which is smaller than the stock model's. Whether it is by
+        // itself does not depend on what is missing: a resumed file is that of one process.
+        if forks.iter().filter(|f| **f).count() < 2 {
+            forks.fill(false);
+        }
+        Ok(Self { set, variants, answered, forks })
+    }
+
+    /// Returns the index of the first sample that a variant has not answered.
+    fn first(&self) -> usize {
+        self.answered.iter().copied().min().unwrap_or(0).min(self.set.samples.len())
+    }
+
+    /// Returns the variants that have not answered sample `i`: those that answer in a fork, and those that prefill.
+    fn missing(&self, i: usize) -> (Vec<usize>, Vec<usize>) {
+        let missing = (0..self.variants.len()).filter(|v| self.answered[*v] <= i);
+        let shared = !self.set.samples[i].1.context.is_empty();
+        missing.partition(|v| shared && self.forks[*v])
+    }
+
+    /// Returns the number of tokens to read for sample `i`, answers not counted.
+    fn tokens(&self, i: usize) -> usize {
+        let (prompt, (forked, own)) = (&self.set.samples[i].1, self.missing(i));
+        let context = if forked.is_empty() { 0 } else { prompt.context.len() };
+        context + forked.len() * (prompt.tokens() - prompt.context.len()) + own.len() * prompt.tokens()
+    }
+
+    /// Prompts the variants that have not answered sample `i` with it. The context is read once for all that can answer
+    /// in a fork; the other variants read it themselves.
+    fn answer(&self, i: usize, runner: &Runner, prompting: &Prompter, progress: Progress) -> Result<Vec<Answered>> {
+        let (sample, prompt) = &self.set.samples[i];
+        let (rule, room) = (rule(&self.set.task)?, sample.max_new_tokens);
+        let ctx = self.set.length.max(prompt.tokens() + sample.room());
+        let (mut forked, own) = self.missing(i);
+        let answered = |variant: usize, begin: Instant, (answers, kv): (Vec<(String, usize)>, KvBytes)| {
+            let answer = record(sample, prompt, rule, &answers);
+            Answered { variant, answer, kv, seconds: begin.elapsed().as_secs_f64() }
+        };
+        let mut made = vec![];
+        for v in own {
+            let (variant, begin, mut on_tokens) = (&self.variants[v], Instant::now(), progress.of_text());
+            let answers = runner.run(variant, ctx, |run| {
+                let before = prompting.read_context(run, prompt, &mut on_tokens)?;
+                prompting.answer(run, prompt, (room, variant.question), &mut |n| on_tokens(before + n))
+            });
+            made.push(answered(v, begin, answers?));
+        }
+        if forked.is_empty() {
+            return Ok(made);
+        }
+        let mut stock = runner.stock(ctx, |run| prompting.read_context(run, prompt, &mut progress.of_text()))?;
+        // The stock model comes last: it answers in the run that the others are forked from.
+        forked.sort_by_key(|v| self.variants[*v].method == Method::Stock);
+        for v in forked {
+            let (variant, begin) = (&self.variants[v], Instant::now());
+            let answers = runner.fork(&mut stock, variant, |run| {
+                prompting.answer(run, prompt, (room, variant.question), &mut progress.of_text())
+            });
+            made.push(answered(v, begin, answers?));
+        }
+        Ok(made)
+    }
+
+    /// Adds `answered` to the cells of `file`.
+    fn add(&self, file: &mut AnswersFile, answered: Vec<Answered>) -> Result<()> {
+        for Answered { variant, answer, kv, seconds } in answered {
+            let Variant { name, method, .. } = &self.variants[variant];
+            file.add(Cell {
+                record: VariantRecord::of(name, method, kv),
+                task: self.set.task.clone(),
+                rule: rule(&self.set.task)?,
+                length: self.set.length,
+                seconds,
+                answers: vec![answer],
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Tokens read so far by all workers, and where they are shown.
+#[derive(Clone, Copy)]
+struct Progress<'a> {
+    done: &'a AtomicUsize,
+    show: &'a (dyn Fn(usize) + Sync),
+}
+
+impl<'a> Progress<'a> {
+    /// Returns the callback for one text, which takes the tokens read of it.
+    fn of_text(self) -> impl FnMut(usize) + 'a {
+        shared_progress(self.done, self.show)
+    }
 }
 
 /// Scores the answers of a sample's turns.
@@ -51,34 +172,8 @@ fn record(sample: &Sample, prompt: &PromptIds, rule: ScoringRule, answers: &[(St
     }
 }
 
-/// Prompts `variant` with the samples of `set` that it has not answered, and saves the answers.
-fn answer<'f>(
-    file: &'f mut AnswersFile,
-    runners: &mut Workers,
-    prompting: &Prompter,
-    (variant, set): (&Variant, &SampleSet),
-    on_tokens: &(dyn Fn(usize) + Sync),
-) -> Result<Option<&'f Cell>> {
-    let rule = rule(&set.task)?;
-    let missing = missing(file, variant, set)?;
-    let begin = Instant::now();
-    let done = AtomicUsize::new(0);
-    let made = runners.each(missing.len(), |runner, i| {
-        let (sample, prompt) = &missing[i];
-        let ctx = set.length.max(prompt.tokens() + sample.room());
-        let room = sample.max_new_tokens;
-        let mut on_own = shared_progress(&done, on_tokens);
-        let (answers, kv) = runner.run(variant, ctx, |run| prompting.answer(run, prompt, room, &mut on_own))?;
-        Ok((record(sample, prompt, rule, &answers), kv))
-    })?;
-    let (answers, kv): (Vec<_>, Vec<_>) = made.into_iter().unzip();
-    let Some(kv) = kv.last() else { return Ok(file.cell(&variant.name, &set.task, set.length)) };
-    let record = VariantRecord::of(&variant.name, &variant.method, *kv);
-    let (task, length, seconds) = (set.task.clone(), set.length, begin.elapsed().as_secs_f64());
-    file.add(Cell { record, task, rule, length, seconds, answers }).map(Some)
-}
-
-/// Prompts the variants `variants[i]` with the set `sets[i]` for every `i`, and prints the score of each.
+/// Prompts the variants `variants[i]` with the set `sets[i]` for every `i`, sample by sample, and prints the score of
+/// each. Answers are saved in the order of samples; after an error, those before the first missing sample.
 ///
 /// # Errors
 /// A variant that cannot be run; answers of a variant of this name to other prompts; a file that cannot be written.
@@ -90,24 +185,26 @@ pub fn answer_all(
     sets: &[SampleSet],
     bars: &Bars,
 ) -> Result<()> {
-    let tokens = |samples: &[(Sample, PromptIds)]| samples.iter().map(|(_, p)| p.tokens()).sum::<usize>();
-    let mut total = 0;
-    for (set, variant) in sets.iter().zip(variants).flat_map(|(s, all)| all.iter().map(move |v| (s, v))) {
-        total += tokens(missing(file, variant, set)?);
-    }
-    let mut done = 0;
-    for (set, variants) in sets.iter().zip(variants) {
-        for variant in variants {
-            let own = tokens(missing(file, variant, set)?);
-            let on_tokens = |n: usize| bars.show("ask", (done + n) as u64, total as u64);
-            let cell = answer(file, runners, prompting, (variant, set), &on_tokens)?;
+    let work = sets.iter().zip(variants).map(|(set, variants)| Work::new(file, runners.first(), set, variants));
+    let work = work.collect::<Result<Vec<_>>>()?;
+    let tokens = |w: &Work| (w.first()..w.set.samples.len()).map(|i| w.tokens(i)).sum::<usize>();
+    let total = work.iter().map(tokens).sum::<usize>() as u64;
+    let (done, show) = (AtomicUsize::new(0), |n: usize| bars.show("ask", n as u64, total));
+    let progress = Progress { done: &done, show: &show };
+    for work in &work {
+        let (set, first) = (work.set, work.first());
+        let answer = |runner: &Runner, i: usize| work.answer(first + i, runner, prompting, progress);
+        let answered = runners.each_in_order(set.samples.len() - first, answer, |made| work.add(file, made));
+        file.save()?;
+        answered?;
+        for variant in work.variants {
+            let cell = file.cell(&variant.name, &set.task, set.length);
             let cell = cell.ok_or_else(|| Error::usage("--samples", format!("no samples of {}", set.task)))?;
             let score = cell.score().map_or("-".into(), |s| s.show(1));
             bars.say(&format!("{:>5}  {:<16} {:<40} {score}", short_count(set.length), set.task, variant.name));
-            done += own;
         }
     }
-    bars.show("ask", total as u64, total as u64);
+    bars.show("ask", total, total);
     Ok(())
 }
 

@@ -49,12 +49,12 @@ impl PromptIds {
         self.context.len() + self.rest.len() + self.follow_ups.iter().map(Vec::len).sum::<usize>()
     }
 
-    /// Returns how layers with exact recall read questions: as decode steps after a context that they were not known to,
-    /// exactly where the whole prompt is one.
-    fn phase(&self) -> Phase {
+    /// Returns how layers with exact recall read questions: as `question` says after a context, exactly where the
+    /// question is part of one prompt.
+    fn phase(&self, question: Phase) -> Phase {
         match self.context.is_empty() {
             true => Phase::Prefill,
-            false => Phase::Decode,
+            false => question,
         }
     }
 
@@ -158,8 +158,17 @@ impl Prompter {
         })
     }
 
-    /// Generates the greedy answers, one per turn and of at most `room` tokens each; returns the text and the number of
-    /// tokens of each, and the cache's bytes.
+    /// Prefills the context, evicts, and returns the number of tokens read.
+    ///
+    /// # Errors
+    /// As [`Run::prefill`].
+    pub fn read_context(&self, run: &mut Run, prompt: &PromptIds, on_tokens: &mut dyn FnMut(usize)) -> Result<usize> {
+        read_context(run, prompt, self.chunk, on_tokens)
+    }
+
+    /// Generates the greedy answers in a run that has read the context, one per turn and of at most `room` tokens each;
+    /// returns the text and the number of tokens of each, and the cache's bytes. Layers with exact recall read
+    /// questions after a context as `question` says.
     ///
     /// Without a chat template no token separates turns, so an answer of a sample with several turns ends at its first
     /// line break after text.
@@ -170,16 +179,15 @@ impl Prompter {
         &self,
         run: &mut Run,
         prompt: &PromptIds,
-        room: usize,
+        (room, question): (usize, Phase),
         on_tokens: &mut dyn FnMut(usize),
     ) -> Result<(Vec<(String, usize)>, KvBytes)> {
-        let before = read_context(run, prompt, self.chunk, on_tokens)?;
         let by_lines = !self.chat && !prompt.follow_ups.is_empty();
         // Where the text cannot be decoded, decoding the whole answer reports it.
         let line_ends = |ids: &[u32]| self.text.decode(ids).is_ok_and(|text| text.trim_start().contains('\n'));
-        let limits =
-            AnswerLimits { room, stop: &self.text.stop, ends: &|ids| by_lines && line_ends(ids), chunk: self.chunk };
-        let answers = answer_turns(run, prompt, &limits, &mut |n| on_tokens(before + n))?;
+        let ends = |ids: &[u32]| by_lines && line_ends(ids);
+        let limits = AnswerLimits { room, stop: &self.text.stop, ends: &ends, chunk: self.chunk, question };
+        let answers = answer_turns(run, prompt, &limits, on_tokens)?;
         let texts = answers.iter().map(|ids| Ok((self.text.decode(ids)?, ids.len())));
         Ok((texts.collect::<Result<_>>()?, KvBytes::of(run.cache())))
     }
@@ -203,6 +211,8 @@ pub struct AnswerLimits<'a> {
     pub ends: &'a dyn Fn(&[u32]) -> bool,
     /// Tokens per prefill chunk.
     pub chunk: usize,
+    /// How layers with exact recall read questions after a context.
+    pub question: Phase,
 }
 
 /// Answers the turns of `prompt` greedily in a run that has read its context, and returns the ids of each answer.
@@ -228,7 +238,7 @@ pub fn answer_turns(
             chunk: limits.chunk,
             stop: limits.stop,
             logits_last: 1,
-            phase: prompt.phase(),
+            phase: prompt.phase(limits.question),
         };
         let begin = run.cache().position();
         let mut answer = vec![];
@@ -278,7 +288,7 @@ pub fn loss(
         let own = usize::from(unread.is_some());
         let ids: Vec<u32> = unread.into_iter().chain(turn.iter().copied()).collect();
         let progress = |n: usize| on_tokens(before + n.saturating_sub(own));
-        let mut logits = run.prefill_as(prompt.phase(), &ids, chunk, 1, &mut watch(progress))?;
+        let mut logits = run.prefill_as(prompt.phase(Phase::Decode), &ids, chunk, 1, &mut watch(progress))?;
         before += turn.len();
         run.compress()?;
         if !read.is_empty() {

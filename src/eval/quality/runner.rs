@@ -4,10 +4,14 @@ use crate::checkpoint::OnProgress;
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::target::Target;
 use crate::eval::variant::Variant;
+use crate::layout::Layout;
+use crate::method::Method;
 use crate::retrofit::Settings;
 use crate::run::Run;
 use crate::weights::Weights;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{channel, Sender};
 use std::sync::Arc;
 
 /// Runs any variant over one copy of the weights.
@@ -29,6 +33,57 @@ impl Runner {
     pub fn run<T>(&self, variant: &Variant, ctx: usize, f: impl FnOnce(&mut Run) -> Result<T>) -> Result<T> {
         let run = || f(&mut Run::new(&self.weights, &variant.method, ctx)?);
         run().map_err(|e| e.within(format!("{} at {ctx}", variant.name)))
+    }
+
+    /// Returns whether `variant` can answer in a fork of the stock model's run ([`Runner::fork`]).
+    ///
+    /// # Errors
+    /// A variant that does not fit the model.
+    pub fn forks(&self, variant: &Variant, ctx: usize) -> Result<bool> {
+        Ok(Layout::new(self.weights.spec(), &variant.method, ctx)?.prefills_exactly())
+    }
+
+    /// Returns a run of the stock model, provisioned for `ctx` positions, after `read` has read a context with it.
+    ///
+    /// # Errors
+    /// A cache that does not fit, and the errors of `read`.
+    pub fn stock(&self, ctx: usize, read: impl FnOnce(&mut Run) -> Result<usize>) -> Result<Run> {
+        let run = || {
+            let mut run = Run::new(&self.weights, Method::Stock, ctx)?;
+            read(&mut run)?;
+            // The time of kernels that still run is that of the context, not of the variant that answers first.
+            run.device().synchronize()?;
+            Ok(run)
+        };
+        run().map_err(|e: Error| shared(e).within(format!("stock at {ctx}")))
+    }
+
+    /// Calls `f` with a fork of `stock` as `variant`, or with `stock` itself where that is the variant.
+    ///
+    /// # Errors
+    /// A variant that needs a prefill of its own ([`Runner::forks`]), and the errors of `f`; the message names the
+    /// variant.
+    pub fn fork<T>(&self, stock: &mut Run, variant: &Variant, f: impl FnOnce(&mut Run) -> Result<T>) -> Result<T> {
+        let ctx = stock.cache().ctx();
+        let run = || {
+            if variant.method == Method::Stock {
+                return f(stock);
+            }
+            let own = || Error::new(ErrorKind::Backend, "fork", "needs a prefill of its own");
+            f(&mut stock.fork(&variant.method).map_err(shared)?.ok_or_else(own)?)
+        };
+        run().map_err(|e| e.within(format!("{} at {ctx}", variant.name)))
+    }
+}
+
+/// Adds to an out-of-memory error that variants which share a context need the stock model's cache as well.
+fn shared(e: Error) -> Error {
+    match e.kind() {
+        ErrorKind::Memory => {
+            let message = format!("{e}; the stock model's cache is needed as well: give one variant at a time");
+            Error::new(ErrorKind::Memory, "shared context", message)
+        }
+        _ => e,
     }
 }
 
@@ -58,7 +113,26 @@ impl Workers {
     /// # Errors
     /// An error of `f`, after which no further index is started; a thread that panicked.
     pub fn each<T: Send>(&mut self, count: usize, f: impl Fn(&Runner, usize) -> Result<T> + Sync) -> Result<Vec<T>> {
-        parallel_map(&mut self.0, count, &|runner: &mut Runner, i| f(runner, i))
+        let mut made = vec![];
+        self.each_in_order(count, f, |t| {
+            made.push(t);
+            Ok(())
+        })?;
+        Ok(made)
+    }
+
+    /// Calls `f` like [`Workers::each`], and `take` with each result in order, as soon as those before it are there.
+    ///
+    /// # Errors
+    /// An error of `f` or `take`, after which no further index is started; `take` has then been called with every result
+    /// up to the first missing one. A thread that panicked.
+    pub fn each_in_order<T: Send>(
+        &mut self,
+        count: usize,
+        f: impl Fn(&Runner, usize) -> Result<T> + Sync,
+        take: impl FnMut(T) -> Result<()>,
+    ) -> Result<()> {
+        parallel_in_order(&mut self.0, count, &|runner: &mut Runner, i| f(runner, i), take)
     }
 }
 
@@ -73,41 +147,59 @@ pub fn shared_progress<'a>(all: &'a AtomicUsize, show: impl Fn(usize) + 'a) -> i
     }
 }
 
-/// [`Workers::each`] for workers of any type.
-fn parallel_map<W: Send, T: Send>(
+/// [`Workers::each_in_order`] for workers of any type.
+fn parallel_in_order<W: Send, T: Send>(
     workers: &mut [W],
     count: usize,
     f: &(impl Fn(&mut W, usize) -> Result<T> + Sync),
-) -> Result<Vec<T>> {
+    mut take: impl FnMut(T) -> Result<()>,
+) -> Result<()> {
     if let [one] = workers {
-        return (0..count).map(|i| f(one, i)).collect();
+        return (0..count).try_for_each(|i| take(f(one, i)?));
     }
-    let next = AtomicUsize::new(0);
-    let work = |worker: &mut W| {
-        let mut made = vec![];
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= count {
-                return Ok(made);
-            }
-            match f(worker, i) {
-                Ok(t) => made.push((i, t)),
-                Err(e) => {
-                    next.store(count, Ordering::Relaxed);
-                    return Err(e);
-                }
-            }
+    let next = &AtomicUsize::new(0);
+    let stop = || next.store(count, Ordering::Relaxed);
+    let work = |worker: &mut W, results: Sender<(usize, Result<T>)>| loop {
+        let i = next.fetch_add(1, Ordering::Relaxed);
+        if i >= count {
+            break;
+        }
+        let made = f(worker, i);
+        if made.is_err() {
+            stop();
+        }
+        if results.send((i, made)).is_err() {
+            break;
         }
     };
     let work = &work;
-    let parts = std::thread::scope(|scope| {
-        let threads: Vec<_> = workers.iter_mut().map(|w| scope.spawn(move || work(w))).collect();
-        let panicked = |_| Err(Error::new(ErrorKind::Backend, "--jobs", "a worker thread panicked"));
-        threads.into_iter().map(|t| t.join().unwrap_or_else(panicked)).collect::<Result<Vec<_>>>()
-    })?;
-    let mut made: Vec<(usize, T)> = parts.into_iter().flatten().collect();
-    made.sort_by_key(|(i, _)| *i);
-    Ok(made.into_iter().map(|(_, t)| t).collect())
+    std::thread::scope(|scope| {
+        let (sender, results) = channel();
+        let start = |w| {
+            let sender = sender.clone();
+            scope.spawn(move || work(w, sender))
+        };
+        let threads: Vec<_> = workers.iter_mut().map(start).collect();
+        drop(sender);
+        // Results that wait for an earlier one.
+        let (mut early, mut due, mut outcome, mut taking) = (BTreeMap::new(), 0, Ok(()), true);
+        for (i, made) in results {
+            match made {
+                Ok(t) => drop(early.insert(i, t)),
+                Err(e) => outcome = outcome.and(Err(e)),
+            }
+            while let Some(t) = early.remove(&due).filter(|_| taking) {
+                due += 1;
+                if let Err(e) = take(t) {
+                    stop();
+                    (taking, outcome) = (false, outcome.and(Err(e)));
+                }
+            }
+        }
+        let panicked = |_| Error::new(ErrorKind::Backend, "--jobs", "a worker thread panicked");
+        threads.into_iter().try_for_each(|t| t.join().map_err(panicked))?;
+        outcome
+    })
 }
 
 #[cfg(test)]
@@ -115,17 +207,32 @@ mod tests {
     use super::*;
     use std::sync::Barrier;
 
+    /// Results that were taken, and how it ended.
+    fn taken<W: Send, T: Send>(
+        workers: &mut [W],
+        count: usize,
+        f: &(impl Fn(&mut W, usize) -> Result<T> + Sync),
+    ) -> (Vec<T>, Result<()>) {
+        let mut made = vec![];
+        let outcome = parallel_in_order(workers, count, f, |t| {
+            made.push(t);
+            Ok(())
+        });
+        (made, outcome)
+    }
+
     #[test]
     fn every_index_once_in_order_by_all_workers() -> Result<()> {
         let (mut workers, meet) = ([0usize; 3], Barrier::new(3));
-        let made = parallel_map(&mut workers, 50, &|worker: &mut usize, i| {
+        let (made, outcome) = taken(&mut workers, 50, &|worker: &mut usize, i| {
             // Each worker's first call waits for the others, so that all take part.
             if *worker == 0 {
                 meet.wait();
             }
             *worker += 1;
             Ok(i * i)
-        })?;
+        });
+        outcome?;
         assert_eq!(made, (0..50).map(|i| i * i).collect::<Vec<_>>());
         assert!(workers.iter().all(|n| *n > 0) && workers.iter().sum::<usize>() == 50, "{workers:?}");
         Ok(())
@@ -147,13 +254,24 @@ mod tests {
     #[test]
     fn errors_and_panics_of_workers_are_returned() {
         for workers in [1, 4] {
-            let told = parallel_map(&mut vec![(); workers], 100, &|(), i| match i {
+            let (made, told) = taken(&mut vec![(); workers], 100, &|(), i| match i {
                 7 => Err(Error::usage("sample 7", "cannot be read")),
                 _ => Ok(i),
             });
-            assert_eq!(told.map(drop).map_err(|e| e.to_string()), Err("sample 7: cannot be read".into()));
+            assert_eq!(told.map_err(|e| e.to_string()), Err("sample 7: cannot be read".into()));
+            assert_eq!(made, (0..7).collect::<Vec<_>>(), "{workers} workers: results before the missing one are kept");
+            let mut count = 0;
+            let told = parallel_in_order(&mut vec![(); workers], 100, &|(), i| Ok(i), |i| {
+                count += 1;
+                if i == 3 {
+                    Err(Error::usage("--out", "disk full"))
+                } else {
+                    Ok(())
+                }
+            });
+            assert_eq!((told.map_err(|e| e.to_string()), count), (Err("--out: disk full".into()), 4));
         }
-        let told = parallel_map(&mut [(); 2], 9, &|(), i| if i == 3 { panic!("a defect") } else { Ok(i) });
+        let (_, told) = taken(&mut [(); 2], 9, &|(), i| if i == 3 { panic!("a defect") } else { Ok(i) });
         assert!(told.is_err_and(|e| e.to_string().contains("a worker thread panicked")));
     }
 }

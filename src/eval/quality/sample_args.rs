@@ -33,10 +33,11 @@ pub struct SampleArgs {
     /// Render prompts with the model's chat template.
     #[arg(long)]
     pub chat: bool,
-    /// Evict after the context and before the question is read, so that eviction rules cannot use the question.
+    /// Evict after the context and before the question is read, so that eviction rules cannot use the question. Variants
+    /// whose prefill is exact (stock, recall) then share one prefill of each sample's context.
     #[arg(long)]
     pub question_unseen: bool,
-    /// Samples answered in parallel over one copy of the weights, each with its own cache; more than 1 helps on a GPU,
+    /// Samples answered in parallel over one copy of the weights, each with its own caches; more than 1 helps on a GPU,
     /// which is mostly idle while it decodes a single sequence of a small model.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
     pub jobs: usize,
@@ -46,8 +47,8 @@ pub struct SampleArgs {
     /// Write the samples of --export and exit before weights are read.
     #[arg(long, requires = "export")]
     pub export_only: bool,
-    /// Write the results to FILE.json with every answer, gzip-compressed where the name ends in .gz. An existing file
-    /// of the same measurement is resumed.
+    /// Write the results to FILE.json with every answer, gzip-compressed where the name ends in .gz; at the latest ten
+    /// seconds after a sample has been answered by all variants. An existing file of the same measurement is resumed.
     #[arg(long, value_name = "FILE.json")]
     pub out: Option<PathBuf>,
     /// Model, variants and texts.
@@ -123,7 +124,7 @@ impl SampleArgs {
         // Mistakes are reported before samples are generated, which can take a while.
         let requested = if imported.is_none() { self.lengths() } else { vec![] };
         self.eval.check_trained(&target, &requested, &bars)?;
-        requested.into_iter().try_for_each(|length| target.variants_at(length).map(drop))?;
+        requested.into_iter().try_for_each(|length| target.answering_at(length, self.question_unseen).map(drop))?;
         let text = target.checkpoint().tokenizer()?;
         target.warn(&bars);
         let prompting = Prompter::new(text, self.chat, self.question_unseen, self.eval.prefill_chunk)?;
@@ -143,7 +144,8 @@ impl SampleArgs {
         if from.is_some() {
             self.eval.check_trained(&target, &lengths, &bars)?;
         }
-        let variants = lengths.iter().map(|l| target.variants_at(*l)).collect::<Result<Vec<_>>>()?;
+        let variants =
+            lengths.iter().map(|l| target.answering_at(*l, self.question_unseen)).collect::<Result<Vec<_>>>()?;
         let settings = PromptSettings {
             seed: from.is_none().then_some(self.seed),
             from,

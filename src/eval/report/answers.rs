@@ -81,7 +81,9 @@ pub struct Cell {
     pub rule: ScoringRule,
     /// Maximum tokens of a prompt and its answers together; also the positions provisioned.
     pub length: usize,
-    /// Wall-clock seconds from prompt tokens to answers, for all samples together.
+    /// Seconds of the variant's own work, summed over samples: from prompt tokens to answers, where the variant has
+    /// prefilled the context itself; for the questions and answers alone, with the fork of the stock model's cache,
+    /// where variants share one prefill of the context.
     pub seconds: f64,
     /// One entry per sample.
     pub answers: Vec<Answer>,

@@ -63,10 +63,9 @@ impl<P: Fn(Vec<usize>) -> Result<RetrofitPlan>> LayerScorer<'_, P> {
         let named = |layers: &Vec<usize>| {
             Ok(match layers.is_empty() {
                 true => Variant::stock(),
-                false => Variant {
-                    name: format!("layers {}", ranges(layers)),
-                    method: Method::Butterfly((self.plan)(layers.clone())?),
-                },
+                false => {
+                    Variant::new(format!("layers {}", ranges(layers)), Method::Butterfly((self.plan)(layers.clone())?))
+                }
             })
         };
         let variants = sets.iter().map(named).collect::<Result<Vec<_>>>()?;

@@ -1,4 +1,4 @@
-//! Resumable answers file, written after every cell.
+//! Resumable answers file.
 
 use super::another;
 use crate::cli::short_count;
@@ -6,10 +6,16 @@ use crate::error::{Error, Result};
 use crate::eval::report::{check_writable, read, save, Answers, Cell, Header, PromptSettings, ANSWERS};
 use crate::method::Method;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Time between two writes of the file while answers are added: what an interruption loses at most.
+const SAVE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Answers, with the path of their file if they are saved.
 pub struct AnswersFile {
     path: Option<PathBuf>,
+    /// Time of the last write.
+    saved: Instant,
     /// Content of the file.
     pub answers: Answers,
 }
@@ -22,17 +28,18 @@ impl AnswersFile {
     /// difference.
     pub fn open(path: Option<&Path>, header: Header, prompting: PromptSettings) -> Result<Self> {
         let fresh = Answers { header, joined: vec![], prompting, cells: vec![] };
-        let Some(place) = path else { return Ok(Self { path: None, answers: fresh }) };
+        let saved = Instant::now();
+        let Some(place) = path else { return Ok(Self { path: None, saved, answers: fresh }) };
         check_writable(place)?;
         if !place.exists() {
-            return Ok(Self { path: path.map(Into::into), answers: fresh });
+            return Ok(Self { path: path.map(Into::into), saved, answers: fresh });
         }
         let mut answers: Answers = read(place, ANSWERS)?;
         if let Some(differs) = answers.difference(&fresh) {
             return Err(another(place, differs));
         }
         answers.header.resumed.push(fresh.header.started);
-        Ok(Self { path: path.map(Into::into), answers })
+        Ok(Self { path: path.map(Into::into), saved, answers })
     }
 
     /// Returns the cell of `variant` for `task` at `length`.
@@ -70,27 +77,33 @@ impl AnswersFile {
         Ok(cell.answers.len())
     }
 
-    /// Adds the answers of `more` to the cell of the same variant, task and length, or adds `more` as a new cell, and
-    /// saves the file.
+    /// Adds the answers of `more` to the cell of the same variant, task and length, or adds `more` as a new cell. Writes
+    /// the file if the last write is [`SAVE_INTERVAL`] ago; [`AnswersFile::save`] always does.
     ///
     /// # Errors
     /// A path that cannot be written.
-    pub fn add(&mut self, more: Cell) -> Result<&Cell> {
-        let at = match self.position(&more.record.variant, &more.task, more.length) {
+    pub fn add(&mut self, more: Cell) -> Result<()> {
+        match self.position(&more.record.variant, &more.task, more.length) {
             Some(at) => {
                 let cell = &mut self.answers.cells[at];
+                cell.record = more.record;
                 cell.answers.extend(more.answers);
                 cell.seconds += more.seconds;
-                at
             }
-            None => {
-                self.answers.cells.push(more);
-                self.answers.cells.len() - 1
-            }
-        };
-        if let Some(path) = &self.path {
-            save(path, &self.answers)?;
+            None => self.answers.cells.push(more),
         }
-        Ok(&self.answers.cells[at])
+        if self.saved.elapsed() >= SAVE_INTERVAL {
+            self.save()?;
+        }
+        Ok(())
+    }
+
+    /// Writes the file atomically, if the answers have one.
+    ///
+    /// # Errors
+    /// A path that cannot be written.
+    pub fn save(&mut self) -> Result<()> {
+        self.saved = Instant::now();
+        self.path.as_ref().map_or(Ok(()), |path| save(path, &self.answers))
     }
 }
