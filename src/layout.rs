@@ -246,9 +246,13 @@ impl Layout {
     }
 
     /// Returns whether prefill gives the stock model's keys and values: layers with exact recall attend to every position,
-    /// butterfly layers and evicting layers do not.
+    /// unless they read the prompt by summaries; butterfly layers and evicting layers do not.
     pub fn prefills_exactly(&self) -> bool {
-        let exact = |l: &LayerPlan| !matches!(l.kind, LayerKind::Butterfly(_) | LayerKind::Evict(_));
+        let exact = |l: &LayerPlan| match &l.kind {
+            LayerKind::Full | LayerKind::Sliding { .. } => true,
+            LayerKind::Recall(r) => r.summaries.is_none(),
+            LayerKind::Butterfly(_) | LayerKind::Evict(_) => false,
+        };
         self.layers.iter().all(exact)
     }
 

@@ -19,8 +19,8 @@ mod two_pool;
 
 pub use compressed_kv::CompressedKv;
 pub use host::HostStore;
-pub use host_memory::HostMemory;
 pub(crate) use host::TILE_BYTES;
+pub use host_memory::HostMemory;
 #[cfg(feature = "cuda")]
 pub use pinned::PinnedStore;
 pub use recall_codes::{CpuCodes, ValueRows};
