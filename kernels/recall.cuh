@@ -37,7 +37,7 @@ struct RecallParams {
   __half *scores;             // [H, ctx]: relative to near_lse, finite; no entry below the first far position is read
   float2 *slices;             // [H, slices]: largest of a slice's `scores` and the sum of exp relative to it, base 2
   float *weights;             // [G, ctx]
-  int *histogram;             // [G, 2048]: weights by their upper bits; zero between steps
+  int *histogram;             // [G, 2, 2048]: weights by their upper 11 bits, those of a crowded bin by the next 11; zero between steps
   uint2 *listed;              // [G, 4096]: weight and position of tokens in the k-th's bin
   int *chosen;                // [G, k]: positions, ascending
   int *counts;                // [G]: how many are chosen
@@ -47,7 +47,8 @@ struct RecallParams {
   void *store;                // [G, rows, 2, D]: exact keys and values, pinned host memory that the device maps
   const void *own_k, *own_v;  // [own_rows, G, D]: the new token's in row position % own_rows
   float *parts;               // [G, fetchers + rest_slices, 8, ceil4(D) + 4]: o, m, l
-  int *counters;              // [G, 4], zero between steps: fetchers and blocks of recall_fetch, tokens and blocks of recall_choose
+  int *counters;              // [G, 8], zero between steps: fetchers and blocks of recall_fetch; tokens listed, blocks, tiles taken
+                              // and tiles counted of recall_choose
   int *previous;              // [G, k + 1]: `chosen` of the layer's previous step, then how many, or null
   unsigned long long *fetched;  // [2]: rows fetched in all steps of the layer, and those that the step before fetched too
   uint32_t *redone;           // thread blocks that computed their rest again since an estimate exceeded the cap

@@ -11,9 +11,11 @@
 // Selection on the bits of f32 weights, which are in the order of the weights as none is negative. recall_weigh counts the
 // weights by their upper 11 bits. Each block of recall_choose finds in that histogram the bin where the k-th lies, marks
 // what is above it and lists what is in it: a ninth of an octave, a few hundred tokens. The last block of a KV head selects
-// among those by the other 20 bits, of equals by position, and writes the places of all bits of the map. More than LISTED
-// tokens in the bin (repeated codes) are read from memory again. Only counts and bits meet in atomic operations, so that
-// the result does not depend on scheduling.
+// among those by the other 20 bits, of equals by position, and writes the places of all bits of the map. Where more than
+// LISTED tokens are in the bin (a head that attends evenly), the blocks first count them by the next 11 bits, tile by tile,
+// and go on with the 22 bits of the k-th. A block waits only for tiles that other blocks have taken, never for a block that
+// may not have started. More than LISTED tokens even then (repeated codes) are read from memory again by the last block.
+// Only counts and bits meet in atomic operations, so that the result does not depend on scheduling.
 #include "recall.cuh"
 
 constexpr int WEIGH_THREADS = 512, CHOOSE_THREADS = 1024, CHOOSE_WARPS = CHOOSE_THREADS / WARP, BINS = RECALL_BINS;
@@ -77,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(WEIGH_THREADS) recall_weigh(const _
   }
   __syncthreads();
   for (int i = threadIdx.x; i < BINS; i += WEIGH_THREADS)
-    if (bins[i]) atomicAdd(p.histogram + g * BINS + i, bins[i]);
+    if (bins[i]) atomicAdd(p.histogram + g * 2 * BINS + i, bins[i]);
 }
 
 struct Found {
@@ -113,6 +115,39 @@ __device__ inline void find(int upper, int lower, int left, int *sums, Found &fo
   __syncthreads();
 }
 
+// Counts the weights whose upper 11 bits are `bin` by their next 11 into `histogram`; returns when all blocks of the KV head
+// have. `counters`: tiles taken, tiles counted.
+__device__ inline void count_crowded(const uint32_t *weights, int words, uint32_t bin, int *histogram, int *counters, int *bins) {
+  constexpr int TILE = CHOOSE_WARPS * 8;  // words
+  __shared__ int taken;
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, tiles = (words + TILE - 1) / TILE;
+  for (int i = threadIdx.x; i < BINS; i += CHOOSE_THREADS) bins[i] = 0;
+  int counted = 0;
+  while (true) {
+    __syncthreads();
+    if (threadIdx.x == 0) taken = atomicAdd(counters, 1);
+    __syncthreads();
+    const int first = taken * TILE + warp * 8;
+    if (taken >= tiles) break;
+    counted++;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const uint32_t w = first + i < words ? __ldcg(weights + (first + i) * WARP + lane) : NO_TOKEN;
+      if (w != NO_TOKEN && w >> 20 == bin) atomicAdd(&bins[w >> 9 & 2047], 1);
+    }
+  }
+  for (int i = threadIdx.x; i < BINS; i += CHOOSE_THREADS)
+    if (bins[i]) atomicAdd(histogram + i, bins[i]);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    atomicAdd(counters + 1, counted);
+    while (*(volatile int *)(counters + 1) < tiles) __nanosleep(100);
+  }
+  __syncthreads();
+  __threadfence();
+}
+
 extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) recall_choose(const __grid_constant__ RecallParams p) {
   extern __shared__ __align__(16) uint2 list[];
   __shared__ int bins[BINS], sums[3][WARP];
@@ -127,12 +162,20 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) recall_choose(const
   const uint32_t *weights = (const uint32_t *)p.weights + (int64_t)g * p.ctx;
   uint32_t *bitmap = p.bitmap + (int64_t)g * (p.ctx / WARP);
   uint2 *listed = p.listed + (int64_t)g * LISTED;
-  int *histogram = p.histogram + g * BINS, *counters = p.counters + 4 * g + 2;  // tokens listed, blocks that have ended
+  int *histogram = p.histogram + g * 2 * BINS, *counters = p.counters + 8 * g + 2;
   if (!all) {
     const int2 two = __ldcg((const int2 *)histogram + (BINS / 2 - 1 - threadIdx.x));
     find(two.y, two.x, p.k, sums[0], found[0]);
   }
-  const uint32_t bin = all ? 0 : found[0].bin;
+  uint32_t bin = all ? 0 : found[0].bin;
+  const bool crowded = !all && __ldcg(histogram + bin) > LISTED;
+  const int shift = crowded ? 9 : 20;
+  if (crowded) {
+    count_crowded(weights, words, bin, histogram + BINS, counters + 2, bins);
+    const int2 two = __ldcg((const int2 *)(histogram + BINS) + (BINS / 2 - 1 - threadIdx.x));
+    find(two.y, two.x, found[0].rest, sums[1], found[1]);
+    bin = bin << 11 | found[1].bin;
+  }
   // Eight words of the map at a time, so that their loads are in flight together.
   for (int word = (blockIdx.x * CHOOSE_WARPS + warp) * 8; word < words && n > 0; word += gridDim.x * CHOOSE_WARPS * 8) {
     uint32_t w[8], own = 0, in[8];
@@ -141,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) recall_choose(const
     for (int i = 0; i < 8; i++) w[i] = word + i < words ? __ldcg(weights + (word + i) * WARP + lane) : NO_TOKEN;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const uint32_t upper = w[i] >> 20, above = __ballot_sync(~0u, w[i] != NO_TOKEN && (all || upper > bin));
+      const uint32_t upper = w[i] >> shift, above = __ballot_sync(~0u, w[i] != NO_TOKEN && (all || upper > bin));
       in[i] = __ballot_sync(~0u, !all && upper == bin);
       many += __popc(in[i]);
       if (lane == i) own = above;
@@ -175,19 +218,21 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) recall_choose(const
       } else {
         for (int i = threadIdx.x; i < far.end; i += CHOOSE_THREADS) {
           const uint32_t w = __ldcg(weights + i);
-          if (w >> 20 == bin) f(w, (uint32_t)i);
+          if (w != NO_TOKEN && w >> shift == bin) f(w, (uint32_t)i);
         }
       }
     };
-    for (int i = threadIdx.x; i < BINS; i += CHOOSE_THREADS) bins[i] = histogram[i] = 0;
-    __syncthreads();
-    each([&](uint32_t w, uint32_t) { atomicAdd(&bins[w >> 9 & 2047], 1); });
+    for (int i = threadIdx.x; i < BINS; i += CHOOSE_THREADS) bins[i] = histogram[i] = histogram[BINS + i] = 0;
     __syncthreads();
     const int two = 2 * (CHOOSE_THREADS - 1 - (int)threadIdx.x);
-    find(bins[two + 1], bins[two], found[0].rest, sums[1], found[1]);
+    if (!crowded) {
+      each([&](uint32_t w, uint32_t) { atomicAdd(&bins[w >> 9 & 2047], 1); });
+      __syncthreads();
+      find(bins[two + 1], bins[two], found[0].rest, sums[1], found[1]);
+    }
     for (int i = threadIdx.x; i < BINS; i += CHOOSE_THREADS) bins[i] = 0;
     __syncthreads();
-    const uint32_t prefix = bin << 11 | found[1].bin;
+    const uint32_t prefix = crowded ? bin : bin << 11 | found[1].bin;
     each([&](uint32_t w, uint32_t) {
       if (w >> 9 == prefix) atomicAdd(&bins[w & 511], 1);
     });
@@ -263,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) recall_choose(const
   if (threadIdx.x == 0) {
     p.counts[g] = min(p.k, n);
     p.lowest[g] = log2f(__uint_as_float(lowest));
-    counters[0] = counters[1] = 0;
+    counters[0] = counters[1] = counters[2] = counters[3] = 0;
   }
   if (all)
     for (int i = threadIdx.x; i < BINS; i += CHOOSE_THREADS) histogram[i] = 0;

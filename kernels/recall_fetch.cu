@@ -418,7 +418,7 @@ template <int THREADS> struct Rest {
     const float largest = p.value_codes ? codes(against, INFINITY, to) : means(against, INFINITY, to);
     // The largest exact logit, once the fetchers have come to it.
     if (threadIdx.x == 0)
-      while (*(volatile int *)(p.counters + 4 * g) < p.fetchers) __nanosleep(100);
+      while (*(volatile int *)(p.counters + 8 * g) < p.fetchers) __nanosleep(100);
     __syncthreads();
     __threadfence();
     float cap = -INFINITY;
@@ -489,9 +489,9 @@ template <typename T, int UNIT, int LANES, int UNITS, int HEADS, int THREADS> __
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    if (id < 0) atomicAdd(p.counters + 4 * g, 1);
-    last = atomicAdd(p.counters + 4 * g + 1, 1) == p.fetchers + resting - 1;
-    if (last) p.counters[4 * g] = p.counters[4 * g + 1] = 0;
+    if (id < 0) atomicAdd(p.counters + 8 * g, 1);
+    last = atomicAdd(p.counters + 8 * g + 1, 1) == p.fetchers + resting - 1;
+    if (last) p.counters[8 * g] = p.counters[8 * g + 1] = 0;
   }
   __syncthreads();
   if (!last) return;

@@ -361,13 +361,13 @@ impl Scratch {
         p.scores = room(&[heads, ctx], DType::F16)?;
         p.slices = room(&[heads, cut.slices, 2], DType::F32)?;
         p.weights = room(&[kv_heads, ctx], DType::F32)?;
-        p.histogram = room(&[kv_heads, BINS], DType::U32)?;
+        p.histogram = room(&[kv_heads, 2, BINS], DType::U32)?;
         p.listed = room(&[kv_heads, LISTED, 2], DType::U32)?;
         p.bitmap = room(&[kv_heads, ctx / 32], DType::U32)?;
         p.lowest = room(&[kv_heads], DType::F32)?;
         p.mass = room(&[heads], DType::F32)?;
         p.parts = room(&[kv_heads, cut.fetchers + cut.rest_slices, 8, dim.next_multiple_of(4) + 4], DType::F32)?;
-        p.counters = room(&[kv_heads, 4], DType::U32)?;
+        p.counters = room(&[kv_heads, 8], DType::U32)?;
         p.redone = room(&[1], DType::U32)?;
         p.chosen = room(&[kv_heads, p.k as usize], DType::U32)?;
         p.counts = room(&[kv_heads], DType::U32)?;
