@@ -1,8 +1,8 @@
 //! A checkpoint's weights on a device: immutable, shared by every [`Run`](crate::run::Run) over them.
 //!
-//! On a GPU each run leases a stream from the weights for its lifetime: two runs never record into each other's
-//! captured step, and decode steps of several runs fill a GPU that one leaves idle. Loading ends with a
-//! synchronisation, after which weights are only read.
+//! On a GPU each run leases a stream from the weights for its lifetime, which only its forks share: two runs never
+//! record into each other's captured step, and decode steps of several runs fill a GPU that one leaves idle. Loading
+//! ends with a synchronisation, after which weights are only read.
 
 use crate::cache::HostMemory;
 use crate::checkpoint::{Checkpoint, OnProgress, WeightFormat};
@@ -147,7 +147,7 @@ impl Weights {
     }
 }
 
-/// A device handle whose stream no other run uses; dropping it returns the handle to the weights.
+/// A device handle whose stream only one run and its forks use; dropping it returns the handle to the weights.
 pub(crate) struct Lease {
     weights: Arc<Weights>,
     device: Device,

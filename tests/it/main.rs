@@ -13,6 +13,8 @@ mod equivalence;
 #[cfg(feature = "cli")]
 mod errors;
 mod eviction;
+#[cfg(feature = "eval")]
+mod forks;
 mod gguf;
 mod golden;
 #[cfg(all(feature = "cli", feature = "hub"))]

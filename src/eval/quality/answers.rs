@@ -118,6 +118,7 @@ impl<'a> Work<'a> {
             });
             made.push(answered(v, begin, answers?));
         }
+        made.sort_by_key(|answered| answered.variant);
         Ok(made)
     }
 

@@ -16,6 +16,8 @@ pub struct AnswersFile {
     path: Option<PathBuf>,
     /// Time of the last write.
     saved: Instant,
+    /// Whether answers have been added since.
+    unsaved: bool,
     /// Content of the file.
     pub answers: Answers,
 }
@@ -29,17 +31,17 @@ impl AnswersFile {
     pub fn open(path: Option<&Path>, header: Header, prompting: PromptSettings) -> Result<Self> {
         let fresh = Answers { header, joined: vec![], prompting, cells: vec![] };
         let saved = Instant::now();
-        let Some(place) = path else { return Ok(Self { path: None, saved, answers: fresh }) };
+        let Some(place) = path else { return Ok(Self { path: None, saved, unsaved: false, answers: fresh }) };
         check_writable(place)?;
         if !place.exists() {
-            return Ok(Self { path: path.map(Into::into), saved, answers: fresh });
+            return Ok(Self { path: path.map(Into::into), saved, unsaved: false, answers: fresh });
         }
         let mut answers: Answers = read(place, ANSWERS)?;
         if let Some(differs) = answers.difference(&fresh) {
             return Err(another(place, differs));
         }
         answers.header.resumed.push(fresh.header.started);
-        Ok(Self { path: path.map(Into::into), saved, answers })
+        Ok(Self { path: path.map(Into::into), saved, unsaved: false, answers })
     }
 
     /// Returns the cell of `variant` for `task` at `length`.
@@ -92,18 +94,22 @@ impl AnswersFile {
             }
             None => self.answers.cells.push(more),
         }
-        if self.saved.elapsed() >= SAVE_INTERVAL {
-            self.save()?;
+        self.unsaved = true;
+        match self.saved.elapsed() >= SAVE_INTERVAL {
+            true => self.save(),
+            false => Ok(()),
         }
-        Ok(())
     }
 
-    /// Writes the file atomically, if the answers have one.
+    /// Writes the file atomically, if there are answers that it lacks.
     ///
     /// # Errors
     /// A path that cannot be written.
     pub fn save(&mut self) -> Result<()> {
-        self.saved = Instant::now();
-        self.path.as_ref().map_or(Ok(()), |path| save(path, &self.answers))
+        if let (Some(path), true) = (&self.path, self.unsaved) {
+            save(path, &self.answers)?;
+        }
+        (self.saved, self.unsaved) = (Instant::now(), false);
+        Ok(())
     }
 }
