@@ -245,8 +245,8 @@ impl Layout {
         self.layers.iter().all(|l| matches!(l.kind, LayerKind::Full | LayerKind::Sliding { .. }))
     }
 
-    /// Returns whether prefill gives the stock model's keys and values: layers with exact recall attend to every position,
-    /// unless they read the prompt by summaries; butterfly layers and evicting layers do not.
+    /// Returns whether prefill gives the stock model's keys and values: layers with exact recall attend to every
+    /// position, unless they read the prompt by summaries; butterfly layers and evicting layers do not.
     pub fn prefills_exactly(&self) -> bool {
         let exact = |l: &LayerPlan| match &l.kind {
             LayerKind::Full | LayerKind::Sliding { .. } => true,

@@ -79,9 +79,10 @@ impl Run {
     /// Creates a run of `method` at this run's position from a copy of this run's keys and values, without a prefill of
     /// its own; this run does not change.
     ///
-    /// Keys and values of a context are the same under every method with an exact prefill ([`Layout::prefills_exactly`]):
-    /// one prefill by the stock model serves all of them. Returns `None` where a prefill is needed: `method` has none
-    /// that is exact, or this run stores less than every position of its full-attention layers.
+    /// Keys and values of a context are the same under every method with an exact prefill
+    /// ([`Layout::prefills_exactly`]): one prefill by the stock model serves all of them. Returns `None` where a
+    /// prefill is needed: `method` has none that is exact, or this run stores less than every position of its
+    /// full-attention layers.
     ///
     /// Both runs use one device stream, so on a GPU no two threads may use them at the same time.
     ///

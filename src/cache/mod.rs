@@ -213,8 +213,8 @@ impl Cache {
         Err(Error::new(ErrorKind::Context, "--ctx", message))
     }
 
-    /// Fills this empty cache with the positions of `other`, a cache of the same model and context length in which every
-    /// layer is dense or a sliding window.
+    /// Fills this empty cache with the positions of `other`, a cache of the same model and context length in which
+    /// every layer is dense or a sliding window.
     ///
     /// # Errors
     /// Layers that cannot be filled from those of `other`; the device fails.

@@ -4,8 +4,9 @@
 //! rule of [`crate::eviction`] with a colon, every item that is not a variant's name belongs to that variant: another
 //! `KEY=VALUE`, or another part of a list of layers.
 //!
-//! The keys of `retrofit:` and `recall:` are the flags of `bfly-retrofit` ([`RetrofitArgs`]), parsed by the same struct,
-//! so that every flag is a key. Keys of their own are `kv` (not of `recall`) and, of `recall` alone, `question=exact`.
+//! The keys of `retrofit:` and `recall:` are the flags of `bfly-retrofit` ([`RetrofitArgs`]), parsed by the same
+//! struct, so that every flag is a key. Keys of their own are `kv` (not of `recall`) and, of `recall` alone,
+//! `question=exact`.
 
 use super::kv_budget::{self, parse_share};
 use crate::cli::{parse_count, RetrofitArgs};
@@ -36,8 +37,8 @@ pub struct Variant {
     pub name: String,
     /// Method that the full-attention layers run.
     pub method: Method,
-    /// How layers with exact recall read a question after its context: token by token, or exactly as prefill does. Other
-    /// layers make no difference.
+    /// How layers with exact recall read a question after its context: token by token, or exactly as prefill does.
+    /// Other layers make no difference.
     pub question: Phase,
 }
 

@@ -124,8 +124,8 @@ impl Workers {
     /// Calls `f` like [`Workers::each`], and `take` with each result in order, as soon as those before it are there.
     ///
     /// # Errors
-    /// An error of `f` or `take`, after which no further index is started; `take` has then been called with every result
-    /// up to the first missing one. A thread that panicked.
+    /// An error of `f` or `take`, after which no further index is started; `take` has then been called with every
+    /// result up to the first missing one. A thread that panicked.
     pub fn each_in_order<T: Send>(
         &mut self,
         count: usize,

@@ -33,8 +33,8 @@ pub struct SampleArgs {
     /// Render prompts with the model's chat template.
     #[arg(long)]
     pub chat: bool,
-    /// Evict after the context and before the question is read, so that eviction rules cannot use the question. Variants
-    /// whose prefill is exact (stock, recall) then share one prefill of each sample's context.
+    /// Evict after the context and before the question is read, so that eviction rules cannot use the question.
+    /// Variants whose prefill is exact (stock, recall) then share one prefill of each sample's context.
     #[arg(long)]
     pub question_unseen: bool,
     /// Samples answered in parallel over one copy of the weights, each with its own caches; more than 1 helps on a GPU,

@@ -79,8 +79,8 @@ impl AnswersFile {
         Ok(cell.answers.len())
     }
 
-    /// Adds the answers of `more` to the cell of the same variant, task and length, or adds `more` as a new cell. Writes
-    /// the file if the last write is [`SAVE_INTERVAL`] ago; [`AnswersFile::save`] always does.
+    /// Adds the answers of `more` to the cell of the same variant, task and length, or adds `more` as a new cell.
+    /// Writes the file if the last write is ten seconds ago.
     ///
     /// # Errors
     /// A path that cannot be written.
