@@ -491,8 +491,8 @@ impl RecallLayer {
             }
             RestKind::None => {}
         }
-        // Mean, scale and field of each channel; codewords.
-        bytes.tables = (kv_heads * dim * 12) as u64;
+        // Of keys; codewords of values.
+        bytes.tables = (kv_heads * self.code.table_bytes(dim)) as u64;
         if self.settings.rest == RestKind::Codes {
             bytes.tables += (kv_heads * dim.div_ceil(SUB) * 256 * SUB * dtype.size_in_bytes().min(4)) as u64;
         }

@@ -257,7 +257,8 @@ pub struct RetrofitArgs {
     pub recall: Option<usize>,
     /// Code of the keys that recall chooses tokens by, with its size in bits per channel
     ///
-    /// pair:1bit, pair:2bit, pair:1/2bit; scalar2, page and exact are for comparison [default: pair:1bit]
+    /// pair:1bit, pair:2bit, pair:1/2bit; qpq in the same sizes; scalar2, page and exact are for comparison [default:
+    /// pair:1bit]
     #[arg(long, value_name = "CODE[:SIZE]")]
     pub key_code: Option<String>,
     /// Estimate of the values of tokens that recall does not fetch [default: codes]

@@ -6,6 +6,7 @@ use crate::nn::Rope;
 use crate::spec::{AttentionSpec, ModelSpec};
 use candle_core::{DType, Device, Tensor};
 use half::f16;
+use rayon::prelude::*;
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
@@ -56,7 +57,7 @@ impl LayerCalibration {
     /// queries in the second half.
     pub fn tables(&self, choice: &KeyCodeChoice, rope: &Rope, sinks: usize, ctx: usize) -> LayerTables {
         let keys = |h: &HeadMoments| choice.fit(&h.rotated(rope.frequencies(), sinks.min(ctx - 1)..ctx, ctx / 2..ctx));
-        LayerTables { keys: self.heads.iter().map(keys).collect(), values: self.values.clone() }
+        LayerTables { keys: self.heads.par_iter().map(keys).collect(), values: self.values.clone() }
     }
 }
 

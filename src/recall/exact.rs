@@ -38,6 +38,11 @@ impl HeadCode for ExactKeys {
 
     fn encode(&self, _: &[f32], _: &mut [u8]) {}
 
+    fn decode(&self, rows: &HeadRows, tokens: Range<usize>, decoded: &mut [f32]) {
+        let keys = rows.exact[2 * tokens.start * self.dim..2 * tokens.end * self.dim].chunks_exact(2 * self.dim);
+        decoded.chunks_exact_mut(self.dim).zip(keys).for_each(|(to, row)| to.copy_from_slice(&row[..self.dim]));
+    }
+
     fn scores(&self, queries: &[f32], rows: &HeadRows, tokens: Range<usize>, scores: &mut [Vec<f32>]) {
         for (q, scores) in queries.chunks_exact(self.dim).zip(scores) {
             let keys = rows.exact[2 * tokens.start * self.dim..2 * tokens.end * self.dim].chunks_exact(2 * self.dim);

@@ -8,30 +8,34 @@
 
 mod calibrate;
 mod calibration;
+mod codewords;
 mod exact;
 mod lloyd;
+mod matrix;
 mod moments;
 mod page;
 mod pair;
+mod qpq;
 mod scalar;
 mod scalar2;
 mod value;
 
 pub use calibrate::{bundled, calibrate, tokenise, LONGEST, TOKENS};
 pub use calibration::{Calibration, LayerCalibration, LayerTables};
+pub use codewords::WORDS;
 #[cfg(feature = "cuda")]
 pub(crate) use lloyd::{levels, MOST_BITS};
-pub use moments::{HeadMoments, KeyStatistics};
+pub use moments::{HeadMoments, KeyStatistics, RotatedHead};
 pub use page::PAGE;
 pub use scalar::{Field, ScalarCode};
-pub use value::{ValueCode, SUB, WORDS};
+pub use value::{ValueCode, SUB};
 
 use crate::error::{Error, Result};
 use std::ops::Range;
 use std::sync::Arc;
 
 /// Supported key codes; the first is the default.
-pub static KEY_CODES: &[&dyn KeyCode] = &[&pair::Pair, &scalar2::Scalar2, &page::Page, &exact::Exact];
+pub static KEY_CODES: &[&dyn KeyCode] = &[&pair::Pair, &qpq::Qpq, &scalar2::Scalar2, &page::Page, &exact::Exact];
 
 /// A kind of key code.
 pub trait KeyCode: std::fmt::Debug + Sync {
@@ -49,6 +53,12 @@ pub trait KeyCode: std::fmt::Debug + Sync {
 
     /// Returns the bytes per token of a head of `dim` channels.
     fn bytes(&self, dim: usize, rate: Option<f64>) -> usize;
+
+    /// Returns the bytes of the tables of a head of `dim` channels: a mean, a scale and a field per channel, unless
+    /// overridden.
+    fn table_bytes(&self, dim: usize, _rate: Option<f64>) -> usize {
+        12 * dim
+    }
 
     /// Fits the code of one KV head.
     fn fit(&self, keys: &KeyStatistics, rate: Option<f64>) -> Arc<dyn HeadCode>;
@@ -74,6 +84,18 @@ pub trait HeadCode: std::fmt::Debug + Send + Sync {
     /// # Shapes
     /// `queries [n, D]`, `scores [n]`.
     fn scores(&self, queries: &[f32], rows: &HeadRows, tokens: Range<usize>, scores: &mut [Vec<f32>]);
+
+    /// Writes one row for each of `tokens` whose product with [`HeadCode::lift`] of a query is the token's score: the
+    /// decoded key `k̂`, unless a code overrides `lift`. A GPU without kernels for the code stores these rows.
+    ///
+    /// # Shapes
+    /// `decoded [n, F]`, `F` the length of a lifted query.
+    fn decode(&self, rows: &HeadRows, tokens: Range<usize>, decoded: &mut [f32]);
+
+    /// Returns the factor of decoded rows for the query `q [D]`, `[F]`.
+    fn lift(&self, q: &[f32]) -> Vec<f32> {
+        q.to_vec()
+    }
 
     /// Returns the code as scalar fields, if it is one: the form that kernels read.
     fn scalar(&self) -> Option<&ScalarCode> {
@@ -128,6 +150,11 @@ impl KeyCodeChoice {
         self.code.bytes(dim, self.rate)
     }
 
+    /// Returns the bytes of the tables of a head of `dim` channels.
+    pub fn table_bytes(&self, dim: usize) -> usize {
+        self.code.table_bytes(dim, self.rate)
+    }
+
     /// Fits the code of one KV head.
     pub fn fit(&self, keys: &KeyStatistics) -> Arc<dyn HeadCode> {
         self.code.fit(keys, self.rate)
@@ -152,7 +179,7 @@ mod tests {
         assert_eq!(KeyCodeChoice::parse("pair:1/2bit").unwrap().bytes(64), 4);
         assert_eq!(KeyCodeChoice::parse("pair:2bit").unwrap().bytes(128), 32);
         for (text, words) in [
-            ("pairs", "`pairs` is not one of pair, scalar2, page, exact"),
+            ("pairs", "`pairs` is not one of pair, qpq, scalar2, page, exact"),
             ("pair:3bit", "`3bit` is not a size of `pair`: give one of 1bit, 2bit, 1/2bit"),
             ("exact:1bit", "`exact` has one size"),
             ("", "`` is not one of"),
@@ -169,12 +196,16 @@ mod tests {
         let exact: Vec<f32> = (0..2 * n * dim).map(number).collect();
         let keys: Vec<f32> = exact.chunks(dim).step_by(2).flatten().copied().collect();
         let queries: Vec<f32> = (0..3 * dim).map(|i| number(i + 77_777)).collect();
-        let statistics = KeyStatistics {
-            mean: vec![0.1; dim],
-            deviation: vec![0.6; dim],
-            query: vec![1.0; dim],
-            units: (0..dim / 2).map(|i| vec![i, i + dim / 2]).collect(),
+        // Pairs that do not turn: a mean of 0.1, a deviation of 0.6, queries of mean square 1.
+        let (zeros, frequencies) = (vec![0.0; dim / 2], vec![0.0; dim / 2]);
+        let moments = HeadMoments {
+            key_mean: vec![0.1; dim],
+            key_square: vec![0.37; dim],
+            key_cross: vec![0.01; dim / 2],
+            query_square: vec![1.0; dim],
+            query_cross: zeros,
         };
+        let statistics = moments.rotated((&frequencies, 1.0), 0..n, 0..n);
         for code in KEY_CODES {
             let rates: Vec<_> =
                 code.rates().iter().map(|r| Some(*r)).chain(code.rates().is_empty().then_some(None)).collect();
@@ -197,6 +228,16 @@ mod tests {
                 if head.page() == 1 {
                     let after = scores(&whole, &exact, 3..cut);
                     assert_eq!(before, after, "{}: a later key moves an earlier score", code.name());
+                }
+                let lifted: Vec<Vec<f32>> = queries.chunks(dim).map(|q| head.lift(q)).collect();
+                let length = lifted[0].len();
+                let mut decoded = vec![0.0; (n - 3) * length];
+                head.decode(&HeadRows { codes: &whole, exact: &exact }, 3..n, &mut decoded);
+                for (q, want) in lifted.iter().zip(scores(&whole, &exact, 3..n)) {
+                    for (row, want) in decoded.chunks(length).zip(want) {
+                        let got: f32 = q.iter().zip(row).map(|(q, x)| q * x).sum();
+                        assert!((got - want).abs() < 1e-3, "{} {rate:?}: decoded to {got}, not {want}", code.name());
+                    }
                 }
                 // Bounds of 16 random keys say nothing about one of them.
                 for (q, got) in queries.chunks(dim).zip(scores(&whole, &exact, 0..n)).filter(|_| head.page() == 1) {

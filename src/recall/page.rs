@@ -61,6 +61,18 @@ impl HeadCode for Bounds {
         }
     }
 
+    fn decode(&self, rows: &HeadRows, tokens: Range<usize>, decoded: &mut [f32]) {
+        for (i, row) in tokens.zip(decoded.chunks_exact_mut(2 * self.dim)) {
+            let bounds = rows.codes[i / PAGE * PAGE * self.bytes()..][..4 * self.dim].chunks_exact(2);
+            row.iter_mut().zip(bounds).for_each(|(x, b)| *x = f16::from_le_bytes([b[0], b[1]]).to_f32());
+        }
+    }
+
+    /// The largest product with a key within the bounds: `Σ_c min(q_c, 0) low_c + max(q_c, 0) high_c`.
+    fn lift(&self, q: &[f32]) -> Vec<f32> {
+        q.iter().map(|q| q.min(0.0)).chain(q.iter().map(|q| q.max(0.0))).collect()
+    }
+
     fn scores(&self, queries: &[f32], rows: &HeadRows, tokens: Range<usize>, scores: &mut [Vec<f32>]) {
         let record = PAGE * self.bytes();
         let mut at = tokens.start;

@@ -46,6 +46,10 @@ impl HeadCode for ScalarCode {
         self.scan(queries, codes, scores);
     }
 
+    fn decode(&self, rows: &HeadRows, tokens: Range<usize>, decoded: &mut [f32]) {
+        ScalarCode::decode(self, &rows.codes[tokens.start * self.bytes..tokens.end * self.bytes], decoded);
+    }
+
     fn scalar(&self) -> Option<&ScalarCode> {
         Some(self)
     }

@@ -75,6 +75,19 @@ impl HeadCode for TwoBits {
         }
     }
 
+    fn decode(&self, rows: &HeadRows, tokens: Range<usize>, decoded: &mut [f32]) {
+        let codes = &rows.codes[tokens.start * self.bytes()..tokens.end * self.bytes()];
+        for (code, key) in codes.chunks_exact(self.bytes()).zip(decoded.chunks_exact_mut(self.mean.len())) {
+            let number = |i: usize| f16::from_le_bytes([code[i], code[i + 1]]).to_f32();
+            for (c, x) in key.iter_mut().enumerate() {
+                *x = number(0) + number(2) * f32::from(code[HEADER + c / 4] >> (2 * (c % 4)) & 3);
+            }
+            // The rotation is its own inverse.
+            hadamard(key);
+            key.iter_mut().zip(&self.mean).for_each(|(x, m)| *x += m);
+        }
+    }
+
     fn scores(&self, queries: &[f32], rows: &HeadRows, tokens: Range<usize>, scores: &mut [Vec<f32>]) {
         let dim = self.mean.len();
         for (q, scores) in queries.chunks_exact(dim).zip(scores) {

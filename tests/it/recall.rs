@@ -111,7 +111,7 @@ fn decode_does_not_depend_on_how_the_prompt_was_cut() -> Any {
     let model = calibrated("llama")?;
     let text = ids(400);
     for rest in [RestKind::Codes, RestKind::Means, RestKind::None] {
-        for key_code in ["pair:1bit", "pair:1/2bit", "scalar2", "page", "exact"] {
+        for key_code in ["pair:1bit", "pair:1/2bit", "qpq:1bit", "scalar2", "page", "exact"] {
             let settings = Settings { rest, key_code: key_code.into(), ..settings(20) };
             let want = read(&mut run(&model, &settings, 600)?, &text, 380, 380)?;
             let got = read(&mut run(&model, &settings, 600)?, &text, 380, 7)?;
