@@ -5,6 +5,8 @@
 //! ([`Cache::compress`]) the kept rows are copied out of a dense cache, and [`Cache::peak_bytes`] counts both.
 
 mod compressed_kv;
+#[cfg(any(test, feature = "cuda"))]
+mod decoded_keys;
 mod host;
 mod host_memory;
 #[cfg(feature = "cuda")]

@@ -1,13 +1,14 @@
 //! Codes of exact recall on a GPU: key and value codes, block means, the tables that kernels read them with, and the
 //! memory that a decode step works in.
 
+use super::decoded_keys::DecodedKeys;
 use super::recall_kv::{Fetched, Workspace};
 use super::PinnedStore;
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::layout::{LayerPlan, RecallLayer};
 use crate::ops::cuda::{address, address_or_null, device, uninitialised, upload, Launch, Uploaded};
 use crate::ops::recall::{encode, kind, Cut, Encode, Recall, BINS, LISTED, MOST_HEADS};
-use crate::ops::{pool_blocks, Attended, RunningMean};
+use crate::ops::{pool_blocks, Attended, RunningMean, Window};
 use crate::recall::{levels, LayerTables, ScalarCode, MOST_BITS, SUB};
 use crate::retrofit::RestKind;
 use candle_core::cuda_backend::CudaDevice;
@@ -17,14 +18,13 @@ use std::sync::Arc;
 /// Codes of a layer and what its kernels need.
 #[derive(Debug)]
 pub struct GpuCodes {
-    /// u8 `[G, ctx, bytes]`.
-    keys: Tensor,
+    keys: Keys,
     /// u8 `[G, ctx, D / 16]`.
     values: Option<Tensor>,
     /// Block means of values `[G, blocks, D]`, and the sum of the block in progress.
     means: Option<(Tensor, RunningMean)>,
     _tables: Tables,
-    _scratch: Arc<Scratch>,
+    scratch: Arc<Scratch>,
     /// Positions that the previous step fetched, and how many, u32 `[G, k + 1]`.
     _previous: Tensor,
     /// [`Fetched`] of all steps, i64 `[2]`.
@@ -34,17 +34,32 @@ pub struct GpuCodes {
     base: Recall,
     block: usize,
     sink_tokens: usize,
+    window: Window,
     dtype: DType,
+}
+
+/// What scores are computed from.
+#[derive(Debug)]
+enum Keys {
+    /// Scalar codes, which kernels read: u8 `[G, ctx, bytes]`.
+    Coded(Tensor),
+    /// Decoded rows of any other code.
+    Decoded(DecodedKeys),
 }
 
 /// Tables on the device.
 struct Tables {
+    scalar: Option<ScalarTables>,
+    codebook: Option<Tensor>,
+}
+
+/// Tables of scalar codes.
+struct ScalarTables {
     mean: Uploaded<f32>,
     scale: Uploaded<f32>,
     fields: Uploaded<u32>,
     first: Uploaded<i32>,
     levels: Uploaded<f32>,
-    codebook: Option<Tensor>,
 }
 
 impl std::fmt::Debug for Tables {
@@ -59,6 +74,10 @@ pub(super) struct Scratch {
     /// Parameters with the addresses and the shape that the memory is for.
     p: Recall,
     cut: Cut,
+    /// f16 `[H, ctx]`.
+    scores: Tensor,
+    /// f32 `[H, slices, 2]`.
+    slices: Tensor,
     _held: Vec<Tensor>,
 }
 
@@ -107,7 +126,7 @@ impl GpuCodes {
     /// Allocates the codes of `layer` on `device`.
     ///
     /// # Errors
-    /// A key code that only a CPU runs; too little memory.
+    /// Too little memory.
     pub(super) fn new(
         layer: &RecallLayer,
         plan: &LayerPlan,
@@ -118,10 +137,6 @@ impl GpuCodes {
     ) -> Result<Self> {
         let Device::Cuda(gpu) = on else { return Err(Error::new(ErrorKind::Backend, "recall", "is not on a GPU")) };
         let codes: Option<Vec<&ScalarCode>> = tables.keys.iter().map(|k| k.scalar()).collect();
-        let Some(codes) = codes else {
-            let message = format!("`{}` runs on a CPU only; give pair", layer.code.code.name());
-            return Err(Error::unsupported("--key-code", message));
-        };
         let (heads, (kv_heads, dim)) = (plan.heads, plan.row());
         if heads > MOST_HEADS * kv_heads {
             let group = heads / kv_heads;
@@ -130,9 +145,12 @@ impl GpuCodes {
         }
         let s = &layer.settings;
         let ctx = layer.coded();
-        let bytes = codes[0].bytes;
+        let bytes = codes.as_ref().map_or(0, |c| c[0].bytes);
         let subs = dim.div_ceil(SUB);
-        let keys = Tensor::zeros((kv_heads, ctx, bytes), DType::U8, on)?;
+        let keys = match &codes {
+            Some(_) => Keys::Coded(Tensor::zeros((kv_heads, ctx, bytes), DType::U8, on)?),
+            None => Keys::Decoded(DecodedKeys::new(tables, ctx, dim, on)?),
+        };
         let values = (s.rest == RestKind::Codes).then(|| Tensor::zeros((kv_heads, ctx, subs), DType::U8, on));
         let values = values.transpose()?;
         let blocks = layer.ctx.div_ceil(s.block);
@@ -142,18 +160,19 @@ impl GpuCodes {
             }
             _ => None,
         };
-        let on_device = Tables::new(gpu, on, &codes, tables, values.is_some())?;
+        let on_device = Tables::new(gpu, on, codes.as_deref(), tables, values.is_some())?;
+        let scalar = |f: fn(&ScalarTables) -> u64| on_device.scalar.as_ref().map_or(0, f);
         let (window_kind, window_size, window_count) = s.raw_window().numbers();
         let mut base = Recall {
-            key_codes: address(&keys)?,
+            key_codes: keys.address()?,
             value_codes: address_or_null(values.as_ref())?,
             codebook: address_or_null(on_device.codebook.as_ref())?,
             means: address_or_null(means.as_ref().map(|(m, _)| m))?,
-            mean: on_device.mean.address,
-            scale: on_device.scale.address,
-            fields: on_device.fields.address,
-            first: on_device.first.address,
-            levels: on_device.levels.address,
+            mean: scalar(|t| t.mean.address),
+            scale: scalar(|t| t.scale.address),
+            fields: scalar(|t| t.fields.address),
+            first: scalar(|t| t.first.address),
+            levels: scalar(|t| t.levels.address),
             store: store.address(),
             ctx: ctx as i32,
             rows: layer.ctx as i32,
@@ -176,28 +195,34 @@ impl GpuCodes {
         let previous = Tensor::zeros((kv_heads, s.recall + 1), DType::U32, on)?;
         let fetched = Tensor::zeros(2, DType::I64, on)?;
         (base.previous, base.fetched) = (address(&previous)?, address(&fetched)?);
-        let (block, sink_tokens) = (s.block, s.sink_tokens);
+        let (block, sink_tokens, window) = (s.block, s.sink_tokens, s.raw_window());
         Ok(Self {
             keys,
             values,
             means,
             _tables: on_device,
-            _scratch: scratch,
+            scratch,
             _previous: previous,
             fetched,
             cut,
             base,
             block,
             sink_tokens,
+            window,
             dtype,
         })
     }
 
-    /// Returns the allocated bytes of key codes, and of value codes or means.
+    /// Returns the allocated bytes of key codes (of decoded keys where the code has no kernels), and of value codes or
+    /// means.
     pub fn bytes(&self) -> (u64, u64) {
         let bytes = |x: &Tensor| (x.elem_count() * x.dtype().size_in_bytes()) as u64;
         let means = self.means.as_ref().map_or(0, |(m, _)| bytes(m));
-        (bytes(&self.keys), self.values.as_ref().map_or(0, bytes) + means)
+        let keys = match &self.keys {
+            Keys::Coded(keys) => bytes(keys),
+            Keys::Decoded(keys) => keys.bytes(),
+        };
+        (keys, self.values.as_ref().map_or(0, bytes) + means)
     }
 
     /// Returns the rows that decode steps have fetched.
@@ -218,6 +243,13 @@ impl GpuCodes {
     /// The device fails.
     pub fn push(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
         let (k, v) = (k.contiguous()?, v.contiguous()?);
+        if let Keys::Decoded(keys) = &mut self.keys {
+            keys.push(&k, start)?;
+            // Without bytes of key codes the kernel writes value codes alone.
+            if self.values.is_none() {
+                return self.pool(&v, start);
+            }
+        }
         let b = &self.base;
         let launch = encode(
             device(&k)?,
@@ -256,7 +288,8 @@ impl GpuCodes {
         }
     }
 
-    /// Attends one token at `position` to all zones, and appends its key and value to the codes and the host store.
+    /// Attends one token at `position` to all zones, and, where [`GpuCodes::appends`], adds its key and value to the
+    /// codes and the host store.
     ///
     /// # Shapes
     /// `q [1, H, D]`, `k`, `v` `[1, G, D]`; `near` is the attention to the near zone with its log-sum-exp.
@@ -280,17 +313,36 @@ impl GpuCodes {
             position,
             factor,
         };
-        for launch in self.launches(gpu, &step)? {
+        let launches = self.launches(gpu, &step)?;
+        // The first is the scan, which also appends the token.
+        let launches = match &self.keys {
+            Keys::Coded(_) => &launches[..],
+            Keys::Decoded(keys) => {
+                let end = self.window.left(position);
+                let far = self.sink_tokens.min(end)..end;
+                keys.score((&q32, lse), far, factor, (&self.scratch.scores, &self.scratch.slices))?;
+                &launches[1..]
+            }
+        };
+        for launch in launches {
             // SAFETY: as in `push`; scratch and tables are held by `self`, and frees are ordered after the launches.
             unsafe { launch.enqueue(false)? };
         }
-        self.pool(&v, position)?;
+        if self.appends() {
+            self.pool(&v, position)?;
+        }
         Ok(out.to_dtype(q.dtype())?)
     }
 
-    /// Whether a captured step can hold the layer: block means are pooled by launches of their own.
+    /// Whether a step's kernels append the token: decoded keys are written by [`GpuCodes::push`] afterwards.
+    pub fn appends(&self) -> bool {
+        matches!(self.keys, Keys::Coded(_))
+    }
+
+    /// Whether a captured step can hold the layer: block means are pooled by launches of their own, and decoded keys
+    /// are scored by tensor operations.
     pub fn captured(&self) -> bool {
-        self.means.is_none()
+        self.means.is_none() && self.appends()
     }
 
     /// Returns the launches of a step: attention to the other zones, the merge, and the new token's codes and host row.
@@ -315,8 +367,35 @@ impl GpuCodes {
     }
 }
 
+impl Keys {
+    /// Returns the address of the codes that kernels read; 0 where they read none.
+    fn address(&self) -> Result<u64> {
+        match self {
+            Self::Coded(keys) => address(keys),
+            Self::Decoded(_) => Ok(0),
+        }
+    }
+}
+
 impl Tables {
-    fn new(gpu: &CudaDevice, on: &Device, codes: &[&ScalarCode], tables: &LayerTables, values: bool) -> Result<Self> {
+    fn new(
+        gpu: &CudaDevice,
+        on: &Device,
+        codes: Option<&[&ScalarCode]>,
+        tables: &LayerTables,
+        values: bool,
+    ) -> Result<Self> {
+        let codebook = values.then(|| {
+            let words: Vec<f32> = tables.values.iter().flat_map(|v| v.codebook()).copied().collect();
+            Tensor::new(words, on)?.to_dtype(DType::F16)
+        });
+        let scalar = codes.map(|codes| ScalarTables::new(gpu, codes)).transpose()?;
+        Ok(Self { scalar, codebook: codebook.transpose().at("codebook")? })
+    }
+}
+
+impl ScalarTables {
+    fn new(gpu: &CudaDevice, codes: &[&ScalarCode]) -> Result<Self> {
         let dim = codes[0].mean.len();
         let all = |f: fn(&ScalarCode) -> &[f32]| codes.iter().flat_map(|c| f(c)).copied().collect::<Vec<f32>>();
         let (mut fields, mut first) = (vec![0u32; codes.len() * dim], vec![]);
@@ -332,17 +411,12 @@ impl Tables {
             numbers[at..at + l.levels.len()].copy_from_slice(&l.levels);
             numbers[128 + at..][..l.edges.len()].copy_from_slice(&l.edges);
         }
-        let codebook = values.then(|| {
-            let words: Vec<f32> = tables.values.iter().flat_map(|v| v.codebook()).copied().collect();
-            Tensor::new(words, on)?.to_dtype(DType::F16)
-        });
         Ok(Self {
             mean: upload(gpu, &all(|c| &c.mean))?,
             scale: upload(gpu, &all(|c| &c.scale))?,
             fields: upload(gpu, &fields)?,
             first: upload(gpu, &first)?,
             levels: upload(gpu, &numbers)?,
-            codebook: codebook.transpose().at("codebook")?,
         })
     }
 }
@@ -358,8 +432,9 @@ impl Scratch {
             held.push(tensor);
             Ok(at)
         };
-        p.scores = room(&[heads, ctx], DType::F16)?;
-        p.slices = room(&[heads, cut.slices, 2], DType::F32)?;
+        let scores = Tensor::zeros((heads, ctx), DType::F16, on)?;
+        let slices = Tensor::zeros((heads, cut.slices, 2), DType::F32, on)?;
+        (p.scores, p.slices) = (address(&scores)?, address(&slices)?);
         p.weights = room(&[kv_heads, ctx], DType::F32)?;
         p.histogram = room(&[kv_heads, 2, BINS], DType::U32)?;
         p.listed = room(&[kv_heads, LISTED, 2], DType::U32)?;
@@ -371,6 +446,6 @@ impl Scratch {
         p.redone = room(&[1], DType::U32)?;
         p.chosen = room(&[kv_heads, p.k as usize], DType::U32)?;
         p.counts = room(&[kv_heads], DType::U32)?;
-        Ok(Self { p, cut, _held: held })
+        Ok(Self { p, cut, scores, slices, _held: held })
     }
 }

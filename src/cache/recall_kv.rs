@@ -85,6 +85,15 @@ impl Codes {
             Self::Gpu(_) => None,
         }
     }
+
+    /// Whether a decode step appends its token to codes and host store.
+    fn append(&self) -> bool {
+        match self {
+            Self::Cpu(_) => false,
+            #[cfg(feature = "cuda")]
+            Self::Gpu(codes) => codes.appends(),
+        }
+    }
 }
 
 impl RecallKv {
@@ -194,6 +203,17 @@ impl RecallKv {
     pub fn push_near(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
         self.sinks.keep(k, v, start)?;
         self.local.write(k, v, start)
+    }
+
+    /// Stores the token of a decode step, `[1, G, D]`, where the step's kernels have not.
+    ///
+    /// # Errors
+    /// Those of [`RecallKv::push`].
+    pub fn push_step(&mut self, k: &Tensor, v: &Tensor, position: usize) -> Result<()> {
+        match self.codes.append() {
+            true => self.push_near(k, v, position),
+            false => self.push(k, v, position),
+        }
     }
 
     /// Returns the allocated bytes by pool.

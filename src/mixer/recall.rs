@@ -67,19 +67,16 @@ fn step(
         #[cfg(feature = "cuda")]
         Codes::Gpu(codes) => Some(codes.step([q, k, v], &near, position, p.scale)?),
     };
-    match out {
-        // The kernels have appended the token to codes and store.
-        Some(out) => {
-            cache.push_near(k, v, position)?;
-            Ok(out)
-        }
+    let out = match out {
+        Some(out) => out,
         None => {
             let (far, chosen) = far_on_cpu(layer, p, q, &near, position, cache)?;
             cache.count(chosen);
-            cache.push(k, v, position)?;
-            Ok(merge_attention(&[near, far])?.out)
+            merge_attention(&[near, far])?.out
         }
-    }
+    };
+    cache.push_step(k, v, position)?;
+    Ok(out)
 }
 
 /// Attention of one token to the far zone, and the positions fetched for each KV head.
