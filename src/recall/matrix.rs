@@ -16,8 +16,8 @@ pub(super) fn product(a: &[f64], b: &[f64], n: usize) -> Vec<f64> {
 
 /// Returns the eigenvalues of a symmetric matrix without negative ones, descending, and the eigenvectors as rows.
 ///
-/// One-sided Jacobi rotations make the rows of `G A` orthogonal; the rows of `G` are then eigenvectors of `A Aᵀ`, and so
-/// of `A`. Source: Hestenes, "Inversion of matrices by biorthogonalization and related results" (1958),
+/// One-sided Jacobi rotations make the rows of `G A` orthogonal; the rows of `G` are then eigenvectors of `A Aᵀ`, and
+/// so of `A`. Source: Hestenes, "Inversion of matrices by biorthogonalization and related results" (1958),
 /// <https://doi.org/10.1137/0106005>.
 pub(super) fn eigen(matrix: &[f64], n: usize) -> (Vec<f64>, Vec<f64>) {
     let mut rows: Vec<Vec<f64>> = matrix.chunks_exact(n).map(<[f64]>::to_vec).collect();
