@@ -20,7 +20,9 @@ pub struct PinnedStore {
     /// `(G, ctx, D)`.
     dims: (usize, usize, usize),
     dtype: DType,
-    /// Stream of the copies to the device, beside the run's own.
+    /// The run's stream.
+    main: Arc<CudaStream>,
+    /// Stream of the copies to the device.
     copies: Arc<CudaStream>,
 }
 
@@ -56,7 +58,7 @@ impl PinnedStore {
         let slice = memory.pinned.take(bytes, allocate).map_err(failed)?;
         let at = slice.as_ptr().map_err(failed)? as u64;
         let copies = stream.context().new_stream().map_err(candle_core::Error::wrap).at("host store")?;
-        Ok(Self { slice: Some(slice), memory: memory.clone(), at, dims, dtype, copies })
+        Ok(Self { slice: Some(slice), memory: memory.clone(), at, dims, dtype, main: stream, copies })
     }
 
     /// Returns the allocated bytes.
@@ -168,8 +170,10 @@ impl PinnedStore {
 impl Drop for PinnedStore {
     fn drop(&mut self) {
         if let Some(slice) = self.slice.take() {
-            // Kernels and copies of the run's stream may still use the memory.
-            let _ = slice.context().synchronize();
+            // Kernels and copies may still use the memory. Waiting for the whole context would break the captures of
+            // other runs.
+            let _ = self.main.synchronize();
+            let _ = self.copies.synchronize();
             self.memory.pinned.give_back(bytes_of(self.dims, self.dtype), slice);
         }
     }

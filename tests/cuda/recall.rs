@@ -89,7 +89,7 @@ fn steps_of_the_last_layer_are_the_cpus_but_for_ties() -> Any {
         // What follows a changed choice in this layer alone is the same again.
         let full = on_cpu.spec().attention().filter(|(_, a)| a.kind == AttentionKind::Full);
         let (last, kv_heads) = full.map(|(i, a)| (i, a.kv_heads)).last().ok_or("a layer")?;
-        for (k, key_code) in [(1, "pair:1bit"), (40, "pair:1bit"), (200, "pair:2bit"), (40, "pair:1/2bit")] {
+        for (k, key_code) in [(1, "pair:1bit"), (40, "pair:1bit"), (40, "pair:2bit"), (40, "pair:1/2bit")] {
             let settings = Settings { key_code: key_code.into(), ..settings(k, RestKind::None) };
             let steps = |model: &Model| -> Any<(Tensor, Option<(u64, f64)>)> {
                 let plan = RetrofitPlan::new(model.spec(), Some(vec![last]), settings.clone())?;
