@@ -19,7 +19,7 @@ use crate::eviction::{Eviction, EvictionPlan, When};
 use crate::method::Method;
 use crate::nn::Rope;
 use crate::ops::Window;
-use crate::recall::{Calibration, KeyCodeChoice, LayerTables, PAGE, SUB};
+use crate::recall::{Calibration, Fit, Fits, KeyCodeChoice, LayerTables, PAGE, SUB};
 use crate::retrofit::{PrefillKind, RestKind, Settings};
 use crate::selector::{self, Grid, Selector};
 use crate::spec::{AttentionKind, AttentionSpec, ModelSpec};
@@ -209,11 +209,16 @@ impl Layout {
         Ok(Self { layers, method, ctx })
     }
 
-    /// Fits the codes of layers with exact recall to `calibration`.
+    /// Fits the codes of layers with exact recall to `calibration`, or takes those of `fits`.
     ///
     /// # Errors
     /// The calibration was made with another number of sinks, or lacks a layer.
-    pub fn calibrated(mut self, calibration: &Calibration, spec: &ModelSpec, ropes: &[Rope]) -> Result<Self> {
+    pub fn calibrated(
+        mut self,
+        (calibration, fits): (&Calibration, &Fits),
+        spec: &ModelSpec,
+        ropes: &[Rope],
+    ) -> Result<Self> {
         let ropes = spec.attention().map(|(_, a)| &ropes[a.rope]);
         for (i, (plan, rope)) in self.layers.iter_mut().zip(ropes).enumerate() {
             let LayerKind::Recall(r) = &mut plan.kind else { continue };
@@ -225,7 +230,9 @@ impl Layout {
             }
             let layer = calibration.layers.get(i).and_then(Option::as_ref);
             let missing = || Error::format("recall calibration", format!("has nothing on layer {i}"));
-            r.tables = Some(Arc::new(layer.ok_or_else(missing)?.tables(&r.code, rope, sinks, r.ctx)));
+            let fit = Fit { layer: i, key_code: r.settings.key_code.clone(), ctx: r.ctx };
+            let make = || Ok::<_, Error>(layer.ok_or_else(missing)?.tables(&r.code, rope, sinks, r.ctx));
+            r.tables = Some(fits.get(fit, make)?);
         }
         Ok(self)
     }

@@ -69,7 +69,7 @@ impl Run {
 
     fn leased(weights: &Arc<Weights>, layout: Layout, stream: Arc<Lease>) -> Result<Self> {
         let layout = match layout.lacks_tables() {
-            true => layout.calibrated(weights.calibration()?, weights.spec(), &weights.ropes)?,
+            true => layout.calibrated((weights.calibration()?, weights.fits()), weights.spec(), &weights.ropes)?,
             false => layout,
         };
         let cache = Cache::within(&layout, weights.dtype(), stream.device(), weights.host_memory().clone())?;

@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mixer::Projections;
 use crate::nn::{Linear, Mlp, RmsNorm, Rope, Weight};
 use crate::ops::{beside, human_bytes};
-use crate::recall::Calibration;
+use crate::recall::{Calibration, Fits};
 use crate::spec::{LayerSpec, MixerSpec, ModelSpec};
 use crate::tensors::{LayerTensors, LinearSpec, TensorSpec};
 use candle_core::{DType, Device};
@@ -57,6 +57,8 @@ pub struct Weights {
     host_memory: Arc<HostMemory>,
     /// What the codes of exact recall are fitted to, once it is known.
     calibration: OnceLock<Calibration>,
+    /// Codes fitted to the calibration for earlier runs.
+    fits: Fits,
 }
 
 impl Weights {
@@ -116,6 +118,11 @@ impl Weights {
     /// Sets what the codes of exact recall are fitted to; has no effect if it is set already.
     pub fn calibrate(&self, calibration: Calibration) {
         let _ = self.calibration.set(calibration);
+    }
+
+    /// Returns the codes fitted to the calibration so far.
+    pub(crate) fn fits(&self) -> &Fits {
+        &self.fits
     }
 
     /// What the codes of exact recall are fitted to.
@@ -208,8 +215,22 @@ impl Loader<'_> {
         let ropes = spec.ropes.iter().map(Rope::new).collect();
         let (device, dtype) = (self.device.clone(), self.format.compute());
         let idle = Mutex::new(vec![device.clone()]);
-        let (host_memory, calibration) = Default::default();
-        Ok(Weights { spec, embed, blocks, norm, head, ropes, device, dtype, bytes, idle, host_memory, calibration })
+        let (host_memory, calibration, fits) = Default::default();
+        Ok(Weights {
+            spec,
+            embed,
+            blocks,
+            norm,
+            head,
+            ropes,
+            device,
+            dtype,
+            bytes,
+            idle,
+            host_memory,
+            calibration,
+            fits,
+        })
     }
 
     fn matrix(&self, tensor: &TensorSpec) -> Result<Weight> {

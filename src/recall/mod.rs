@@ -10,6 +10,7 @@ mod calibrate;
 mod calibration;
 mod codewords;
 mod exact;
+mod fits;
 mod lloyd;
 mod matrix;
 mod moments;
@@ -23,6 +24,7 @@ mod value;
 pub use calibrate::{bundled, calibrate, tokenise, LONGEST, TOKENS};
 pub use calibration::{Calibration, LayerCalibration, LayerTables};
 pub use codewords::WORDS;
+pub use fits::{Fit, Fits};
 #[cfg(feature = "cuda")]
 pub(crate) use lloyd::{levels, MOST_BITS};
 pub use moments::{HeadMoments, KeyStatistics, RotatedHead};
