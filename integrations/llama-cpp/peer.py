@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
 SCHEMA_VERSION = 1
+BFLY_VERSIONS = (1, 2)  # schema versions of bfly's report whose fields below mean the same
 BYTES_PER = {"f32": 4, "f16": 2, "bf16": 2}
 # What the comparison reads from a report. Both engines must write it.
 NEEDED = ("prompt_tokens", "generated_tokens", "prefill_s", "ttft_s", "decode_s", "prefill_tok_s", "decode_tok_s",
@@ -385,8 +386,12 @@ def run_once(contender: Contender, args, out: Path) -> dict:
     except (OSError, ValueError) as e:
         raise Failure(f"{contender.label}: its report cannot be read: {e}", 1)
     missing = [key for key in NEEDED if key not in report]
-    if report.get("schema_version") != SCHEMA_VERSION or missing:
-        raise Failure(f"{contender.label}: its report is not of version {SCHEMA_VERSION}, or lacks {', '.join(missing) or 'nothing'}", 1)
+    version = report.get("schema_version")
+    if version not in BFLY_VERSIONS:
+        known = " or ".join(map(str, BFLY_VERSIONS))
+        raise Failure(f"{contender.label}: its report is of version {version}; this script reads version {known}", 1)
+    if missing:
+        raise Failure(f"{contender.label}: its report lacks {', '.join(missing)}", 1)
     if isinstance(report.get("model"), dict) and "path" in report["model"]:
         report["model"]["path"] = args.gguf.name
     return {"label": contender.label, "engine": contender.engine, "cores_busy_with_others": others, "report": report}
