@@ -12,7 +12,7 @@
 // weights by their upper 11 bits. Each block of recall_choose finds in that histogram the bin where the k-th lies, marks
 // what is above it and lists what is in it: a ninth of an octave, a few hundred tokens. The last block of a KV head selects
 // among those by the other 20 bits, of equals by position, and writes the places of all bits of the map. Where more than
-// LISTED tokens are in the bin (a head that attends evenly), the blocks first count them by the next 11 bits, tile by tile,
+// LISTED tokens are in the bin (nearly uniform attention), the blocks first count them by the next 11 bits, tile by tile,
 // and go on with the 22 bits of the k-th. A block waits only for tiles that other blocks have taken, never for a block that
 // may not have started. More than LISTED tokens even then (repeated codes) are read from memory again by the last block.
 // Only counts and bits meet in atomic operations, so that the result does not depend on scheduling.

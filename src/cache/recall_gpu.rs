@@ -8,11 +8,12 @@ use crate::error::{At, Error, ErrorKind, Result};
 use crate::layout::{LayerPlan, RecallLayer};
 use crate::ops::cuda::{address, address_or_null, device, uninitialised, upload, Launch, Uploaded};
 use crate::ops::recall::{encode, kind, Cut, Encode, Recall, BINS, LISTED, MOST_HEADS};
-use crate::ops::{pool_blocks, Attended, RunningMean, Window};
+use crate::ops::{pool_blocks, Attended, RunningMean};
 use crate::recall::{levels, LayerTables, ScalarCode, MOST_BITS, SUB};
 use crate::retrofit::RestKind;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Device, Tensor};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Codes of a layer and what its kernels need.
@@ -34,7 +35,6 @@ pub struct GpuCodes {
     base: Recall,
     block: usize,
     sink_tokens: usize,
-    window: Window,
     dtype: DType,
 }
 
@@ -195,7 +195,7 @@ impl GpuCodes {
         let previous = Tensor::zeros((kv_heads, s.recall + 1), DType::U32, on)?;
         let fetched = Tensor::zeros(2, DType::I64, on)?;
         (base.previous, base.fetched) = (address(&previous)?, address(&fetched)?);
-        let (block, sink_tokens, window) = (s.block, s.sink_tokens, s.raw_window());
+        let (block, sink_tokens) = (s.block, s.sink_tokens);
         Ok(Self {
             keys,
             values,
@@ -208,7 +208,6 @@ impl GpuCodes {
             base,
             block,
             sink_tokens,
-            window,
             dtype,
         })
     }
@@ -292,11 +291,18 @@ impl GpuCodes {
     /// codes and the host store.
     ///
     /// # Shapes
-    /// `q [1, H, D]`, `k`, `v` `[1, G, D]`; `near` is the attention to the near zone with its log-sum-exp.
+    /// `q [1, H, D]`, `k`, `v` `[1, G, D]`; `near` is the attention to the near zone with its log-sum-exp, `far` the
+    /// positions of the other zones ([`RecallLayer::far`]).
     ///
     /// # Errors
     /// The device fails.
-    pub fn step(&mut self, [q, k, v]: [&Tensor; 3], near: &Attended, position: usize, factor: f32) -> Result<Tensor> {
+    pub fn step(
+        &mut self,
+        [q, k, v]: [&Tensor; 3],
+        near: &Attended,
+        (position, far): (usize, Range<usize>),
+        factor: f32,
+    ) -> Result<Tensor> {
         let gpu = device(q)?;
         let (k, v) = (k.contiguous()?, v.contiguous()?);
         let (q32, out32) = (q.to_dtype(DType::F32)?.contiguous()?, near.out.to_dtype(DType::F32)?.contiguous()?);
@@ -318,8 +324,6 @@ impl GpuCodes {
         let launches = match &self.keys {
             Keys::Coded(_) => &launches[..],
             Keys::Decoded(keys) => {
-                let end = self.window.left(position);
-                let far = self.sink_tokens.min(end)..end;
                 keys.score((&q32, lse), far, factor, (&self.scratch.scores, &self.scratch.slices))?;
                 &launches[1..]
             }

@@ -65,7 +65,7 @@ fn step(
     let out = match &mut cache.codes {
         Codes::Cpu(_) => None,
         #[cfg(feature = "cuda")]
-        Codes::Gpu(codes) => Some(codes.step([q, k, v], &near, position, p.scale)?),
+        Codes::Gpu(codes) => Some(codes.step([q, k, v], &near, (position, layer.far(position)), p.scale)?),
     };
     let out = match out {
         Some(out) => out,

@@ -50,6 +50,13 @@ crate::ops::cuda::mirrored!(State, 24, {
 });
 unsafe impl ValidAsZeroBits for State {}
 
+impl State {
+    /// Returns the state before the step that reads `token` at the position of `run`.
+    fn before(run: &Run, token: u32) -> Self {
+        Self { position: run.cache().position() as i32, token, ..Self::default() }
+    }
+}
+
 /// A captured decode step and its device memory.
 pub(super) struct StepGraph {
     graph: CudaGraph,
@@ -124,7 +131,7 @@ impl StepGraph {
         tokens: &mut Vec<u32>,
         on_token: OnToken,
     ) -> Result<Option<u32>> {
-        let begin = State { position: run.cache().position() as i32, token: first, ..State::default() };
+        let begin = State::before(run, first);
         self.gpu.memcpy_htod(&[begin], &mut self.state)?;
         timing.fetched = BATCH;
         let (mut done, most) = (0, run.cache().until_eviction());
@@ -134,7 +141,7 @@ impl StepGraph {
             }
             let count = BATCH.min(request.max_new_tokens - tokens.len()).min(most - done);
             let token = tokens.last().copied().unwrap_or(first);
-            let batch = State { position: run.cache().position() as i32, token, ..State::default() };
+            let batch = State::before(run, token);
             let start = Instant::now();
             self.journal.exchange(&self.gpu, &self.state, count, false)?;
             for _ in 0..count {
@@ -201,8 +208,7 @@ impl StepGraph {
 
     /// Launches one step that reads `token` at the run's position.
     fn step(&mut self, run: &Run, token: u32) -> Result<()> {
-        let begin = State { position: run.cache().position() as i32, token, ..State::default() };
-        self.gpu.memcpy_htod(&[begin], &mut self.state)?;
+        self.gpu.memcpy_htod(&[State::before(run, token)], &mut self.state)?;
         self.graph.launch().map_err(driver)
     }
 }
