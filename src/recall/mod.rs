@@ -182,7 +182,7 @@ mod tests {
         assert_eq!(KeyCodeChoice::parse("pair:2bit").unwrap().bytes(128), 32);
         for (text, words) in [
             ("pairs", "`pairs` is not one of pair, qpq, scalar2, page, exact"),
-            ("pair:3bit", "`3bit` is not a size of `pair`: give one of 1bit, 2bit, 1/2bit"),
+            ("pair:3bit", "`3bit` is not a size of `pair`: give one of 1bit, 1.25bit, 1.5bit, 2bit, 1/2bit"),
             ("exact:1bit", "`exact` has one size"),
             ("", "`` is not one of"),
         ] {

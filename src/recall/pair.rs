@@ -18,7 +18,7 @@ impl KeyCode for Pair {
     }
 
     fn rates(&self) -> &'static [f64] {
-        &[1.0, 2.0, 0.5]
+        &[1.0, 1.25, 1.5, 2.0, 0.5]
     }
 
     fn bytes(&self, dim: usize, rate: Option<f64>) -> usize {

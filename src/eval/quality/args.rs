@@ -1,6 +1,6 @@
 //! The flags of `bfly-quality-smoke`.
 
-use super::{ablate, join, layers, needle, positions, ruler, smoke};
+use super::{ablate, fidelity, join, layers, needle, positions, ruler, smoke};
 use crate::error::Result;
 use clap::{Parser, Subcommand};
 
@@ -61,6 +61,12 @@ Examples:
   # Write the prompts for another engine, and stop
   bfly-quality-smoke ruler --model MODEL --ctx 4k --tasks niah_single_2 --export niah.jsonl --export-only";
 
+const FIDELITY_EXAMPLES: &str = "\
+Examples:
+  # What each size of key code costs on the answers of five tasks
+  bfly-quality-smoke fidelity --model MODEL --ctx 32k --chat \\
+      --variants stock,recall,recall:key-code=pair:2bit,recall:key-code=exact --out fidelity.json";
+
 const NEEDLE_EXAMPLES: &str = "\
 Examples:
   # Eleven depths at four lengths, three needles each
@@ -110,6 +116,9 @@ pub enum Command {
     /// RULER's tasks and three of recall, generated natively and scored by rules.
     #[command(after_help = RULER_EXAMPLES)]
     Ruler(Box<ruler::RulerArgs>),
+    /// Next-token distributions over the stock model's own answers to tasks, against stock.
+    #[command(after_help = FIDELITY_EXAMPLES)]
+    Fidelity(Box<fidelity::FidelityArgs>),
     /// One needle over a grid of lengths and depths.
     #[command(after_help = NEEDLE_EXAMPLES)]
     Needle(Box<needle::NeedleArgs>),
@@ -136,12 +145,13 @@ pub enum Command {
 /// Runs the subcommand, or the smoke test.
 ///
 /// # Errors
-/// See [`smoke::run`], [`ruler::run`], [`needle::run`], [`join::run`], [`layers::run`], [`ablate::run`] and
-/// [`positions::run`].
+/// See [`smoke::run`], [`ruler::run`], [`fidelity::run`], [`needle::run`], [`join::run`], [`layers::run`],
+/// [`ablate::run`] and [`positions::run`].
 pub fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
         None => smoke::run(&cli.smoke),
         Some(Command::Ruler(args)) => ruler::run(args),
+        Some(Command::Fidelity(args)) => fidelity::run(args),
         Some(Command::Needle(args)) => needle::run(args),
         Some(Command::Join(args)) => join::run(args),
         Some(Command::Layers(args)) => layers::run(args),

@@ -13,6 +13,7 @@
 //! | [`prompting`] | prompting with one sample: its tokens, the greedy answers of its turns, the loss on the expected ones |
 //! | [`metrics`] | distances between next-token distributions, over the whole vocabulary |
 //! | [`smoke`], [`gate`] | distributions and greedy text against stock; `--fail-below`, `--fail-above` |
+//! | [`fidelity`] | distributions over stock's answers to tasks |
 //! | [`ruler`], [`needle`], [`answers`], [`join`] | scores in tasks and needle grids; joining files |
 //! | [`eval_set`], [`layers`], [`heads`], [`ablate`], [`reads`] | sensitivity to layers, heads and settings |
 //! | [`positions`] | loss by position, within and beyond the trained length |
@@ -25,6 +26,7 @@ pub mod documents;
 pub mod eval_args;
 pub mod eval_set;
 pub mod eval_set_args;
+pub mod fidelity;
 pub mod gate;
 pub mod heads;
 pub mod join;

@@ -182,14 +182,28 @@ impl Prompter {
         (room, question): (usize, Phase),
         on_tokens: &mut dyn FnMut(usize),
     ) -> Result<(Vec<(String, usize)>, KvBytes)> {
+        let answers = self.answer_tokens(run, prompt, (room, question), on_tokens)?;
+        let texts = answers.iter().map(|ids| Ok((self.text.decode(ids)?, ids.len())));
+        Ok((texts.collect::<Result<_>>()?, KvBytes::of(run.cache())))
+    }
+
+    /// Generates answers like [`Prompter::answer`] and returns the token ids of each.
+    ///
+    /// # Errors
+    /// As [`Run::generate`].
+    pub fn answer_tokens(
+        &self,
+        run: &mut Run,
+        prompt: &PromptIds,
+        (room, question): (usize, Phase),
+        on_tokens: &mut dyn FnMut(usize),
+    ) -> Result<Vec<Vec<u32>>> {
         let by_lines = !self.chat && !prompt.follow_ups.is_empty();
         // Where the text cannot be decoded, decoding the whole answer reports it.
         let line_ends = |ids: &[u32]| self.text.decode(ids).is_ok_and(|text| text.trim_start().contains('\n'));
         let ends = |ids: &[u32]| by_lines && line_ends(ids);
         let limits = AnswerLimits { room, stop: &self.text.stop, ends: &ends, chunk: self.chunk, question };
-        let answers = answer_turns(run, prompt, &limits, on_tokens)?;
-        let texts = answers.iter().map(|ids| Ok((self.text.decode(ids)?, ids.len())));
-        Ok((texts.collect::<Result<_>>()?, KvBytes::of(run.cache())))
+        answer_turns(run, prompt, &limits, on_tokens)
     }
 
     /// Tokenises an answer, without BOS.
@@ -261,45 +275,83 @@ pub fn answer_turns(
     Ok(answers)
 }
 
+/// How [`answer_logits`] reads a question and its answer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Reading {
+    /// The question as the phase says where it follows a context, then the answer in decode steps.
+    Steps(Phase),
+    /// Question and answer as one prefill.
+    AtOnce,
+}
+
+/// Returns the logits that predict each token of `answers`, one answer per turn of `prompt`, in a run that has read the
+/// context.
+///
+/// Later turns are read after the answers given here, not after the model's own.
+///
+/// # Shapes
+/// f32 `[tokens of all answers, vocab]`.
+///
+/// # Errors
+/// As [`Run::prefill`]; not one answer per turn; answers without a token.
+pub fn answer_logits(
+    run: &mut Run,
+    (prompt, answers): (&PromptIds, &[Vec<u32>]),
+    (chunk, reading): (usize, Reading),
+    on_tokens: &mut dyn FnMut(usize),
+) -> Result<Tensor> {
+    if answers.len() != 1 + prompt.follow_ups.len() {
+        let message = format!("{} answers do not fit {} turns", answers.len(), 1 + prompt.follow_ups.len());
+        return Err(Error::usage("samples", message));
+    }
+    let (mut rows, mut before) = (vec![], 0);
+    let mut unread: Option<u32> = None;
+    for (turn, answer) in prompt.turns().zip(answers) {
+        let own = usize::from(unread.is_some());
+        let mut ids: Vec<u32> = unread.take().into_iter().chain(turn.iter().copied()).collect();
+        let read = &answer[..answer.len().saturating_sub(1)];
+        let progress = |n: usize| on_tokens(before + n.saturating_sub(own).min(turn.len()));
+        let (phase, last) = match reading {
+            Reading::Steps(question) => (prompt.phase(question), 1),
+            Reading::AtOnce => {
+                ids.extend(read);
+                (Phase::Prefill, read.len() + 1)
+            }
+        };
+        let logits = run.prefill_as(phase, &ids, chunk, last, &mut watch(progress))?;
+        before += turn.len();
+        run.compress()?;
+        unread = answer.last().copied();
+        if unread.is_some() {
+            rows.push(logits);
+        }
+        if reading != Reading::AtOnce && !read.is_empty() {
+            rows.push(run.read(read)?);
+        }
+    }
+    match rows.is_empty() {
+        true => Err(Error::usage("samples", "has answers without a token")),
+        false => Ok(Tensor::cat(&rows, 0)?),
+    }
+}
+
 /// Returns the mean loss on the tokens of the expected `answers` after each turn's question, in nats, and whether each
 /// token is the likeliest.
 ///
-/// Later turns are read after the expected answers, not after the model's own.
-///
 /// # Errors
-/// As [`Run::prefill`]; an answer without tokens; not one answer per turn.
+/// As [`answer_logits`].
 pub fn loss(
     run: &mut Run,
     (prompt, answers): (&PromptIds, &[Vec<u32>]),
     chunk: usize,
     on_tokens: &mut dyn FnMut(usize),
 ) -> Result<(f64, bool)> {
-    if answers.len() != 1 + prompt.follow_ups.len() {
-        let message = format!("{} expected answers do not fit {} turns", answers.len(), 1 + prompt.follow_ups.len());
-        return Err(Error::usage("samples", message));
-    }
-    let mut before = read_context(run, prompt, chunk, on_tokens)?;
-    let (mut sum, mut count, mut all_likeliest) = (0.0, 0, true);
-    let mut unread: Option<u32> = None;
-    for (turn, answer) in prompt.turns().zip(answers) {
-        let Some((last, read)) = answer.split_last() else {
-            return Err(Error::usage("samples", "an expected answer has no tokens"));
-        };
-        let own = usize::from(unread.is_some());
-        let ids: Vec<u32> = unread.into_iter().chain(turn.iter().copied()).collect();
-        let progress = |n: usize| on_tokens(before + n.saturating_sub(own));
-        let mut logits = run.prefill_as(prompt.phase(Phase::Decode), &ids, chunk, 1, &mut watch(progress))?;
-        before += turn.len();
-        run.compress()?;
-        if !read.is_empty() {
-            logits = Tensor::cat(&[&logits, &run.read(read)?], 0)?;
-        }
-        sum += losses(&LogitRows::of(&logits)?, answer)?.iter().sum::<f64>();
-        count += answer.len();
-        all_likeliest &= logits.argmax(1)?.to_vec1::<u32>()? == *answer;
-        unread = Some(*last);
-    }
-    Ok((sum / count as f64, all_likeliest))
+    let before = read_context(run, prompt, chunk, on_tokens)?;
+    let on_tokens = &mut |n: usize| on_tokens(before + n);
+    let logits = answer_logits(run, (prompt, answers), (chunk, Reading::Steps(Phase::Decode)), on_tokens)?;
+    let tokens = answers.concat();
+    let loss = losses(&LogitRows::of(&logits)?, &tokens)?.iter().sum::<f64>() / tokens.len() as f64;
+    Ok((loss, logits.argmax(1)?.to_vec1::<u32>()? == tokens))
 }
 
 /// Prefills the context, evicts, and returns the number of tokens read.

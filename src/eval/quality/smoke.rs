@@ -112,6 +112,7 @@ pub fn run(args: &SmokeArgs) -> Result<()> {
         header: target.header(SMOKE),
         positions: args.positions,
         greedy_tokens: args.greedy,
+        answers: None,
         top: TOP,
         prefill_chunk: args.eval.prefill_chunk,
         runs: vec![],
@@ -174,7 +175,7 @@ fn reading(run: &mut Run, text: &Excerpt, args: &SmokeArgs, on_tokens: &mut dyn 
 }
 
 /// Averages `positions` and compares the greedy tokens; the caller fills in the text.
-fn document_score(positions: &[PositionMetrics], stock: &[u32], greedy: &[u32]) -> DocumentScore {
+pub(super) fn document_score(positions: &[PositionMetrics], stock: &[u32], greedy: &[u32]) -> DocumentScore {
     let n = positions.len().max(1) as f64;
     let mean = |f: &dyn Fn(&PositionMetrics) -> f64| positions.iter().map(f).sum::<f64>() / n;
     DocumentScore {
@@ -191,7 +192,7 @@ fn document_score(positions: &[PositionMetrics], stock: &[u32], greedy: &[u32]) 
 }
 
 /// Returns the run of `variant` at `ctx`, which is added where there is none.
-fn entry<'a>(smoke: &'a mut Smoke, variant: &Variant, ctx: usize, kv: KvBytes) -> &'a mut SmokeRun {
+pub(super) fn entry<'a>(smoke: &'a mut Smoke, variant: &Variant, ctx: usize, kv: KvBytes) -> &'a mut SmokeRun {
     let same = |r: &SmokeRun| (r.record.variant.as_str(), r.ctx) == (variant.name.as_str(), ctx);
     let at = smoke.runs.iter().position(same).unwrap_or_else(|| {
         smoke.runs.push(SmokeRun {

@@ -59,7 +59,7 @@ pub use max_context::{MaxContextRun, MaxContexts, MAX_CONTEXT};
 pub use positions::{LossByPosition, PositionLosses, PositionRun, POSITIONS};
 pub use prompt::{hash, id_bytes, PromptSource};
 pub use rule::ScoringRule;
-pub use smoke::{DocumentMetric, DocumentScore, Smoke, SmokeRun, METRICS, SMOKE};
+pub use smoke::{AnswerSettings, DocumentMetric, DocumentScore, Smoke, SmokeRun, METRICS, SMOKE};
 pub use stats::{median, percentile, Estimate};
 pub use trained::beyond_trained;
 pub use variant::{KvBytes, VariantRecord};

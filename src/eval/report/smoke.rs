@@ -13,16 +13,32 @@ pub struct Smoke {
     /// Header of kind [`SMOKE`].
     #[serde(flatten)]
     pub header: Header,
-    /// Number of positions at the end of each text at which distributions are compared.
+    /// Number of positions at the end of each text at which distributions are compared; 0 where those of answers are.
     pub positions: usize,
     /// Greedy new tokens after each text.
     pub greedy_tokens: usize,
+    /// Tasks over whose answers distributions are compared, instead of texts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answers: Option<AnswerSettings>,
     /// Number of likeliest tokens whose overlap is counted.
     pub top: usize,
     /// Prefill chunk in tokens.
     pub prefill_chunk: usize,
     /// One entry per variant and context.
     pub runs: Vec<SmokeRun>,
+}
+
+/// Samples over whose answers by the stock model distributions are compared.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AnswerSettings {
+    /// Tasks by name.
+    pub tasks: Vec<String>,
+    /// Samples per task.
+    pub samples: usize,
+    /// Seed of the samples.
+    pub seed: u64,
+    /// Whether prompts are rendered with the chat template.
+    pub chat: bool,
 }
 
 /// One variant at one context.
@@ -84,6 +100,6 @@ impl Smoke {
     /// Returns a smoke test without runs.
     pub(crate) fn test() -> Self {
         let header = Header { name: "test".into(), ..Header::new(SMOKE, &candle_core::Device::Cpu) };
-        Self { header, positions: 256, greedy_tokens: 64, top: 50, prefill_chunk: 4096, runs: vec![] }
+        Self { header, positions: 256, greedy_tokens: 64, answers: None, top: 50, prefill_chunk: 4096, runs: vec![] }
     }
 }

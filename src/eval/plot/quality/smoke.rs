@@ -61,19 +61,22 @@ pub fn figures(smoke: &Smoke, path: &Path) -> Result<Vec<Figure>> {
     let x = Scale::contexts(&contexts);
     let mut keys: Vec<LegendEntry> =
         variants.iter().map(|(name, style)| LegendEntry::Series(*style, name.to_string())).collect();
-    keys.push(LegendEntry::Dots("single texts".into()));
+    keys.push(LegendEntry::Dots(if smoke.answers.is_some() { "single samples" } else { "single texts" }.into()));
     if runs.iter().any(|r| r.documents.len() > 1) {
         keys.push(LegendEntry::Interval("95% interval of the mean".into()));
     }
     let farthest = contexts.iter().max().map_or(0.0, |c| *c as f64);
     let past = farthest > smoke.header.trained_positions as f64;
     keys.extend(trained_key(&smoke.header, farthest, "extrapolated"));
+    let (at, of, on) = match &smoke.answers {
+        Some(a) => (format!("Over stock's answers to {}", a.tasks.join(", ")), "sample", "over answers to tasks"),
+        None => (format!("At the last {} positions of each text", smoke.positions), "text", "on real text"),
+    };
     let about = format!(
-        "At the last {} positions of each text; {} per context; means over texts, intervals by bootstrap",
-        smoke.positions,
-        count(runs.iter().map(|r| r.documents.len()), "text")
+        "{at}; {} per context; means over {of}s, intervals by bootstrap",
+        count(runs.iter().map(|r| r.documents.len()), of)
     );
-    let heading = title(&smoke.header, "Distance from the stock model on real text, by context");
+    let heading = title(&smoke.header, &format!("Distance from the stock model {on}, by context"));
     let mut page = Page::new(&heading, &[target(&smoke.header), about], &keys);
     let areas = grid(4, 2, (MARGIN, CONTENT), page.y, 230.0);
     let mut zeros = vec![];

@@ -27,10 +27,19 @@ pub fn smoke_table(smoke: &Smoke) -> String {
         row.extend(shown.iter().map(|(_, metric, decimals)| of(metric).map_or("-".into(), |e| e.show(*decimals))));
         rows.push(row);
     }
+    let (at, greedy, of) = match &smoke.answers {
+        Some(a) => {
+            (format!("stock's answers to {} after the context", a.tasks.join(", ")), "the answer".into(), "samples")
+        }
+        None => {
+            let at = format!("last {} positions of each text", smoke.positions);
+            (at, format!("{} tokens", smoke.greedy_tokens), "texts")
+        }
+    };
     let about = format!(
-        "last {} positions of each text; KL in nats over the whole vocabulary, overlap of {} tokens, greedy of {} tokens; means over \
-         texts with 95% intervals (bootstrap)\n",
-        smoke.positions, smoke.top, smoke.greedy_tokens
+        "{at}; KL in nats over the whole vocabulary, overlap of {} tokens, greedy of {greedy}; means over {of} with 95% \
+         intervals (bootstrap)\n",
+        smoke.top
     );
     columns(&rows) + &about + &extrapolated(&smoke.header, smoke.runs.iter().map(|r| r.ctx))
 }
