@@ -96,7 +96,7 @@ impl Target {
 
     fn without_questions(&self, ctx: Option<usize>) -> Result<Vec<Variant>> {
         let variants = self.parse_variants(ctx)?;
-        variant::refuse_exact_questions(&variants, "is a setting of ruler and needle alone")?;
+        variant::refuse_exact_questions(&variants, "is a setting of ruler, fidelity and needle alone")?;
         Ok(variants)
     }
 

@@ -2,7 +2,7 @@
 
 use crate::common::*;
 use assert_cmd::Command;
-use bfly::eval::report::{read, Answers, Cell, ANSWERS};
+use bfly::eval::report::{read, Answers, Cell, Smoke, ANSWERS, SMOKE};
 use candle_core::{Device, Tensor};
 use predicates::prelude::PredicateBooleanExt;
 use std::collections::BTreeMap;
@@ -111,7 +111,43 @@ fn an_exact_question_needs_one_that_is_read_after_its_context() -> Any {
     };
     refused(&["ruler"], "makes no difference without --question-unseen");
     refused(&["needle"], "makes no difference without --question-unseen");
-    refused(&[], "is a setting of ruler and needle alone");
-    refused(&["positions"], "is a setting of ruler and needle alone");
+    refused(&[], "is a setting of ruler, fidelity and needle alone");
+    refused(&["positions"], "is a setting of ruler, fidelity and needle alone");
+    Ok(())
+}
+
+#[test]
+fn divergence_over_answers_is_rounding_for_dense_attention_and_grows_as_less_is_fetched() -> Any {
+    let (dir, model) = (tempfile::tempdir()?, attentive_model()?);
+    let (out, model) = (dir.path().join("fidelity.json.gz"), model.path().to_string_lossy().into_owned());
+    let everything = "recall:block=16,window=32,recall=3000";
+    let variants =
+        ["stock", everything, RECALL, "recall:block=16,window=32,recall=1,rest=none", "retrofit:block=16,window=32"];
+    let args = ["fidelity", "--model", &model, "--ctx", "3k", "--allow-extrapolation", "--prefill-chunk", "512"];
+    let more = ["--tasks", "niah_single_1,recall_turns", "--samples", "2", "--jobs", "2", "--variants"];
+    let all = variants.join(",");
+    let command = || {
+        let mut command = quality(&args);
+        command.args(more).arg(&all).env("XDG_CACHE_HOME", model.clone() + "/cache");
+        command
+    };
+    let shown = command().args(["--out", &out.to_string_lossy()]).assert().success();
+    let shown = String::from_utf8_lossy(&shown.get_output().stdout).into_owned();
+    assert!(shown.contains("stock's answers to niah_single_1, recall_turns after the context"), "{shown}");
+    let file: Smoke = read(&out, SMOKE)?;
+    let means: Vec<f64> = file
+        .runs
+        .iter()
+        .map(|run| {
+            let names: Vec<&str> = run.documents.iter().map(|d| d.document.as_str()).collect();
+            assert_eq!(names, ["niah_single_1/0", "niah_single_1/1", "recall_turns/0", "recall_turns/1"]);
+            assert!(run.documents.iter().all(|d| d.greedy_equal == (d.top1 == 1.0)));
+            run.documents.iter().map(|d| d.kl).sum::<f64>() / 4.0
+        })
+        .collect();
+    assert_eq!(file.runs.iter().map(|r| r.record.variant.as_str()).collect::<Vec<_>>(), variants);
+    assert!(means[0] < 1e-8 && means[1] < 1e-8, "dense attention in other orders: {means:?}");
+    assert!(means[2] > 1e-6 && means[3] > means[2] && means[4] > means[2], "{means:?}");
+    command().args(["--fail-above", "kl=1e-9"]).assert().code(1);
     Ok(())
 }

@@ -15,9 +15,9 @@ use std::path::PathBuf;
 pub struct EvalArgs {
     /// Variants to run, comma-separated: stock; retrofit, or retrofit:KEY=VALUE,.. with the flags of bfly-retrofit as
     /// keys (window, sink-tokens, partner, layers, plan, ..), or kv=1/16 for the widest window whose cache takes at
-    /// most that share of a dense one; recall, with the same flags, or question=exact, with which ruler and needle read
-    /// an unseen question exactly instead of token by token; snapkv or keydiff with budget=TOKENS or kv=1/16. A
-    /// KEY=VALUE belongs to the method before it. May be repeated.
+    /// most that share of a dense one; recall, with the same flags, or question=exact, with which ruler, fidelity and
+    /// needle read an unseen question exactly instead of token by token; snapkv or keydiff with budget=TOKENS or
+    /// kv=1/16. A KEY=VALUE belongs to the method before it. May be repeated.
     #[arg(long, value_name = "LIST", default_value = "retrofit")]
     pub variants: Vec<String>,
     /// Folder of documents, as scripts/fetch_texts.py writes it; a model without a tokenizer gets random ids instead.
