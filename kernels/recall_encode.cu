@@ -1,9 +1,10 @@
-// recall_encode: key codes and value codes of a prefill chunk.
+// recall_encode: key codes and value codes of a prefill chunk, and its rows in the host store.
 //
 //   `ScalarCode::encode` and `ValueCode::encode`, operation by operation: the nearest level of each channel, and of 256
 //   codewords the nearest to each 16 channels, the first of equals.
 //
-// Shapes  k, v [T, G, D] in bf16, f16 or f32; codes as in recall.cuh, from position `start`; `value_codes` may be null.
+// Shapes  k, v [T, G, D] in bf16, f16 or f32; codes and store as in recall.cuh, from position `start`; `value_codes` and
+//         `store` may be null.
 // Launch  grid (ceil(T / 64), G), 256 threads, dynamic shared memory 64 (max(D, 16) + 1) 4 + 64 max(bytes, D / 16 up) + 18432 bytes.
 //
 // Bound by arithmetic: 256 distances of 16 channels for each sub-vector. Four threads share a token and take 64 codewords
@@ -20,14 +21,25 @@ struct EncodeParams {
   const RecallField *fields;
   const int *first;
   const float *levels;
-  int tokens, start, ctx, kv_heads, dim, bytes, type;
+  void *store;
+  int tokens, start, ctx, kv_heads, dim, bytes, type, rows;
 };
-MIRRORED(EncodeParams, 112);
+MIRRORED(EncodeParams, 120);
 FIELD(EncodeParams, k, 0); FIELD(EncodeParams, v, 8); FIELD(EncodeParams, key_codes, 16); FIELD(EncodeParams, value_codes, 24);
 FIELD(EncodeParams, codebook, 32); FIELD(EncodeParams, mean, 40); FIELD(EncodeParams, scale, 48); FIELD(EncodeParams, fields, 56);
-FIELD(EncodeParams, first, 64); FIELD(EncodeParams, levels, 72); FIELD(EncodeParams, tokens, 80); FIELD(EncodeParams, start, 84);
-FIELD(EncodeParams, ctx, 88); FIELD(EncodeParams, kv_heads, 92); FIELD(EncodeParams, dim, 96); FIELD(EncodeParams, bytes, 100);
-FIELD(EncodeParams, type, 104);
+FIELD(EncodeParams, first, 64); FIELD(EncodeParams, levels, 72); FIELD(EncodeParams, store, 80); FIELD(EncodeParams, tokens, 88);
+FIELD(EncodeParams, start, 92); FIELD(EncodeParams, ctx, 96); FIELD(EncodeParams, kv_heads, 100); FIELD(EncodeParams, dim, 104);
+FIELD(EncodeParams, bytes, 108); FIELD(EncodeParams, type, 112); FIELD(EncodeParams, rows, 116);
+
+// A thread block's tokens as rows of the store, key and value adjacent, in units of U.
+template <typename U> __device__ inline void put_rows(const EncodeParams &p, int g, int first, int here, int row_bytes) {
+  const int per = row_bytes / sizeof(U);
+  for (int i = threadIdx.x; i < here * 2 * per; i += ENCODE_THREADS) {
+    const int t = first + i / (2 * per), half = i / per % 2, u = i % per;
+    const U x = ((const U *)(half ? p.v : p.k))[((int64_t)t * p.kv_heads + g) * per + u];
+    ((U *)p.store)[(((int64_t)g * p.rows + p.start + t) * 2 + half) * per + u] = x;
+  }
+}
 
 extern "C" __global__ void __launch_bounds__(ENCODE_THREADS) recall_encode(const __grid_constant__ EncodeParams p) {
   extern __shared__ __align__(16) char shared[];
@@ -50,6 +62,12 @@ extern "C" __global__ void __launch_bounds__(ENCODE_THREADS) recall_encode(const
     for (int i = threadIdx.x; i < here * bytes; i += ENCODE_THREADS) rows[i] = codes[i];
     __syncthreads();
   };
+  if (p.store) {
+    const int row_bytes = p.dim * (p.type == 0 ? 4 : 2);
+    if (row_bytes % 16 == 0) put_rows<uint4>(p, g, first, here, row_bytes);
+    else if (row_bytes % 4 == 0) put_rows<uint32_t>(p, g, first, here, row_bytes);
+    else put_rows<uint16_t>(p, g, first, here, row_bytes);
+  }
   stage(p.k);
   const int *fields_of = p.first + g * (p.bytes + 1);
   for (int i = threadIdx.x; i < here * p.bytes; i += ENCODE_THREADS) {

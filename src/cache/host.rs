@@ -12,7 +12,7 @@ use candle_core::{DType, Device, Tensor};
 use std::sync::Arc;
 
 /// Bytes of a tile of keys and values that prefill on a GPU streams to the device; two are allocated.
-pub(crate) const TILE_BYTES: usize = 64 << 20;
+pub(crate) const TILE_BYTES: usize = 32 << 20;
 
 /// Exact keys and values of every position, `[G, ctx, 2, D]`.
 #[derive(Debug)]

@@ -123,7 +123,9 @@ impl PinnedStore {
         let main = gpu.cuda_stream();
         let failed = |e: DriverError| Error::new(ErrorKind::Backend, "host store", e);
         let row = self.row_bytes();
-        let tile = (TILE_BYTES / (row * heads)).clamp(256, start.next_multiple_of(256));
+        // At least four tiles, so that most copies run beside attention.
+        let most = start.div_ceil(4).next_multiple_of(256);
+        let tile = (TILE_BYTES / (row * heads)).clamp(256, most);
         let buffers = [(); 2].map(|()| uninitialised(gpu, self.dtype, (heads, tile, 2, dim)));
         let [one, two] = buffers;
         let buffers = [one?, two?];

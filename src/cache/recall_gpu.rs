@@ -233,13 +233,13 @@ impl GpuCodes {
         Ok(Fetched { rows: counts[0] as u64, repeated: counts[1] as u64 })
     }
 
-    /// Codes the keys and values of a chunk from position `start` on.
+    /// Codes the keys and values of a chunk from position `start` on and, where [`GpuCodes::appends`], stores its rows.
     ///
     /// # Shapes
     /// `k`, `v` `[T, G, D]`.
     ///
     /// # Errors
-    /// The device fails.
+    /// Positions beyond the context; the device fails.
     pub fn push(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
         let (k, v) = (k.contiguous()?, v.contiguous()?);
         if let Keys::Decoded(keys) = &mut self.keys {
@@ -250,6 +250,10 @@ impl GpuCodes {
             }
         }
         let b = &self.base;
+        if start + k.dim(0)? > b.rows as usize {
+            let message = format!("{} rows at {start} do not fit {} positions", k.dim(0)?, b.rows);
+            return Err(Error::new(ErrorKind::Backend, "host store", message));
+        }
         let launch = encode(
             device(&k)?,
             Encode {
@@ -263,6 +267,7 @@ impl GpuCodes {
                 fields: b.fields,
                 first: b.first,
                 levels: b.levels,
+                store: if self.appends() { b.store } else { 0 },
                 tokens: k.dim(0)? as i32,
                 start: start as i32,
                 ctx: b.ctx,
@@ -270,6 +275,7 @@ impl GpuCodes {
                 dim: b.dim,
                 bytes: b.bytes,
                 dtype: kind(self.dtype)?,
+                rows: b.rows,
             },
         )?;
         // SAFETY: the addresses are those of tensors borrowed or held here, in the layouts that the kernel's header names.
@@ -338,7 +344,8 @@ impl GpuCodes {
         Ok(out.to_dtype(q.dtype())?)
     }
 
-    /// Whether a step's kernels append the token: decoded keys are written by [`GpuCodes::push`] afterwards.
+    /// Whether kernels write rows of the host store, and a step's kernels append the token; decoded keys are written by
+    /// [`GpuCodes::push`] after the step.
     pub fn appends(&self) -> bool {
         matches!(self.keys, Keys::Coded(_))
     }

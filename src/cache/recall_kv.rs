@@ -188,7 +188,9 @@ impl RecallKv {
     /// Positions beyond the context.
     pub fn push(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
         self.push_near(k, v, start)?;
-        self.store.write(k, v, start)?;
+        if !self.codes.append() {
+            self.store.write(k, v, start)?;
+        }
         match &mut self.codes {
             Codes::Cpu(codes) => codes.push(&self.store, start, k.dim(0)?),
             #[cfg(feature = "cuda")]

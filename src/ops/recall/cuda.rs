@@ -104,6 +104,7 @@ pub(crate) struct Encode {
     pub fields: u64,
     pub first: u64,
     pub levels: u64,
+    pub store: u64,
     pub tokens: i32,
     pub start: i32,
     pub ctx: i32,
@@ -111,12 +112,13 @@ pub(crate) struct Encode {
     pub dim: i32,
     pub bytes: i32,
     pub dtype: i32,
+    pub rows: i32,
 }
 // SAFETY: numbers in C's layout.
 unsafe impl DeviceRepr for Encode {}
-crate::ops::cuda::mirrored!(Encode, 112, {
+crate::ops::cuda::mirrored!(Encode, 120, {
     k: 0, v: 8, key_codes: 16, value_codes: 24, codebook: 32, mean: 40, scale: 48, fields: 56, first: 64, levels: 72,
-    tokens: 80, start: 84, ctx: 88, kv_heads: 92, dim: 96, bytes: 100, dtype: 104,
+    store: 80, tokens: 88, start: 92, ctx: 96, kv_heads: 100, dim: 104, bytes: 108, dtype: 112, rows: 116,
 });
 
 /// The number of an element type in `Recall::store_type`, `Recall::means_type` and `Encode::dtype`.
