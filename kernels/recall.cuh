@@ -29,7 +29,7 @@ struct RecallParams {
   uint8_t *key_codes;         // [G, ctx, bytes]
   uint8_t *value_codes;       // [G, ctx, ceil(D / 16)], or null
   const __half *codebook;     // [G, ceil(D / 16), 256, 16], or null
-  const void *means;          // [G, blocks, D] of type `means_type`, or null
+  void *means;                // [G, blocks, D] of type `means_type`, or null
   const float *mean, *scale;  // [G, D]
   const RecallField *fields;  // [G, D]: by byte, then by shift
   const int *first;           // [G, bytes + 1]: first field of each byte, and their number
@@ -108,6 +108,31 @@ __device__ inline float near_of(const RecallParams &p, int head) {
 __device__ inline float element(const void *p, int64_t i, int type) {
   if (type == 0) return ((const float *)p)[i];
   return type == 1 ? __bfloat162float(((const __nv_bfloat16 *)p)[i]) : __half2float(((const __half *)p)[i]);
+}
+
+__device__ inline void put_element(void *p, int64_t i, int type, float x) {
+  if (type == 0) ((float *)p)[i] = x;
+  else if (type == 1) ((__nv_bfloat16 *)p)[i] = __float2bfloat16(x);
+  else ((__half *)p)[i] = __float2half(x);
+}
+
+// Means over positions first .. until of `at(position, channel)`, given to `put(channel, mean)`; nothing where there is no
+// position. `sums`: THREADS floats of shared memory. Every sum has a fixed order.
+template <int THREADS, typename At, typename Put>
+__device__ inline void block_mean(int dim, int first, int until, float *sums, At at, Put put) {
+  for (int from = 0; from < dim && first < until; from += THREADS) {
+    const int width = min(dim - from, THREADS), teams = THREADS / width, team = threadIdx.x / width, c = threadIdx.x % width;
+    float sum = 0.f;
+    if (team < teams)
+      for (int i = first + team; i < until; i += teams) sum += at(i, from + c);
+    __syncthreads();
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (team == 0) {
+      for (int t = 1; t < teams; t++) sum += sums[t * width + c];
+      put(from + c, sum / (float)(until - first));
+    }
+  }
 }
 
 // The byte `b` of the key code of `key [D]`: `ScalarCode::encode`, operation by operation.

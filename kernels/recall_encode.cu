@@ -1,11 +1,14 @@
 // recall_encode: key codes and value codes of a prefill chunk, and its rows in the host store.
+// recall_means: means of the values of the blocks that the chunk completes, without sinks; rows before the chunk are read
+//               from the host store.
 //
 //   `ScalarCode::encode` and `ValueCode::encode`, operation by operation: the nearest level of each channel, and of 256
 //   codewords the nearest to each 16 channels, the first of equals.
 //
 // Shapes  k, v [T, G, D] in bf16, f16 or f32; codes and store as in recall.cuh, from position `start`; `value_codes` and
 //         `store` may be null.
-// Launch  grid (ceil(T / 64), G), 256 threads, dynamic shared memory 64 (max(D, 16) + 1) 4 + 64 max(bytes, D / 16 up) + 18432 bytes.
+// Launch  recall_means: grid (blocks completed, G), 256 threads.
+//         recall_encode: grid (ceil(T / 64), G), 256 threads, dynamic shared memory 64 (max(D, 16) + 1) 4 + 64 max(bytes, D / 16 up) + 18432 bytes.
 //
 // Bound by arithmetic: 256 distances of 16 channels for each sub-vector. Four threads share a token and take 64 codewords
 // each, which they read at the same time.
@@ -21,15 +24,17 @@ struct EncodeParams {
   const RecallField *fields;
   const int *first;
   const float *levels;
-  void *store;
+  void *store, *means;  // means: [G, blocks, D]
   int tokens, start, ctx, kv_heads, dim, bytes, type, rows;
+  int block, blocks, sinks;
 };
-MIRRORED(EncodeParams, 120);
+MIRRORED(EncodeParams, 144);
 FIELD(EncodeParams, k, 0); FIELD(EncodeParams, v, 8); FIELD(EncodeParams, key_codes, 16); FIELD(EncodeParams, value_codes, 24);
 FIELD(EncodeParams, codebook, 32); FIELD(EncodeParams, mean, 40); FIELD(EncodeParams, scale, 48); FIELD(EncodeParams, fields, 56);
-FIELD(EncodeParams, first, 64); FIELD(EncodeParams, levels, 72); FIELD(EncodeParams, store, 80); FIELD(EncodeParams, tokens, 88);
-FIELD(EncodeParams, start, 92); FIELD(EncodeParams, ctx, 96); FIELD(EncodeParams, kv_heads, 100); FIELD(EncodeParams, dim, 104);
-FIELD(EncodeParams, bytes, 108); FIELD(EncodeParams, type, 112); FIELD(EncodeParams, rows, 116);
+FIELD(EncodeParams, first, 64); FIELD(EncodeParams, levels, 72); FIELD(EncodeParams, store, 80); FIELD(EncodeParams, means, 88);
+FIELD(EncodeParams, tokens, 96); FIELD(EncodeParams, start, 100); FIELD(EncodeParams, ctx, 104); FIELD(EncodeParams, kv_heads, 108);
+FIELD(EncodeParams, dim, 112); FIELD(EncodeParams, bytes, 116); FIELD(EncodeParams, type, 120); FIELD(EncodeParams, rows, 124);
+FIELD(EncodeParams, block, 128); FIELD(EncodeParams, blocks, 132); FIELD(EncodeParams, sinks, 136);
 
 // A thread block's tokens as rows of the store, key and value adjacent, in units of U.
 template <typename U> __device__ inline void put_rows(const EncodeParams &p, int g, int first, int here, int row_bytes) {
@@ -111,4 +116,13 @@ extern "C" __global__ void __launch_bounds__(ENCODE_THREADS) recall_encode(const
     }
   }
   store(p.value_codes, subs);
+}
+
+extern "C" __global__ void __launch_bounds__(ENCODE_THREADS) recall_means(const __grid_constant__ EncodeParams p) {
+  __shared__ float sums[ENCODE_THREADS];
+  const int g = blockIdx.y, block = p.start / p.block + blockIdx.x, first = max(block * p.block, p.sinks);
+  block_mean<ENCODE_THREADS>(p.dim, first, (block + 1) * p.block, sums, [&](int at, int c) {
+    if (at >= p.start) return element(p.v, ((int64_t)(at - p.start) * p.kv_heads + g) * p.dim + c, p.type);
+    return element(p.store, (((int64_t)g * p.rows + at) * 2 + 1) * p.dim + c, p.type);
+  }, [&](int c, float mean) { put_element(p.means, ((int64_t)g * p.blocks + block) * p.dim + c, p.type, mean); });
 }

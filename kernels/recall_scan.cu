@@ -49,6 +49,15 @@ __device__ void append(const RecallParams &p, const Far &far, char *shared) {
     p.key_codes[((int64_t)g * p.ctx + far.position) * p.bytes + threadIdx.x] =
         key_byte(key, p.mean + g * p.dim, p.scale + g * p.dim, p.fields + g * p.dim, first[0], first[1], p.levels);
   }
+  if (p.means && (far.position + 1) % p.block == 0) {
+    const int first = max(far.position + 1 - p.block, p.sinks);
+    const void *rows = p.store;
+    block_mean<SCAN_THREADS>(p.dim, first, far.position + 1, (float *)best, [&](int at, int c) {
+      return at == far.position ? value[c] : element(rows, (((int64_t)g * p.rows + at) * 2 + 1) * p.dim + c, p.store_type);
+    }, [&](int c, float mean) {
+      put_element(p.means, ((int64_t)g * p.blocks + far.position / p.block) * p.dim + c, p.means_type, mean);
+    });
+  }
   if (!p.value_codes) return;
   for (int i = threadIdx.x; i < subs * 256; i += SCAN_THREADS) {
     const int m = i / 256;

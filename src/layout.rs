@@ -199,7 +199,7 @@ impl Layout {
             let raw_rows = match &kind {
                 LayerKind::Full | LayerKind::Sliding { .. } => dense_rows,
                 LayerKind::Butterfly(b) => b.settings.ring_rows().min(ctx),
-                LayerKind::Recall(r) => r.settings.ring_rows(),
+                LayerKind::Recall(r) => r.settings.near_rows(),
                 LayerKind::Evict(e) => e.plan.rows(ctx)?,
             };
             let (heads, kv_heads, head_dim) = (a.heads, a.kv_heads, a.head_dim);
@@ -350,7 +350,7 @@ impl LayerPlan {
                 bytes.host = rows(r.ctx);
                 if let Some(b) = &r.summaries {
                     // The summaries have a ring and sinks of their own: decode steps leave them as the prompt ends.
-                    bytes.summary = self.summary_bytes(b, dtype) + rows(self.raw_rows + b.sink_rows);
+                    bytes.summary = self.summary_bytes(b, dtype) + rows(b.settings.ring_rows() + b.sink_rows);
                 }
             }
             LayerKind::Evict(e) => {
@@ -468,7 +468,7 @@ impl RecallLayer {
     /// Returns the layer, or `None` where window, sinks and fetched tokens would cover the whole context: dense
     /// attention is then exact and smaller.
     fn new(settings: &Settings, ctx: usize) -> Result<Option<Self>> {
-        let near = settings.ring_rows().saturating_add(settings.sink_tokens).saturating_add(settings.recall);
+        let near = settings.near_rows().saturating_add(settings.sink_tokens).saturating_add(settings.recall);
         if ctx <= near {
             return Ok(None);
         }

@@ -7,8 +7,8 @@ use super::PinnedStore;
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::layout::{LayerPlan, RecallLayer};
 use crate::ops::cuda::{address, address_or_null, device, uninitialised, upload, Launch, Uploaded};
-use crate::ops::recall::{encode, kind, Cut, Encode, Recall, BINS, LISTED, MOST_HEADS};
-use crate::ops::{pool_blocks, Attended, RunningMean};
+use crate::ops::recall::{encode, kind, means, Cut, Encode, Recall, BINS, LISTED, MOST_HEADS};
+use crate::ops::Attended;
 use crate::recall::{levels, LayerTables, ScalarCode, MOST_BITS, SUB};
 use crate::retrofit::RestKind;
 use candle_core::cuda_backend::CudaDevice;
@@ -22,8 +22,8 @@ pub struct GpuCodes {
     keys: Keys,
     /// u8 `[G, ctx, D / 16]`.
     values: Option<Tensor>,
-    /// Block means of values `[G, blocks, D]`, and the sum of the block in progress.
-    means: Option<(Tensor, RunningMean)>,
+    /// Means of values of whole blocks, `[G, blocks, D]`.
+    means: Option<Tensor>,
     _tables: Tables,
     scratch: Arc<Scratch>,
     /// Positions that the previous step fetched, and how many, u32 `[G, k + 1]`.
@@ -33,8 +33,6 @@ pub struct GpuCodes {
     cut: Cut,
     /// Parameters of the launches, but for a step's own.
     base: Recall,
-    block: usize,
-    sink_tokens: usize,
     dtype: DType,
 }
 
@@ -154,12 +152,8 @@ impl GpuCodes {
         let values = (s.rest == RestKind::Codes).then(|| Tensor::zeros((kv_heads, ctx, subs), DType::U8, on));
         let values = values.transpose()?;
         let blocks = layer.ctx.div_ceil(s.block);
-        let means = match s.rest {
-            RestKind::Means => {
-                Some((Tensor::zeros((kv_heads, blocks, dim), dtype, on)?, RunningMean::new(kv_heads * dim, on)?))
-            }
-            _ => None,
-        };
+        let means = (s.rest == RestKind::Means).then(|| Tensor::zeros((kv_heads, blocks, dim), dtype, on));
+        let means = means.transpose()?;
         let on_device = Tables::new(gpu, on, codes.as_deref(), tables, values.is_some())?;
         let scalar = |f: fn(&ScalarTables) -> u64| on_device.scalar.as_ref().map_or(0, f);
         let (window_kind, window_size, window_count) = s.raw_window().numbers();
@@ -167,7 +161,7 @@ impl GpuCodes {
             key_codes: keys.address()?,
             value_codes: address_or_null(values.as_ref())?,
             codebook: address_or_null(on_device.codebook.as_ref())?,
-            means: address_or_null(means.as_ref().map(|(m, _)| m))?,
+            means: address_or_null(means.as_ref())?,
             mean: scalar(|t| t.mean.address),
             scale: scalar(|t| t.scale.address),
             fields: scalar(|t| t.fields.address),
@@ -195,28 +189,14 @@ impl GpuCodes {
         let previous = Tensor::zeros((kv_heads, s.recall + 1), DType::U32, on)?;
         let fetched = Tensor::zeros(2, DType::I64, on)?;
         (base.previous, base.fetched) = (address(&previous)?, address(&fetched)?);
-        let (block, sink_tokens) = (s.block, s.sink_tokens);
-        Ok(Self {
-            keys,
-            values,
-            means,
-            _tables: on_device,
-            scratch,
-            _previous: previous,
-            fetched,
-            cut,
-            base,
-            block,
-            sink_tokens,
-            dtype,
-        })
+        Ok(Self { keys, values, means, _tables: on_device, scratch, _previous: previous, fetched, cut, base, dtype })
     }
 
     /// Returns the allocated bytes of key codes (of decoded keys where the code has no kernels), and of value codes or
     /// means.
     pub fn bytes(&self) -> (u64, u64) {
         let bytes = |x: &Tensor| (x.elem_count() * x.dtype().size_in_bytes()) as u64;
-        let means = self.means.as_ref().map_or(0, |(m, _)| bytes(m));
+        let means = self.means.as_ref().map_or(0, bytes);
         let keys = match &self.keys {
             Keys::Coded(keys) => bytes(keys),
             Keys::Decoded(keys) => keys.bytes(),
@@ -244,53 +224,49 @@ impl GpuCodes {
         let (k, v) = (k.contiguous()?, v.contiguous()?);
         if let Keys::Decoded(keys) = &mut self.keys {
             keys.push(&k, start)?;
-            // Without bytes of key codes the kernel writes value codes alone.
-            if self.values.is_none() {
-                return self.pool(&v, start);
-            }
         }
         let b = &self.base;
         if start + k.dim(0)? > b.rows as usize {
             let message = format!("{} rows at {start} do not fit {} positions", k.dim(0)?, b.rows);
             return Err(Error::new(ErrorKind::Backend, "host store", message));
         }
-        let launch = encode(
-            device(&k)?,
-            Encode {
-                k: address(&k)?,
-                v: address(&v)?,
-                key_codes: b.key_codes,
-                value_codes: b.value_codes,
-                codebook: b.codebook,
-                mean: b.mean,
-                scale: b.scale,
-                fields: b.fields,
-                first: b.first,
-                levels: b.levels,
-                store: if self.appends() { b.store } else { 0 },
-                tokens: k.dim(0)? as i32,
-                start: start as i32,
-                ctx: b.ctx,
-                kv_heads: b.kv_heads,
-                dim: b.dim,
-                bytes: b.bytes,
-                dtype: kind(self.dtype)?,
-                rows: b.rows,
-            },
-        )?;
-        // SAFETY: the addresses are those of tensors borrowed or held here, in the layouts that the kernel's header names.
-        unsafe { launch.enqueue(false)? };
-        self.pool(&v, start)
-    }
-
-    /// Adds a chunk's values to the means of their blocks.
-    fn pool(&mut self, v: &Tensor, start: usize) -> Result<()> {
-        let Some((means, running)) = &mut self.means else { return Ok(()) };
-        let pooled = pool_blocks(v, v, start, self.block, self.sink_tokens, running)?;
-        match pooled.count {
-            0 => Ok(()),
-            _ => Ok(means.slice_set(&pooled.v.transpose(0, 1)?.contiguous()?, 1, pooled.first)?),
+        let gpu = device(&k)?;
+        let p = Encode {
+            k: address(&k)?,
+            v: address(&v)?,
+            key_codes: b.key_codes,
+            value_codes: b.value_codes,
+            codebook: b.codebook,
+            mean: b.mean,
+            scale: b.scale,
+            fields: b.fields,
+            first: b.first,
+            levels: b.levels,
+            store: b.store,
+            means: b.means,
+            tokens: k.dim(0)? as i32,
+            start: start as i32,
+            ctx: b.ctx,
+            kv_heads: b.kv_heads,
+            dim: b.dim,
+            bytes: b.bytes,
+            dtype: kind(self.dtype)?,
+            rows: b.rows,
+            block: b.block,
+            blocks: b.blocks,
+            sinks: b.sinks,
+        };
+        // Without bytes of key codes the kernel writes value codes alone.
+        let store = if self.appends() { b.store } else { 0 };
+        let coded =
+            (self.appends() || self.values.is_some()).then(|| encode(gpu, Encode { store, ..p })).transpose()?;
+        let means = self.means.as_ref().and_then(|_| means(gpu, p).transpose()).transpose()?;
+        for launch in coded.iter().chain(&means) {
+            // SAFETY: the addresses are those of tensors borrowed or held here, in the layouts that the kernel's header
+            // names.
+            unsafe { launch.enqueue(false)? };
         }
+        Ok(())
     }
 
     /// Attends one token at `position` to all zones, and, where [`GpuCodes::appends`], adds its key and value to the
@@ -338,9 +314,6 @@ impl GpuCodes {
             // SAFETY: as in `push`; scratch and tables are held by `self`, and frees are ordered after the launches.
             unsafe { launch.enqueue(false)? };
         }
-        if self.appends() {
-            self.pool(&v, position)?;
-        }
         Ok(out.to_dtype(q.dtype())?)
     }
 
@@ -350,10 +323,9 @@ impl GpuCodes {
         matches!(self.keys, Keys::Coded(_))
     }
 
-    /// Whether a captured step can hold the layer: block means are pooled by launches of their own, and decoded keys
-    /// are scored by tensor operations.
+    /// Whether a captured step can hold the layer: decoded keys are scored by tensor operations.
     pub fn captured(&self) -> bool {
-        self.means.is_none() && self.appends()
+        self.appends()
     }
 
     /// Returns the launches of a step: attention to the other zones, the merge, and the new token's codes and host row.

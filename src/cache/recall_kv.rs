@@ -118,7 +118,7 @@ impl RecallKv {
             _ => Codes::Cpu(CpuCodes::new(layer, tables, row.1)),
         };
         let prompt = layer.summaries.as_ref().map(|summaries| -> Result<_> {
-            let local = Ring::new(plan.raw_rows, row, dtype, device)?;
+            let local = Ring::new(summaries.settings.ring_rows(), row, dtype, device)?;
             Ok((Box::new(TwoPool::new(summaries, local, row, dtype, device)?), 0))
         });
         Ok(Self {

@@ -222,11 +222,11 @@ pub struct RetrofitArgs {
     /// Block size in tokens; one summary stands for one block [default: 128]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     pub block: Option<usize>,
-    /// Exact local window in tokens, a multiple of the block size; a query also reads its own block exactly [default:
-    /// 512]
+    /// Exact local window in tokens, a multiple of the block size [default: 128; 512 with --recall 0]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     pub window: Option<usize>,
-    /// Alignment of the window's left edge; use token for comparison with the published form only [default: block]
+    /// Alignment of the window's left edge: with block a query also reads the rest of its own block exactly [default:
+    /// token; block with --recall 0]
     #[arg(long)]
     pub window_align: Option<WindowAlign>,
     /// Attention sinks: number of first tokens that every query reads exactly [default: 4]
@@ -257,11 +257,11 @@ pub struct RetrofitArgs {
     pub recall: Option<usize>,
     /// Code of the keys that recall chooses tokens by, with its size in bits per channel
     ///
-    /// pair:1bit, pair:2bit, pair:1/2bit; qpq in the same sizes; scalar2, page and exact are for comparison [default:
-    /// pair:1bit]
+    /// pair:2bit, pair:1.5bit, pair:1.25bit, pair:1bit, pair:1/2bit; qpq:2bit, qpq:1bit, qpq:1/2bit; scalar2, page and
+    /// exact are for comparison [default: pair:2bit]
     #[arg(long, value_name = "CODE[:SIZE]")]
     pub key_code: Option<String>,
-    /// Estimate of the values of tokens that recall does not fetch [default: codes]
+    /// Estimate of the values of tokens that recall does not fetch [default: means]
     #[arg(long)]
     pub rest: Option<RestKind>,
     /// How layers with recall read the prompt: exact reads all earlier tokens, butterfly the window and block summaries
@@ -271,6 +271,12 @@ pub struct RetrofitArgs {
 }
 
 impl RetrofitArgs {
+    /// Returns the settings of these flags without a plan: exact recall, unless `--recall 0` turns it off.
+    pub fn without_plan(&self) -> Settings {
+        let base = if self.recall == Some(0) { Settings::default() } else { Settings::recalling() };
+        self.settings(base)
+    }
+
     /// Returns `base`, overridden by the flags that are set.
     pub fn settings(&self, base: Settings) -> Settings {
         Settings {

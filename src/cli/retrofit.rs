@@ -11,7 +11,7 @@ use crate::error::{At, Error, ErrorKind, Result};
 use crate::generate::{render_chat, watch, MemoryNeeds, Phase, Request, Sampler};
 use crate::layout::{Layout, MAX_CONTEXT};
 use crate::ops::device_memory;
-use crate::retrofit::{parse_layers, RetrofitPlan, Settings, DEFAULT_RECALL};
+use crate::retrofit::{parse_layers, RetrofitPlan};
 use crate::run::Run;
 use crate::spec::{AttentionKind, ModelSpec};
 use crate::weights::Weights;
@@ -149,11 +149,6 @@ impl Stdout {
     }
 }
 
-/// The settings of a run without a plan.
-fn recalling() -> Settings {
-    Settings { recall: DEFAULT_RECALL, ..Settings::default() }
-}
-
 /// Runs `bfly-retrofit calibrate`: calibrates exact recall and saves it with a plan as a patch.
 ///
 /// # Errors
@@ -164,7 +159,7 @@ pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
     args.model.set_threads()?;
     let device = open_device(&args.model.device)?;
     let name = args.model.model.as_deref().unwrap_or_default();
-    let settings = args.retrofit.settings(recalling());
+    let settings = args.retrofit.without_plan();
     settings.validate()?;
     Patch::check(&args.out, "--out")?;
     if settings.recall == 0 {
@@ -214,7 +209,10 @@ impl Inputs {
         };
         let base = saved.or(plan_patch.as_ref().or(patch.as_ref()).map(|p| p.plan.clone()));
         let layers = args.retrofit.layers.as_deref().map(parse_layers).transpose()?;
-        let mut settings = args.retrofit.settings(base.as_ref().map_or_else(recalling, |p| p.settings.clone()));
+        let mut settings = match &base {
+            Some(plan) => args.retrofit.settings(plan.settings.clone()),
+            None => args.retrofit.without_plan(),
+        };
         settings.seed = args.sampling.seed.unwrap_or(settings.seed);
         settings.validate()?;
         let (text_prompt, id_prompt) = (args.prompt.text()?, args.prompt.ids()?);

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::eviction::{self, EvictionPlan, DEFAULT_BUDGET, RULES};
 use crate::method::Method;
 use crate::mixer::Phase;
-use crate::retrofit::{parse_layers, RetrofitPlan, Settings, DEFAULT_RECALL};
+use crate::retrofit::{parse_layers, RetrofitPlan, Settings};
 use crate::spec::ModelSpec;
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapErrorKind};
 use clap::{CommandFactory, Parser};
@@ -206,10 +206,11 @@ fn variant(name: String, base: Option<&RetrofitPlan>, spec: &ModelSpec, ctx: Opt
     }
     let base = saved.as_ref().or(base);
     let from = base.map_or_else(Settings::default, |p| p.settings.clone());
-    // Unless a plan in a file says otherwise, `retrofit` is the two-pool cache and `recall` recalls.
+    // Unless a plan in a file says otherwise, `retrofit` is the two-pool cache and `recall` recalls, each with its own
+    // defaults.
     let from = match (what, saved.is_some()) {
-        (RECALL, _) if from.recall == 0 => Settings { recall: DEFAULT_RECALL, ..from },
-        (RETROFIT, false) => Settings { recall: 0, ..from },
+        (RECALL, _) if from.recall == 0 => Settings::recalling(),
+        (RETROFIT, false) if from.recall > 0 => Settings::default(),
         _ => from,
     };
     let mut settings = args.settings(from);
@@ -304,7 +305,7 @@ fn pairs(text: &str) -> Vec<(String, String)> {
 mod tests {
     use super::*;
     use crate::checkpoint::Checkpoint;
-    use crate::retrofit::{FarPosition, KeyPooling, PrefillKind, RestKind, WindowAlign};
+    use crate::retrofit::{FarPosition, KeyPooling, PrefillKind, RestKind, WindowAlign, DEFAULT_RECALL};
     use clap::Args;
 
     fn spec() -> ModelSpec {

@@ -5,12 +5,14 @@ use bfly::eviction::EvictionPlan;
 use bfly::generate::watch;
 use bfly::method::Method;
 use bfly::recall::{calibrate, Calibration};
-use bfly::retrofit::{KeyPooling, PrefillKind, RestKind, RetrofitPlan, Settings};
+use bfly::retrofit::{KeyPooling, PrefillKind, RestKind, RetrofitPlan, Settings, WindowAlign};
 use bfly::run::Run;
 use candle_core::Tensor;
 
+/// A window of blocks where an even number of tokens is fetched, of tokens otherwise.
 fn settings(recall: usize) -> Settings {
-    Settings { block: 16, window: 32, sink_tokens: 3, recall, ..Settings::default() }
+    let window_align = if recall.is_multiple_of(2) { WindowAlign::Block } else { WindowAlign::Token };
+    Settings { block: 16, window: 32, sink_tokens: 3, recall, window_align, ..Settings::default() }
 }
 
 fn ids(count: usize) -> Vec<u32> {
@@ -41,8 +43,8 @@ fn with_every_token_fetched_decode_is_dense_attention() -> Any {
         let model = calibrated(name)?;
         let text = ids(260);
         let want = read(&mut Run::new(&model.weights, Method::Stock, 600)?, &text, 200, 64)?;
-        for (rest, chunk) in [(RestKind::Codes, 1), (RestKind::Means, 37), (RestKind::None, 200)] {
-            let settings = Settings { rest, ..settings(300) };
+        for (rest, chunk, k) in [(RestKind::Codes, 1, 300), (RestKind::Means, 37, 301), (RestKind::None, 200, 301)] {
+            let settings = Settings { rest, ..settings(k) };
             let got = read(&mut run(&model, &settings, 600)?, &text, 200, chunk)?;
             let off = deviation(&got, &want)?;
             assert!(off < 1e-4, "{name}, {rest:?}, chunks of {chunk}: {off:.2e} standard deviations off");
@@ -111,8 +113,16 @@ fn decode_does_not_depend_on_how_the_prompt_was_cut() -> Any {
     let model = calibrated("llama")?;
     let text = ids(400);
     for rest in [RestKind::Codes, RestKind::Means, RestKind::None] {
-        for key_code in ["pair:1bit", "pair:1/2bit", "qpq:1bit", "scalar2", "page", "exact"] {
-            let settings = Settings { rest, key_code: key_code.into(), ..settings(20) };
+        for (k, key_code) in ([20, 21].into_iter().cycle()).zip([
+            "pair:1bit",
+            "pair:2bit",
+            "pair:1.5bit",
+            "qpq:1bit",
+            "scalar2",
+            "page",
+            "exact",
+        ]) {
+            let settings = Settings { rest, key_code: key_code.into(), ..settings(k) };
             let want = read(&mut run(&model, &settings, 600)?, &text, 380, 380)?;
             let got = read(&mut run(&model, &settings, 600)?, &text, 380, 7)?;
             let off = deviation(&got, &want)?;
@@ -133,6 +143,7 @@ fn a_fork_of_the_stock_run_goes_on_as_a_run_that_prefilled_by_itself() -> Any {
         let mut plans = vec![plan(&full, Settings { key_code: "page".into(), ..settings(20) })?];
         for rest in [RestKind::Codes, RestKind::Means, RestKind::None] {
             plans.push(plan(&full, Settings { rest, ..settings(20) })?);
+            plans.push(plan(&full, Settings { rest, ..settings(21) })?);
         }
         // Dense layers beside layers with recall, and recall of everything, which is dense.
         plans.extend([plan(&full[..1], settings(20))?, plan(&full, settings(600))?]);

@@ -105,6 +105,7 @@ pub(crate) struct Encode {
     pub first: u64,
     pub levels: u64,
     pub store: u64,
+    pub means: u64,
     pub tokens: i32,
     pub start: i32,
     pub ctx: i32,
@@ -113,12 +114,16 @@ pub(crate) struct Encode {
     pub bytes: i32,
     pub dtype: i32,
     pub rows: i32,
+    pub block: i32,
+    pub blocks: i32,
+    pub sinks: i32,
 }
 // SAFETY: numbers in C's layout.
 unsafe impl DeviceRepr for Encode {}
-crate::ops::cuda::mirrored!(Encode, 120, {
+crate::ops::cuda::mirrored!(Encode, 144, {
     k: 0, v: 8, key_codes: 16, value_codes: 24, codebook: 32, mean: 40, scale: 48, fields: 56, first: 64, levels: 72,
-    store: 80, tokens: 88, start: 92, ctx: 96, kv_heads: 100, dim: 104, bytes: 108, dtype: 112, rows: 116,
+    store: 80, means: 88, tokens: 96, start: 100, ctx: 104, kv_heads: 108, dim: 112, bytes: 116, dtype: 120, rows: 124,
+    block: 128, blocks: 132, sinks: 136,
 });
 
 /// The number of an element type in `Recall::store_type`, `Recall::means_type` and `Encode::dtype`.
@@ -217,6 +222,19 @@ impl Cut {
 fn scan_shared(p: &Recall, heads: usize) -> usize {
     let (bytes, dim) = ((p.bytes as usize).next_multiple_of(4), p.dim as usize);
     (bytes * 608 * heads + dim * heads * 4 + 4096).max(8192)
+}
+
+/// Returns the launch that averages the values of the blocks that a chunk completes, if it completes any.
+///
+/// # Errors
+/// A kernel that cannot be loaded.
+pub(crate) fn means(gpu: &CudaDevice, p: Encode) -> Result<Option<Launch>> {
+    let count = (p.start + p.tokens) / p.block - p.start / p.block;
+    if count == 0 {
+        return Ok(None);
+    }
+    let kernel = Kernel::load(gpu, "recall_encode", "recall_means".into())?;
+    Ok(Some(Launch::new(kernel, (count as usize, p.kv_heads as usize, 1), 256).with(p)))
 }
 
 /// Returns the launch that encodes a prefill chunk.

@@ -19,7 +19,7 @@ mod reference;
 
 pub use cpu::attend_far;
 #[cfg(feature = "cuda")]
-pub(crate) use cuda::{encode, kind, Cut, Encode, Recall, BINS, LISTED, MOST_HEADS};
+pub(crate) use cuda::{encode, kind, means, Cut, Encode, Recall, BINS, LISTED, MOST_HEADS};
 
 use crate::recall::{HeadCode, ValueCode};
 use std::sync::Arc;
