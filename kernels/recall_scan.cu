@@ -4,16 +4,13 @@
 //   slices[h, s] = the largest score of slice s, and the sum of exp relative to it (base 2).
 //
 // Shapes  recall_scan_HEADS_BYTES: HEADS (4, 8) heads to a thread block, key codes of BYTES (8, 16, 32) bytes, at most 6 bits a
-//         channel, levels symmetric about 0; recall_scan_HEADS_any: codes of any length.
+//         channel, levels that are sums over their bits; recall_scan_HEADS_any: codes of any length.
 // Launch  grid (slice_count + 1, G, ceil(group / HEADS)), 1024 threads, dynamic shared memory
-//         ceil4(bytes) (512 HEADS + 96 HEADS) + 4 D HEADS + 4096 bytes. One multiprocessor holds one block.
+//         20 KiB; for _any ceil4(bytes) (512 HEADS + 96 HEADS) + 4 D HEADS + 4096 bytes. One multiprocessor holds one block.
 //
-// A level of one or two bits is a sum over its bits, l = sum_j c_j (2 bit_j - 1), as levels are symmetric; for more bits this
-// is their best fit, and the remainder comes from a table. So the bits of all codes, as bytes of 0 or 1, times factor q_c
-// scale_c 2 c_j, are one integer product on tensor cores: coefficients have 16 bits (of the largest of a head), as two
-// columns of 8. Remainders: one load of shared memory for each byte that holds a wider field, for all heads, added up by
-// tensor cores too, with a second operand that has a 1 where a half belongs to a column. No load of shared memory for
-// codes of one and two bits.
+// A level is a sum over its bits, l = sum_j c_j (2 bit_j - 1): src/recall/lloyd.rs makes them so. So the bits of all codes,
+// as bytes of 0 or 1, times factor q_c scale_c 2 c_j, are one integer product on tensor cores: coefficients have 16 bits (of
+// the largest of a head), as two columns of 8. No load of shared memory for a code.
 // _any looks up every byte in a table of 256 entries of HEADS halves: a load of 8 or 16 bytes at random places has about
 // three-fold bank conflicts. A lane has its own token, and with B = (I I)' the product A B adds two pairs of halves to a
 // lane's own two sums, and its other two rows the same.
@@ -238,31 +235,26 @@ __device__ inline void mma_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b
 template <int HEADS, int WORDS> struct Bits {
   static constexpr int OWN = WORDS == 8 ? 2 : 1, PLANES = WORDS == 2 ? 4 : 8;  // words of a lane, bits of each byte it takes
   static constexpr int STEPS = OWN * PLANES / 2, PARTS = HEADS == 8 ? 2 : 1;   // products of 32 bits; high and low apart
-  static constexpr int BITS = 32 * WORDS, ENTRY = HEADS * 2, TABLE = 256 * ENTRY, COLUMNS = 2 * HEADS, GROUPS = WORDS == 8 ? 2 : 4;
+  static constexpr int BITS = 32 * WORDS, COLUMNS = 2 * HEADS, GROUPS = WORDS == 8 ? 2 : 4;
   static constexpr int TILE = GROUPS * 16;     // tokens of a warp at a time
   static constexpr int VALUES = HEADS / 4;     // heads of a lane
   struct Shared {
-    float terms[8][8], remainders[RECALL_EDGES];  // c_j of b bits; what is left of a level
+    float terms[8][8];  // c_j of b bits
     float scale[HEADS], constant[HEADS];
     float2 lists[HEADS * SCAN_WARPS];
-    int wide[4 * WORDS], wides;  // bytes with fields of more than two bits
     float terms_of[BITS][HEADS];
     // Coefficients of four bytes: [high of each head, low of each head][bit, word]; rows apart by four banks.
     uint32_t columns[COLUMNS][8 * WORDS + 4];
   };
   const RecallParams &p;
   Shared &s;
-  char *tables;
-  float *factors;
   const int lane, warp, g, quad, row;
 
   __device__ Bits(const RecallParams &params, char *shared)
-      : p(params), s(*(Shared *)shared), tables(shared + (sizeof(Shared) + 15) / 16 * 16), factors((float *)(tables + 4 * WORDS * TABLE)),
-        lane(threadIdx.x % WARP), warp(threadIdx.x / WARP), g(blockIdx.y), quad(lane % 4), row(lane / 4) {}
+      : p(params), s(*(Shared *)shared), lane(threadIdx.x % WARP), warp(threadIdx.x / WARP), g(blockIdx.y), quad(lane % 4), row(lane / 4) {}
 
   // What does not depend on the token.
   __device__ void constants() {
-    const int *first = p.first + g * (p.bytes + 1);
     if (warp < 21) {
       // Warp: one of the bits of 1 .. 6.
       int bits = 1, j = warp;
@@ -271,23 +263,10 @@ template <int HEADS, int WORDS> struct Bits {
       for (int i = lane; i < 1 << bits; i += WARP) sum += (i >> j & 1 ? 1.f : -1.f) * p.levels[(1 << bits) + i];
       sum = warp_sum(sum);
       if (lane == 0) s.terms[bits][j] = sum / (1 << bits);
-    } else if (warp == 21) {
-      bool wide = false;
-      if (lane < 4 * WORDS)
-        for (int f = first[lane]; f < first[lane + 1]; f++) wide |= p.fields[g * p.dim + f].bits > 2;
-      const uint32_t votes = __ballot_sync(~0u, wide);
-      if (wide) s.wide[__popc(votes & ((1u << lane) - 1))] = lane;
-      if (lane == 0) s.wides = __popc(votes);
     } else {
-      for (int i = threadIdx.x - 22 * WARP; i < BITS * HEADS; i += SCAN_THREADS - 22 * WARP) (&s.terms_of[0][0])[i] = 0.f;
+      for (int i = threadIdx.x - 21 * WARP; i < BITS * HEADS; i += SCAN_THREADS - 21 * WARP) (&s.terms_of[0][0])[i] = 0.f;
     }
     __syncthreads();
-    if (threadIdx.x >= 2 && threadIdx.x < RECALL_EDGES) {
-      const int bits = 31 - __clz(threadIdx.x), level = threadIdx.x - (1 << bits);
-      float left = p.levels[threadIdx.x];
-      for (int j = 0; j < bits; j++) left -= (level >> j & 1 ? 1.f : -1.f) * s.terms[bits][j];
-      s.remainders[threadIdx.x] = left;
-    }
   }
 
   __device__ void build(const Slice &slice) {
@@ -302,7 +281,6 @@ template <int HEADS, int WORDS> struct Bits {
       for (int step = 2 * WORDS; step > 0; step /= 2)
         if (first[byte + step] <= f) byte += step;
       const float x = h < slice.heads ? q[h * p.dim + field.channel] * p.factor * scale[field.channel] : 0.f;
-      factors[i] = x;
       for (int j = 0; j < field.bits; j++) s.terms_of[byte * 8 + field.shift + j][h] = 2.f * x * s.terms[field.bits][j];
     }
     __syncthreads();
@@ -328,19 +306,6 @@ template <int HEADS, int WORDS> struct Bits {
         packed |= (uint32_t)((column < HEADS ? high : x - high * 256) & 0xff) << (8 * e);
       }
       s.columns[column][plane * WORDS + word] = packed;
-    }
-    for (int i = threadIdx.x; i < s.wides * 256; i += SCAN_THREADS) {
-      const int byte = s.wide[i / 256], value = i % 256;
-      float sums[HEADS] = {};
-      for (int f = first[byte]; f < first[byte + 1]; f++) {
-        const RecallField field = fields[f];
-        if (field.bits <= 2) continue;
-        const float left = s.remainders[(1 << field.bits) + (value >> field.shift & ((1 << field.bits) - 1))];
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) sums[h] = fmaf(factors[f * HEADS + h], left, sums[h]);
-      }
-#pragma unroll
-      for (int h = 0; h < HEADS; h += 2) *(uint32_t *)(tables + i * ENTRY + h * 2) = pack<__half>(finite(sums[h]), finite(sums[h + 1]));
     }
     __syncthreads();
   }
@@ -373,12 +338,10 @@ template <int HEADS, int WORDS> struct Bits {
     uint32_t ahead[GROUPS][2][OWN] = {};
     load(ahead, codes, at, until);
     build(slice);
-    if (s.wides > 0) score<true>(slice, far, codes, at, until, ahead);
-    else score<false>(slice, far, codes, at, until, ahead);
+    score(slice, far, codes, at, until, ahead);
     put_slice(s.lists, slice.out, slice.heads, p.slice_count);
   }
 
-  template <bool WIDE>
   __device__ void score(const Slice &slice, const Far &far, const uint8_t *codes, int at, int until, uint32_t (&ahead)[GROUPS][2][OWN]) {
     // Second operands: the coefficients of this lane's bits, and where halves of an entry go.
     uint32_t b[PARTS][STEPS][2];
@@ -390,11 +353,7 @@ template <int HEADS, int WORDS> struct Bits {
         for (int i = 0; i < 2; i++)
           b[part][step][i] = s.columns[part * 8 + row][((WORDS == 2 ? quad / 2 * 4 : 0) + step % (PLANES / 2) * 2 + i) * WORDS +
                                                        (WORDS == 2 ? quad % 2 : quad * OWN + step / (PLANES / 2))];
-    auto one = [&](int column) {  // heads column and column + 1
-      const int r = HEADS == 4 ? row % 4 : row;
-      return (r == column ? 0x3c00u : 0u) | (r == column + 1 ? 0x3c000000u : 0u);
-    };
-    const int half = quad / 2 * 4, wides = s.wides, mine = HEADS == 4 ? (quad < 2 ? 2 * quad : 2 * quad - 3) : 2 * quad;  // the first of this lane's heads
+    const int half = quad / 2 * 4, mine = HEADS == 4 ? (quad < 2 ? 2 * quad : 2 * quad - 3) : 2 * quad;  // the first of this lane's heads
     const bool high = quad < 2;
     const int of_own = high ? 256 : 1, of_other = high ? 1 : 256;
     const __half2 largest = __float2half2_rn(65504.f);
@@ -428,47 +387,17 @@ template <int HEADS, int WORDS> struct Bits {
 #pragma unroll
           for (int part = 0; part < PARTS; part++) mma_bytes(c[part], a, b[part][step][0], b[part][step][1]);
         }
-        float left[4] = {};
-        for (int r = 0; WIDE && r < wides; r += 4) {
-          const int byte = r + quad < wides ? s.wide[r + quad] : -1, from = row * 4 + (WORDS == 2 ? byte / 4 : byte / 4 / OWN) % 4;
-          uint32_t entry[2][ENTRY / 4];
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            uint32_t word = __shfl_sync(~0u, code[u][i][0], from);
-            if constexpr (OWN == 2) {
-              const uint32_t other = __shfl_sync(~0u, code[u][i][1], from);
-              if (byte / 4 % 2) word = other;
-            }
-            const char *x = tables + (r + quad) * TABLE + (word >> (byte % 4 * 8) & 0xff) * ENTRY;
-#pragma unroll
-            for (int e = 0; e < ENTRY / 4; e++) entry[i][e] = 0;
-            if (byte < 0) continue;
-            if constexpr (HEADS == 4) {
-              const uint2 v = *(const uint2 *)x;
-              entry[i][0] = v.x, entry[i][1] = v.y;
-            } else {
-              const uint4 v = *(const uint4 *)x;
-              entry[i][0] = v.x, entry[i][1] = v.y, entry[i][2] = v.z, entry[i][3] = v.w;
-            }
-          }
-#pragma unroll
-          for (int v = 0; v < VALUES; v++) {
-            const uint32_t a[4] = {entry[0][2 * v], entry[1][2 * v], entry[0][2 * v + 1], entry[1][2 * v + 1]};
-            mma<__half>(left, a, one(4 * v), one(4 * v + 2));
-          }
-        }
         if constexpr (HEADS == 4) {
           // High halves are in lanes 0 and 1 of four, low ones in 2 and 3: each lane takes one head.
           const int x = __shfl_xor_sync(~0u, high ? c[0][1] : c[0][0], 2), y = __shfl_xor_sync(~0u, high ? c[0][3] : c[0][2], 2);
           const int first = (high ? c[0][0] : c[0][1]) * of_own + x * of_other, second = (high ? c[0][2] : c[0][3]) * of_own + y * of_other;
           float lo = fmaf((float)first, scale[0], constant[0]), hi = fmaf((float)second, scale[0], constant[0]);
-          if (WIDE) lo += high ? left[0] : left[1], hi += high ? left[2] : left[3];
           both[u][0] = __floats2half2_rn(lo, hi);
         } else {
 #pragma unroll
           for (int v = 0; v < VALUES; v++)
-            both[u][v] = __floats2half2_rn(fmaf((float)(c[0][v] * 256 + c[PARTS - 1][v]), scale[v], constant[v]) + left[v],
-                                           fmaf((float)(c[0][v + 2] * 256 + c[PARTS - 1][v + 2]), scale[v], constant[v]) + left[v + 2]);
+            both[u][v] = __floats2half2_rn(fmaf((float)(c[0][v] * 256 + c[PARTS - 1][v]), scale[v], constant[v]),
+                                           fmaf((float)(c[0][v + 2] * 256 + c[PARTS - 1][v + 2]), scale[v], constant[v]));
         }
 #pragma unroll
         for (int v = 0; v < VALUES; v++) {

@@ -191,10 +191,7 @@ impl Cut {
         p.store_type = kind(dtype)?;
         let (kv_heads, dim, ctx) = (p.kv_heads as usize, p.dim as usize, p.ctx as usize);
         let group = (p.heads / p.kv_heads) as usize;
-        let length = match p.bytes {
-            8 | 16 | 32 => p.bytes.to_string(),
-            _ => "any".into(),
-        };
+        let length = length_of(&p).map_or("any".into(), |bytes| bytes.to_string());
         let scan = Kernel::load(gpu, "recall_scan", format!("recall_scan_{}_{length}", self.heads))?;
         let scan = scan.shared(scan_shared(&p, self.heads))?;
         let scan = Launch::new(scan, (self.slices + 1, kv_heads, group.div_ceil(self.heads)), 1024).with(p);
@@ -218,10 +215,18 @@ impl Cut {
     }
 }
 
+/// Returns the bytes of a key code, where `recall_scan` has a kernel for that number.
+fn length_of(p: &Recall) -> Option<i32> {
+    Some(p.bytes).filter(|bytes| [8, 16, 32].contains(bytes))
+}
+
 /// Dynamic shared memory of `recall_scan` for `heads` heads to a thread block, bytes.
 fn scan_shared(p: &Recall, heads: usize) -> usize {
     let (bytes, dim) = ((p.bytes as usize).next_multiple_of(4), p.dim as usize);
-    (bytes * 608 * heads + dim * heads * 4 + 4096).max(8192)
+    match length_of(p) {
+        Some(_) => 20 << 10,
+        None => (bytes * 608 * heads + dim * heads * 4 + 4096).max(8192),
+    }
 }
 
 /// Returns the launch that averages the values of the blocks that a chunk completes, if it completes any.
