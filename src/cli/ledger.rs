@@ -5,7 +5,7 @@ use super::{human_bytes, progress::bytes_by_type};
 use crate::cache::Cache;
 use crate::checkpoint::Identity;
 use crate::generate::Timing;
-use crate::retrofit::{ranges, RetrofitPlan};
+use crate::retrofit::{ranges, RetrofitPlan, WindowAlign};
 use crate::spec::ModelSpec;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -163,10 +163,11 @@ impl Ledger {
                     0 => format!("{} x{}, {}", s.partner, s.partner_count, name_of(&s.pool)),
                     k => format!("{k} tokens fetched by {}, rest by {}", s.key_code, name_of(&s.rest)),
                 };
-                rows.push((
-                    "",
-                    format!("window {} in blocks of {}, {} sinks, {far}", s.window, s.block, s.sink_tokens),
-                ));
+                let window = match s.window_align {
+                    WindowAlign::Block => format!("window {} in blocks of {}", s.window, s.block),
+                    WindowAlign::Token => format!("window {}", s.window),
+                };
+                rows.push(("", format!("{window}, {} sinks, {far}", s.sink_tokens)));
             }
         }
         rows.push(("weights", bytes_by_type(self.weights_bytes, &self.held)));

@@ -220,7 +220,13 @@ fn key_codes_without_kernels_score_on_the_gpu_as_on_the_cpu() -> Any {
                 let want = read(&on_cpu, Some(&settings), &words, 480, 100)?;
                 let got = read(&on_gpu, Some(&settings), &words, 480, 100)?;
                 let off = deviation(&got, &want)?;
-                let limit = if rest == RestKind::None || k == 1 { 0.2 } else { 0.05 };
+                // All tokens of a page score alike, so that a tie of two pages changes places of many tokens.
+                let limit = match (rest, key_code) {
+                    (RestKind::None, "page") => 0.5,
+                    (RestKind::None, _) => 0.2,
+                    _ if k == 1 => 0.2,
+                    _ => 0.05,
+                };
                 println!("{name}, {rest:?}, {k} by {key_code}: {off:.2e}");
                 assert!(off < limit, "{name}, {rest:?}, {k} by {key_code}: {off:.2e} standard deviations off");
                 // Bounds of a page move with its tokens: chunks that end within pages change nothing.
