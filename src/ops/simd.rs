@@ -94,6 +94,32 @@ pub fn zip_map(a: &[f32], b: &[f32], out: &mut [f32], f: impl Fn(f32, f32) -> f3
     Arch::new().dispatch(Zip(a, b, out, f));
 }
 
+/// `x[i] = f(x[i])` for a vectorisable `f`.
+pub fn map(x: &mut [f32], f: impl Fn(f32) -> f32) {
+    struct Map<'a, F>(&'a mut [f32], F);
+    impl<F: Fn(f32) -> f32> WithSimd for Map<'_, F> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            self.0.iter_mut().for_each(|x| *x = (self.1)(*x));
+        }
+    }
+    Arch::new().dispatch(Map(x, f));
+}
+
+/// `sum[i] += factor · x[i]`.
+pub fn add_scaled(sum: &mut [f32], factor: f32, x: &[f32]) {
+    struct Add<'a>(&'a mut [f32], f32, &'a [f32]);
+    impl WithSimd for Add<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            self.0.iter_mut().zip(self.2).for_each(|(s, x)| *s = x.mul_add(self.1, *s));
+        }
+    }
+    Arch::new().dispatch(Add(sum, factor, x));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

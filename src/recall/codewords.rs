@@ -22,7 +22,7 @@ pub(super) fn fit(points: &[f32], width: usize) -> Vec<f32> {
     let mut at = vec![(0, 0.0); n];
     for _ in 0..ITERATIONS {
         let (mut sums, mut counts) = (vec![0f64; WORDS * width], vec![0usize; WORDS]);
-        nearest(&words, points, width, &mut at);
+        nearest(&words, &norms(&words, width), points, width, &mut at);
         for ((word, _), point) in at.iter().zip(points.chunks_exact(width)) {
             counts[*word] += 1;
             sums[word * width..].iter_mut().zip(point).for_each(|(s, x)| *s += f64::from(*x));
@@ -44,18 +44,22 @@ pub(super) fn fit(points: &[f32], width: usize) -> Vec<f32> {
     words
 }
 
+/// Returns the squared norms of codewords of `width` channels.
+pub(super) fn norms(words: &[f32], width: usize) -> Vec<f32> {
+    words.chunks_exact(width).map(|w| w.iter().map(|x| x * x).sum()).collect()
+}
+
 /// Writes the index of the codeword nearest to each of `points [n, width]`, the first of equals, and the squared
-/// distance.
-pub(super) fn nearest(words: &[f32], points: &[f32], width: usize, at: &mut [(usize, f32)]) {
+/// distance. `norms` are those of the codewords.
+pub(super) fn nearest(words: &[f32], norms: &[f32], points: &[f32], width: usize, at: &mut [(usize, f32)]) {
     let rows = |data| Strided { data, stride: width };
-    let norms: Vec<f32> = words.chunks_exact(width).map(|w| w.iter().map(|x| x * x).sum::<f32>()).collect();
-    let mut products = vec![0f32; TILE * WORDS];
+    let mut products = vec![0f32; TILE.min(at.len()) * WORDS];
     for (points, at) in points.chunks(TILE * width).zip(at.chunks_mut(TILE)) {
         let n = at.len();
         multiply_transposed(n, WORDS, width, rows(points), rows(words), &mut products[..n * WORDS]);
         for ((point, products), at) in points.chunks_exact(width).zip(products.chunks_exact(WORDS)).zip(at) {
             // |x - w|² = |x|² + |w|² - 2 x · w.
-            let (word, least) = least(&norms, products);
+            let (word, least) = least(norms, products);
             *at = (word, point.iter().map(|x| x * x).sum::<f32>() + least);
         }
     }

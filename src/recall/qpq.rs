@@ -7,7 +7,7 @@
 //!
 //! Source: Guo et al., "Quantization based Fast Inner Product Search" (2015), <https://arxiv.org/abs/1509.01469>.
 
-use super::codewords::{self, nearest, WORDS};
+use super::codewords::{self, nearest, norms, WORDS};
 use super::matrix::{eigen, product, roots};
 use super::{HeadCode, HeadRows, KeyCode, KeyStatistics};
 use crate::ops::{multiply_transposed, Strided};
@@ -165,7 +165,8 @@ impl HeadCode for ProductCode {
         let (y, bytes) = (self.project(keys), self.bytes());
         let mut at = vec![(0, 0.0); keys.len() / self.mean.len()];
         for m in 0..bytes {
-            nearest(self.book(m), &self.part(&y, m), self.width, &mut at);
+            let book = self.book(m);
+            nearest(book, &norms(book, self.width), &self.part(&y, m), self.width, &mut at);
             codes.iter_mut().skip(m).step_by(bytes).zip(&at).for_each(|(code, (word, _))| *code = *word as u8);
         }
     }

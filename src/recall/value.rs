@@ -3,7 +3,8 @@
 //! Source: Jégou et al., "Product quantization for nearest neighbor search" (2011),
 //! <https://doi.org/10.1109/TPAMI.2010.57>.
 
-use super::codewords::{self, nearest, WORDS};
+use super::codewords::{self, nearest, norms, WORDS};
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 /// Channels of a sub-vector.
@@ -15,6 +16,8 @@ pub struct ValueCode {
     dim: usize,
     /// `[bytes, 256, SUB]`; channels beyond `D` are 0.
     codebook: Vec<f32>,
+    /// Squared norms of the codewords, `[bytes, 256]`.
+    norms: Vec<f32>,
 }
 
 impl ValueCode {
@@ -23,7 +26,11 @@ impl ValueCode {
     /// # Shapes
     /// `codebook [ceil(D / 16), 256, 16]`.
     pub fn new(dim: usize, codebook: Vec<f32>) -> Option<Self> {
-        (codebook.len() == dim.div_ceil(SUB) * WORDS * SUB).then_some(Self { dim, codebook })
+        (codebook.len() == dim.div_ceil(SUB) * WORDS * SUB).then(|| Self {
+            dim,
+            norms: norms(&codebook, SUB),
+            codebook,
+        })
     }
 
     /// Fits codewords to `values [n, D]` by k-means from evenly spaced values; the result depends on the values alone.
@@ -39,7 +46,8 @@ impl ValueCode {
             codewords::fit(&(0..n).flat_map(at).collect::<Vec<f32>>(), SUB)
         };
         let books: Vec<Vec<f32>> = (0..dim.div_ceil(SUB)).into_par_iter().map(book).collect();
-        Self { dim, codebook: books.concat() }
+        let codebook = books.concat();
+        Self { dim, norms: norms(&codebook, SUB), codebook }
     }
 
     /// Returns the bytes per token.
@@ -62,7 +70,8 @@ impl ValueCode {
                 point[..part.len()].copy_from_slice(part);
                 point[part.len()..].fill(0.0);
             }
-            nearest(&self.codebook[m * WORDS * SUB..][..WORDS * SUB], &points, SUB, &mut at);
+            let (book, norms) = (&self.codebook[m * WORDS * SUB..][..WORDS * SUB], &self.norms[m * WORDS..][..WORDS]);
+            nearest(book, norms, &points, SUB, &mut at);
             codes.iter_mut().skip(m).step_by(self.bytes()).zip(&at).for_each(|(code, (word, _))| *code = *word as u8);
         }
     }
@@ -77,12 +86,27 @@ impl ValueCode {
     /// Adds to `out [D]` the decoded values of `weights [bytes, 256]`, the sum of the weights of the tokens with each
     /// codeword.
     pub fn add_weighted(&self, weights: &[f32], out: &mut [f32]) {
-        for (m, part) in out.chunks_mut(SUB).enumerate() {
-            for (w, word) in
-                weights[m * WORDS..][..WORDS].iter().zip(self.codebook[m * WORDS * SUB..].chunks_exact(SUB))
-            {
-                part.iter_mut().zip(word).for_each(|(o, x)| *o += w * x);
+        struct Add<'a> {
+            words: &'a [[f32; SUB]],
+            weights: &'a [f32],
+            out: &'a mut [f32],
+        }
+        impl WithSimd for Add<'_> {
+            type Output = ();
+            #[inline(always)]
+            fn with_simd<S: Simd>(self, _: S) {
+                let mut sum = [0f32; SUB];
+                for (w, word) in self.weights.iter().zip(self.words) {
+                    for (s, x) in sum.iter_mut().zip(word) {
+                        *s = x.mul_add(*w, *s);
+                    }
+                }
+                self.out.iter_mut().zip(&sum).for_each(|(o, s)| *o += s);
             }
+        }
+        let books = self.codebook.as_chunks::<SUB>().0.chunks_exact(WORDS).zip(weights.chunks_exact(WORDS));
+        for ((words, weights), out) in books.zip(out.chunks_mut(SUB)) {
+            Arch::new().dispatch(Add { words, weights, out });
         }
     }
 }

@@ -1,10 +1,13 @@
-//! The CPU path: one task per KV head scores, chooses and sums; the scan is in tiles that stay in the L1 cache.
+//! The CPU path: one task per KV head scores and chooses, and has tasks of its own for parts of the exact attention and of
+//! the estimate, so that cores without a KV head take those.
 
+use super::exact::Exact;
+use super::highest::highest;
+use super::rest::rest;
 use super::{FarArgs, FarAttended, Rest};
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::gemm::{multiply_add, multiply_transposed, Strided};
 use crate::ops::simd;
-use crate::recall::{HeadRows, ValueCode};
+use crate::recall::HeadRows;
 use rayon::prelude::*;
 
 /// Attends to the far zone, as [`super`] defines it.
@@ -70,8 +73,8 @@ fn head(a: &FarArgs, g: usize, group: usize) -> Part {
     if chosen.is_empty() {
         return none();
     }
-    let Exact { max, sum, mut out } = Exact::new(a, g, &queries, &chosen);
-    let mut part = Part { out: vec![], lse: vec![], chosen: chosen.iter().map(|i| (a.far.0 + i) as u32).collect() };
+    let Exact { max, sum, mut out } = Exact::new(&a.exact[g][2 * a.far.0 * dim..], dim, &queries, &chosen);
+    let mut part = Part { out: vec![], lse: vec![], chosen: chosen.iter().map(|i| a.far.0 as u32 + i).collect() };
     let sums = rest(a, g, heads, &chosen, &max, &mut out);
     for (h, (out, rest)) in out.chunks_exact(dim).zip(sums).enumerate() {
         let sum = f64::from(sum[h]) + rest;
@@ -82,10 +85,10 @@ fn head(a: &FarArgs, g: usize, group: usize) -> Part {
 }
 
 /// Decoded scores of a query, as weights relative to the largest.
-struct Softmax {
+pub(super) struct Softmax {
     /// `exp(ŝ - top)`.
-    weights: Vec<f32>,
-    top: f32,
+    pub weights: Vec<f32>,
+    pub top: f32,
     sum: f32,
 }
 
@@ -97,43 +100,11 @@ impl Softmax {
     }
 }
 
-/// Attention of a group's queries to the chosen tokens, before division.
-struct Exact {
-    /// Largest logit, `[H / G]`.
-    max: Vec<f32>,
-    /// Sum of the weights relative to it, `[H / G]`.
-    sum: Vec<f32>,
-    /// Weighted values, `[H / G, D]`.
-    out: Vec<f32>,
-}
-
-impl Exact {
-    fn new(a: &FarArgs, g: usize, queries: &[f32], chosen: &[usize]) -> Self {
-        let (dim, n) = (a.dim, chosen.len());
-        let group = queries.len() / dim;
-        let (mut keys, mut values) = (Vec::with_capacity(n * dim), Vec::with_capacity(n * dim));
-        for i in chosen {
-            let (key, value) = a.exact[g][2 * (a.far.0 + i) * dim..][..2 * dim].split_at(dim);
-            keys.extend_from_slice(key);
-            values.extend_from_slice(value);
-        }
-        let rows = |data| Strided { data, stride: dim };
-        let mut logits = vec![0f32; group * n];
-        multiply_transposed(group, n, dim, rows(queries), rows(&keys), &mut logits);
-        let (mut max, mut sum, mut out) = (vec![f32::NEG_INFINITY; group], vec![0.0; group], vec![0.0; group * dim]);
-        for ((row, max), sum) in logits.chunks_mut(n).zip(&mut max).zip(&mut sum) {
-            simd::softmax_row(row, max, sum);
-        }
-        multiply_add(group, dim, n, Strided { data: &logits, stride: n }, rows(&values), &mut out);
-        Self { max, sum, out }
-    }
-}
-
 /// Places of the chosen tokens among the far ones, ascending.
-fn choose(heads: &[Softmax], near: &[f32], count: usize) -> Vec<usize> {
+fn choose(heads: &[Softmax], near: &[f32], count: usize) -> Vec<u32> {
     let n = heads[0].weights.len();
     if count >= n {
-        return (0..n).collect();
+        return (0..n as u32).collect();
     }
     if count == 0 {
         return vec![];
@@ -143,86 +114,16 @@ fn choose(heads: &[Softmax], near: &[f32], count: usize) -> Vec<usize> {
         // exp(ŝ - ln(e^n + e^f)) with f = top + ln(sum): the softmax weight times the far zone's share of the mass.
         let far = h.top + h.sum.ln();
         let factor = 1.0 / ((1.0 + (near - far).min(80.0).exp()) * h.sum);
-        weights.iter_mut().zip(&h.weights).for_each(|(w, x)| *w += factor * x);
+        simd::add_scaled(&mut weights, factor, &h.weights);
     }
-    // Weights are not negative, so that their bits are in their order; of equals the earlier token goes first.
-    let mut order: Vec<u64> =
-        weights.iter().enumerate().map(|(i, w)| u64::from(!w.to_bits()) << 32 | i as u64).collect();
-    order.select_nth_unstable(count - 1);
-    order.truncate(count);
-    let mut chosen: Vec<usize> = order.into_iter().map(|x| (x & 0xffff_ffff) as usize).collect();
-    chosen.sort_unstable();
-    chosen
-}
-
-/// Adds the estimates of the tokens that are not chosen to `out [H / G, D]`, at weights relative to each head's `cap`,
-/// and returns the sums of the weights.
-fn rest(a: &FarArgs, g: usize, heads: Vec<Softmax>, chosen: &[usize], caps: &[f32], out: &mut [f32]) -> Vec<f64> {
-    if matches!(a.rest, Rest::None) {
-        return vec![0.0; heads.len()];
-    }
-    let weights: Vec<Vec<f32>> = heads
-        .into_iter()
-        .zip(caps)
-        .map(|(mut head, cap)| {
-            chosen.iter().for_each(|i| head.weights[*i] = 0.0);
-            // exp(min(ŝ, cap) - cap) from exp(ŝ - top); the bound keeps the factor finite.
-            let factor = simd::exp((head.top - cap).min(80.0));
-            head.weights.iter_mut().for_each(|w| *w = (*w * factor).min(1.0));
-            head.weights
-        })
-        .collect();
-    match a.rest {
-        Rest::None => {}
-        Rest::Means { block, means } => {
-            for (weights, out) in weights.iter().zip(out.chunks_exact_mut(a.dim)) {
-                let mut at = 0;
-                while at < weights.len() {
-                    let n = (a.far.0 + at) / block;
-                    let end = ((n + 1) * block - a.far.0).min(weights.len());
-                    let sum: f32 = weights[at..end].iter().sum();
-                    out.iter_mut().zip(&means[g][n * a.dim..][..a.dim]).for_each(|(o, m)| *o += sum * m);
-                    at = end;
-                }
-            }
-        }
-        Rest::Codes { code, codes } => {
-            let codes = &codes[g][a.far.0 * code[g].bytes()..];
-            for (weights, out) in weights.chunks(LANES).zip(out.chunks_mut(LANES * a.dim)) {
-                by_codewords(&code[g], codes, weights, out);
-            }
-        }
-    }
-    weights.iter().map(|w| w.iter().map(|w| f64::from(*w)).sum()).collect()
-}
-
-/// Query heads whose weights are summed at a time.
-const LANES: usize = 4;
-
-/// Adds the decoded values of `codes`, weighted by each head, to `out [heads, D]`: weights are summed per codeword, and
-/// codewords once.
-fn by_codewords(code: &ValueCode, codes: &[u8], weights: &[Vec<f32>], out: &mut [f32]) {
-    let bytes = code.bytes();
-    let mut by_word = vec![[0f32; LANES]; bytes * 256];
-    for (i, code) in codes.chunks_exact(bytes).take(weights[0].len()).enumerate() {
-        let mut w = [0f32; LANES];
-        w.iter_mut().zip(weights).for_each(|(w, weights)| *w = weights[i]);
-        for (byte, sums) in code.iter().zip(by_word.chunks_exact_mut(256)) {
-            sums[usize::from(*byte)].iter_mut().zip(&w).for_each(|(s, w)| *s += w);
-        }
-    }
-    let dim = out.len() / weights.len();
-    for (lane, out) in out.chunks_exact_mut(dim).enumerate() {
-        let sums: Vec<f32> = by_word.iter().map(|w| w[lane]).collect();
-        code.add_weighted(&sums, out);
-    }
+    highest(&weights, count)
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::reference::reference;
     use super::*;
-    use crate::recall::{HeadCode, ScalarCode};
+    use crate::recall::{HeadCode, ScalarCode, ValueCode};
     use proptest::prelude::*;
     use std::sync::Arc;
 
@@ -238,57 +139,127 @@ mod tests {
         Ok(())
     }
 
+    /// Sizes and settings of a comparison with the reference.
+    #[derive(Debug, Clone, Copy)]
+    struct Case {
+        group: usize,
+        kv: usize,
+        half: usize,
+        n: usize,
+        sinks: usize,
+        chosen: usize,
+        kind: usize,
+        block: usize,
+        seed: usize,
+    }
+
+    fn check(case: Case) -> std::result::Result<(), TestCaseError> {
+        let Case { group, kv, half, n, sinks, chosen, kind, block, seed } = case;
+        let dim = 2 * half;
+        let (bytes, total) = (dim.div_ceil(8), n + sinks);
+        let units: Vec<Vec<usize>> = (0..half).map(|i| vec![i, i + half]).collect();
+        let code: Vec<ScalarCode> = (0..kv)
+            .map(|g| {
+                let mean = numbers(seed + g, dim);
+                let weight: Vec<f32> = mean.iter().map(|x| x * x + 0.01).collect();
+                ScalarCode::fit(bytes, &units, &mean, &vec![0.6; dim], &weight)
+            })
+            .collect();
+        let exact: Vec<Vec<f32>> = (0..kv).map(|g| numbers(seed + 10 + g, 2 * total * dim)).collect();
+        let rows = |g: usize, part: usize| -> Vec<f32> {
+            exact[g].chunks(dim).skip(part).step_by(2).flatten().copied().collect()
+        };
+        let encoded = |g: usize| {
+            let mut codes = vec![0; total * bytes];
+            code[g].encode(&rows(g, 0), &mut codes);
+            codes
+        };
+        let codes: Vec<Vec<u8>> = (0..kv).map(encoded).collect();
+        let value: Vec<ValueCode> = (0..kv).map(|g| ValueCode::fit(dim, &rows(g, 1))).collect();
+        let value_encoded = |g: usize| {
+            let mut codes = vec![0; total * value[g].bytes()];
+            value[g].encode(&rows(g, 1), &mut codes);
+            codes
+        };
+        let value_codes: Vec<Vec<u8>> = (0..kv).map(value_encoded).collect();
+        let means: Vec<Vec<f32>> = (0..kv).map(|g| numbers(seed + 20 + g, total.div_ceil(block) * dim)).collect();
+        let (q, near) = (numbers(seed + 30, kv * group * dim), numbers(seed + 40, kv * group));
+        let code_rows: Vec<&[u8]> = codes.iter().map(Vec::as_slice).collect();
+        let value_rows: Vec<&[u8]> = value_codes.iter().map(Vec::as_slice).collect();
+        let exact_rows: Vec<&[f32]> = exact.iter().map(Vec::as_slice).collect();
+        let mean_rows: Vec<&[f32]> = means.iter().map(Vec::as_slice).collect();
+        // Without a chosen token there is no exact logit to cap the estimates with.
+        let rest = match kind {
+            1 if chosen > 0 => Rest::Means { block, means: &mean_rows },
+            2 if chosen > 0 => Rest::Codes { code: &value, codes: &value_rows },
+            _ => Rest::None,
+        };
+        let fitted: Vec<Arc<dyn HeadCode>> = code.iter().map(|c| Arc::new(c.clone()) as Arc<dyn HeadCode>).collect();
+        let args = FarArgs {
+            q: &q,
+            near: &near,
+            scale: 0.3,
+            far: (sinks, total),
+            dim,
+            chosen,
+            code: &fitted,
+            codes: &code_rows,
+            exact: &exact_rows,
+            rest,
+        };
+        agree(&attend_far(&args).unwrap(), &reference(&args, &code))
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn the_zones_are_those_of_the_definition(
-            group in 1usize..9, kv in 1usize..4, half in prop::sample::select(vec![8usize, 20, 32, 64, 128]),
+            group in 1usize..9, kv in 1usize..4, half in prop::sample::select(vec![7usize, 8, 20, 32, 64, 128]),
             n in 0usize..300, sinks in 0usize..5, chosen in 0usize..400, kind in 0usize..3, block in 1usize..40,
             seed in 0usize..1000,
         ) {
-            let dim = 2 * half;
-            let (bytes, total) = (dim.div_ceil(8), n + sinks);
-            let units: Vec<Vec<usize>> = (0..half).map(|i| vec![i, i + half]).collect();
-            let code: Vec<ScalarCode> = (0..kv)
-                .map(|g| {
-                    let mean = numbers(seed + g, dim);
-                    let weight: Vec<f32> = mean.iter().map(|x| x * x + 0.01).collect();
-                    ScalarCode::fit(bytes, &units, &mean, &vec![0.6; dim], &weight)
-                })
-                .collect();
-            let exact: Vec<Vec<f32>> = (0..kv).map(|g| numbers(seed + 10 + g, 2 * total * dim)).collect();
-            let rows = |g: usize, part: usize| -> Vec<f32> {
-                exact[g].chunks(dim).skip(part).step_by(2).flatten().copied().collect()
-            };
-            let codes: Vec<Vec<u8>> = (0..kv).map(|g| {
-                let mut codes = vec![0; total * bytes];
-                code[g].encode(&rows(g, 0), &mut codes);
-                codes
-            }).collect();
-            let value: Vec<ValueCode> = (0..kv).map(|g| ValueCode::fit(dim, &rows(g, 1))).collect();
-            let value_codes: Vec<Vec<u8>> = (0..kv).map(|g| {
-                let mut codes = vec![0; total * value[g].bytes()];
-                value[g].encode(&rows(g, 1), &mut codes);
-                codes
-            }).collect();
-            let means: Vec<Vec<f32>> = (0..kv).map(|g| numbers(seed + 20 + g, total.div_ceil(block) * dim)).collect();
-            let (q, near) = (numbers(seed + 30, kv * group * dim), numbers(seed + 40, kv * group));
-            let code_rows: Vec<&[u8]> = codes.iter().map(Vec::as_slice).collect();
-            let value_rows: Vec<&[u8]> = value_codes.iter().map(Vec::as_slice).collect();
-            let exact_rows: Vec<&[f32]> = exact.iter().map(Vec::as_slice).collect();
-            let mean_rows: Vec<&[f32]> = means.iter().map(Vec::as_slice).collect();
-            // Without a chosen token there is no exact logit to cap the estimates with.
-            let rest = match kind {
-                1 if chosen > 0 => Rest::Means { block, means: &mean_rows },
-                2 if chosen > 0 => Rest::Codes { code: &value, codes: &value_rows },
-                _ => Rest::None,
-            };
-            let fitted: Vec<Arc<dyn HeadCode>> = code.iter().map(|c| Arc::new(c.clone()) as Arc<dyn HeadCode>).collect();
-            let args = FarArgs {
-                q: &q, near: &near, scale: 0.3, far: (sinks, total), dim, chosen, code: &fitted, codes: &code_rows,
-                exact: &exact_rows, rest,
-            };
-            agree(&attend_far(&args).unwrap(), &reference(&args, &code))?;
+            check(Case { group, kv, half, n, sinks, chosen, kind, block, seed })?;
         }
+    }
+
+    #[test]
+    fn zones_of_many_tasks_are_those_of_the_definition() {
+        for (group, chosen, kind) in [(3, 1100, 2), (5, 700, 1), (1, 4500, 2), (8, 513, 0)] {
+            let case = Case { group, kv: 1, half: 8, n: 4600, sinks: 4, chosen, kind, block: 32, seed: chosen };
+            check(case).unwrap();
+        }
+    }
+
+    #[test]
+    fn threads_do_not_change_a_bit() {
+        let (dim, n, group) = (32, 5000, 3);
+        let exact = numbers(1, 2 * n * dim);
+        let rows = |part: usize| -> Vec<f32> { exact.chunks(dim).skip(part).step_by(2).flatten().copied().collect() };
+        let units: Vec<Vec<usize>> = (0..dim).map(|i| vec![i]).collect();
+        let key = ScalarCode::fit(4, &units, &vec![0.0; dim], &vec![0.6; dim], &vec![1.0; dim]);
+        let value = ValueCode::fit(dim, &rows(1));
+        let (mut keys, mut values) = (vec![0; n * 4], vec![0; n * value.bytes()]);
+        key.encode(&rows(0), &mut keys);
+        value.encode(&rows(1), &mut values);
+        let (q, code): (_, [Arc<dyn HeadCode>; 1]) = (numbers(2, group * dim), [Arc::new(key)]);
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let args = FarArgs {
+                q: &q,
+                near: &[0.0; 3],
+                scale: 0.3,
+                far: (0, n),
+                dim,
+                chosen: 1500,
+                code: &code,
+                codes: &[&keys],
+                exact: &[&exact],
+                rest: Rest::Codes { code: &[value.clone()], codes: &[&values] },
+            };
+            let got = pool.install(|| attend_far(&args)).unwrap();
+            (got.out.iter().chain(&got.lse).map(|x| x.to_bits()).collect::<Vec<_>>(), got.chosen)
+        };
+        let one = run(1);
+        assert!((2..6).all(|threads| run(threads) == one));
     }
 }

@@ -14,8 +14,11 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod exact;
+mod highest;
 #[cfg(test)]
 mod reference;
+mod rest;
 
 pub use cpu::attend_far;
 #[cfg(feature = "cuda")]
