@@ -94,16 +94,39 @@ impl ScalarCode {
         }
     }
 
-    /// Returns the table of a query, `[bytes, 256]`, and its constant: `q · k̂ = constant + Σ_m table[m][code_m]`.
-    pub fn table(&self, q: &[f32]) -> (Vec<f32>, f32) {
-        let mut table = vec![0f32; self.bytes * 256];
-        for f in &self.fields {
-            let factor = q[f.channel] * self.scale[f.channel];
-            for (byte, x) in table[f.byte * 256..][..256].iter_mut().enumerate() {
-                *x += factor * self.level(f, byte as u8);
-            }
+    /// Returns the tables of up to `W` queries `[heads, D]`, `[bytes, 256, W]`, and their constants:
+    /// `q_h · k̂ = constant_h + Σ_m table[m][code_m][h]`.
+    fn tables<const W: usize>(&self, queries: &[f32]) -> (Vec<[[f32; W]; 256]>, [f32; W]) {
+        let dim = self.mean.len();
+        let mut tables = vec![[[0f32; W]; 256]; self.bytes];
+        let mut constants = [0f32; W];
+        for (constant, q) in constants.iter_mut().zip(queries.chunks_exact(dim)) {
+            *constant = q.iter().zip(&self.mean).map(|(q, m)| q * m).sum();
         }
-        (table, q.iter().zip(&self.mean).map(|(q, m)| q * m).sum())
+        let mut fields = self.fields.iter().peekable();
+        for (byte, table) in tables.iter_mut().enumerate() {
+            // The table of the bits so far doubles with each bit of the next field.
+            let mut known = 0;
+            while let Some(f) = fields.next_if(|f| f.byte == byte) {
+                repeat(table, known, f.shift);
+                let mut factor = [0f32; W];
+                let q = queries.chunks_exact(dim).map(|q| q[f.channel] * self.scale[f.channel]);
+                factor.iter_mut().zip(q).for_each(|(x, q)| *x = q);
+                let (low, high) = table.split_at_mut(1 << f.shift);
+                let levels = &levels(f.bits).levels;
+                for (high, level) in high.chunks_exact_mut(1 << f.shift).zip(&levels[1..]) {
+                    for (high, low) in high.iter_mut().zip(&*low) {
+                        high.iter_mut().zip(low).zip(&factor).for_each(|((y, x), f)| *y = x + f * level);
+                    }
+                }
+                for low in low {
+                    low.iter_mut().zip(&factor).for_each(|(x, f)| *x += f * levels[0]);
+                }
+                known = f.shift + f.bits;
+            }
+            repeat(table, known, 8);
+        }
+        (tables, constants)
     }
 
     /// Appends the scores `q · k̂` of `codes [n, bytes]` to one list per query of `queries [heads, D]`.
@@ -140,15 +163,7 @@ impl ScalarCode {
                 }
             }
         }
-        let mut tables = vec![[[0f32; W]; 256]; self.bytes];
-        let mut constants = [0f32; W];
-        for (lane, q) in queries.chunks_exact(self.mean.len()).enumerate() {
-            let (table, constant) = self.table(q);
-            constants[lane] = constant;
-            for (entry, x) in tables.iter_mut().flatten().zip(&table) {
-                entry[lane] = *x;
-            }
-        }
+        let (tables, constants) = self.tables::<W>(queries);
         let mut out = [[0f32; W]; TILE];
         for codes in codes.chunks(TILE * self.bytes) {
             let out = &mut out[..codes.len() / self.bytes];
@@ -161,6 +176,13 @@ impl ScalarCode {
 
     fn level(&self, f: &Field, byte: u8) -> f32 {
         levels(f.bits).levels[usize::from(byte) >> f.shift & ((1 << f.bits) - 1)]
+    }
+}
+
+/// Copies a table's entries of `from` bits to all those of `to` bits.
+fn repeat<const W: usize>(table: &mut [[f32; W]; 256], from: usize, to: usize) {
+    for bits in from..to {
+        table.copy_within(..1 << bits, 1 << bits);
     }
 }
 
