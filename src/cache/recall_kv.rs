@@ -26,8 +26,8 @@ pub struct RecallKv {
     /// Bytes of all pools, as the layout computes them.
     bytes: PoolBytes,
     ctx: usize,
-    /// Rows that steps on a CPU have fetched, and the positions that the last one fetched by KV head.
-    fetched: (Fetched, Vec<Vec<u32>>),
+    /// Rows that steps on a CPU have fetched, and by KV head the positions that the last one fetched, a bit each.
+    fetched: (Fetched, Vec<Vec<u64>>),
 }
 
 /// Rows of keys and values that the decode steps of a layer have fetched.
@@ -151,14 +151,16 @@ impl RecallKv {
         &self.store
     }
 
-    /// Counts the positions, ascending, that a step on a CPU has fetched for each KV head.
-    pub(crate) fn count(&mut self, chosen: Vec<Vec<u32>>) {
+    /// Counts the positions that a step on a CPU has fetched for each KV head.
+    pub(crate) fn count(&mut self, chosen: &[Vec<u32>]) {
         let (all, before) = &mut self.fetched;
-        for (now, before) in chosen.iter().zip(before.iter()) {
-            all.rows += now.len() as u64;
-            all.repeated += now.iter().filter(|p| before.binary_search(p).is_ok()).count() as u64;
+        for (chosen, before) in chosen.iter().zip(before) {
+            let mut now = vec![0; self.ctx.div_ceil(64)];
+            chosen.iter().for_each(|p| now[*p as usize / 64] |= 1u64 << (p % 64));
+            all.rows += chosen.len() as u64;
+            all.repeated += now.iter().zip(before.iter()).map(|(a, b)| u64::from((a & b).count_ones())).sum::<u64>();
+            *before = now;
         }
-        *before = chosen;
     }
 
     /// Returns the rows that decode steps have fetched.

@@ -71,7 +71,7 @@ fn step(
         Some(out) => out,
         None => {
             let (far, chosen) = far_on_cpu(layer, p, q, &near, position, cache)?;
-            cache.count(chosen);
+            cache.count(&chosen);
             merge_attention(&[near, far])?.out
         }
     };
