@@ -169,12 +169,12 @@ impl<'a, S: Simd, const H: usize> Lanes<'a, S, H> {
             let (key, tail) = S::as_simd_f32s(&row[..dim]);
             let mut sums = [simd.splat_f32s(0.0); H];
             for (q, key) in self.q.iter().zip(key) {
-                for h in 0..H {
-                    sums[h] = simd.mul_add_f32s(q[h], *key, sums[h]);
+                for (sum, q) in sums.iter_mut().zip(q) {
+                    *sum = simd.mul_add_f32s(*q, *key, *sum);
                 }
             }
-            for h in 0..H {
-                let mut logit = simd.reduce_sum_f32s(sums[h]);
+            for (h, sum) in sums.into_iter().enumerate() {
+                let mut logit = simd.reduce_sum_f32s(sum);
                 for (q, key) in self.queries[h].iter().rev().zip(tail.iter().rev()) {
                     logit += q * key;
                 }
@@ -217,10 +217,10 @@ impl<'a, S: Simd, const H: usize> Lanes<'a, S, H> {
             for (r, row) in rows.iter().enumerate() {
                 let values = &S::as_simd_f32s(&row[dim..]).0[c..][..width];
                 let pair = [values[0], values[width - 1]];
-                for h in 0..H {
-                    let w = simd.splat_f32s(self.weights[h * TILE + r]);
-                    sums[h][0] = simd.mul_add_f32s(w, pair[0], sums[h][0]);
-                    sums[h][1] = simd.mul_add_f32s(w, pair[1], sums[h][1]);
+                for (sums, weights) in sums.iter_mut().zip(self.weights.chunks_exact(TILE)) {
+                    let w = simd.splat_f32s(weights[r]);
+                    sums[0] = simd.mul_add_f32s(w, pair[0], sums[0]);
+                    sums[1] = simd.mul_add_f32s(w, pair[1], sums[1]);
                 }
             }
             for (out, sums) in self.out.chunks_exact_mut(dim).zip(&sums) {
