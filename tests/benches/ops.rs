@@ -110,7 +110,7 @@ fn far_zone(c: &mut Criterion) {
             (keys, values)
         })
         .collect();
-    let code: Vec<Arc<dyn HeadCode>> = vec![Arc::new(key); kv_heads].into_iter().map(|c| c as _).collect();
+    let code: Vec<Arc<dyn HeadCode>> = (0..kv_heads).map(|_| Arc::new(key.clone()) as _).collect();
     let value = vec![value; kv_heads];
     let mut group = c.benchmark_group("far zone of 7,600 tokens");
     for (chosen, estimate) in [(2048, true), (2048, false), (512, true), (1, true)] {

@@ -254,7 +254,7 @@ mod tests {
                 code: &code,
                 codes: &[&keys],
                 exact: &[&exact],
-                rest: Rest::Codes { code: &[value.clone()], codes: &[&values] },
+                rest: Rest::Codes { code: std::slice::from_ref(&value), codes: &[&values] },
             };
             let got = pool.install(|| attend_far(&args)).unwrap();
             (got.out.iter().chain(&got.lse).map(|x| x.to_bits()).collect::<Vec<_>>(), got.chosen)
