@@ -30,6 +30,7 @@ __device__ void append(const RecallParams &p, const Far &far, char *shared) {
   for (int i = threadIdx.x; i < p.dim; i += SCAN_THREADS) {
     key[i] = element(p.own_k, from + i, p.store_type);
     value[i] = element(p.own_v, from + i, p.store_type);
+    if (!p.store) continue;  // the host stores the row
     if (p.store_type == 0) {
       ((float *)p.store)[to + i] = ((const float *)p.own_k)[from + i];
       ((float *)p.store)[to + p.dim + i] = ((const float *)p.own_v)[from + i];
@@ -46,7 +47,7 @@ __device__ void append(const RecallParams &p, const Far &far, char *shared) {
     p.key_codes[((int64_t)g * p.ctx + far.position) * p.bytes + threadIdx.x] =
         key_byte(key, p.mean + g * p.dim, p.scale + g * p.dim, p.fields + g * p.dim, first[0], first[1], p.levels);
   }
-  if (p.means && (far.position + 1) % p.block == 0) {
+  if (p.means && p.store && (far.position + 1) % p.block == 0) {
     const int first = max(far.position + 1 - p.block, p.sinks);
     const void *rows = p.store;
     block_mean<SCAN_THREADS>(p.dim, first, far.position + 1, (float *)best, [&](int at, int c) {

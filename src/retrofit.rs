@@ -123,15 +123,15 @@ impl Default for Settings {
             far_position: FarPosition::True,
             seed: 0,
             recall: 0,
-            key_code: "pair:2bit".into(),
-            rest: RestKind::Means,
+            key_code: "pair:1.5bit".into(),
+            rest: RestKind::Codes,
             prefill: PrefillKind::Exact,
         }
     }
 }
 
 impl Settings {
-    /// Returns the defaults of exact recall, chosen by measurement at 32k: docs/recall.md.
+    /// Returns the defaults of exact recall, chosen by measurement: docs/recall.md.
     pub fn recalling() -> Self {
         Self { recall: DEFAULT_RECALL, window: 128, window_align: WindowAlign::Token, ..Self::default() }
     }

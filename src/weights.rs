@@ -111,7 +111,7 @@ impl Weights {
     }
 
     /// Returns the page-locked memory that runs share.
-    pub(crate) fn host_memory(&self) -> &Arc<HostMemory> {
+    pub fn host_memory(&self) -> &Arc<HostMemory> {
         &self.host_memory
     }
 

@@ -2,7 +2,7 @@
 //! for one head lie in one region.
 
 #[cfg(feature = "cuda")]
-use super::pinned::PinnedStore;
+use super::gpu_store::GpuStore;
 use super::HostMemory;
 use crate::error::Result;
 #[cfg(feature = "cuda")]
@@ -26,9 +26,9 @@ pub struct HostStore {
 enum Rows {
     /// Ordinary memory, for a run on a CPU.
     Memory(Tensor),
-    /// Page-locked memory that a GPU reads.
+    /// Memory for a GPU, page-locked where the system allows.
     #[cfg(feature = "cuda")]
-    Pinned(PinnedStore),
+    Gpu(GpuStore),
 }
 
 impl HostStore {
@@ -47,7 +47,7 @@ impl HostStore {
         let ctx = ctx.max(1);
         let rows = match device {
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => Rows::Pinned(PinnedStore::new(ctx, (kv_heads, dim), dtype, device, memory)?),
+            Device::Cuda(_) => Rows::Gpu(GpuStore::new(ctx, (kv_heads, dim), dtype, device, memory)?),
             _ => Rows::Memory(Tensor::zeros((kv_heads, ctx, 2, dim), dtype, &Device::Cpu)?),
         };
         Ok(Self { rows, ctx, kv_heads })
@@ -58,7 +58,7 @@ impl HostStore {
         match &self.rows {
             Rows::Memory(rows) => (rows.elem_count() * rows.dtype().size_in_bytes()) as u64,
             #[cfg(feature = "cuda")]
-            Rows::Pinned(rows) => rows.bytes(),
+            Rows::Gpu(rows) => rows.bytes(),
         }
     }
 
@@ -84,7 +84,7 @@ impl HostStore {
         match &self.rows {
             Rows::Memory(rows) => Ok(rows.slice_set(&new, 1, start)?),
             #[cfg(feature = "cuda")]
-            Rows::Pinned(rows) => rows.write(&new, start),
+            Rows::Gpu(rows) => rows.write(&new, start),
         }
     }
 
@@ -105,18 +105,18 @@ impl HostStore {
                 Ok(attend(&AttentionArgs { q, start, window, scale, segments: &segments, lse: false })?.out)
             }
             #[cfg(feature = "cuda")]
-            Rows::Pinned(rows) => rows.attend(q, own, start, scale),
+            Rows::Gpu(rows) => rows.attend(q, own, start, scale),
         }
     }
 
-    /// Returns the page-locked store of a GPU.
+    /// Returns the store of a GPU.
     ///
     /// # Errors
     /// A store in ordinary memory.
     #[cfg(feature = "cuda")]
-    pub(super) fn pinned(&self) -> Result<&PinnedStore> {
+    pub(crate) fn gpu(&self) -> Result<&GpuStore> {
         match &self.rows {
-            Rows::Pinned(rows) => Ok(rows),
+            Rows::Gpu(rows) => Ok(rows),
             Rows::Memory(_) => Err(Error::new(ErrorKind::Backend, "host store", "is in ordinary memory")),
         }
     }
@@ -129,7 +129,7 @@ impl HostStore {
         match &self.rows {
             Rows::Memory(rows) => Ok(rows),
             #[cfg(feature = "cuda")]
-            Rows::Pinned(_) => Err(Error::new(ErrorKind::Backend, "host store", "is page-locked for a GPU")),
+            Rows::Gpu(_) => Err(Error::new(ErrorKind::Backend, "host store", "is for a GPU")),
         }
     }
 }

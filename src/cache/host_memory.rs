@@ -1,5 +1,7 @@
 //! Page-locked host memory kept for reuse: locking takes about 0.3 s per GB, and an evaluation makes a run per sample.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 /// Page-locked memory of all runs over one copy of the weights, which lives as long as they do. In a build without CUDA
 /// support there is none.
 #[derive(Debug, Default)]
@@ -7,6 +9,21 @@ pub struct HostMemory {
     /// Slices that no store uses.
     #[cfg(feature = "cuda")]
     pub(super) pinned: Pool<candle_core::cuda_backend::cudarc::driver::PinnedHostSlice<u8>>,
+    /// Whether the system has refused to lock memory.
+    refused: AtomicBool,
+}
+
+impl HostMemory {
+    /// Returns whether host stores are page-locked, as far as is known: the system has not refused to lock memory.
+    pub fn is_locked(&self) -> bool {
+        !self.refused.load(Ordering::Relaxed)
+    }
+
+    /// Makes later host stores ordinary memory, as where the system refuses to lock any: decode steps are not captured,
+    /// and the host gathers their rows.
+    pub fn lock_nothing(&self) {
+        self.refused.store(true, Ordering::Relaxed);
+    }
 }
 
 #[cfg(any(test, feature = "cuda"))]

@@ -7,10 +7,10 @@
 mod compressed_kv;
 #[cfg(any(test, feature = "cuda"))]
 mod decoded_keys;
+#[cfg(feature = "cuda")]
+mod gpu_store;
 mod host;
 mod host_memory;
-#[cfg(feature = "cuda")]
-mod pinned;
 mod recall_codes;
 #[cfg(feature = "cuda")]
 mod recall_gpu;
@@ -20,11 +20,11 @@ mod sinks;
 mod two_pool;
 
 pub use compressed_kv::CompressedKv;
+#[cfg(feature = "cuda")]
+pub use gpu_store::GpuStore;
 pub use host::HostStore;
 pub(crate) use host::TILE_BYTES;
 pub use host_memory::HostMemory;
-#[cfg(feature = "cuda")]
-pub use pinned::PinnedStore;
 pub use recall_codes::{CpuCodes, ValueRows};
 #[cfg(feature = "cuda")]
 pub use recall_gpu::GpuCodes;

@@ -3,7 +3,7 @@
 
 use super::decoded_keys::DecodedKeys;
 use super::recall_kv::{Fetched, Workspace};
-use super::PinnedStore;
+use super::GpuStore;
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::layout::{LayerPlan, RecallLayer};
 use crate::ops::cuda::{address, address_or_null, device, uninitialised, upload, Launch, Uploaded};
@@ -76,6 +76,10 @@ pub(super) struct Scratch {
     scores: Tensor,
     /// f32 `[H, slices, 2]`.
     slices: Tensor,
+    /// Positions that a step fetches, ascending, u32 `[G, k]`.
+    chosen: Tensor,
+    /// How many they are, u32 `[G]`.
+    counts: Tensor,
     _held: Vec<Tensor>,
 }
 
@@ -129,7 +133,7 @@ impl GpuCodes {
         layer: &RecallLayer,
         plan: &LayerPlan,
         tables: &LayerTables,
-        store: &PinnedStore,
+        store: &GpuStore,
         workspace: &mut Workspace,
         (dtype, on): (DType, &Device),
     ) -> Result<Self> {
@@ -213,7 +217,7 @@ impl GpuCodes {
         Ok(Fetched { rows: counts[0] as u64, repeated: counts[1] as u64 })
     }
 
-    /// Codes the keys and values of a chunk from position `start` on and, where [`GpuCodes::appends`], stores its rows.
+    /// Codes the keys and values of a chunk from position `start` on and, where [`GpuCodes::stores_rows`], stores its rows.
     ///
     /// # Shapes
     /// `k`, `v` `[T, G, D]`.
@@ -257,16 +261,32 @@ impl GpuCodes {
             sinks: b.sinks,
         };
         // Without bytes of key codes the kernel writes value codes alone.
-        let store = if self.appends() { b.store } else { 0 };
+        let store = if self.stores_rows() { b.store } else { 0 };
         let coded =
             (self.appends() || self.values.is_some()).then(|| encode(gpu, Encode { store, ..p })).transpose()?;
-        let means = self.means.as_ref().and_then(|_| means(gpu, p).transpose()).transpose()?;
+        let means = self.means.as_ref().filter(|_| b.store > 0).and_then(|_| means(gpu, p).transpose()).transpose()?;
         for launch in coded.iter().chain(&means) {
             // SAFETY: the addresses are those of tensors borrowed or held here, in the layouts that the kernel's header
             // names.
             unsafe { launch.enqueue(false)? };
         }
         Ok(())
+    }
+
+    /// Averages the values of the blocks that end within positions `new`, which `store` has, where kernels cannot read them.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub(super) fn average(&mut self, store: &GpuStore, new: Range<usize>) -> Result<()> {
+        let Some(means) = self.means.as_ref().filter(|_| self.base.store == 0) else { return Ok(()) };
+        let block = self.base.block as usize;
+        let blocks = new.start / block..new.end / block;
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        let first = blocks.start;
+        let new = store.value_means(blocks, block, self.base.sinks as usize)?;
+        Ok(means.slice_set(&new.to_dtype(means.dtype())?.to_device(means.device())?, 1, first)?)
     }
 
     /// Attends one token at `position` to all zones, and, where [`GpuCodes::appends`], adds its key and value to the
@@ -283,7 +303,7 @@ impl GpuCodes {
         [q, k, v]: [&Tensor; 3],
         near: &Attended,
         (position, far): (usize, Range<usize>),
-        factor: f32,
+        (factor, store): (f32, &GpuStore),
     ) -> Result<Tensor> {
         let gpu = device(q)?;
         let (k, v) = (k.contiguous()?, v.contiguous()?);
@@ -310,22 +330,48 @@ impl GpuCodes {
                 &launches[1..]
             }
         };
-        for launch in launches {
+        let (fetch, before) =
+            launches.split_last().ok_or_else(|| Error::new(ErrorKind::Backend, "recall", "no step"))?;
+        for launch in before {
             // SAFETY: as in `push`; scratch and tables are held by `self`, and frees are ordered after the launches.
             unsafe { launch.enqueue(false)? };
         }
+        let gathered = (self.base.store == 0).then(|| self.gather(gpu, &step, store)).transpose()?;
+        let fetch = gathered.as_ref().map_or(fetch, |(launch, _)| launch);
+        // SAFETY: as above; gathered rows are held until after the launch.
+        unsafe { fetch.enqueue(false)? };
         Ok(out.to_dtype(q.dtype())?)
     }
 
-    /// Whether kernels write rows of the host store, and a step's kernels append the token; decoded keys are written by
-    /// [`GpuCodes::push`] after the step.
+    /// Waits for the choice, gathers its rows on the host, and returns the launch that attends to the copy, and the
+    /// tensors that it reads.
+    fn gather(&self, gpu: &CudaDevice, step: &StepAddresses, store: &GpuStore) -> Result<(Launch, [Tensor; 2])> {
+        let (k, on) = (self.base.k as usize, self.scratch.chosen.device());
+        let counts = self.scratch.counts.to_vec1::<u32>()?;
+        let mut chosen = self.scratch.chosen.to_vec2::<u32>()?;
+        chosen.iter_mut().zip(&counts).for_each(|(list, n)| list.truncate(*n as usize));
+        let rows = store.gather(&chosen, k, on)?;
+        let places = Tensor::arange(0u32, k as u32, on)?.broadcast_as((counts.len(), k))?.contiguous()?;
+        let p = Recall { store: address(&rows)?, rows: k as i32, chosen: address(&places)?, ..self.parameters(step) };
+        let [.., fetch] = self.cut.launches(gpu, self.dtype, p)?;
+        Ok((fetch, [rows, places]))
+    }
+
+    /// Whether kernels write rows of the host store.
+    pub fn stores_rows(&self) -> bool {
+        self.appends() && self.base.store > 0
+    }
+
+    /// Whether a step's kernels append the token to the codes; decoded keys are written by [`GpuCodes::push`] after the
+    /// step.
     pub fn appends(&self) -> bool {
         matches!(self.keys, Keys::Coded(_))
     }
 
-    /// Whether a captured step can hold the layer: decoded keys are scored by tensor operations.
+    /// Whether a captured step can hold the layer: decoded keys are scored by tensor operations, and memory that is not
+    /// page-locked is gathered by the host.
     pub fn captured(&self) -> bool {
-        self.appends()
+        self.stores_rows()
     }
 
     /// Returns the launches of a step: attention to the other zones, the merge, and the new token's codes and host row.
@@ -333,7 +379,12 @@ impl GpuCodes {
     /// # Errors
     /// A kernel that cannot be loaded.
     pub(crate) fn launches(&self, gpu: &CudaDevice, step: &StepAddresses) -> Result<[Launch; 4]> {
-        let p = Recall {
+        self.cut.launches(gpu, self.dtype, self.parameters(step))
+    }
+
+    /// Returns the parameters of a step's launches.
+    fn parameters(&self, step: &StepAddresses) -> Recall {
+        Recall {
             q: step.q,
             near_lse: step.near_lse,
             near_out: step.near_out,
@@ -345,8 +396,7 @@ impl GpuCodes {
             position: step.position as i32,
             factor: step.factor,
             ..self.base
-        };
-        self.cut.launches(gpu, self.dtype, p)
+        }
     }
 }
 
@@ -427,8 +477,9 @@ impl Scratch {
         p.parts = room(&[kv_heads, cut.fetchers + cut.rest_slices, 8, dim.next_multiple_of(4) + 4], DType::F32)?;
         p.counters = room(&[kv_heads, 8], DType::U32)?;
         p.redone = room(&[1], DType::U32)?;
-        p.chosen = room(&[kv_heads, p.k as usize], DType::U32)?;
-        p.counts = room(&[kv_heads], DType::U32)?;
-        Ok(Self { p, cut, scores, slices, _held: held })
+        let chosen = Tensor::zeros((kv_heads, p.k as usize), DType::U32, on)?;
+        let counts = Tensor::zeros(kv_heads, DType::U32, on)?;
+        (p.chosen, p.counts) = (address(&chosen)?, address(&counts)?);
+        Ok(Self { p, cut, scores, slices, chosen, counts, _held: held })
     }
 }

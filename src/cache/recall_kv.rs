@@ -18,7 +18,7 @@ pub struct RecallKv {
     /// Sinks, positions `0..S`.
     sinks: Sinks,
     /// Every position's exact key and value.
-    store: HostStore,
+    pub(crate) store: HostStore,
     /// Codes of every position.
     pub codes: Codes,
     /// Window, sinks and block summaries that a prompt is read by, and the position up to which they are complete.
@@ -86,12 +86,21 @@ impl Codes {
         }
     }
 
-    /// Whether a decode step appends its token to codes and host store.
+    /// Whether a decode step appends its token to the codes.
     fn append(&self) -> bool {
         match self {
             Self::Cpu(_) => false,
             #[cfg(feature = "cuda")]
             Self::Gpu(codes) => codes.appends(),
+        }
+    }
+
+    /// Whether the kernels that code tokens store their rows.
+    fn store_rows(&self) -> bool {
+        match self {
+            Self::Cpu(_) => false,
+            #[cfg(feature = "cuda")]
+            Self::Gpu(codes) => codes.stores_rows(),
         }
     }
 }
@@ -113,7 +122,7 @@ impl RecallKv {
         let codes = match device {
             #[cfg(feature = "cuda")]
             Device::Cuda(_) => {
-                Codes::Gpu(Box::new(GpuCodes::new(layer, plan, &tables, store.pinned()?, workspace, (dtype, device))?))
+                Codes::Gpu(Box::new(GpuCodes::new(layer, plan, &tables, store.gpu()?, workspace, (dtype, device))?))
             }
             _ => Codes::Cpu(CpuCodes::new(layer, tables, row.1)),
         };
@@ -190,14 +199,26 @@ impl RecallKv {
     /// Positions beyond the context.
     pub fn push(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
         self.push_near(k, v, start)?;
-        if !self.codes.append() {
-            self.store.write(k, v, start)?;
-        }
+        self.push_rows(k, v, start)?;
         match &mut self.codes {
             Codes::Cpu(codes) => codes.push(&self.store, start, k.dim(0)?),
             #[cfg(feature = "cuda")]
             Codes::Gpu(codes) => codes.push(k, v, start),
         }
+    }
+
+    /// Stores the rows of `T` tokens in host memory, and the block means that kernels cannot read them for, where the
+    /// kernels that code the tokens do neither.
+    fn push_rows(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
+        if self.codes.store_rows() {
+            return Ok(());
+        }
+        self.store.write(k, v, start)?;
+        #[cfg(feature = "cuda")]
+        if let Codes::Gpu(codes) = &mut self.codes {
+            codes.average(self.store.gpu()?, start..start + k.dim(0)?)?;
+        }
+        Ok(())
     }
 
     /// Stores `T` tokens in the ring and among the sinks alone.
@@ -215,7 +236,10 @@ impl RecallKv {
     /// Those of [`RecallKv::push`].
     pub fn push_step(&mut self, k: &Tensor, v: &Tensor, position: usize) -> Result<()> {
         match self.codes.append() {
-            true => self.push_near(k, v, position),
+            true => {
+                self.push_near(k, v, position)?;
+                self.push_rows(k, v, position)
+            }
             false => self.push(k, v, position),
         }
     }

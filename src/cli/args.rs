@@ -258,10 +258,10 @@ pub struct RetrofitArgs {
     /// Code of the keys that recall chooses tokens by, with its size in bits per channel
     ///
     /// pair:2bit, pair:1.5bit, pair:1.25bit, pair:1bit, pair:1/2bit; qpq:2bit, qpq:1bit, qpq:1/2bit; scalar2, page and
-    /// exact are for comparison [default: pair:2bit]
+    /// exact are for comparison [default: pair:1.5bit]
     #[arg(long, value_name = "CODE[:SIZE]")]
     pub key_code: Option<String>,
-    /// Estimate of the values of tokens that recall does not fetch [default: means]
+    /// Estimate of the values of tokens that recall does not fetch [default: codes]
     #[arg(long)]
     pub rest: Option<RestKind>,
     /// How layers with recall read the prompt: exact reads all earlier tokens, butterfly the window and block summaries

@@ -59,6 +59,9 @@ pub fn run(args: &RunArgs) -> Result<()> {
     }
     let chunk = chunk(args, &weights, &layout)?;
     let mut run = Run::with_layout(&weights, layout)?;
+    if !weights.host_memory().is_locked() {
+        bars.warn("the system does not lock host memory for the GPU: the host gathers the rows that recall fetches");
+    }
     let mut stream = text.as_ref().map(Detokenizer::new);
     let mut stdout = Stdout::default();
     let made = run.generate(

@@ -65,7 +65,10 @@ fn step(
     let out = match &mut cache.codes {
         Codes::Cpu(_) => None,
         #[cfg(feature = "cuda")]
-        Codes::Gpu(codes) => Some(codes.step([q, k, v], &near, (position, layer.far(position)), p.scale)?),
+        Codes::Gpu(codes) => {
+            let at = (position, layer.far(position));
+            Some(codes.step([q, k, v], &near, at, (p.scale, cache.store.gpu()?))?)
+        }
     };
     let out = match out {
         Some(out) => out,

@@ -273,3 +273,28 @@ fn captured_recall_is_that_of_single_steps() -> Any {
     }
     Ok(())
 }
+
+#[test]
+fn a_host_that_locks_no_memory_gathers_the_rows_that_kernels_read() -> Any {
+    let Some(device) = gpu("a_host_that_locks_no_memory_gathers_the_rows_that_kernels_read") else { return Ok(()) };
+    let words = text(520);
+    for name in DAMPED {
+        let (_, locked) = both_devices(name, &device, Storage::F32)?;
+        let (_, unlocked) = both_devices(name, &device, Storage::F32)?;
+        unlocked.weights.host_memory().lock_nothing();
+        for rest in [RestKind::Codes, RestKind::Means, RestKind::None] {
+            for (k, key_code) in [(40, "pair:2bit"), (600, "pair:1bit"), (40, "exact")] {
+                let settings = Settings { key_code: key_code.into(), ..settings(k, rest) };
+                let plan = RetrofitPlan::new(locked.spec(), None, settings.clone())?;
+                assert!(!Run::new(&unlocked.weights, &plan, 700)?.captures(), "the host takes part in a step");
+                let want = read(&locked, Some(&settings), &words, 437, 100)?;
+                let off = deviation(&read(&unlocked, Some(&settings), &words, 437, 100)?, &want)?;
+                println!("{name}, {rest:?}, {k} by {key_code}: {off:.2e}");
+                // The choice is the same but where captured steps round otherwise.
+                let limit = if rest == RestKind::None { 0.2 } else { 0.05 };
+                assert!(off < limit, "{name}, {rest:?}, {k} by {key_code}: {off:.2e} standard deviations off");
+            }
+        }
+    }
+    Ok(())
+}

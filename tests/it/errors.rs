@@ -222,7 +222,7 @@ fn unknown_and_contradicting_options_are_refused() -> Any {
     s.flags(&["--stock", "--window", "256"], &["--stock", "--window"]);
     s.flags(&["--far-position", "clamp"], &["--far-position", "--pool pre-rope"]);
     s.flags(&["--window", "500", "--recall", "0"], &["--window", "384 or 512"]);
-    s.flags(&["--window", "100"], &["--window", "less than a block", "--rest means"]);
+    s.flags(&["--window", "100", "--rest", "means"], &["--window", "less than a block", "--rest means"]);
     s.flags(&["--window", "0", "--window-align", "token"], &["--window"]);
     s.flags(&["--window", "18446744073709551104"], &["--window"]);
     s.flags(&["--sink-tokens", "1000000000000"], &["--sink-tokens"]);

@@ -1,4 +1,7 @@
 //! The host store of a GPU: page-locked memory that kernels read in place and that prefill streams back tile by tile.
+//!
+//! Where the system locks no memory it is ordinary memory: prefill streams it too, and the host gathers the rows of a
+//! decode step.
 
 use super::{HostMemory, TILE_BYTES};
 use crate::error::{At, Error, ErrorKind, Result};
@@ -6,16 +9,18 @@ use crate::ops::cuda::{address, device, uninitialised};
 use crate::ops::{attend, human_bytes, AttentionArgs, KeyValues, RunningAttention, Segment, Window};
 use candle_core::cuda_backend::cudarc::driver::{sys, CudaStream, DriverError, PinnedHostSlice};
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Exact keys and values in page-locked memory, `[G, ctx, 2, D]`.
 #[derive(Debug)]
-pub struct PinnedStore {
+pub struct GpuStore {
     /// The memory; `None` only while the store is dropped.
-    slice: Option<PinnedHostSlice<u8>>,
-    /// Where the memory comes from and goes back to.
+    held: Option<Held>,
+    /// Where page-locked memory comes from and goes back to.
     memory: Arc<HostMemory>,
-    /// Address of the slice, the same on host and device under unified addressing.
+    /// Address of the memory; of page-locked memory the same on host and device under unified addressing.
     at: u64,
     /// `(G, ctx, D)`.
     dims: (usize, usize, usize),
@@ -26,16 +31,25 @@ pub struct PinnedStore {
     copies: Arc<CudaStream>,
 }
 
+/// Memory of a store.
+#[derive(Debug)]
+enum Held {
+    /// Page-locked, mapped into the device's addresses.
+    Locked(PinnedHostSlice<u8>),
+    /// Not locked: kernels cannot read it.
+    Ordinary(Vec<u8>),
+}
+
 /// Size of keys and values of `(G, ctx, D)`, bytes.
 fn bytes_of((kv_heads, ctx, dim): (usize, usize, usize), dtype: DType) -> usize {
     kv_heads * ctx * 2 * dim * dtype.size_in_bytes()
 }
 
-impl PinnedStore {
-    /// Allocates the store in page-locked memory of `memory`.
+impl GpuStore {
+    /// Allocates the store in page-locked memory of `memory`, or in ordinary memory where the system locks none.
     ///
     /// # Errors
-    /// The system does not lock as much memory.
+    /// The system has no such memory either.
     pub fn new(
         ctx: usize,
         (kv_heads, dim): (usize, usize),
@@ -47,18 +61,32 @@ impl PinnedStore {
         let stream = gpu.cuda_stream();
         let dims = (kv_heads, ctx, dim);
         let bytes = bytes_of(dims, dtype);
-        let failed = |e: DriverError| {
-            let message =
-                format!("{} of host memory cannot be locked: {e}; use a smaller --ctx", human_bytes(bytes as u64));
-            Error::new(ErrorKind::Memory, "host store", message)
-        };
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
         // SAFETY: every position is written before attention reads it, in new and in reused memory.
         let allocate = || unsafe { stream.context().alloc_pinned_with_flags::<u8>(bytes.max(1), flags) };
-        let slice = memory.pinned.take(bytes, allocate).map_err(failed)?;
-        let at = slice.as_ptr().map_err(failed)? as u64;
+        let locked = match memory.is_locked() {
+            true => memory.pinned.take(bytes, allocate).ok(),
+            false => None,
+        };
+        let (held, at) = match locked {
+            Some(slice) => {
+                let at = slice.as_ptr().map_err(candle_core::Error::wrap).at("host store")? as u64;
+                (Held::Locked(slice), at)
+            }
+            None => {
+                memory.lock_nothing();
+                let mut rows = vec![];
+                rows.try_reserve_exact(bytes).map_err(|_| {
+                    let message = format!("{} of host memory cannot be allocated", human_bytes(bytes as u64));
+                    Error::new(ErrorKind::Memory, "host store", message + "; use a smaller --ctx")
+                })?;
+                rows.resize(bytes, 0);
+                let at = rows.as_mut_ptr() as u64;
+                (Held::Ordinary(rows), at)
+            }
+        };
         let copies = stream.context().new_stream().map_err(candle_core::Error::wrap).at("host store")?;
-        Ok(Self { slice: Some(slice), memory: memory.clone(), at, dims, dtype, main: stream, copies })
+        Ok(Self { held: Some(held), memory: memory.clone(), at, dims, dtype, main: stream, copies })
     }
 
     /// Returns the allocated bytes.
@@ -66,9 +94,74 @@ impl PinnedStore {
         bytes_of(self.dims, self.dtype) as u64
     }
 
-    /// Returns the address that kernels read.
+    /// Returns the address that kernels read and write, 0 for memory that is not page-locked.
     pub fn address(&self) -> u64 {
-        self.at
+        match self.held {
+            Some(Held::Locked(_)) => self.at,
+            _ => 0,
+        }
+    }
+
+    /// Returns the bytes of positions `from..until` of KV head `g`, `[until - from, 2, D]`.
+    ///
+    /// # Errors
+    /// Positions beyond the context; page-locked memory, which kernels write.
+    fn rows(&self, g: usize, from: usize, until: usize) -> Result<&[u8]> {
+        let (heads, ctx, _) = self.dims;
+        match &self.held {
+            // Copies to memory that is not page-locked have ended when their call returns.
+            Some(Held::Ordinary(all)) if g < heads && from <= until && until <= ctx => {
+                Ok(&all[(g * ctx + from) * self.row_bytes()..(g * ctx + until) * self.row_bytes()])
+            }
+            _ => Err(Error::new(ErrorKind::Backend, "host store", format!("rows {from} to {until} cannot be read"))),
+        }
+    }
+
+    /// Copies the rows at `positions`, a list per KV head, to `device`; a list may be shorter than `most`, and the rows
+    /// after it are 0. For memory that is not page-locked.
+    ///
+    /// # Shapes
+    /// The result `[G, most, 2, D]`.
+    ///
+    /// # Errors
+    /// Positions beyond the context; the device fails.
+    pub fn gather(&self, positions: &[Vec<u32>], most: usize, device: &Device) -> Result<Tensor> {
+        let (heads, _, dim) = self.dims;
+        let row = self.row_bytes();
+        let mut rows = vec![0u8; heads * most * row];
+        let lists = rows.par_chunks_mut((most * row).max(1)).zip(positions).enumerate();
+        lists.try_for_each(|(g, (to, positions))| {
+            to.chunks_exact_mut(row).zip(positions).try_for_each(|(to, p)| {
+                let p = *p as usize;
+                to.copy_from_slice(self.rows(g, p, p + 1)?);
+                Ok::<_, Error>(())
+            })
+        })?;
+        Ok(Tensor::from_raw_buffer(&rows, self.dtype, &[heads, most, 2, dim], device)?)
+    }
+
+    /// Returns the means of the values of `blocks` of `block` positions, the first `sinks` positions left out. For memory
+    /// that is not page-locked.
+    ///
+    /// # Shapes
+    /// The result f32 `[G, blocks, D]`, on the host.
+    ///
+    /// # Errors
+    /// Positions beyond the context.
+    pub fn value_means(&self, blocks: Range<usize>, block: usize, sinks: usize) -> Result<Tensor> {
+        let (heads, _, dim) = self.dims;
+        let mut means = vec![];
+        for (g, n) in (0..heads).flat_map(|g| blocks.clone().map(move |n| (g, n))) {
+            let from = (n * block).max(sinks).min((n + 1) * block);
+            let count = (n + 1) * block - from;
+            let rows = self.rows(g, from, (n + 1) * block)?;
+            let rows = Tensor::from_raw_buffer(rows, self.dtype, &[count, 2 * dim], &Device::Cpu);
+            means.push(match count {
+                0 => Tensor::zeros(dim, DType::F32, &Device::Cpu)?,
+                _ => (rows?.narrow(1, dim, dim)?.to_dtype(DType::F32)?.sum(0)? / count as f64)?,
+            });
+        }
+        Ok(Tensor::stack(&means, 0)?.reshape((heads, blocks.len(), dim))?)
     }
 
     /// Bytes of a position of one KV head.
@@ -169,14 +262,16 @@ impl PinnedStore {
     }
 }
 
-impl Drop for PinnedStore {
+impl Drop for GpuStore {
     fn drop(&mut self) {
-        if let Some(slice) = self.slice.take() {
+        if let Some(held) = self.held.take() {
             // Kernels and copies may still use the memory. Waiting for the whole context would break the captures of
             // other runs.
             let _ = self.main.synchronize();
             let _ = self.copies.synchronize();
-            self.memory.pinned.give_back(bytes_of(self.dims, self.dtype), slice);
+            if let Held::Locked(slice) = held {
+                self.memory.pinned.give_back(bytes_of(self.dims, self.dtype), slice);
+            }
         }
     }
 }
