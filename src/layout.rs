@@ -212,7 +212,8 @@ impl Layout {
     /// Fits the codes of layers with exact recall to `calibration`, or takes those of `fits`.
     ///
     /// # Errors
-    /// The calibration was made with another number of sinks, or lacks a layer.
+    /// The calibration was made with another number of sinks, lacks a layer, or is at natural positions, which the key code
+    /// cannot use.
     pub fn calibrated(
         mut self,
         (calibration, fits): (&Calibration, &Fits),
@@ -228,11 +229,8 @@ impl Layout {
                 let message = format!("{sinks} sinks, but the calibration left out {made}; calibrate again");
                 return Err(Error::usage("--sink-tokens", message));
             }
-            let layer = calibration.layers.get(i).and_then(Option::as_ref);
-            let missing = || Error::format("recall calibration", format!("has nothing on layer {i}"));
             let fit = Fit { layer: i, key_code: r.settings.key_code.clone(), ctx: r.ctx };
-            let make = || Ok::<_, Error>(layer.ok_or_else(missing)?.tables(&r.code, rope, sinks, r.ctx));
-            r.tables = Some(fits.get(fit, make)?);
+            r.tables = Some(fits.get(fit, || calibration.tables(i, &r.code, rope, r.ctx))?);
         }
         Ok(self)
     }
@@ -468,8 +466,7 @@ impl RecallLayer {
     /// Returns the layer, or `None` where window, sinks and fetched tokens would cover the whole context: dense
     /// attention is then exact and smaller.
     fn new(settings: &Settings, ctx: usize) -> Result<Option<Self>> {
-        let near = settings.near_rows().saturating_add(settings.sink_tokens).saturating_add(settings.recall);
-        if ctx <= near {
+        if ctx <= settings.exact_tokens() {
             return Ok(None);
         }
         let code = KeyCodeChoice::parse(&settings.key_code)?;

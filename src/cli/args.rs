@@ -4,6 +4,7 @@ use super::{parse_bytes, parse_count, parse_size};
 use crate::checkpoint::{OpenOptions, WeightDtype};
 use crate::error::{Error, Result};
 use crate::generate::Sampling;
+use crate::recall::Positions;
 use crate::retrofit::{FarPosition, KeyPooling, PrefillKind, RestKind, Settings, WindowAlign};
 use crate::selector::SELECTORS;
 use clap::{ArgGroup, Args, Parser, Subcommand};
@@ -74,7 +75,10 @@ Examples:
   bfly-retrofit calibrate --model smollm2.gguf --out smollm2-recall
 
   # Calibrate on your own documents, for a context of 128k
-  bfly-retrofit calibrate --model Qwen/Qwen2.5-0.5B-Instruct --ctx 128k --texts reports/ --out reports-recall";
+  bfly-retrofit calibrate --model Qwen/Qwen2.5-0.5B-Instruct --ctx 128k --texts reports/ --out reports-recall
+
+  # Calibrate at natural positions, to compare with the above
+  bfly-retrofit calibrate --model smollm2.gguf --positions natural --out smollm2-natural";
 
 /// Flags of `calibrate`.
 #[derive(Debug, Args)]
@@ -91,6 +95,13 @@ pub struct CalibrateArgs {
     /// Folder of text files to calibrate on, in order of name [default: bundled prose and code]
     #[arg(long, value_name = "DIR", help_heading = "Calibration")]
     pub texts: Option<PathBuf>,
+    /// Positions at which keys and queries are measured
+    ///
+    /// uniform stores their moments before rotation, and each run rotates them to uniform positions of its own context.
+    /// natural, which is for comparisons, joins the documents, reads them in texts of the trained length and stores
+    /// moments after rotation at the tokens' own positions, which runs use as they are at any context; qpq cannot.
+    #[arg(long, value_enum, default_value_t, help_heading = "Calibration")]
+    pub positions: Positions,
     /// Directory to write the patch to: a new one, or an earlier patch.
     #[arg(long, value_name = "PATCH", help_heading = "Output")]
     pub out: PathBuf,

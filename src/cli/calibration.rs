@@ -4,7 +4,7 @@ use super::output::Output;
 use super::Patch;
 use crate::checkpoint::{Checkpoint, OnProgress};
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::recall::{bundled, calibrate, tokenise, Calibration, LONGEST, TOKENS};
+use crate::recall::{bundled, calibrate, joined, tokenise, Calibration, Positions, LONGEST, TOKENS};
 use crate::retrofit::Settings;
 use crate::weights::Weights;
 use rand::{rngs::StdRng, Rng, SeedableRng};
@@ -47,7 +47,7 @@ pub fn prepare(
             Err(e) => warn(&format!("the cached calibration is damaged and is made anew: {e}")),
         }
     }
-    let made = make(weights, checkpoint, None, s.sink_tokens, progress)?;
+    let made = make(weights, checkpoint, None, (s.sink_tokens, Positions::Uniform), progress)?;
     if let Some(path) = cached {
         if let Err(e) = save(&path, &made) {
             warn(&format!("the calibration is not cached: {e}"));
@@ -57,7 +57,8 @@ pub fn prepare(
     Ok(())
 }
 
-/// Calibrates on the documents in `texts`, or on the bundled ones.
+/// Calibrates on the documents in `texts`, or on the bundled ones; under [`Positions::Natural`] they are read as texts
+/// of the trained length ([`joined`]).
 ///
 /// # Errors
 /// A folder without text, a text too short, a tokenizer that fails, or those of [`calibrate`].
@@ -65,7 +66,7 @@ pub fn make(
     weights: &Arc<Weights>,
     checkpoint: &Checkpoint,
     texts: Option<&Path>,
-    sink_tokens: usize,
+    (sink_tokens, positions): (usize, Positions),
     progress: OnProgress,
 ) -> Result<Calibration> {
     let trained = checkpoint.spec.max_positions;
@@ -77,7 +78,11 @@ pub fn make(
         None if checkpoint.has_tokenizer() => tokenise(&checkpoint.tokenizer()?, &bundled(), trained)?,
         None => random_documents(checkpoint.spec.vocab, trained),
     };
-    let made = calibrate(weights, &ids, sink_tokens, progress);
+    let ids = match positions {
+        Positions::Uniform => ids,
+        Positions::Natural => joined(&ids, trained),
+    };
+    let made = calibrate(weights, &ids, sink_tokens, positions, progress);
     made.map_err(|e| match (texts, e.kind()) {
         (Some(dir), ErrorKind::Usage) => e.within(format!("--texts {}", dir.display())),
         _ => e,

@@ -11,6 +11,7 @@ use crate::error::{At, Error, ErrorKind, Result};
 use crate::generate::{render_chat, watch, MemoryNeeds, Phase, Request, Sampler};
 use crate::layout::{Layout, MAX_CONTEXT};
 use crate::ops::device_memory;
+use crate::recall::{KeyCodeChoice, Positions};
 use crate::retrofit::{parse_layers, RetrofitPlan};
 use crate::run::Run;
 use crate::spec::{AttentionKind, ModelSpec};
@@ -168,6 +169,9 @@ pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
     if settings.recall == 0 {
         return Err(Error::usage("--recall", "0 turns exact recall off: nothing needs a calibration"));
     }
+    if args.positions == Positions::Natural {
+        KeyCodeChoice::parse(&settings.key_code)?.check_natural()?;
+    }
     let checkpoint = Checkpoint::open(name, &args.model.open_options(), &progress)?;
     checkpoint.take_warnings().iter().for_each(|w| bars.warn(w));
     let layers = args.retrofit.layers.as_deref().map(parse_layers).transpose()?.flatten();
@@ -175,7 +179,8 @@ pub fn calibrate(args: &CalibrateArgs) -> Result<()> {
     let ctx = args.ctx.unwrap_or(checkpoint.spec.max_positions);
     let format = weight_format(args.model.dtype.parse()?, &checkpoint, &device);
     let weights = Weights::load(&checkpoint, &format, &device, &progress)?;
-    let made = make_calibration(&weights, &checkpoint, args.texts.as_deref(), plan.settings.sink_tokens, &progress)?;
+    let of = (plan.settings.sink_tokens, args.positions);
+    let made = make_calibration(&weights, &checkpoint, args.texts.as_deref(), of, &progress)?;
     Patch::save(&args.out, &checkpoint, ctx, &plan, Some(&made), "--out", &progress)?;
     bars.say(&format!("saved {}; run it with --model {}", args.out.display(), args.out.display()));
     Ok(())

@@ -1,7 +1,7 @@
 //! Calibration: one pass of the stock model over text, from which moments of queries and keys and codewords of values
 //! are collected.
 
-use super::{Calibration, HeadMoments, LayerCalibration, ValueCode};
+use super::{Calibration, HeadMoments, LayerCalibration, Positions, ValueCode};
 use crate::checkpoint::{OnProgress, TextTokenizer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::method::Method;
@@ -50,8 +50,15 @@ pub fn tokenise(text: &TextTokenizer, documents: &[&str], trained: usize) -> Res
     Ok(ids)
 }
 
+/// Joins tokenised documents and cuts the whole into texts of `trained` tokens, for [`Positions::Natural`]: positions
+/// then reach as far as the model was trained for.
+pub fn joined(documents: &[Vec<u32>], trained: usize) -> Vec<Vec<u32>> {
+    documents.concat().chunks(trained.max(1)).map(<[u32]>::to_vec).collect()
+}
+
 /// Reads `documents` with the stock model, each from position 0, and fits moments and codewords to everything after the
-/// first `sink_tokens` of each.
+/// first `sink_tokens` of each. Moments are those of keys and queries before rotation under [`Positions::Uniform`],
+/// after rotation at their own positions under [`Positions::Natural`].
 ///
 /// # Errors
 /// Too few tokens, an id outside the vocabulary, too little memory, or a device that fails.
@@ -59,6 +66,7 @@ pub fn calibrate(
     weights: &Arc<Weights>,
     documents: &[Vec<u32>],
     sink_tokens: usize,
+    positions: Positions,
     progress: OnProgress,
 ) -> Result<Calibration> {
     let total: usize = documents.iter().map(Vec::len).sum();
@@ -80,7 +88,7 @@ pub fn calibrate(
         let mut run = Run::new(weights, Method::Stock, document.len())?;
         for chunk in document.chunks(CHUNK) {
             run.forward_observed(chunk, &[], &mut |seen| match &mut layers[seen.layer] {
-                Some(sums) => sums.add(seen, sink_tokens, every),
+                Some(sums) => sums.add(seen, (sink_tokens, positions), every),
                 None => Ok(()),
             })?;
             done += chunk.len();
@@ -92,7 +100,7 @@ pub fn calibrate(
         fitted.push(sums.map(Sums::fit));
         progress("codewords", i as u64 + 1, spec.layers.len() as u64);
     }
-    Ok(Calibration { layers: fitted, sink_tokens })
+    Ok(Calibration { layers: fitted, sink_tokens, positions })
 }
 
 /// Sums of one layer, by KV head and channel.
@@ -130,10 +138,10 @@ impl Sums {
         }
     }
 
-    fn add(&mut self, seen: &Observed, sinks: usize, every: usize) -> Result<()> {
+    fn add(&mut self, seen: &Observed, (sinks, positions): (usize, Positions), every: usize) -> Result<()> {
         let p = seen.projections;
-        let qkv = p.project(seen.x, &seen.chunk.tables[p.rope], true)?;
-        let Some((q, k)) = &qkv.plain else { return Ok(()) };
+        let qkv = p.project(seen.x, &seen.chunk.tables[p.rope], positions == Positions::Uniform)?;
+        let (q, k) = qkv.plain.as_ref().map_or((&qkv.q, &qkv.k), |(q, k)| (q, k));
         let (q, k, v) = (numbers(q)?, numbers(k)?, numbers(&qkv.v)?);
         let row = self.kv_heads * self.dim;
         for t in sinks.saturating_sub(seen.chunk.start)..seen.x.dim(0)? {

@@ -13,16 +13,40 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
-/// Key of the metadata with the version of the format and the number of sinks. One key: safetensors writes several in no
-/// particular order.
+/// Key of the metadata with the version of the format, the number of sinks and the positions. One key: safetensors
+/// writes several in no particular order.
 const KEY: &str = "bfly_recall_calibration";
+/// Version of calibrations for uniform positions.
 const VERSION: u32 = 1;
+/// Version of calibrations at natural positions: a build that rotates every calibration must not read them.
+const NATURAL_VERSION: u32 = 2;
 
 /// Value of the metadata.
 #[derive(Serialize, Deserialize)]
 struct Header {
     version: u32,
     sink_tokens: usize,
+    #[serde(default, skip_serializing_if = "Positions::is_uniform")]
+    positions: Positions,
+}
+
+/// Positions that the moments of a calibration are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "snake_case")]
+pub enum Positions {
+    /// Moments before rotation, which a run rotates to uniform positions of its context.
+    #[default]
+    Uniform,
+    /// Moments after rotation at the positions of the calibration's texts, used as they are at any context; for
+    /// comparisons.
+    Natural,
+}
+
+impl Positions {
+    fn is_uniform(&self) -> bool {
+        *self == Self::Uniform
+    }
 }
 
 /// Moments and codewords of every full-attention layer.
@@ -32,6 +56,8 @@ pub struct Calibration {
     pub layers: Vec<Option<LayerCalibration>>,
     /// Number of first tokens of each document that were left out.
     pub sink_tokens: usize,
+    /// Positions that the moments are for.
+    pub positions: Positions,
 }
 
 /// Moments and codewords of one layer, by KV head.
@@ -52,15 +78,6 @@ pub struct LayerTables {
     pub values: Vec<ValueCode>,
 }
 
-impl LayerCalibration {
-    /// Fits the layer's codes for a context of `ctx` positions: keys are at uniform positions after the first `sinks`,
-    /// queries in the second half.
-    pub fn tables(&self, choice: &KeyCodeChoice, rope: &Rope, sinks: usize, ctx: usize) -> LayerTables {
-        let keys = |h: &HeadMoments| choice.fit(&h.rotated(rope.frequencies(), sinks.min(ctx - 1)..ctx, ctx / 2..ctx));
-        LayerTables { keys: self.heads.par_iter().map(keys).collect(), values: self.values.clone() }
-    }
-}
-
 /// Names of the moments in the file, in the order of [`HeadMoments::parts`].
 const MOMENTS: [&str; 5] = ["key_mean", "key_square", "key_cross", "query_square", "query_cross"];
 
@@ -71,6 +88,38 @@ impl HeadMoments {
 }
 
 impl Calibration {
+    /// Fits the codes of layer `layer`, which turns by `rope`, for a context of `ctx` positions: under
+    /// [`Positions::Uniform`] keys are at uniform positions after the sinks and queries in the second half.
+    ///
+    /// # Errors
+    /// Those of [`Calibration::check`]; the calibration lacks the layer.
+    pub fn tables(&self, layer: usize, choice: &KeyCodeChoice, rope: &Rope, ctx: usize) -> Result<LayerTables> {
+        self.check(choice)?;
+        let found = self.layers.get(layer).and_then(Option::as_ref);
+        let found =
+            found.ok_or_else(|| Error::format("recall calibration", format!("has nothing on layer {layer}")))?;
+        let (frequencies, amplitude) = rope.frequencies();
+        let zeros = vec![0.0; frequencies.len()];
+        let turn = match self.positions {
+            Positions::Uniform => (frequencies, amplitude),
+            // The amplitude, too, is in the moments.
+            Positions::Natural => (zeros.as_slice(), 1.0),
+        };
+        let keys = |h: &HeadMoments| choice.fit(&h.rotated(turn, self.sink_tokens.min(ctx - 1)..ctx, ctx / 2..ctx));
+        Ok(LayerTables { keys: found.heads.par_iter().map(keys).collect(), values: found.values.clone() })
+    }
+
+    /// Checks that codes of `choice` can be fitted to the calibration.
+    ///
+    /// # Errors
+    /// A code that needs moments before rotation, and a calibration at natural positions.
+    pub fn check(&self, choice: &KeyCodeChoice) -> Result<()> {
+        match self.positions {
+            Positions::Uniform => Ok(()),
+            Positions::Natural => choice.check_natural(),
+        }
+    }
+
     /// Returns a calibration that knows nothing of the model: for contexts in which every token is read exactly, so that
     /// codes make no difference.
     pub fn neutral(spec: &ModelSpec, sink_tokens: usize) -> Self {
@@ -91,7 +140,7 @@ impl Calibration {
         };
         let mut layers = vec![None; spec.layers.len()];
         spec.full_attention().for_each(|(i, a)| layers[i] = Some(layer(a)));
-        Self { layers, sink_tokens }
+        Self { layers, sink_tokens, positions: Positions::Uniform }
     }
 
     /// Returns the calibration as a safetensors file. Codewords are f16.
@@ -113,7 +162,8 @@ impl Calibration {
             let words = Tensor::from_vec(words, (heads, parts, WORDS, SUB), &Device::Cpu)?;
             tensors.insert(format!("layers.{i}.value_words"), words);
         }
-        let header = Header { version: VERSION, sink_tokens: self.sink_tokens };
+        let version = if self.positions.is_uniform() { VERSION } else { NATURAL_VERSION };
+        let header = Header { version, sink_tokens: self.sink_tokens, positions: self.positions };
         let header = serde_json::to_string(&header).map_err(|e| Error::format("recall calibration", e))?;
         let metadata = HashMap::from([(KEY.to_string(), header)]);
         safetensors::serialize(&tensors, Some(metadata)).map_err(candle_core::Error::wrap).at("recall.safetensors")
@@ -137,10 +187,10 @@ impl Calibration {
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(malformed)?;
         let text = header.metadata().as_ref().and_then(|m| m.get(KEY)).cloned();
         let text = text.ok_or_else(|| Error::format("recall calibration", format!("its metadata has no `{KEY}`")))?;
-        let Header { version, sink_tokens } =
+        let Header { version, sink_tokens, positions } =
             serde_json::from_str(&text).map_err(|e| Error::format(format!("recall calibration: {KEY}"), e))?;
-        if version != VERSION {
-            let message = format!("is of version {version}; this build reads version {VERSION}");
+        if version != VERSION && version != NATURAL_VERSION {
+            let message = format!("is of version {version}; this build reads versions {VERSION} and {NATURAL_VERSION}");
             return Err(Error::format("recall calibration", message));
         }
         let file = SafeTensors::deserialize(bytes).map_err(malformed)?;
@@ -183,7 +233,7 @@ impl Calibration {
             None if file.len() != read => {
                 Err(Error::format("recall calibration", format!("holds {} tensors, not {read}", file.len())))
             }
-            None => Ok(Self { layers, sink_tokens }),
+            None => Ok(Self { layers, sink_tokens, positions }),
         }
     }
 }

@@ -21,8 +21,8 @@ mod scalar;
 mod scalar2;
 mod value;
 
-pub use calibrate::{bundled, calibrate, tokenise, LONGEST, TOKENS};
-pub use calibration::{Calibration, LayerCalibration, LayerTables};
+pub use calibrate::{bundled, calibrate, joined, tokenise, LONGEST, TOKENS};
+pub use calibration::{Calibration, LayerCalibration, LayerTables, Positions};
 pub use codewords::WORDS;
 pub use fits::{Fit, Fits};
 #[cfg(feature = "cuda")]
@@ -60,6 +60,11 @@ pub trait KeyCode: std::fmt::Debug + Sync {
     /// overridden.
     fn table_bytes(&self, dim: usize, _rate: Option<f64>) -> usize {
         12 * dim
+    }
+
+    /// Returns whether the code is fitted to moments before rotation, which a calibration at natural positions lacks.
+    fn needs_unrotated(&self) -> bool {
+        false
     }
 
     /// Fits the code of one KV head.
@@ -143,6 +148,38 @@ impl KeyCodeChoice {
             None => {
                 let names: Vec<_> = rates.iter().map(|r| rate_name(*r)).collect();
                 fail(format!("`{rate}` is not a size of `{name}`: give one of {}", names.join(", ")))
+            }
+        }
+    }
+
+    /// Returns every code at every rate, codes and rates each with their default first.
+    pub fn all() -> impl Iterator<Item = Self> {
+        KEY_CODES.iter().flat_map(|code| {
+            let sizes = code.rates().len().max(1);
+            (0..sizes).map(|i| Self { code: *code, rate: code.rates().get(i).copied() })
+        })
+    }
+
+    /// Returns the name that [`KeyCodeChoice::parse`] reads, with the rate of codes that have rates.
+    pub fn name(&self) -> String {
+        let name = self.code.name();
+        self.rate.map_or_else(|| name.into(), |rate| format!("{name}:{}", rate_name(rate)))
+    }
+
+    /// Checks that the code can be fitted to a calibration at natural positions.
+    ///
+    /// # Errors
+    /// A code that needs moments before rotation.
+    pub fn check_natural(&self) -> Result<()> {
+        match self.code.needs_unrotated() {
+            false => Ok(()),
+            true => {
+                let message = format!(
+                    "`{}` is fitted to moments before rotation, which a calibration at natural positions lacks; \
+                     calibrate with --positions uniform",
+                    self.name()
+                );
+                Err(Error::usage("--key-code", message))
             }
         }
     }

@@ -52,6 +52,10 @@ impl KeyCode for Qpq {
         4 * (dim + 2 * places * dim + WORDS * places)
     }
 
+    fn needs_unrotated(&self) -> bool {
+        true
+    }
+
     fn fit(&self, keys: &KeyStatistics, rate: Option<f64>) -> Arc<dyn HeadCode> {
         Arc::new(ProductCode::fit(keys, width(rate)))
     }

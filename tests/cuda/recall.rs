@@ -3,7 +3,7 @@
 use super::*;
 use bfly::layout::Layout;
 use bfly::ops::Attended;
-use bfly::recall::calibrate;
+use bfly::recall::{calibrate, Positions};
 use bfly::retrofit::{RestKind, RetrofitPlan, WindowAlign};
 use bfly::spec::AttentionKind;
 
@@ -20,7 +20,7 @@ fn both_devices(name: &str, gpu: &Device, kept: Storage) -> Any<(Model, Model)> 
     let checkpoint = open(&golden_dir(name).to_string_lossy())?;
     let cpu = load(&checkpoint, None, 700)?;
     let gpu = load_as(&checkpoint, None, 700, &WeightFormat::for_gpu(WeightDtype::As(kept)), gpu)?;
-    let made = calibrate(&cpu.weights, &calibration_documents(cpu.spec().vocab), 3, &|_, _, _| ())?;
+    let made = calibrate(&cpu.weights, &calibration_documents(cpu.spec().vocab), 3, Positions::Uniform, &|_, _, _| ())?;
     gpu.weights.calibrate(made.clone());
     cpu.weights.calibrate(made);
     Ok((cpu, gpu))

@@ -149,6 +149,25 @@ fn a_calibrated_patch_recalls_and_its_faults_are_named() -> Any {
 }
 
 #[test]
+fn a_patch_at_natural_positions_runs_and_refuses_qpq_by_name() -> Any {
+    let (run, model) = (Run::new(&(5..250).cycle().take(700).collect::<Vec<_>>())?, tiny_model(&[])?);
+    let (patch, model) = (run.path("patch"), model.path().to_string_lossy().into_owned());
+    let calibrate = ["calibrate", "--positions", "natural", "--out", patch.as_str(), "--model"];
+    // Said before the model is read.
+    let refused = bfly().args(calibrate).args(["nowhere", "--key-code", "qpq:1bit"]).assert().code(2);
+    refused.stderr(predicates::str::contains("--key-code: `qpq:1bit` is fitted to moments before rotation"));
+    bfly().args(calibrate).arg(&model).args(RECALL).assert().success();
+    let r = run.report(&patch, &["-n", "4"])?;
+    assert_eq!((r["plan"]["settings"]["recall"].as_u64(), r["generated_tokens"].as_u64()), (Some(8), Some(4)));
+    let ids = run.path("ids.json");
+    let refused = bfly().args(["--model", &patch, "--token-ids", &ids, "--key-code", "qpq"]).assert().code(2);
+    refused.stderr(
+        predicates::str::contains("`qpq:1bit` is fitted").and(predicates::str::contains("--positions uniform")),
+    );
+    Ok(())
+}
+
+#[test]
 #[cfg(target_os = "linux")]
 fn the_first_run_calibrates_and_later_ones_use_the_cache() -> Any {
     let (run, model) = (Run::new(&(5..250).cycle().take(700).collect::<Vec<_>>())?, tiny_model(&[])?);

@@ -5,6 +5,7 @@ mod common;
 
 #[cfg(feature = "eval")]
 mod bench;
+mod calibration;
 mod chat;
 mod checkpoints;
 #[cfg(feature = "cli")]

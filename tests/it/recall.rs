@@ -4,7 +4,7 @@ use crate::common::*;
 use bfly::eviction::EvictionPlan;
 use bfly::generate::watch;
 use bfly::method::Method;
-use bfly::recall::{calibrate, Calibration};
+use bfly::recall::{calibrate, Calibration, Positions};
 use bfly::retrofit::{KeyPooling, PrefillKind, RestKind, RetrofitPlan, Settings, WindowAlign};
 use bfly::run::Run;
 use candle_core::Tensor;
@@ -21,7 +21,8 @@ fn ids(count: usize) -> Vec<u32> {
 
 fn calibrated(name: &str) -> Any<Model> {
     let model = load_golden(name, None, 600)?;
-    let made = calibrate(&model.weights, &calibration_documents(model.spec().vocab), 3, &|_, _, _| ())?;
+    let made =
+        calibrate(&model.weights, &calibration_documents(model.spec().vocab), 3, Positions::Uniform, &|_, _, _| ())?;
     model.weights.calibrate(made);
     Ok(model)
 }
@@ -233,7 +234,8 @@ fn tokens_far_back_are_recalled_and_without_recall_forgotten() -> Any {
 #[test]
 fn a_calibration_survives_its_file_and_faults_are_named() -> Any {
     let model = load_golden("qwen2", None, 600)?;
-    let made = calibrate(&model.weights, &calibration_documents(model.spec().vocab), 3, &|_, _, _| ())?;
+    let made =
+        calibrate(&model.weights, &calibration_documents(model.spec().vocab), 3, Positions::Uniform, &|_, _, _| ())?;
     let bytes = made.to_bytes()?;
     let read = Calibration::from_bytes(&bytes, model.spec())?;
     assert_eq!(read.sink_tokens, 3);
@@ -258,7 +260,7 @@ fn a_calibration_survives_its_file_and_faults_are_named() -> Any {
     nan[end - 4..].fill(0xff);
     assert!(fails(&nan, &model).contains("NaN"), "{}", fails(&nan, &model));
 
-    let few = calibrate(&model.weights, &[ids(100)], 3, &|_, _, _| ()).unwrap_err().to_string();
+    let few = calibrate(&model.weights, &[ids(100)], 3, Positions::Uniform, &|_, _, _| ()).unwrap_err().to_string();
     assert!(few.contains("97 tokens after the first 3"), "{few}");
     let e = run(&model, &settings(20), 600).err().ok_or("a run without a calibration")?.to_string();
     assert!(e.contains("needs a calibration"), "{e}");
