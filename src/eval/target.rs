@@ -120,6 +120,11 @@ impl Target {
         }
     }
 
+    /// Returns whether `--model` is a patch with a calibration of exact recall.
+    pub fn brings_calibration(&self) -> bool {
+        self.patch.as_ref().and_then(Patch::calibration).is_some()
+    }
+
     /// Opens a stream of at least `tokens` ids.
     ///
     /// # Errors

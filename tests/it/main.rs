@@ -35,5 +35,7 @@ mod quality;
 mod real_models;
 mod recall;
 mod run;
+#[cfg(feature = "eval")]
+mod studies;
 mod tokenizers;
 mod unread;

@@ -90,7 +90,11 @@ Examples:
   bfly-quality-smoke layers --model MODEL --ctx 8k --rank alone --out alone.json
 
   # Rank by KL on text, without tasks
-  bfly-quality-smoke layers --model MODEL --ctx 4k --tasks none --variants retrofit:window=1k";
+  bfly-quality-smoke layers --model MODEL --ctx 4k --tasks none --variants retrofit:window=1k
+
+  # Rank by what exact recall of 512 tokens costs in decode steps; the plans mix dense layers and layers with recall
+  bfly-quality-smoke layers --model MODEL --ctx 8k --rank-by text --variants recall:recall=512 --plans plans
+  bfly-retrofit --model MODEL --plan plans/dense-2.json --prompt-file book.txt";
 
 const ABLATE_EXAMPLES: &str = "\
 Examples:
@@ -98,7 +102,10 @@ Examples:
   bfly-quality-smoke ablate --model MODEL --ctx 4k --out ablate.json
 
   # Partner rules with small blocks, whose summaries take enough memory to narrow the window
-  bfly-quality-smoke ablate --model MODEL --ctx 8k --axes partner --variants retrofit:block=16,partner-count=4";
+  bfly-quality-smoke ablate --model MODEL --ctx 8k --axes partner --variants retrofit:block=16,partner-count=4
+
+  # Exact recall: tokens fetched, key codes and estimates of the rest
+  bfly-quality-smoke ablate --model MODEL --ctx 8k --axes recall,code,rest --variants recall --out recall.json";
 
 const POSITIONS_EXAMPLES: &str = "\
 Examples:

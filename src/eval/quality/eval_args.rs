@@ -60,12 +60,23 @@ impl EvalArgs {
     /// Returns the one retrofit that `--variants` names.
     ///
     /// # Errors
-    /// No variant, several variants, or a variant that is not a retrofit.
+    /// No variant, several variants, or a variant that is not a retrofit; exact recall that reads all of `ctx` exactly.
     pub fn one_retrofit(&self, target: &Target, ctx: usize) -> Result<(Variant, RetrofitPlan)> {
         let mut variants = target.variants_at(ctx)?;
         let one = variants.pop().filter(|_| variants.is_empty());
-        one.and_then(|v| v.method.plan().cloned().map(|plan| (v, plan)))
-            .ok_or_else(|| Error::usage("--variants", "give exactly one retrofit"))
+        let (variant, plan) = one
+            .and_then(|v| v.method.plan().cloned().map(|plan| (v, plan)))
+            .ok_or_else(|| Error::usage("--variants", "give exactly one retrofit, with or without recall"))?;
+        let exact = plan.settings.exact_tokens();
+        if plan.settings.recall > 0 && ctx <= exact {
+            let message = format!(
+                "{} is {ctx} tokens: its window, sinks and fetched tokens cover up to {exact}, where every layer is \
+                 dense; give more, or a smaller recall",
+                short_count(ctx)
+            );
+            return Err(Error::usage("--ctx", message));
+        }
+        Ok((variant, plan))
     }
 
     /// Refuses contexts beyond the trained length, or warns of them with `--allow-extrapolation`.

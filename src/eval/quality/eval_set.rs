@@ -1,5 +1,5 @@
 //! The evaluation set of `layers` and `ablate`: KL and loss on text, after prefill and in decode, and the loss on
-//! expected answers.
+//! expected answers. Exact recall prefills as the stock model does: all its compared positions are decode steps.
 //!
 //! Task scores would need hundreds of samples to detect small changes. The loss on the expected answer is continuous
 //! and rises long before a needle is lost.
@@ -25,6 +25,9 @@ pub struct EvalSet {
     pub prefill: usize,
     /// Number of positions at the end of a text that are read one by one, in decode steps.
     pub decode: usize,
+    /// Whether the prefilled positions are read in decode steps too, by stock as well: two orders of summation would
+    /// differ by more than one layer with exact recall does.
+    pub stepwise: bool,
     /// Prefill chunk in tokens.
     pub chunk: usize,
     /// Positions that the cache is provisioned for.
@@ -114,13 +117,18 @@ impl EvalSet {
     /// `[prefill + decode, vocab]`, and the bytes of the cache.
     fn read(&self, run: &mut Run, text: &Excerpt, on_tokens: &mut dyn FnMut(usize)) -> Result<(Tensor, KvBytes)> {
         let (whole, _) = text.ids.split_at(text.ids.len() - 1);
-        let (first, tail) = whole.split_at(whole.len() - self.decode);
-        let mut logits = run.prefill(first, self.chunk, self.prefill, &mut watch(on_tokens))?;
+        let prefilled = if self.stepwise { 0 } else { self.prefill };
+        let (first, tail) = whole.split_at(whole.len() + prefilled - self.prefill - self.decode);
+        let mut logits = vec![];
+        if !first.is_empty() {
+            let last = run.prefill(first, self.chunk, prefilled.max(1), &mut watch(on_tokens))?;
+            logits.extend((prefilled > 0).then_some(last));
+        }
         run.compress()?;
         if !tail.is_empty() {
-            logits = Tensor::cat(&[&logits, &run.read(tail)?], 0)?;
+            logits.push(run.read(tail)?);
         }
-        Ok((logits, KvBytes::of(run.cache())))
+        Ok((Tensor::cat(&logits, 0)?, KvBytes::of(run.cache())))
     }
 }
 

@@ -9,6 +9,7 @@ use crate::cli::{at_least_one, parse_size, Bars};
 use crate::error::{Error, Result};
 use crate::eval::report::EvalSetRecord;
 use crate::eval::target::Target;
+use crate::retrofit::RetrofitPlan;
 use clap::Args;
 use rayon::prelude::*;
 use std::path::PathBuf;
@@ -22,7 +23,8 @@ pub struct EvalSetArgs {
     /// Maximum number of documents; those with fewer than --ctx tokens are skipped [default: all]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub documents: Option<usize>,
-    /// Prefilled positions of each text to compare, just before those of --decode.
+    /// Prefilled positions of each text to compare, just before those of --decode; under exact recall, whose prefill is
+    /// the stock model's, they are read in decode steps too.
     #[arg(long, value_name = "K", default_value_t = 128, value_parser = at_least_one)]
     pub positions: usize,
     /// Positions at the end of each text to read one by one, in decode steps.
@@ -47,8 +49,8 @@ pub struct EvalSetArgs {
 }
 
 impl EvalSetArgs {
-    /// Returns the record of the evaluation set, for results.
-    pub fn record(&self) -> EvalSetRecord {
+    /// Returns the record of the evaluation set with variants of `base`, for results.
+    pub fn record(&self, base: &RetrofitPlan) -> EvalSetRecord {
         EvalSetRecord {
             ctx: self.ctx,
             positions: self.positions,
@@ -57,11 +59,12 @@ impl EvalSetArgs {
             samples: self.samples,
             seed: self.seed,
             chat: self.chat,
+            stepwise: base.settings.recall > 0,
         }
     }
 
     /// Returns the names of the tasks; empty for `none`.
-    fn wanted_tasks(&self) -> &[String] {
+    pub fn wanted_tasks(&self) -> &[String] {
         match self.tasks.as_slice() {
             [one] if one == "none" => &[],
             all => all,
@@ -81,11 +84,11 @@ impl EvalSetArgs {
         tasks::named(self.wanted_tasks()).map(drop)
     }
 
-    /// Builds the evaluation set for `target`.
+    /// Builds the evaluation set for variants of the plan `base` on `target`.
     ///
     /// # Errors
     /// Documents that are too short; questions for a checkpoint without a tokenizer; a task whose sources are missing.
-    pub fn eval_set(&self, target: &Target, eval: &EvalArgs, bars: &Bars) -> Result<EvalSet> {
+    pub fn eval_set(&self, (target, base): (&Target, &RetrofitPlan), eval: &EvalArgs, bars: &Bars) -> Result<EvalSet> {
         let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
         let lengths = (self.ctx, self.ctx);
         let documents = Documents::open(target.checkpoint(), &eval.texts, self.documents, lengths, &progress)?;
@@ -114,6 +117,7 @@ impl EvalSetArgs {
             questions,
             prefill: self.positions,
             decode: self.decode,
+            stepwise: base.settings.recall > 0,
             chunk: eval.prefill_chunk,
             ctx: self.ctx,
         })

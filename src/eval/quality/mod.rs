@@ -15,13 +15,14 @@
 //! | [`smoke`], [`gate`] | distributions and greedy text against stock; `--fail-below`, `--fail-above` |
 //! | [`fidelity`] | distributions over stock's answers to tasks |
 //! | [`ruler`], [`needle`], [`answers`], [`join`] | scores in tasks and needle grids; joining files |
-//! | [`eval_set`], [`layers`], [`heads`], [`ablate`], [`reads`] | sensitivity to layers, heads and settings |
+//! | [`eval_set`], [`layers`], [`heads`], [`ablate`], [`axes`], [`reads`] | sensitivity to layers, heads and settings |
 //! | [`positions`] | loss by position, within and beyond the trained length |
 //! | [`args`], [`eval_args`], [`eval_set_args`], [`sample_args`] | flags |
 
 pub mod ablate;
 pub mod answers;
 pub mod args;
+pub mod axes;
 pub mod documents;
 pub mod eval_args;
 pub mod eval_set;

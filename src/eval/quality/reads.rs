@@ -1,9 +1,11 @@
 //! Tokens and summaries that the measured queries of a plan read, to detect plans that read the same, and to count
-//! summaries per query.
+//! summaries per query. What exact recall fetches depends on the text, so that its plans read the same only with equal
+//! settings.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layout::Layout;
-use crate::retrofit::{KeyPooling, RetrofitPlan};
+use crate::recall::KeyCodeChoice;
+use crate::retrofit::{KeyPooling, PrefillKind, RestKind, RetrofitPlan};
 use crate::spec::ModelSpec;
 use std::ops::Range;
 
@@ -19,6 +21,8 @@ pub struct ReadSet {
     queries: Vec<usize>,
     /// Pooling, far position and bias (as bits) of summaries; `None` where none is read.
     summaries: Option<(KeyPooling, String, u64)>,
+    /// Tokens fetched, key code, estimate of the rest and prefill of exact recall.
+    recall: Option<(usize, String, RestKind, PrefillKind)>,
 }
 
 impl ReadSet {
@@ -34,7 +38,12 @@ impl ReadSet {
         let within = |b: usize| positions.end.min((b + 1) * s.block) - positions.start.max(b * s.block);
         let queries = blocks.clone().map(within).collect();
         let any = routes.iter().flatten().any(|r| !r.is_empty());
+        let recall = s.recalls().map(|s| {
+            let code = KeyCodeChoice::parse(&s.key_code)?.name();
+            Ok::<_, Error>((s.recall, code, s.rest, s.prefill))
+        });
         Ok(Self {
+            recall: recall.transpose()?,
             layers: plan.layers.clone(),
             exact: (s.window, format!("{:?}", s.window_align), s.sink_tokens, s.block),
             summaries: any.then(|| (s.pool, format!("{:?}", s.far_position), s.summary_bias.to_bits())),
@@ -43,7 +52,7 @@ impl ReadSet {
         })
     }
 
-    /// Returns the mean number of summaries that a measured query reads per swapped layer.
+    /// Returns the mean number of summaries that a measured query reads per swapped layer; 0 under exact recall.
     pub fn summaries_per_query(&self) -> f64 {
         let of_layer = |blocks: &Vec<Vec<usize>>| -> usize {
             blocks.iter().zip(&self.queries).map(|(read, queries)| read.len() * queries).sum()
@@ -77,6 +86,29 @@ mod tests {
         assert_eq!(reads(seeded("xor", 1)), reads(seeded("xor", 2)));
         assert_ne!(reads(seeded("random", 1)), reads(seeded("random", 2)));
         assert_ne!(reads(local.clone()), reads(Settings { window: 1024, ..local }));
+    }
+
+    #[test]
+    fn plans_with_exact_recall_read_the_same_only_with_equal_settings_and_read_no_summaries() {
+        let base = Settings { recall: 512, ..Settings::default() };
+        let changes = [
+            Settings { recall: 1024, ..base.clone() },
+            Settings { recall: 0, ..base.clone() },
+            Settings { key_code: "pair:2bit".into(), ..base.clone() },
+            Settings { key_code: "exact".into(), ..base.clone() },
+            Settings { rest: RestKind::Means, ..base.clone() },
+            Settings { rest: RestKind::None, ..base.clone() },
+            Settings { prefill: PrefillKind::Butterfly, ..base.clone() },
+            Settings { window: 256, ..base.clone() },
+            Settings { sink_tokens: 16, ..base.clone() },
+            Settings { block: 64, ..base.clone() },
+        ];
+        for (i, one) in changes.iter().enumerate() {
+            assert_ne!(reads(one.clone()), reads(base.clone()), "{one:?}");
+            assert!(changes[..i].iter().all(|other| reads(one.clone()) != reads(other.clone())), "{one:?}");
+            assert!(one.recall == 0 || reads(one.clone()).summaries_per_query() == 0.0);
+        }
+        assert_eq!(reads(Settings { key_code: "pair".into(), ..base.clone() }), reads(base), "the default rate");
     }
 
     #[test]

@@ -26,6 +26,12 @@ pub enum AblationAxis {
     Bias,
     /// Number of stages read per layer.
     Count,
+    /// Tokens that exact recall fetches per decode step and KV head.
+    Recall,
+    /// Key code that exact recall chooses tokens by.
+    Code,
+    /// Estimate of the values of tokens that exact recall does not fetch.
+    Rest,
 }
 
 impl AblationAxis {
@@ -39,6 +45,17 @@ impl AblationAxis {
             Self::Pool => "pool",
             Self::Bias => "bias",
             Self::Count => "count",
+            Self::Recall => "recall",
+            Self::Code => "code",
+            Self::Rest => "rest",
+        }
+    }
+
+    /// Returns the settings that have an effect on a base, with or without exact recall.
+    pub fn of_base(recalls: bool) -> &'static [Self] {
+        match recalls {
+            true => &[Self::Recall, Self::Code, Self::Rest, Self::Window, Self::Sinks, Self::Block],
+            false => &[Self::Partner, Self::Window, Self::Sinks, Self::Block, Self::Pool, Self::Bias, Self::Count],
         }
     }
 }
@@ -55,12 +72,19 @@ pub struct Ablation {
     pub stock: Score,
     /// Score of the base retrofit.
     pub base: Score,
-    /// Mean number of summaries that a measured query of the base reads per swapped layer; null in files of earlier
-    /// builds.
+    /// Mean number of summaries that a measured query of the base reads per swapped layer; null under exact recall, and
+    /// in files of earlier builds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_summaries_per_query: Option<f64>,
     /// One entry per setting and value.
     pub changes: Vec<AblationChange>,
+}
+
+impl Ablation {
+    /// Returns whether the base has exact recall, whose queries read no summaries.
+    pub fn recalls(&self) -> bool {
+        self.base.record.plan.as_ref().is_some_and(|plan| plan.settings.recall > 0)
+    }
 }
 
 /// One setting of the base, changed.
@@ -70,7 +94,7 @@ pub struct AblationChange {
     pub axis: AblationAxis,
     /// New value of the setting.
     pub value: String,
-    /// Mean number of summaries that a measured query reads per swapped layer.
+    /// Mean number of summaries that a measured query reads per swapped layer; 0 under exact recall.
     pub summaries_per_query: f64,
     /// Name of the variant whose measured queries read the same tokens and summaries; the change is then not measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -22,6 +22,10 @@ pub struct EvalSetRecord {
     pub seed: u64,
     /// Whether questions were rendered with the model's chat template.
     pub chat: bool,
+    /// Whether the prefilled positions were read in decode steps too, by every variant and by stock: prefill under exact
+    /// recall is the stock model's, and tells nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stepwise: bool,
 }
 
 /// Score of a variant on the evaluation set.
@@ -41,11 +45,11 @@ pub struct Score {
 pub struct TextScore {
     /// File name of the document.
     pub document: String,
-    /// KL from stock at the prefilled positions, in nats.
+    /// KL from stock at the prefilled positions, in nats; read in decode steps under [`EvalSetRecord::stepwise`].
     pub kl: f64,
     /// KL from stock at the decode positions, in nats.
     pub decode_kl: f64,
-    /// Loss on the next token at the prefilled positions, in nats.
+    /// Loss on the next token at the positions of `kl`, in nats.
     pub loss: f64,
     /// Loss on the next token at the decode positions, in nats.
     pub decode_loss: f64,

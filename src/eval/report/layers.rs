@@ -16,7 +16,7 @@ pub const LAYERS: &str = "bfly-layers";
 pub enum RankBy {
     /// Loss on expected answers that swapping the layer adds.
     Answers,
-    /// KL from stock on text, after prefill, with the layer swapped.
+    /// KL from stock on text with the layer swapped: after prefill, or in decode steps under exact recall.
     Text,
 }
 

@@ -82,7 +82,7 @@ pub fn figures(ablation: &Ablation, path: &Path) -> Result<Vec<Figure>> {
         draw(&mut page.scene, *area, column, &rows);
     }
     let right = areas[areas.len() - 1].right() + NUMBERS;
-    labels(&mut page.scene, &rows, &base.record.variant, (areas[0], right));
+    labels(&mut page.scene, &rows, ablation, (areas[0], right));
     page.y = rows.bottom + 34.0;
     Ok(vec![Figure { name: "ablation".into(), scene: page.finish(&[]) }])
 }
@@ -130,6 +130,9 @@ fn heading(axis: AblationAxis) -> &'static str {
         AblationAxis::Pool => "pooling of keys",
         AblationAxis::Bias => "bias on summaries, β",
         AblationAxis::Count => "stages read at once",
+        AblationAxis::Recall => "tokens fetched per KV head",
+        AblationAxis::Code => "key code, bits per channel",
+        AblationAxis::Rest => "estimate of the rest",
     }
 }
 
@@ -179,11 +182,13 @@ fn draw(scene: &mut Scene, area: Area, column: &Column, rows: &Rows) {
     }
 }
 
-/// Draws the names of changes, the reason where a change was not measured, and summaries per query.
-fn labels(scene: &mut Scene, rows: &Rows, base: &str, (first, right): (Area, f64)) {
-    let end = MARGIN + CONTENT;
-    scene.text((end, rows.top - 24.0), Anchor::End, TICK, "summaries");
-    scene.text((end, rows.top - 11.0), Anchor::End, TICK, "per query");
+/// Draws the names of changes, the reason where a change was not measured, and summaries per query where there are any.
+fn labels(scene: &mut Scene, rows: &Rows, ablation: &Ablation, (first, right): (Area, f64)) {
+    let (end, base) = (MARGIN + CONTENT, &ablation.base.record.variant);
+    if !ablation.recalls() {
+        scene.text((end, rows.top - 24.0), Anchor::End, TICK, "summaries");
+        scene.text((end, rows.top - 11.0), Anchor::End, TICK, "per query");
+    }
     for (heading, y) in &rows.headings {
         scene.line((MARGIN, y - ROW / 2.0), (end, y - ROW / 2.0), Ink::Grid, HAIR);
         scene.text((MARGIN, *y), Anchor::Start, GROUP, *heading);
@@ -191,7 +196,9 @@ fn labels(scene: &mut Scene, rows: &Rows, base: &str, (first, right): (Area, f64
     for (change, y) in &rows.changes {
         let name = shorten(&change.value, LABEL, NAMES - 12.0);
         scene.text((MARGIN + 10.0, *y), Anchor::Start, LABEL, name);
-        scene.text((end, *y), Anchor::End, LABEL, format!("{:.2}", change.summaries_per_query));
+        if !ablation.recalls() {
+            scene.text((end, *y), Anchor::End, LABEL, format!("{:.2}", change.summaries_per_query));
+        }
         if change.score.is_none() {
             let why = match &change.same_as {
                 Some(same) if same == base => "reads the same as the base: not measured".into(),

@@ -105,7 +105,8 @@ fn share_of<'a>(records: impl IntoIterator<Item = &'a VariantRecord>) -> Option<
 fn read_line(header: &Header, probed: &EvalSetRecord, texts: usize, questions: usize) -> String {
     let mut parts = vec![];
     if texts > 0 {
-        let of = format!("last {} positions of each after prefill", probed.positions);
+        let how = if probed.stepwise { "in decode steps" } else { "after prefill" };
+        let of = format!("last {} positions of each {how}", probed.positions);
         parts.push(format!("{} ({of})", count([texts], "text")));
     }
     if questions > 0 {

@@ -73,8 +73,8 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     args.eval_set.check()?;
     args.out.as_deref().map(|out| check_replaceable(out, LAYERS)).transpose()?;
     args.plans.as_deref().map(check_plans).transpose()?;
-    let probed = args.eval_set.record();
-    let rank_by = match (args.rank_by, probed.tasks.is_empty()) {
+    let text_alone = args.eval_set.wanted_tasks().is_empty();
+    let rank_by = match (args.rank_by, text_alone) {
         (Some(RankBy::Answers), true) => {
             return Err(Error::usage("--rank-by", "`answers` needs tasks; give --tasks, or --rank-by text"))
         }
@@ -82,14 +82,15 @@ pub fn run(args: &LayersArgs) -> Result<()> {
         (None, true) => RankBy::Text,
         (None, false) => RankBy::Answers,
     };
-    if args.rank == RankMethod::Heads && probed.tasks.is_empty() {
+    if args.rank == RankMethod::Heads && text_alone {
         return Err(Error::usage("--rank", "`heads` needs answers to observe; give --tasks"));
     }
     let target = args.eval.open(&progress)?;
     args.eval.check_trained(&target, &[args.eval_set.ctx], &bars)?;
     let (_, base) = args.eval.one_retrofit(&target, args.eval_set.ctx)?;
     let keep = counts(&args.keep, base.layers.len())?;
-    let eval_set = args.eval_set.eval_set(&target, &args.eval, &bars)?;
+    let probed = args.eval_set.record(&base);
+    let eval_set = args.eval_set.eval_set((&target, &base), &args.eval, &bars)?;
     let ranking = eval_set.only(rank_by == RankBy::Text);
     let after = if args.rank == RankMethod::Rounds { rounds::scores_after_first(base.layers.len()) } else { 0 };
     let total = eval_set.tokens() * (1 + base.layers.len() + keep.len()) + ranking.tokens() * after;

@@ -1,10 +1,13 @@
 //! Table of an ablation: one row per change, with its bytes and its paired differences from the base.
 
-use super::{columns, extrapolated};
+use super::{columns, extrapolated, stepwise};
 use crate::cli::short_count;
 use crate::eval::report::{Ablation, Estimate, Score, TextScore};
 
-/// Renders `ablation` in the order in which it was run.
+/// Column with summaries per query.
+const SUMMARIES: usize = 3;
+
+/// Renders `ablation` in the order in which it was run; without summaries where the base has exact recall.
 pub fn ablation_table(ablation: &Ablation) -> String {
     let show = |e: Option<Estimate>, decimals| match e {
         Some(e) => e.show(decimals) + if e.differs() { " *" } else { "" },
@@ -38,6 +41,9 @@ pub fn ablation_table(ablation: &Ablation) -> String {
         }
         rows.push(row);
     }
+    if ablation.recalls() {
+        rows.iter_mut().for_each(|row| drop(row.remove(SUMMARIES)));
+    }
     columns(&rows)
         + &format!(
             "differences from {} at {}, paired over {} texts and {} questions, with 95% intervals; * where they exclude 0\n",
@@ -46,5 +52,6 @@ pub fn ablation_table(ablation: &Ablation) -> String {
             base.texts.len(),
             base.answers.len()
         )
+        + stepwise(&ablation.probed)
         + &extrapolated(&ablation.header, [ablation.probed.ctx])
 }

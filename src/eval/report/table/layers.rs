@@ -1,6 +1,6 @@
 //! Tables of a layer study: layers by falling sensitivity, then scores by layers kept dense.
 
-use super::{columns, extrapolated};
+use super::{columns, extrapolated, stepwise};
 use crate::eval::report::{
     by_sensitivity, sensitivity, Estimate, LayerScore, LayerStudy, RankBy, RetrievalHead, Score,
 };
@@ -49,6 +49,6 @@ pub fn layers_table(study: &LayerStudy) -> String {
         ),
     };
     let kept: Vec<String> = study.order.iter().map(usize::to_string).collect();
-    let remark = extrapolated(&study.header, [study.probed.ctx]);
+    let remark = stepwise(&study.probed).to_string() + &extrapolated(&study.header, [study.probed.ctx]);
     format!("{}\n{}layers, most sensitive first: {}\n{heads}{remark}", columns(&rows), columns(&curve), kept.join(", "))
 }

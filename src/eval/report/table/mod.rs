@@ -18,6 +18,7 @@ pub use max_context::max_context_table;
 pub use positions::positions_table;
 pub use smoke::smoke_table;
 
+use super::eval_set::EvalSetRecord;
 use super::header::Header;
 use super::trained::extrapolated;
 
@@ -36,6 +37,14 @@ fn columns(rows: &[impl AsRef<[String]>]) -> String {
         out.push('\n');
     }
     out
+}
+
+/// Formats the line below a table whose compared positions were all read in decode steps; empty for others.
+fn stepwise(probed: &EvalSetRecord) -> &'static str {
+    match probed.stepwise {
+        true => "every compared position is a decode step: prefill under exact recall is the stock model's\n",
+        false => "",
+    }
 }
 
 /// Formats the line below a table of a model with random weights; empty for real weights.
