@@ -212,8 +212,8 @@ impl Layout {
     /// Fits the codes of layers with exact recall to `calibration`, or takes those of `fits`.
     ///
     /// # Errors
-    /// The calibration was made with another number of sinks, lacks a layer, or is at natural positions, which the key code
-    /// cannot use.
+    /// The calibration was made with another number of sinks, lacks a layer, or is at natural positions, which the key
+    /// code cannot use.
     pub fn calibrated(
         mut self,
         (calibration, fits): (&Calibration, &Fits),

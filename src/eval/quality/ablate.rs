@@ -25,8 +25,8 @@ use std::path::PathBuf;
 /// The flags of `ablate`.
 #[derive(Debug, Args)]
 pub struct AblateArgs {
-    /// Settings to change, one at a time, comma-separated [default: partner,window,sinks,block,pool,bias,count; of exact
-    /// recall: recall,code,rest,window,sinks,block]
+    /// Settings to change, one at a time, comma-separated [default: partner,window,sinks,block,pool,bias,count, or
+    /// recall,code,rest,window,sinks,block with exact recall]
     ///
     /// Exact recall is calibrated anew for each number of sinks.
     #[arg(long, value_name = "LIST", value_delimiter = ',')]

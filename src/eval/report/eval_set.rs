@@ -22,8 +22,8 @@ pub struct EvalSetRecord {
     pub seed: u64,
     /// Whether questions were rendered with the model's chat template.
     pub chat: bool,
-    /// Whether the prefilled positions were read in decode steps too, by every variant and by stock: prefill under exact
-    /// recall is the stock model's, and tells nothing.
+    /// Whether the prefilled positions were read in decode steps too, by every variant and by stock: prefill under
+    /// exact recall is the stock model's, and tells nothing.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stepwise: bool,
 }
