@@ -218,7 +218,7 @@ impl Settings {
         Some(self).filter(|s| s.recall > 0)
     }
 
-    /// Returns the context length up to which exact recall reads every token exactly, `(w + 1) B + S + k`: its layers
+    /// Returns the context length up to which exact recall reads every token exactly, window, sinks and `k`: its layers
     /// are dense there.
     pub fn exact_tokens(&self) -> usize {
         self.near_rows().saturating_add(self.sink_tokens).saturating_add(self.recall)

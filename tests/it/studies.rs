@@ -112,7 +112,7 @@ fn settings_of_recall_are_changed_one_at_a_time_and_all_are_measured() -> Any {
             _ => {}
         }
     }
-    let wide = of(AblationAxis::Window).last().and_then(|c| c.score.as_ref()).ok_or("no window of 128")?;
+    let wide = of(AblationAxis::Window).next_back().and_then(|c| c.score.as_ref()).ok_or("no window of 128")?;
     assert!(kl(wide) < kl(&found.base), "a window of 128 reads more exactly than one of 16");
     Ok(())
 }
