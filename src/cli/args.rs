@@ -268,7 +268,7 @@ pub struct RetrofitArgs {
     pub recall: Option<usize>,
     /// Code of the keys that recall chooses tokens by, with its size in bits per channel
     ///
-    /// pair:2bit, pair:1.5bit, pair:1.25bit, pair:1bit, pair:1/2bit; qpq:2bit, qpq:1bit, qpq:1/2bit; scalar2, page and
+    /// pair:1.5bit, pair:2bit, pair:1.25bit, pair:1bit, pair:1/2bit; qpq:2bit, qpq:1bit, qpq:1/2bit; scalar2, page and
     /// exact are for comparison [default: pair:1.5bit]
     #[arg(long, value_name = "CODE[:SIZE]")]
     pub key_code: Option<String>,

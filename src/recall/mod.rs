@@ -214,12 +214,12 @@ mod tests {
     #[test]
     fn names_and_rates_are_parsed_and_refused_by_name() {
         let default = KeyCodeChoice::parse("pair").unwrap();
-        assert_eq!((default.code.name(), default.rate), ("pair", Some(1.0)));
+        assert_eq!((default.code.name(), default.rate), ("pair", Some(1.5)));
         assert_eq!(KeyCodeChoice::parse("pair:1/2bit").unwrap().bytes(64), 4);
         assert_eq!(KeyCodeChoice::parse("pair:2bit").unwrap().bytes(128), 32);
         for (text, words) in [
             ("pairs", "`pairs` is not one of pair, qpq, scalar2, page, exact"),
-            ("pair:3bit", "`3bit` is not a size of `pair`: give one of 1bit, 1.25bit, 1.5bit, 2bit, 1/2bit"),
+            ("pair:3bit", "`3bit` is not a size of `pair`: give one of 1.5bit, 2bit, 1.25bit, 1bit, 1/2bit"),
             ("exact:1bit", "`exact` has one size"),
             ("", "`` is not one of"),
         ] {

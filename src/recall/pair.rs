@@ -18,11 +18,11 @@ impl KeyCode for Pair {
     }
 
     fn rates(&self) -> &'static [f64] {
-        &[1.0, 1.25, 1.5, 2.0, 0.5]
+        &[1.5, 2.0, 1.25, 1.0, 0.5]
     }
 
     fn bytes(&self, dim: usize, rate: Option<f64>) -> usize {
-        ((dim as f64 * rate.unwrap_or(1.0) / 8.0).ceil() as usize).max(1)
+        ((dim as f64 * rate.unwrap_or(1.5) / 8.0).ceil() as usize).max(1)
     }
 
     fn fit(&self, keys: &KeyStatistics, rate: Option<f64>) -> Arc<dyn HeadCode> {

@@ -179,9 +179,9 @@ mod tests {
         };
         assert_eq!(of(AblationAxis::Recall), ["512", "2048"]);
         let codes = [
-            "pair:1.25bit",
-            "pair:1.5bit",
             "pair:2bit",
+            "pair:1.25bit",
+            "pair:1bit",
             "pair:1/2bit",
             "qpq:1bit",
             "qpq:2bit",
@@ -190,7 +190,7 @@ mod tests {
             "page",
             "exact",
         ];
-        assert_eq!(of(AblationAxis::Code), codes, "all but the base's, which is pair:1bit by its default");
+        assert_eq!(of(AblationAxis::Code), codes, "all but the base's, which is pair:1.5bit by its default");
         assert_eq!(of(AblationAxis::Rest), ["means", "none"]);
         assert_eq!(of(AblationAxis::Window), ["128", "256", "1024", "2048", "4096"]);
         assert_eq!((of(AblationAxis::Sinks).len(), of(AblationAxis::Block).len()), (4, 4));
