@@ -231,7 +231,7 @@ fn unknown_and_contradicting_options_are_refused() -> Any {
     s.flags(&["--partner", "all"], &["--partner", "--recall 0"]);
     s.flags(&["--stock", "--recall", "9"], &["--stock", "--recall"]);
     s.flags(&["--key-code", "pear"], &["--key-code", "pair, qpq, scalar2, page, exact"]);
-    s.flags(&["--key-code", "pair:5bit"], &["--key-code", "1bit, 2bit, 1/2bit"]);
+    s.flags(&["--key-code", "pair:5bit"], &["--key-code", "1.5bit, 2bit, 1.25bit, 1bit, 1/2bit"]);
     s.flags(&["--rest", "all"], &["--rest", "codes, means, none"]);
     s.flags(&["--shift-unit", "0"], &["--shift-unit"]);
     s.flags(&["--summary-bias", "nan"], &["--summary-bias"]);

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 /// A base that fetches a few of the 150 tokens left of its window.
-const RECALL: &str = "recall:block=8,window=16,recall=8";
+const RECALL: &str = "recall:block=8,window=16,window-align=block,recall=8";
 
 /// Calibrations of the models of this file, each made once.
 fn cache() -> &'static Path {
@@ -83,11 +83,13 @@ fn layers_are_ranked_by_decode_steps_with_recall_and_plans_keep_some_dense() -> 
 
 #[test]
 fn settings_of_recall_are_changed_one_at_a_time_and_all_are_measured() -> Any {
-    // Heads of 16 channels: with 8, codes of a half and of one bit take one byte alike.
+    // Heads of 16 channels, and a base of one bit: with 8 channels a half bit takes the same byte, and 1.25 bits take the
+    // three bytes of 1.5.
     let (dir, model) = (tempfile::tempdir()?, golden("qwen3"));
     let out = dir.path().join("ablation.json");
     let name = out.to_string_lossy().into_owned();
-    let args = ["ablate", "--out", &name, "--variants", RECALL, "--axes", "recall,code,rest,window,block"];
+    let base = format!("{RECALL},key-code=pair:1bit");
+    let args = ["ablate", "--out", &name, "--variants", &base, "--axes", "recall,code,rest,window,block"];
     let shown = quality(&model, &args).assert().success();
     let stdout = String::from_utf8_lossy(&shown.get_output().stdout).into_owned();
     assert!(stdout.contains("every compared position is a decode step") && !stdout.contains("summaries"), "{stdout}");
@@ -155,7 +157,7 @@ fn axes_and_contexts_without_effect_are_refused_by_name() {
         refused(&["ablate", "--axes", &format!("window,{axis}")], &[&words, "--variants recall", "partner, window"]);
     }
     for command in ["layers", "ablate"] {
-        let all = "recall:block=8,window=16,recall=172";
+        let all = "recall:block=8,window=16,window-align=block,recall=172";
         refused(&[command, "--variants", all], &["--ctx: 200", "cover up to 200", "every layer is dense"]);
         refused(&[command, "--variants", "recall,retrofit"], &["--variants", "give exactly one retrofit"]);
     }
