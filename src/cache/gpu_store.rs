@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Exact keys and values in page-locked memory, `[G, ctx, 2, D]`.
+/// Exact keys and values in host memory, `[G, ctx, 2, D]`.
 #[derive(Debug)]
 pub struct GpuStore {
     /// The memory; `None` only while the store is dropped.

@@ -6,14 +6,14 @@
 //! The variant `stock` reads question and answer as one prefill: its divergence is the rounding error of the model.
 
 use super::eval_args::EvalArgs;
-use super::gate::{self, Gate};
+use super::gate::{Gate, GateArgs};
 use super::metrics::{compare, LogitRows, TOP};
 use super::prompting::{answer_logits, PromptIds, Prompter, Reading};
 use super::runner::{shared_progress, Runner, Workers};
 use super::smoke::{document_score, entry};
 use super::tasks::{self, Prose, Sample, SampleKey, Sources, Task, WordLists};
 use crate::cli::{at_least_one, parse_size, print, Bars};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::eval::report::table::smoke_table;
 use crate::eval::report::{check_replaceable, hash, save, AnswerSettings, DocumentScore, KvBytes, Smoke, SMOKE};
 use crate::eval::variant::{recalls, Variant};
@@ -49,13 +49,9 @@ pub struct FidelityArgs {
     /// Samples read in parallel over one copy of the weights, each with its own caches.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
     pub jobs: usize,
-    /// Lower bounds of metrics.
-    #[arg(long, value_name = "METRIC=VALUE", help = gate::help())]
-    pub fail_below: Vec<String>,
-    /// Exit with code 1 where a metric's mean over samples is above a value for any variant, such as kl=0.1. May be
-    /// repeated. Metrics: as for --fail-below.
-    #[arg(long, value_name = "METRIC=VALUE")]
-    pub fail_above: Vec<String>,
+    /// Bounds of metrics.
+    #[command(flatten)]
+    pub gates: GateArgs,
     /// Write the results to FILE.json with every sample, gzip-compressed where the name ends in .gz; an earlier file of
     /// the same kind is replaced.
     #[arg(long, value_name = "FILE.json")]
@@ -80,7 +76,7 @@ struct Prompted {
 pub fn run(args: &FidelityArgs) -> Result<()> {
     let bars = Bars::new(args.eval.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
-    let gates = Gate::parse(&args.fail_below, &args.fail_above)?;
+    let gates = args.gates.parse()?;
     args.out.as_deref().map(|out| check_replaceable(out, SMOKE)).transpose()?;
     let tasks = tasks::named(&args.tasks)?;
     let target = args.eval.open(&progress)?;
@@ -155,10 +151,10 @@ fn one(
 ) -> Result<Vec<(DocumentScore, KvBytes)>> {
     let chunk = args.eval.prefill_chunk;
     let ctx = args.ctx.max(prompt.tokens() + sample.room());
-    let mut stock = runner.stock(ctx, |run| prompting.read_context(run, prompt, on_tokens))?;
+    let stock = runner.stock(ctx, |run| prompting.read_context(run, prompt, on_tokens))?;
     let decode = Reading::Steps(Phase::Decode);
     let quiet = &mut |_: usize| ();
-    let answers = forked(runner, &mut stock, &Variant::stock(), |run| {
+    let answers = runner.branch(&stock, &Variant::stock(), |run| {
         prompting.answer_tokens(run, prompt, (sample.max_new_tokens, Phase::Decode), quiet)
     })?;
     let ids = answers.concat();
@@ -169,14 +165,14 @@ fn one(
         let logits = answer_logits(run, (prompt, &answers), (chunk, reading), &mut |_| ())?;
         Ok((LogitRows::of(&logits)?, KvBytes::of(run.cache())))
     };
-    let (reference, _) = forked(runner, &mut stock, &Variant::stock(), |run| logits(run, decode))?;
+    let (reference, _) = runner.branch(&stock, &Variant::stock(), |run| logits(run, decode))?;
     let scores = variants.iter().map(|variant| {
         let reading = match variant.method {
             Method::Stock => Reading::AtOnce,
             _ => Reading::Steps(variant.question),
         };
         let (rows, kv) = match runner.forks(variant, ctx)? {
-            true => forked(runner, &mut stock, variant, |run| logits(run, reading))?,
+            true => runner.branch(&stock, variant, |run| logits(run, reading))?,
             false => runner.run(variant, ctx, |run| {
                 prompting.read_context(run, prompt, &mut |_| ())?;
                 logits(run, reading)
@@ -194,15 +190,4 @@ fn one(
         Ok((score, kv))
     });
     scores.collect()
-}
-
-/// Calls `f` with a fork of `stock` as `variant`, which may be stock too, so that `stock` stays at the context's end.
-fn forked<T>(runner: &Runner, stock: &mut Run, variant: &Variant, f: impl FnOnce(&mut Run) -> Result<T>) -> Result<T> {
-    match variant.method {
-        Method::Stock => {
-            let own = || Error::new(crate::error::ErrorKind::Backend, "fork", "the stock model's cache is not dense");
-            f(&mut stock.fork(Method::Stock)?.ok_or_else(own)?)
-        }
-        _ => runner.fork(stock, variant, f),
-    }
 }

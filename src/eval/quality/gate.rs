@@ -3,9 +3,32 @@
 use crate::cli::short_count;
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::report::{DocumentMetric, Estimate, Smoke, METRICS};
+use clap::Args;
+
+/// Flags of gates; a sample of a task counts as a document.
+#[derive(Debug, Args)]
+pub struct GateArgs {
+    /// Lower bounds of metrics.
+    #[arg(long, value_name = "METRIC=VALUE", help = help())]
+    pub fail_below: Vec<String>,
+    /// Exit with code 1 where a metric's mean over documents is above a value for any variant and context, such as
+    /// kl=0.1. May be repeated. Metrics: as for --fail-below.
+    #[arg(long, value_name = "METRIC=VALUE")]
+    pub fail_above: Vec<String>,
+}
+
+impl GateArgs {
+    /// Parses the gates of both flags.
+    ///
+    /// # Errors
+    /// Those of [`Gate::parse`].
+    pub fn parse(&self) -> Result<Vec<Gate>> {
+        Gate::parse(&self.fail_below, &self.fail_above)
+    }
+}
 
 /// Returns the help text of `--fail-below`.
-pub fn help() -> String {
+fn help() -> String {
     format!(
         "Exit with code 1 where a metric's mean over documents is below a value for any variant and context, such as \
          top1=0.9. May be repeated. Metrics: {}",

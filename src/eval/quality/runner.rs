@@ -64,11 +64,19 @@ impl Runner {
     /// A variant that needs a prefill of its own ([`Runner::forks`]), and the errors of `f`; the message names the
     /// variant.
     pub fn fork<T>(&self, stock: &mut Run, variant: &Variant, f: impl FnOnce(&mut Run) -> Result<T>) -> Result<T> {
+        match variant.method {
+            Method::Stock => f(stock).map_err(|e| e.within(format!("{} at {}", variant.name, stock.cache().ctx()))),
+            _ => self.branch(stock, variant, f),
+        }
+    }
+
+    /// Calls `f` with a fork of `stock` as `variant`, the stock model included, so that `stock` does not change.
+    ///
+    /// # Errors
+    /// Those of [`Runner::fork`].
+    pub fn branch<T>(&self, stock: &Run, variant: &Variant, f: impl FnOnce(&mut Run) -> Result<T>) -> Result<T> {
         let ctx = stock.cache().ctx();
         let run = || {
-            if variant.method == Method::Stock {
-                return f(stock);
-            }
             let own = || Error::new(ErrorKind::Backend, "fork", "needs a prefill of its own");
             f(&mut stock.fork(&variant.method).map_err(shared)?.ok_or_else(own)?)
         };

@@ -5,7 +5,7 @@
 
 use super::documents::{Documents, Excerpt};
 use super::eval_args::EvalArgs;
-use super::gate::{self, Gate};
+use super::gate::{Gate, GateArgs};
 use super::metrics::{compare, LogitRows, PositionMetrics, TOP};
 use super::runner::Runner;
 use crate::cli::{at_least_one, parse_size, print, short_count, Bars};
@@ -35,13 +35,9 @@ pub struct SmokeArgs {
     /// Greedy new tokens after each text, compared with stock's.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = at_least_one)]
     pub greedy: usize,
-    /// Lower bounds of metrics.
-    #[arg(long, value_name = "METRIC=VALUE", help = gate::help())]
-    pub fail_below: Vec<String>,
-    /// Exit with code 1 where a metric's mean over documents is above a value for any variant and context, such as
-    /// kl=0.1. May be repeated. Metrics: as for --fail-below.
-    #[arg(long, value_name = "METRIC=VALUE")]
-    pub fail_above: Vec<String>,
+    /// Bounds of metrics.
+    #[command(flatten)]
+    pub gates: GateArgs,
     /// Write the results to FILE.json with every document, gzip-compressed where the name ends in .gz; an earlier file
     /// of the same kind is replaced.
     #[arg(long, value_name = "FILE.json")]
@@ -92,7 +88,7 @@ struct VariantOutput {
 pub fn run(args: &SmokeArgs) -> Result<()> {
     let bars = Bars::new(args.eval.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
-    let gates = Gate::parse(&args.fail_below, &args.fail_above)?;
+    let gates = args.gates.parse()?;
     args.out.as_deref().map(|out| check_replaceable(out, SMOKE)).transpose()?;
     let contexts = args.contexts()?;
     let target = args.eval.open(&progress)?;
