@@ -3,8 +3,8 @@
 //   scores[h, i] = factor q_h . k^_i - near_h, for all heads h of the KV head at once;
 //   slices[h, s] = the largest score of slice s, and the sum of exp relative to it (base 2).
 //
-// Shapes  recall_scan_HEADS_BYTES: HEADS (4, 8) heads to a thread block, key codes of BYTES (8, 16, 32) bytes, at most 6 bits a
-//         channel, levels that are sums over their bits; recall_scan_HEADS_any: codes of any length.
+// Shapes  recall_scan_HEADS_BYTES: HEADS (4, 8) heads to a thread block, key codes of BYTES (8, 12, 16, 24, 32) bytes,
+//         at most 6 bits a channel, levels that are sums over their bits; recall_scan_HEADS_any: codes of any length.
 // Launch  grid (slice_count + 1, G, ceil(group / HEADS)), 1024 threads, dynamic shared memory
 //         20 KiB; for _any ceil4(bytes) (512 HEADS + 96 HEADS) + 4 D HEADS + 4096 bytes. One multiprocessor holds one block.
 //
@@ -233,10 +233,12 @@ __device__ inline void mma_bytes(int (&c)[4], const uint32_t (&a)[4], uint32_t b
 }
 
 // Codes of 4 WORDS bytes. Rows of a product: 16 tokens, two neighbours in rows r and r + 8; columns: heads.
+// Of four lanes with a token in common each holds one word or two; of codes of 12 and 24 bytes the fourth holds none.
 template <int HEADS, int WORDS> struct Bits {
-  static constexpr int OWN = WORDS == 8 ? 2 : 1, PLANES = WORDS == 2 ? 4 : 8;  // words of a lane, bits of each byte it takes
+  static constexpr int OWN = WORDS > 4 ? 2 : 1, PLANES = WORDS == 2 ? 4 : 8;  // words of a lane, bits of each byte it takes
+  static constexpr int HOLDERS = WORDS == 2 ? 4 : WORDS / OWN;                 // lanes of four that hold a word
   static constexpr int STEPS = OWN * PLANES / 2, PARTS = HEADS == 8 ? 2 : 1;   // products of 32 bits; high and low apart
-  static constexpr int BITS = 32 * WORDS, COLUMNS = 2 * HEADS, GROUPS = WORDS == 8 ? 2 : 4;
+  static constexpr int BITS = 32 * WORDS, COLUMNS = 2 * HEADS, GROUPS = WORDS > 4 ? 2 : 4;
   static constexpr int TILE = GROUPS * 16;     // tokens of a warp at a time
   static constexpr int VALUES = HEADS / 4;     // heads of a lane
   struct Shared {
@@ -279,8 +281,8 @@ template <int HEADS, int WORDS> struct Bits {
       const int f = i / HEADS, h = i % HEADS;
       const RecallField field = fields[f];
       int byte = 0;  // the last whose first field is not beyond f
-      for (int step = 2 * WORDS; step > 0; step /= 2)
-        if (first[byte + step] <= f) byte += step;
+      for (int step = 16; step > 0; step /= 2)
+        if (byte + step < 4 * WORDS && first[byte + step] <= f) byte += step;
       const float x = h < slice.heads ? q[h * p.dim + field.channel] * p.factor * scale[field.channel] : 0.f;
       for (int j = 0; j < field.bits; j++) s.terms_of[byte * 8 + field.shift + j][h] = 2.f * x * s.terms[field.bits][j];
     }
@@ -314,7 +316,7 @@ template <int HEADS, int WORDS> struct Bits {
   // This lane's words of two neighbours, for a warp's tile from token `at` on.
   // (Rows up to a multiple of 64 are allocated; what lies beyond the far positions is not used.)
   __device__ void load(uint32_t (&words)[GROUPS][2][OWN], const uint8_t *codes, int at, int until) const {
-    if (at >= until) return;
+    if (at >= until || quad >= HOLDERS) return;
 #pragma unroll
     for (int u = 0; u < GROUPS; u++)
 #pragma unroll
@@ -352,8 +354,9 @@ template <int HEADS, int WORDS> struct Bits {
       for (int step = 0; step < STEPS; step++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
-          b[part][step][i] = s.columns[part * 8 + row][((WORDS == 2 ? quad / 2 * 4 : 0) + step % (PLANES / 2) * 2 + i) * WORDS +
-                                                       (WORDS == 2 ? quad % 2 : quad * OWN + step / (PLANES / 2))];
+          b[part][step][i] = quad >= HOLDERS ? 0
+              : s.columns[part * 8 + row][((WORDS == 2 ? quad / 2 * 4 : 0) + step % (PLANES / 2) * 2 + i) * WORDS +
+                                          (WORDS == 2 ? quad % 2 : quad * OWN + step / (PLANES / 2))];
     const int half = quad / 2 * 4, mine = HEADS == 4 ? (quad < 2 ? 2 * quad : 2 * quad - 3) : 2 * quad;  // the first of this lane's heads
     const bool high = quad < 2;
     const int of_own = high ? 256 : 1, of_other = high ? 1 : 256;
@@ -464,7 +467,9 @@ template <int HEADS, int WORDS> struct Bits {
 #define LENGTHS(HEADS)                                   \
   INSTANCE(recall_scan_##HEADS##_any, TABLES(HEADS))     \
   INSTANCE(recall_scan_##HEADS##_8, BITS(HEADS, 2))      \
+  INSTANCE(recall_scan_##HEADS##_12, BITS(HEADS, 3))     \
   INSTANCE(recall_scan_##HEADS##_16, BITS(HEADS, 4))     \
+  INSTANCE(recall_scan_##HEADS##_24, BITS(HEADS, 6))     \
   INSTANCE(recall_scan_##HEADS##_32, BITS(HEADS, 8))
 LENGTHS(4)
 LENGTHS(8)

@@ -90,12 +90,13 @@ fn recall_on_the_gpu_is_the_cpus() -> Any {
 fn steps_of_the_last_layer_are_the_cpus_but_for_ties() -> Any {
     let Some(device) = gpu("steps_of_the_last_layer_are_the_cpus_but_for_ties") else { return Ok(()) };
     let words = text(520);
-    for name in ["llama", "qwen2", "qwen3_d128", "gemma3"] {
+    for name in ["llama", "qwen2", "qwen3_d128", "gemma3", "llama3_rope", "llama_linear"] {
         let (on_cpu, on_gpu) = both_devices(name, &device, Storage::F32)?;
         // What follows a changed choice in this layer alone is the same again.
         let full = on_cpu.spec().attention().filter(|(_, a)| a.kind == AttentionKind::Full);
         let last = full.map(|(i, _)| i).last().ok_or("a layer")?;
-        for (k, key_code) in [(1, "pair:1bit"), (40, "pair:1bit"), (40, "pair:2bit"), (40, "pair:1/2bit")] {
+        let rates = ["pair:1bit", "pair:2bit", "pair:1.5bit", "pair:1.25bit", "pair:1/2bit"];
+        for (k, key_code) in std::iter::once((1, "pair:1bit")).chain(rates.map(|rate| (40, rate))) {
             let settings = Settings { key_code: key_code.into(), ..settings(k, RestKind::None) };
             let steps = |model: &Model| -> Any<(Tensor, Option<(u64, f64)>)> {
                 let plan = RetrofitPlan::new(model.spec(), Some(vec![last]), settings.clone())?;

@@ -217,7 +217,7 @@ impl Cut {
 
 /// Returns the bytes of a key code, where `recall_scan` has a kernel for that number.
 fn length_of(p: &Recall) -> Option<i32> {
-    Some(p.bytes).filter(|bytes| [8, 16, 32].contains(bytes))
+    Some(p.bytes).filter(|bytes| [8, 12, 16, 24, 32].contains(bytes))
 }
 
 /// Dynamic shared memory of `recall_scan` for `heads` heads to a thread block, bytes.
