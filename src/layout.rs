@@ -9,6 +9,7 @@
 //! | sliding | any | [`LayerKind::Sliding`] | `min(window, ctx)` | |
 //! | full | stock, or not in the plan | [`LayerKind::Full`] | `ctx` | |
 //! | full | in the plan, `recall` 0 | [`LayerKind::Butterfly`] | `min((w + 1) B, ctx)` | sinks, summaries of its stage |
+//! | full | in its `butterfly_layers` | [`LayerKind::Butterfly`] | the same | the same |
 //! | full | in the plan, `recall` k | [`LayerKind::Recall`] | `(w + 1) B` | sinks, codes; all rows in host memory |
 //! | full | the same, `ctx ≤ k + S + (w + 1) B` | [`LayerKind::Full`] | `ctx` | |
 //! | full | eviction | [`LayerKind::Evict`] | by the rule | last queries that the rule observes |
@@ -95,7 +96,7 @@ pub struct ButterflyLayer {
     pub settings: Settings,
     /// Block grid of the context.
     pub grid: Grid,
-    /// Index among the swapped layers, `j`.
+    /// Index among the layers with block summaries, `j`.
     pub ordinal: usize,
     /// Trained length in positions: the largest distance of a summary under `--far-position clamp`.
     pub trained: usize,
@@ -167,7 +168,7 @@ impl Layout {
         let rule = method.plan().map(|plan| selector::find(&plan.settings.partner)).transpose()?;
         let swapped = |i: usize| {
             let (plan, rule) = method.plan().zip(rule)?;
-            let layer = ButterflyLayer::new(&plan.settings, rule, plan.ordinal(i)?, ctx);
+            let layer = ButterflyLayer::new(&plan.settings, rule, plan.summary_ordinal(i)?, ctx);
             let mut layer = ButterflyLayer { trained: spec.max_positions, ..layer };
             if full_pools {
                 layer.summary_rows = layer.grid.readable();
@@ -180,7 +181,7 @@ impl Layout {
                 AttentionKind::Full => (
                     ctx,
                     match &method {
-                        Method::Butterfly(plan) if plan.settings.recall > 0 && plan.ordinal(i).is_some() => {
+                        Method::Butterfly(plan) if plan.recalls(i) => {
                             let layer = RecallLayer::new(&plan.settings, ctx)?;
                             let by_summaries = plan.settings.prefill == PrefillKind::Butterfly;
                             layer.map_or(LayerKind::Full, |layer| {

@@ -106,6 +106,9 @@ pub struct Settings {
     pub rest: RestKind,
     /// How layers with recall read a prompt.
     pub prefill: PrefillKind,
+    /// Swapped layers that have summaries instead of recall, ascending; the others recall.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub butterfly_layers: Vec<usize>,
 }
 
 impl Default for Settings {
@@ -126,6 +129,7 @@ impl Default for Settings {
             key_code: "pair:1.5bit".into(),
             rest: RestKind::Codes,
             prefill: PrefillKind::Exact,
+            butterfly_layers: vec![],
         }
     }
 }
@@ -151,7 +155,7 @@ impl Settings {
             }
         }
         // Exact recall alone knows windows that are not of whole blocks.
-        let any = self.recall > 0 && self.window_align == WindowAlign::Token && self.prefill == PrefillKind::Exact;
+        let any = self.recall > 0 && self.window_align == WindowAlign::Token && !self.summarises();
         if !any && !self.window.is_multiple_of(self.block) {
             let below = self.window / self.block * self.block;
             let hint = format!("{} or {}", below, below + self.block);
@@ -181,6 +185,9 @@ impl Settings {
         KeyCodeChoice::parse(&self.key_code)?;
         if self.recall > 0 {
             self.validate_recall()?;
+        } else if !self.butterfly_layers.is_empty() {
+            let message = "makes no difference: recall is 0, so that every swapped layer has block summaries";
+            return fail("--butterfly-layers", message.into());
         }
         selector::find(&self.partner).map(|_| ())
     }
@@ -201,16 +208,21 @@ impl Settings {
             let message = format!("{} tokens are less than a block, of which --rest means needs one", self.window);
             return Err(Error::usage("--window", message));
         }
-        if let Some((flag, _)) = set.iter().find(|(_, set)| *set && self.prefill == PrefillKind::Exact) {
-            let message =
-                "is a setting of block summaries, which exact recall replaces; add --recall 0 to use them, or \
-                           --prefill butterfly to read the prompt by them";
+        if let Some((flag, _)) = set.iter().find(|(_, set)| *set && !self.summarises()) {
+            let message = "is a setting of block summaries, which exact recall replaces; add --recall 0 to use them, \
+                           --butterfly-layers to use them in some layers, or --prefill butterfly to read the prompt by \
+                           them";
             return Err(Error::usage(flag, message));
         }
         match self.recall > MAX_CONTEXT {
             true => Err(Error::usage("--recall", format!("{} tokens are more than the longest context", self.recall))),
             false => Ok(()),
         }
+    }
+
+    /// Returns whether layers read by block summaries although recall is on: some layers, or all of them the prompt.
+    fn summarises(&self) -> bool {
+        self.prefill == PrefillKind::Butterfly || !self.butterfly_layers.is_empty()
     }
 
     /// Returns the settings where exact recall is on.
@@ -330,8 +342,13 @@ impl RetrofitPlan {
         if self.layers.is_empty() {
             return Err(Error::usage("--layers", "names no layer to swap; use --stock to run the unmodified model"));
         }
-        if self.layers.windows(2).any(|pair| pair[0] >= pair[1]) {
+        let by_summaries = &self.settings.butterfly_layers;
+        if [&self.layers, by_summaries].iter().any(|list| list.windows(2).any(|pair| pair[0] >= pair[1])) {
             return Err(Error::usage("--plan", "lists its layers out of order or twice"));
+        }
+        if let Some(l) = by_summaries.iter().find(|l| self.ordinal(**l).is_none()) {
+            let message = format!("layer {l} is not swapped; swapped layers: {}", ranges(&self.layers));
+            return Err(Error::usage("--butterfly-layers", message));
         }
         let full = spec.full_layers();
         match self.layers.iter().find(|l| !full.contains(l)) {
@@ -349,6 +366,22 @@ impl RetrofitPlan {
     /// Returns the index of `layer` among the swapped layers, if it is one.
     pub fn ordinal(&self, layer: usize) -> Option<usize> {
         self.layers.binary_search(&layer).ok()
+    }
+
+    /// Returns whether `layer` has exact recall.
+    pub fn recalls(&self, layer: usize) -> bool {
+        self.settings.recall > 0
+            && self.ordinal(layer).is_some()
+            && self.settings.butterfly_layers.binary_search(&layer).is_err()
+    }
+
+    /// Returns the index of `layer` among the layers that read by block summaries, if it is one: its stage follows from
+    /// it.
+    pub fn summary_ordinal(&self, layer: usize) -> Option<usize> {
+        match self.settings.recall > 0 && self.settings.prefill == PrefillKind::Exact {
+            true => self.settings.butterfly_layers.binary_search(&layer).ok(),
+            false => self.ordinal(layer),
+        }
     }
 
     /// Reads a plan.

@@ -5,7 +5,7 @@ use crate::checkpoint::{OpenOptions, WeightDtype};
 use crate::error::{Error, Result};
 use crate::generate::Sampling;
 use crate::recall::Positions;
-use crate::retrofit::{FarPosition, KeyPooling, PrefillKind, RestKind, Settings, WindowAlign};
+use crate::retrofit::{parse_layers, FarPosition, KeyPooling, PrefillKind, RestKind, Settings, WindowAlign};
 use crate::selector::SELECTORS;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -221,7 +221,7 @@ fn partner_names() -> clap::builder::PossibleValuesParser {
 #[command(next_help_heading = "Retrofit")]
 pub struct RetrofitArgs {
     /// Run the unmodified model with dense attention.
-    #[arg(long, conflicts_with_all = ["layers", "plan", "block", "window", "window_align", "sink_tokens", "partner", "partner_count", "shift_unit", "pool", "summary_bias", "far_position", "recall", "key_code", "rest", "prefill"])]
+    #[arg(long, conflicts_with_all = ["layers", "plan", "block", "window", "window_align", "sink_tokens", "partner", "partner_count", "shift_unit", "pool", "summary_bias", "far_position", "recall", "key_code", "rest", "prefill", "butterfly_layers"])]
     pub stock: bool,
     /// Layers to swap: all (every full-attention layer) or a list such as 0-14,17-29 [default: all]
     #[arg(long, value_name = "all|LIST")]
@@ -279,6 +279,22 @@ pub struct RetrofitArgs {
     /// only, which is faster and loses quality [default: exact]
     #[arg(long)]
     pub prefill: Option<PrefillKind>,
+    /// Swapped layers that do not recall but read window and block summaries, which is faster and smaller, and forgets:
+    /// a list such as 3,5-7 [default: none]
+    #[arg(long, value_name = "LIST", value_parser = layer_list)]
+    pub butterfly_layers: Option<LayerList>,
+}
+
+/// A list of layers, ascending.
+#[derive(Debug, Clone)]
+pub struct LayerList(Vec<usize>);
+
+fn layer_list(text: &str) -> Result<LayerList, String> {
+    let bad = || format!("`{text}` is not a list of layers such as 3,5-7");
+    let mut layers = parse_layers(text).ok().flatten().ok_or_else(bad)?;
+    layers.sort_unstable();
+    layers.dedup();
+    Ok(LayerList(layers))
 }
 
 impl RetrofitArgs {
@@ -305,6 +321,7 @@ impl RetrofitArgs {
             key_code: self.key_code.clone().unwrap_or(base.key_code),
             rest: self.rest.unwrap_or(base.rest),
             prefill: self.prefill.unwrap_or(base.prefill),
+            butterfly_layers: self.butterfly_layers.as_ref().map_or(base.butterfly_layers, |list| list.0.clone()),
             seed: base.seed,
         }
     }

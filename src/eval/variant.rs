@@ -342,12 +342,13 @@ mod tests {
         // --stock is a variant of its own; the seed is a flag of sampling, too.
         let flags = command.get_arguments().filter_map(|a| a.get_long()).filter(|f| *f != "stock");
         assert_eq!(flags.chain(["seed"]).collect::<Vec<_>>(), keys);
-        let fields = serde_json::to_value(Settings { shift_unit: Some(1), ..Settings::default() }).unwrap();
+        let optional = Settings { shift_unit: Some(1), butterfly_layers: vec![1], ..Settings::default() };
+        let fields = serde_json::to_value(optional).unwrap();
         for field in fields.as_object().unwrap().keys().map(|k| k.replace('_', "-")) {
             assert!(keys.contains(&field), "{field} is not one of {keys:?}");
         }
         let list = "retrofit:block=64,window=128,window-align=token,sink-tokens=1,partner=random,partner-count=2,shift-unit=4,\
-                    pool=pre-rope,summary-bias=-0.5,far-position=clamp,seed=9,layers=1,3,recall=0,key-code=exact,rest=means,prefill=butterfly";
+                    pool=pre-rope,summary-bias=-0.5,far-position=clamp,seed=9,layers=1,3,recall=9,key-code=exact,rest=means,prefill=butterfly,butterfly-layers=3";
         let plan = parsed(list).unwrap()[0].method.plan().unwrap().clone();
         let want = Settings {
             block: 64,
@@ -361,10 +362,11 @@ mod tests {
             summary_bias: -0.5,
             far_position: FarPosition::Clamp,
             seed: 9,
-            recall: 0,
+            recall: 9,
             key_code: "exact".into(),
             rest: RestKind::Means,
             prefill: PrefillKind::Butterfly,
+            butterfly_layers: vec![3],
         };
         assert_eq!((plan.settings, plan.layers.as_slice()), (want, [1, 3].as_slice()));
     }
@@ -493,6 +495,9 @@ mod tests {
             ("recall:questions=exact", "`questions` is not a setting; settings are layers,"),
             ("retrofit:question=exact", "question: is a setting of recall; retrofit reads every question in one way"),
             ("snapkv:question=exact", "question: is a setting of recall; snapkv reads"),
+            ("recall:butterfly-layers=1-x", "butterfly-layers: `1-x` is not a list of layers such as 3,5-7"),
+            ("recall:layers=0-1,butterfly-layers=3", "--butterfly-layers: layer 3 is not swapped; swapped layers: 0-1"),
+            ("retrofit:butterfly-layers=1", "--butterfly-layers: makes no difference: recall is 0"),
             ("recall:kv=1/8", "`kv` sizes a window or a budget"),
             ("recall:key-code=pear", "--key-code: `pear` is not one of pair"),
             ("snapkv2:budget=9", "belongs to no"),

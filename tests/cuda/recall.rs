@@ -254,11 +254,16 @@ fn captured_recall_is_that_of_single_steps() -> Any {
     let words = text(640);
     for name in ["llama", "qwen2", "qwen3_d128", "gemma3"] {
         let (_, on_gpu) = both_devices(name, &device, Storage::BF16)?;
-        for (k, rest) in [(600, RestKind::Codes), (600, RestKind::None), (100, RestKind::Codes)] {
-            if k < 600 && !DAMPED.contains(&name) {
+        let full = on_gpu.spec().full_layers();
+        let mixed = Settings { butterfly_layers: full[..full.len() / 2].to_vec(), ..settings(600, RestKind::Codes) };
+        for settings in
+            [settings(600, RestKind::Codes), settings(600, RestKind::None), settings(100, RestKind::Codes), mixed]
+        {
+            if settings.recall < 600 && !DAMPED.contains(&name) {
                 continue;
             }
-            let plan = RetrofitPlan::new(on_gpu.spec(), None, settings(k, rest))?;
+            let (k, rest) = (settings.recall, settings.rest);
+            let plan = RetrofitPlan::new(on_gpu.spec(), None, settings)?;
             let mut run = Run::new(&on_gpu.weights, &plan, 700)?;
             run.prefill(&words[..480], 100, 1, &mut watch(|_| ()))?;
             assert!(run.captures(), "{name}, {rest:?}");

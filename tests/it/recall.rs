@@ -55,6 +55,33 @@ fn with_every_token_fetched_decode_is_dense_attention() -> Any {
 }
 
 #[test]
+fn layers_of_a_plan_are_dense_recall_or_have_summaries() -> Any {
+    let model = calibrated("qwen2")?;
+    let text = ids(520);
+    let of = |layers: &[usize], settings: Settings| RetrofitPlan::new(model.spec(), Some(layers.to_vec()), settings);
+    // Recall of every token is dense attention, so that layers 0 and 2 are those of the stock model; so is layer 3.
+    let mixed = Settings { partner_count: 2, butterfly_layers: vec![1], ..settings(520) };
+    let summaries = Settings { recall: 0, butterfly_layers: vec![], ..mixed.clone() };
+    for chunk in [37, 480] {
+        let want = read(&mut Run::new(&model.weights, &of(&[1], summaries.clone())?, 600)?, &text, 480, chunk)?;
+        let mut run = Run::new(&model.weights, &of(&[0, 1, 2], mixed.clone())?, 600)?;
+        let got = read(&mut run, &text, 480, chunk)?;
+        let off = deviation(&got, &want)?;
+        assert!(off < 1e-4, "chunks of {chunk}: {off:.2e} standard deviations off");
+        let kinds: Vec<bool> = run.layout().layers.iter().map(|l| l.butterfly().is_some()).collect();
+        assert_eq!((kinds, run.layout().recall().count()), (vec![false, true, false, false], 2));
+        assert!(!run.layout().prefills_exactly());
+        let stock = read(&mut Run::new(&model.weights, Method::Stock, 600)?, &text, 480, chunk)?;
+        assert!(deviation(&got, &stock)? > 1e-2, "summaries change what layer 1 reads");
+    }
+    // Stages go by the layers with summaries alone.
+    let plan = of(&[0, 1, 2, 3], Settings { butterfly_layers: vec![1, 3], ..mixed })?;
+    let layout = bfly::layout::Layout::new(model.spec(), &plan, 600)?;
+    assert_eq!(layout.butterfly().map(|l| l.ordinal).collect::<Vec<_>>(), [0, 1]);
+    Ok(())
+}
+
+#[test]
 fn prefill_is_exact_whatever_is_fetched() -> Any {
     let model = calibrated("qwen2")?;
     let text = ids(500);

@@ -13,6 +13,7 @@ use std::ops::Range;
 #[derive(Debug, Clone, PartialEq)]
 pub struct ReadSet {
     layers: Vec<usize>,
+    butterfly_layers: Vec<usize>,
     /// Window, alignment, sinks and block size, which determine the raw positions that are read.
     exact: (usize, String, usize, usize),
     /// Blocks whose summaries are read, per swapped layer and measured query block.
@@ -45,6 +46,7 @@ impl ReadSet {
         Ok(Self {
             recall: recall.transpose()?,
             layers: plan.layers.clone(),
+            butterfly_layers: s.butterfly_layers.clone(),
             exact: (s.window, format!("{:?}", s.window_align), s.sink_tokens, s.block),
             summaries: any.then(|| (s.pool, format!("{:?}", s.far_position), s.summary_bias.to_bits())),
             routes,
@@ -52,7 +54,7 @@ impl ReadSet {
         })
     }
 
-    /// Returns the mean number of summaries that a measured query reads per swapped layer; 0 under exact recall.
+    /// Returns the mean number of summaries that a measured query reads per butterfly layer; 0 where all others recall.
     pub fn summaries_per_query(&self) -> f64 {
         let of_layer = |blocks: &Vec<Vec<usize>>| -> usize {
             blocks.iter().zip(&self.queries).map(|(read, queries)| read.len() * queries).sum()

@@ -108,7 +108,11 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let tally = retrieval_heads(&eval_set, runners.first())?;
     (results.heads, results.head_steps) = (tally.heads(), tally.steps());
     let spec = target.checkpoint().spec.clone();
-    let plan = |layers| RetrofitPlan::new(&spec, Some(layers), Settings::clone(&base.settings));
+    let plan = |layers: Vec<usize>| {
+        let mut settings = Settings::clone(&base.settings);
+        settings.butterfly_layers.retain(|l| layers.contains(l));
+        RetrofitPlan::new(&spec, Some(layers), settings)
+    };
     // Every score is saved as soon as it is computed, so that an interruption loses none.
     let unfinished = Mutex::new(LayerStudy { judged: known.clone(), ..results.clone() });
     let on_score = |score: &Score| {
