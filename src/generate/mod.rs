@@ -117,13 +117,16 @@ impl Run {
         let mut done = 0;
         for piece in ids.chunks(chunk.max(1)) {
             let want: Vec<usize> = (from.saturating_sub(done)..piece.len()).collect();
+            let recalls = self.layout().recall().next().is_some();
             let logits = match phase {
-                Phase::Prefill => self.forward(piece, &want),
-                Phase::Decode => self.step(piece, &want),
+                Phase::Prefill => self.forward(piece, &want).map(|logits| vec![logits]),
+                // Layers with recall step token by token in any case, which a captured graph does with fewer launches.
+                Phase::Decode if recalls && self.captures() => self.read_rows(piece, want.first().copied()),
+                Phase::Decode => self.step(piece, &want).map(|logits| vec![logits]),
             };
             let logits = logits.map_err(|e| no_room(e, piece.len()))?;
             if !want.is_empty() {
-                parts.push(logits);
+                parts.extend(logits);
             }
             done += piece.len();
             if on_tokens(done).is_break() && done < ids.len() {
@@ -143,21 +146,36 @@ impl Run {
     /// Those of [`Run::forward`]; ids that do not fit the context or the vocabulary are refused before any work.
     pub fn read(&mut self, ids: &[u32]) -> Result<Tensor> {
         self.admit_ids(ids)?;
+        Ok(Tensor::cat(&self.read_rows(ids, Some(0))?, 0)?)
+    }
+
+    /// Processes `ids` one decode step at a time and returns the logits after each from index `first` on.
+    fn read_rows(&mut self, ids: &[u32], first: Option<usize>) -> Result<Vec<Tensor>> {
         let mut rows = vec![];
         let mut left = ids;
+        let wanted = |left: &[u32]| first.is_some_and(|first| ids.len() - left.len() >= first);
         #[cfg(feature = "cuda")]
         while !left.is_empty() {
-            let Some(graph) = graph::StepGraph::capture(self, &[])? else { break };
+            let Some(mut graph) = graph::StepGraph::capture(self, &[])? else { break };
             let (now, later) = left.split_at(left.len().min(self.cache().until_eviction()));
-            let read = graph.read(self, now);
-            rows.push(read.inspect_err(|e| self.poison(format!("a captured step failed: {e}")))?);
+            for id in now {
+                let logits = graph.read(self, *id);
+                let logits = logits.inspect_err(|e| self.poison(format!("a captured step failed: {e}")))?;
+                if wanted(left) {
+                    rows.push(logits.copy()?);
+                }
+                left = &left[1..];
+            }
             left = later;
         }
         while let Some((id, later)) = left.split_first() {
-            rows.push(self.step(&[*id], &[0])?);
+            let logits = self.step(&[*id], &[0])?;
+            if wanted(left) {
+                rows.push(logits);
+            }
             left = later;
         }
-        Ok(Tensor::cat(&rows, 0)?)
+        Ok(rows)
     }
 
     /// Whether decode from here replays a captured CUDA graph; otherwise it launches each step's kernels one by one.

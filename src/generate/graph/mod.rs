@@ -107,16 +107,12 @@ impl StepGraph {
         Ok(Some(Self { graph, gpu: gpu.clone(), state, tokens, logits, journal, _buffers: buffers }))
     }
 
-    /// Replays the step for each of `ids`, at most `Cache::until_eviction` of them, and returns the logits after each,
-    /// f32 `[ids.len(), vocab]`.
-    pub fn read(mut self, run: &mut Run, ids: &[u32]) -> Result<Tensor> {
-        let mut rows = vec![];
-        for id in ids {
-            self.step(run, *id)?;
-            rows.push(self.logits.copy()?);
-            run.cache_mut().advance_captured(1)?;
-        }
-        Ok(Tensor::cat(&rows, 0)?)
+    /// Replays the step for `id`, at most `Cache::until_eviction` times in all, and returns the logits after it,
+    /// f32 `[1, vocab]`, which the next step overwrites.
+    pub fn read(&mut self, run: &mut Run, id: u32) -> Result<Tensor> {
+        self.step(run, id)?;
+        run.cache_mut().advance_captured(1)?;
+        Ok(self.logits.clone())
     }
 
     /// Decodes from `first`, which is already delivered, until the requested count, a stop token, or a `Break` from
