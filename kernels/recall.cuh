@@ -61,8 +61,10 @@ struct RecallParams {
   int sinks, window_kind, window_size, window_count;
   int store_type, means_type; // 0: f32, 1: bf16, 2: f16
   float factor;               // of dot products
+  const float *read_mean, *read_scale;  // what key codes decode with; `mean` and `scale` write them
+  const __half *read_codebook;          // what value codes decode to; `codebook` writes them
 };
-MIRRORED(RecallParams, 344);
+MIRRORED(RecallParams, 368);
 FIELD(RecallParams, q, 0); FIELD(RecallParams, near_lse, 8); FIELD(RecallParams, near_out, 16);
 FIELD(RecallParams, out, 24); FIELD(RecallParams, key_codes, 32); FIELD(RecallParams, value_codes, 40);
 FIELD(RecallParams, codebook, 48); FIELD(RecallParams, means, 56); FIELD(RecallParams, mean, 64);
@@ -81,6 +83,7 @@ FIELD(RecallParams, slice_count, 292); FIELD(RecallParams, fetchers, 296); FIELD
 FIELD(RecallParams, block, 304); FIELD(RecallParams, blocks, 308); FIELD(RecallParams, sinks, 312);
 FIELD(RecallParams, window_kind, 316); FIELD(RecallParams, window_size, 320); FIELD(RecallParams, window_count, 324);
 FIELD(RecallParams, store_type, 328); FIELD(RecallParams, means_type, 332); FIELD(RecallParams, factor, 336);
+FIELD(RecallParams, read_mean, 344); FIELD(RecallParams, read_scale, 352); FIELD(RecallParams, read_codebook, 360);
 
 // Far positions begin .. end: from the first that is no sink to the window's left edge.
 struct Far {

@@ -195,7 +195,7 @@ template <int THREADS> struct Rest {
   // Reads the codebook alone.
   static __device__ void build(const RecallParams &p, char *table, int g, int subset) {
     const int subs = (p.dim + RECALL_SUB - 1) / RECALL_SUB, words = min(REST_WORDS, subs - subset * REST_WORDS);
-    const uint4 *book = (const uint4 *)(p.codebook + ((int64_t)g * subs + subset * REST_WORDS) * 256 * RECALL_SUB);
+    const uint4 *book = (const uint4 *)(p.read_codebook + ((int64_t)g * subs + subset * REST_WORDS) * 256 * RECALL_SUB);
     for (int i = threadIdx.x; i < REST_WORDS * 256; i += THREADS) {
       const bool any = i < words * 256;
       const uint4 lo = any ? book[2 * i] : make_uint4(0, 0, 0, 0), hi = any ? book[2 * i + 1] : make_uint4(0, 0, 0, 0);

@@ -124,7 +124,7 @@ template <int HEADS> struct Tables {
   __device__ int words() const { return (p.bytes + 3) / 4; }
 
   __device__ void build(const Slice &slice, float *factors, float *levels, float *constants) {
-    const float *q = p.q + (int64_t)slice.head0 * p.dim, *mean = p.mean + g * p.dim, *scale = p.scale + g * p.dim;
+    const float *q = p.q + (int64_t)slice.head0 * p.dim, *mean = p.read_mean + g * p.dim, *scale = p.read_scale + g * p.dim;
     const RecallField *fields = p.fields + g * p.dim;
     const int *first = p.first + g * (p.bytes + 1);
     for (int i = threadIdx.x; i < p.dim * HEADS; i += SCAN_THREADS) {
@@ -273,7 +273,7 @@ template <int HEADS, int WORDS> struct Bits {
   }
 
   __device__ void build(const Slice &slice) {
-    const float *q = p.q + (int64_t)slice.head0 * p.dim, *mean = p.mean + g * p.dim, *scale = p.scale + g * p.dim;
+    const float *q = p.q + (int64_t)slice.head0 * p.dim, *mean = p.read_mean + g * p.dim, *scale = p.read_scale + g * p.dim;
     const RecallField *fields = p.fields + g * p.dim;
     const int *first = p.first + g * (p.bytes + 1);
     const int count = first[4 * WORDS];

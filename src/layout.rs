@@ -21,7 +21,7 @@ use crate::method::Method;
 use crate::nn::Rope;
 use crate::ops::Window;
 use crate::recall::{Calibration, Fit, Fits, KeyCodeChoice, LayerTables, PAGE, SUB};
-use crate::retrofit::{PrefillKind, RestKind, Settings};
+use crate::retrofit::{CodeFit, PrefillKind, RestKind, Settings};
 use crate::selector::{self, Grid, Selector};
 use crate::spec::{AttentionKind, AttentionSpec, ModelSpec};
 use candle_core::DType;
@@ -501,6 +501,16 @@ impl RecallLayer {
         if self.settings.rest == RestKind::Codes {
             bytes.tables += (kv_heads * dim.div_ceil(SUB) * 256 * SUB * dtype.size_in_bytes().min(4)) as u64;
         }
+        if self.settings.code_fit == CodeFit::Text {
+            bytes.tables += self.fit_bytes(kv_heads, dim, dtype);
+        }
+    }
+
+    /// Returns the bytes of tables that follow the text: means, scales and sums of `pair` keys; codewords of values with
+    /// the number of values of each.
+    fn fit_bytes(&self, kv_heads: usize, dim: usize, dtype: DType) -> u64 {
+        let words = if self.settings.rest == RestKind::Codes { dim.div_ceil(SUB) * 256 } else { 0 };
+        (kv_heads * (dim * (2 * 4 + 5 * 8) + words * (SUB * dtype.size_in_bytes().min(4) + 4))) as u64
     }
 
     fn rows_read(&self, positions: Range<usize>) -> usize {

@@ -67,6 +67,17 @@ pub enum PrefillKind {
     Butterfly,
 }
 
+/// What codes of exact recall decode to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "snake_case")]
+pub enum CodeFit {
+    /// Means, scales and codewords of the calibration.
+    Calibration,
+    /// The same refitted to the keys and values of the prompt, for no bytes per token.
+    Text,
+}
+
 /// Tokens that each KV head fetches per decode step where recall is on and nothing else is said.
 pub const DEFAULT_RECALL: usize = 2048;
 
@@ -104,6 +115,8 @@ pub struct Settings {
     pub key_code: String,
     /// Estimate of the values of tokens that recall does not fetch.
     pub rest: RestKind,
+    /// What key codes of `pair` and value codes decode to.
+    pub code_fit: CodeFit,
     /// How layers with recall read a prompt.
     pub prefill: PrefillKind,
     /// Swapped layers that have summaries instead of recall, ascending; the others recall.
@@ -128,6 +141,7 @@ impl Default for Settings {
             recall: 0,
             key_code: "pair:1.5bit".into(),
             rest: RestKind::Codes,
+            code_fit: CodeFit::Calibration,
             prefill: PrefillKind::Exact,
             butterfly_layers: vec![],
         }

@@ -15,6 +15,8 @@ mod recall_codes;
 #[cfg(feature = "cuda")]
 mod recall_gpu;
 mod recall_kv;
+#[cfg(feature = "cuda")]
+mod recall_text;
 mod ring;
 mod sinks;
 mod two_pool;

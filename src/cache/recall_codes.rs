@@ -5,14 +5,19 @@ use crate::error::Result;
 use crate::layout::RecallLayer;
 use crate::ops::recall::Rest;
 use crate::ops::view;
-use crate::recall::LayerTables;
-use crate::retrofit::RestKind;
+use crate::recall::{HeadCode, KeyFit, LayerTables, ValueCode, ValueFit};
+use crate::retrofit::{CodeFit, RestKind};
 use std::sync::Arc;
 
 /// Key codes, and value codes or block means.
 #[derive(Debug)]
 pub struct CpuCodes {
+    /// What codes are written with.
     tables: Arc<LayerTables>,
+    /// What codes are read with.
+    read: LayerTables,
+    /// Sums of the text so far, by KV head; empty where codes stay those of the calibration.
+    fits: Vec<(KeyFit, ValueFit)>,
     /// `[positions, bytes]`.
     keys: Vec<Vec<u8>>,
     /// `[positions, bytes]`; empty without them.
@@ -31,7 +36,10 @@ impl CpuCodes {
     pub fn new(layer: &RecallLayer, tables: Arc<LayerTables>, dim: usize) -> Self {
         let (s, ctx) = (&layer.settings, layer.ctx);
         let of = |kind: RestKind| tables.values.iter().filter(move |_| s.rest == kind);
+        let fits = tables.keys.iter().filter(|_| s.code_fit == CodeFit::Text);
         Self {
+            read: LayerTables::clone(&tables),
+            fits: fits.map(|_| (KeyFit::new(dim), ValueFit::new(dim))).collect(),
             keys: tables.keys.iter().map(|k| vec![0; layer.coded() * k.bytes()]).collect(),
             values: of(RestKind::Codes).map(|v| vec![0; layer.coded() * v.bytes()]).collect(),
             means: of(RestKind::Means).map(|_| vec![0.0; ctx.div_ceil(s.block) * dim]).collect(),
@@ -89,13 +97,41 @@ impl CpuCodes {
         match self.rest {
             RestKind::None => Rest::None,
             RestKind::Means => Rest::Means { block: self.block, means: &rows.means },
-            RestKind::Codes => Rest::Codes { code: &self.tables.values, codes: &rows.codes },
+            RestKind::Codes => Rest::Codes { code: &self.read.values, codes: &rows.codes },
         }
     }
 
-    /// Returns the layer's codes.
-    pub fn tables(&self) -> &LayerTables {
-        &self.tables
+    /// Returns the codes that keys are scored with, by KV head.
+    pub fn key_codes(&self) -> &[Arc<dyn HeadCode>] {
+        &self.read.keys
+    }
+
+    /// Refits what codes decode to, to `tokens` positions more from `start` on, which are coded; sinks do not count.
+    ///
+    /// # Errors
+    /// A store for a GPU.
+    pub fn refit(&mut self, store: &HostStore, start: usize, tokens: usize) -> Result<()> {
+        let (from, to) = (start.max(self.sink_tokens), start + tokens);
+        if self.fits.is_empty() || from >= to {
+            return Ok(());
+        }
+        let rows = view(store.rows()?, "recall store")?;
+        let heads = self.fits.iter_mut().zip(rows.values::<f32>()?.chunks_exact(self.ctx * 2 * self.dim));
+        for (g, ((keys, values), exact)) in heads.enumerate() {
+            let part = |part: usize| -> Vec<f32> {
+                (from..to).flat_map(|p| &exact[(2 * p + part) * self.dim..][..self.dim]).copied().collect()
+            };
+            if let Some(code) = self.tables.keys[g].scalar() {
+                keys.add(code, &part(0), &self.keys[g][from * code.bytes..to * code.bytes]);
+                self.read.keys[g] = Arc::new(keys.fitted(code));
+            }
+            if let Some(codes) = self.values.get(g) {
+                let code: &ValueCode = &self.tables.values[g];
+                values.add(self.dim, &part(1), &codes[from * code.bytes()..to * code.bytes()]);
+                self.read.values[g] = values.fitted(code);
+            }
+        }
+        Ok(())
     }
 
     /// Returns the allocated bytes of key codes, and of value codes or means.

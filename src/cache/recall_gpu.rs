@@ -3,6 +3,7 @@
 
 use super::decoded_keys::DecodedKeys;
 use super::recall_kv::{Fetched, Workspace};
+use super::recall_text::TextTables;
 use super::GpuStore;
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::layout::{LayerPlan, RecallLayer};
@@ -25,6 +26,8 @@ pub struct GpuCodes {
     /// Means of values of whole blocks, `[G, blocks, D]`.
     means: Option<Tensor>,
     _tables: Tables,
+    /// `None` where codes stay those of the calibration.
+    text: Option<TextTables>,
     scratch: Arc<Scratch>,
     /// Positions that the previous step fetched, and how many, u32 `[G, k + 1]`.
     _previous: Tensor,
@@ -186,14 +189,20 @@ impl GpuCodes {
             window_size,
             window_count,
             means_type: kind(dtype)?,
+            read_mean: scalar(|t| t.mean.address),
+            read_scale: scalar(|t| t.scale.address),
+            read_codebook: address_or_null(on_device.codebook.as_ref())?,
             ..Recall::default()
         };
+        let text = TextTables::new(layer, tables, codes.as_deref(), plan.row(), on)?;
+        text.as_ref().map(|text| text.enter(&mut base)).transpose()?;
         let cut = Cut::new(gpu, &base)?;
         let scratch = workspace.enter(&mut base, &cut, on)?;
         let previous = Tensor::zeros((kv_heads, s.recall + 1), DType::U32, on)?;
         let fetched = Tensor::zeros(2, DType::I64, on)?;
         (base.previous, base.fetched) = (address(&previous)?, address(&fetched)?);
-        Ok(Self { keys, values, means, _tables: on_device, scratch, _previous: previous, fetched, cut, base, dtype })
+        let (_tables, _previous) = (on_device, previous);
+        Ok(Self { keys, values, means, _tables, text, scratch, _previous, fetched, cut, base, dtype })
     }
 
     /// Returns the allocated bytes of key codes (of decoded keys where the code has no kernels), and of value codes or
@@ -271,6 +280,17 @@ impl GpuCodes {
             unsafe { launch.enqueue(false)? };
         }
         Ok(())
+    }
+
+    /// Refits what codes decode to, to a prompt's chunk from position `start` on, which is coded.
+    ///
+    /// # Shapes
+    /// `k`, `v` `[T, G, D]`.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn refit(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
+        self.text.as_mut().map_or(Ok(()), |text| text.refit(&self.base, (k, v), start))
     }
 
     /// Averages the values of the blocks that end within positions `new`, which `store` has, where kernels cannot read them.

@@ -190,7 +190,7 @@ impl RecallKv {
         matches!(&self.codes, Codes::Gpu(codes) if codes.captured())
     }
 
-    /// Stores `T` tokens from position `start` on, after attention.
+    /// Stores `T` tokens of a prompt from position `start` on, after attention.
     ///
     /// # Shapes
     /// `k`, `v` `[T, G, D]`, keys rotated.
@@ -198,6 +198,15 @@ impl RecallKv {
     /// # Errors
     /// Positions beyond the context.
     pub fn push(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
+        self.store_coded(k, v, start)?;
+        match &mut self.codes {
+            Codes::Cpu(codes) => codes.refit(&self.store, start, k.dim(0)?),
+            #[cfg(feature = "cuda")]
+            Codes::Gpu(codes) => codes.refit(k, v, start),
+        }
+    }
+
+    fn store_coded(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
         self.push_near(k, v, start)?;
         self.push_rows(k, v, start)?;
         match &mut self.codes {
@@ -240,7 +249,7 @@ impl RecallKv {
                 self.push_near(k, v, position)?;
                 self.push_rows(k, v, position)
             }
-            false => self.push(k, v, position),
+            false => self.store_coded(k, v, position),
         }
     }
 

@@ -5,7 +5,7 @@ use crate::checkpoint::{OpenOptions, WeightDtype};
 use crate::error::{Error, Result};
 use crate::generate::Sampling;
 use crate::recall::Positions;
-use crate::retrofit::{parse_layers, FarPosition, KeyPooling, PrefillKind, RestKind, Settings, WindowAlign};
+use crate::retrofit::{parse_layers, CodeFit, FarPosition, KeyPooling, PrefillKind, RestKind, Settings, WindowAlign};
 use crate::selector::SELECTORS;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -221,7 +221,7 @@ fn partner_names() -> clap::builder::PossibleValuesParser {
 #[command(next_help_heading = "Retrofit")]
 pub struct RetrofitArgs {
     /// Run the unmodified model with dense attention.
-    #[arg(long, conflicts_with_all = ["layers", "plan", "block", "window", "window_align", "sink_tokens", "partner", "partner_count", "shift_unit", "pool", "summary_bias", "far_position", "recall", "key_code", "rest", "prefill", "butterfly_layers"])]
+    #[arg(long, conflicts_with_all = ["layers", "plan", "block", "window", "window_align", "sink_tokens", "partner", "partner_count", "shift_unit", "pool", "summary_bias", "far_position", "recall", "key_code", "rest", "code_fit", "prefill", "butterfly_layers"])]
     pub stock: bool,
     /// Layers to swap: all (every full-attention layer) or a list such as 0-14,17-29 [default: all]
     #[arg(long, value_name = "all|LIST")]
@@ -275,6 +275,10 @@ pub struct RetrofitArgs {
     /// Estimate of the values of tokens that recall does not fetch [default: codes]
     #[arg(long)]
     pub rest: Option<RestKind>,
+    /// What the codes of keys and values decode to: text refits them to the prompt, which is closer to the stock model at
+    /// the same bytes per token [default: calibration]
+    #[arg(long)]
+    pub code_fit: Option<CodeFit>,
     /// How layers with recall read the prompt: exact reads all earlier tokens, butterfly the window and block summaries
     /// only, which is faster and loses quality [default: exact]
     #[arg(long)]
@@ -320,6 +324,7 @@ impl RetrofitArgs {
             recall: self.recall.unwrap_or(base.recall),
             key_code: self.key_code.clone().unwrap_or(base.key_code),
             rest: self.rest.unwrap_or(base.rest),
+            code_fit: self.code_fit.unwrap_or(base.code_fit),
             prefill: self.prefill.unwrap_or(base.prefill),
             butterfly_layers: self.butterfly_layers.as_ref().map_or(base.butterfly_layers, |list| list.0.clone()),
             seed: base.seed,

@@ -305,7 +305,7 @@ fn pairs(text: &str) -> Vec<(String, String)> {
 mod tests {
     use super::*;
     use crate::checkpoint::Checkpoint;
-    use crate::retrofit::{FarPosition, KeyPooling, PrefillKind, RestKind, WindowAlign, DEFAULT_RECALL};
+    use crate::retrofit::{CodeFit, FarPosition, KeyPooling, PrefillKind, RestKind, WindowAlign, DEFAULT_RECALL};
     use clap::Args;
 
     fn spec() -> ModelSpec {
@@ -348,7 +348,7 @@ mod tests {
             assert!(keys.contains(&field), "{field} is not one of {keys:?}");
         }
         let list = "retrofit:block=64,window=128,window-align=token,sink-tokens=1,partner=random,partner-count=2,shift-unit=4,\
-                    pool=pre-rope,summary-bias=-0.5,far-position=clamp,seed=9,layers=1,3,recall=9,key-code=exact,rest=means,prefill=butterfly,butterfly-layers=3";
+                    pool=pre-rope,summary-bias=-0.5,far-position=clamp,seed=9,layers=1,3,recall=9,key-code=exact,rest=means,code-fit=text,prefill=butterfly,butterfly-layers=3";
         let plan = parsed(list).unwrap()[0].method.plan().unwrap().clone();
         let want = Settings {
             block: 64,
@@ -365,6 +365,7 @@ mod tests {
             recall: 9,
             key_code: "exact".into(),
             rest: RestKind::Means,
+            code_fit: CodeFit::Text,
             prefill: PrefillKind::Butterfly,
             butterfly_layers: vec![3],
         };

@@ -104,7 +104,7 @@ fn far_on_cpu(
         far: (far.start, far.end),
         dim: p.head_dim,
         chosen: layer.settings.recall,
-        code: &codes.tables().keys,
+        code: codes.key_codes(),
         codes: &codes.keys(),
         exact: &exact,
         rest: codes.rest(&values),

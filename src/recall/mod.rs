@@ -19,6 +19,7 @@ mod pair;
 mod qpq;
 mod scalar;
 mod scalar2;
+mod text;
 mod value;
 
 pub use calibrate::{bundled, calibrate, joined, tokenise, LONGEST, TOKENS};
@@ -30,6 +31,7 @@ pub(crate) use lloyd::{levels, MOST_BITS};
 pub use moments::{HeadMoments, KeyStatistics, RotatedHead};
 pub use page::PAGE;
 pub use scalar::{Field, ScalarCode};
+pub use text::{KeyFit, ValueFit};
 pub use value::{ValueCode, SUB};
 
 use crate::error::{Error, Result};

@@ -174,7 +174,7 @@ impl ScalarCode {
         }
     }
 
-    fn level(&self, f: &Field, byte: u8) -> f32 {
+    pub(super) fn level(&self, f: &Field, byte: u8) -> f32 {
         levels(f.bits).levels[usize::from(byte) >> f.shift & ((1 << f.bits) - 1)]
     }
 }

@@ -50,6 +50,11 @@ impl ValueCode {
         Self { dim, norms: norms(&codebook, SUB), codebook }
     }
 
+    /// Returns the code with other codewords, `[bytes, 256, 16]`.
+    pub(super) fn with_words(&self, codebook: Vec<f32>) -> Self {
+        Self { dim: self.dim, norms: norms(&codebook, SUB), codebook }
+    }
+
     /// Returns the bytes per token.
     pub fn bytes(&self) -> usize {
         self.dim.div_ceil(SUB)

@@ -4,7 +4,7 @@ use super::*;
 use bfly::layout::Layout;
 use bfly::ops::Attended;
 use bfly::recall::{calibrate, Positions};
-use bfly::retrofit::{RestKind, RetrofitPlan, WindowAlign};
+use bfly::retrofit::{CodeFit, RestKind, RetrofitPlan, WindowAlign};
 use bfly::spec::AttentionKind;
 
 fn settings(recall: usize, rest: RestKind) -> Settings {
@@ -62,14 +62,14 @@ fn recall_on_the_gpu_is_the_cpus() -> Any {
     for name in DAMPED {
         let (on_cpu, on_gpu) = both_devices(name, &device, Storage::F32)?;
         for rest in [RestKind::Codes, RestKind::Means, RestKind::None] {
-            for (k, key_code, window_align) in [
-                (40, "pair:1bit", WindowAlign::Token),
-                (200, "pair:2bit", WindowAlign::Block),
-                (1, "pair:1/2bit", WindowAlign::Token),
-                (40, "pair:1.5bit", WindowAlign::Token),
+            for (k, key_code, window_align, code_fit) in [
+                (40, "pair:1bit", WindowAlign::Token, CodeFit::Calibration),
+                (200, "pair:2bit", WindowAlign::Block, CodeFit::Text),
+                (1, "pair:1/2bit", WindowAlign::Token, CodeFit::Calibration),
+                (40, "pair:1.5bit", WindowAlign::Token, CodeFit::Text),
             ] {
                 // Steps complete blocks that the prompt has begun, and later ones read their means.
-                let settings = Settings { key_code: key_code.into(), window_align, ..settings(k, rest) };
+                let settings = Settings { key_code: key_code.into(), window_align, code_fit, ..settings(k, rest) };
                 let want = read(&on_cpu, Some(&settings), &words, 437, 100)?;
                 let got = read(&on_gpu, Some(&settings), &words, 437, 100)?;
                 let off = deviation(&got, &want)?;

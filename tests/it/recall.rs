@@ -5,7 +5,7 @@ use bfly::eviction::EvictionPlan;
 use bfly::generate::watch;
 use bfly::method::Method;
 use bfly::recall::{calibrate, Calibration, Positions};
-use bfly::retrofit::{KeyPooling, PrefillKind, RestKind, RetrofitPlan, Settings, WindowAlign};
+use bfly::retrofit::{CodeFit, KeyPooling, PrefillKind, RestKind, RetrofitPlan, Settings, WindowAlign};
 use bfly::run::Run;
 use candle_core::Tensor;
 
@@ -140,7 +140,12 @@ fn a_prompt_after_a_decode_step_is_read_exactly() -> Any {
 fn decode_does_not_depend_on_how_the_prompt_was_cut() -> Any {
     let model = calibrated("llama")?;
     let text = ids(400);
-    for rest in [RestKind::Codes, RestKind::Means, RestKind::None] {
+    for (rest, code_fit) in [
+        (RestKind::Codes, CodeFit::Calibration),
+        (RestKind::Codes, CodeFit::Text),
+        (RestKind::Means, CodeFit::Text),
+        (RestKind::None, CodeFit::Calibration),
+    ] {
         for (k, key_code) in ([20, 21].into_iter().cycle()).zip([
             "pair:1bit",
             "pair:2bit",
@@ -150,12 +155,30 @@ fn decode_does_not_depend_on_how_the_prompt_was_cut() -> Any {
             "page",
             "exact",
         ]) {
-            let settings = Settings { rest, key_code: key_code.into(), ..settings(k) };
+            let settings = Settings { rest, code_fit, key_code: key_code.into(), ..settings(k) };
             let want = read(&mut run(&model, &settings, 600)?, &text, 380, 380)?;
             let got = read(&mut run(&model, &settings, 600)?, &text, 380, 7)?;
             let off = deviation(&got, &want)?;
-            assert!(off < 1e-3, "{rest:?}, {key_code}: {off:.2e} standard deviations off");
+            assert!(off < 1e-3, "{rest:?}, {code_fit:?}, {key_code}: {off:.2e} standard deviations off");
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn codes_fitted_to_the_text_are_nearer_to_the_stock_model() -> Any {
+    // A text of few tokens, which the calibration's documents are not.
+    let text: Vec<u32> = (0..520u32).map(|i| (i * i + 7 * i) % 23 + 3).collect();
+    for name in ["llama", "qwen2"] {
+        let model = calibrated(name)?;
+        let want = read(&mut Run::new(&model.weights, Method::Stock, 600)?, &text, 480, 480)?;
+        let mut off = vec![];
+        for code_fit in [CodeFit::Calibration, CodeFit::Text] {
+            let settings = Settings { code_fit, ..settings(20) };
+            let mut run = run(&model, &settings, 600)?;
+            off.push(deviation(&read(&mut run, &text, 480, 100)?, &want)?);
+        }
+        assert!(off[1] < 0.8 * off[0], "{name}: {:.2e} after {:.2e} standard deviations", off[1], off[0]);
     }
     Ok(())
 }
@@ -171,7 +194,7 @@ fn a_fork_of_the_stock_run_goes_on_as_a_run_that_prefilled_by_itself() -> Any {
         let mut plans = vec![plan(&full, Settings { key_code: "page".into(), ..settings(20) })?];
         for rest in [RestKind::Codes, RestKind::Means, RestKind::None] {
             plans.push(plan(&full, Settings { rest, ..settings(20) })?);
-            plans.push(plan(&full, Settings { rest, ..settings(21) })?);
+            plans.push(plan(&full, Settings { rest, code_fit: CodeFit::Text, ..settings(21) })?);
         }
         // Dense layers beside layers with recall, and recall of everything, which is dense.
         plans.extend([plan(&full[..1], settings(20))?, plan(&full, settings(600))?]);

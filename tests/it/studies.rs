@@ -3,7 +3,7 @@
 use crate::common::*;
 use assert_cmd::Command;
 use bfly::eval::report::{read, Ablation, AblationAxis, LayerStudy, Score, ABLATION, LAYERS};
-use bfly::retrofit::{RestKind, RetrofitPlan};
+use bfly::retrofit::{CodeFit, RestKind, RetrofitPlan};
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -89,7 +89,7 @@ fn settings_of_recall_are_changed_one_at_a_time_and_all_are_measured() -> Any {
     let out = dir.path().join("ablation.json");
     let name = out.to_string_lossy().into_owned();
     let base = format!("{RECALL},key-code=pair:1bit");
-    let args = ["ablate", "--out", &name, "--variants", &base, "--axes", "recall,code,rest,window,block"];
+    let args = ["ablate", "--out", &name, "--variants", &base, "--axes", "recall,code,rest,fit,window,block"];
     let shown = quality(&model, &args).assert().success();
     let stdout = String::from_utf8_lossy(&shown.get_output().stdout).into_owned();
     assert!(stdout.contains("every compared position is a decode step") && !stdout.contains("summaries"), "{stdout}");
@@ -111,6 +111,7 @@ fn settings_of_recall_are_changed_one_at_a_time_and_all_are_measured() -> Any {
         match change.axis {
             AblationAxis::Code => assert_eq!(settings.key_code, change.value),
             AblationAxis::Rest => assert_ne!(settings.rest, RestKind::Codes),
+            AblationAxis::Fit => assert_eq!(settings.code_fit, CodeFit::Text),
             _ => {}
         }
     }
@@ -150,9 +151,9 @@ fn axes_and_contexts_without_effect_are_refused_by_name() {
     };
     for axis in ["partner", "pool", "bias", "count"] {
         let words = format!("--axes: `{axis}` is a setting of block summaries");
-        refused(&["ablate", "--variants", RECALL, "--axes", axis], &[&words, "recall, code, rest, window"]);
+        refused(&["ablate", "--variants", RECALL, "--axes", axis], &[&words, "recall, code, rest, fit, window"]);
     }
-    for axis in ["recall", "code", "rest"] {
+    for axis in ["recall", "code", "rest", "fit"] {
         let words = format!("--axes: `{axis}` is a setting of exact recall");
         refused(&["ablate", "--axes", &format!("window,{axis}")], &[&words, "--variants recall", "partner, window"]);
     }

@@ -5,7 +5,7 @@ use crate::eval::kv_budget::widest_window;
 use crate::eval::report::AblationAxis;
 use crate::layout::Layout;
 use crate::recall::KeyCodeChoice;
-use crate::retrofit::{FarPosition, KeyPooling, RestKind, RetrofitPlan, Settings};
+use crate::retrofit::{CodeFit, FarPosition, KeyPooling, RestKind, RetrofitPlan, Settings};
 use crate::selector::SELECTORS;
 use crate::spec::ModelSpec;
 use candle_core::DType;
@@ -117,6 +117,11 @@ pub fn changes(
                 let kinds = kinds.into_iter().filter(|(_, rest)| *rest != s.rest);
                 all.extend(kinds.map(|(name, rest)| with(name.into(), Settings { rest, ..s.clone() })));
             }
+            AblationAxis::Fit => {
+                let fits = [("calibration", CodeFit::Calibration), ("text", CodeFit::Text)];
+                let fits = fits.into_iter().filter(|(_, fit)| *fit != s.code_fit);
+                all.extend(fits.map(|(name, code_fit)| with(name.into(), Settings { code_fit, ..s.clone() })));
+            }
         }
     }
     let covers = |s: &Settings| s.recall > 0 && ctx <= s.exact_tokens();
@@ -192,6 +197,7 @@ mod tests {
         ];
         assert_eq!(of(AblationAxis::Code), codes, "all but the base's, which is pair:1.5bit by its default");
         assert_eq!(of(AblationAxis::Rest), ["means", "none"]);
+        assert_eq!(of(AblationAxis::Fit), ["text"]);
         assert_eq!(of(AblationAxis::Window), ["128", "256", "1024", "2048", "4096"]);
         assert_eq!((of(AblationAxis::Sinks).len(), of(AblationAxis::Block).len()), (4, 4));
         for (axis, value, settings) in &all {
@@ -214,9 +220,9 @@ mod tests {
         for axis in [AblationAxis::Partner, AblationAxis::Pool, AblationAxis::Bias, AblationAxis::Count] {
             let e = refused(axis, true);
             let words = format!("--axes: `{}` is a setting of block summaries", axis.name());
-            assert!(e.contains(&words) && e.contains("recall, code, rest, window, sinks, block"), "{e}");
+            assert!(e.contains(&words) && e.contains("recall, code, rest, fit, window, sinks, block"), "{e}");
         }
-        for axis in [AblationAxis::Recall, AblationAxis::Code, AblationAxis::Rest] {
+        for axis in [AblationAxis::Recall, AblationAxis::Code, AblationAxis::Rest, AblationAxis::Fit] {
             let e = refused(axis, false);
             let words = format!("--axes: `{}` is a setting of exact recall", axis.name());
             assert!(e.contains(&words) && e.contains("give --variants recall"), "{e}");

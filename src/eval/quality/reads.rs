@@ -5,7 +5,7 @@
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::recall::KeyCodeChoice;
-use crate::retrofit::{KeyPooling, PrefillKind, RestKind, RetrofitPlan};
+use crate::retrofit::{CodeFit, KeyPooling, PrefillKind, RestKind, RetrofitPlan};
 use crate::spec::ModelSpec;
 use std::ops::Range;
 
@@ -22,8 +22,8 @@ pub struct ReadSet {
     queries: Vec<usize>,
     /// Pooling, far position and bias (as bits) of summaries; `None` where none is read.
     summaries: Option<(KeyPooling, String, u64)>,
-    /// Tokens fetched, key code, estimate of the rest and prefill of exact recall.
-    recall: Option<(usize, String, RestKind, PrefillKind)>,
+    /// Tokens fetched, key code, estimate of the rest, fit of the codes and prefill of exact recall.
+    recall: Option<(usize, String, RestKind, CodeFit, PrefillKind)>,
 }
 
 impl ReadSet {
@@ -41,7 +41,7 @@ impl ReadSet {
         let any = routes.iter().flatten().any(|r| !r.is_empty());
         let recall = s.recalls().map(|s| {
             let code = KeyCodeChoice::parse(&s.key_code)?.name();
-            Ok::<_, Error>((s.recall, code, s.rest, s.prefill))
+            Ok::<_, Error>((s.recall, code, s.rest, s.code_fit, s.prefill))
         });
         Ok(Self {
             recall: recall.transpose()?,

@@ -32,6 +32,8 @@ pub enum AblationAxis {
     Code,
     /// Estimate of the values of tokens that exact recall does not fetch.
     Rest,
+    /// What codes of exact recall decode to.
+    Fit,
 }
 
 impl AblationAxis {
@@ -48,13 +50,14 @@ impl AblationAxis {
             Self::Recall => "recall",
             Self::Code => "code",
             Self::Rest => "rest",
+            Self::Fit => "fit",
         }
     }
 
     /// Returns the settings that have an effect on a base, with or without exact recall.
     pub fn of_base(recalls: bool) -> &'static [Self] {
         match recalls {
-            true => &[Self::Recall, Self::Code, Self::Rest, Self::Window, Self::Sinks, Self::Block],
+            true => &[Self::Recall, Self::Code, Self::Rest, Self::Fit, Self::Window, Self::Sinks, Self::Block],
             false => &[Self::Partner, Self::Window, Self::Sinks, Self::Block, Self::Pool, Self::Bias, Self::Count],
         }
     }

@@ -77,17 +77,20 @@ pub(crate) struct Recall {
     pub store_type: i32,
     pub means_type: i32,
     pub factor: f32,
+    pub read_mean: u64,
+    pub read_scale: u64,
+    pub read_codebook: u64,
 }
 // SAFETY: numbers in C's layout.
 unsafe impl DeviceRepr for Recall {}
-crate::ops::cuda::mirrored!(Recall, 344, {
+crate::ops::cuda::mirrored!(Recall, 368, {
     q: 0, near_lse: 8, near_out: 16, out: 24, key_codes: 32, value_codes: 40, codebook: 48, means: 56, mean: 64,
     scale: 72, fields: 80, first: 88, levels: 96, scores: 104, slices: 112, weights: 120, histogram: 128, listed: 136,
     chosen: 144, counts: 152, bitmap: 160, lowest: 168, mass: 176, store: 184, own_k: 192, own_v: 200, parts: 208,
     counters: 216, previous: 224, fetched: 232, redone: 240, state: 248, position: 256, ctx: 260, rows: 264,
     own_rows: 268, heads: 272, kv_heads: 276, dim: 280, bytes: 284, k: 288, slice_count: 292, fetchers: 296,
     rest_slices: 300, block: 304, blocks: 308, sinks: 312, window_kind: 316, window_size: 320, window_count: 324,
-    store_type: 328, means_type: 332, factor: 336,
+    store_type: 328, means_type: 332, factor: 336, read_mean: 344, read_scale: 352, read_codebook: 360,
 });
 
 /// `EncodeParams` of kernels/recall_encode.cu.
@@ -124,6 +127,41 @@ crate::ops::cuda::mirrored!(Encode, 144, {
     k: 0, v: 8, key_codes: 16, value_codes: 24, codebook: 32, mean: 40, scale: 48, fields: 56, first: 64, levels: 72,
     store: 80, means: 88, tokens: 96, start: 100, ctx: 104, kv_heads: 108, dim: 112, bytes: 116, dtype: 120, rows: 124,
     block: 128, blocks: 132, sinks: 136,
+});
+
+/// `TextParams` of kernels/recall_text.cu.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Text {
+    pub k: u64,
+    pub v: u64,
+    pub key_codes: u64,
+    pub value_codes: u64,
+    pub mean: u64,
+    pub scale: u64,
+    pub read_mean: u64,
+    pub read_scale: u64,
+    pub fields: u64,
+    pub first: u64,
+    pub levels: u64,
+    pub lines: u64,
+    pub read_codebook: u64,
+    pub counts: u64,
+    pub tokens: i32,
+    pub start: i32,
+    pub ctx: i32,
+    pub kv_heads: i32,
+    pub dim: i32,
+    pub bytes: i32,
+    pub dtype: i32,
+    pub sinks: i32,
+}
+// SAFETY: numbers in C's layout.
+unsafe impl DeviceRepr for Text {}
+crate::ops::cuda::mirrored!(Text, 144, {
+    k: 0, v: 8, key_codes: 16, value_codes: 24, mean: 32, scale: 40, read_mean: 48, read_scale: 56, fields: 64, first: 72,
+    levels: 80, lines: 88, read_codebook: 96, counts: 104, tokens: 112, start: 116, ctx: 120, kv_heads: 124, dim: 128,
+    bytes: 132, dtype: 136, sinks: 140,
 });
 
 /// The number of an element type in `Recall::store_type`, `Recall::means_type` and `Encode::dtype`.
@@ -251,4 +289,26 @@ pub(crate) fn encode(gpu: &CudaDevice, p: Encode) -> Result<Launch> {
     let shared = 64 * (dim.max(16) + 1) * 4 + 64 * (p.bytes as usize).max(dim.div_ceil(16)) + 18432;
     let kernel = Kernel::load(gpu, "recall_encode", "recall_encode".into())?.shared(shared)?;
     Ok(Launch::new(kernel, (tokens.div_ceil(64), p.kv_heads as usize, 1), 256).with(p))
+}
+
+/// Returns the launches that refit what codes decode to, to a chunk that is coded: keys where `lines` is given, values
+/// where `counts` is.
+///
+/// # Errors
+/// A kernel that cannot be loaded; heads of more than 256 channels.
+pub(crate) fn text(gpu: &CudaDevice, p: Text) -> Result<Vec<Launch>> {
+    if p.dim > 256 {
+        let message = format!("text takes heads of up to 256 channels on a GPU, not {}", p.dim);
+        return Err(crate::error::Error::unsupported("--code-fit", message));
+    }
+    let kernel = |name: &str| Kernel::load(gpu, "recall_text", name.into());
+    let (kv_heads, subs) = (p.kv_heads as usize, (p.dim as usize).div_ceil(crate::recall::SUB));
+    let mut all = vec![];
+    if p.lines > 0 {
+        all.push(Launch::new(kernel("recall_text_keys")?, (kv_heads, 1, 1), 1024).with(p));
+    }
+    if p.counts > 0 {
+        all.push(Launch::new(kernel("recall_text_values")?, (subs, kv_heads, 1), 256).with(p));
+    }
+    Ok(all)
 }

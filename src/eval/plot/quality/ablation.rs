@@ -133,6 +133,7 @@ fn heading(axis: AblationAxis) -> &'static str {
         AblationAxis::Recall => "tokens fetched per KV head",
         AblationAxis::Code => "key code, bits per channel",
         AblationAxis::Rest => "estimate of the rest",
+        AblationAxis::Fit => "what codes decode to",
     }
 }
 
