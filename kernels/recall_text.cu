@@ -9,8 +9,8 @@
 // Shapes  k, v [T, G, D] in bf16, f16 or f32, positions start .. start + T; codes as in recall.cuh. D up to 256.
 // Launch  recall_text_keys: grid G, 1024 threads. recall_text_values: grid (ceil(D / 16), G), 256 threads.
 //
-// Values: a thread owns a codeword. It lists the chunk's tokens that have it, TILE at a time, and then reads their values:
-// with a list, loads of several tokens are in flight at once.
+// Values: a thread owns a codeword. It lists those of TEXT_TILE tokens that have it and then reads their values: with a
+// list, loads of several tokens are in flight at once.
 #include "recall.cuh"
 
 constexpr int TEXT_KEY_THREADS = 1024, TEXT_TILE = 4096;

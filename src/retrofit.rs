@@ -319,10 +319,12 @@ impl RetrofitPlan {
     ///
     /// # Errors
     /// Those of [`RetrofitPlan::check`].
-    pub fn new(spec: &ModelSpec, layers: Option<Vec<usize>>, settings: Settings) -> Result<Self> {
+    pub fn new(spec: &ModelSpec, layers: Option<Vec<usize>>, mut settings: Settings) -> Result<Self> {
         let mut layers = layers.unwrap_or_else(|| spec.full_layers());
-        layers.sort_unstable();
-        layers.dedup();
+        for list in [&mut layers, &mut settings.butterfly_layers] {
+            list.sort_unstable();
+            list.dedup();
+        }
         let plan = Self {
             schema_version: PLAN_VERSION,
             family: spec.family.clone(),

@@ -289,16 +289,13 @@ pub struct RetrofitArgs {
     pub butterfly_layers: Option<LayerList>,
 }
 
-/// A list of layers, ascending.
+/// A list of layers.
 #[derive(Debug, Clone)]
 pub struct LayerList(Vec<usize>);
 
 fn layer_list(text: &str) -> Result<LayerList, String> {
     let bad = || format!("`{text}` is not a list of layers such as 3,5-7");
-    let mut layers = parse_layers(text).ok().flatten().ok_or_else(bad)?;
-    layers.sort_unstable();
-    layers.dedup();
-    Ok(LayerList(layers))
+    parse_layers(text).ok().flatten().map(LayerList).ok_or_else(bad)
 }
 
 impl RetrofitArgs {

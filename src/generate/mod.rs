@@ -113,11 +113,11 @@ impl Run {
             ));
         }
         let from = ids.len() - last;
+        let recalls = self.layout().recall().next().is_some();
         let mut parts = vec![];
         let mut done = 0;
         for piece in ids.chunks(chunk.max(1)) {
             let want: Vec<usize> = (from.saturating_sub(done)..piece.len()).collect();
-            let recalls = self.layout().recall().next().is_some();
             let logits = match phase {
                 Phase::Prefill => self.forward(piece, &want).map(|logits| vec![logits]),
                 // Layers with recall step token by token in any case, which a captured graph does with fewer launches.

@@ -26,11 +26,11 @@ impl ValueCode {
     /// # Shapes
     /// `codebook [ceil(D / 16), 256, 16]`.
     pub fn new(dim: usize, codebook: Vec<f32>) -> Option<Self> {
-        (codebook.len() == dim.div_ceil(SUB) * WORDS * SUB).then(|| Self {
-            dim,
-            norms: norms(&codebook, SUB),
-            codebook,
-        })
+        (codebook.len() == dim.div_ceil(SUB) * WORDS * SUB).then(|| Self::of(dim, codebook))
+    }
+
+    fn of(dim: usize, codebook: Vec<f32>) -> Self {
+        Self { dim, norms: norms(&codebook, SUB), codebook }
     }
 
     /// Fits codewords to `values [n, D]` by k-means from evenly spaced values; the result depends on the values alone.
@@ -46,13 +46,12 @@ impl ValueCode {
             codewords::fit(&(0..n).flat_map(at).collect::<Vec<f32>>(), SUB)
         };
         let books: Vec<Vec<f32>> = (0..dim.div_ceil(SUB)).into_par_iter().map(book).collect();
-        let codebook = books.concat();
-        Self { dim, norms: norms(&codebook, SUB), codebook }
+        Self::of(dim, books.concat())
     }
 
     /// Returns the code with other codewords, `[bytes, 256, 16]`.
     pub(super) fn with_words(&self, codebook: Vec<f32>) -> Self {
-        Self { dim: self.dim, norms: norms(&codebook, SUB), codebook }
+        Self::of(self.dim, codebook)
     }
 
     /// Returns the bytes per token.
