@@ -506,11 +506,12 @@ impl RecallLayer {
         }
     }
 
-    /// Returns the bytes of tables that follow the text: means, scales and sums of `pair` keys; codewords of values with
-    /// the number of values of each.
+    /// Returns the bytes of tables that follow the text: means, scales and sums of keys; codewords of values with the
+    /// number of values of each.
     fn fit_bytes(&self, kv_heads: usize, dim: usize, dtype: DType) -> u64 {
+        let channels = if self.code.code.follows_text() { dim } else { 0 };
         let words = if self.settings.rest == RestKind::Codes { dim.div_ceil(SUB) * 256 } else { 0 };
-        (kv_heads * (dim * (2 * 4 + 5 * 8) + words * (SUB * dtype.size_in_bytes().min(4) + 4))) as u64
+        (kv_heads * (channels * (2 * 4 + 5 * 8) + words * (SUB * dtype.size_in_bytes().min(4) + 4))) as u64
     }
 
     fn rows_read(&self, positions: Range<usize>) -> usize {

@@ -151,7 +151,22 @@ impl Default for Settings {
 impl Settings {
     /// Returns the defaults of exact recall, chosen by measurement: docs/recall.md.
     pub fn recalling() -> Self {
-        Self { recall: DEFAULT_RECALL, window: 128, window_align: WindowAlign::Token, ..Self::default() }
+        Self {
+            recall: DEFAULT_RECALL,
+            window: 64,
+            window_align: WindowAlign::Token,
+            code_fit: CodeFit::Text,
+            ..Self::default()
+        }
+    }
+
+    /// Returns the settings with a window of whole blocks where exact recall reads means of blocks, which need it.
+    pub fn widened(self) -> Self {
+        let means = self.rest == RestKind::Means || self.summarises();
+        match self.recall > 0 && self.block > 0 && means {
+            true => Self { window: self.window.next_multiple_of(self.block), ..self },
+            false => self,
+        }
     }
 
     /// Checks the settings.

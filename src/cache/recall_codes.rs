@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::layout::RecallLayer;
 use crate::ops::recall::Rest;
 use crate::ops::view;
-use crate::recall::{HeadCode, KeyFit, LayerTables, ValueCode, ValueFit};
+use crate::recall::{HeadCode, KeyFit, LayerTables, ValueFit};
 use crate::retrofit::{CodeFit, RestKind};
 use std::sync::Arc;
 
@@ -14,8 +14,8 @@ use std::sync::Arc;
 pub struct CpuCodes {
     /// What codes are written with.
     tables: Arc<LayerTables>,
-    /// What codes are read with.
-    read: LayerTables,
+    /// What codes are read with: the same, unless they follow the text.
+    read: Arc<LayerTables>,
     /// Sums of the text so far, by KV head; empty where codes stay those of the calibration.
     fits: Vec<(KeyFit, ValueFit)>,
     /// `[positions, bytes]`.
@@ -38,7 +38,7 @@ impl CpuCodes {
         let of = |kind: RestKind| tables.values.iter().filter(move |_| s.rest == kind);
         let fits = tables.keys.iter().filter(|_| s.code_fit == CodeFit::Text);
         Self {
-            read: LayerTables::clone(&tables),
+            read: tables.clone(),
             fits: fits.map(|_| (KeyFit::new(dim), ValueFit::new(dim))).collect(),
             keys: tables.keys.iter().map(|k| vec![0; layer.coded() * k.bytes()]).collect(),
             values: of(RestKind::Codes).map(|v| vec![0; layer.coded() * v.bytes()]).collect(),
@@ -52,25 +52,40 @@ impl CpuCodes {
         }
     }
 
-    /// Codes `tokens` positions from `start` on, which are in `store`.
+    /// Codes `tokens` positions from `start` on, which are in `store`. Those of a prompt, but for sinks, are among the
+    /// tokens that codes which follow the text are refitted to.
     ///
     /// # Errors
     /// A store for a GPU.
-    pub fn push(&mut self, store: &HostStore, start: usize, tokens: usize) -> Result<()> {
+    pub fn push(&mut self, store: &HostStore, start: usize, tokens: usize, prompt: bool) -> Result<()> {
         let rows = view(store.rows()?, "recall store")?;
+        let (dim, from, end) = (self.dim, start.max(self.sink_tokens), start + tokens);
+        let fits = if prompt && from < end { self.fits.as_mut_slice() } else { &mut [] };
+        let mut fits = fits.iter_mut();
+        // Cloned once, when the first tokens of a text come.
+        let mut read = (fits.len() > 0).then(|| Arc::make_mut(&mut self.read));
         for (g, exact) in rows.values::<f32>()?.chunks_exact(self.ctx * 2 * self.dim).enumerate() {
             let row = |p: usize, part: usize| &exact[(2 * p + part) * self.dim..][..self.dim];
             let code = &self.tables.keys[g];
+            let mut fit = fits.next().zip(read.as_deref_mut());
             let first = start / code.page() * code.page();
-            let keys: Vec<f32> = (first..start + tokens).flat_map(|p| row(p, 0)).copied().collect();
+            let keys: Vec<f32> = (first..end).flat_map(|p| row(p, 0)).copied().collect();
             code.encode(&keys, &mut self.keys[g][first * code.bytes()..]);
+            if let (Some(((fit, _), read)), Some(code)) = (&mut fit, code.scalar()) {
+                fit.add(code, &keys[(from - first) * dim..], &self.keys[g][from * code.bytes..end * code.bytes]);
+                read.keys[g] = Arc::new(fit.fitted(code));
+            }
             if let Some(codes) = self.values.get_mut(g) {
                 let code = &self.tables.values[g];
-                let values: Vec<f32> = (start..start + tokens).flat_map(|p| row(p, 1)).copied().collect();
+                let values: Vec<f32> = (start..end).flat_map(|p| row(p, 1)).copied().collect();
                 code.encode(&values, &mut codes[start * code.bytes()..]);
+                if let Some(((_, fit), read)) = &mut fit {
+                    let codes = &codes[from * code.bytes()..end * code.bytes()];
+                    fit.add(&mut read.values[g], dim, &values[(from - start) * dim..], codes);
+                }
             }
             if let Some(means) = self.means.get_mut(g) {
-                for p in start.max(self.sink_tokens)..start + tokens {
+                for p in from..end {
                     let n = p / self.block;
                     // The block's far positions up to this one: sinks are not among them.
                     let count = (p + 1 - (n * self.block).max(self.sink_tokens)) as f32;
@@ -104,34 +119,6 @@ impl CpuCodes {
     /// Returns the codes that keys are scored with, by KV head.
     pub fn key_codes(&self) -> &[Arc<dyn HeadCode>] {
         &self.read.keys
-    }
-
-    /// Refits what codes decode to, to `tokens` positions more from `start` on, which are coded; sinks do not count.
-    ///
-    /// # Errors
-    /// A store for a GPU.
-    pub fn refit(&mut self, store: &HostStore, start: usize, tokens: usize) -> Result<()> {
-        let (from, to) = (start.max(self.sink_tokens), start + tokens);
-        if self.fits.is_empty() || from >= to {
-            return Ok(());
-        }
-        let rows = view(store.rows()?, "recall store")?;
-        let heads = self.fits.iter_mut().zip(rows.values::<f32>()?.chunks_exact(self.ctx * 2 * self.dim));
-        for (g, ((keys, values), exact)) in heads.enumerate() {
-            let part = |part: usize| -> Vec<f32> {
-                (from..to).flat_map(|p| &exact[(2 * p + part) * self.dim..][..self.dim]).copied().collect()
-            };
-            if let Some(code) = self.tables.keys[g].scalar() {
-                keys.add(code, &part(0), &self.keys[g][from * code.bytes..to * code.bytes]);
-                self.read.keys[g] = Arc::new(keys.fitted(code));
-            }
-            if let Some(codes) = self.values.get(g) {
-                let code: &ValueCode = &self.tables.values[g];
-                values.add(self.dim, &part(1), &codes[from * code.bytes()..to * code.bytes()]);
-                self.read.values[g] = values.fitted(code);
-            }
-        }
-        Ok(())
     }
 
     /// Returns the allocated bytes of key codes, and of value codes or means.

@@ -194,7 +194,7 @@ impl GpuCodes {
             read_codebook: address_or_null(on_device.codebook.as_ref())?,
             ..Recall::default()
         };
-        let text = TextTables::new(layer, tables, codes.as_deref(), plan.row(), on)?;
+        let text = TextTables::new(layer, codes.as_deref(), on_device.codebook.as_ref(), plan.row(), on)?;
         text.as_ref().map(|text| text.enter(&mut base)).transpose()?;
         let cut = Cut::new(gpu, &base)?;
         let scratch = workspace.enter(&mut base, &cut, on)?;
@@ -227,13 +227,14 @@ impl GpuCodes {
     }
 
     /// Codes the keys and values of a chunk from position `start` on and, where [`GpuCodes::stores_rows`], stores its rows.
+    /// Codes that follow the text are refitted to a chunk of a `prompt`.
     ///
     /// # Shapes
     /// `k`, `v` `[T, G, D]`.
     ///
     /// # Errors
     /// Positions beyond the context; the device fails.
-    pub fn push(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
+    pub fn push(&mut self, k: &Tensor, v: &Tensor, start: usize, prompt: bool) -> Result<()> {
         let (k, v) = (k.contiguous()?, v.contiguous()?);
         if let Keys::Decoded(keys) = &mut self.keys {
             keys.push(&k, start)?;
@@ -279,18 +280,10 @@ impl GpuCodes {
             // names.
             unsafe { launch.enqueue(false)? };
         }
-        Ok(())
-    }
-
-    /// Refits what codes decode to, to a prompt's chunk from position `start` on, which is coded.
-    ///
-    /// # Shapes
-    /// `k`, `v` `[T, G, D]`.
-    ///
-    /// # Errors
-    /// The device fails.
-    pub fn refit(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
-        self.text.as_mut().map_or(Ok(()), |text| text.refit(&self.base, (k, v), start))
+        match self.text.as_mut().filter(|_| prompt) {
+            Some(text) => text.refit(&self.base, (&k, &v), start),
+            None => Ok(()),
+        }
     }
 
     /// Averages the values of the blocks that end within positions `new`, which `store` has, where kernels cannot read them.

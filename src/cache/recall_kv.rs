@@ -198,21 +198,17 @@ impl RecallKv {
     /// # Errors
     /// Positions beyond the context.
     pub fn push(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
-        self.store_coded(k, v, start)?;
-        match &mut self.codes {
-            Codes::Cpu(codes) => codes.refit(&self.store, start, k.dim(0)?),
-            #[cfg(feature = "cuda")]
-            Codes::Gpu(codes) => codes.refit(k, v, start),
-        }
+        self.store_coded(k, v, start, true)
     }
 
-    fn store_coded(&mut self, k: &Tensor, v: &Tensor, start: usize) -> Result<()> {
+    /// Stores tokens; `prompt` tokens are among those that codes are refitted to.
+    fn store_coded(&mut self, k: &Tensor, v: &Tensor, start: usize, prompt: bool) -> Result<()> {
         self.push_near(k, v, start)?;
         self.push_rows(k, v, start)?;
         match &mut self.codes {
-            Codes::Cpu(codes) => codes.push(&self.store, start, k.dim(0)?),
+            Codes::Cpu(codes) => codes.push(&self.store, start, k.dim(0)?, prompt),
             #[cfg(feature = "cuda")]
-            Codes::Gpu(codes) => codes.push(k, v, start),
+            Codes::Gpu(codes) => codes.push(k, v, start, prompt),
         }
     }
 
@@ -249,7 +245,7 @@ impl RecallKv {
                 self.push_near(k, v, position)?;
                 self.push_rows(k, v, position)
             }
-            false => self.store_coded(k, v, position),
+            false => self.store_coded(k, v, position, false),
         }
     }
 

@@ -4,8 +4,8 @@ use crate::error::Result;
 use crate::layout::RecallLayer;
 use crate::ops::cuda::{address, device};
 use crate::ops::recall::{kind, text, Recall, Text};
-use crate::recall::{LayerTables, ScalarCode, SUB, WORDS};
-use crate::retrofit::{CodeFit, RestKind};
+use crate::recall::{ScalarCode, SUB};
+use crate::retrofit::CodeFit;
 use candle_core::{DType, Device, Tensor};
 
 /// Tables of a layer under [`CodeFit::Text`].
@@ -14,24 +14,25 @@ pub(super) struct TextTables {
     /// Means and scales that key codes decode with, f32 `[G, D]`, and sums over the keys, f64 `[G, 5, D]`; `None` without
     /// scalar codes.
     keys: Option<[Tensor; 3]>,
-    /// Codewords, f16 `[G, ceil(D / 16), 256, 16]`, and how many values each has, u32; `None` without value codes.
+    /// Codewords, f16 `[G · ceil(D / 16) · 256 · 16]`, and how many values each has, u32; `None` without value codes.
     values: Option<[Tensor; 2]>,
     sinks: usize,
 }
 
 impl TextTables {
-    /// Allocates the tables of `layer`, equal to the calibration's; `None` where codes stay those of the calibration.
+    /// Allocates the tables of `layer`, equal to those of the calibration's key `codes` and of its `codebook` of values; `None`
+    /// where codes stay those of the calibration.
     ///
     /// # Errors
     /// Too little memory.
     pub fn new(
         layer: &RecallLayer,
-        tables: &LayerTables,
         codes: Option<&[&ScalarCode]>,
+        codebook: Option<&Tensor>,
         (kv_heads, dim): (usize, usize),
         on: &Device,
     ) -> Result<Option<Self>> {
-        if layer.settings.code_fit == CodeFit::Calibration {
+        if layer.settings.code_fit == CodeFit::Calibration || (codes.is_none() && codebook.is_none()) {
             return Ok(None);
         }
         let keys = codes.map(|codes| -> Result<_> {
@@ -40,11 +41,8 @@ impl TextTables {
             let sums = Tensor::zeros((kv_heads, 5, dim), DType::F64, on)?;
             Ok([of(all(|c| &c.mean))?, of(all(|c| &c.scale))?, sums])
         });
-        let values = (layer.settings.rest == RestKind::Codes).then(|| -> Result<_> {
-            let shape = (kv_heads, dim.div_ceil(SUB), WORDS, SUB);
-            let words: Vec<f32> = tables.values.iter().flat_map(|v| v.codebook()).copied().collect();
-            let words = Tensor::from_vec(words, shape, on)?.to_dtype(DType::F16)?;
-            Ok([words, Tensor::zeros((kv_heads, shape.1, WORDS), DType::U32, on)?])
+        let values = codebook.map(|words| -> Result<_> {
+            Ok([words.copy()?, Tensor::zeros(words.elem_count() / SUB, DType::U32, on)?])
         });
         Ok(Some(Self { keys: keys.transpose()?, values: values.transpose()?, sinks: layer.settings.sink_tokens }))
     }
@@ -66,19 +64,18 @@ impl TextTables {
     /// Refits the tables to a prompt's chunk from position `start` on, which is coded in the layer of `p`.
     ///
     /// # Shapes
-    /// `k`, `v` `[T, G, D]`.
+    /// `k`, `v` `[T, G, D]`, contiguous.
     ///
     /// # Errors
     /// The device fails.
     pub fn refit(&mut self, p: &Recall, (k, v): (&Tensor, &Tensor), start: usize) -> Result<()> {
-        let (k, v) = (k.contiguous()?, v.contiguous()?);
         if start + k.dim(0)? <= self.sinks {
             return Ok(());
         }
         let of = |tensors: Option<&Tensor>| tensors.map_or(Ok(0), address);
         let p = Text {
-            k: address(&k)?,
-            v: address(&v)?,
+            k: address(k)?,
+            v: address(v)?,
             key_codes: p.key_codes,
             value_codes: p.value_codes,
             mean: p.mean,
@@ -100,7 +97,7 @@ impl TextTables {
             dtype: kind(k.dtype())?,
             sinks: p.sinks,
         };
-        for launch in text(device(&k)?, p)? {
+        for launch in text(device(k)?, p)? {
             // SAFETY: the addresses are those of tensors borrowed or held here, or in the layer of `p`, in the layouts that
             // the kernel's header names.
             unsafe { launch.enqueue(false)? };

@@ -233,7 +233,7 @@ pub struct RetrofitArgs {
     /// Block size in tokens; one summary stands for one block [default: 128]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     pub block: Option<usize>,
-    /// Exact local window in tokens, a multiple of the block size [default: 128; 512 with --recall 0]
+    /// Exact local window in tokens [default: 64; 128 where block means are read; 512 with --recall 0]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     pub window: Option<usize>,
     /// Alignment of the window's left edge: with block a query also reads the rest of its own block exactly [default:
@@ -275,8 +275,8 @@ pub struct RetrofitArgs {
     /// Estimate of the values of tokens that recall does not fetch [default: codes]
     #[arg(long)]
     pub rest: Option<RestKind>,
-    /// What the codes of keys and values decode to: text refits them to the prompt, which is closer to the stock model at
-    /// the same bytes per token [default: calibration]
+    /// What the codes of keys and values decode to: text refits them to the prompt, which is closer to the stock model;
+    /// calibration saves their second set of tables, 1/200 of a dense cache at 32k [default: text]
     #[arg(long)]
     pub code_fit: Option<CodeFit>,
     /// How layers with recall read the prompt: exact reads all earlier tokens, butterfly the window and block summaries
@@ -307,7 +307,7 @@ impl RetrofitArgs {
 
     /// Returns `base`, overridden by the flags that are set.
     pub fn settings(&self, base: Settings) -> Settings {
-        Settings {
+        let settings = Settings {
             block: self.block.unwrap_or(base.block),
             window: self.window.unwrap_or(base.window),
             window_align: self.window_align.unwrap_or(base.window_align),
@@ -325,6 +325,10 @@ impl RetrofitArgs {
             prefill: self.prefill.unwrap_or(base.prefill),
             butterfly_layers: self.butterfly_layers.as_ref().map_or(base.butterfly_layers, |list| list.0.clone()),
             seed: base.seed,
+        };
+        match self.window {
+            Some(_) => settings,
+            None => settings.widened(),
         }
     }
 }

@@ -387,6 +387,12 @@ mod tests {
         let recalls = |v: &Variant| v.method.plan().unwrap().settings.recall;
         let all = parsed("recall,recall:recall=512,rest=means,retrofit,retrofit:recall=64").unwrap();
         assert_eq!(all.iter().map(recalls).collect::<Vec<_>>(), [DEFAULT_RECALL, 512, 0, 64]);
+        // Means of blocks need a window of whole blocks, which is the default where they are read.
+        let list = "recall,recall:rest=means,recall:rest=means,block=32,recall:butterfly-layers=3,recall:prefill=butterfly,block=96";
+        let windows = parsed(list).unwrap();
+        let windows = windows.iter().map(|v| v.method.plan().unwrap().settings.window);
+        assert_eq!(windows.collect::<Vec<_>>(), [64, 128, 64, 128, 96]);
+        assert!(parsed("recall:rest=means,window=64").is_err());
         let settings = Settings { recall: 100, ..Settings::default() };
         let base = RetrofitPlan::new(&spec(), None, settings).unwrap();
         let all = parse(&["recall,retrofit".into()], Some(&base), &spec(), None).unwrap();

@@ -69,6 +69,11 @@ pub trait KeyCode: std::fmt::Debug + Sync {
         false
     }
 
+    /// Returns whether `--code-fit text` refits the code, which takes [`HeadCode::scalar`].
+    fn follows_text(&self) -> bool {
+        false
+    }
+
     /// Fits the code of one KV head.
     fn fit(&self, keys: &KeyStatistics, rate: Option<f64>) -> Arc<dyn HeadCode>;
 }

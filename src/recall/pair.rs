@@ -21,6 +21,10 @@ impl KeyCode for Pair {
         &[1.5, 2.0, 1.25, 1.0, 0.5]
     }
 
+    fn follows_text(&self) -> bool {
+        true
+    }
+
     fn bytes(&self, dim: usize, rate: Option<f64>) -> usize {
         ((dim as f64 * rate.unwrap_or(1.5) / 8.0).ceil() as usize).max(1)
     }

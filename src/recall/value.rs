@@ -49,9 +49,10 @@ impl ValueCode {
         Self::of(dim, books.concat())
     }
 
-    /// Returns the code with other codewords, `[bytes, 256, 16]`.
-    pub(super) fn with_words(&self, codebook: Vec<f32>) -> Self {
-        Self::of(self.dim, codebook)
+    /// Changes the codewords, `[bytes, 256, 16]`.
+    pub(super) fn edit(&mut self, change: impl FnOnce(&mut [f32])) {
+        change(&mut self.codebook);
+        self.norms = norms(&self.codebook, SUB);
     }
 
     /// Returns the bytes per token.

@@ -111,7 +111,7 @@ fn settings_of_recall_are_changed_one_at_a_time_and_all_are_measured() -> Any {
         match change.axis {
             AblationAxis::Code => assert_eq!(settings.key_code, change.value),
             AblationAxis::Rest => assert_ne!(settings.rest, RestKind::Codes),
-            AblationAxis::Fit => assert_eq!(settings.code_fit, CodeFit::Text),
+            AblationAxis::Fit => assert_eq!(settings.code_fit, CodeFit::Calibration),
             _ => {}
         }
     }

@@ -115,7 +115,7 @@ pub fn changes(
             AblationAxis::Rest => {
                 let kinds = [("codes", RestKind::Codes), ("means", RestKind::Means), ("none", RestKind::None)];
                 let kinds = kinds.into_iter().filter(|(_, rest)| *rest != s.rest);
-                all.extend(kinds.map(|(name, rest)| with(name.into(), Settings { rest, ..s.clone() })));
+                all.extend(kinds.map(|(name, rest)| with(name.into(), Settings { rest, ..s.clone() }.widened())));
             }
             AblationAxis::Fit => {
                 let fits = [("calibration", CodeFit::Calibration), ("text", CodeFit::Text)];
