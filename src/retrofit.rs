@@ -160,10 +160,10 @@ impl Settings {
         }
     }
 
-    /// Returns the settings with a window of whole blocks where exact recall reads means of blocks, which need it.
+    /// Returns the settings with a token-aligned window of whole blocks where means of blocks are read, which need it.
     pub fn widened(self) -> Self {
-        let means = self.rest == RestKind::Means || self.summarises();
-        match self.recall > 0 && self.block > 0 && means {
+        let means = self.recall == 0 || self.rest == RestKind::Means || self.summarises();
+        match means && self.window_align == WindowAlign::Token && self.block > 0 {
             true => Self { window: self.window.next_multiple_of(self.block), ..self },
             false => self,
         }
