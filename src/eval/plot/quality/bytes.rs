@@ -1,7 +1,7 @@
 //! Figure of the mean score against the bytes of the KV cache.
 
 use super::cells::Cells;
-use super::{family, title, KEPT};
+use super::{family, recalls, title, KEPT};
 use crate::cli::short_count;
 use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
 use crate::eval::plot::panel::{grid, Panel};
@@ -30,8 +30,9 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
     let mut families: Vec<(String, usize)> = vec![];
     let mut left_out = vec![];
     let most = cells.cells.iter().filter_map(|c| c.record.plan.as_ref()).map(|p| p.layers.len()).max().unwrap_or(0);
+    let recall = cells.cells.iter().any(|c| recalls(&c.record));
     let mut sets: Vec<Option<&str>> = vec![];
-    for cell in cells.cells.iter().filter(|c| family(&c.record, most).1 == KEPT) {
+    for cell in cells.cells.iter().filter(|c| family(&c.record, most, recall).1 == KEPT) {
         let set = plans(&cell.record.variant);
         if !sets.contains(&set) {
             sets.push(set);
@@ -45,7 +46,7 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
                 left_out.push(format!("{variant} at {}", short_count(length)));
                 continue;
             };
-            let (mut family, mut style) = family(record, most);
+            let (mut family, mut style) = family(record, most, recall);
             // Each folder of plans is one way of choosing layers, shown as its own method.
             if let Some(place) = (style == KEPT).then(|| sets.iter().position(|s| *s == plans(variant))).flatten() {
                 style += place * SERIES;
@@ -97,7 +98,10 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
         for (_, style) in families.iter().rev() {
             let own: Vec<&Point> = points.iter().filter(|p| (p.length, p.style) == (length, *style)).collect();
             let at = |p: &Point| plot.at(p.share, p.score.mean);
-            page.scene.series(*style, &own.iter().map(|p| at(p)).collect::<Vec<_>>());
+            // Settings of exact recall differ in more than their bytes: no line leads from one to the next.
+            if *style > 0 || !recall {
+                page.scene.series(*style, &own.iter().map(|p| at(p)).collect::<Vec<_>>());
+            }
             for point in own {
                 if let Some(evicted) = point.evicted {
                     let end = plot.at(evicted, point.score.mean);
@@ -132,14 +136,22 @@ fn after_eviction(record: &VariantRecord) -> Option<f64> {
 /// Returns notes that identify the points: the variants of each family in the order of their bytes.
 fn order(points: &[Point], families: &[(String, usize)]) -> Vec<String> {
     let own = |style: usize| {
-        let mut names: Vec<&str> = vec![];
+        let mut found: Vec<&Point> = vec![];
         for point in points.iter().filter(|p| p.style == style) {
-            if !names.contains(&point.variant) {
-                names.push(point.variant);
+            if found.iter().all(|p| p.variant != point.variant) {
+                found.push(point);
             }
+        }
+        found
+    };
+    let names = |found: &[&Point]| {
+        let mut names = found[0].variant.to_string();
+        for pair in found.windows(2) {
+            names += if pair[0].share < pair[1].share { " < " } else { " = " };
+            names += pair[1].variant;
         }
         names
     };
-    let several = families.iter().map(|(name, style)| (name, own(*style))).filter(|(_, names)| names.len() > 1);
-    several.map(|(name, names)| format!("{name}, from the fewest bytes to the most: {}.", names.join(" < "))).collect()
+    let several = families.iter().map(|(name, style)| (name, own(*style))).filter(|(_, found)| found.len() > 1);
+    several.map(|(name, found)| format!("{name}, from the fewest bytes to the most: {}.", names(&found))).collect()
 }

@@ -66,17 +66,26 @@ fn variants<'a>(records: impl IntoIterator<Item = &'a VariantRecord>) -> Vec<(&'
 /// Style of stock.
 const STOCK: usize = 1;
 
-/// Returns the family of methods of a variant and its style; `most` is the largest number of layers that a plan swaps.
-fn family(record: &VariantRecord, most: usize) -> (String, usize) {
+/// Returns whether a variant is one of exact recall.
+fn recalls(record: &VariantRecord) -> bool {
+    record.plan.as_ref().is_some_and(|plan| plan.settings.recall > 0)
+}
+
+/// Returns the family of methods of a variant and its style; `most` is the largest number of layers that a plan swaps, and
+/// `recall` whether the figure has exact recall, which then takes the style of the retrofit with summaries.
+fn family(record: &VariantRecord, most: usize, recall: bool) -> (String, usize) {
+    let own = if recalls(record) { "exact recall" } else { "retrofit" };
     match (&record.eviction, &record.plan) {
         (Some(plan), _) => {
             let place = STOCK + 1 + RULES.iter().position(|r| r.name() == plan.rule).unwrap_or(RULES.len());
             // Skips the two styles of retrofit families.
             (plan.rule.clone(), if place < KEPT { place } else { place + 2 })
         }
-        (None, Some(plan)) if plan.layers.len() < most => ("retrofit, some layers kept dense".into(), KEPT),
+        (None, Some(plan)) if plan.layers.len() < most => (format!("{own}, some layers kept dense"), KEPT),
+        (None, Some(_)) if recalls(record) => (own.into(), 0),
         (None, Some(plan)) if plan.settings.partner == "local" => ("sinks + window".into(), WINDOW),
-        (None, Some(_)) => ("retrofit".into(), 0),
+        (None, Some(_)) if recall => ("window and summaries".into(), SUMMARIES),
+        (None, Some(_)) => (own.into(), 0),
         (None, None) => ("stock".into(), STOCK),
     }
 }
@@ -85,6 +94,8 @@ fn family(record: &VariantRecord, most: usize) -> (String, usize) {
 const KEPT: usize = 4;
 /// Style of retrofits without summaries.
 const WINDOW: usize = 5;
+/// Style of retrofits with summaries beside exact recall.
+const SUMMARIES: usize = 6;
 
 /// Formats the share of a dense cache, such as `0.063×`, or `0.25× to 0.031×` where records differ.
 fn share_of<'a>(records: impl IntoIterator<Item = &'a VariantRecord>) -> Option<String> {

@@ -350,6 +350,30 @@ fn layers_chosen_in_two_ways_are_two_methods() {
     }
 }
 
+/// Two settings of exact recall of the same bytes, besides all that is there.
+fn with_recall(answers: &mut Answers) {
+    let swaps = |c: &&Cell| c.record.plan.is_some() && c.record.eviction.is_none();
+    let all: Vec<Cell> = answers.cells.iter().filter(swaps).cloned().collect();
+    let one = all[0].record.variant.clone();
+    for (name, cell) in ["recall", "recall:recall=512"].iter().flat_map(|n| all.iter().map(move |c| (n, c.clone()))) {
+        if cell.record.variant == one {
+            let mut cell = Cell { record: VariantRecord { variant: name.to_string(), ..cell.record.clone() }, ..cell };
+            cell.record.plan.iter_mut().for_each(|p| p.settings.recall = 2048);
+            answers.cells.push(cell);
+        }
+    }
+}
+
+#[test]
+fn exact_recall_is_a_method_of_its_own() {
+    let all = ruler_of(with_recall).unwrap();
+    let bytes = all.iter().find(|f| f.name == "bytes").map(|f| format!("{:?}", f.scene)).unwrap_or_default();
+    for text in ["\"exact recall\"", "window and summaries", "recall = recall:recall=512"] {
+        assert!(bytes.contains(text), "no {text}");
+    }
+    tidy([("ruler with recall", Ok(all))]);
+}
+
 #[test]
 fn files_without_anything_to_draw_get_one_error_that_names_the_file() {
     let cases = [
