@@ -31,9 +31,10 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
     let mut left_out = vec![];
     let most = cells.cells.iter().filter_map(|c| c.record.plan.as_ref()).map(|p| p.layers.len()).max().unwrap_or(0);
     let recall = cells.cells.iter().any(|c| recalls(&c.record));
-    let mut sets: Vec<Option<&str>> = vec![];
+    let set_of = |record: &VariantRecord, variant| (recalls(record), plans(variant));
+    let mut sets: Vec<(bool, Option<&str>)> = vec![];
     for cell in cells.cells.iter().filter(|c| family(&c.record, most, recall).1 == KEPT) {
-        let set = plans(&cell.record.variant);
+        let set = set_of(&cell.record, &cell.record.variant);
         if !sets.contains(&set) {
             sets.push(set);
         }
@@ -47,10 +48,11 @@ pub fn figure(cells: &Cells) -> Option<Figure> {
                 continue;
             };
             let (mut family, mut style) = family(record, most, recall);
-            // Each folder of plans is one way of choosing layers, shown as its own method.
-            if let Some(place) = (style == KEPT).then(|| sets.iter().position(|s| *s == plans(variant))).flatten() {
+            // Each folder of plans is one way of choosing layers, shown as its own method, and so is exact recall in some.
+            let own = set_of(record, variant);
+            if let Some(place) = (style == KEPT).then(|| sets.iter().position(|s| *s == own)).flatten() {
                 style += place * SERIES;
-                if sets.len() > 1 {
+                if sets.iter().filter(|s| s.0 == own.0).count() > 1 {
                     family = format!("{family}: {}", plans(variant).unwrap_or("as listed"));
                 }
             }

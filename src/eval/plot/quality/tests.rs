@@ -8,6 +8,7 @@ use crate::eval::report::{
     read, Ablation, Answers, Cell, Header, LayerStudy, LossByPosition, PositionRun, Smoke, SmokeRun, ABLATION, ANSWERS,
     LAYERS, POSITIONS, SMOKE,
 };
+use crate::retrofit::RetrofitPlan;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -329,46 +330,70 @@ fn the_mean_with_questions_stands_beside_the_one_without() {
     assert!(of.len() == 2 && of[0] < of[1], "{both:?}");
 }
 
+/// The cells of variants that swap layers and evict nothing.
+fn swapped(answers: &Answers) -> Vec<Cell> {
+    answers.cells.iter().filter(|c| c.record.plan.is_some() && c.record.eviction.is_none()).cloned().collect()
+}
+
+/// `cell` as of another variant, whose plan `change` changes.
+fn changed(cell: &Cell, variant: String, change: impl Fn(&mut RetrofitPlan)) -> Cell {
+    let mut cell = Cell { record: VariantRecord { variant, ..cell.record.clone() }, ..cell.clone() };
+    cell.record.plan.iter_mut().for_each(change);
+    cell
+}
+
+/// All that the figure of score and bytes shows.
+fn bytes_of(figures: &[Figure]) -> String {
+    figures.iter().find(|f| f.name == "bytes").map(|f| format!("{:?}", f.scene)).unwrap_or_default()
+}
+
 /// Some layers kept, as two folders of plans say, besides all that is there.
 fn two_ways(answers: &mut Answers) {
-    let swaps = |c: &&Cell| c.record.plan.is_some() && c.record.eviction.is_none();
-    let all: Vec<Cell> = answers.cells.iter().filter(swaps).cloned().collect();
-    for (folder, cell) in ["alone", "rounds"].iter().flat_map(|f| all.iter().map(move |c| (f, c.clone()))) {
+    let all = swapped(answers);
+    for (folder, cell) in ["alone", "rounds"].iter().flat_map(|f| all.iter().map(move |c| (f, c))) {
         let variant = format!("retrofit:plan=plans/{folder}/dense-4.json,{}", cell.record.variant);
-        let mut cell = Cell { record: VariantRecord { variant, ..cell.record.clone() }, ..cell };
-        cell.record.plan.iter_mut().for_each(|p| p.layers.truncate(4));
-        answers.cells.push(cell);
+        answers.cells.push(changed(cell, variant, |p| p.layers.truncate(4)));
     }
 }
 
 #[test]
 fn layers_chosen_in_two_ways_are_two_methods() {
-    let all = ruler_of(two_ways).unwrap();
-    let bytes = all.iter().find(|f| f.name == "bytes").map(|f| format!("{:?}", f.scene)).unwrap_or_default();
+    let bytes = bytes_of(&ruler_of(two_ways).unwrap());
     for key in ["kept dense: alone", "kept dense: rounds"] {
         assert!(bytes.contains(key), "no {key}");
     }
 }
 
-/// Two settings of exact recall of the same bytes, besides all that is there.
+/// Two settings of exact recall of the same bytes and some layers kept, with recall and without, besides all that is there.
 fn with_recall(answers: &mut Answers) {
-    let swaps = |c: &&Cell| c.record.plan.is_some() && c.record.eviction.is_none();
-    let all: Vec<Cell> = answers.cells.iter().filter(swaps).cloned().collect();
-    let one = all[0].record.variant.clone();
-    for (name, cell) in ["recall", "recall:recall=512"].iter().flat_map(|n| all.iter().map(move |c| (n, c.clone()))) {
-        if cell.record.variant == one {
-            let mut cell = Cell { record: VariantRecord { variant: name.to_string(), ..cell.record.clone() }, ..cell };
-            cell.record.plan.iter_mut().for_each(|p| p.settings.recall = 2048);
-            answers.cells.push(cell);
-        }
+    let all = swapped(answers);
+    let one: Vec<&Cell> = all.iter().filter(|c| c.record.variant == all[0].record.variant).collect();
+    for (name, recall, layers) in [
+        ("recall", 2048, usize::MAX),
+        ("recall:recall=512", 512, usize::MAX),
+        ("recall:layers=0-3", 2048, 4),
+        ("retrofit:layers=0-3", 0, 4),
+    ] {
+        answers.cells.extend(one.iter().map(|cell| {
+            changed(cell, name.into(), |p| {
+                p.settings.recall = recall;
+                p.layers.truncate(layers);
+            })
+        }));
     }
 }
 
 #[test]
 fn exact_recall_is_a_method_of_its_own() {
     let all = ruler_of(with_recall).unwrap();
-    let bytes = all.iter().find(|f| f.name == "bytes").map(|f| format!("{:?}", f.scene)).unwrap_or_default();
+    let bytes = bytes_of(&all);
     for text in ["\"exact recall\"", "window and summaries", "recall = recall:recall=512"] {
+        assert!(bytes.contains(text), "no {text}");
+    }
+    // Two methods that keep layers, with a style each.
+    for text in
+        ["\"exact recall, some layers kept dense\"", "\"retrofit, some layers kept dense\"", "Series(4)", "Series(10)"]
+    {
         assert!(bytes.contains(text), "no {text}");
     }
     tidy([("ruler with recall", Ok(all))]);
