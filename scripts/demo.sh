@@ -6,7 +6,7 @@ usage() {
   cat <<'TEXT'
 Usage: scripts/demo.sh [options]
 
-Fetches SmolLM2-135M-Instruct (a 93 MB download, once, into models/), builds bfly-retrofit, hides a fact in
+Fetches SmolLM2-135M-Instruct (a 98 MB download, once, into models/), builds bfly-retrofit, hides a fact in
 tests/data/jargon-excerpt.txt, thousands of tokens before the end, asks for it, and prints three answers: of the stock
 model, with exact recall, and with the window alone.
 
