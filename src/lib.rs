@@ -26,6 +26,7 @@
 //! | [`weights`], [`run`] | shared immutable weights; a run with its cache and stream |
 //! | [`mixer`], [`nn`], [`ops`] | attention variants; linear, norm, RoPE and MLP layers; operators |
 //! | [`cache`] | KV caches of fixed size, bytes by pool |
+//! | [`char`](mod@char), [`train`] | the native character model; training |
 //! | [`generate`] | prefill, decode, sampling, chat template |
 //! | `eval` (feature) | benchmarks, quality evaluation, figures |
 //! | `cli` (feature) | flags, progress bars, the memory ledger |
@@ -58,6 +59,7 @@
 //! ```
 
 pub mod cache;
+pub mod char;
 pub mod checkpoint;
 #[cfg(feature = "cli")]
 pub mod cli;
@@ -80,6 +82,7 @@ pub mod selector;
 pub mod spec;
 pub mod storage;
 pub mod tensors;
+pub mod train;
 pub mod weights;
 
 pub(crate) use error::plain;

@@ -98,3 +98,34 @@ pub fn multiply_add(m: usize, n: usize, k: usize, a: Strided, b: Strided, c: &mu
         );
     }
 }
+
+/// `c[m, n] += a[k, m]ᵀ · b[k, n]`, with `c`'s rows `n` apart.
+pub fn multiply_add_of_transposed(m: usize, n: usize, k: usize, a: Strided, b: Strided, c: &mut [f32]) {
+    a.check(k, m);
+    b.check(k, n);
+    assert!(c.len() >= m * n, "output exceeds its slice");
+    // SAFETY: the three checks above cover every element that the strides reach.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            1,
+            n as isize,
+            true,
+            a.data.as_ptr(),
+            a.stride as isize,
+            1,
+            b.data.as_ptr(),
+            1,
+            b.stride as isize,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            Parallelism::None,
+        );
+    }
+}

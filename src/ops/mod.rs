@@ -2,6 +2,7 @@
 
 mod attention;
 mod blocks;
+mod cross_entropy;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 mod device;
@@ -13,6 +14,7 @@ mod host_rows;
 mod matvec;
 mod memory;
 mod norm;
+pub mod pair;
 pub mod recall;
 mod select;
 mod simd;
@@ -27,8 +29,9 @@ pub use attention::{
     attend, merge as merge_attention, reference, Attended, AttentionArgs, FarRow, KeyValues, RowList, Segment, Store,
     StoreRows, Window, NO_ROW,
 };
+pub use cross_entropy::{cross_entropy, NO_TARGET};
 pub use device::{beside, describe, open_gpu};
-pub use gated::gated;
+pub use gated::{gated, gated_silu, gated_silu_backward};
 pub(crate) use gemm::{multiply_transposed, multiply_transposed_parallel, Strided};
 pub use heads::{prepare_heads, rope_table, HeadNorm};
 #[cfg(feature = "cuda")]
@@ -40,7 +43,7 @@ pub(crate) use matvec::{
 };
 pub(crate) use matvec::{dequantise, matvec, Rows};
 pub use memory::{device_memory, human_bytes, machine_memory, memory_of, release_memory, reset_peak, DeviceMemory};
-pub use norm::add_norm;
+pub use norm::{add_norm, norm, norm_backward};
 pub use select::highest_rows;
 pub use summaries::{pool_blocks, Pooled, RunningMean};
 pub(crate) use view::{view, View};

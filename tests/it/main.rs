@@ -6,6 +6,7 @@ mod common;
 #[cfg(feature = "eval")]
 mod bench;
 mod calibration;
+mod character;
 mod chat;
 mod checkpoints;
 #[cfg(feature = "cli")]

@@ -1,0 +1,15 @@
+//! The native character model: a causal butterfly language model over Latin-1.
+//!
+//! Every layer reads its own chunk and one partner chunk ([`crate::ops::pair`]), yet the last layer depends on the whole
+//! text that the stages reach ([`CharConfig::reach`]). Whole sequences run in parallel ([`CharModel`]); a stream costs the
+//! same for every character ([`Stream`]) and gives the same logits.
+
+mod config;
+mod model;
+mod stream;
+mod text;
+
+pub use config::{CharConfig, Pairing, PartnerForm, MODEL_TYPE, SYMBOLS};
+pub use model::{Batch, CharModel, Rematerialise};
+pub use stream::Stream;
+pub use text::{decode, encode, encode_replacing, END_OF_TEXT, REPLACEMENT};

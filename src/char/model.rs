@@ -1,0 +1,316 @@
+//! The character model over whole sequences: logits, loss and the gradient of all parameters.
+//!
+//! Layer: `x1 = x + Wo pair(Wqkv norm(x))`, `x' = x1 + Wd (silu(Wg n) ⊙ Wu n)` with `n = norm(x1)`; the embedding is tied.
+//! The backward pass is written out, layer by layer: candle's `rms_norm`, `softmax_last_dim` and `rope` have none, and its
+//! automatic differentiation keeps every intermediate result.
+
+use super::config::{CharConfig, SYMBOLS};
+use super::text::END_OF_TEXT;
+use crate::error::{At, Error, ErrorKind, Result};
+use crate::ops::pair::{self, PairRope, PairShape, Partner};
+use crate::ops::{cross_entropy, gated_silu, gated_silu_backward, norm, norm_backward, NO_TARGET};
+use crate::train::{Init, Layout, Objective, Parameter};
+use candle_core::{Device, Tensor};
+
+/// What the forward pass keeps for the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rematerialise {
+    /// Everything.
+    Nothing,
+    /// The input of each layer; the rest is computed again, at a third more work.
+    Layers,
+}
+
+/// Sequences of one length with their targets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Batch {
+    /// Symbols read: `[sequences][length]`, the length a multiple of the chunk.
+    pub symbols: Vec<u32>,
+    /// Symbols to predict, or [`NO_TARGET`].
+    pub targets: Vec<u32>,
+    /// Number of sequences.
+    pub sequences: usize,
+}
+
+impl Batch {
+    /// Whole documents, each after [`END_OF_TEXT`], padded at the end to the longest in whole chunks.
+    pub fn documents(documents: &[&[u8]], chunk: usize) -> Self {
+        let longest = documents.iter().map(|d| d.len()).max().unwrap_or(0).max(1).next_multiple_of(chunk);
+        let (mut symbols, mut targets) = (vec![], vec![]);
+        for document in documents {
+            let pad = |count| std::iter::repeat_n(u32::from(END_OF_TEXT), count);
+            let read = document.len().saturating_sub(1);
+            symbols.extend(pad(1).chain(document[..read].iter().map(|s| u32::from(*s))).chain(pad(longest - 1 - read)));
+            targets.extend(document.iter().map(|s| u32::from(*s)));
+            targets.extend(std::iter::repeat_n(NO_TARGET, longest - document.len()));
+        }
+        Self { symbols, targets, sequences: documents.len() }
+    }
+
+    /// Number of symbols to predict.
+    pub fn predicted(&self) -> usize {
+        self.targets.iter().filter(|t| **t != NO_TARGET).count()
+    }
+}
+
+/// First elements of a layer's parameters.
+#[derive(Debug, Clone, Copy)]
+struct Places {
+    norm1: usize,
+    qkv: usize,
+    o: usize,
+    norm2: usize,
+    gate_up: usize,
+    down: usize,
+}
+
+/// A layer's parameters.
+pub(super) struct LayerWeights {
+    pub norm1: Tensor,
+    /// `[3 H D, d]`: queries, keys, values.
+    pub qkv: Tensor,
+    pub o: Tensor,
+    pub norm2: Tensor,
+    /// `[2 I, d]`: gate, up.
+    pub gate_up: Tensor,
+    pub down: Tensor,
+}
+
+/// Results of a layer's forward pass that the backward pass reads.
+struct Saved {
+    x: Tensor,
+    normed1: Tensor,
+    r1: Tensor,
+    qkv: Tensor,
+    attended: Tensor,
+    lse: Tensor,
+    x1: Tensor,
+    normed2: Tensor,
+    r2: Tensor,
+    both: Tensor,
+    gated: Tensor,
+}
+
+/// A character model without weights: those are one flat vector ([`CharModel::layout`]).
+pub struct CharModel {
+    config: CharConfig,
+    layout: Layout,
+    places: Vec<Places>,
+    final_norm: usize,
+    layers: Vec<Partner>,
+    rope: PairRope,
+    rematerialise: Rematerialise,
+}
+
+impl CharModel {
+    /// The model of a configuration.
+    ///
+    /// # Errors
+    /// A configuration that makes no model.
+    pub fn new(config: CharConfig, rematerialise: Rematerialise, device: &Device) -> Result<Self> {
+        config.check()?;
+        let (d, width, wide) =
+            (config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size);
+        let mut layout = Layout::default();
+        let mut push = |name: &str, shape: &[usize], init| {
+            let decay = shape.len() > 1;
+            layout.push(Parameter { name: name.into(), shape: shape.to_vec(), init, decay })
+        };
+        let std = |inputs: usize| Init::Normal(1.0 / (inputs as f32).sqrt());
+        // The residual stream is a sum of two terms a layer.
+        let last = |inputs: usize| Init::Normal(1.0 / (2.0 * config.num_layers() as f32 * inputs as f32).sqrt());
+        push("model.embed_tokens.weight", &[SYMBOLS, d], std(d));
+        let mut places = vec![];
+        for i in 0..config.num_layers() {
+            let mut own =
+                |name: &str, shape: &[usize], init| push(&format!("model.layers.{i}.{name}.weight"), shape, init);
+            let norm1 = own("input_layernorm", &[d], Init::Ones);
+            let [qkv, _, _] =
+                ["q_proj", "k_proj", "v_proj"].map(|p| own(&format!("self_attn.{p}"), &[width, d], std(d)));
+            let o = own("self_attn.o_proj", &[d, width], last(width));
+            let norm2 = own("post_attention_layernorm", &[d], Init::Ones);
+            let [gate_up, _] = ["gate_proj", "up_proj"].map(|p| own(&format!("mlp.{p}"), &[wide, d], std(d)));
+            let down = own("mlp.down_proj", &[d, wide], last(wide));
+            places.push(Places { norm1, qkv, o, norm2, gate_up, down });
+        }
+        let final_norm = push("model.norm.weight", &[d], Init::Ones);
+        let rope = PairRope::new(config.chunk, config.head_dim, config.rope_theta, device)?;
+        let layers = config.layers();
+        Ok(Self { config, layout, places, final_norm, layers, rope, rematerialise })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &CharConfig {
+        &self.config
+    }
+
+    /// Logits of every symbol of every sequence.
+    ///
+    /// # Shapes
+    /// `weights` f32 `[len]`; the result `[N, 256]`.
+    ///
+    /// # Errors
+    /// Sequences that are not whole chunks, or a backend's failure.
+    pub fn logits(&self, weights: &Tensor, symbols: &[u32], sequences: usize) -> Result<Tensor> {
+        let shape = self.shape(symbols.len(), sequences)?;
+        let mut x = self.embed(weights, symbols)?;
+        for i in 0..self.layers.len() {
+            x = self.layer(weights, i, &x, shape)?.0;
+        }
+        let (normed, _) = norm(&x, &self.final_weight(weights)?, self.eps())?;
+        product(&normed, &self.embedding(weights)?)
+    }
+
+    /// Loss in nats of every predicted symbol, 0 where there is no target.
+    ///
+    /// # Errors
+    /// As of [`CharModel::logits`].
+    pub fn losses(&self, weights: &Tensor, batch: &Batch) -> Result<Vec<f32>> {
+        Ok(cross_entropy(&self.logits(weights, &batch.symbols, batch.sequences)?, &batch.targets, 0.0)?.0)
+    }
+
+    fn shape(&self, symbols: usize, sequences: usize) -> Result<PairShape> {
+        let (c, per) = (&self.config, symbols / sequences.max(1));
+        if symbols == 0 || per * sequences != symbols || !per.is_multiple_of(c.chunk) {
+            let message = format!("{symbols} symbols are not {sequences} sequences of whole chunks of {}", c.chunk);
+            return Err(Error::new(ErrorKind::Usage, "batch", message));
+        }
+        let (heads, dim) = (c.num_attention_heads, c.head_dim);
+        Ok(PairShape { batch: sequences, chunks: per / c.chunk, chunk: c.chunk, heads, dim })
+    }
+
+    fn eps(&self) -> f32 {
+        self.config.rms_norm_eps as f32
+    }
+
+    pub(super) fn rope(&self) -> &PairRope {
+        &self.rope
+    }
+
+    pub(super) fn embedding(&self, weights: &Tensor) -> Result<Tensor> {
+        Layout::part(weights, 0, &[SYMBOLS, self.config.hidden_size])
+    }
+
+    pub(super) fn final_weight(&self, weights: &Tensor) -> Result<Tensor> {
+        Layout::part(weights, self.final_norm, &[self.config.hidden_size])
+    }
+
+    pub(super) fn layer_weights(&self, weights: &Tensor, layer: usize) -> Result<LayerWeights> {
+        let (c, p) = (&self.config, self.places[layer]);
+        let (d, width) = (c.hidden_size, c.num_attention_heads * c.head_dim);
+        let part = |start, shape: &[usize]| Layout::part(weights, start, shape);
+        Ok(LayerWeights {
+            norm1: part(p.norm1, &[d])?,
+            qkv: part(p.qkv, &[3 * width, d])?,
+            o: part(p.o, &[d, width])?,
+            norm2: part(p.norm2, &[d])?,
+            gate_up: part(p.gate_up, &[2 * c.intermediate_size, d])?,
+            down: part(p.down, &[d, c.intermediate_size])?,
+        })
+    }
+
+    fn embed(&self, weights: &Tensor, symbols: &[u32]) -> Result<Tensor> {
+        if let Some(symbol) = symbols.iter().find(|s| **s as usize >= SYMBOLS) {
+            return Err(Error::new(ErrorKind::Usage, "batch", format!("symbol {symbol} of {SYMBOLS}")));
+        }
+        let embedding = self.embedding(weights)?;
+        let rows = Tensor::new(symbols, embedding.device()).and_then(|i| embedding.index_select(&i, 0));
+        rows.at("embedding")
+    }
+
+    fn layer(&self, weights: &Tensor, layer: usize, x: &Tensor, shape: PairShape) -> Result<(Tensor, Saved)> {
+        let w = self.layer_weights(weights, layer)?;
+        let (normed1, r1) = norm(x, &w.norm1, self.eps())?;
+        let qkv = product(&normed1, &w.qkv)?;
+        let (attended, lse) = pair::forward(&qkv, shape, self.layers[layer], &self.rope)?;
+        let x1 = (x + product(&attended, &w.o)?).at("residual")?;
+        let (normed2, r2) = norm(&x1, &w.norm2, self.eps())?;
+        let both = product(&normed2, &w.gate_up)?;
+        let gated = gated_silu(&both)?;
+        let y = (&x1 + product(&gated, &w.down)?).at("residual")?;
+        Ok((y, Saved { x: x.clone(), normed1, r1, qkv, attended, lse, x1, normed2, r2, both, gated }))
+    }
+
+    /// The gradient of a layer's input, and of its parameters in the layout's order, given that of its output.
+    fn layer_backward(
+        &self,
+        weights: &Tensor,
+        layer: usize,
+        s: &Saved,
+        dy: &Tensor,
+        shape: PairShape,
+    ) -> Result<(Tensor, [Tensor; 6])> {
+        let w = self.layer_weights(weights, layer)?;
+        let (d_gated, d_down) = product_backward(dy, &s.gated, &w.down)?;
+        let d_both = gated_silu_backward(&s.both, &d_gated)?;
+        let (d_normed2, d_gate_up) = product_backward(&d_both, &s.normed2, &w.gate_up)?;
+        let (d_x1, d_norm2) = norm_backward(&s.x1, &w.norm2, &s.r2, &d_normed2)?;
+        let d_x1 = (dy + d_x1).at("residual")?;
+        let (d_attended, d_o) = product_backward(&d_x1, &s.attended, &w.o)?;
+        let d_qkv = pair::backward(&s.qkv, (&s.attended, &s.lse), &d_attended, shape, self.layers[layer], &self.rope)?;
+        let (d_normed1, d_qkv) = product_backward(&d_qkv, &s.normed1, &w.qkv)?;
+        let (d_x, d_norm1) = norm_backward(&s.x, &w.norm1, &s.r1, &d_normed1)?;
+        let d_x = (d_x1 + d_x).at("residual")?;
+        Ok((d_x, [d_norm1, d_qkv, d_o, d_norm2, d_gate_up, d_down]))
+    }
+}
+
+impl Objective for CharModel {
+    type Batch = Batch;
+
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn gradient(&self, weights: &Tensor, batch: &Batch, scale: f32) -> Result<(f64, usize, Tensor)> {
+        let shape = self.shape(batch.symbols.len(), batch.sequences)?;
+        let mut x = self.embed(weights, &batch.symbols)?;
+        let mut kept = vec![];
+        for i in 0..self.layers.len() {
+            let (y, saved) = self.layer(weights, i, &x, shape)?;
+            kept.push(match self.rematerialise {
+                Rematerialise::Nothing => Err(saved),
+                Rematerialise::Layers => Ok(x),
+            });
+            x = y;
+        }
+        let (embedding, final_weight) = (self.embedding(weights)?, self.final_weight(weights)?);
+        let (normed, r) = norm(&x, &final_weight, self.eps())?;
+        let (losses, d_logits) = cross_entropy(&product(&normed, &embedding)?, &batch.targets, scale)?;
+        let (d_normed, d_embedding) = product_backward(&d_logits, &normed, &embedding)?;
+        let (mut dx, d_final) = norm_backward(&x, &final_weight, &r, &d_normed)?;
+        // In the layout's order, backwards.
+        let mut gradients = vec![d_final];
+        for i in (0..self.layers.len()).rev() {
+            let saved = match kept.pop() {
+                Some(Err(saved)) => saved,
+                Some(Ok(x)) => self.layer(weights, i, &x, shape)?.1,
+                None => return Err(Error::new(ErrorKind::Backend, "backward pass", "lost a layer")),
+            };
+            let (earlier, own) = self.layer_backward(weights, i, &saved, &dx, shape)?;
+            gradients.extend(own.into_iter().rev());
+            dx = earlier;
+        }
+        gradients.push(embedding_gradient(&d_embedding, &batch.symbols, &dx)?);
+        let flat: Vec<Tensor> =
+            gradients.iter().rev().map(|g| g.flatten_all().at("gradient")).collect::<Result<_>>()?;
+        let sum = losses.iter().map(|l| f64::from(*l)).sum();
+        Ok((sum, batch.predicted(), Tensor::cat(&flat, 0).at("gradient")?))
+    }
+}
+
+/// `x Wᵀ`.
+fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    weight.t().and_then(|w| x.matmul(&w)).at("product")
+}
+
+/// Gradients of `x` and `W` of `y = x Wᵀ`, given that of `y`.
+fn product_backward(dy: &Tensor, x: &Tensor, weight: &Tensor) -> Result<(Tensor, Tensor)> {
+    Ok((dy.matmul(weight).at("gradient of a product")?, dy.t().and_then(|g| g.matmul(x)).at("gradient of a product")?))
+}
+
+/// Adds the rows `dx` of the symbols read to the gradient of the embedding as the output matrix.
+fn embedding_gradient(d_output: &Tensor, symbols: &[u32], dx: &Tensor) -> Result<Tensor> {
+    let index = Tensor::new(symbols, dx.device()).at("symbols")?;
+    d_output.index_add(&index, dx, 0).at("gradient of the embedding")
+}

@@ -1,0 +1,160 @@
+//! Streaming: one character at a time, with keys and values in rings that are allocated once.
+
+use super::config::SYMBOLS;
+use super::model::{CharModel, LayerWeights};
+use crate::error::{Error, ErrorKind, Result};
+use crate::ops::pair::{decode, Partner};
+use crate::ops::{view, View};
+use candle_core::{Storage, Tensor};
+use std::ops::Deref;
+
+/// Keys and values of one layer, `[rows][H D]`: rows of raw chunks, then mean rows.
+struct Ring {
+    partner: Partner,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    mean_keys: Vec<f32>,
+    mean_values: Vec<f32>,
+}
+
+/// A text being read; see the module.
+pub struct Stream<'a> {
+    model: &'a CharModel,
+    layers: Vec<LayerWeights>,
+    embedding: Tensor,
+    final_weight: Tensor,
+    rings: Vec<Ring>,
+    position: usize,
+}
+
+impl<'a> Stream<'a> {
+    /// An empty text.
+    ///
+    /// # Errors
+    /// Weights of another length, or a model that reads later characters.
+    pub fn new(model: &'a CharModel, weights: &Tensor) -> Result<Self> {
+        let config = model.config();
+        let (width, chunk) = (config.num_attention_heads * config.head_dim, config.chunk);
+        let ring = |partner| {
+            let (raw, means) = match partner {
+                Partner::Shift(distance) => ((distance + 1) * chunk, 0),
+                Partner::Summary(distance) => (chunk, distance),
+                Partner::Xor(_) => {
+                    return Err(Error::unsupported("pairing", "xor reads later characters: it has no stream"))
+                }
+            };
+            let room = |rows: usize| vec![0f32; rows * width];
+            Ok(Ring { partner, keys: room(raw), values: room(raw), mean_keys: room(means), mean_values: room(means) })
+        };
+        Ok(Self {
+            rings: config.layers().into_iter().map(ring).collect::<Result<_>>()?,
+            layers: (0..config.num_layers()).map(|i| model.layer_weights(weights, i)).collect::<Result<_>>()?,
+            embedding: model.embedding(weights)?,
+            final_weight: model.final_weight(weights)?,
+            model,
+            position: 0,
+        })
+    }
+
+    /// Characters read.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Bytes of keys and values, which do not depend on how much was read.
+    pub fn bytes(&self) -> u64 {
+        let elements = |r: &Ring| r.keys.len() + r.values.len() + r.mean_keys.len() + r.mean_values.len();
+        self.rings.iter().map(|r| elements(r) as u64 * 4).sum()
+    }
+
+    /// Reads one symbol; returns the logits of the next.
+    ///
+    /// # Errors
+    /// Weights that are not f32 on a CPU.
+    pub fn read(&mut self, symbol: u8) -> Result<Vec<f32>> {
+        let config = self.model.config();
+        let eps = config.rms_norm_eps as f32;
+        let (d, width, wide) =
+            (config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size);
+        let embedding = view(&self.embedding, "embedding")?;
+        let mut x = embedding.values::<f32>()?[usize::from(symbol) * d..][..d].to_vec();
+        for (w, ring) in self.layers.iter().zip(&mut self.rings) {
+            let qkv = rows(&view(&w.qkv, "projection")?, &normed(&x, &view(&w.norm1, "norm")?, eps)?, 3 * width)?;
+            let attended = ring.attend(&qkv, self.position, self.model)?;
+            add(&mut x, &rows(&view(&w.o, "projection")?, &attended, d)?);
+            let both = rows(&view(&w.gate_up, "projection")?, &normed(&x, &view(&w.norm2, "norm")?, eps)?, 2 * wide)?;
+            let gated: Vec<f32> =
+                (0..wide).map(|i| both[i] * both[wide + i] / (1.0 + (-both[i]).min(80.0).exp())).collect();
+            add(&mut x, &rows(&view(&w.down, "projection")?, &gated, d)?);
+        }
+        self.position += 1;
+        rows(&embedding, &normed(&x, &view(&self.final_weight, "norm")?, eps)?, SYMBOLS)
+    }
+}
+
+impl Ring {
+    /// Keeps the key and value of the character at `position` and attends with its query.
+    fn attend(&mut self, qkv: &[f32], position: usize, model: &CharModel) -> Result<Vec<f32>> {
+        let (config, rope) = (model.config(), model.rope());
+        let (chunk, dim, heads) = (config.chunk, config.head_dim, config.num_attention_heads);
+        let width = heads * dim;
+        let (c, p) = (position / chunk, position % chunk);
+        let chunks = self.keys.len() / (chunk * width);
+        // `[chunks][H][B][D]`, so that a head's keys of a chunk lie together.
+        let at = |c: usize, head: usize| (c % chunks * heads + head) * chunk * dim;
+        let mut out = vec![0f32; width];
+        for head in 0..heads {
+            let [q, k, v] = [0, 1, 2].map(|i| &qkv[i * width + head * dim..][..dim]);
+            let own = at(c, head);
+            rope.rotate_into(k, p, &mut self.keys[own + p * dim..][..dim]);
+            self.values[own + p * dim..][..dim].copy_from_slice(v);
+            let near = (&self.keys[own..][..(p + 1) * dim], &self.values[own..][..(p + 1) * dim]);
+            let far = match (self.partner, self.partner.of(c, usize::MAX)) {
+                (_, None) => (&[][..], &[][..]),
+                (Partner::Summary(distance), Some(partner)) => {
+                    let row = (partner % distance * heads + head) * dim;
+                    (&self.mean_keys[row..][..dim], &self.mean_values[row..][..dim])
+                }
+                (_, Some(partner)) => {
+                    let row = at(partner, head);
+                    (&self.keys[row..][..chunk * dim], &self.values[row..][..chunk * dim])
+                }
+            };
+            decode(q, p, near, far, rope, &mut out[head * dim..][..dim]);
+            if let (Partner::Summary(distance), true) = (self.partner, p + 1 == chunk) {
+                let row = (c % distance * heads + head) * dim;
+                for (to, from) in [(&mut self.mean_keys, &self.keys), (&mut self.mean_values, &self.values)] {
+                    let to = &mut to[row..][..dim];
+                    to.fill(0.0);
+                    for x in from[own..][..chunk * dim].chunks_exact(dim) {
+                        add(to, x);
+                    }
+                    to.iter_mut().for_each(|x| *x /= chunk as f32);
+                }
+            }
+        }
+        Ok(out)
+    }
+}
+
+fn add(x: &mut [f32], y: &[f32]) {
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+}
+
+fn normed<G: Deref<Target = Storage>>(x: &[f32], weight: &View<G>, eps: f32) -> Result<Vec<f32>> {
+    let r = 1.0 / (x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32 + eps).sqrt();
+    Ok(x.iter().zip(weight.values::<f32>()?).map(|(x, w)| x * r * w).collect())
+}
+
+/// `W x` with `W [out, in]`.
+fn rows<G: Deref<Target = Storage>>(weight: &View<G>, x: &[f32], out: usize) -> Result<Vec<f32>> {
+    let weight = weight.values::<f32>()?;
+    if weight.len() != out * x.len() {
+        return Err(Error::new(
+            ErrorKind::Backend,
+            "stream",
+            format!("{} weights of {out} x {}", weight.len(), x.len()),
+        ));
+    }
+    Ok(weight.chunks_exact(x.len()).map(|w| w.iter().zip(x).map(|(w, x)| w * x).sum()).collect())
+}
