@@ -4,12 +4,15 @@
 //! text that the stages reach ([`CharConfig::reach`]). Whole sequences run in parallel ([`CharModel`]); a stream costs the
 //! same for every character ([`Stream`]) and gives the same logits.
 
+pub mod checkpoint;
 mod config;
+mod data;
 mod model;
 mod stream;
 mod text;
 
 pub use config::{CharConfig, Pairing, PartnerForm, MODEL_TYPE, SYMBOLS};
+pub use data::{Corpus, Windows};
 pub use model::{Batch, CharModel, Rematerialise};
 pub use stream::Stream;
 pub use text::{decode, encode, encode_replacing, END_OF_TEXT, REPLACEMENT};

@@ -27,6 +27,7 @@ impl Bars {
                 "download" | "hash" => "{prefix:>9} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta} left",
                 "load" | "codewords" => "{prefix:>9} {wide_bar} {pos}/{len} layers {eta} left",
                 "kernel" => "{prefix:>9} {wide_bar} {pos}/{len} cases {eta} left",
+                "steps" => "{prefix:>9} {wide_bar} {pos}/{len} {per_sec} {eta} left",
                 "documents" => "{prefix:>9} {wide_bar} {pos}/{len} {eta} left",
                 "samples" => "{prefix:>9} {wide_bar} {pos}/{len} sets {eta} left",
                 _ => "{prefix:>9} {wide_bar} {pos}/{len} tokens {per_sec} {eta} left",

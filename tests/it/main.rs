@@ -6,6 +6,8 @@ mod common;
 #[cfg(feature = "eval")]
 mod bench;
 mod calibration;
+#[cfg(feature = "cli")]
+mod char_cli;
 mod character;
 mod chat;
 mod checkpoints;
