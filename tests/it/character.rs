@@ -340,3 +340,42 @@ fn training_learns_a_text_and_refuses_a_loss_that_is_not_finite() -> Any {
     assert_eq!(trainer.optimiser().weights().to_vec1::<f32>()?, before);
     Ok(())
 }
+
+/// The share of pairs of a chunk and itself or an earlier one on which its last layer depends, of `chunks` chunks.
+fn reached(layers: &[impl Fn(usize) -> Option<usize>], chunks: usize) -> f64 {
+    let mut reads: Vec<Vec<bool>> = (0..chunks).map(|c| (0..chunks).map(|j| j == c).collect()).collect();
+    for partner in layers {
+        let before = reads.clone();
+        for (c, row) in reads.iter_mut().enumerate() {
+            if let Some(partner) = partner(c) {
+                row.iter_mut().zip(&before[partner]).for_each(|(x, y)| *x |= y);
+            }
+        }
+    }
+    let all = reads.iter().flatten().filter(|x| **x).count();
+    all as f64 / (chunks * (chunks + 1) / 2) as f64
+}
+
+#[test]
+fn shifts_reach_every_earlier_chunk_and_causal_xor_a_part() {
+    let pass = |rule: fn(usize, usize) -> Option<usize>| {
+        (0..5).flat_map(move |_| (0..9).map(move |s| move |c: usize| rule(c, 1 << s))).collect::<Vec<_>>()
+    };
+    assert_eq!(reached(&pass(|c, d| c.checked_sub(d)), 512), 1.0);
+    let one = (0..9).map(|s| move |c: usize| c.checked_sub(1 << s)).collect::<Vec<_>>();
+    assert_eq!(reached(&one, 512), 1.0);
+    // Only set bits can be cleared: 3^9 of 512 * 513 / 2 pairs, however many passes.
+    let xor = reached(&pass(|c, d| Some(c ^ d).filter(|p| *p < c)), 512);
+    assert!((xor - 3f64.powi(9) / (256.0 * 513.0)).abs() < 1e-12, "{xor}");
+    let rule = |i: usize| {
+        move |c: usize| {
+            if (4..49).contains(&i) {
+                Some(c ^ (1 << ((i - 4) % 9))).filter(|p| *p < c)
+            } else {
+                c.checked_sub(1)
+            }
+        }
+    };
+    let local = reached(&(0..53).map(rule).collect::<Vec<_>>(), 512);
+    assert!((local - 0.42).abs() < 0.005, "{local}");
+}
