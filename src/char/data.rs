@@ -186,8 +186,8 @@ mod tests {
         let later = windows.batch(30, 4);
         assert_eq!(Windows::new(&documents, 10, 7)?.batch(30, 4), later);
         assert_ne!(Windows::new(&documents, 10, 8)?.batch(30, 4), later);
-        assert!(Windows::new(&documents, 131, 7)
-            .is_err_and(|e| e.to_string().contains("131 characters are more than the 130")));
+        assert!(Windows::new(&documents, 140, 7)
+            .is_err_and(|e| e.to_string().contains("140 characters are more than the 130")));
         Ok(())
     }
 }

@@ -7,12 +7,16 @@
 pub mod checkpoint;
 mod config;
 mod data;
+mod mix;
 mod model;
+mod recall;
 mod stream;
 mod text;
 
 pub use config::{CharConfig, Pairing, PartnerForm, MODEL_TYPE, SYMBOLS};
 pub use data::{Corpus, Windows};
+pub use mix::Mix;
 pub use model::{Batch, CharModel, Rematerialise};
+pub use recall::{Asked, RecallTask, Recalled};
 pub use stream::Stream;
 pub use text::{decode, encode, encode_replacing, END_OF_TEXT, REPLACEMENT};

@@ -47,6 +47,14 @@ impl Batch {
         Self { symbols, targets, sequences: documents.len() }
     }
 
+    /// Adds a sequence of `symbols` to predict, preceded by [`END_OF_TEXT`]; `targets` are those symbols or [`NO_TARGET`].
+    /// `sequences` stays as it was.
+    pub fn push(&mut self, symbols: &[u8], targets: &[u32]) {
+        let read = std::iter::once(END_OF_TEXT).chain(symbols[..symbols.len().saturating_sub(1)].iter().copied());
+        self.symbols.extend(read.map(u32::from));
+        self.targets.extend(targets);
+    }
+
     /// Number of symbols to predict.
     pub fn predicted(&self) -> usize {
         self.targets.iter().filter(|t| **t != NO_TARGET).count()

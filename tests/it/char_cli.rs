@@ -109,6 +109,33 @@ fn a_trained_model_generates_and_evaluates() -> Any {
 }
 
 #[test]
+fn copy_recall_trains_without_texts_and_is_reported_by_distance() -> Any {
+    let place = Place::new()?;
+    let flags =
+        "train --mix recall:1 --out copier --preset micro --stages 0,1 --window 128 --batch 2 --warmup 1 --steps 3 -q";
+    success(place.run(&flags.split(' ').collect::<Vec<_>>())?)?;
+    let table = success(place.run(&["recall", "--model", "copier", "--window", "128", "--windows", "6"])?)?;
+    let row = |name: &str| {
+        table.lines().find(|l| l.starts_with(name)).map(|l| l.split_whitespace().map(String::from).collect::<Vec<_>>())
+    };
+    let all = row("all").ok_or_else(|| format!("no sum in {table}"))?;
+    assert_eq!(all[1], "6", "{table}");
+    let values = |l: &&str| l.contains("set bits").then(|| l.split_whitespace().nth(3)?.parse::<usize>().ok())?;
+    assert_eq!(table.lines().filter_map(|l| values(&l)).sum::<usize>(), 6, "{table}");
+    success(place.train("mixed", &["--steps", "2", "--mix", "recall:0.5"]).output()?)?;
+    assert!(refusal(place.train("mixed", &["--steps", "3", "--resume"]).output()?)?.contains("--mix: is none"));
+    let bad = place.run(&["train", "--mix", "recall:2", "--out", "x", "--steps", "1"])?;
+    assert!(String::from_utf8(bad.stderr)?.contains("is not recall:SHARE"));
+    assert!(refusal(
+        place.run(&[
+            "train", "--mix", "recall:1", "--out", "x", "--preset", "micro", "--window", "32", "--steps", "1"
+        ])?
+    )?
+    .contains("a window of 32 holds"));
+    Ok(())
+}
+
+#[test]
 fn bad_input_is_refused_by_name() -> Any {
     let place = Place::new()?;
     success(place.train("run", &["--steps", "3"]).output()?)?;
