@@ -140,6 +140,9 @@ impl CharConfig {
         if !self.head_dim.is_multiple_of(2) {
             return refuse("head_dim", format!("{} is not even", self.head_dim));
         }
+        if self.chunk * self.head_dim > 1 << 24 {
+            return refuse("chunk", format!("{} characters of {} channels a head", self.chunk, self.head_dim));
+        }
         if self.num_layers() == 0 || self.num_layers() > 4096 {
             return refuse("stages", format!("with local_layers, {} layers", self.num_layers()));
         }
@@ -242,6 +245,7 @@ mod tests {
             ("head_dim", serde_json::json!(63), "head_dim: 63 is not even"),
             ("chunk", serde_json::json!(0), "chunk: 0 is not in"),
             ("stages", serde_json::json!([31]), "stages: stage 31"),
+            ("chunk", serde_json::json!(1 << 20), "chunk: 1048576 characters of 64 channels"),
             ("model_type", serde_json::json!("llama"), "model_type: \"llama\""),
             ("rope_theta", serde_json::json!(-1.0), "rope_theta: -1 is not positive"),
         ] {

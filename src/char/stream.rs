@@ -4,7 +4,7 @@ use super::config::SYMBOLS;
 use super::model::{CharModel, LayerWeights};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::pair::{decode, Partner};
-use crate::ops::{view, View};
+use crate::ops::{human_bytes, view, View};
 use candle_core::{Storage, Tensor};
 use std::ops::Deref;
 
@@ -43,8 +43,14 @@ impl<'a> Stream<'a> {
                     return Err(Error::unsupported("pairing", "xor reads later characters: it has no stream"))
                 }
             };
-            let room = |rows: usize| vec![0f32; rows * width];
-            Ok(Ring { partner, keys: room(raw), values: room(raw), mean_keys: room(means), mean_values: room(means) })
+            let room = |rows: usize| zeros(rows * width, config.stream_bytes(4));
+            Ok(Ring {
+                partner,
+                keys: room(raw)?,
+                values: room(raw)?,
+                mean_keys: room(means)?,
+                mean_values: room(means)?,
+            })
         };
         Ok(Self {
             rings: config.layers().into_iter().map(ring).collect::<Result<_>>()?,
@@ -135,6 +141,16 @@ impl Ring {
         }
         Ok(out)
     }
+}
+
+/// `count` zeros; `all` are the bytes of the whole stream.
+fn zeros(count: usize, all: u64) -> Result<Vec<f32>> {
+    let mut room = vec![];
+    room.try_reserve_exact(count).map_err(|_| {
+        Error::new(ErrorKind::Memory, "stream", format!("its keys and values take {}", human_bytes(all)))
+    })?;
+    room.resize(count, 0f32);
+    Ok(room)
 }
 
 fn add(x: &mut [f32], y: &[f32]) {
