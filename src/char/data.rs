@@ -3,7 +3,7 @@
 use super::text::{encode_replacing, END_OF_TEXT};
 use super::Batch;
 use crate::error::{Error, ErrorKind, Result};
-use rand::{rngs::StdRng, seq::SliceRandom, Rng, SeedableRng};
+use rand::{seq::SliceRandom, Rng};
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 
@@ -128,7 +128,7 @@ impl Windows {
     }
 
     fn shuffle(&mut self, epoch: u64) {
-        let mut rng = StdRng::seed_from_u64(self.seed ^ epoch.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut rng = crate::train::random(self.seed, epoch);
         self.order.clear();
         for (i, document) in self.documents.iter().enumerate() {
             let count = document.len() / self.window;

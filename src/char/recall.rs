@@ -8,7 +8,7 @@
 use super::Batch;
 use crate::error::{Error, Result};
 use crate::ops::NO_TARGET;
-use rand::{rngs::StdRng, Rng, SeedableRng};
+use rand::{rngs::StdRng, Rng};
 
 /// Symbols that mark a key to keep, a value, and a key to look up. Control characters, which texts do not use.
 const STORE: u8 = 1;
@@ -72,7 +72,7 @@ impl RecallTask {
     /// The window `index`: its characters, with lower-case letters where there is no pair and `text` is not given, and what is
     /// asked for.
     pub fn window(&self, index: u64, text: Option<&[u8]>) -> (Vec<u8>, Vec<Asked>) {
-        let mut rng = StdRng::seed_from_u64(self.seed ^ index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut rng = crate::train::random(self.seed, index.wrapping_add(1));
         let letter = |rng: &mut StdRng| rng.random_range(b'a'..=b'z');
         let mut symbols: Vec<u8> = match text {
             Some(text) => text[..self.window].to_vec(),

@@ -3,7 +3,7 @@
 use super::config::SYMBOLS;
 use super::model::{CharModel, LayerWeights};
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::pair::{decode, Partner};
+use crate::ops::pair::{decode, mean_row, Partner};
 use crate::ops::{human_bytes, view, View};
 use candle_core::{Storage, Tensor};
 use std::ops::Deref;
@@ -130,12 +130,7 @@ impl Ring {
             if let (Partner::Summary(distance), true) = (self.partner, p + 1 == chunk) {
                 let row = (c % distance * heads + head) * dim;
                 for (to, from) in [(&mut self.mean_keys, &self.keys), (&mut self.mean_values, &self.values)] {
-                    let to = &mut to[row..][..dim];
-                    to.fill(0.0);
-                    for x in from[own..][..chunk * dim].chunks_exact(dim) {
-                        add(to, x);
-                    }
-                    to.iter_mut().for_each(|x| *x /= chunk as f32);
+                    to[row..][..dim].copy_from_slice(&mean_row(&from[own..][..chunk * dim], dim));
                 }
             }
         }

@@ -71,40 +71,20 @@ fn transposed(
 /// `c[m, n] += a[m, k] · b[k, n]`, with `c`'s rows `n` apart.
 pub fn multiply_add(m: usize, n: usize, k: usize, a: Strided, b: Strided, c: &mut [f32]) {
     a.check(m, k);
-    b.check(k, n);
-    assert!(c.len() >= m * n, "output exceeds its slice");
-    // SAFETY: the three checks above cover every element that the strides reach.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            c.as_mut_ptr(),
-            1,
-            n as isize,
-            true,
-            a.data.as_ptr(),
-            1,
-            a.stride as isize,
-            b.data.as_ptr(),
-            1,
-            b.stride as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            Parallelism::None,
-        );
-    }
+    accumulate([m, n, k], a.data, [a.stride, 1], b, c);
 }
 
 /// `c[m, n] += a[k, m]ᵀ · b[k, n]`, with `c`'s rows `n` apart.
 pub fn multiply_add_of_transposed(m: usize, n: usize, k: usize, a: Strided, b: Strided, c: &mut [f32]) {
     a.check(k, m);
+    accumulate([m, n, k], a.data, [1, a.stride], b, c);
+}
+
+/// `c += a · b` with rows and columns of `a`, which the caller has checked, at the strides given.
+fn accumulate([m, n, k]: [usize; 3], a: &[f32], [row, column]: [usize; 2], b: Strided, c: &mut [f32]) {
     b.check(k, n);
     assert!(c.len() >= m * n, "output exceeds its slice");
-    // SAFETY: the three checks above cover every element that the strides reach.
+    // SAFETY: the callers' check of `a` and the two checks above cover every element that the strides reach.
     unsafe {
         gemm::gemm(
             m,
@@ -114,9 +94,9 @@ pub fn multiply_add_of_transposed(m: usize, n: usize, k: usize, a: Strided, b: S
             1,
             n as isize,
             true,
-            a.data.as_ptr(),
-            a.stride as isize,
-            1,
+            a.as_ptr(),
+            column as isize,
+            row as isize,
             b.data.as_ptr(),
             1,
             b.stride as isize,

@@ -2,7 +2,7 @@
 
 use crate::error::{At, Error, ErrorKind, Result};
 use candle_core::{Device, Tensor};
-use rand::{rngs::StdRng, Rng, SeedableRng};
+use rand::{rngs::StdRng, Rng};
 
 /// How a parameter is initialised.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -79,7 +79,7 @@ impl Layout {
         let mut values = Vec::with_capacity(self.len);
         for (i, parameter) in self.parameters.iter().enumerate() {
             // A stream of its own for each parameter: adding one leaves the others' values.
-            let mut rng = StdRng::seed_from_u64(seed ^ (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            let mut rng = super::random(seed, i as u64 + 1);
             match parameter.init {
                 Init::Ones => values.extend(std::iter::repeat_n(1f32, parameter.len())),
                 Init::Normal(std) => values.extend((0..parameter.len()).map(|_| std * normal(&mut rng))),

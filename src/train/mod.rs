@@ -5,7 +5,14 @@ mod layout;
 mod schedule;
 mod steps;
 
+use rand::{rngs::StdRng, SeedableRng};
+
 pub use adamw::{AdamW, AdamWSettings};
 pub use layout::{Init, Layout, Parameter};
 pub use schedule::Schedule;
 pub use steps::{Objective, Partials, TrainStep, Trainer};
+
+/// The random numbers of number `index` (a parameter, epoch or window) under `seed`, independent of other indices.
+pub(crate) fn random(seed: u64, index: u64) -> StdRng {
+    StdRng::seed_from_u64(seed ^ index.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}

@@ -3,7 +3,7 @@
 use super::TrainArgs;
 use crate::char::{checkpoint, Batch, CharConfig, CharModel, Corpus, Mix, Pairing, PartnerForm};
 use crate::char::{RecallTask, Rematerialise, Windows};
-use crate::cli::Bars;
+use crate::cli::{Bars, Output};
 use crate::error::{Error, Result};
 use crate::train::{AdamW, AdamWSettings, Objective, Schedule, TrainStep, Trainer};
 use candle_core::{Device, Tensor};
@@ -176,7 +176,7 @@ impl Log {
             step.is_some_and(|step| step <= steps)
         });
         let kept: String = kept.flat_map(|line| [line, "\n"]).collect();
-        std::fs::write(path, kept).map_err(fail)?;
+        Output::reserve(path, "--out")?.write(kept.as_bytes())?;
         Ok(Self(std::fs::OpenOptions::new().append(true).open(path).map_err(fail)?, path.into()))
     }
 

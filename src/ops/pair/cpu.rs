@@ -200,7 +200,7 @@ fn strided(data: &[f32], stride: usize) -> Strided<'_> {
 }
 
 /// The mean of the rows `[n][dim]`.
-pub(super) fn mean_row(rows: &[f32], dim: usize) -> Vec<f32> {
+pub fn mean_row(rows: &[f32], dim: usize) -> Vec<f32> {
     let mut mean = vec![0f32; dim];
     for row in rows.chunks_exact(dim) {
         mean.iter_mut().zip(row).for_each(|(m, x)| *m += x);

@@ -15,6 +15,7 @@ mod cpu;
 mod rope;
 
 pub use cpu::decode;
+pub(crate) use cpu::mean_row;
 pub use rope::PairRope;
 
 use crate::error::{Error, ErrorKind, Result};
