@@ -12,7 +12,7 @@ pub use layout::{Init, Layout, Parameter};
 pub use schedule::Schedule;
 pub use steps::{Objective, Partials, TrainStep, Trainer};
 
-/// The random numbers of number `index` (a parameter, epoch or window) under `seed`, independent of other indices.
+/// A generator for the `index`-th parameter, epoch or window under `seed`, independent of the others.
 pub(crate) fn random(seed: u64, index: u64) -> StdRng {
     StdRng::seed_from_u64(seed ^ index.wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
