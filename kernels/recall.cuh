@@ -19,6 +19,11 @@ constexpr int RECALL_SUB = 16;    // channels of a value code's sub-vector
 constexpr int RECALL_EDGES = 128; // offset of the edges in `levels`
 constexpr int RECALL_BINS = 2048; // of `histogram`
 constexpr int RECALL_LISTED = 4096;
+// A KV head's counters, zero between steps, and their places: of recall_fetch, fetchers that are done, blocks of the rest
+// that have read their slice and that have come to its end, whether their sum is made, what the last fetcher decided, and
+// whether a slice was computed again; from COUNTED on, of recall_choose, tokens listed, blocks, tiles taken and tiles counted.
+constexpr int RECALL_COUNTERS = 16;
+enum { FETCHED = 0, SLICED = 1, ENDED = 2, SUMMED = 3, DECIDED = 4, AGAIN = 5, COUNTED = 8 };
 
 // G KV heads, group = H / G. `ctx` is a multiple of 64.
 struct RecallParams {
@@ -46,9 +51,9 @@ struct RecallParams {
   float *mass;                // [H]: log2(1 + e^far), far the log-sum-exp of all `scores` of the head
   void *store;                // [G, rows, 2, D]: exact keys and values, pinned host memory that the device maps
   const void *own_k, *own_v;  // [own_rows, G, D]: the new token's in row position % own_rows
-  float *parts;               // [G, fetchers + rest_slices, 8, ceil4(D) + 4]: o, m, l
-  int *counters;              // [G, 8], zero between steps: fetchers and blocks of recall_fetch; tokens listed, blocks, tiles taken
-                              // and tiles counted of recall_choose
+  float *parts;               // [G, fetchers + rest_slices + 1, 8, ceil4(D) + 4]: o, m, l, of the rest its largest score; the
+                              // last is the sum of the rest's
+  int *counters;              // [G, RECALL_COUNTERS]
   int *previous;              // [G, k + 1]: `chosen` of the layer's previous step, then how many, or null
   unsigned long long *fetched;  // [2]: rows fetched in all steps of the layer, and those that the step before fetched too
   uint32_t *redone;           // thread blocks that computed their rest again since an estimate exceeded the cap

@@ -5,8 +5,9 @@
 //   chosen: the k largest in rising order, of equal weights the earlier tokens; all where there are no more than k.
 //
 // Launch  recall_weigh: grid (any, G), 512 threads; mass, weights and their histogram.
-//         recall_choose: grid (any, G), 1024 threads; dynamic shared memory 8 LISTED bytes. About as many blocks as
-//         multiprocessors for all KV heads together.
+//         recall_choose: grid (any, G), 1024 threads; dynamic shared memory 8 LISTED bytes, and ctx / 8 more where
+//         that fits: the map is then selected in shared memory. About as many blocks as multiprocessors for all KV
+//         heads together.
 //
 // Selection on the bits of f32 weights, which are in the order of the weights as none is negative. recall_weigh counts the
 // weights by their upper 11 bits. Each block of recall_choose finds in that histogram the bin where the k-th lies, marks
@@ -21,6 +22,12 @@
 constexpr int WEIGH_THREADS = 512, CHOOSE_THREADS = 1024, CHOOSE_WARPS = CHOOSE_THREADS / WARP, BINS = RECALL_BINS;
 constexpr int LISTED = RECALL_LISTED;
 constexpr uint32_t NO_TOKEN = 0xffffffffu;
+
+__device__ inline uint32_t dynamic_shared() {
+  uint32_t bytes;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+  return bytes;
+}
 
 extern "C" __global__ void __launch_bounds__(WEIGH_THREADS) recall_weigh(const __grid_constant__ RecallParams p) {
   __shared__ int bins[BINS];
@@ -83,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(WEIGH_THREADS) recall_weigh(const _
 }
 
 struct Found {
-  int bin, rest;  // the bin with the `left`-th highest, and how many are wanted in it
+  int bin, rest, count;  // the bin with the `left`-th highest, how many are wanted in it, and how many it has
 };
 
 // Inclusive sums over the block's threads; `sums` [warps] must differ from the previous call's.
@@ -111,6 +118,7 @@ __device__ inline void find(int upper, int lower, int left, int *sums, Found &fo
     const bool first = left <= above + upper;
     found.bin = first ? high : high - 1;
     found.rest = left - above - (first ? 0 : upper);
+    found.count = first ? upper : lower;
   }
   __syncthreads();
 }
@@ -150,6 +158,7 @@ __device__ inline void count_crowded(const uint32_t *weights, int words, uint32_
 
 extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) recall_choose(const __grid_constant__ RecallParams p) {
   extern __shared__ __align__(16) uint2 list[];
+  uint32_t *map = (uint32_t *)(list + LISTED);  // the KV head's words of the bitmap, where they fit (`mapped`)
   __shared__ int bins[BINS], sums[3][WARP];
   __shared__ Found found[3];
   __shared__ bool last;
@@ -162,13 +171,21 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) recall_choose(const
   const uint32_t *weights = (const uint32_t *)p.weights + (int64_t)g * p.ctx;
   uint32_t *bitmap = p.bitmap + (int64_t)g * (p.ctx / WARP);
   uint2 *listed = p.listed + (int64_t)g * LISTED;
-  int *histogram = p.histogram + g * 2 * BINS, *counters = p.counters + 8 * g + 2;
+  int *histogram = p.histogram + g * 2 * BINS, *counters = p.counters + RECALL_COUNTERS * g + COUNTED;
+  const int start = (blockIdx.x * CHOOSE_WARPS + warp) * 8;
+  uint32_t w[8];
+  // Eight words of the map at a time, so that their loads are in flight together; the first while the bin is searched.
+  auto load = [&](int word) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) w[i] = word + i < words ? __ldcg(weights + (word + i) * WARP + lane) : NO_TOKEN;
+  };
+  if (n > 0) load(start);
   if (!all) {
     const int2 two = __ldcg((const int2 *)histogram + (BINS / 2 - 1 - threadIdx.x));
     find(two.y, two.x, p.k, sums[0], found[0]);
   }
   uint32_t bin = all ? 0 : found[0].bin;
-  const bool crowded = !all && __ldcg(histogram + bin) > LISTED;
+  const bool crowded = !all && found[0].count > LISTED;
   const int shift = crowded ? 9 : 20;
   if (crowded) {
     count_crowded(weights, words, bin, histogram + BINS, counters + 2, bins);
@@ -176,12 +193,10 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) recall_choose(const
     find(two.y, two.x, found[0].rest, sums[1], found[1]);
     bin = bin << 11 | found[1].bin;
   }
-  // Eight words of the map at a time, so that their loads are in flight together.
-  for (int word = (blockIdx.x * CHOOSE_WARPS + warp) * 8; word < words && n > 0; word += gridDim.x * CHOOSE_WARPS * 8) {
-    uint32_t w[8], own = 0, in[8];
+  for (int word = start; word < words && n > 0; word += gridDim.x * CHOOSE_WARPS * 8) {
+    uint32_t own = 0, in[8];
     int many = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) w[i] = word + i < words ? __ldcg(weights + (word + i) * WARP + lane) : NO_TOKEN;
+    if (word != start) load(word);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const uint32_t upper = w[i] >> shift, above = __ballot_sync(~0u, w[i] != NO_TOKEN && (all || upper > bin));
@@ -207,10 +222,17 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) recall_choose(const
   if (!last) return;
   __threadfence();
   uint32_t lowest = 0;
+  // One round of loads: the map, the length of the list and its first entries, which may be of an earlier step.
+  const bool mapped = dynamic_shared() >= 8 * LISTED + p.ctx / 8;
+  const int pairs = mapped ? (words + 1) / 2 : 0;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < pairs; i += CHOOSE_THREADS) ((uint2 *)map)[i] = __ldcg((const uint2 *)bitmap + i);
   if (!all) {
+    const uint2 early = __ldcg(listed + threadIdx.x);
     const int many = __ldcg(counters);
     const bool fits = many <= LISTED;
-    for (int i = threadIdx.x; i < many && fits; i += CHOOSE_THREADS) list[i] = __ldcg(listed + i);
+    if ((int)threadIdx.x < many && fits) list[threadIdx.x] = early;
+    for (int i = threadIdx.x + CHOOSE_THREADS; i < many && fits; i += CHOOSE_THREADS) list[i] = __ldcg(listed + i);
     // Calls `f` with the weight and position of every token in the bin.
     auto each = [&](auto f) {
       if (fits) {
@@ -260,30 +282,30 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) recall_choose(const
       until = high;
     }
     each([&](uint32_t w, uint32_t i) {
-      if (w > lowest || (w == lowest && (int)i < until)) atomicOr(bitmap + i / WARP, 1u << (i % WARP));
+      if (w > lowest || (w == lowest && (int)i < until)) atomicOr((mapped ? map : bitmap) + i / WARP, 1u << (i % WARP));
     });
-    __threadfence();
-    __syncthreads();
+    if (!mapped) __threadfence();
   }
-  // Places of the bits, in order: eight words of a thread at a time. A row of the map is a multiple of two words.
+  __syncthreads();
+  // Places of the bits, in order: up to eight words of a thread at a time. A row of the map is a multiple of two words.
+  // Neighbouring threads write places apart, so that they meet in shared memory first.
   int *chosen = p.chosen + (int64_t)g * p.k;
+  const bool staged = p.k <= 2 * LISTED;
+  int *places = staged ? (int *)list : chosen;
   __shared__ int whole[WARP];
-  int *previous = p.previous && !far.stopped ? p.previous + (int64_t)g * (p.k + 1) : nullptr;
-  if (previous) {
-    int again = 0;
-    for (int i = threadIdx.x; i < previous[p.k]; i += CHOOSE_THREADS) again += __ldcg(bitmap + previous[i] / WARP) >> (previous[i] % WARP) & 1;
-    again = __reduce_add_sync(~0u, again);
-    if (lane == 0 && again) atomicAdd(p.fetched + 1, (unsigned long long)again);
-    __syncthreads();
-  }
+  const int each = min(8, (words + 2 * CHOOSE_THREADS - 1) / (2 * CHOOSE_THREADS) * 2);
   int before = 0;
-  for (int from = 0; from < words && n > 0; from += CHOOSE_THREADS * 8) {
+  for (int from = 0; from < words && n > 0; from += CHOOSE_THREADS * each) {
     uint2 word[4];
     int count = 0;
-    const int own = from + (int)threadIdx.x * 8;
+    const int own = from + (int)threadIdx.x * each;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      word[i] = own + 2 * i < words ? __ldcg((const uint2 *)(bitmap + own) + i) : make_uint2(0, 0);
+      word[i] = make_uint2(0, 0);
+      if (2 * i < each && own + 2 * i < words) {
+        word[i] = mapped ? ((const uint2 *)(map + own))[i] : __ldcg((const uint2 *)(bitmap + own) + i);
+        if (mapped && !all) ((uint2 *)(bitmap + own))[i] = word[i];
+      }
       if (own + 2 * i + 1 >= words) word[i].y = 0;  // left of an earlier step
       count += __popc(word[i].x) + __popc(word[i].y);
     }
@@ -293,18 +315,13 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS) recall_choose(const
 #pragma unroll
     for (int i = 0; i < 8; i++)
       for (uint32_t left = i % 2 ? word[i / 2].y : word[i / 2].x; left; left &= left - 1)
-        chosen[place++] = (own + i) * WARP + __ffs(left) - 1;
-    for (int i = 0; i < CHOOSE_WARPS; i++) before += whole[i];
+        places[place++] = (own + i) * WARP + __ffs(left) - 1;
+    if (from + CHOOSE_THREADS * each < words)
+      for (int i = 0; i < CHOOSE_WARPS; i++) before += whole[i];
   }
-  if (previous) {
-    const int count = min(p.k, n);
-    __syncthreads();
-    for (int i = threadIdx.x; i < count; i += CHOOSE_THREADS) previous[i] = chosen[i];
-    if (threadIdx.x == 0) {
-      previous[p.k] = count;
-      atomicAdd(p.fetched, (unsigned long long)count);
-    }
-  }
+  __syncthreads();
+  if (staged)
+    for (int i = threadIdx.x; i < min(p.k, n); i += CHOOSE_THREADS) chosen[i] = places[i];
   if (threadIdx.x == 0) {
     p.counts[g] = min(p.k, n);
     p.lowest[g] = log2f(__uint_as_float(lowest));

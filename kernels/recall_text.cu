@@ -7,13 +7,14 @@
 // values, with their number in `counts`. Every sum has a fixed order.
 //
 // Shapes  k, v [T, G, D] in bf16, f16 or f32, positions start .. start + T; codes as in recall.cuh. D up to 256.
-// Launch  recall_text_keys: grid G, 1024 threads. recall_text_values: grid (ceil(D / 16), G), 256 threads.
+// Launch  recall_text_keys: grid (ceil(D / 8), G), 1024 threads. recall_text_values: grid (ceil(D / 16), G), 256 threads.
 //
-// Values: a thread owns a codeword. It lists those of TEXT_TILE tokens that have it and then reads their values: with a
-// list, loads of several tokens are in flight at once.
+// Keys: a thread owns a channel of eight and every 128th token. Values: a thread owns a codeword. It lists those of TEXT_TILE
+// tokens that have it, comparing four codes at a time, and then reads their values: with a list, loads of several tokens are
+// in flight at once.
 #include "recall.cuh"
 
-constexpr int TEXT_KEY_THREADS = 1024, TEXT_TILE = 4096;
+constexpr int TEXT_KEY_THREADS = 1024, TEXT_CHANNELS = 8, TEXT_TEAMS = TEXT_KEY_THREADS / TEXT_CHANNELS, TEXT_TILE = 4096;
 constexpr double TEXT_PRIOR = 16.0;  // tokens that the calibration's line counts as
 
 struct TextParams {
@@ -39,21 +40,22 @@ FIELD(TextParams, bytes, 132); FIELD(TextParams, type, 136); FIELD(TextParams, s
 
 extern "C" __global__ void __launch_bounds__(TEXT_KEY_THREADS) recall_text_keys(const __grid_constant__ TextParams p) {
   __shared__ double sums[TEXT_KEY_THREADS];
-  __shared__ int place[256];  // of a channel: byte << 8 | shift << 4 | bits
-  const int g = blockIdx.x, *first = p.first + g * (p.bytes + 1);
-  const int teams = TEXT_KEY_THREADS / p.dim, team = threadIdx.x / p.dim, c = threadIdx.x % p.dim;
-  if (threadIdx.x < 256) place[threadIdx.x] = 0;
+  __shared__ int place[TEXT_CHANNELS];  // of a channel: byte << 8 | shift << 4 | bits
+  const int g = blockIdx.y, from = blockIdx.x * TEXT_CHANNELS, *first = p.first + g * (p.bytes + 1);
+  const int team = threadIdx.x / TEXT_CHANNELS, own_channel = threadIdx.x % TEXT_CHANNELS, c = from + own_channel;
+  if (threadIdx.x < TEXT_CHANNELS) place[threadIdx.x] = 0;
   __syncthreads();
   for (int b = threadIdx.x; b < p.bytes; b += TEXT_KEY_THREADS)
     for (int i = first[b]; i < first[b + 1]; i++) {
       const RecallField f = p.fields[g * p.dim + i];
-      place[f.channel] = b << 8 | f.shift << 4 | f.bits;
+      if (f.channel >= from && f.channel < from + TEXT_CHANNELS) place[f.channel - from] = b << 8 | f.shift << 4 | f.bits;
     }
   __syncthreads();
   double own[5] = {};
-  if (team < teams) {
-    const int at = place[c] >> 8, shift = place[c] >> 4 & 15, bits = place[c] & 15;
-    for (int t = max(p.sinks - p.start, 0) + team; t < p.tokens; t += teams) {
+  if (c < p.dim) {
+    const int at = place[own_channel] >> 8, shift = place[own_channel] >> 4 & 15, bits = place[own_channel] & 15;
+#pragma unroll 4
+    for (int t = max(p.sinks - p.start, 0) + team; t < p.tokens; t += TEXT_TEAMS) {
       const int code = p.key_codes[((int64_t)g * p.ctx + p.start + t) * p.bytes + at] >> shift & ((1 << bits) - 1);
       const double level = bits > 0 ? p.levels[(1 << bits) + code] : 0.f;
       const double key = element(p.k, ((int64_t)t * p.kv_heads + g) * p.dim + c, p.type);
@@ -65,15 +67,16 @@ extern "C" __global__ void __launch_bounds__(TEXT_KEY_THREADS) recall_text_keys(
   for (int i = 0; i < 5; i++) {
     __syncthreads();
     sums[threadIdx.x] = own[i];
-    __syncthreads();
-    if (team == 0) {
+    for (int half = TEXT_KEY_THREADS / 2; half >= TEXT_CHANNELS; half /= 2) {
+      __syncthreads();
+      if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (team == 0 && c < p.dim) {
       double *line = p.lines + ((int64_t)g * 5 + i) * p.dim + c;
-      all[i] = *line;
-      for (int other = 0; other < teams; other++) all[i] += sums[other * p.dim + c];
-      *line = all[i];
+      *line = all[i] = *line + sums[threadIdx.x];
     }
   }
-  if (team > 0) return;
+  if (team > 0 || c >= p.dim) return;
   const double count = all[0] + TEXT_PRIOR, square = all[4] + TEXT_PRIOR;
   const double key = all[2] + TEXT_PRIOR * p.mean[g * p.dim + c], product = all[3] + TEXT_PRIOR * p.scale[g * p.dim + c];
   const double determinant = count * square - all[1] * all[1];
@@ -82,11 +85,13 @@ extern "C" __global__ void __launch_bounds__(TEXT_KEY_THREADS) recall_text_keys(
 }
 
 extern "C" __global__ void __launch_bounds__(256) recall_text_values(const __grid_constant__ TextParams p) {
-  __shared__ uint8_t codes[TEXT_TILE];
+  __shared__ __align__(4) uint8_t codes[TEXT_TILE];
   __shared__ uint16_t list[TEXT_TILE];
   __shared__ int begin[256];
   const int m = blockIdx.x, g = blockIdx.y, subs = (p.dim + RECALL_SUB - 1) / RECALL_SUB, word = threadIdx.x;
   const int width = min(RECALL_SUB, p.dim - m * RECALL_SUB);
+  const uint32_t words = word * 0x01010101u;
+  const bool whole = width == RECALL_SUB && p.type != 0 && p.dim % 8 == 0;  // rows of 16-byte units
   float sum[RECALL_SUB] = {};
   int count = 0;
   for (int from = max(p.sinks - p.start, 0); from < p.tokens; from += TEXT_TILE) {
@@ -95,21 +100,41 @@ extern "C" __global__ void __launch_bounds__(256) recall_text_values(const __gri
     for (int i = threadIdx.x; i < here; i += 256)
       codes[i] = p.value_codes[((int64_t)g * p.ctx + p.start + from + i) * subs + m];
     __syncthreads();
+    // Bit 8 j: whether the code of token i + j is this thread's.
+    auto equal = [&](int i) {
+      const uint32_t four = __vcmpeq4(*(const uint32_t *)(codes + i), words) & 0x01010101u;
+      return here - i >= 4 ? four : four & ((1u << 8 * (here - i)) - 1);
+    };
     int own = 0;
-    for (int i = 0; i < here; i++) own += codes[i] == word;
+#pragma unroll 4
+    for (int i = 0; i < here; i += 4) own += __popc(equal(i));
     begin[word] = own;
     __syncthreads();
     int at = 0;
     for (int w = 0; w < word; w++) at += begin[w];
     const int last = at + own;
     int next = at;
-    for (int i = 0; i < here; i++)
-      if (codes[i] == word) list[next++] = (uint16_t)i;
+    for (int i = 0; i < here && next < last; i += 4)
+      for (uint32_t left = equal(i); left; left &= left - 1) list[next++] = (uint16_t)(i + (__ffs(left) - 1) / 8);
     count += own;
     // A thread's own part of the list: no other reads it.
+    auto value_of = [&](int i) { return ((int64_t)(from + list[i]) * p.kv_heads + g) * p.dim + m * RECALL_SUB; };
+    if (whole) {
+#pragma unroll 4
+      for (int i = at; i < last; i++) {
+        const uint4 *value = (const uint4 *)((const uint16_t *)p.v + value_of(i)), a = value[0], b = value[1];
+        const uint32_t pairs[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int c = 0; c < 8; c++) {
+          const float2 two = p.type == 1 ? unpack<__nv_bfloat16>(pairs[c]) : unpack<__half>(pairs[c]);
+          sum[2 * c] += two.x, sum[2 * c + 1] += two.y;
+        }
+      }
+      continue;
+    }
 #pragma unroll 4
     for (int i = at; i < last; i++) {
-      const int64_t value = ((int64_t)(from + list[i]) * p.kv_heads + g) * p.dim + m * RECALL_SUB;
+      const int64_t value = value_of(i);
 #pragma unroll
       for (int c = 0; c < RECALL_SUB; c++)
         if (c < width) sum[c] += element(p.v, value + c, p.type);

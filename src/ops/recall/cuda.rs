@@ -17,6 +17,10 @@ const CHANNELS: usize = 64;
 pub(crate) const MOST_HEADS: usize = 8;
 /// `RECALL_LISTED` of kernels/recall.cuh.
 pub(crate) const LISTED: usize = 4096;
+/// Bytes of the map of a KV head that `recall_choose` holds in shared memory, at most: beside its list they fit an A100's.
+const MAPPED: usize = 64 << 10;
+/// `RECALL_COUNTERS` of kernels/recall.cuh.
+pub(crate) const COUNTERS: usize = 16;
 /// `RECALL_BINS` of kernels/recall.cuh.
 pub(crate) const BINS: usize = 2048;
 
@@ -181,7 +185,7 @@ pub(crate) fn kind(dtype: DType) -> Result<i32> {
 pub(crate) struct Cut {
     /// Slices of `recall_scan`: `Recall::slices` is `[H, slices]`.
     pub slices: usize,
-    /// `Recall::parts` is `[G, fetchers + rest_slices, 8, D up to a multiple of 4, plus 4]`.
+    /// `Recall::parts` is `[G, fetchers + rest_slices + 1, 8, D up to a multiple of 4, plus 4]`.
     pub fetchers: usize,
     /// 0 without a rest.
     pub rest_slices: usize,
@@ -236,7 +240,8 @@ impl Cut {
         let per_head = |blocks: usize, tokens: usize| (blocks / kv_heads).min(ctx.div_ceil(tokens)).max(1);
         let weigh = Kernel::load(gpu, "recall_choose", "recall_weigh".into())?;
         let weigh = Launch::new(weigh, (per_head(2 * self.multiprocessors, 4096), kv_heads, 1), 512).with(p);
-        let choose = Kernel::load(gpu, "recall_choose", "recall_choose".into())?.shared(8 * LISTED)?;
+        let mapped = Some(ctx / 8).filter(|bytes| *bytes <= MAPPED).unwrap_or(0);
+        let choose = Kernel::load(gpu, "recall_choose", "recall_choose".into())?.shared(8 * LISTED + mapped)?;
         let choose = Launch::new(choose, (per_head(self.multiprocessors, 8192), kv_heads, 1), 1024).with(p);
         let any = !(dim * dtype.size_in_bytes()).is_multiple_of(16);
         let most = if any { 256 } else { [64, 128, 256].into_iter().find(|x| dim <= *x).unwrap_or(256) };
@@ -246,7 +251,7 @@ impl Cut {
         let rest = if p.value_codes > 0 { (128 << 10) + 64 * threads } else { 16 << 10 };
         let fetch =
             Kernel::load(gpu, &format!("recall_fetch_{most}"), format!("recall_fetch_{}_{kind}", suffix(dtype)?))?;
-        let fetch = fetch.shared(rest.max(4 * (threads / lanes) * group * (dim + 2)))?;
+        let fetch = fetch.shared(rest.max(4 * (threads / lanes) * (group * (dim + 3) + 8)))?;
         let blocks = kv_heads * (self.fetchers + self.rest_slices * self.subsets);
         let fetch = Launch::new(fetch, (blocks, 1, 1), threads).with(p);
         Ok([scan, weigh, choose, fetch])
@@ -305,7 +310,7 @@ pub(crate) fn text(gpu: &CudaDevice, p: Text) -> Result<Vec<Launch>> {
     let (kv_heads, subs) = (p.kv_heads as usize, (p.dim as usize).div_ceil(crate::recall::SUB));
     let mut all = vec![];
     if p.lines > 0 {
-        all.push(Launch::new(kernel("recall_text_keys")?, (kv_heads, 1, 1), 1024).with(p));
+        all.push(Launch::new(kernel("recall_text_keys")?, ((p.dim as usize).div_ceil(8), kv_heads, 1), 1024).with(p));
     }
     if p.counts > 0 {
         all.push(Launch::new(kernel("recall_text_values")?, (subs, kv_heads, 1), 256).with(p));

@@ -22,7 +22,7 @@ mod rest;
 
 pub use cpu::attend_far;
 #[cfg(feature = "cuda")]
-pub(crate) use cuda::{encode, kind, means, text, Cut, Encode, Recall, Text, BINS, LISTED, MOST_HEADS};
+pub(crate) use cuda::{encode, kind, means, text, Cut, Encode, Recall, Text, BINS, COUNTERS, LISTED, MOST_HEADS};
 
 use crate::recall::{HeadCode, ValueCode};
 use std::sync::Arc;
