@@ -8,9 +8,10 @@ use super::config::{CharConfig, SYMBOLS};
 use super::text::END_OF_TEXT;
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::ops::pair::{self, PairRope, PairShape, Partner};
-use crate::ops::{cross_entropy, gated_silu, gated_silu_backward, norm, norm_backward, NO_TARGET};
+use crate::ops::training::{cross_entropy, gated_silu, gated_silu_backward, norm, norm_backward};
+use crate::ops::training::{FlatGradient, Normed, NO_TARGET};
 use crate::train::{Init, Layout, Objective, Parameter};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// What the forward pass keeps for the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,17 +85,29 @@ pub(super) struct LayerWeights {
     pub down: Tensor,
 }
 
+/// All weights: the master copy, and the one that products are computed with, bf16 on CUDA.
+pub(super) struct Weights {
+    master: Tensor,
+    compute: Tensor,
+}
+
+impl Weights {
+    pub(super) fn new(master: &Tensor) -> Result<Self> {
+        let dtype = if master.device().is_cuda() { DType::BF16 } else { DType::F32 };
+        Ok(Self { master: master.clone(), compute: master.to_dtype(dtype).at("weights")? })
+    }
+}
+
+/// Where a layer's input comes from: the residual stream, and what the layer before adds to it.
+type Residual = (Tensor, Option<Tensor>);
+
 /// Results of a layer's forward pass that the backward pass reads.
 struct Saved {
-    x: Tensor,
-    normed1: Tensor,
-    r1: Tensor,
+    before: Normed,
     qkv: Tensor,
     attended: Tensor,
     lse: Tensor,
-    x1: Tensor,
-    normed2: Tensor,
-    r2: Tensor,
+    between: Normed,
     both: Tensor,
     gated: Tensor,
 }
@@ -160,13 +173,28 @@ impl CharModel {
     /// # Errors
     /// Sequences that are not whole chunks, or a backend's failure.
     pub fn logits(&self, weights: &Tensor, symbols: &[u32], sequences: usize) -> Result<Tensor> {
+        let weights = Weights::new(weights)?;
+        let normed = self.forward(&weights, symbols, sequences, |_, _| Ok(()))?;
+        product(&normed, &self.embedding(&weights)?)
+    }
+
+    /// The normed output of the last layer, `[N, d]`; `each` is given the number of every layer and its queries, keys and
+    /// values, `[N, 3 H D]`, before they are rotated.
+    pub(super) fn forward(
+        &self,
+        weights: &Weights,
+        symbols: &[u32],
+        sequences: usize,
+        mut each: impl FnMut(usize, &Tensor) -> Result<()>,
+    ) -> Result<Tensor> {
         let shape = self.shape(symbols.len(), sequences)?;
-        let mut x = self.embed(weights, symbols)?;
+        let mut x = (self.embed(weights, symbols)?, None);
         for i in 0..self.layers.len() {
-            x = self.layer(weights, i, &x, shape)?.0;
+            let (next, saved) = self.layer(weights, i, &x, shape)?;
+            each(i, &saved.qkv)?;
+            x = next;
         }
-        let (normed, _) = norm(&x, &self.final_weight(weights)?, self.eps())?;
-        product(&normed, &self.embedding(weights)?)
+        Ok(norm(&x.0, x.1.as_ref(), &self.final_weight(weights)?, self.eps())?.y)
     }
 
     /// Loss in nats of every predicted symbol, 0 where there is no target.
@@ -174,7 +202,8 @@ impl CharModel {
     /// # Errors
     /// As of [`CharModel::logits`].
     pub fn losses(&self, weights: &Tensor, batch: &Batch) -> Result<Vec<f32>> {
-        Ok(cross_entropy(&self.logits(weights, &batch.symbols, batch.sequences)?, &batch.targets, 0.0)?.0)
+        let logits = self.logits(weights, &batch.symbols, batch.sequences)?;
+        cross_entropy(&logits, &batch.targets, 0.0)?.0.to_vec1().at("losses")
     }
 
     fn shape(&self, symbols: usize, sequences: usize) -> Result<PairShape> {
@@ -195,29 +224,29 @@ impl CharModel {
         &self.rope
     }
 
-    pub(super) fn embedding(&self, weights: &Tensor) -> Result<Tensor> {
-        Layout::part(weights, 0, &[SYMBOLS, self.config.hidden_size])
+    pub(super) fn embedding(&self, weights: &Weights) -> Result<Tensor> {
+        Layout::part(&weights.compute, 0, &[SYMBOLS, self.config.hidden_size])
     }
 
-    pub(super) fn final_weight(&self, weights: &Tensor) -> Result<Tensor> {
-        Layout::part(weights, self.final_norm, &[self.config.hidden_size])
+    pub(super) fn final_weight(&self, weights: &Weights) -> Result<Tensor> {
+        Layout::part(&weights.master, self.final_norm, &[self.config.hidden_size])
     }
 
-    pub(super) fn layer_weights(&self, weights: &Tensor, layer: usize) -> Result<LayerWeights> {
+    pub(super) fn layer_weights(&self, weights: &Weights, layer: usize) -> Result<LayerWeights> {
         let (c, p) = (&self.config, self.places[layer]);
         let (d, width) = (c.hidden_size, c.num_attention_heads * c.head_dim);
-        let part = |start, shape: &[usize]| Layout::part(weights, start, shape);
+        let part = |start, shape: &[usize]| Layout::part(&weights.compute, start, shape);
         Ok(LayerWeights {
-            norm1: part(p.norm1, &[d])?,
+            norm1: Layout::part(&weights.master, p.norm1, &[d])?,
             qkv: part(p.qkv, &[3 * width, d])?,
             o: part(p.o, &[d, width])?,
-            norm2: part(p.norm2, &[d])?,
+            norm2: Layout::part(&weights.master, p.norm2, &[d])?,
             gate_up: part(p.gate_up, &[2 * c.intermediate_size, d])?,
             down: part(p.down, &[d, c.intermediate_size])?,
         })
     }
 
-    fn embed(&self, weights: &Tensor, symbols: &[u32]) -> Result<Tensor> {
+    fn embed(&self, weights: &Weights, symbols: &[u32]) -> Result<Tensor> {
         if let Some(symbol) = symbols.iter().find(|s| **s as usize >= SYMBOLS) {
             return Err(Error::new(ErrorKind::Usage, "batch", format!("symbol {symbol} of {SYMBOLS}")));
         }
@@ -226,40 +255,43 @@ impl CharModel {
         rows.at("embedding")
     }
 
-    fn layer(&self, weights: &Tensor, layer: usize, x: &Tensor, shape: PairShape) -> Result<(Tensor, Saved)> {
+    fn layer(&self, weights: &Weights, layer: usize, x: &Residual, shape: PairShape) -> Result<(Residual, Saved)> {
         let w = self.layer_weights(weights, layer)?;
-        let (normed1, r1) = norm(x, &w.norm1, self.eps())?;
-        let qkv = product(&normed1, &w.qkv)?;
+        let before = norm(&x.0, x.1.as_ref(), &w.norm1, self.eps())?;
+        let qkv = product(&before.y, &w.qkv)?;
         let (attended, lse) = pair::forward(&qkv, shape, self.layers[layer], &self.rope)?;
-        let x1 = (x + product(&attended, &w.o)?).at("residual")?;
-        let (normed2, r2) = norm(&x1, &w.norm2, self.eps())?;
-        let both = product(&normed2, &w.gate_up)?;
+        let between = norm(&before.sum, Some(&product(&attended, &w.o)?), &w.norm2, self.eps())?;
+        let both = product(&between.y, &w.gate_up)?;
         let gated = gated_silu(&both)?;
-        let y = (&x1 + product(&gated, &w.down)?).at("residual")?;
-        Ok((y, Saved { x: x.clone(), normed1, r1, qkv, attended, lse, x1, normed2, r2, both, gated }))
+        let next = (between.sum.clone(), Some(product(&gated, &w.down)?));
+        Ok((next, Saved { before, qkv, attended, lse, between, both, gated }))
     }
 
-    /// The gradient of a layer's input, and of its parameters in the layout's order, given that of its output.
+    /// Writes the gradient of a layer's parameters and returns that of its input, given that of its output.
     fn layer_backward(
         &self,
-        weights: &Tensor,
+        weights: &Weights,
         layer: usize,
         s: &Saved,
         dy: &Tensor,
         shape: PairShape,
-    ) -> Result<(Tensor, [Tensor; 6])> {
-        let w = self.layer_weights(weights, layer)?;
-        let (d_gated, d_down) = product_backward(dy, &s.gated, &w.down)?;
-        let d_both = gated_silu_backward(&s.both, &d_gated)?;
-        let (d_normed2, d_gate_up) = product_backward(&d_both, &s.normed2, &w.gate_up)?;
-        let (d_x1, d_norm2) = norm_backward(&s.x1, &w.norm2, &s.r2, &d_normed2)?;
-        let d_x1 = (dy + d_x1).at("residual")?;
-        let (d_attended, d_o) = product_backward(&d_x1, &s.attended, &w.o)?;
+        to: &mut FlatGradient,
+    ) -> Result<Tensor> {
+        let (w, at) = (self.layer_weights(weights, layer)?, self.places[layer]);
+        let d_both = gated_silu_backward(&s.both, &input_gradient(dy, &w.down)?)?;
+        to.put_product(at.down, dy, &s.gated)?;
+        to.put_product(at.gate_up, &d_both, &s.between.y)?;
+        let d_normed = input_gradient(&d_both, &w.gate_up)?;
+        let (d_x1, d_norm2) = norm_backward(&s.between.sum, &w.norm2, &s.between.r, &d_normed, Some(dy))?;
+        to.put(at.norm2, &d_norm2)?;
+        to.put_product(at.o, &d_x1, &s.attended)?;
+        let d_attended = input_gradient(&d_x1, &w.o)?;
         let d_qkv = pair::backward(&s.qkv, (&s.attended, &s.lse), &d_attended, shape, self.layers[layer], &self.rope)?;
-        let (d_normed1, d_qkv) = product_backward(&d_qkv, &s.normed1, &w.qkv)?;
-        let (d_x, d_norm1) = norm_backward(&s.x, &w.norm1, &s.r1, &d_normed1)?;
-        let d_x = (d_x1 + d_x).at("residual")?;
-        Ok((d_x, [d_norm1, d_qkv, d_o, d_norm2, d_gate_up, d_down]))
+        to.put_product(at.qkv, &d_qkv, &s.before.y)?;
+        let d_normed = input_gradient(&d_qkv, &w.qkv)?;
+        let (d_x, d_norm1) = norm_backward(&s.before.sum, &w.norm1, &s.before.r, &d_normed, Some(&d_x1))?;
+        to.put(at.norm1, &d_norm1)?;
+        Ok(d_x)
     }
 }
 
@@ -271,39 +303,41 @@ impl Objective for CharModel {
     }
 
     fn gradient(&self, weights: &Tensor, batch: &Batch, scale: f32) -> Result<(f64, usize, Tensor)> {
-        let shape = self.shape(batch.symbols.len(), batch.sequences)?;
-        let mut x = self.embed(weights, &batch.symbols)?;
+        let (shape, weights) = (self.shape(batch.symbols.len(), batch.sequences)?, Weights::new(weights)?);
+        let mut x = (self.embed(&weights, &batch.symbols)?, None);
         let mut kept = vec![];
         for i in 0..self.layers.len() {
-            let (y, saved) = self.layer(weights, i, &x, shape)?;
+            let (y, saved) = self.layer(&weights, i, &x, shape)?;
             kept.push(match self.rematerialise {
                 Rematerialise::Nothing => Err(saved),
-                Rematerialise::Layers => Ok(x),
+                // The sum alone: one tensor a layer.
+                Rematerialise::Layers => Ok(saved.before.sum),
             });
             x = y;
         }
-        let (embedding, final_weight) = (self.embedding(weights)?, self.final_weight(weights)?);
-        let (normed, r) = norm(&x, &final_weight, self.eps())?;
-        let (losses, d_logits) = cross_entropy(&product(&normed, &embedding)?, &batch.targets, scale)?;
-        let (d_normed, d_embedding) = product_backward(&d_logits, &normed, &embedding)?;
-        let (mut dx, d_final) = norm_backward(&x, &final_weight, &r, &d_normed)?;
-        // In the layout's order, backwards.
-        let mut gradients = vec![d_final];
+        let (embedding, final_weight) = (self.embedding(&weights)?, self.final_weight(&weights)?);
+        let last = norm(&x.0, x.1.as_ref(), &final_weight, self.eps())?;
+        drop(x);
+        let (losses, d_logits) = cross_entropy(&product(&last.y, &embedding)?, &batch.targets, scale)?;
+        let mut to = FlatGradient::zeros(self.layout.len(), self.rope.tables().device())?;
+        to.put_product(0, &d_logits, &last.y)?;
+        let d_normed = input_gradient(&d_logits, &embedding)?;
+        let (mut dx, d_final) = norm_backward(&last.sum, &final_weight, &last.r, &d_normed, None)?;
+        to.put(self.final_norm, &d_final)?;
+        drop((last, d_logits, d_normed));
         for i in (0..self.layers.len()).rev() {
             let saved = match kept.pop() {
                 Some(Err(saved)) => saved,
-                Some(Ok(x)) => self.layer(weights, i, &x, shape)?.1,
+                Some(Ok(sum)) => self.layer(&weights, i, &(sum, None), shape)?.1,
                 None => return Err(Error::new(ErrorKind::Backend, "backward pass", "lost a layer")),
             };
-            let (earlier, own) = self.layer_backward(weights, i, &saved, &dx, shape)?;
-            gradients.extend(own.into_iter().rev());
-            dx = earlier;
+            dx = self.layer_backward(&weights, i, &saved, &dx, shape, &mut to)?;
         }
-        gradients.push(embedding_gradient(&d_embedding, &batch.symbols, &dx)?);
-        let flat: Vec<Tensor> =
-            gradients.iter().rev().map(|g| g.flatten_all().at("gradient")).collect::<Result<_>>()?;
+        to.add_embedding(0, &batch.symbols, &dx)?;
+        // Read last: a device has by then been given all its work.
+        let losses: Vec<f32> = losses.to_vec1().at("losses")?;
         let sum = losses.iter().map(|l| f64::from(*l)).sum();
-        Ok((sum, batch.predicted(), Tensor::cat(&flat, 0).at("gradient")?))
+        Ok((sum, batch.predicted(), to.into_tensor()))
     }
 }
 
@@ -312,13 +346,7 @@ fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     weight.t().and_then(|w| x.matmul(&w)).at("product")
 }
 
-/// Gradients of `x` and `W` of `y = x Wᵀ`, given that of `y`.
-fn product_backward(dy: &Tensor, x: &Tensor, weight: &Tensor) -> Result<(Tensor, Tensor)> {
-    Ok((dy.matmul(weight).at("gradient of a product")?, dy.t().and_then(|g| g.matmul(x)).at("gradient of a product")?))
-}
-
-/// Adds the rows `dx` of the symbols read to the gradient of the embedding as the output matrix.
-fn embedding_gradient(d_output: &Tensor, symbols: &[u32], dx: &Tensor) -> Result<Tensor> {
-    let index = Tensor::new(symbols, dx.device()).at("symbols")?;
-    d_output.index_add(&index, dx, 0).at("gradient of the embedding")
+/// The gradient of `x` of `y = x Wᵀ`, given that of `y`.
+fn input_gradient(dy: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    dy.matmul(weight).at("gradient of a product")
 }

@@ -106,6 +106,13 @@ pub(crate) fn device(tensor: &Tensor) -> Result<&CudaDevice> {
     }
 }
 
+/// Number of the GPU's multiprocessors.
+pub(crate) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
+    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+    let count = device.cuda_stream().context().attribute(attribute);
+    Ok(count.map_err(|e| Error::new(ErrorKind::Backend, "GPU", e))? as usize)
+}
+
 /// Whether the GPU has the warpgroup instructions of compute capability 9.0.
 pub(crate) fn is_hopper(device: &CudaDevice) -> bool {
     device.cuda_stream().context().compute_capability().is_ok_and(|c| c == (9, 0))

@@ -2,7 +2,6 @@
 
 mod attention;
 mod blocks;
-mod cross_entropy;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
 mod device;
@@ -19,6 +18,7 @@ pub mod recall;
 mod select;
 mod simd;
 mod summaries;
+pub mod training;
 mod view;
 
 #[cfg(feature = "cuda")]
@@ -29,9 +29,8 @@ pub use attention::{
     attend, merge as merge_attention, reference, Attended, AttentionArgs, FarRow, KeyValues, RowList, Segment, Store,
     StoreRows, Window, NO_ROW,
 };
-pub use cross_entropy::{cross_entropy, NO_TARGET};
 pub use device::{beside, describe, open_gpu};
-pub use gated::{gated, gated_silu, gated_silu_backward};
+pub use gated::gated;
 pub(crate) use gemm::{multiply_transposed, multiply_transposed_parallel, Strided};
 pub use heads::{prepare_heads, rope_table, HeadNorm};
 #[cfg(feature = "cuda")]
@@ -43,7 +42,7 @@ pub(crate) use matvec::{
 };
 pub(crate) use matvec::{dequantise, matvec, Rows};
 pub use memory::{device_memory, human_bytes, machine_memory, memory_of, release_memory, reset_peak, DeviceMemory};
-pub use norm::{add_norm, norm, norm_backward};
+pub use norm::add_norm;
 pub use select::highest_rows;
 pub use summaries::{pool_blocks, Pooled, RunningMean};
 pub(crate) use view::{view, View};

@@ -2,7 +2,9 @@
 
 use super::Layout;
 use crate::error::{At, Result};
-use candle_core::{DType, Device, Tensor};
+use crate::ops::view;
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
 
 /// Settings of [`AdamW`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -91,10 +93,7 @@ impl AdamW {
     /// A backend's failure.
     pub fn step(&mut self, gradient: &Tensor, rate: f64) -> Result<f64> {
         let s = self.settings;
-        let norm = (gradient.sqr().and_then(|g| g.sum_all()).and_then(|s| s.to_device(&Device::Cpu)))
-            .and_then(|s| s.to_scalar::<f32>())
-            .at("norm of the gradient")? as f64;
-        let norm = norm.sqrt();
+        let norm = sum_of_squares(gradient)?.sqrt();
         let scale = if norm > s.clip { s.clip / norm } else { 1.0 };
         self.steps += 1;
         let bias = |beta: f64| 1.0 - beta.powf(self.steps as f64);
@@ -110,5 +109,32 @@ impl AdamW {
         };
         (self.mean, self.square, self.weights) = update().at("optimiser step")?;
         Ok(norm)
+    }
+}
+
+/// In f64: a running sum of millions of squares in f32 loses some of them.
+fn sum_of_squares(x: &Tensor) -> Result<f64> {
+    if x.device().is_cpu() {
+        let x = view(x, "gradient")?;
+        let square = |part: &[f32]| part.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>();
+        // Parts of one size, so that the sum does not depend on the number of threads.
+        let parts: Vec<f64> = x.values::<f32>()?.par_chunks(1 << 14).map(square).collect();
+        return Ok(parts.iter().sum());
+    }
+    let sum = x.to_dtype(DType::F64).and_then(|x| x.sqr()?.sum_all()?.to_scalar());
+    sum.at("norm of the gradient")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn the_norm_of_millions_of_elements_is_exact() -> Result<()> {
+        let x = Tensor::full(0.1f32, 3_000_000, &Device::Cpu)?;
+        let want = 3e6 * f64::from(0.1f32) * f64::from(0.1f32);
+        assert!((sum_of_squares(&x)? / want - 1.0).abs() < 1e-12);
+        Ok(())
     }
 }

@@ -10,8 +10,12 @@
 //!
 //! A partner so lies right before the chunk, however far it is in the text: positions never exceed `2 B`. Keys are rotated
 //! once, queries once for either part.
+//!
+//! On CUDA: bf16, chunks of 16 or 128, heads of 64, partners with their keys and values (kernels/pair.cu).
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod rope;
 
 pub use cpu::decode;
@@ -102,6 +106,10 @@ impl PairShape {
 /// Another shape or device.
 pub fn forward(qkv: &Tensor, shape: PairShape, partner: Partner, rope: &PairRope) -> Result<(Tensor, Tensor)> {
     shape.check(qkv, 3 * shape.width(), "queries, keys and values")?;
+    #[cfg(feature = "cuda")]
+    if qkv.device().is_cuda() {
+        return cuda::forward(qkv, shape, partner, rope);
+    }
     cpu::forward(qkv, shape, partner, rope)
 }
 
@@ -124,5 +132,9 @@ pub fn backward(
     shape.check(out, shape.width(), "attention's output")?;
     shape.check(grad, shape.width(), "gradient of attention's output")?;
     shape.check(lse, shape.heads, "log-sum-exp")?;
+    #[cfg(feature = "cuda")]
+    if qkv.device().is_cuda() {
+        return cuda::backward(qkv, (out, lse), grad, shape, partner, rope);
+    }
     cpu::backward(qkv, (out, lse), grad, shape, partner, rope)
 }

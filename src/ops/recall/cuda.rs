@@ -1,8 +1,8 @@
 //! Launches `kernels/recall_*.cu`: a decode step of exact recall, and the codes of a prefill chunk.
 
 use crate::error::Result;
-use crate::ops::cuda::{suffix, Kernel, Launch};
-use candle_core::cuda_backend::cudarc::driver::{sys::CUdevice_attribute, DeviceRepr};
+use crate::ops::cuda::{multiprocessors, suffix, Kernel, Launch};
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::DType;
 
@@ -197,10 +197,7 @@ pub(crate) struct Cut {
 impl Cut {
     /// The cut for the shape in `p`, whose `value_codes` and `means` say what the rest is.
     pub fn new(gpu: &CudaDevice, p: &Recall) -> Result<Self> {
-        let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let count = gpu.cuda_stream().context().attribute(attribute);
-        let count = count.map_err(|e| crate::error::Error::new(crate::error::ErrorKind::Backend, "recall", e))?;
-        Ok(Self::over(count as usize, p))
+        Ok(Self::over(multiprocessors(gpu)?, p))
     }
 
     fn over(multiprocessors: usize, p: &Recall) -> Self {

@@ -1,7 +1,7 @@
 //! Cross-entropy of next symbols, with the gradient of the logits.
 
-use super::view::view;
 use crate::error::{At, Error, ErrorKind, Result};
+use crate::ops::view;
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
@@ -16,7 +16,7 @@ pub const NO_TARGET: u32 = u32::MAX;
 ///
 /// # Errors
 /// A target beyond the vocabulary, or another shape or device.
-pub fn cross_entropy(logits: &Tensor, targets: &[u32], scale: f32) -> Result<(Vec<f32>, Tensor)> {
+pub fn cross_entropy(logits: &Tensor, targets: &[u32], scale: f32) -> Result<(Tensor, Tensor)> {
     let (rows, symbols) = logits.dims2().at("cross-entropy")?;
     if rows != targets.len() {
         return Err(Error::new(
@@ -27,6 +27,10 @@ pub fn cross_entropy(logits: &Tensor, targets: &[u32], scale: f32) -> Result<(Ve
     }
     if let Some(target) = targets.iter().find(|t| **t != NO_TARGET && **t as usize >= symbols) {
         return Err(Error::new(ErrorKind::Backend, "cross-entropy", format!("target {target} of {symbols} symbols")));
+    }
+    #[cfg(feature = "cuda")]
+    if logits.device().is_cuda() {
+        return super::cuda::cross_entropy(logits, targets, scale);
     }
     let logits = view(logits, "logits")?;
     let (mut losses, mut grad) = (vec![0f32; rows], vec![0f32; rows * symbols]);
@@ -41,5 +45,6 @@ pub fn cross_entropy(logits: &Tensor, targets: &[u32], scale: f32) -> Result<(Ve
         grad[*target as usize] -= scale;
         *loss = sum.ln() + top - z[*target as usize];
     });
+    let losses = Tensor::from_vec(losses, rows, &Device::Cpu).at("losses")?;
     Ok((losses, Tensor::from_vec(grad, (rows, symbols), &Device::Cpu).at("gradient of the logits")?))
 }
