@@ -1,7 +1,12 @@
 //! Training: optimiser, schedule and loop for any model whose parameters lie in one flat vector.
 
 mod adamw;
+pub mod launch;
 mod layout;
+pub mod meeting;
+#[cfg(feature = "nccl")]
+pub mod nccl;
+pub mod ranks;
 mod schedule;
 mod steps;
 

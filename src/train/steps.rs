@@ -1,5 +1,6 @@
 //! Optimiser steps over micro-batches.
 
+use super::ranks::{Alone, Ranks};
 use super::{AdamW, Layout, Schedule};
 use crate::error::{At, Error, ErrorKind, Result};
 use candle_core::Tensor;
@@ -78,12 +79,23 @@ pub struct Trainer<O: Objective> {
     objective: O,
     optimiser: AdamW,
     schedule: Schedule,
+    ranks: Box<dyn Ranks>,
 }
 
 impl<O: Objective> Trainer<O> {
     /// Trains `objective` from the state of `optimiser`.
     pub fn new(objective: O, optimiser: AdamW, schedule: Schedule) -> Self {
-        Self { objective, optimiser, schedule }
+        Self { objective, optimiser, schedule, ranks: Box::new(Alone) }
+    }
+
+    /// Trains as one of several ranks, all of which start from the same state.
+    pub fn among(self, ranks: Box<dyn Ranks>) -> Self {
+        Self { ranks, ..self }
+    }
+
+    /// The ranks of the run.
+    pub fn ranks(&self) -> &dyn Ranks {
+        &*self.ranks
     }
 
     /// The model.
@@ -96,25 +108,28 @@ impl<O: Objective> Trainer<O> {
         &self.optimiser
     }
 
-    /// One optimiser step over the mean loss of `batches`, which have `examples` losses in all.
+    /// One optimiser step over the mean loss of all ranks' `batches`; this rank's have `examples` losses in all.
     ///
     /// # Errors
     /// No examples, a loss or gradient that is not finite (the weights stay as they were), or a backend's failure.
     pub fn step(&mut self, batches: &[O::Batch], examples: usize) -> Result<TrainStep> {
+        let all = self.ranks.sum_numbers([examples as f64, 0.0])?[0];
         let (mut partials, mut loss, mut count) = (Partials::default(), 0f64, 0);
         for batch in batches {
             let (sum, n, gradient) =
-                self.objective.gradient(self.optimiser.weights(), batch, 1.0 / examples.max(1) as f32)?;
+                self.objective.gradient(self.optimiser.weights(), batch, (1.0 / all.max(1.0)) as f32)?;
             (loss, count) = (loss + sum, count + n);
             partials.push(gradient)?;
         }
-        let Some(gradient) = partials.sum()?.filter(|_| count > 0) else {
+        let Some(gradient) = partials.sum()?.filter(|_| all > 0.0) else {
             return Err(Error::new(ErrorKind::Usage, "training step", "no examples"));
         };
+        let gradient = self.ranks.sum(gradient)?;
+        let [loss, count] = self.ranks.sum_numbers([loss, count as f64])?;
         let (step, rate) = (self.optimiser.steps() + 1, self.schedule.rate(self.optimiser.steps()));
         let before = self.optimiser.clone();
         let norm = self.optimiser.step(&gradient, rate)?;
-        let loss = loss / count as f64;
+        let loss = loss / count;
         if !(loss.is_finite() && norm.is_finite()) {
             self.optimiser = before;
             let message = format!("the loss is {loss}, the gradient's norm {norm}");
