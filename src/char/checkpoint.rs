@@ -2,12 +2,12 @@
 //!
 //! A run's directory holds `step-00001000/` with `config.json`, `model.safetensors` (f32, by parameter), and, to resume,
 //! `training.safetensors` (moments) and `training.json`. A step's directory is complete or absent: it is written under a
-//! temporary name, synced and renamed.
+//! temporary name, synced and renamed. The compact form holds weights alone, bf16 in shards with an index as on the hub.
 
 use super::{CharConfig, CharModel};
 use crate::error::{At, Error, Result};
 use crate::train::{AdamW, Layout, Objective};
-use candle_core::{safetensors, Device, Tensor};
+use candle_core::{safetensors, DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fs::File;
@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 const KEPT: usize = 2;
 const CONFIG: &str = "config.json";
 const MODEL: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
 const MOMENTS: &str = "training.safetensors";
 const TRAINING: &str = "training.json";
 
@@ -47,11 +48,15 @@ pub fn save(run: &Path, model: &CharModel, optimiser: &AdamW, state: &TrainingSt
         let _ = std::fs::remove_dir_all(&partial);
     }
     written?;
+    // Of a run that went on from an earlier step: it is moved away, not removed, until the new one is in its place.
+    let old = run.join(format!(".{name}.old"));
     if complete.exists() {
-        std::fs::remove_dir_all(&complete).map_err(|e| Error::io(&complete, e))?;
+        let _ = std::fs::remove_dir_all(&old);
+        std::fs::rename(&complete, &old).map_err(|e| Error::io(&complete, e))?;
     }
     std::fs::rename(&partial, &complete).map_err(|e| Error::io(&complete, e))?;
     sync(run)?;
+    let _ = std::fs::remove_dir_all(&old);
     let steps = steps(run)?;
     for old in &steps[..steps.len().saturating_sub(KEPT)] {
         std::fs::remove_dir_all(old).map_err(|e| Error::io(old, e))?;
@@ -81,7 +86,8 @@ fn sync(path: &Path) -> Result<()> {
     File::open(path).and_then(|f| f.sync_all()).map_err(|e| Error::io(path, e))
 }
 
-fn named(layout: &Layout, flat: &Tensor) -> Result<HashMap<String, Tensor>> {
+/// The parameters by name.
+pub(crate) fn named(layout: &Layout, flat: &Tensor) -> Result<HashMap<String, Tensor>> {
     layout.iter().map(|(p, start)| Ok((p.name.clone(), Layout::part(flat, start, &p.shape)?))).collect()
 }
 
@@ -116,13 +122,86 @@ pub fn config(dir: &Path) -> Result<CharConfig> {
     CharConfig::read(&dir.join(CONFIG))
 }
 
+/// Bytes of a shard of the compact form, at most, unless one tensor is larger.
+const SHARD: usize = 16 << 20;
+
+/// Writes weights alone in bf16, for use or to start another run from: shards of at most 16 MiB and their index.
+///
+/// # Errors
+/// A directory that exists, or a file that cannot be written: nothing is left then.
+pub fn export(dir: &Path, config: &CharConfig, layout: &Layout, weights: &Tensor) -> Result<()> {
+    if dir.exists() {
+        return Err(Error::usage("--out", format!("{} exists", dir.display())));
+    }
+    let name = dir.file_name().ok_or_else(|| Error::usage("--out", "names no directory"))?.to_string_lossy();
+    let partial = dir.with_file_name(format!(".{name}.partial"));
+    std::fs::create_dir_all(&partial).map_err(|e| Error::io(&partial, e))?;
+    let written = write_shards(&partial, config, layout, weights);
+    if written.is_err() {
+        let _ = std::fs::remove_dir_all(&partial);
+    }
+    written?;
+    std::fs::rename(&partial, dir).map_err(|e| Error::io(dir, e))
+}
+
+fn write_shards(dir: &Path, config: &CharConfig, layout: &Layout, weights: &Tensor) -> Result<()> {
+    let weights = weights.to_device(&Device::Cpu).and_then(|w| w.to_dtype(DType::BF16)).at("weights")?;
+    let (mut shards, mut size) = (vec![HashMap::new()], 0);
+    for (p, start) in layout.iter() {
+        if size > 0 && size + 2 * p.len() > SHARD {
+            shards.push(HashMap::new());
+            size = 0;
+        }
+        size += 2 * p.len();
+        if let Some(shard) = shards.last_mut() {
+            shard.insert(p.name.clone(), Layout::part(&weights, start, &p.shape)?);
+        }
+    }
+    let (count, mut map) = (shards.len(), std::collections::BTreeMap::new());
+    for (i, shard) in shards.iter().enumerate() {
+        let file = format!("model-{:05}-of-{count:05}.safetensors", i + 1);
+        safetensors::save(shard, dir.join(&file)).at(dir.join(&file).display())?;
+        sync(&dir.join(&file))?;
+        map.extend(shard.keys().map(|name| (name.clone(), file.clone())));
+    }
+    let index = serde_json::json!({ "metadata": { "total_size": 2 * layout.len() }, "weight_map": map });
+    for (name, text) in [(CONFIG, serde_json::to_string_pretty(config)), (INDEX, serde_json::to_string_pretty(&index))]
+    {
+        let text = text.map_err(|e| Error::format(name, e))?;
+        std::fs::write(dir.join(name), text).map_err(|e| Error::io(dir.join(name), e))?;
+        sync(&dir.join(name))?;
+    }
+    sync(dir)
+}
+
+/// All tensors of a directory, of one file or of those that its index names.
+fn tensors(dir: &Path) -> Result<HashMap<String, Tensor>> {
+    let (one, index) = (dir.join(MODEL), dir.join(INDEX));
+    if !index.exists() {
+        return safetensors::load(&one, &Device::Cpu).at(one.display());
+    }
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: std::collections::BTreeMap<String, String>,
+    }
+    let text = std::fs::read_to_string(&index).map_err(|e| Error::io(&index, e))?;
+    let map = serde_json::from_str::<Index>(&text).map_err(|e| Error::format(index.display(), e))?.weight_map;
+    let mut all = HashMap::new();
+    for file in map.values().collect::<std::collections::BTreeSet<_>>() {
+        if Path::new(file).components().count() != 1 {
+            return Err(Error::format(index.display(), format!("{file:?} is no name of a file beside it")));
+        }
+        all.extend(safetensors::load(dir.join(file), &Device::Cpu).at(dir.join(file).display())?);
+    }
+    Ok(all)
+}
+
 /// Reads the weights as one vector.
 ///
 /// # Errors
 /// A missing, unknown or misshapen tensor, or one that is not finite; a truncated file.
 pub fn weights(dir: &Path, layout: &Layout, device: &Device) -> Result<Tensor> {
-    let path = dir.join(MODEL);
-    let mut tensors = safetensors::load(&path, &Device::Cpu).at(path.display())?;
+    let (path, mut tensors) = (dir, tensors(dir)?);
     let mut parts = vec![];
     for (p, _) in layout.iter() {
         let missing = || Error::tensor(path.display(), format!("lacks {}", p.name));
@@ -131,10 +210,11 @@ pub fn weights(dir: &Path, layout: &Layout, device: &Device) -> Result<Tensor> {
             let message = format!("{} is {:?}, the configuration says {:?}", p.name, tensor.dims(), p.shape);
             return Err(Error::tensor(path.display(), message));
         }
-        let values: Vec<f32> = tensor
-            .flatten_all()
-            .and_then(|t| t.to_dtype(candle_core::DType::F32)?.to_vec1())
-            .at(format!("{}: {}", path.display(), p.name))?;
+        let values: Vec<f32> = tensor.flatten_all().and_then(|t| t.to_dtype(DType::F32)?.to_vec1()).at(format!(
+            "{}: {}",
+            path.display(),
+            p.name
+        ))?;
         if !values.iter().all(|x| x.is_finite()) {
             return Err(Error::new(crate::ErrorKind::NotFinite, path.display(), format!("{} is not finite", p.name)));
         }

@@ -188,6 +188,42 @@ impl CharConfig {
             .0
     }
 
+    /// Elements of the weights that a character is multiplied with: those of products, the tied embedding once.
+    pub fn products(&self) -> u64 {
+        let (d, width) = (self.hidden_size, self.num_attention_heads * self.head_dim);
+        (self.num_layers() * (4 * d * width + 3 * d * self.intermediate_size) + SYMBOLS * d) as u64
+    }
+
+    /// Floating-point operations of a character's training step, a multiply-add being two: six for each element of
+    /// [`Self::products`], and twelve channels of all heads for each key that it reads, of which its own chunk has half.
+    /// What rematerialisation computes again is not counted.
+    pub fn training_flops(&self) -> u64 {
+        let keys = |layer: Partner| match layer {
+            Partner::Summary(_) => self.chunk / 2 + 1,
+            Partner::Shift(_) => self.chunk / 2 + self.chunk,
+            Partner::Xor(_) => 2 * self.chunk,
+        };
+        let keys: usize = self.layers().into_iter().map(keys).sum();
+        6 * self.products() + (12 * keys * self.num_attention_heads * self.head_dim) as u64
+    }
+
+    /// Bytes that training holds on a device at most, beside the batch: weights, moments, gradients and activations of
+    /// `rows` characters computed at once, `element` bytes each.
+    pub fn training_bytes(&self, rows: usize, element: usize, rematerialise: bool) -> u64 {
+        let (d, width, wide) = (self.hidden_size, self.num_attention_heads * self.head_dim, self.intermediate_size);
+        let parameters = self.products() as usize + (2 * self.num_layers() + 1) * d;
+        // Weights, two moments, decay and gradient in f32, their successors in the optimiser's step, and the copy.
+        let state = parameters * (4 * 9 + if element == 4 { 0 } else { element });
+        // Two norms with their sums, queries, keys and values, attention's output, gate and up, and their product.
+        let layer = rows * (element * (4 * d + 4 * width + 3 * wide) + 4 * (self.num_attention_heads + 2));
+        // Gradients of a layer, of which the far queries' are f32, and the logits with theirs.
+        let backward = rows * (element * (4 * d + 4 * width + 3 * wide) + 4 * width);
+        let ends = rows * (element * (3 * SYMBOLS + 2 * d) + 12);
+        let kept =
+            if rematerialise { self.num_layers() * rows * d * element + layer } else { self.num_layers() * layer };
+        (state + kept + backward.max(ends)) as u64
+    }
+
     /// Bytes of a stream's keys and values in elements of `element` bytes, allocated once: a raw layer at distance `δ` keeps
     /// `δ + 1` chunks, a layer with summaries one chunk and `δ` mean rows.
     pub fn stream_bytes(&self, element: usize) -> u64 {

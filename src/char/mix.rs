@@ -48,7 +48,7 @@ impl Mix {
                     own.push(&symbols, &targets);
                     own
                 }
-                (Some(task), None) => task.batch(i, 1).0,
+                (Some(task), None) => task.batch(i, 1, None).0,
                 (None, Some(text)) => text.batch(i, 1),
                 (None, None) => continue,
             };

@@ -7,6 +7,7 @@
 pub mod checkpoint;
 mod config;
 mod data;
+mod evaluate;
 mod mix;
 mod model;
 mod recall;
@@ -15,8 +16,9 @@ mod text;
 
 pub use config::{CharConfig, Pairing, PartnerForm, MODEL_TYPE, SYMBOLS};
 pub use data::{Corpus, Windows};
+pub use evaluate::{bits_by_context, bits_by_position, octaves};
 pub use mix::Mix;
 pub use model::{Batch, CharModel, Rematerialise};
 pub use recall::{Asked, RecallTask, Recalled};
-pub use stream::Stream;
+pub use stream::{Stream, Streaming};
 pub use text::{decode, encode, encode_replacing, END_OF_TEXT, REPLACEMENT};

@@ -5,9 +5,9 @@
 //! .. STORE k k k k VALUE v × 16 ..  (distance)  .. ASK k k k k VALUE v × 16 ..
 //! ```
 
-use super::Batch;
+use super::{Batch, Windows};
 use crate::error::{Error, Result};
-use crate::ops::NO_TARGET;
+use crate::ops::training::NO_TARGET;
 use rand::{rngs::StdRng, Rng};
 
 /// Symbols that mark a key to keep, a value, and a key to look up. Control characters, which texts do not use.
@@ -115,11 +115,13 @@ impl RecallTask {
         Some(asked)
     }
 
-    /// The windows `first .. first + count` as a batch that predicts the letters to recall alone, and what is asked for in each.
-    pub fn batch(&self, first: u64, count: usize) -> (Batch, Vec<Vec<Asked>>) {
+    /// The windows `first .. first + count` as a batch that predicts the letters to recall alone, and what is asked for in each;
+    /// in windows of `texts`, or of letters.
+    pub fn batch(&self, first: u64, count: usize, mut texts: Option<&mut Windows>) -> (Batch, Vec<Vec<Asked>>) {
         let (mut batch, mut asked) = (Batch { symbols: vec![], targets: vec![], sequences: count }, vec![]);
         for i in first..first + count as u64 {
-            let (symbols, places) = self.window(i, None);
+            let text = texts.as_mut().map(|t| t.batch(i, 1).targets.iter().map(|s| *s as u8).collect::<Vec<u8>>());
+            let (symbols, places) = self.window(i, text.as_deref());
             let mut targets = vec![NO_TARGET; self.window];
             for place in &places {
                 for t in place.at..place.at + LETTERS {
@@ -148,6 +150,11 @@ impl Recalled {
                 self.0.push((*place, right));
             }
         }
+    }
+
+    /// Every value, and how many of its letters are right.
+    pub fn iter(&self) -> impl Iterator<Item = (Asked, usize)> + '_ {
+        self.0.iter().copied()
     }
 
     /// Share of right letters, and the number of values, at distances in `range`.
@@ -202,7 +209,7 @@ mod tests {
     #[test]
     fn shares_count_letters() -> Result<()> {
         let task = RecallTask::new(256, (22, 200), 1)?;
-        let (batch, asked) = task.batch(0, 3);
+        let (batch, asked) = task.batch(0, 3, None);
         assert_eq!(batch.predicted(), 3 * task.pairs * LETTERS);
         let mut best = batch.targets.clone();
         let mut recalled = Recalled::default();

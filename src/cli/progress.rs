@@ -18,6 +18,11 @@ impl Bars {
 
     /// Shows `done` of `total` units of `stage`; the bar disappears when `done` reaches `total`.
     pub fn show(&self, stage: &str, done: u64, total: u64) {
+        self.show_with(stage, done, total, "");
+    }
+
+    /// [`Self::show`] with a `message` beside the bar of `steps`.
+    pub fn show_with(&self, stage: &str, done: u64, total: u64, message: &str) {
         let Ok(mut bar) = self.bar.lock() else { return };
         if self.quiet || total == 0 {
             return;
@@ -27,7 +32,7 @@ impl Bars {
                 "download" | "hash" => "{prefix:>9} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta} left",
                 "load" | "codewords" => "{prefix:>9} {wide_bar} {pos}/{len} layers {eta} left",
                 "kernel" => "{prefix:>9} {wide_bar} {pos}/{len} cases {eta} left",
-                "steps" => "{prefix:>9} {wide_bar} {pos}/{len} {per_sec} {eta} left",
+                "steps" => "{prefix:>9} {bar:20} {pos}/{len} {wide_msg} {eta} left",
                 "documents" => "{prefix:>9} {wide_bar} {pos}/{len} {eta} left",
                 "samples" => "{prefix:>9} {wide_bar} {pos}/{len} sets {eta} left",
                 _ => "{prefix:>9} {wide_bar} {pos}/{len} tokens {per_sec} {eta} left",
@@ -39,6 +44,7 @@ impl Bars {
         }
         if let Some((_, b)) = bar.as_ref() {
             b.set_length(total);
+            b.set_message(message.to_string());
             b.set_position(done);
             if done >= total {
                 b.finish_and_clear();

@@ -109,6 +109,10 @@ pub fn read(config: &Config) -> Result<(&'static Family, Config)> {
         text.set("tie_word_embeddings", whole.bool_or("tie_word_embeddings", true)?.into());
         return Ok((family, text));
     }
+    if name == crate::char::MODEL_TYPE {
+        let message = "a native character model: run it with `bfly-char generate --model DIR`";
+        return Err(Error::unsupported(config.origin(), message));
+    }
     Err(unknown("model type", name, config.origin()))
 }
 

@@ -182,3 +182,97 @@ fn bad_input_is_refused_by_name() -> Any {
     assert!(shape.contains("gate_proj.weight is [192, 64], the configuration says [64, 64]"), "{shape}");
     Ok(())
 }
+
+#[test]
+fn a_full_disk_keeps_the_checkpoint_before() -> Any {
+    let place = Place::new()?;
+    success(place.train("run", &["--steps", "3", "--quiet"]).output()?)?;
+    let before = weights(&place.path("run/step-00000003"))?;
+    // Files of at most 1 MiB, as if the disk were full then; the signal is ignored, so that writing fails.
+    let train = place.train("run", &["--steps", "6", "--resume", "--quiet"]);
+    let mut limited = Command::new("bash");
+    limited.args(["-c", "trap '' XFSZ; ulimit -f 1024; exec \"$@\"", "bash"]).arg(train.get_program());
+    let error = limited.args(train.get_args()).output()?;
+    let stderr = String::from_utf8(error.stderr)?;
+    assert!(!error.status.success() && stderr.contains("safetensors"), "{stderr}");
+    let left: Vec<String> = std::fs::read_dir(place.path("run"))?
+        .map(|e| Ok(e?.file_name().to_string_lossy().into_owned()))
+        .collect::<std::io::Result<_>>()?;
+    assert!(left.iter().all(|n| n == "log.jsonl" || n == "step-00000003"), "{left:?}");
+    assert_eq!(weights(&place.path("run/step-00000003"))?, before);
+    success(place.train("run", &["--steps", "6", "--resume", "--quiet"]).output()?)?;
+    assert_eq!(log(&place.path("run"))?.len(), 6);
+    Ok(())
+}
+
+#[test]
+fn an_exported_model_is_used_and_trained_on() -> Any {
+    let place = Place::new()?;
+    success(place.train("run", &["--steps", "6", "--quiet"]).output()?)?;
+    success(place.run(&["export", "--model", "run", "--out", "small"])?)?;
+    let bits = |model: &str| -> Any<f64> {
+        let line = success(place.run(&["eval", "--model", model, "texts/1.txt"])?)?;
+        Ok(line.split_whitespace().nth(3).ok_or("no bits")?.parse()?)
+    };
+    let (exact, rounded) = (bits("run")?, bits("small")?);
+    assert!((exact - rounded).abs() < 0.02 * exact, "{rounded} where f32 has {exact}");
+    let index: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(place.path("small/model.safetensors.index.json"))?)?;
+    let files: std::collections::BTreeSet<&str> =
+        index["weight_map"].as_object().ok_or("no map")?.values().filter_map(|f| f.as_str()).collect();
+    for file in files {
+        assert!(std::fs::metadata(place.path("small").join(file))?.len() <= (16 << 20) + (1 << 16), "{file}");
+    }
+    assert!(refusal(place.run(&["export", "--model", "run", "--out", "small"])?)?.contains("small exists"));
+    let from = |run: &str, stages: &str| {
+        let text = format!(
+            "train texts --out {run} --preset micro --stages {stages} --window 128 --batch 2 --micro-batch 2 --steps 2 \
+             --quiet --from small"
+        );
+        place.run(&text.split(' ').collect::<Vec<_>>())
+    };
+    success(from("longer", "0,1")?)?;
+    let first = std::fs::read_to_string(place.path("longer/log.jsonl"))?;
+    let lines: Vec<serde_json::Value> = first.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    assert_eq!((lines[0]["moments"].as_str(), &lines[1]["moments"]), (Some("new"), &serde_json::Value::Null));
+    assert!(lines[0]["bits_per_character"].as_f64().ok_or("no bits")? < 7.0, "{first}");
+    let other = refusal(from("other", "0,1,2")?)?;
+    assert!(other.contains("--from: small is") && other.contains("[0,1]") && other.contains("[0,1,2]"), "{other}");
+    Ok(())
+}
+
+#[test]
+fn windows_are_evaluated_by_position_and_by_context() -> Any {
+    let place = Place::new()?;
+    std::fs::write(place.path("texts/long.txt"), "One fish, two fish, red fish, blue fish. ".repeat(100))?;
+    success(place.train("run", &["--steps", "3", "--quiet"]).output()?)?;
+    let flags = ["eval", "--model", "run", "texts", "--window", "2k", "--contexts", "128,1k", "--json", "eval.json"];
+    let table = success(place.run(&flags)?)?;
+    assert!(table.contains("1024 to 2048") && table.contains("gain"), "{table}");
+    let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(place.path("eval.json"))?)?;
+    assert_eq!(json["positions"], serde_json::json!([[0, 1024], [1024, 2048]]));
+    let rows = json["bits_by_context"].as_array().ok_or("no rows")?;
+    assert!(!rows.is_empty() && rows.iter().all(|r| r.as_array().is_some_and(|r| r.len() == 2)), "{json}");
+    let bits = json["bits_by_position"][0][1].as_f64().ok_or("no bits")?;
+    assert!(bits > 1.0 && bits < 9.0, "{bits}");
+    assert!(refusal(place.run(&["eval", "--model", "run", "texts", "--window", "100"])?)?.contains("--window: 100 is"));
+    Ok(())
+}
+
+#[test]
+fn several_ranks_are_refused_by_name_where_they_cannot_run() -> Any {
+    let place = Place::new()?;
+    let ranks = |count: &str| {
+        let mut command = place.train("run", &["--steps", "3"]);
+        let variables = [("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29400")];
+        command.envs(variables).env("WORLD_SIZE", count).output()
+    };
+    assert!(refusal(ranks("3")?)?.contains("3 windows in parts of 2 are 2, which 3 ranks cannot share evenly"));
+    if cfg!(not(feature = "nccl")) {
+        let output = ranks("2")?;
+        let stderr = String::from_utf8(output.stderr)?;
+        assert!(!output.status.success() && stderr.contains("no NCCL (cargo feature `nccl`)"), "{stderr}");
+    }
+    assert!(!place.path("run").exists(), "a refused run leaves a directory");
+    Ok(())
+}

@@ -1,12 +1,14 @@
 //! The native character model: gradients, streaming and what depends on what.
 
 use crate::common::Any;
-use bfly::char::{Batch, CharConfig, CharModel, Pairing, PartnerForm, Rematerialise, Stream};
+use bfly::char::{Batch, CharConfig, CharModel, Pairing, PartnerForm, Rematerialise, Stream, Streaming};
 use bfly::ops::pair::Partner;
+use bfly::train::ranks::{Ranks, Thread};
 use bfly::train::{AdamW, AdamWSettings, Init, Objective, Partials, Schedule, Trainer};
 use candle_core::{DType, Device, Tensor, Var};
 use rand::{rngs::StdRng, Rng, SeedableRng};
 use std::collections::HashMap;
+use std::time::Duration;
 
 const CPU: &Device = &Device::Cpu;
 
@@ -251,6 +253,16 @@ fn a_stream_gives_the_whole_sequences_logits() -> Any {
             assert!(off < 2e-4, "model {i}, character {t}: {off:.1e} off");
         }
         assert_eq!((bytes, stream.bytes()), (model.config().stream_bytes(4), bytes));
+        // A prompt read in whole chunks, to every place in a chunk, goes on in the same way.
+        for prompt in [1, model.config().chunk, text.len() / 2 + 1, text.len() - 3] {
+            let mut stream = Stream::new(model, &flat)?;
+            let first = stream.read_all(&text[..prompt])?.ok_or("nothing was read")?;
+            let rest = text[prompt..].iter().map(|s| Ok(stream.read(*s)?)).collect::<Any<Vec<_>>>()?;
+            for (t, got) in std::iter::once(first).chain(rest).enumerate() {
+                let off = got.iter().zip(&want[prompt - 1 + t]).map(|(g, w)| (g - w).abs()).fold(0.0, f32::max);
+                assert!(off < 2e-4, "model {i}, prompt of {prompt}, character {t} after it: {off:.1e} off");
+            }
+        }
     }
     Ok(())
 }
@@ -338,6 +350,40 @@ fn training_learns_a_text_and_refuses_a_loss_that_is_not_finite() -> Any {
         Trainer::new(model, bad, schedule).step(&batches, text.len()).err().ok_or("trained on infinite weights")?;
     assert!(error.to_string().contains("step 1: the loss is NaN"), "{error}");
     assert_eq!(trainer.optimiser().weights().to_vec1::<f32>()?, before);
+    Ok(())
+}
+
+#[test]
+fn one_two_and_four_ranks_make_the_same_run() -> Any {
+    let config = CharConfig::new(1, 8, 4, [1, 0], vec![0, 1]);
+    let texts: Vec<Vec<u8>> = (0..8).map(|i| symbols(32 + 8 * (i as usize % 2), i)).collect();
+    let batches: Vec<Batch> = texts.iter().map(|t| Batch::documents(&[t], 4)).collect();
+    // The weights after three steps, and the losses.
+    let run = |rank: Thread| -> bfly::Result<(Vec<f32>, Vec<f64>)> {
+        let own = 8 / rank.count();
+        let own = batches[rank.rank() * own..][..own].to_vec();
+        let model = CharModel::new(config.clone(), Rematerialise::Nothing, CPU)?;
+        let optimiser = AdamW::new(model.layout(), model.layout().initial(1, CPU)?, AdamWSettings::default())?;
+        let schedule = Schedule { peak: 1e-2, floor: 1e-3, warmup: 1, steps: 3 };
+        let mut trainer = Trainer::new(model, optimiser, schedule).among(Box::new(rank));
+        let examples = own.iter().map(Batch::predicted).sum();
+        let losses = (0..3).map(|_| Ok(trainer.step(&own, examples)?.loss)).collect::<bfly::Result<_>>()?;
+        Ok((trainer.optimiser().weights().to_vec1()?, losses))
+    };
+    let ranks = |count| -> Any<Vec<(Vec<f32>, Vec<f64>)>> {
+        std::thread::scope(|scope| {
+            let all = Thread::run_of(count, Duration::from_secs(60));
+            let all: Vec<_> = all.into_iter().map(|rank| scope.spawn(|| run(rank))).collect();
+            all.into_iter().map(|t| Ok(t.join().map_err(|_| "a rank panicked")??)).collect()
+        })
+    };
+    let want = ranks(1)?.remove(0);
+    for count in [2, 4] {
+        for (rank, got) in ranks(count)?.into_iter().enumerate() {
+            assert_eq!(got.0, want.0, "rank {rank} of {count}");
+            assert!(got.1.iter().zip(&want.1).all(|(g, w)| (g - w).abs() < 1e-12), "{:?} for {:?}", got.1, want.1);
+        }
+    }
     Ok(())
 }
 

@@ -1,5 +1,9 @@
 //! `bfly-char`: trains, continues and evaluates the native character model.
 
+mod evaluate;
+mod live;
+mod record;
+mod setup;
 mod train;
 mod trained;
 
@@ -11,7 +15,7 @@ use std::path::PathBuf;
 /// Trains and runs a causal butterfly language model over Latin-1 characters.
 ///
 /// Every layer reads its own chunk of characters and one partner chunk, yet the last layer depends on the whole text that
-/// the stages reach; a stream costs the same for every character. Runs on a CPU in f32.
+/// the stages reach; a stream costs the same for every character. Trains on a GPU in bf16 or on a CPU in f32.
 #[derive(Debug, Parser)]
 #[command(name = "bfly-char", version, after_help = EXAMPLES)]
 pub struct CharCli {
@@ -36,7 +40,10 @@ Examples:
   bfly-char recall --model copier
 
   # Bits per character of a text
-  bfly-char eval --model run chapter.txt";
+  bfly-char eval --model run chapter.txt
+
+  # Bits by position on held-out text, and what a longer context gains
+  bfly-char eval --model run corpus/ --held-out --window 64k --contexts 1k,7k,33k,64k";
 
 /// Subcommands of `bfly-char`.
 #[derive(Debug, Subcommand)]
@@ -48,6 +55,8 @@ pub enum CharCommand {
     Generate(GenerateArgs),
     /// Print the bits per character of texts.
     Eval(EvalArgs),
+    /// Write the weights alone in bf16, in files of at most 16 MiB.
+    Export(ExportArgs),
     /// Ask for marked values far back, and print the share of right letters by distance.
     Recall(RecallArgs),
 }
@@ -102,15 +111,25 @@ pub struct TrainArgs {
     /// Steps between evaluations on held-out text.
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub eval_every: u64,
-    /// Keep only the input of each layer and compute the rest again: less memory, a third more work.
-    #[arg(long)]
-    pub rematerialise: bool,
+    /// Keep only the input of each layer and compute the rest again, at a third more work: always, never, or auto, where
+    /// the device's memory asks for it.
+    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = ["auto", "always", "never"])]
+    pub rematerialise: String,
+    /// Device: auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:INDEX. A GPU computes in bf16.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
     /// Seed of the weights and of the order of windows.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
-    /// Go on from the last checkpoint in DIR.
+    /// Go on from the last checkpoint in --out, with the same settings and texts.
     #[arg(long)]
     pub resume: bool,
+    /// Start from the weights of a run or of one of its steps, with new moments: to go on with another window or text.
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    pub from: Option<PathBuf>,
+    /// Write the first weights and what each step reads to DIR, for a comparison with another implementation.
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    pub record: Option<PathBuf>,
     /// Print nothing but errors and warnings.
     #[arg(short, long)]
     pub quiet: bool,
@@ -139,9 +158,30 @@ pub struct EvalArgs {
     /// Directory of a run or of one of its steps.
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
-    /// Texts in UTF-8, in Latin-1 alone.
-    #[arg(required = true, value_name = "FILE")]
+    /// Texts in UTF-8, in Latin-1 alone; with --window also directories, as for training.
+    #[arg(required = true, value_name = "PATH")]
     pub texts: Vec<PathBuf>,
+    /// Evaluate windows of N characters by position, instead of each text as a whole.
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    pub window: Option<usize>,
+    /// Windows to evaluate, at most.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub windows: usize,
+    /// Also the bits of the same characters given contexts of these lengths, such as 1k,7k,33k,64k.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = parse_count)]
+    pub contexts: Vec<usize>,
+    /// Only the documents that training holds out.
+    #[arg(long)]
+    pub held_out: bool,
+    /// Seed of the windows.
+    #[arg(long, value_name = "N", default_value_t = 1 << 40)]
+    pub seed: u64,
+    /// Write every window's bits to FILE.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Device: auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:INDEX. A GPU computes in bf16.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
 }
 
 /// Flags of `bfly-char recall`.
@@ -153,12 +193,32 @@ pub struct RecallArgs {
     /// Characters of a window: a multiple of the chunk.
     #[arg(long, value_name = "N", default_value = "1k", value_parser = parse_count)]
     pub window: usize,
+    /// Hide the values in held-out windows of these texts, instead of random letters.
+    #[arg(long, value_name = "PATH")]
+    pub texts: Vec<PathBuf>,
+    /// Write every value's place, distance and right letters to FILE.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
     /// Windows, of up to 8 values each.
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub windows: usize,
     /// Seed of the windows; training uses those of --seed alone.
     #[arg(long, value_name = "N", default_value_t = 1 << 40)]
     pub seed: u64,
+    /// Device: auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:INDEX. A GPU computes in bf16.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+}
+
+/// Flags of `bfly-char export`.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// Directory of a run or of one of its steps.
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Directory to make.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
 }
 
 fn parse_mix(text: &str) -> Result<f64, String> {
@@ -174,7 +234,8 @@ pub fn char(command: &CharCommand) -> Result<()> {
     match command {
         CharCommand::Train(args) => train::train(args),
         CharCommand::Generate(args) => trained::generate(args),
-        CharCommand::Eval(args) => trained::eval(args),
+        CharCommand::Eval(args) => evaluate::eval(args),
+        CharCommand::Export(args) => trained::export(args),
         CharCommand::Recall(args) => trained::recall(args),
     }
 }

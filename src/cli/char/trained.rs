@@ -1,10 +1,11 @@
 //! Use of a trained character model: `bfly-char generate`, `eval` and `recall`.
 
-use super::{EvalArgs, GenerateArgs, RecallArgs};
+use super::{ExportArgs, GenerateArgs, RecallArgs};
 use crate::char::{
-    checkpoint, decode, encode, Batch, CharModel, RecallTask, Recalled, Rematerialise, Stream, END_OF_TEXT,
+    checkpoint, decode, encode, CharModel, Corpus, RecallTask, Recalled, Rematerialise, Stream, Streaming, Windows,
+    END_OF_TEXT,
 };
-use crate::cli::{human_bytes, note, print, Bars};
+use crate::cli::{human_bytes, note, open_device, print, Bars, Output};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::generate::Sampler;
 use crate::train::Objective;
@@ -14,21 +15,20 @@ use std::path::Path;
 use std::time::Instant;
 
 /// The model and weights of a directory.
-fn open(path: &Path) -> Result<(CharModel, Tensor)> {
+pub(super) fn open(path: &Path, device: &Device) -> Result<(CharModel, Tensor)> {
     let dir = checkpoint::resolve(path)?;
-    let model = CharModel::new(checkpoint::config(&dir)?, Rematerialise::Nothing, &Device::Cpu)?;
-    let weights = checkpoint::weights(&dir, model.layout(), &Device::Cpu)?;
+    let model = CharModel::new(checkpoint::config(&dir)?, Rematerialise::Nothing, device)?;
+    let weights = checkpoint::weights(&dir, model.layout(), device)?;
     Ok((model, weights))
 }
 
 pub(super) fn generate(args: &GenerateArgs) -> Result<()> {
-    let (model, weights) = open(&args.model)?;
     let prompt = encode(&args.prompt, "--prompt")?;
+    let (model, weights) = open(&args.model, &Device::Cpu)?;
     let (mut sampler, mut stream) = (Sampler::new(args.sampling.sampling())?, Stream::new(&model, &weights)?);
-    let mut logits = stream.read(END_OF_TEXT)?;
-    for symbol in &prompt {
-        logits = stream.read(*symbol)?;
-    }
+    let read = [&[END_OF_TEXT][..], &prompt].concat();
+    let none = || Error::new(ErrorKind::Backend, "prompt", "no symbol was read");
+    let mut logits = stream.read_all(&read)?.ok_or_else(none)?;
     print(&args.prompt)?;
     let start = Instant::now();
     let mut made = 0;
@@ -53,27 +53,16 @@ pub(super) fn generate(args: &GenerateArgs) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn eval(args: &EvalArgs) -> Result<()> {
-    let (model, weights) = open(&args.model)?;
-    for path in &args.texts {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-        let symbols = encode(&text, &path.display().to_string())?;
-        if symbols.is_empty() {
-            return Err(Error::usage(path.display(), "is empty"));
-        }
-        let batch = Batch::documents(&[&symbols], model.config().chunk);
-        let nats: f64 = model.losses(&weights, &batch)?.iter().map(|l| f64::from(*l)).sum();
-        let bits = nats / std::f64::consts::LN_2 / symbols.len() as f64;
-        print(format!("{}  {} characters  {bits:.4} bits a character\n", path.display(), symbols.len()))?;
-    }
-    Ok(())
+pub(super) fn export(args: &ExportArgs) -> Result<()> {
+    let (model, weights) = open(&args.model, &Device::Cpu)?;
+    checkpoint::export(&args.out, model.config(), model.layout(), &weights)
 }
 
 /// Windows computed at once.
 const AT_ONCE: usize = 4;
 
 pub(super) fn recall(args: &RecallArgs) -> Result<()> {
-    let (model, weights) = open(&args.model)?;
+    let (model, weights) = open(&args.model, &open_device(&args.device)?)?;
     let chunk = model.config().chunk;
     if !args.window.is_multiple_of(chunk) {
         return Err(Error::usage(
@@ -81,10 +70,15 @@ pub(super) fn recall(args: &RecallArgs) -> Result<()> {
             format!("{} is not a multiple of the chunk, {chunk} characters", args.window),
         ));
     }
+    let output = args.json.as_ref().map(|path| Output::reserve(path, "--json")).transpose()?;
     let (task, bars) = (RecallTask::over(args.window, args.seed)?, Bars::new(false));
+    let mut texts = match args.texts.as_slice() {
+        [] => None,
+        texts => Some(Windows::new(&Corpus::read(texts)?.held_out, args.window, args.seed)?),
+    };
     let mut recalled = Recalled::default();
     for first in (0..args.windows).step_by(AT_ONCE) {
-        let (batch, asked) = task.batch(first as u64, AT_ONCE.min(args.windows - first));
+        let (batch, asked) = task.batch(first as u64, AT_ONCE.min(args.windows - first), texts.as_mut());
         let logits = model.logits(&weights, &batch.symbols, batch.sequences)?;
         let best: Vec<u32> = logits.argmax(D::Minus1).and_then(|b| b.to_vec1()).at("logits")?;
         recalled.add(&batch, &asked, &best);
@@ -104,5 +98,15 @@ pub(super) fn recall(args: &RecallArgs) -> Result<()> {
     for bits in 0..usize::BITS {
         line(format!("{bits} set bits"), recalled.share_of_bits(bits, chunk));
     }
-    print(table)
+    print(table)?;
+    if let Some(output) = output {
+        let values: Vec<_> = recalled.iter().map(|(asked, right)| [asked.at, asked.distance, right]).collect();
+        let json = serde_json::json!({
+            "kind": "bfly-char-recall", "schema_version": 1, "git_sha": env!("BFLY_GIT_SHA"),
+            "command": std::env::args().collect::<Vec<_>>(), "window": args.window, "chunk": chunk,
+            "columns": ["place", "distance", "letters_right_of_16"], "values": values,
+        });
+        output.write(json.to_string().as_bytes())?;
+    }
+    Ok(())
 }
