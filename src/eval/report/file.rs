@@ -1,6 +1,7 @@
 //! Results files: JSON, gzip-compressed where the name ends in `.gz`, written atomically.
 
 use super::header::SCHEMA_VERSION;
+use super::training::{is_log, TRAINING};
 use crate::cli::Output;
 use crate::error::{At, Error, Result};
 use flate2::read::MultiGzDecoder;
@@ -16,7 +17,7 @@ use std::path::Path;
 /// # Errors
 /// A file that is not JSON (such as a truncated one), of another kind, or of another schema version.
 pub fn read<T: DeserializeOwned>(path: &Path, kind: &str) -> Result<T> {
-    let value: serde_json::Value = parse(path)?;
+    let value: serde_json::Value = from_json(path, &contents(path)?)?;
     let found = value.get("kind").and_then(|k| k.as_str()).unwrap_or("none");
     if found != kind {
         return Err(Error::format(path.display(), format!("is of kind `{found}`; expected `{kind}`")));
@@ -30,7 +31,8 @@ pub fn read<T: DeserializeOwned>(path: &Path, kind: &str) -> Result<T> {
     serde_json::from_value(value).map_err(|e| Error::format(path.display(), e))
 }
 
-/// Returns the `kind` field of a file, or `none` without one. [`read`] checks everything else.
+/// Returns the `kind` field of a file, [`TRAINING`] for a training log, or `none`. [`read`] and
+/// [`read_log`](super::read_log) check everything else.
 ///
 /// # Errors
 /// A file that cannot be read or is not JSON.
@@ -40,7 +42,11 @@ pub fn kind_of(path: &Path) -> Result<String> {
         #[serde(default)]
         kind: serde_json::Value,
     }
-    let head: Head = parse(path)?;
+    let text = contents(path)?;
+    if is_log(path, &text) {
+        return Ok(TRAINING.into());
+    }
+    let head: Head = from_json(path, &text)?;
     Ok(head.kind.as_str().unwrap_or("none").into())
 }
 
@@ -55,7 +61,8 @@ fn is_gz(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "gz")
 }
 
-fn parse<T: DeserializeOwned>(path: &Path) -> Result<T> {
+/// Reads a file, decompressed where its name ends in `.gz`.
+pub(super) fn contents(path: &Path) -> Result<Vec<u8>> {
     let mut text = vec![];
     let mut file = std::fs::File::open(path).at(path.display())?;
     match is_gz(path) {
@@ -64,7 +71,11 @@ fn parse<T: DeserializeOwned>(path: &Path) -> Result<T> {
             .map_err(|e| Error::format(path.display(), format!("is not a whole gzip file: {e}")))?,
         false => file.read_to_end(&mut text).at(path.display())?,
     };
-    serde_json::from_slice(&text).map_err(|e| Error::format(path.display(), format!("is not a whole JSON file: {e}")))
+    Ok(text)
+}
+
+fn from_json<T: DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T> {
+    serde_json::from_slice(text).map_err(|e| Error::format(path.display(), format!("is not a whole JSON file: {e}")))
 }
 
 /// Checks that `path` can be written, before anything is measured.

@@ -1,7 +1,7 @@
 //! Results: the record of every kind of results file, its JSON form, and everything computed from records alone.
 //!
-//! `bench` and `quality` write these records; tables, gates and figures read them. This module neither measures nor
-//! draws, and imports nothing else of [`crate::eval`].
+//! `bench`, `quality` and `bfly-char` write these records; tables, gates and figures read them. This module neither
+//! measures nor draws, and imports nothing else of [`crate::eval`].
 //!
 //! | file | owns |
 //! |---|---|
@@ -9,6 +9,7 @@
 //! | `variant` | [`VariantRecord`], [`KvBytes`]: a variant's plan and the bytes of its cache |
 //! | `ladder`, `max_context`, `kernels` | what `bfly-bench` measures |
 //! | `smoke`, `answers`, `eval_set`, `layers`, `ablation`, `positions` | what `bfly-quality-smoke` measures |
+//! | `training`, `character` | what `bfly-char` writes: its training log, bits per character, recall |
 //! | `rule` | [`ScoringRule`]: scoring of an answer by the expected outputs that it contains |
 //! | `stats` | [`Estimate`] (means with bootstrap intervals), medians, percentiles |
 //! | `file` | reading and writing, `.json` and `.json.gz`, and which files may be replaced |
@@ -19,10 +20,12 @@
 //! | `machine`, `prompt` | description of the machine; source and hash of a prompt |
 //!
 //! The field `kind` identifies the kind of a file. All kinds have a `schema_version`, and [`read`] refuses any but
-//! [`SCHEMA_VERSION`]. Field names are the keys of the JSON: renaming one makes earlier results unreadable.
+//! [`SCHEMA_VERSION`]. A training log alone has neither: it is known by the keys of its first line. Field names are the
+//! keys of the JSON: renaming one makes earlier results unreadable.
 
 mod ablation;
 mod answers;
+mod character;
 mod eval_set;
 mod file;
 mod header;
@@ -40,10 +43,12 @@ mod smoke;
 mod stats;
 pub mod table;
 mod trained;
+mod training;
 mod variant;
 
 pub use ablation::{Ablation, AblationAxis, AblationChange, ABLATION};
 pub use answers::{means, Answer, Answers, Cell, JoinedPart, PromptSettings, TurnAnswer, ANSWERS, FILE_TASKS};
+pub use character::{CharEval, CharRecall, CHAR_EVAL, CHAR_RECALL};
 pub use eval_set::{AnswerScore, EvalSetRecord, Score, TextScore};
 pub use file::{check_replaceable, check_writable, kind_of, read, save, stem};
 pub use header::{Ceilings, Header, Machine, SCHEMA_VERSION};
@@ -62,4 +67,5 @@ pub use rule::ScoringRule;
 pub use smoke::{AnswerSettings, DocumentMetric, DocumentScore, Smoke, SmokeRun, METRICS, SMOKE};
 pub use stats::{median, percentile, Estimate};
 pub use trained::beyond_trained;
+pub use training::{read_log, TrainingStep, TRAINING};
 pub use variant::{KvBytes, VariantRecord};
