@@ -344,6 +344,53 @@ fn a_needles_cells_and_a_tasks_dots_are_all_drawn() -> Any {
     Ok(())
 }
 
+#[test]
+fn logs_of_a_character_model_share_a_figure_and_its_measurements_have_their_own() -> Any {
+    let dir = tempfile::tempdir()?;
+    let mut files = vec![];
+    for run in ["wide", "deep"] {
+        let path = dir.path().join(run).join("log.jsonl");
+        std::fs::create_dir_all(dir.path().join(run))?;
+        let line = |step: u32| json!({"step": step, "bits_per_character": 8.0 / f64::from(step)}).to_string() + "\n";
+        std::fs::write(&path, (1..=50).map(line).collect::<String>())?;
+        files.push(path);
+    }
+    let eval = json!({
+        "kind": "bfly-char-eval", "schema_version": 1, "git_sha": "0", "command": ["bfly-char", "eval"],
+        "device": "cpu", "corpus": "00", "window": 2048, "positions": [[0, 1024], [1024, 2048]],
+        "bits_by_position": [[2.5, 2.0], [2.4, 2.1]], "contexts": [1024, 2048], "segment": 1024,
+        "bits_by_context": [[2.2, 2.0], [2.3, 2.0]],
+    });
+    let recall = json!({
+        "kind": "bfly-char-recall", "schema_version": 1, "git_sha": "0", "command": ["bfly-char", "recall"],
+        "window": 1024, "chunk": 16, "columns": ["place", "distance", "letters_right_of_16"],
+        "values": [[755, 396, 11], [898, 874, 9], [445, 236, 16]],
+    });
+    for (name, content) in [("eval", eval), ("recall", recall)] {
+        files.push(dir.path().join(format!("{name}.json")));
+        std::fs::write(&files[files.len() - 1], content.to_string())?;
+    }
+    let out = dir.path().join("out");
+    plot().args(&files).arg("--out").arg(&out).assert().success();
+    let figures: [(&str, &[&str]); 4] = [
+        ("eval-contexts", &["gain over a context of 1k", "Gain, bits per character", "context, characters"]),
+        ("eval-positions", &["Bits per character", "position, characters", "95% interval"]),
+        ("logs-training", &["wide", "deep", "optimiser step"]),
+        ("recall-recall", &["distance, characters", "set bits of the distance in chunks", "chance: 1 letter in 26"]),
+    ];
+    assert_eq!(names(&out)?.len(), 4 * figures.len());
+    for (figure, words) in figures {
+        let svg = svg(&dir, &format!("{figure}-light.svg"))?.replace('\n', " ");
+        for word in words {
+            assert!(svg.contains(word), "{figure} lacks `{word}`");
+        }
+    }
+    plot().arg(&files[0]).arg("--out").arg(&out).assert().success();
+    assert!(out.join("wide-training-light.svg").exists(), "one log is named after its directory");
+    let twice = files[0].to_string_lossy();
+    refused(&[&twice, &twice, "--out", &out.to_string_lossy()], &["log.jsonl", "is given twice"])
+}
+
 /// Runs `args`, which must fail with one line that holds every word.
 fn refused(args: &[&str], words: &[&str]) -> Any {
     let out = plot().args(args).output()?;
@@ -379,7 +426,8 @@ fn what_cannot_be_drawn_gets_one_clear_error_and_no_figure() -> Any {
         file[list] = json!([]);
         Ok(file.to_string())
     };
-    let cases: [(&str, String, &[&str]); 15] = [
+    let step = json!({"step": 1, "bits_per_character": 8.0});
+    let cases: [(&str, String, &[&str]); 19] = [
         ("half.json", whole[..whole.len() / 2].into(), &["is not a whole JSON file"]),
         ("empty.json", String::new(), &["is not a whole JSON file"]),
         ("version.json", with("schema_version", json!(99))?, &["has schema version 99; this build reads 1"]),
@@ -405,6 +453,10 @@ fn what_cannot_be_drawn_gets_one_clear_error_and_no_figure() -> Any {
         ("ablate.json", empty("ablate", "changes")?, &["without a change that was measured"]),
         ("positions.json", empty("positions", "runs")?, &["holds no losses"]),
         ("none.json", kernels.to_string(), &["is a report without kernels"]),
+        ("empty.jsonl", String::new(), &["is a training log without steps"]),
+        ("twice.jsonl", format!("{step}\n{step}\n"), &["line 2 is of step 1, after step 1"]),
+        ("key.json", json!({"kind": "bfly-char-eval", "schema_version": 1}).to_string(), &["missing field"]),
+        ("old.json", json!({"kind": "bfly-char-recall"}).to_string(), &["has schema version none"]),
         ("zero.json", impossible.to_string(), &["attention_prefill (dense causal)", "not above 0 seconds"]),
     ];
     for (name, content, words) in cases {
@@ -446,7 +498,7 @@ fn places_that_cannot_be_written_to_are_named_and_left_clean() -> Any {
 #[test]
 fn help_shows_examples_every_subcommand_and_completions() -> Any {
     let help = String::from_utf8(plot().arg("--help").output()?.stdout)?;
-    for kind in ["ladder", "kernels", "smoke", "answers", "layers", "ablation", "positions"] {
+    for kind in ["ladder", "kernels", "smoke", "answers", "layers", "ablation", "positions", "char-log", "char-eval"] {
         assert!(help.contains(&format!("  bfly-{kind} ")), "help lacks the kind {kind}");
     }
     for word in ["Examples:", "ladder", "kernels", "graph", "completions", "--out", "[default: figures]"] {

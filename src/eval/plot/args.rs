@@ -1,21 +1,22 @@
 //! Flags and commands of `bfly-plot`.
 
-use super::kinds::figures_of;
+use super::graph;
+use super::kinds::draw;
 use super::save::save;
-use super::{graph, Figure};
 use crate::cli::{note, parse_size, print};
-use crate::error::{Error, Result};
-use crate::eval::report::{stem, KERNELS, LADDER};
+use crate::error::Result;
+use crate::eval::report::{KERNELS, LADDER};
 use crate::retrofit::Settings;
 use crate::selector::{Selector, SELECTORS};
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
-/// Draws figures from the results of bfly-bench and bfly-quality-smoke.
+/// Draws figures from the results of bfly-bench, bfly-quality-smoke and bfly-char.
 ///
 /// Every figure is written four times: as SVG and as PNG, for light and for dark pages. Files may be of any kind, which
-/// is read from each; the subcommands ladder and kernels accept files of their kind alone.
+/// is read from each; the subcommands ladder and kernels accept files of their kind alone. Training logs that are given
+/// together are drawn in one figure.
 #[derive(Debug, Parser)]
 #[command(
     name = "bfly-plot",
@@ -36,13 +37,16 @@ pub struct Cli {
 
 const EXAMPLES: &str = "\
 Kinds of files and their figures:
-  bfly-ladder     ratios to the best stock; time, memory and decode by context
-  bfly-kernels    roofline
-  bfly-smoke      distance from stock on text, by context
-  bfly-answers    scores by task, and against KV bytes; heat maps of needle grids
-  bfly-layers     sensitivity to each layer's swap; scores by layers kept dense
-  bfly-ablation   paired differences of every setting from the base
-  bfly-positions  loss by position
+  bfly-ladder       ratios to the best stock; time, memory and decode by context
+  bfly-kernels      roofline
+  bfly-smoke        distance from stock on text, by context
+  bfly-answers      scores by task, and against KV bytes; heat maps of needle grids
+  bfly-layers       sensitivity to each layer's swap; scores by layers kept dense
+  bfly-ablation     paired differences of every setting from the base
+  bfly-positions    loss by position
+  bfly-char-log     log.jsonl of bfly-char train: bits per character by step, a line per log
+  bfly-char-eval    bits per character by position; what a longer context gains
+  bfly-char-recall  right letters by distance, and by set bits of the distance in chunks
 
 Examples:
   # Files of any kind, compressed or not, into figures/
@@ -53,6 +57,14 @@ Examples:
 
   # The roofline of a kernel report
   bfly-plot kernels kernels.json
+
+  # Training runs of the character model in one figure, named after their directories
+  bfly-plot wide/log.jsonl deep/log.jsonl --out figures
+
+  # What a trained character model makes of distance
+  bfly-char eval --model wide corpus/ --held-out --window 64k --contexts 1k,7k,33k,64k --json eval.json
+  bfly-char recall --model wide --json recall.json
+  bfly-plot eval.json recall.json
 
   # The blocks that each block reads, and the reach through 24 layers
   bfly-plot graph --ctx 8k --window 512 --block 128 --partner causal_shift";
@@ -84,8 +96,9 @@ pub enum Command {
 /// Files to draw, and the output directory.
 #[derive(Debug, Args)]
 pub struct FileArgs {
-    /// Results of bfly-bench and bfly-quality-smoke, .json or .json.gz; figures are named after their file.
-    #[arg(value_name = "FILE.json", required = true)]
+    /// Results of bfly-bench, bfly-quality-smoke and bfly-char, and logs of its training, .gz or not; figures are named
+    /// after their file, those of a log.jsonl after its directory, and those of several logs `logs`.
+    #[arg(value_name = "FILE", required = true)]
     pub files: Vec<PathBuf>,
     /// Output directory, created where it does not exist; earlier figures are replaced.
     #[arg(long, value_name = "DIR", default_value = "figures")]
@@ -167,23 +180,11 @@ pub fn run(cli: &Cli) -> Result<()> {
 }
 
 fn files(args: &FileArgs, wanted: Option<&str>) -> Result<()> {
-    let mut drawn: Vec<(String, Vec<Figure>)> = vec![];
-    for path in &args.files {
-        let stem = stem(path).unwrap_or_else(|| "figure".into());
-        if drawn.iter().any(|(other, _)| *other == stem) {
-            let message = format!("another file is also called {stem}; draw the two into different --out directories");
-            return Err(Error::usage(path.display(), message));
-        }
-        let (figures, remarks) = figures_of(path, wanted)?;
-        for remark in remarks {
-            note(format_args!("note: {}: {remark}", path.display()));
-        }
-        drawn.push((stem, figures));
+    let drawn = draw(&args.files, wanted)?;
+    for remark in drawn.iter().flat_map(|drawing| &drawing.notes) {
+        note(format_args!("note: {remark}"));
     }
-    for (stem, figures) in &drawn {
-        list(&save(&args.out, stem, figures)?)?;
-    }
-    Ok(())
+    drawn.iter().try_for_each(|drawing| list(&save(&args.out, &drawing.stem, &drawing.figures)?))
 }
 
 /// Prints the paths of the figures on stdout.

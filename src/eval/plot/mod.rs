@@ -10,6 +10,7 @@
 //! | `ladder/` | time, memory and decode of every engine by context, and ratios to the best stock |
 //! | `kernels` | a roofline with each case's share of its ceiling |
 //! | `quality/` | answers, distributions, layers, settings, positions |
+//! | `character/` | training, bits per character by position and context, and recall of the character model |
 //! | `graph` | the blocks that each block reads, and the reach |
 //!
 //! A figure is a function from a record to a [`scene::Scene`]. Its colours, type sizes and line widths come from
@@ -25,6 +26,7 @@
 
 mod args;
 mod axis;
+mod character;
 mod graph;
 mod kernels;
 mod kinds;
