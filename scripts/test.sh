@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs all checks: the pages, formatting, lints, documentation, tests, and a dry run of the quality workflow.
+# Runs all checks: the pages, formatting, lints, documentation, tests, the training script, and a dry run of the quality
+# workflow.
 #
 #   scripts/test.sh                what CI runs
 #   scripts/test.sh --all-models   also the tests that read three larger checkpoints (1.9 GB, some minutes more)
@@ -35,6 +36,9 @@ say "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
 say "tests"
 cargo test ${arguments[@]+"${arguments[@]}"}
+say "character model, from corpus to figures"
+rm -rf "${CARGO_TARGET_DIR:-target}/run-micro"
+BFLY_PROFILE=dev scripts/train_char.sh --out "$(cd "${CARGO_TARGET_DIR:-target}" && pwd)/run-micro"
 say "workflow"
 target=${CARGO_TARGET_DIR:-target}
 if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
