@@ -28,6 +28,7 @@
 //! | [`cache`] | KV caches of fixed size, bytes by pool |
 //! | [`char`](mod@char), [`train`] | the native character model; training |
 //! | [`generate`] | prefill, decode, sampling, chat template |
+//! | [`stats`] | means with bootstrap intervals, medians, percentiles |
 //! | `eval` (feature) | benchmarks, quality evaluation, figures |
 //! | `cli` (feature) | flags, progress bars, the memory ledger |
 //!
@@ -80,6 +81,7 @@ pub mod retrofit;
 pub mod run;
 pub mod selector;
 pub mod spec;
+pub mod stats;
 pub mod storage;
 pub mod tensors;
 pub mod train;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// `model_type` in `config.json`.
-pub const MODEL_TYPE: &str = "bfly_char";
+pub const MODEL_TYPE: &str = crate::family::CHARACTER_MODEL;
 /// Symbols: Latin-1.
 pub const SYMBOLS: usize = 256;
 /// The width of the gated MLP is rounded up to a multiple of this.

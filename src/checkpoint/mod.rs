@@ -22,7 +22,6 @@ mod weight_format;
 pub use chat_template::ChatTemplate;
 pub use detokenizer::Detokenizer;
 pub use identity::Identity;
-#[cfg(feature = "eval")]
 pub(crate) use random::splitmix;
 pub use tokenizer::TextTokenizer;
 pub use weight_format::{WeightDtype, WeightFormat};

@@ -2,7 +2,6 @@
 
 mod args;
 mod calibration;
-#[cfg(feature = "eval")]
 mod char;
 mod console;
 mod device;
@@ -18,7 +17,6 @@ mod temporary;
 pub use crate::ops::{describe, human_bytes};
 pub use args::{CalibrateArgs, Cli, Command, ModelArgs, PromptArgs, RetrofitArgs, RunArgs, SamplingArgs};
 pub use calibration::prepare as prepare_recall;
-#[cfg(feature = "eval")]
 pub use char::{char, CharCli, CharCommand};
 pub use console::{completions, main_with, note, parse, print};
 pub use device::{open_device, weight_format};

@@ -7,13 +7,19 @@ use std::sync::Mutex;
 /// A progress bar for one stage at a time, and messages printed above it.
 pub struct Bars {
     quiet: bool,
+    silent: bool,
     bar: Mutex<Option<(String, ProgressBar)>>,
 }
 
 impl Bars {
     /// Returns a progress bar that is hidden if `quiet`, or if stderr is not a terminal.
     pub fn new(quiet: bool) -> Self {
-        Self { quiet, bar: Mutex::new(None) }
+        Self { quiet, silent: false, bar: Mutex::new(None) }
+    }
+
+    /// Returns a progress bar that shows nothing and prints not even warnings, for processes beside one that does.
+    pub fn silent() -> Self {
+        Self { quiet: true, silent: true, bar: Mutex::new(None) }
     }
 
     /// Shows `done` of `total` units of `stage`; the bar disappears when `done` reaches `total`.
@@ -61,7 +67,9 @@ impl Bars {
 
     /// Prints a warning to stderr, also when quiet.
     pub fn warn(&self, line: &str) {
-        self.print(&format!("warning: {line}"));
+        if !self.silent {
+            self.print(&format!("warning: {line}"));
+        }
     }
 
     /// Prints a line to stderr, above the bar if one is shown.

@@ -19,6 +19,9 @@ use keys::Table;
 /// Supported families.
 pub static FAMILIES: &[&Family] = &[&qwen2::FAMILY, &qwen3::FAMILY, &llama::FAMILY, &gemma3::FAMILY];
 
+/// `model_type` of the native character model, which is no family: it has no tokens, and layers of its own.
+pub const CHARACTER_MODEL: &str = "bfly_char";
+
 /// A model family: how its configuration is read, and its quirks.
 pub struct Family {
     /// `model_type` in a text-only model's `config.json`.
@@ -109,7 +112,7 @@ pub fn read(config: &Config) -> Result<(&'static Family, Config)> {
         text.set("tie_word_embeddings", whole.bool_or("tie_word_embeddings", true)?.into());
         return Ok((family, text));
     }
-    if name == crate::char::MODEL_TYPE {
+    if name == CHARACTER_MODEL {
         let message = "a native character model: run it with `bfly-char generate --model DIR`";
         return Err(Error::unsupported(config.origin(), message));
     }

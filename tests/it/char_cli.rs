@@ -260,6 +260,17 @@ fn windows_are_evaluated_by_position_and_by_context() -> Any {
 }
 
 #[test]
+fn the_retrofit_names_what_runs_a_character_model() -> Any {
+    let place = Place::new()?;
+    success(place.train("run", &["--steps", "3", "--quiet"]).output()?)?;
+    let step = place.path("run/step-00000003");
+    let mut retrofit = Command::new(env!("CARGO_BIN_EXE_bfly-retrofit"));
+    retrofit.arg("--model").arg(step).args(["--prompt", "a"]);
+    assert!(refusal(retrofit.output()?)?.contains("run it with `bfly-char generate --model DIR`"));
+    Ok(())
+}
+
+#[test]
 fn several_ranks_are_refused_by_name_where_they_cannot_run() -> Any {
     let place = Place::new()?;
     let ranks = |count: &str| {

@@ -5,7 +5,7 @@ use super::EvalArgs;
 use crate::char::{bits_by_context, bits_by_position, encode, octaves, Batch, CharModel, Corpus, Windows};
 use crate::cli::{open_device, print, Bars, Output};
 use crate::error::{Error, Result};
-use crate::eval::report::Estimate;
+use crate::stats::Estimate;
 use candle_core::Tensor;
 use std::fmt::Write;
 
@@ -47,7 +47,10 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     line(&mut table, "all", &overall);
     let mut by_context = vec![];
     if let Some(longest) = args.contexts.iter().max() {
-        let mut windows = Windows::new(&documents, longest + SEGMENT, args.seed)?;
+        // Only whole documents: joined ones have no context that far back.
+        let long: Vec<Vec<u8>> = documents.into_iter().filter(|d| d.len() >= longest + SEGMENT).collect();
+        let mut windows = Windows::new(&long, longest + SEGMENT, args.seed)
+            .map_err(|_| Error::usage("--contexts", format!("no document has {longest} and {SEGMENT} characters")))?;
         let count = args.windows.min(windows.per_epoch());
         let progress = |done: usize| bars.show("documents", done as u64, count as u64);
         by_context = bits_by_context(&model, &weights, &mut windows, count, (SEGMENT, &args.contexts), progress)?;

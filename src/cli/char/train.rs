@@ -17,7 +17,7 @@ pub(super) fn train(args: &TrainArgs) -> Result<()> {
     let (device, ranks) = args.ranks()?;
     let (rank, count) = (ranks.rank(), ranks.count());
     // One rank speaks and writes for all.
-    let bars = Bars::new(args.quiet || rank > 0);
+    let bars = if rank == 0 { Bars::new(args.quiet) } else { Bars::silent() };
     if config.pairing == Pairing::Xor {
         bars.warn("xor pairs read later characters: the result is no language model");
     }

@@ -3,8 +3,8 @@
 use super::header::Header;
 use super::resume::{header_difference, Difference};
 use super::rule::ScoringRule;
-use super::stats::Estimate;
 use super::variant::VariantRecord;
+use crate::stats::Estimate;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 

@@ -4,12 +4,12 @@
 
 use super::header::{Ceilings, Header};
 use super::prompt::PromptSource;
-use super::stats::{median, percentile};
 use super::variant::KvBytes;
 use crate::error::Result;
 use crate::eviction::EvictionPlan;
 use crate::layout::Layout;
 use crate::retrofit::RetrofitPlan;
+use crate::stats::{median, percentile};
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;

@@ -3,7 +3,7 @@
 
 use super::eval_set::{EvalSetRecord, Score};
 use super::header::Header;
-use super::stats::Estimate;
+use crate::stats::Estimate;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 

@@ -11,7 +11,6 @@
 //! | `smoke`, `answers`, `eval_set`, `layers`, `ablation`, `positions` | what `bfly-quality-smoke` measures |
 //! | `training`, `character` | what `bfly-char` writes: its training log, bits per character, recall |
 //! | `rule` | [`ScoringRule`]: scoring of an answer by the expected outputs that it contains |
-//! | `stats` | [`Estimate`] (means with bootstrap intervals), medians, percentiles |
 //! | `file` | reading and writing, `.json` and `.json.gz`, and which files may be replaced |
 //! | [`resume`] | resuming an interrupted file, and the differences that forbid it |
 //! | [`join()`] | joining the answers of several processes |
@@ -40,12 +39,12 @@ mod prompt;
 pub mod resume;
 mod rule;
 mod smoke;
-mod stats;
 pub mod table;
 mod trained;
 mod training;
 mod variant;
 
+pub use crate::stats::{median, percentile, Estimate};
 pub use ablation::{Ablation, AblationAxis, AblationChange, ABLATION};
 pub use answers::{means, Answer, Answers, Cell, JoinedPart, PromptSettings, TurnAnswer, ANSWERS, FILE_TASKS};
 pub use character::{CharEval, CharRecall, CHAR_EVAL, CHAR_RECALL};
@@ -65,7 +64,6 @@ pub use positions::{LossByPosition, PositionLosses, PositionRun, POSITIONS};
 pub use prompt::{hash, id_bytes, PromptSource};
 pub use rule::ScoringRule;
 pub use smoke::{AnswerSettings, DocumentMetric, DocumentScore, Smoke, SmokeRun, METRICS, SMOKE};
-pub use stats::{median, percentile, Estimate};
 pub use trained::beyond_trained;
 pub use training::{read_log, TrainingStep, TRAINING};
 pub use variant::{KvBytes, VariantRecord};
