@@ -31,7 +31,8 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
         false => [corpus.training, corpus.held_out].concat(),
     };
     let bars = Bars::new(false);
-    let (ranges, mut table) = (octaves(SEGMENT, window), String::new());
+    // Seven ranges or more, from a chunk on; 1k characters and its octaves where windows are long.
+    let (ranges, mut table) = (octaves((window / 64).clamp(chunk, SEGMENT.max(chunk)), window), String::new());
     let mut windows = Windows::new(&documents, window, args.seed)?;
     let count = args.windows.min(windows.per_epoch());
     let progress = |done: usize| bars.show("documents", done as u64, count as u64);
