@@ -39,15 +39,7 @@ pub struct TrainingState {
 pub fn save(run: &Path, model: &CharModel, optimiser: &AdamW, state: &TrainingState) -> Result<PathBuf> {
     let name = format!("step-{:08}", state.step);
     let (partial, complete) = (run.join(format!(".{name}.partial")), run.join(&name));
-    if partial.exists() {
-        std::fs::remove_dir_all(&partial).map_err(|e| Error::io(&partial, e))?;
-    }
-    std::fs::create_dir_all(&partial).map_err(|e| Error::io(&partial, e))?;
-    let written = write_step(&partial, model, optimiser, state);
-    if written.is_err() {
-        let _ = std::fs::remove_dir_all(&partial);
-    }
-    written?;
+    fill(&partial, |dir| write_step(dir, model, optimiser, state))?;
     // Of a run that went on from an earlier step: it is moved away, not removed, until the new one is in its place.
     let old = run.join(format!(".{name}.old"));
     if complete.exists() {
@@ -62,6 +54,19 @@ pub fn save(run: &Path, model: &CharModel, optimiser: &AdamW, state: &TrainingSt
         std::fs::remove_dir_all(old).map_err(|e| Error::io(old, e))?;
     }
     Ok(complete)
+}
+
+/// Makes a temporary directory, without what a killed process left there, and removes it where `write` fails.
+fn fill(partial: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    if partial.exists() {
+        std::fs::remove_dir_all(partial).map_err(|e| Error::io(partial, e))?;
+    }
+    std::fs::create_dir_all(partial).map_err(|e| Error::io(partial, e))?;
+    let written = write(partial);
+    if written.is_err() {
+        let _ = std::fs::remove_dir_all(partial);
+    }
+    written
 }
 
 fn write_step(dir: &Path, model: &CharModel, optimiser: &AdamW, state: &TrainingState) -> Result<()> {
@@ -135,12 +140,7 @@ pub fn export(dir: &Path, config: &CharConfig, layout: &Layout, weights: &Tensor
     }
     let name = dir.file_name().ok_or_else(|| Error::usage("--out", "names no directory"))?.to_string_lossy();
     let partial = dir.with_file_name(format!(".{name}.partial"));
-    std::fs::create_dir_all(&partial).map_err(|e| Error::io(&partial, e))?;
-    let written = write_shards(&partial, config, layout, weights);
-    if written.is_err() {
-        let _ = std::fs::remove_dir_all(&partial);
-    }
-    written?;
+    fill(&partial, |partial| write_shards(partial, config, layout, weights))?;
     std::fs::rename(&partial, dir).map_err(|e| Error::io(dir, e))
 }
 

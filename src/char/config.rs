@@ -160,6 +160,18 @@ impl CharConfig {
         Ok(())
     }
 
+    /// Refuses a length, given by `flag`, that is not whole chunks.
+    ///
+    /// # Errors
+    /// As said, with the chunk's size.
+    pub fn check_whole(&self, flag: &str, characters: usize) -> Result<()> {
+        if characters > 0 && characters.is_multiple_of(self.chunk) {
+            return Ok(());
+        }
+        let message = format!("{characters} is not a multiple of the chunk, {} characters", self.chunk);
+        Err(Error::usage(flag, message))
+    }
+
     /// Number of layers.
     pub fn num_layers(&self) -> usize {
         self.local_layers[0] + self.stages.len() + self.local_layers[1]

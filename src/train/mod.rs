@@ -3,10 +3,10 @@
 mod adamw;
 pub mod launch;
 mod layout;
-pub mod meeting;
 #[cfg(feature = "nccl")]
 pub mod nccl;
 pub mod ranks;
+pub mod rendezvous;
 mod schedule;
 mod steps;
 

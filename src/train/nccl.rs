@@ -1,8 +1,8 @@
 //! Ranks that are processes with a GPU each; sums run through NCCL.
 
 use super::launch::Place;
-use super::meeting::{meet, Meeting};
 use super::ranks::Ranks;
+use super::rendezvous::{meet, Rendezvous};
 use crate::error::{Error, ErrorKind, Result};
 use candle_core::cuda_backend::cudarc::nccl::{Comm, Id, ReduceOp};
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
@@ -11,14 +11,14 @@ use candle_core::{Device, Storage, Tensor};
 use std::time::Duration;
 
 /// How long ranks wait for each other at the start.
-const PATIENCE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A rank of a run over several GPUs.
 pub struct Nccl {
     place: Place,
     comm: Comm,
     gpu: CudaDevice,
-    _meeting: Meeting,
+    _rendezvous: Rendezvous,
 }
 
 // SAFETY: NCCL allows a communicator's use from any one thread at a time, and `Ranks` is not shared.
@@ -38,12 +38,12 @@ impl Nccl {
             return Err(Error::unsupported("ranks", "several processes need a GPU each; give --device cuda or none"));
         };
         let made = || Ok(Id::new().map_err(fail)?.internal().iter().map(|c| *c as u8).collect());
-        let (token, meeting) = meet(&place, PATIENCE, made, lost)?;
+        let (token, rendezvous) = meet(&place, TIMEOUT, made, lost)?;
         let bytes: [u8; 128] = token.try_into().map_err(|_| fail("an id of another size"))?;
         let id = Id::uninit(bytes.map(|b| b as std::ffi::c_char));
         gpu.cuda_stream().context().bind_to_thread().map_err(fail)?;
         let comm = Comm::from_rank(gpu.cuda_stream(), place.rank, place.count, id).map_err(fail)?;
-        Ok(Self { place, comm, gpu: gpu.clone(), _meeting: meeting })
+        Ok(Self { place, comm, gpu: gpu.clone(), _rendezvous: rendezvous })
     }
 }
 

@@ -73,16 +73,16 @@ struct Round {
 pub struct Thread {
     rank: usize,
     count: usize,
-    patience: Duration,
+    timeout: Duration,
     shared: Arc<(Mutex<Round>, Condvar)>,
 }
 
 impl Thread {
-    /// The ranks of a run. A rank that waits longer than `patience` gives up and names the ranks that did not come.
-    pub fn run_of(count: usize, patience: Duration) -> Vec<Self> {
+    /// The ranks of a run. A rank that waits longer than `timeout` gives up and names the ranks that did not come.
+    pub fn run_of(count: usize, timeout: Duration) -> Vec<Self> {
         let round = Round { brought: vec![None; count], ..Round::default() };
         let shared = Arc::new((Mutex::new(round), Condvar::new()));
-        (0..count).map(|rank| Self { rank, count, patience, shared: shared.clone() }).collect()
+        (0..count).map(|rank| Self { rank, count, timeout, shared: shared.clone() }).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Round> {
@@ -118,10 +118,10 @@ impl Thread {
                     return result.map_err(|e| Error::new(ErrorKind::Backend, "training", e));
                 }
             }
-            let Some(left) = self.patience.checked_sub(start.elapsed()) else {
+            let Some(left) = self.timeout.checked_sub(start.elapsed()) else {
                 let absent: Vec<String> =
                     (0..self.count).filter(|r| round.brought[*r].is_none()).map(|r| r.to_string()).collect();
-                let message = format!("rank {} did not come within {:?}", absent.join(", "), self.patience);
+                let message = format!("rank {} did not come within {:?}", absent.join(", "), self.timeout);
                 return Err(Error::new(ErrorKind::Backend, "training", message));
             };
             round = self.shared.1.wait_timeout(round, left).unwrap_or_else(PoisonError::into_inner).0;

@@ -21,9 +21,7 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     };
     let chunk = model.config().chunk;
     for (flag, value) in std::iter::once(("--window", window)).chain(args.contexts.iter().map(|c| ("--contexts", *c))) {
-        if value == 0 || !value.is_multiple_of(chunk) {
-            return Err(Error::usage(flag, format!("{value} is not a multiple of the chunk, {chunk} characters")));
-        }
+        model.config().check_whole(flag, value)?;
     }
     let corpus = Corpus::read(&args.texts)?;
     let documents = match args.held_out {

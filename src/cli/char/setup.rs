@@ -32,10 +32,7 @@ impl TrainArgs {
             config.pairing = Pairing::Xor;
         }
         config.check()?;
-        if self.window == 0 || !self.window.is_multiple_of(config.chunk) {
-            let message = format!("{} is not a multiple of the chunk, {} characters", self.window, config.chunk);
-            return Err(Error::usage("--window", message));
-        }
+        config.check_whole("--window", self.window)?;
         for (flag, value) in [("--batch", self.batch), ("--micro-batch", self.micro_batch), ("--steps", self.steps)] {
             if value == 0 {
                 return Err(Error::usage(flag, "must be at least 1"));

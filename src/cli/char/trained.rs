@@ -64,12 +64,7 @@ const AT_ONCE: usize = 4;
 pub(super) fn recall(args: &RecallArgs) -> Result<()> {
     let (model, weights) = open(&args.model, &open_device(&args.device)?)?;
     let chunk = model.config().chunk;
-    if !args.window.is_multiple_of(chunk) {
-        return Err(Error::usage(
-            "--window",
-            format!("{} is not a multiple of the chunk, {chunk} characters", args.window),
-        ));
-    }
+    model.config().check_whole("--window", args.window)?;
     let output = args.json.as_ref().map(|path| Output::reserve(path, "--json")).transpose()?;
     let (task, bars) = (RecallTask::over(args.window, args.seed)?, Bars::new(false));
     let mut texts = match args.texts.as_slice() {

@@ -1,12 +1,10 @@
 //! Figure of what a longer context gains over the shortest, on the same characters.
 
-use super::{check_table, column, estimates, extent, model};
+use super::{check_table, column, extent, model, one_panel};
 use crate::cli::short_count;
-use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
-use crate::eval::plot::panel::Panel;
+use crate::eval::plot::page::{LegendEntry, Page};
 use crate::eval::plot::scale::Scale;
-use crate::eval::plot::scene::Area;
-use crate::eval::plot::theme::{Ink, MARGIN};
+use crate::eval::plot::theme::Ink;
 use crate::eval::plot::Figure;
 use crate::eval::report::{CharEval, Estimate};
 
@@ -51,18 +49,7 @@ pub fn figure(eval: &CharEval) -> Result<Option<Figure>, String> {
         format!("With a context of {first}: {bits} bits per character; above 0, the longer context is better"),
     ];
     let mut page = Page::new("What a longer context gains", &about, &keys);
-    let panel = Panel {
-        title: "Gain, bits per character",
-        x: &x,
-        x_name: "context, characters",
-        y: &y,
-        shaded_from: None,
-        crosses: None,
-    };
-    let area = Area { x: MARGIN, y: page.y, w: CONTENT, h: 320.0 };
-    let plot = panel.draw(&mut page.scene, area);
-    estimates(&mut page.scene, &plot, &points);
+    let plot = one_panel(&mut page, "Gain, bits per character", (&x, "context, characters"), &y, &points);
     page.scene.hollow(0, plot.at(eval.contexts[shortest] as f64, 0.0), Ink::Muted);
-    page.y = area.bottom();
     Ok(Some(Figure { name: "contexts".into(), scene: page.finish(&[]) }))
 }

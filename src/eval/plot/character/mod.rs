@@ -22,10 +22,11 @@ pub use training::figures as training;
 
 use super::axis::Tick;
 use super::kinds::FiguresAndNotes;
-use super::panel::Axes;
+use super::page::{Page, CONTENT};
+use super::panel::{Axes, Panel};
 use super::scale::Scale;
-use super::scene::Scene;
-use super::theme::Ink;
+use super::scene::{Area, Scene};
+use super::theme::{Ink, MARGIN};
 use crate::cli::short_count;
 use crate::error::{Error, Result};
 use crate::eval::report::{CharEval, Estimate};
@@ -83,6 +84,15 @@ fn octaves(edges: &[usize]) -> Scale {
 /// Returns the middle of octave `i` on a scale made by [`octaves`].
 fn middle(scale: &Scale, i: usize) -> f64 {
     (scale.ticks[i].value * scale.ticks[i + 1].value).sqrt()
+}
+
+/// Draws a panel over the page's width with `points` and their intervals, and returns its axes.
+fn one_panel(page: &mut Page, title: &str, (x, x_name): (&Scale, &str), y: &Scale, points: &[(f64, Estimate)]) -> Axes {
+    let area = Area { x: MARGIN, y: page.y, w: CONTENT, h: 320.0 };
+    let plot = Panel { title, x, x_name, y, shaded_from: None, crosses: None }.draw(&mut page.scene, area);
+    estimates(&mut page.scene, &plot, points);
+    page.y = area.bottom();
+    plot
 }
 
 /// Draws `points` with their intervals, joined by a line.

@@ -1,12 +1,9 @@
 //! Figure of bits per character by position, in octaves.
 
-use super::{check_table, column, estimates, extent, middle, model, octaves};
+use super::{check_table, column, extent, middle, model, octaves, one_panel};
 use crate::cli::short_count;
-use crate::eval::plot::page::{LegendEntry, Page, CONTENT};
-use crate::eval::plot::panel::Panel;
+use crate::eval::plot::page::{LegendEntry, Page};
 use crate::eval::plot::scale::Scale;
-use crate::eval::plot::scene::Area;
-use crate::eval::plot::theme::MARGIN;
 use crate::eval::plot::Figure;
 use crate::eval::report::{CharEval, Estimate};
 
@@ -32,18 +29,7 @@ pub fn figure(eval: &CharEval) -> Result<Figure, String> {
         keys.push(LegendEntry::Interval("95% interval over windows".into()));
     }
     let mut page = Page::new("Bits per character, by position in the text", &[about(eval)], &keys);
-    let panel = Panel {
-        title: "Bits per character",
-        x: &x,
-        x_name: "position, characters",
-        y: &y,
-        shaded_from: None,
-        crosses: None,
-    };
-    let area = Area { x: MARGIN, y: page.y, w: CONTENT, h: 320.0 };
-    let plot = panel.draw(&mut page.scene, area);
-    estimates(&mut page.scene, &plot, &points);
-    page.y = area.bottom();
+    one_panel(&mut page, "Bits per character", (&x, "position, characters"), &y, &points);
     Ok(Figure { name: "positions".into(), scene: page.finish(&[]) })
 }
 

@@ -20,7 +20,7 @@ const LOST: u8 = b'l';
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// Connections to the other ranks; a rank that drops it has ended as it should.
-pub struct Meeting {
+pub struct Rendezvous {
     streams: Vec<TcpStream>,
     over: Arc<AtomicBool>,
 }
@@ -29,18 +29,18 @@ fn fail(place: &Place, e: impl std::fmt::Display) -> Error {
     Error::new(ErrorKind::Backend, format!("ranks at {}:{}", place.host, place.port), e)
 }
 
-/// Waits for all ranks, at most `patience`, and gives each the bytes that `token` makes on rank 0. `lost` is called, on a
+/// Waits for all ranks, at most `timeout`, and gives each the bytes that `token` makes on rank 0. `lost` is called, on a
 /// thread of its own, with the number of a rank that ended without leaving.
 ///
 /// # Errors
 /// A port that is taken, ranks that do not come in time (by number), or a rank of another run.
 pub fn meet(
     place: &Place,
-    patience: Duration,
+    timeout: Duration,
     token: impl FnOnce() -> Result<Vec<u8>>,
     lost: impl Fn(usize) + Send + Sync + 'static,
-) -> Result<(Vec<u8>, Meeting)> {
-    let (end, lost, over) = (Instant::now() + patience, Arc::new(lost), Arc::new(AtomicBool::new(false)));
+) -> Result<(Vec<u8>, Rendezvous)> {
+    let (end, lost, over) = (Instant::now() + timeout, Arc::new(lost), Arc::new(AtomicBool::new(false)));
     if place.rank == 0 {
         let listener = TcpListener::bind(("0.0.0.0", place.port)).map_err(|e| fail(place, e))?;
         let token = token()?;
@@ -63,7 +63,7 @@ pub fn meet(
                 }
             });
         }
-        return Ok((token, Meeting { streams, over }));
+        return Ok((token, Rendezvous { streams, over }));
     }
     let stream = connect(place, end)?;
     let own = [place.rank as u32, place.count as u32].map(u32::to_le_bytes).concat();
@@ -88,7 +88,7 @@ pub fn meet(
         let named = first.is_ok() && said[0] == LOST && (&watched).read_exact(&mut rank).is_ok();
         lost(if named { u32::from_le_bytes(rank) as usize } else { 0 });
     });
-    Ok((token, Meeting { streams: vec![stream], over }))
+    Ok((token, Rendezvous { streams: vec![stream], over }))
 }
 
 /// Whether the other side says [`DONE`] before its connection ends.
@@ -146,7 +146,7 @@ fn connect(place: &Place, end: Instant) -> Result<TcpStream> {
     }
 }
 
-impl Drop for Meeting {
+impl Drop for Rendezvous {
     fn drop(&mut self) {
         self.over.store(true, Ordering::SeqCst);
         for mut stream in &self.streams {
@@ -170,7 +170,7 @@ mod tests {
         Place { rank, count, local: rank, host: "127.0.0.1".into(), port }
     }
 
-    type Met = (Vec<u8>, Meeting, Receiver<usize>);
+    type Met = (Vec<u8>, Rendezvous, Receiver<usize>);
 
     fn run(count: usize) -> Result<Vec<Met>> {
         let port = port()?;
@@ -180,8 +180,8 @@ mod tests {
             let lost = move |rank| {
                 let _ = tell.send(rank);
             };
-            let (token, meeting) = meet(&place(rank, count, port), Duration::from_secs(20), token, lost)?;
-            Ok((token, meeting, told))
+            let (token, rendezvous) = meet(&place(rank, count, port), Duration::from_secs(20), token, lost)?;
+            Ok((token, rendezvous, told))
         };
         std::thread::scope(|scope| {
             let all: Vec<_> = (0..count).map(|rank| scope.spawn(move || one(rank))).collect();
@@ -195,8 +195,8 @@ mod tests {
         assert!(all.iter().all(|(token, ..)| token == &[7; 128]));
         let told: Vec<Receiver<usize>> = all
             .into_iter()
-            .map(|(_, meeting, told)| {
-                drop(meeting);
+            .map(|(_, rendezvous, told)| {
+                drop(rendezvous);
                 told
             })
             .collect();
@@ -208,15 +208,15 @@ mod tests {
     #[test]
     fn a_lost_rank_is_named_to_all_others() -> Result<()> {
         let mut all = run(4)?;
-        let (_, meeting, _) = all.remove(2);
+        let (_, rendezvous, _) = all.remove(2);
         // As where the process dies: the connection ends without a word.
-        for stream in &meeting.streams {
+        for stream in &rendezvous.streams {
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }
         for (_, _, told) in &all {
             assert_eq!(told.recv_timeout(Duration::from_secs(10)).ok(), Some(2));
         }
-        std::mem::forget(meeting);
+        std::mem::forget(rendezvous);
         Ok(())
     }
 
