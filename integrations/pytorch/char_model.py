@@ -173,7 +173,8 @@ def compare(args):
     written = args.out.open("w") if args.out else None
     optimiser = optimiser_of(model, 1.0)
     worst = 0.0
-    for step, line in enumerate(log[: symbols.shape[0]]):
+    steps = min(len(log), symbols.shape[0], args.steps or symbols.shape[0])
+    for step, line in enumerate(log[:steps]):
         for group in optimiser.param_groups:
             group["lr"] = line["learning_rate"]
         batch = (symbols[step].long().to(device), targets[step].long().to(device))
@@ -182,9 +183,9 @@ def compare(args):
         worst = max(worst, abs(off))
         if written:
             print(json.dumps({"step": step + 1, "bits_per_character": bits}), file=written, flush=True)
-        if step % 20 == 0 or step + 1 == symbols.shape[0]:
+        if step % 20 == 0 or step + 1 == steps:
             print(f"step {step + 1}: PyTorch {bits:.4f}, bfly {line['bits_per_character']:.4f} bits a character ({100 * off:+.3f}%)", flush=True)
-    print(f"{min(len(log), symbols.shape[0])} steps, largest difference {100 * worst:.3f}%")
+    print(f"{steps} steps, largest difference {100 * worst:.3f}%")
     return worst > args.bound
 
 
@@ -220,6 +221,7 @@ def main():
     c.add_argument("run", type=Path)
     c.add_argument("record", type=Path)
     c.add_argument("--bound", type=float, default=0.01)
+    c.add_argument("--steps", type=int, help="compare the first STEPS steps alone")
     c.add_argument("--kind", choices=["pair", "dense"], default="pair", help="dense: causal attention over the window")
     c.add_argument("--device", choices=["cuda", "cpu"], help="f32 on a CPU, bf16 on a GPU, as bfly-char; default: a GPU if any")
     c.add_argument("--compile", action="store_true")
