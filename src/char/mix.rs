@@ -1,4 +1,4 @@
-//! What a training step reads: windows of text, and among them windows with copy recall.
+//! What a training step reads: windows of text, or in some steps windows with copy recall.
 
 use super::{Batch, RecallTask, Windows};
 use crate::error::{Error, Result};
@@ -8,15 +8,17 @@ use crate::error::{Error, Result};
 pub struct Mix {
     text: Option<Windows>,
     recall: Option<(RecallTask, f64)>,
+    per_step: u64,
 }
 
 impl Mix {
-    /// Windows of `text`, of which the share in `recall` hold pairs to recall. Without text all windows are letters and pairs,
-    /// and only what is to be recalled is predicted.
+    /// Steps of `per_step` windows of `text`. The share of steps in `recall` puts pairs into its windows and predicts the
+    /// letters to recall alone: among the characters of a long window they would weigh nothing. Without text all windows are
+    /// letters and pairs.
     ///
     /// # Errors
     /// Neither, or a share that is not in (0, 1].
-    pub fn new(text: Option<Windows>, recall: Option<(RecallTask, f64)>) -> Result<Self> {
+    pub fn new(text: Option<Windows>, recall: Option<(RecallTask, f64)>, per_step: usize) -> Result<Self> {
         match (&text, &recall) {
             (None, None) => return Err(Error::usage("PATH", "no text to train on")),
             (_, Some((_, share))) if !(*share > 0.0 && *share <= 1.0) => {
@@ -24,31 +26,22 @@ impl Mix {
             }
             _ => {}
         }
-        Ok(Self { text, recall })
+        Ok(Self { text, recall, per_step: per_step.max(1) as u64 })
     }
 
-    /// Whether window `i` holds pairs: the share of them, evenly spread.
-    fn recalls(&self, i: u64) -> Option<&RecallTask> {
+    /// The task of step `step`, counted from 0, if it recalls: the share of steps, evenly spread.
+    pub fn recalls(&self, step: u64) -> Option<&RecallTask> {
         let (task, share) = self.recall.as_ref()?;
-        let before = |i: u64| (i as f64 * share).floor();
-        (self.text.is_none() || before(i + 1) > before(i)).then_some(task)
+        let before = |step: u64| (step as f64 * share).floor();
+        (self.text.is_none() || before(step + 1) > before(step)).then_some(task)
     }
 
     /// The windows `first .. first + count`.
     pub fn batch(&mut self, first: u64, count: usize) -> Batch {
         let mut batch = Batch { symbols: vec![], targets: vec![], sequences: count };
         for i in first..first + count as u64 {
-            let task = self.recalls(i).cloned();
-            let own = match (task, &mut self.text) {
-                (Some(task), Some(text)) => {
-                    let window: Vec<u8> = text.batch(i, 1).targets.iter().map(|s| *s as u8).collect();
-                    let symbols = task.window(i, Some(&window)).0;
-                    let targets: Vec<u32> = symbols.iter().map(|s| u32::from(*s)).collect();
-                    let mut own = Batch { symbols: vec![], targets: vec![], sequences: 1 };
-                    own.push(&symbols, &targets);
-                    own
-                }
-                (Some(task), None) => task.batch(i, 1, None).0,
+            let own = match (self.recalls(i / self.per_step).cloned(), &mut self.text) {
+                (Some(task), text) => task.batch(i, 1, text.as_mut()).0,
                 (None, Some(text)) => text.batch(i, 1),
                 (None, None) => continue,
             };
@@ -62,15 +55,18 @@ impl Mix {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::training::NO_TARGET;
 
     #[test]
-    fn a_tenth_of_the_windows_hold_pairs_in_any_cut() -> Result<()> {
-        let text = Windows::new(&[vec![b'x'; 64 * 40]], 64, 0)?;
-        let mut mix = Mix::new(Some(text), Some((RecallTask::new(64, (22, 42), 0)?, 0.1)))?;
-        let whole = mix.batch(0, 40);
-        let with = whole.targets.chunks(64).filter(|w| w.iter().any(|s| *s != u32::from(b'x'))).count();
-        assert_eq!(with, 4);
-        let parts: Vec<Batch> = (0..8).map(|i| mix.batch(5 * i, 5)).collect();
+    fn a_tenth_of_the_steps_recall_in_any_cut() -> Result<()> {
+        let text = Windows::new(&[vec![b'x'; 64 * 80]], 64, 0)?;
+        let mut mix = Mix::new(Some(text), Some((RecallTask::new(64, (22, 42), 0)?, 0.1)), 2)?;
+        let whole = mix.batch(0, 80);
+        let windows: Vec<_> = whole.targets.chunks(64).collect();
+        let recall: Vec<usize> = (0..80).filter(|i| windows[*i].contains(&NO_TARGET)).collect();
+        assert_eq!(recall, [18, 19, 38, 39, 58, 59, 78, 79]);
+        assert!(recall.iter().all(|i| windows[*i].iter().filter(|t| **t != NO_TARGET).count() == 16));
+        let parts: Vec<Batch> = (0..16).map(|i| mix.batch(5 * i, 5)).collect();
         assert_eq!(parts.iter().flat_map(|b| b.symbols.clone()).collect::<Vec<_>>(), whole.symbols);
         Ok(())
     }

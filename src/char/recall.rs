@@ -19,7 +19,7 @@ const KEY: usize = 4;
 const LETTERS: usize = 16;
 /// Characters of a marked pair.
 const PAIR: usize = 1 + KEY + 1 + LETTERS;
-/// Pairs in a window, at most.
+/// Pairs in a window, at most, unless more are asked for.
 const PAIRS: usize = 8;
 /// Attempts at a place for a pair before the window is begun anew.
 const ATTEMPTS: usize = 200;
@@ -56,9 +56,22 @@ impl RecallTask {
             );
             return Err(Error::usage("recall", message));
         }
-        // At most half of the places where stores or questions can lie, so that random places are found.
-        let pairs = PAIRS.min(window / (4 * PAIR)).min((window - least) / (2 * PAIR)).max(1);
-        Ok(Self { window, distances, pairs, seed })
+        Ok(Self { window, distances, pairs: 0, seed }.pairs(PAIRS))
+    }
+
+    /// The task with up to `count` pairs in a window: at most half of the places where stores or questions can lie, so that
+    /// random places are found.
+    #[must_use]
+    pub fn pairs(self, count: usize) -> Self {
+        let room = (self.window / (4 * PAIR)).min((self.window - self.distances.0) / (2 * PAIR));
+        Self { pairs: count.min(room).max(1), ..self }
+    }
+
+    /// The task with a pair per 1,024 characters, 8 at least: a long window then trains on as much as a short one.
+    #[must_use]
+    pub fn denser(self) -> Self {
+        let count = PAIRS.max(self.window / 1024);
+        self.pairs(count)
     }
 
     /// Windows with all distances that a pair can have.

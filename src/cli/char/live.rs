@@ -98,12 +98,22 @@ impl Log {
         Ok(Self { file, path: path.into(), from: from && steps == 0 })
     }
 
-    pub fn write(&mut self, s: &TrainStep, (characters, rate): (usize, f64), held_out: Option<f64>) -> Result<()> {
+    /// Writes step `s`; `recall` says that it predicted letters to recall alone.
+    pub fn write(
+        &mut self,
+        s: &TrainStep,
+        recall: bool,
+        (characters, rate): (usize, f64),
+        held_out: Option<f64>,
+    ) -> Result<()> {
         let bits = s.loss / std::f64::consts::LN_2;
         let mut line = serde_json::json!({
             "step": s.step, "bits_per_character": bits, "gradient_norm": s.norm, "learning_rate": s.rate,
             "characters": s.step * characters as u64, "characters_per_second": rate,
         });
+        if recall {
+            line["task"] = "recall".into();
+        }
         if let Some(bits) = held_out {
             line["held_out_bits_per_character"] = bits.into();
         }

@@ -68,8 +68,8 @@ pub struct TrainArgs {
     /// Latin-1 become `?`. Documents are held out by their hash, 2 in 100 and at least one of two.
     #[arg(required_unless_present = "mix", value_name = "PATH")]
     pub texts: Vec<PathBuf>,
-    /// Share of windows that hold marked values and ask for them later, such as recall:0.1. Without texts every window does,
-    /// and nothing else is predicted.
+    /// Share of steps whose windows hold marked values and ask for them later, such as recall:0.1; these steps predict
+    /// nothing else. Without texts every step is one of them.
     #[arg(long, value_name = "recall:SHARE", value_parser = parse_mix)]
     pub mix: Option<f64>,
     /// Directory of checkpoints and of the log, log.jsonl.

@@ -109,11 +109,12 @@ impl TrainArgs {
         }
         let windows = |documents: &[Vec<u8>], seed| Windows::new(documents, self.window, seed);
         let text = (!self.texts.is_empty()).then(|| windows(&corpus.training, self.seed)).transpose()?;
-        let recall = |seed| -> Result<_> { Ok((RecallTask::over(self.window, seed)?, self.mix.unwrap_or(1.0))) };
-        let mix = Mix::new(text, self.mix.map(|_| recall(self.seed)).transpose()?)?;
+        let recall =
+            |seed| -> Result<_> { Ok((RecallTask::over(self.window, seed)?.denser(), self.mix.unwrap_or(1.0))) };
+        let mix = Mix::new(text, self.mix.map(|_| recall(self.seed)).transpose()?, self.batch)?;
         let held_out = match self.texts.is_empty() {
-            true => Some(Mix::new(None, Some(recall(!self.seed)?))?),
-            false => windows(&corpus.held_out, 0).ok().map(|w| Mix::new(Some(w), None)).transpose()?,
+            true => Some(Mix::new(None, Some(recall(!self.seed)?), self.batch)?),
+            false => windows(&corpus.held_out, 0).ok().map(|w| Mix::new(Some(w), None, self.batch)).transpose()?,
         };
         if held_out.is_none() {
             bars.warn("no document of a window's length is held out: nothing to evaluate on");

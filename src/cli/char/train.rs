@@ -60,7 +60,8 @@ pub(super) fn train(args: &TrainArgs) -> Result<()> {
             None => None,
         };
         if let Some(log) = &mut log {
-            log.write(&done, (characters, live.rate(characters)), held_out)?;
+            let recall = mix.recalls(step).is_some();
+            log.write(&done, recall, (characters, live.rate(characters)), held_out)?;
         }
         live.show(&bars, &done, characters, args.steps as u64);
         if let Some(bits) = held_out {

@@ -21,6 +21,9 @@ pub struct TrainingStep {
     /// Loss on held-out windows; absent at steps without an evaluation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_out_bits_per_character: Option<f64>,
+    /// What the step predicted where it was not text: `recall` for letters to recall.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<String>,
 }
 
 /// Returns whether a file is a training log by its first line, or by its name where it is empty.

@@ -54,6 +54,22 @@ fn running_mean(points: &[Coord], width: usize) -> Vec<Coord> {
     points.iter().enumerate().map(mean).collect()
 }
 
+/// Splits a run into its steps on text and those that recall, whose losses have nothing to do with each other.
+fn tasks(name: &str, steps: Vec<TrainingStep>) -> Vec<Run> {
+    let (recall, text): (Vec<_>, Vec<_>) = steps.into_iter().partition(|s| s.task.as_deref() == Some("recall"));
+    match (recall.is_empty(), text.is_empty()) {
+        (true, _) => vec![Run::new(name.into(), &text)],
+        (_, true) => vec![Run::new(name.into(), &recall)],
+        _ => {
+            let (mut main, mut other) = (Run::new(name.into(), &text), Run::new(format!("{name}, recall"), &recall));
+            // Held-out windows are text, whatever the step before predicted.
+            main.held_out.append(&mut other.held_out);
+            main.held_out.sort_by(|a, b| a.0.total_cmp(&b.0));
+            vec![main, other]
+        }
+    }
+}
+
 /// Draws the figure of the logs at `paths`, a line each.
 ///
 /// # Errors
@@ -61,11 +77,11 @@ fn running_mean(points: &[Coord], width: usize) -> Vec<Coord> {
 pub fn figures(paths: &[&Path]) -> Result<FiguresAndNotes> {
     let mut runs = vec![];
     for (path, name) in paths.iter().zip(run_names(paths)) {
-        let run = Run::new(name, &read_log(path)?);
-        if run.raw.is_empty() {
+        let own = tasks(&name, read_log(path)?);
+        if own.iter().all(|run| run.raw.is_empty()) {
             return Err(Error::format(path.display(), "is a training log without a finite loss"));
         }
-        runs.push(run);
+        runs.extend(own);
     }
     let mut keys: Vec<LegendEntry> =
         runs.iter().enumerate().map(|(i, run)| LegendEntry::Series(i, run.name.clone())).collect();
@@ -174,6 +190,22 @@ mod tests {
         assert_eq!(running_mean(&points[..1], 50), points[..1]);
         let rising: Vec<Coord> = (0..40).map(|i| (0.0, f64::from(i))).collect();
         assert_eq!(running_mean(&rising, 4)[39].1, 38.0, "the mean of the last three");
+    }
+
+    #[test]
+    fn steps_that_recall_are_a_line_of_their_own() {
+        let step = |step, task: Option<&str>, held_out| TrainingStep {
+            step,
+            bits_per_character: Some(2.0),
+            held_out_bits_per_character: held_out,
+            task: task.map(Into::into),
+        };
+        let mixed = vec![step(1, None, Some(3.0)), step(2, Some("recall"), Some(2.5)), step(3, None, None)];
+        let runs = tasks("run", mixed.clone());
+        let found: Vec<_> = runs.iter().map(|r| (r.name.as_str(), r.raw.len(), r.held_out.len())).collect();
+        assert_eq!(found, [("run", 2, 2), ("run, recall", 1, 0)]);
+        assert_eq!(runs[0].held_out[1], (2.0, 2.5));
+        assert_eq!(tasks("run", mixed[1..2].to_vec()).len(), 1);
     }
 
     #[test]
