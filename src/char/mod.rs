@@ -8,6 +8,8 @@ pub mod checkpoint;
 mod config;
 mod data;
 mod evaluate;
+#[cfg(feature = "cuda")]
+mod gpu_stream;
 mod mix;
 mod model;
 mod recall;
@@ -17,6 +19,8 @@ mod text;
 pub use config::{CharConfig, Pairing, PartnerForm, MODEL_TYPE, SYMBOLS};
 pub use data::{Corpus, Windows};
 pub use evaluate::{bits_by_context, bits_by_position, octaves};
+#[cfg(feature = "cuda")]
+pub use gpu_stream::GpuStream;
 pub use mix::Mix;
 pub use model::{Batch, CharModel, Rematerialise};
 pub use recall::{Asked, RecallTask, Recalled};

@@ -10,7 +10,7 @@ use candle_core::{Storage, Tensor};
 use std::ops::Deref;
 
 /// Symbols that a prompt's first forward pass reads, at most; the rest are read one by one.
-pub(super) const PIECE: usize = 1 << 16;
+const PIECE: usize = 1 << 16;
 
 /// Keys and values of one layer, `[rows][H D]`: rows of raw chunks, then mean rows.
 struct Ring {
@@ -25,7 +25,7 @@ struct Ring {
 pub trait Streaming {
     /// Reads symbols; returns the logits of the next, or `None` where there are none to read.
     ///
-    /// At the start of a text whole chunks are read at once, 64k symbols at most.
+    /// At the start of a text whole chunks are read at once, 64k symbols at most on a CPU, 1M on a GPU.
     ///
     /// # Errors
     /// A backend's failure.

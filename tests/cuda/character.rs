@@ -2,7 +2,7 @@
 
 use super::errors;
 use crate::common::{gpu, Any};
-use bfly::char::{Batch, CharConfig, CharModel, Pairing, Rematerialise};
+use bfly::char::{Batch, CharConfig, CharModel, GpuStream, Pairing, Rematerialise, Streaming};
 use bfly::ops::pair::{self, PairRope, PairShape, Partner};
 use bfly::ops::training::{
     cross_entropy, gated_silu, gated_silu_backward, norm, norm_backward, FlatGradient, NO_TARGET,
@@ -144,6 +144,34 @@ fn every_gradient_of_the_model_is_the_cpus() -> Any {
         }
         let again = of(&gpu, Rematerialise::Layers)?;
         assert_eq!(again.2.to_vec1::<f32>()?, got.2.to_vec1::<f32>()?, "rematerialised layers differ");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_stream_gives_the_whole_sequences_logits() -> Any {
+    let Some(gpu) = gpu("a_stream_gives_the_whole_sequences_logits") else { return Ok(()) };
+    for (config, _) in models()?.into_iter().filter(|(c, _)| c.pairing == Pairing::CausalShift) {
+        let mut rng = StdRng::seed_from_u64(4);
+        // Beyond what the stages reach, so that the rings are written over.
+        let length = 3 * config.reach() * config.chunk;
+        let text: Vec<u8> = (0..length).map(|_| rng.random()).collect();
+        let model = CharModel::new(config.clone(), Rematerialise::Nothing, &gpu)?;
+        let weights = model.layout().initial(5, &gpu)?;
+        let wide: Vec<u32> = text.iter().map(|s| u32::from(*s)).collect();
+        let want = model.logits(&weights, &wide, 1)?.to_device(CPU)?.to_dtype(DType::F32)?;
+        for prompt in [1, config.chunk + 3, length / 2, length - 2] {
+            let mut stream = GpuStream::new(&model, &weights)?;
+            let mut got = stream.read_all(&text[..prompt])?.ok_or("nothing was read")?;
+            for symbol in &text[prompt..] {
+                got.extend(stream.read(*symbol)?);
+            }
+            let got = Tensor::from_vec(got, (length - prompt + 1, 256), CPU)?;
+            // The forward pass rounds activations to bf16, the stream does not.
+            let want = want.narrow(0, prompt - 1, length - prompt + 1)?;
+            close(&got, &want, 3e-2, &format!("{} channels, prompt of {prompt}", config.hidden_size))?;
+            assert_eq!(stream.bytes(), config.stream_bytes(2));
+        }
     }
     Ok(())
 }

@@ -55,6 +55,8 @@ pub enum CharCommand {
     Generate(GenerateArgs),
     /// Print the bits per character of texts.
     Eval(EvalArgs),
+    /// Time characters of a stream after texts of several lengths.
+    Stream(StreamArgs),
     /// Write the weights alone in bf16, in files of at most 16 MiB.
     Export(ExportArgs),
     /// Ask for marked values far back, and print the share of right letters by distance.
@@ -150,6 +152,9 @@ pub struct GenerateArgs {
     /// Print time and memory to stderr.
     #[arg(long)]
     pub stats: bool,
+    /// Device: auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:INDEX. A GPU computes in bf16.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
 }
 
 /// Flags of `bfly-char eval`.
@@ -210,6 +215,26 @@ pub struct RecallArgs {
     pub device: String,
 }
 
+/// Flags of `bfly-char stream`.
+#[derive(Debug, Args)]
+pub struct StreamArgs {
+    /// Directory of a run or of one of its steps.
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Characters read before the timed ones; random letters.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "1k,64k", value_parser = parse_count)]
+    pub at: Vec<usize>,
+    /// Characters timed.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub count: usize,
+    /// Device: auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:INDEX. A GPU computes in bf16.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// Write every character's seconds to FILE.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
 /// Flags of `bfly-char export`.
 #[derive(Debug, Args)]
 pub struct ExportArgs {
@@ -235,6 +260,7 @@ pub fn char(command: &CharCommand) -> Result<()> {
         CharCommand::Train(args) => train::train(args),
         CharCommand::Generate(args) => trained::generate(args),
         CharCommand::Eval(args) => evaluate::eval(args),
+        CharCommand::Stream(args) => trained::time_stream(args),
         CharCommand::Export(args) => trained::export(args),
         CharCommand::Recall(args) => trained::recall(args),
     }

@@ -1,6 +1,6 @@
 //! Use of a trained character model: `bfly-char generate`, `eval` and `recall`.
 
-use super::{ExportArgs, GenerateArgs, RecallArgs};
+use super::{ExportArgs, GenerateArgs, RecallArgs, StreamArgs};
 use crate::char::{
     checkpoint, decode, encode, CharModel, Corpus, RecallTask, Recalled, Rematerialise, Stream, Streaming, Windows,
     END_OF_TEXT,
@@ -8,8 +8,10 @@ use crate::char::{
 use crate::cli::{human_bytes, note, open_device, print, Bars, Output};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::generate::Sampler;
+use crate::stats::median;
 use crate::train::Objective;
 use candle_core::{Device, Tensor, D};
+use rand::Rng;
 use std::fmt::Write;
 use std::path::Path;
 use std::time::Instant;
@@ -22,10 +24,19 @@ pub(super) fn open(path: &Path, device: &Device) -> Result<(CharModel, Tensor)> 
     Ok((model, weights))
 }
 
+/// An empty text on the device of the weights.
+fn stream<'a>(model: &'a CharModel, weights: &Tensor) -> Result<Box<dyn Streaming + 'a>> {
+    #[cfg(feature = "cuda")]
+    if weights.device().is_cuda() {
+        return Ok(Box::new(crate::char::GpuStream::new(model, weights)?));
+    }
+    Ok(Box::new(Stream::new(model, weights)?))
+}
+
 pub(super) fn generate(args: &GenerateArgs) -> Result<()> {
     let prompt = encode(&args.prompt, "--prompt")?;
-    let (model, weights) = open(&args.model, &Device::Cpu)?;
-    let (mut sampler, mut stream) = (Sampler::new(args.sampling.sampling())?, Stream::new(&model, &weights)?);
+    let (model, weights) = open(&args.model, &open_device(&args.device)?)?;
+    let (mut sampler, mut stream) = (Sampler::new(args.sampling.sampling())?, stream(&model, &weights)?);
     let read = [&[END_OF_TEXT][..], &prompt].concat();
     let none = || Error::new(ErrorKind::Backend, "prompt", "no symbol was read");
     let mut logits = stream.read_all(&read)?.ok_or_else(none)?;
@@ -49,6 +60,37 @@ pub(super) fn generate(args: &GenerateArgs) -> Result<()> {
         let each = start.elapsed().as_secs_f64() * 1e3 / made.max(1) as f64;
         let bytes = human_bytes(stream.bytes());
         note(format_args!("{made} characters, {each:.2} ms each; {bytes} of keys and values, whatever the length"));
+    }
+    Ok(())
+}
+
+pub(super) fn time_stream(args: &StreamArgs) -> Result<()> {
+    let output = args.json.as_ref().map(|path| Output::reserve(path, "--json")).transpose()?;
+    let device = open_device(&args.device)?;
+    let (model, weights) = open(&args.model, &device)?;
+    let (mut rows, mut table) = (vec![], String::from("read        ms a character, median of each\n"));
+    for at in &args.at {
+        let mut rng = crate::train::random(*at as u64, 0);
+        let mut letters = |count| (0..count).map(|_| rng.random_range(b'a'..=b'z')).collect::<Vec<u8>>();
+        let (before, timed) = (letters(*at), letters(args.count));
+        let mut stream = stream(&model, &weights)?;
+        stream.read_all(&before)?;
+        let mut seconds = vec![];
+        for symbol in &timed {
+            let start = Instant::now();
+            stream.read(*symbol)?;
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+        let _ = writeln!(table, "{at:<11} {:.4}", 1e3 * median(&seconds).unwrap_or(f64::NAN));
+        rows.push(serde_json::json!({ "read": at, "seconds": seconds, "bytes": stream.bytes() }));
+    }
+    print(table)?;
+    if let Some(output) = output {
+        let json = serde_json::json!({
+            "kind": "bfly-char-stream", "schema_version": 1, "git_sha": env!("BFLY_GIT_SHA"),
+            "command": std::env::args().collect::<Vec<_>>(), "device": crate::ops::describe(&device), "streams": rows,
+        });
+        output.write(json.to_string().as_bytes())?;
     }
     Ok(())
 }
