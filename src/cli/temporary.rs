@@ -53,6 +53,17 @@ impl Drop for Temporary {
 pub fn end_process(code: i32) -> ! {
     let live = live();
     live.iter().for_each(|path| remove(path));
+    leave(code)
+}
+
+/// Ends the process without exit handlers: other threads still compute, and CUDA's handler takes the driver from under them.
+#[cfg(unix)]
+fn leave(code: i32) -> ! {
+    signal_hook::low_level::exit(code)
+}
+
+#[cfg(not(unix))]
+fn leave(code: i32) -> ! {
     std::process::exit(code)
 }
 
