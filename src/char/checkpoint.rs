@@ -5,11 +5,12 @@
 //! temporary name, synced and renamed. The compact form holds weights alone, bf16 in shards with an index as on the hub.
 
 use super::{CharConfig, CharModel};
+use crate::checkpoint::Shards;
 use crate::error::{At, Error, Result};
 use crate::train::{AdamW, Layout, Objective};
 use candle_core::{safetensors, DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -129,6 +130,8 @@ pub fn config(dir: &Path) -> Result<CharConfig> {
 
 /// Bytes of a shard of the compact form, at most, unless one tensor is larger.
 const SHARD: usize = 16 << 20;
+/// Bytes of a tensor's entry in a shard's header, at most, beside its name.
+const ENTRY: usize = 128;
 
 /// Writes weights alone in bf16, for use or to start another run from: shards of at most 16 MiB and their index.
 ///
@@ -148,11 +151,12 @@ fn write_shards(dir: &Path, config: &CharConfig, layout: &Layout, weights: &Tens
     let weights = weights.to_device(&Device::Cpu).and_then(|w| w.to_dtype(DType::BF16)).at("weights")?;
     let (mut shards, mut size) = (vec![HashMap::new()], 0);
     for (p, start) in layout.iter() {
-        if size > 0 && size + 2 * p.len() > SHARD {
+        let own = 2 * p.len() + p.name.len() + ENTRY;
+        if size > 0 && size + own > SHARD - ENTRY {
             shards.push(HashMap::new());
             size = 0;
         }
-        size += 2 * p.len();
+        size += own;
         if let Some(shard) = shards.last_mut() {
             shard.insert(p.name.clone(), Layout::part(&weights, start, &p.shape)?);
         }
@@ -174,56 +178,36 @@ fn write_shards(dir: &Path, config: &CharConfig, layout: &Layout, weights: &Tens
     sync(dir)
 }
 
-/// All tensors of a directory, of one file or of those that its index names.
-fn tensors(dir: &Path) -> Result<HashMap<String, Tensor>> {
-    let (one, index) = (dir.join(MODEL), dir.join(INDEX));
-    if !index.exists() {
-        return safetensors::load(&one, &Device::Cpu).at(one.display());
-    }
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: std::collections::BTreeMap<String, String>,
-    }
-    let text = std::fs::read_to_string(&index).map_err(|e| Error::io(&index, e))?;
-    let map = serde_json::from_str::<Index>(&text).map_err(|e| Error::format(index.display(), e))?.weight_map;
-    let mut all = HashMap::new();
-    for file in map.values().collect::<std::collections::BTreeSet<_>>() {
-        if Path::new(file).components().count() != 1 {
-            return Err(Error::format(index.display(), format!("{file:?} is no name of a file beside it")));
-        }
-        all.extend(safetensors::load(dir.join(file), &Device::Cpu).at(dir.join(file).display())?);
-    }
-    Ok(all)
-}
-
 /// Reads the weights as one vector.
 ///
 /// # Errors
 /// A missing, unknown or misshapen tensor, or one that is not finite; a truncated file.
 pub fn weights(dir: &Path, layout: &Layout, device: &Device) -> Result<Tensor> {
-    let (path, mut tensors) = (dir, tensors(dir)?);
+    let mut warnings = vec![];
+    let shards = Shards::open(dir, &mut warnings)?;
+    if let Some(warning) = warnings.pop() {
+        return Err(Error::format(dir.display(), warning));
+    }
+    let refuse = |message: String| Err(Error::tensor(dir.display(), message));
     let mut parts = vec![];
     for (p, _) in layout.iter() {
-        let missing = || Error::tensor(path.display(), format!("lacks {}", p.name));
-        let tensor = tensors.remove(&p.name).ok_or_else(missing)?;
-        if tensor.dims() != p.shape {
-            let message = format!("{} is {:?}, the configuration says {:?}", p.name, tensor.dims(), p.shape);
-            return Err(Error::tensor(path.display(), message));
+        let Some(info) = shards.info(&p.name) else {
+            return refuse(format!("lacks {}", p.name));
+        };
+        if info.shape != p.shape {
+            return refuse(format!("{} is {:?}, the configuration says {:?}", p.name, info.shape, p.shape));
         }
-        let values: Vec<f32> = tensor.flatten_all().and_then(|t| t.to_dtype(DType::F32)?.to_vec1()).at(format!(
-            "{}: {}",
-            path.display(),
-            p.name
-        ))?;
+        let values = shards.values(&p.name).map_err(|e| e.within(dir.display()))?;
         if !values.iter().all(|x| x.is_finite()) {
-            return Err(Error::new(crate::ErrorKind::NotFinite, path.display(), format!("{} is not finite", p.name)));
+            return Err(Error::new(crate::ErrorKind::NotFinite, dir.display(), format!("{} is not finite", p.name)));
         }
         parts.extend(values);
     }
-    if let Some(name) = tensors.keys().min() {
-        return Err(Error::tensor(path.display(), format!("holds {name}, which the model does not have")));
+    let known: BTreeSet<&str> = layout.iter().map(|(p, _)| p.name.as_str()).collect();
+    if let Some(name) = shards.names().find(|name| !known.contains(name)) {
+        return refuse(format!("holds {name}, which the model does not have"));
     }
-    Tensor::from_vec(parts, layout.len(), device).at(path.display())
+    Tensor::from_vec(parts, layout.len(), device).at(dir.display())
 }
 
 /// Restores the optimiser from a step's directory; returns what the run was.
@@ -243,4 +227,26 @@ pub fn resume(dir: &Path, model: &CharModel, optimiser: &mut AdamW) -> Result<Tr
     let weights = weights(dir, model.layout(), &device)?;
     optimiser.restore(model.layout(), weights, mean, square, state.step)?;
     Ok(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::char::Rematerialise;
+
+    #[test]
+    fn shards_are_within_their_size_with_headers_and_are_read_back() -> Result<()> {
+        let place = tempfile::tempdir().at("a directory")?;
+        let dir = place.path().join("tiny");
+        let model = CharModel::new(CharConfig::preset("tiny")?, Rematerialise::Nothing, &Device::Cpu)?;
+        let weights = model.layout().initial(1, &Device::Cpu)?;
+        export(&dir, model.config(), model.layout(), &weights)?;
+        let files = std::fs::read_dir(&dir).at("files")?.filter_map(|f| f.ok()?.metadata().ok());
+        let sizes: Vec<u64> = files.map(|f| f.len()).filter(|n| *n > 1 << 20).collect();
+        assert!(sizes.len() == 2 && sizes.iter().all(|n| *n <= SHARD as u64), "{sizes:?}");
+        let read: Vec<f32> = super::weights(&dir, model.layout(), &Device::Cpu)?.to_vec1().at("weights")?;
+        let rounded = weights.to_dtype(DType::BF16).and_then(|w| w.to_dtype(DType::F32)?.to_vec1::<f32>());
+        assert_eq!(read, rounded.at("weights")?);
+        Ok(())
+    }
 }

@@ -23,6 +23,7 @@ pub use chat_template::ChatTemplate;
 pub use detokenizer::Detokenizer;
 pub use identity::Identity;
 pub(crate) use random::splitmix;
+pub(crate) use safetensors::Shards;
 pub use tokenizer::TextTokenizer;
 pub use weight_format::{WeightDtype, WeightFormat};
 
@@ -103,35 +104,11 @@ impl Checkpoint {
     }
 
     fn find(model: &str, options: &OpenOptions, progress: OnProgress) -> Result<Self> {
-        let path = Path::new(model);
-        if path.is_dir() {
-            return Self::from_dir(path, Identity::directory(path));
+        let (path, identity) = locate(model, options, progress)?;
+        match path.is_dir() {
+            true => Self::from_dir(&path, identity),
+            false => Self::from_gguf(&path, identity),
         }
-        if path.is_file() {
-            return Self::from_gguf(path, Identity::file(path));
-        }
-        if model.ends_with(".gguf") && !hub_like(model) || model.starts_with(['.', '/', '~']) {
-            return Err(Error::new(ErrorKind::Io, model, "no such file or directory"));
-        }
-        Self::from_hub(model, options, progress)
-    }
-
-    #[cfg(feature = "hub")]
-    fn from_hub(model: &str, options: &OpenOptions, progress: OnProgress) -> Result<Self> {
-        let (path, identity) = hub::fetch(model, options, progress)?;
-        match path.extension().is_some_and(|e| e == "gguf") {
-            true => Self::from_gguf(&path, identity),
-            false => Self::from_dir(&path, identity),
-        }
-    }
-
-    #[cfg(not(feature = "hub"))]
-    fn from_hub(model: &str, _: &OpenOptions, _: OnProgress) -> Result<Self> {
-        Err(Error::new(
-            ErrorKind::Io,
-            model,
-            "no such file or directory, and this build has no hub support (rebuild with feature `hub`)",
-        ))
     }
 
     fn from_dir(dir: &Path, identity: Identity) -> Result<Self> {
@@ -391,6 +368,47 @@ impl Checkpoint {
             Store::Random(r) => r.read(&info.name, start, length),
         }
     }
+}
+
+/// Returns the directory of `model`, a directory or a hub id (`owner/name`), whose files are fetched first.
+///
+/// # Errors
+/// No such directory or repository; a file.
+pub fn directory(model: &str, options: &OpenOptions, progress: OnProgress) -> Result<PathBuf> {
+    let path = locate(model, options, progress)?.0;
+    match path.is_dir() {
+        true => Ok(path),
+        false => Err(Error::new(ErrorKind::Io, model, "is a file, where a directory is read")),
+    }
+}
+
+/// Finds the file or directory of `model` here or on the hub.
+fn locate(model: &str, options: &OpenOptions, progress: OnProgress) -> Result<(PathBuf, Identity)> {
+    let path = Path::new(model);
+    if path.is_dir() {
+        return Ok((path.into(), Identity::directory(path)));
+    }
+    if path.is_file() {
+        return Ok((path.into(), Identity::file(path)));
+    }
+    if model.ends_with(".gguf") && !hub_like(model) || model.starts_with(['.', '/', '~']) {
+        return Err(Error::new(ErrorKind::Io, model, "no such file or directory"));
+    }
+    from_hub(model, options, progress)
+}
+
+#[cfg(feature = "hub")]
+fn from_hub(model: &str, options: &OpenOptions, progress: OnProgress) -> Result<(PathBuf, Identity)> {
+    hub::fetch(model, options, progress)
+}
+
+#[cfg(not(feature = "hub"))]
+fn from_hub(model: &str, _: &OpenOptions, _: OnProgress) -> Result<(PathBuf, Identity)> {
+    Err(Error::new(
+        ErrorKind::Io,
+        model,
+        "no such file or directory, and this build has no hub support (rebuild with feature `hub`)",
+    ))
 }
 
 fn read_config(path: &Path) -> Result<Config> {

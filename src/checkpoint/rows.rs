@@ -124,7 +124,8 @@ fn source_row(row: usize, head_rows: Option<usize>) -> usize {
     head * d + 2 * (within % (d / 2)) + within / (d / 2)
 }
 
-fn to_f32(stored: Storage, bytes: Vec<u8>, count: usize) -> candle_core::Result<Vec<f32>> {
+/// Dequantizes `count` values.
+pub(super) fn to_f32(stored: Storage, bytes: Vec<u8>, count: usize) -> candle_core::Result<Vec<f32>> {
     let half = |f: fn([u8; 2]) -> f32| bytes.chunks_exact(2).map(|b| f([b[0], b[1]])).collect();
     Ok(match stored {
         Storage::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),

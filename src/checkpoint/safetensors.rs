@@ -99,6 +99,17 @@ impl Shards {
         Ok(map.at(path.display())?.to_vec())
     }
 
+    /// Returns all values of tensor `name` in f32, however stored.
+    ///
+    /// # Errors
+    /// Those of [`Shards::read`]; a type that holds no weights.
+    pub fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let entry = self.entries.get(name).ok_or_else(|| Error::tensor(name, "missing"))?;
+        let unknown = |why: String| Error::unsupported(name, format!("{why} is not supported for weights"));
+        let (stored, count) = (entry.info.storage.clone().map_err(unknown)?, entry.info.shape.iter().product());
+        super::rows::to_f32(stored, self.read(name, 0, stored.row_bytes(count))?, count).at(name)
+    }
+
     /// Returns the paths of all files.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
         self.files.iter().map(|(p, _)| p.as_path())

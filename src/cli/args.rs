@@ -217,7 +217,7 @@ fn partner_names() -> clap::builder::PossibleValuesParser {
 }
 
 /// Butterfly attention: the layers to swap and their settings.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, PartialEq, Args)]
 #[command(next_help_heading = "Retrofit")]
 pub struct RetrofitArgs {
     /// Run the unmodified model with dense attention.
@@ -290,7 +290,7 @@ pub struct RetrofitArgs {
 }
 
 /// A list of layers.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct LayerList(Vec<usize>);
 
 fn layer_list(text: &str) -> Result<LayerList, String> {

@@ -1,6 +1,7 @@
 //! `bfly-retrofit`: runs one prompt through one model and reports time and memory.
 
 use super::calibration::make as make_calibration;
+use super::char::{character_model, run_character_model};
 use super::console::ignore_broken_pipe;
 use super::ledger::{FetchedRows, KvBytes, LEDGER_KIND, LEDGER_VERSION};
 use super::output::{not_of_kind, not_of_tensors};
@@ -30,6 +31,9 @@ const LOGITS: [&str; 2] = ["logits", "token_ids"];
 /// # Errors
 /// A bad flag or file, a plan or prompt that does not fit the model, a device without enough memory, or a failed write.
 pub fn run(args: &RunArgs) -> Result<()> {
+    if let Some(dir) = character_model(args.model.model.as_deref().unwrap_or_default()) {
+        return run_character_model(args, &dir);
+    }
     let bars = Bars::new(args.quiet);
     let progress = |stage: &str, done: u64, total: u64| bars.show(stage, done, total);
     args.model.set_threads()?;

@@ -221,7 +221,7 @@ fn an_exported_model_is_used_and_trained_on() -> Any {
     let files: std::collections::BTreeSet<&str> =
         index["weight_map"].as_object().ok_or("no map")?.values().filter_map(|f| f.as_str()).collect();
     for file in files {
-        assert!(std::fs::metadata(place.path("small").join(file))?.len() <= (16 << 20) + (1 << 16), "{file}");
+        assert!(std::fs::metadata(place.path("small").join(file))?.len() <= 16 << 20, "{file}");
     }
     assert!(refusal(place.run(&["export", "--model", "run", "--out", "small"])?)?.contains("small exists"));
     let from = |run: &str, stages: &str| {
@@ -261,13 +261,57 @@ fn windows_are_evaluated_by_position_and_by_context() -> Any {
 }
 
 #[test]
-fn the_retrofit_names_what_runs_a_character_model() -> Any {
+fn the_retrofit_continues_a_text_with_a_character_model() -> Any {
     let place = Place::new()?;
     success(place.train("run", &["--steps", "3", "--quiet"]).output()?)?;
-    let step = place.path("run/step-00000003");
-    let mut retrofit = Command::new(env!("CARGO_BIN_EXE_bfly-retrofit"));
-    retrofit.arg("--model").arg(step).args(["--prompt", "a"]);
-    assert!(refusal(retrofit.output()?)?.contains("run it with `bfly-char generate --model DIR`"));
+    let run = |model: &str, flags: &[&str]| -> Any<Output> {
+        let mut retrofit = Command::new(env!("CARGO_BIN_EXE_bfly-retrofit"));
+        retrofit.current_dir(place.0.path()).args(["--model", model, "--prompt", "One fish", "-n", "20", "--quiet"]);
+        Ok(retrofit.args(flags).output()?)
+    };
+    let own = success(place.run(&["generate", "--model", "run", "--prompt", "One fish", "-n", "20"])?)?;
+    for model in ["run", "run/step-00000003"] {
+        assert_eq!(success(run(model, &[])?)?, own);
+    }
+    for (flags, named) in [
+        (&["--stock"][..], "flags of butterfly attention and recall: not for a character model"),
+        (&["--ctx", "64k"], "--ctx: not"),
+        (&["--json", "report.json"], "--json: not"),
+    ] {
+        let said = refusal(run("run", flags)?)?;
+        assert!(said.contains(named), "{said}");
+    }
+    assert!(!place.path("report.json").exists());
+    Ok(())
+}
+
+#[test]
+fn the_model_of_the_sources_continues_a_text_with_no_flag() -> Any {
+    let place = Place::new()?;
+    let text = success(place.run(&["generate", "--prompt", "import ", "-n", "40"])?)?;
+    // Greedy: letters of a text, which an untrained model does not give.
+    let letters = text.trim_end().chars().filter(|c| c.is_ascii_alphanumeric() || " ._\n".contains(*c)).count();
+    assert!(text.starts_with("import ") && letters > 40, "{text:?}");
+    let bits = success(place.run(&["eval", "texts/0.txt"])?)?;
+    let bits: f64 = bits.split_whitespace().nth(3).ok_or("no bits")?.parse()?;
+    assert!(bits < 2.0, "{bits} bits a character of English");
+    Ok(())
+}
+
+#[test]
+fn a_stream_is_timed_after_texts_of_several_lengths() -> Any {
+    let place = Place::new()?;
+    success(place.train("run", &["--steps", "3", "--quiet"]).output()?)?;
+    let flags = ["stream", "--model", "run", "--at", "8,100", "--count", "5", "--json", "times.json"];
+    let table = success(place.run(&flags)?)?;
+    assert_eq!(table.lines().count(), 3, "{table}");
+    let json: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(place.path("times.json"))?)?;
+    let rows = json["streams"].as_array().ok_or("no streams")?;
+    assert_eq!(rows.iter().map(|r| r["read"].as_u64()).collect::<Vec<_>>(), [Some(8), Some(100)]);
+    for row in rows {
+        let seconds = row["seconds"].as_array().ok_or("no seconds")?;
+        assert!(seconds.len() == 5 && seconds.iter().all(|s| s.as_f64().is_some_and(|s| s > 0.0)), "{row}");
+    }
     Ok(())
 }
 

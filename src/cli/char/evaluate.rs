@@ -3,7 +3,7 @@
 use super::trained::open;
 use super::EvalArgs;
 use crate::char::{bits_by_context, bits_by_position, encode, octaves, Batch, CharModel, Corpus, Windows};
-use crate::cli::{open_device, print, Bars, Output};
+use crate::cli::{print, Bars, Output};
 use crate::error::{Error, Result};
 use crate::stats::Estimate;
 use candle_core::Tensor;
@@ -14,8 +14,7 @@ const SEGMENT: usize = 1 << 10;
 
 pub(super) fn eval(args: &EvalArgs) -> Result<()> {
     let output = args.json.as_ref().map(|path| Output::reserve(path, "--json")).transpose()?;
-    let device = open_device(&args.device)?;
-    let (model, weights) = open(&args.model, &device)?;
+    let (model, weights) = open(&args.trained)?;
     let Some(window) = args.window else {
         return documents(args, &model, &weights);
     };
@@ -70,7 +69,7 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
         let ranges: Vec<[usize; 2]> = ranges.iter().map(|r| [r.start, r.end]).collect();
         let json = serde_json::json!({
             "kind": "bfly-char-eval", "schema_version": 1, "git_sha": env!("BFLY_GIT_SHA"),
-            "command": std::env::args().collect::<Vec<_>>(), "device": crate::ops::describe(&device),
+            "command": std::env::args().collect::<Vec<_>>(), "device": crate::ops::describe(weights.device()),
             "corpus": corpus.hash, "window": window, "positions": ranges, "bits_by_position": by_position,
             "contexts": args.contexts, "segment": SEGMENT, "bits_by_context": by_context,
         });

@@ -2,10 +2,13 @@
 
 mod evaluate;
 mod live;
+mod native;
 mod record;
 mod setup;
 mod train;
 mod trained;
+
+pub(super) use native::{character_model, run_character_model};
 
 use super::{parse_count, SamplingArgs};
 use crate::error::Result;
@@ -32,7 +35,8 @@ Examples:
   # Go on after an interruption, to more steps
   bfly-char train books/ --out run --preset micro --window 1k --steps 1000 --resume
 
-  # Continue a text
+  # Continue a text with the model that the sources come with, or with one of your own
+  bfly-char generate --prompt 'def main(' -n 200 --temperature 0.8
   bfly-char generate --model run --prompt 'It was a dark' -n 200 --temperature 0.8
 
   # Train on copy recall alone, then ask
@@ -137,12 +141,23 @@ pub struct TrainArgs {
     pub quiet: bool,
 }
 
+/// A trained model and where it runs.
+#[derive(Debug, Args)]
+pub struct TrainedArgs {
+    /// Directory of a run or of one of its steps, or hub id [default: the tiny model that the sources come with]
+    #[arg(long, value_name = "DIR|ID")]
+    pub model: Option<PathBuf>,
+    /// Device: auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:INDEX. A GPU computes in bf16.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+}
+
 /// Flags of `bfly-char generate`.
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
-    /// Directory of a run or of one of its steps.
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    /// Model and device.
+    #[command(flatten)]
+    pub trained: TrainedArgs,
     /// Text to continue, in Latin-1.
     #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
     pub prompt: String,
@@ -152,17 +167,14 @@ pub struct GenerateArgs {
     /// Print time and memory to stderr.
     #[arg(long)]
     pub stats: bool,
-    /// Device: auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:INDEX. A GPU computes in bf16.
-    #[arg(long, default_value = "auto")]
-    pub device: String,
 }
 
 /// Flags of `bfly-char eval`.
 #[derive(Debug, Args)]
 pub struct EvalArgs {
-    /// Directory of a run or of one of its steps.
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    /// Model and device.
+    #[command(flatten)]
+    pub trained: TrainedArgs,
     /// Texts in UTF-8, in Latin-1 alone; with --window also directories, as for training.
     #[arg(required = true, value_name = "PATH")]
     pub texts: Vec<PathBuf>,
@@ -184,17 +196,14 @@ pub struct EvalArgs {
     /// Write every window's bits to FILE.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Device: auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:INDEX. A GPU computes in bf16.
-    #[arg(long, default_value = "auto")]
-    pub device: String,
 }
 
 /// Flags of `bfly-char recall`.
 #[derive(Debug, Args)]
 pub struct RecallArgs {
-    /// Directory of a run or of one of its steps.
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    /// Model and device.
+    #[command(flatten)]
+    pub trained: TrainedArgs,
     /// Characters of a window: a multiple of the chunk.
     #[arg(long, value_name = "N", default_value = "1k", value_parser = parse_count)]
     pub window: usize,
@@ -210,26 +219,20 @@ pub struct RecallArgs {
     /// Seed of the windows; training uses those of --seed alone.
     #[arg(long, value_name = "N", default_value_t = 1 << 40)]
     pub seed: u64,
-    /// Device: auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:INDEX. A GPU computes in bf16.
-    #[arg(long, default_value = "auto")]
-    pub device: String,
 }
 
 /// Flags of `bfly-char stream`.
 #[derive(Debug, Args)]
 pub struct StreamArgs {
-    /// Directory of a run or of one of its steps.
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    /// Model and device.
+    #[command(flatten)]
+    pub trained: TrainedArgs,
     /// Characters read before the timed ones; random letters.
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "1k,64k", value_parser = parse_count)]
     pub at: Vec<usize>,
     /// Characters timed.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub count: usize,
-    /// Device: auto (the first GPU if there is one, else the CPU), cpu, cuda or cuda:INDEX. A GPU computes in bf16.
-    #[arg(long, default_value = "auto")]
-    pub device: String,
     /// Write every character's seconds to FILE.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,

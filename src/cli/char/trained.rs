@@ -1,11 +1,12 @@
 //! Use of a trained character model: `bfly-char generate`, `eval` and `recall`.
 
-use super::{ExportArgs, GenerateArgs, RecallArgs, StreamArgs};
+use super::{ExportArgs, GenerateArgs, RecallArgs, StreamArgs, TrainedArgs};
 use crate::char::{
     checkpoint, decode, encode, CharModel, Corpus, RecallTask, Recalled, Rematerialise, Stream, Streaming, Windows,
     END_OF_TEXT,
 };
-use crate::cli::{human_bytes, note, open_device, print, Bars, Output};
+use crate::checkpoint::{directory, OpenOptions};
+use crate::cli::{human_bytes, note, open_device, print, Bars, Output, SamplingArgs};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::generate::Sampler;
 use crate::stats::median;
@@ -13,14 +14,34 @@ use crate::train::Objective;
 use candle_core::{Device, Tensor, D};
 use rand::Rng;
 use std::fmt::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+/// Directory of the model that the sources come with.
+const BUNDLED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/results/2026-11-30-h200-char/tiny");
+
+/// The directory of `model`: a local one, one from the hub, or that of the model that the sources come with.
+fn locate(model: Option<&Path>) -> Result<PathBuf> {
+    let bars = Bars::new(false);
+    match model {
+        None if Path::new(BUNDLED).is_dir() => Ok(BUNDLED.into()),
+        None => Err(Error::usage("--model", format!("none is given, and there is none at {BUNDLED}"))),
+        Some(path) if path.exists() => checkpoint::resolve(path),
+        Some(id) => {
+            directory(&id.to_string_lossy(), &OpenOptions::default(), &|stage, n, all| bars.show(stage, n, all))
+        }
+    }
+}
+
+/// The model and weights that flags name.
+pub(super) fn open(args: &TrainedArgs) -> Result<(CharModel, Tensor)> {
+    read(&locate(args.model.as_deref())?, &open_device(&args.device)?)
+}
+
 /// The model and weights of a directory.
-pub(super) fn open(path: &Path, device: &Device) -> Result<(CharModel, Tensor)> {
-    let dir = checkpoint::resolve(path)?;
-    let model = CharModel::new(checkpoint::config(&dir)?, Rematerialise::Nothing, device)?;
-    let weights = checkpoint::weights(&dir, model.layout(), device)?;
+fn read(dir: &Path, device: &Device) -> Result<(CharModel, Tensor)> {
+    let model = CharModel::new(checkpoint::config(dir)?, Rematerialise::Nothing, device)?;
+    let weights = checkpoint::weights(dir, model.layout(), device)?;
     Ok((model, weights))
 }
 
@@ -34,21 +55,34 @@ fn stream<'a>(model: &'a CharModel, weights: &Tensor) -> Result<Box<dyn Streamin
 }
 
 pub(super) fn generate(args: &GenerateArgs) -> Result<()> {
-    let prompt = encode(&args.prompt, "--prompt")?;
-    let (model, weights) = open(&args.model, &open_device(&args.device)?)?;
-    let (mut sampler, mut stream) = (Sampler::new(args.sampling.sampling())?, stream(&model, &weights)?);
-    let read = [&[END_OF_TEXT][..], &prompt].concat();
+    let dir = locate(args.trained.model.as_deref())?;
+    continue_text(&dir, &args.trained.device, &args.prompt, &args.sampling, args.stats)
+}
+
+/// Prints `prompt` and what the model of `dir` continues it with; `stats` adds time and memory.
+pub(super) fn continue_text(
+    dir: &Path,
+    device: &str,
+    prompt: &str,
+    sampling: &SamplingArgs,
+    stats: bool,
+) -> Result<()> {
+    let symbols = encode(prompt, "--prompt")?;
+    let mut sampler = Sampler::new(sampling.sampling())?;
+    let (model, weights) = read(dir, &open_device(device)?)?;
+    let mut stream = stream(&model, &weights)?;
+    let read = [&[END_OF_TEXT][..], &symbols].concat();
     let none = || Error::new(ErrorKind::Backend, "prompt", "no symbol was read");
     let mut logits = stream.read_all(&read)?.ok_or_else(none)?;
-    print(&args.prompt)?;
+    print(prompt)?;
     let start = Instant::now();
     let mut made = 0;
-    while made < args.sampling.max_new_tokens {
+    while made < sampling.max_new_tokens {
         let row = Tensor::new(logits.as_slice(), &Device::Cpu).and_then(|l| l.unsqueeze(0));
         let row = row.at("logits")?;
         let symbol = u8::try_from(sampler.sample(&row)?)
             .map_err(|_| Error::new(ErrorKind::Backend, "sampling", "a symbol beyond Latin-1"))?;
-        if symbol == END_OF_TEXT && !args.sampling.ignore_eos {
+        if symbol == END_OF_TEXT && !sampling.ignore_eos {
             break;
         }
         print(decode(&[symbol]))?;
@@ -56,7 +90,7 @@ pub(super) fn generate(args: &GenerateArgs) -> Result<()> {
         made += 1;
     }
     print("\n")?;
-    if args.stats {
+    if stats {
         let each = start.elapsed().as_secs_f64() * 1e3 / made.max(1) as f64;
         let bytes = human_bytes(stream.bytes());
         note(format_args!("{made} characters, {each:.2} ms each; {bytes} of keys and values, whatever the length"));
@@ -66,8 +100,7 @@ pub(super) fn generate(args: &GenerateArgs) -> Result<()> {
 
 pub(super) fn time_stream(args: &StreamArgs) -> Result<()> {
     let output = args.json.as_ref().map(|path| Output::reserve(path, "--json")).transpose()?;
-    let device = open_device(&args.device)?;
-    let (model, weights) = open(&args.model, &device)?;
+    let (model, weights) = open(&args.trained)?;
     let (mut rows, mut table) = (vec![], String::from("read        ms a character, median of each\n"));
     for at in &args.at {
         let mut rng = crate::train::random(*at as u64, 0);
@@ -88,7 +121,7 @@ pub(super) fn time_stream(args: &StreamArgs) -> Result<()> {
     if let Some(output) = output {
         let json = serde_json::json!({
             "kind": "bfly-char-stream", "schema_version": 1, "git_sha": env!("BFLY_GIT_SHA"),
-            "command": std::env::args().collect::<Vec<_>>(), "device": crate::ops::describe(&device), "streams": rows,
+            "command": std::env::args().collect::<Vec<_>>(), "device": crate::ops::describe(weights.device()), "streams": rows,
         });
         output.write(json.to_string().as_bytes())?;
     }
@@ -96,7 +129,7 @@ pub(super) fn time_stream(args: &StreamArgs) -> Result<()> {
 }
 
 pub(super) fn export(args: &ExportArgs) -> Result<()> {
-    let (model, weights) = open(&args.model, &Device::Cpu)?;
+    let (model, weights) = read(&checkpoint::resolve(&args.model)?, &Device::Cpu)?;
     checkpoint::export(&args.out, model.config(), model.layout(), &weights)
 }
 
@@ -104,7 +137,7 @@ pub(super) fn export(args: &ExportArgs) -> Result<()> {
 const AT_ONCE: usize = 4;
 
 pub(super) fn recall(args: &RecallArgs) -> Result<()> {
-    let (model, weights) = open(&args.model, &open_device(&args.device)?)?;
+    let (model, weights) = open(&args.trained)?;
     let chunk = model.config().chunk;
     model.config().check_whole("--window", args.window)?;
     let output = args.json.as_ref().map(|path| Output::reserve(path, "--json")).transpose()?;
