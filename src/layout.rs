@@ -12,6 +12,7 @@
 //! | full | in its `butterfly_layers` | [`LayerKind::Butterfly`] | the same | the same |
 //! | full | in the plan, `recall` k | [`LayerKind::Recall`] | `(w + 1) B` | sinks, codes; all rows in host memory |
 //! | full | the same, `ctx ≤ k + S + (w + 1) B` | [`LayerKind::Full`] | `ctx` | |
+//! | Gated DeltaNet | any | [`LayerKind::Delta`] | | a state of constant size |
 //! | full | eviction | [`LayerKind::Evict`] | by the rule | last queries that the rule observes |
 
 use crate::cache::{PoolBytes, TILE_BYTES};
@@ -23,7 +24,7 @@ use crate::ops::Window;
 use crate::recall::{Calibration, Fit, Fits, KeyCodeChoice, LayerTables, PAGE, SUB};
 use crate::retrofit::{CodeFit, PrefillKind, RestKind, Settings};
 use crate::selector::{self, Grid, Selector};
-use crate::spec::{AttentionKind, AttentionSpec, ModelSpec};
+use crate::spec::{AttentionKind, AttentionSpec, DeltaSpec, MixerSpec, ModelSpec};
 use candle_core::DType;
 use std::ops::Range;
 use std::sync::Arc;
@@ -37,7 +38,7 @@ pub struct Layout {
     ctx: usize,
 }
 
-/// Kind and cache size of one layer.
+/// Kind and cache size of one layer. A recurrent layer has no heads of attention and no rows: their numbers are 0.
 #[derive(Debug, Clone)]
 pub struct LayerPlan {
     /// Kind of attention.
@@ -70,6 +71,8 @@ pub enum LayerKind {
     Recall(Box<RecallLayer>),
     /// Dense attention over the tokens that an eviction rule keeps.
     Evict(Box<EvictLayer>),
+    /// Gated DeltaNet: a state of constant size, whatever the method.
+    Delta(DeltaSpec),
 }
 
 /// A layer with exact recall.
@@ -199,6 +202,7 @@ impl Layout {
             };
             let raw_rows = match &kind {
                 LayerKind::Full | LayerKind::Sliding { .. } => dense_rows,
+                LayerKind::Delta(_) => 0,
                 LayerKind::Butterfly(b) => b.settings.ring_rows().min(ctx),
                 LayerKind::Recall(r) => r.settings.near_rows(),
                 LayerKind::Evict(e) => e.plan.rows(ctx)?,
@@ -206,7 +210,11 @@ impl Layout {
             let (heads, kv_heads, head_dim) = (a.heads, a.kv_heads, a.head_dim);
             Ok(LayerPlan { kind, heads, kv_heads, head_dim, raw_rows, dense_rows })
         };
-        let layers = spec.attention().map(layer).collect::<Result<_>>()?;
+        let layers = spec.layers.iter().enumerate().map(|(i, l)| match &l.mixer {
+            MixerSpec::Attention(a) => layer((i, a)),
+            MixerSpec::Delta(d) => Ok(LayerPlan::recurrent(*d)),
+        });
+        let layers = layers.collect::<Result<_>>()?;
         Ok(Self { layers, method, ctx })
     }
 
@@ -221,9 +229,9 @@ impl Layout {
         spec: &ModelSpec,
         ropes: &[Rope],
     ) -> Result<Self> {
-        let ropes = spec.attention().map(|(_, a)| &ropes[a.rope]);
-        for (i, (plan, rope)) in self.layers.iter_mut().zip(ropes).enumerate() {
-            let LayerKind::Recall(r) = &mut plan.kind else { continue };
+        for (i, a) in spec.attention() {
+            let LayerKind::Recall(r) = &mut self.layers[i].kind else { continue };
+            let rope = &ropes[a.rope];
             let sinks = r.settings.sink_tokens;
             if sinks != calibration.sink_tokens {
                 let made = calibration.sink_tokens;
@@ -248,14 +256,14 @@ impl Layout {
 
     /// Returns whether every layer caches each position that its queries may read, as in the stock model.
     pub fn is_dense(&self) -> bool {
-        self.layers.iter().all(|l| matches!(l.kind, LayerKind::Full | LayerKind::Sliding { .. }))
+        self.layers.iter().all(|l| matches!(l.kind, LayerKind::Full | LayerKind::Sliding { .. } | LayerKind::Delta(_)))
     }
 
     /// Returns whether prefill gives the stock model's keys and values: layers with exact recall attend to every
     /// position, unless they read the prompt by summaries; butterfly layers and evicting layers do not.
     pub fn prefills_exactly(&self) -> bool {
         let exact = |l: &LayerPlan| match &l.kind {
-            LayerKind::Full | LayerKind::Sliding { .. } => true,
+            LayerKind::Full | LayerKind::Sliding { .. } | LayerKind::Delta(_) => true,
             LayerKind::Recall(r) => r.summaries.is_none(),
             LayerKind::Butterfly(_) | LayerKind::Evict(_) => false,
         };
@@ -277,7 +285,7 @@ impl Layout {
         let (mut own, mut settled, mut dense, mut copy, mut host) = (0, 0, 0, 0, 0);
         for l in &self.layers {
             host = u64::saturating_add(host, l.bytes(dtype).host);
-            own = u64::saturating_add(own, l.bytes(dtype).total());
+            own = u64::saturating_add(own, l.bytes(dtype).on_device());
             settled = u64::saturating_add(settled, l.settled_bytes(dtype));
             dense = u64::saturating_add(dense, l.row_bytes(dtype).saturating_mul(l.dense_rows as u64));
             copy = copy.max(l.copy_bytes(dtype));
@@ -309,6 +317,10 @@ impl Layout {
 }
 
 impl LayerPlan {
+    fn recurrent(spec: DeltaSpec) -> Self {
+        Self { kind: LayerKind::Delta(spec), heads: 0, kv_heads: 0, head_dim: 0, raw_rows: 0, dense_rows: 0 }
+    }
+
     /// Returns the layer's butterfly attention, if it is a butterfly layer.
     pub fn butterfly(&self) -> Option<&ButterflyLayer> {
         match &self.kind {
@@ -325,7 +337,7 @@ impl LayerPlan {
     /// Returns the window of raw positions that a query reads.
     pub fn window(&self) -> Window {
         match &self.kind {
-            LayerKind::Full | LayerKind::Evict(_) => Window::Unbounded,
+            LayerKind::Full | LayerKind::Evict(_) | LayerKind::Delta(_) => Window::Unbounded,
             LayerKind::Sliding { window } => Window::Tokens(*window),
             LayerKind::Butterfly(b) => b.settings.raw_window(),
             LayerKind::Recall(r) => r.settings.raw_window(),
@@ -338,6 +350,7 @@ impl LayerPlan {
         let mut bytes = PoolBytes { local: rows(self.raw_rows), ..PoolBytes::default() };
         match &self.kind {
             LayerKind::Full | LayerKind::Sliding { .. } => {}
+            LayerKind::Delta(d) => bytes.recurrent = 4 * d.state_len() as u64,
             LayerKind::Butterfly(b) => {
                 // Running sums: f32 for keys and values.
                 bytes.summary = self.summary_bytes(b, dtype);
@@ -370,6 +383,7 @@ impl LayerPlan {
             LayerKind::Butterfly(b) => Ok(b.rows_read(positions)),
             LayerKind::Recall(r) => Ok(r.rows_read(positions)),
             LayerKind::Evict(e) => e.plan.rows_read(positions),
+            LayerKind::Delta(_) => Ok(0),
             LayerKind::Full | LayerKind::Sliding { .. } => Ok(positions.map(|p| p + 1 - self.window().left(p)).sum()),
         }
     }
@@ -404,7 +418,7 @@ impl LayerPlan {
     fn settled_bytes(&self, dtype: DType) -> u64 {
         match &self.kind {
             LayerKind::Evict(e) if e.when() == When::Once => e.plan.budget.min(e.ctx) as u64 * self.row_bytes(dtype),
-            _ => self.bytes(dtype).total(),
+            _ => self.bytes(dtype).on_device(),
         }
     }
 

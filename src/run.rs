@@ -16,7 +16,7 @@ use std::sync::Arc;
 /// The residual stream, and a layer output still to be added to it (the addition is fused with the next norm).
 type Pending = (Tensor, Option<Tensor>);
 
-/// Inputs of a layer's mixer, for an [`Observer`].
+/// Inputs of an attention layer, for an [`Observer`].
 pub struct Observed<'a> {
     /// Index of the layer.
     pub layer: usize,
@@ -30,7 +30,7 @@ pub struct Observed<'a> {
     pub state: &'a LayerState,
 }
 
-/// Callback before each layer's mixer.
+/// Callback before each attention layer.
 pub type Observer<'a> = &'a mut dyn FnMut(&Observed) -> Result<()>;
 
 /// Shared weights with a layout, a cache and a device stream.
@@ -59,8 +59,8 @@ impl Run {
     /// # Errors
     /// The layout was made for another model; the cache does not fit the device.
     pub fn with_layout(weights: &Arc<Weights>, layout: Layout) -> Result<Self> {
-        let projections = weights.blocks.iter().map(|b| b.mixer.projections());
-        let shapes = projections.map(|p| (p.heads, p.kv_heads, p.head_dim));
+        let shape = |p: &Projections| (p.heads, p.kv_heads, p.head_dim);
+        let shapes = weights.blocks.iter().map(|b| b.mixer.projections().map_or((0, 0, 0), shape));
         if !shapes.eq(layout.layers.iter().map(|l| (l.heads, l.kv_heads, l.head_dim))) {
             return Err(Error::new(ErrorKind::Backend, "layout", "was made for another model"));
         }
@@ -242,11 +242,10 @@ impl Run {
             let mut pass = || -> Result<Pending> {
                 let (x, normed) = block.before_mixer.add(&x, pending.as_ref())?;
                 pending = None;
-                if let Some(observe) = &mut observer {
-                    let projections = block.mixer.projections();
+                if let (Some(observe), Some(projections)) = (&mut observer, block.mixer.projections()) {
                     observe(&Observed { layer: i, projections, x: &normed, chunk: &chunk, state })?;
                 }
-                let y = mix(plan, block.mixer.projections(), &normed, &chunk, state)?;
+                let y = mix(plan, &block.mixer, &normed, &chunk, state)?;
                 block.after_mix(x, y)
             };
             (x, pending) = pass().map_err(|e| e.within(format!("layer {i}")))?;

@@ -201,6 +201,45 @@ pub struct LayerSpec {
 pub enum MixerSpec {
     /// Softmax attention with grouped KV heads.
     Attention(AttentionSpec),
+    /// Gated DeltaNet: a recurrent state of constant size.
+    Delta(DeltaSpec),
+}
+
+/// Specification of a Gated DeltaNet layer (Yang et al. 2024, arXiv:2412.06464).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct DeltaSpec {
+    /// Heads of queries and keys, `K`.
+    pub key_heads: usize,
+    /// Heads of values, `V`: a multiple of `K`; each has a state.
+    pub value_heads: usize,
+    /// Dimension of a head of queries and keys, `D_k`.
+    pub key_dim: usize,
+    /// Dimension of a head of values, `D_v`.
+    pub value_dim: usize,
+    /// Positions that the causal convolution reads, the query's own included.
+    pub kernel: usize,
+}
+
+impl DeltaSpec {
+    /// Returns the width of queries, and of keys, `K D_k`.
+    pub fn key_width(&self) -> usize {
+        self.key_heads * self.key_dim
+    }
+
+    /// Returns the width of values, `V D_v`.
+    pub fn value_width(&self) -> usize {
+        self.value_heads * self.value_dim
+    }
+
+    /// Returns the channels that pass through the convolution: queries, keys and values.
+    pub fn channels(&self) -> usize {
+        2 * self.key_width() + self.value_width()
+    }
+
+    /// Returns the numbers of a layer's recurrent state: `V` matrices of `D_k` by `D_v`, and the convolution's last inputs.
+    pub fn state_len(&self) -> usize {
+        self.value_heads * self.key_dim * self.value_dim + self.channels() * (self.kernel - 1)
+    }
 }
 
 /// Specification of an attention layer in the unmodified model.
@@ -224,6 +263,8 @@ pub struct AttentionSpec {
     pub out_bias: bool,
     /// Whether each head of q and k is RMS-normed before rotation.
     pub qk_norm: bool,
+    /// Whether the output is multiplied by the sigmoid of a gate that the query projection gives for each channel.
+    pub gate: bool,
 }
 
 impl AttentionSpec {
@@ -312,8 +353,10 @@ impl RopeScaling {
 pub struct RopeSpec {
     /// Base of the frequencies.
     pub theta: f64,
-    /// Rotated dimensions; the whole head in all supported families.
+    /// Head dimension, `D`.
     pub dim: usize,
+    /// Rotated dimensions of a head, the first ones in the file; `D` in most families.
+    pub rotated: usize,
     /// Scaling of the frequencies.
     pub scaling: RopeScaling,
 }
@@ -344,18 +387,23 @@ pub struct ModelSpec {
 impl ModelSpec {
     /// Returns the attention layers, each with its index.
     pub fn attention(&self) -> impl Iterator<Item = (usize, &AttentionSpec)> {
-        self.layers.iter().enumerate().map(|(i, l)| {
-            let MixerSpec::Attention(a) = &l.mixer;
-            (i, a)
+        self.layers.iter().enumerate().filter_map(|(i, l)| match &l.mixer {
+            MixerSpec::Attention(a) => Some((i, a)),
+            MixerSpec::Delta(_) => None,
         })
     }
 
     /// Returns the attention layers for modification.
     pub fn attention_mut(&mut self) -> impl Iterator<Item = &mut AttentionSpec> {
-        self.layers.iter_mut().map(|l| {
-            let MixerSpec::Attention(a) = &mut l.mixer;
-            a
+        self.layers.iter_mut().filter_map(|l| match &mut l.mixer {
+            MixerSpec::Attention(a) => Some(a),
+            MixerSpec::Delta(_) => None,
         })
+    }
+
+    /// Returns whether any layer is recurrent.
+    pub fn has_delta(&self) -> bool {
+        self.layers.iter().any(|l| matches!(l.mixer, MixerSpec::Delta(_)))
     }
 
     /// Returns the head dimension `D` of the first attention layer.
@@ -373,7 +421,8 @@ impl ModelSpec {
         self.attention().filter(|(_, a)| a.kind == AttentionKind::Full)
     }
 
-    /// Checks invariants of all families: heads divisible into groups, even head dimensions, valid rope indices.
+    /// Checks invariants of all families: heads divisible into groups, even head dimensions, valid rope indices, an
+    /// attention layer.
     ///
     /// # Errors
     /// An invariant is violated; the message names the layer.
@@ -386,9 +435,25 @@ impl ModelSpec {
             if !l.head_dim.is_multiple_of(2) || l.head_dim > 1024 {
                 return fail(format!("head dimension {} must be even and at most 1024", l.head_dim));
             }
-            if self.ropes.get(l.rope).is_none_or(|r| r.dim != l.head_dim) {
+            let Some(rope) = self.ropes.get(l.rope).filter(|r| r.dim == l.head_dim) else {
                 return fail("the rotary embedding's dimension differs from the head dimension".into());
+            };
+            if !rope.rotated.is_multiple_of(2) || rope.rotated == 0 || rope.rotated > rope.dim {
+                return fail(format!("{} of {} dimensions cannot be rotated", rope.rotated, rope.dim));
             }
+            if rope.rotated < rope.dim && rope.scaling != RopeScaling::None {
+                return fail(format!("rope scaling ({}) of a part of the head", rope.scaling.describe()));
+            }
+        }
+        for (i, l) in self.layers.iter().enumerate() {
+            let MixerSpec::Delta(d) = &l.mixer else { continue };
+            if !d.value_heads.is_multiple_of(d.key_heads) {
+                let message = format!("{} value heads are not a multiple of {} key heads", d.value_heads, d.key_heads);
+                return Err(Error::format(origin, format!("layer {i}: {message}")));
+            }
+        }
+        if self.attention().next().is_none() {
+            return Err(Error::unsupported(origin, "a model without attention layers"));
         }
         Ok(self)
     }

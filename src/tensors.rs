@@ -4,7 +4,7 @@
 //! Loading, random weights, byte counts and the check for unread tensors all use [`Schema`].
 //! GGUF names: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#standardized-tensor-names>
 
-use crate::spec::{AttentionSpec, FeedForwardSpec, MixerSpec, ModelSpec, Norms};
+use crate::spec::{AttentionSpec, DeltaSpec, FeedForwardSpec, MixerSpec, ModelSpec, Norms, RopeSpec};
 
 /// Names of the embedding matrix: (Hugging Face, GGUF).
 pub const EMBED: (&str, &str) = ("model.embed_tokens.weight", "token_embd.weight");
@@ -24,6 +24,10 @@ pub enum Role {
     Bias,
     /// Weight of an RMS norm.
     Norm,
+    /// Weight of an RMS norm that every kind of file stores as it is used.
+    PlainNorm,
+    /// Rate `a < 0` of a decay: GGUF files store it, others `ln(-a)`.
+    Rate,
     /// Any other tensor.
     Other,
 }
@@ -39,13 +43,63 @@ pub struct TensorSpec {
     pub shape: Vec<usize>,
     /// Role in the model.
     pub role: Role,
-    /// Rows per head of q and k, whose heads are rotated: llama GGUF files interleave the two halves of each head.
-    pub rotary_rows: Option<usize>,
+    /// Which rows of the file's tensor are its heads, where it is not all of them as they lie.
+    pub heads: Option<HeadRows>,
+}
+
+/// Rows of a head of q, k or a gate in a file and in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadRows {
+    /// Rows of a head in memory, `D`.
+    pub dim: usize,
+    /// Rows of a head in the file: `D`, or `2 D` where its gate follows each query.
+    pub stored: usize,
+    /// First of the head's rows in the file.
+    pub first: usize,
+    /// Rotated rows, the first `R` of the `D` in the file, half by half. In memory their two halves begin the two halves of
+    /// the head, so that a head is rotated as a whole, the other channels by nothing. 0 without rotation.
+    pub rotated: usize,
+}
+
+/// Order in which the rows of a file's tensor are read.
+#[derive(Debug, Clone, Copy)]
+pub struct Order {
+    /// The heads.
+    pub heads: HeadRows,
+    /// Whether the file stores the two rotated halves of each head row by row in turns, as llama GGUF files do.
+    pub interleaved: bool,
+}
+
+impl Order {
+    /// Returns the file's row of row `row` in memory.
+    pub fn source(&self, row: usize) -> usize {
+        self.heads.source(row, self.interleaved)
+    }
+
+    /// Returns the rows in memory of `stored` rows in the file.
+    pub fn rows(&self, stored: usize) -> usize {
+        stored / self.heads.stored * self.heads.dim
+    }
+}
+
+impl HeadRows {
+    fn source(&self, row: usize, interleaved: bool) -> usize {
+        let (head, at) = (row / self.dim, row % self.dim);
+        let (half, rotated) = (self.dim / 2, self.rotated / 2);
+        let (i, second) = (at % half, at / half);
+        let within = match (i < rotated, interleaved) {
+            _ if rotated == 0 => at,
+            (true, true) => 2 * i + second,
+            (true, false) => second * rotated + i,
+            (false, _) => self.rotated + second * (half - rotated) + i - rotated,
+        };
+        head * self.stored + self.first + within
+    }
 }
 
 impl TensorSpec {
     fn new((name, gguf): (impl Into<String>, impl Into<String>), shape: Vec<usize>, role: Role) -> Self {
-        Self { name: name.into(), gguf: gguf.into(), shape, role, rotary_rows: None }
+        Self { name: name.into(), gguf: gguf.into(), shape, role, heads: None }
     }
 
     /// Returns the output matrix, `[vocab, hidden]`.
@@ -58,9 +112,14 @@ impl TensorSpec {
         Self::new(ROPE_FACTORS, vec![half], Role::Other)
     }
 
-    /// Returns the number of elements; saturates on overflow.
+    /// Returns the number of elements in memory; saturates on overflow.
     pub fn elements(&self) -> u64 {
-        self.shape.iter().fold(1u64, |n, d| n.saturating_mul(*d as u64))
+        self.shape[1..].iter().fold(self.rows() as u64, |n, d| n.saturating_mul(*d as u64))
+    }
+
+    /// Returns the rows in memory.
+    pub fn rows(&self) -> usize {
+        self.heads.map_or(self.shape[0], |h| self.shape[0] / h.stored * h.dim)
     }
 }
 
@@ -86,13 +145,47 @@ pub struct AttentionTensors {
     pub out: LinearSpec,
     /// RMS norms of each head of q and of k, `[D]` each.
     pub qk_norm: Option<(TensorSpec, TensorSpec)>,
+    /// Gate of the output, `[H D, hidden]`: rows of the query projection's tensor.
+    pub gate: Option<LinearSpec>,
+}
+
+/// Tensors of a Gated DeltaNet layer.
+#[derive(Debug, Clone)]
+pub struct DeltaTensors {
+    /// Projection to queries, keys and values, `[C, hidden]`.
+    pub qkv: LinearSpec,
+    /// Projection to the gate of the output, `[V D_v, hidden]`.
+    pub z: LinearSpec,
+    /// Projection to the step of each value head, `[V, hidden]`.
+    pub beta: LinearSpec,
+    /// Projection to the decay of each value head, `[V, hidden]`.
+    pub decay: LinearSpec,
+    /// Weights of the convolution, `[C, 1, kernel]`.
+    pub conv: TensorSpec,
+    /// Logarithm of the decay's rate, `[V]`.
+    pub rate: TensorSpec,
+    /// Bias of the decay, `[V]`.
+    pub decay_bias: TensorSpec,
+    /// Norm of each head of the output, `[D_v]`.
+    pub norm: TensorSpec,
+    /// Output projection, `[hidden, V D_v]`.
+    pub out: LinearSpec,
+}
+
+/// Tensors of a layer's mixer.
+#[derive(Debug, Clone)]
+pub enum MixerTensors {
+    /// Of attention.
+    Attention(Box<AttentionTensors>),
+    /// Of Gated DeltaNet.
+    Delta(Box<DeltaTensors>),
 }
 
 /// Tensors of one layer; `I` is the width of the feed-forward.
 #[derive(Debug, Clone)]
 pub struct LayerTensors {
-    /// Tensors of the attention.
-    pub attention: AttentionTensors,
+    /// Tensors of the mixer.
+    pub mixer: MixerTensors,
     /// Gate projection of the feed-forward, `[I, hidden]`.
     pub gate: LinearSpec,
     /// Up projection of the feed-forward, `[I, hidden]`.
@@ -151,58 +244,130 @@ impl LinearSpec {
 }
 
 impl LayerTensors {
+    /// Returns the tensors of the attention of an attention layer.
+    pub fn attention(&self) -> Option<&AttentionTensors> {
+        match &self.mixer {
+            MixerTensors::Attention(a) => Some(a),
+            MixerTensors::Delta(_) => None,
+        }
+    }
+
     fn iter(&self) -> impl Iterator<Item = &TensorSpec> {
-        let a = &self.attention;
-        let linear = [&a.q, &a.k, &a.v, &a.out, &self.gate, &self.up, &self.down];
         let norms =
             [Some(&self.before_mixer), self.after_mixer.as_ref(), Some(&self.before_mlp), self.after_mlp.as_ref()];
-        let heads = a.qk_norm.iter().flat_map(|(q, k)| [q, k]);
-        linear.into_iter().flat_map(LinearSpec::iter).chain(norms.into_iter().flatten()).chain(heads)
+        let mlp = [&self.gate, &self.up, &self.down];
+        self.mixer.iter().chain(mlp.into_iter().flat_map(LinearSpec::iter)).chain(norms.into_iter().flatten())
+    }
+}
+
+impl MixerTensors {
+    fn iter(&self) -> impl Iterator<Item = &TensorSpec> {
+        let (linear, others): (Vec<&LinearSpec>, Vec<&TensorSpec>) = match self {
+            Self::Attention(a) => {
+                let linear = [&a.q, &a.k, &a.v, &a.out].into_iter().chain(&a.gate).collect();
+                (linear, a.qk_norm.iter().flat_map(|(q, k)| [q, k]).collect())
+            }
+            Self::Delta(d) => {
+                (vec![&d.qkv, &d.z, &d.beta, &d.decay, &d.out], vec![&d.conv, &d.rate, &d.decay_bias, &d.norm])
+            }
+        };
+        linear.into_iter().flat_map(LinearSpec::iter).chain(others)
     }
 }
 
 fn layer(spec: &ModelSpec, i: usize) -> LayerTensors {
     let hidden = spec.hidden;
     let l = &spec.layers[i];
-    let MixerSpec::Attention(a) = &l.mixer;
-    let AttentionSpec { head_dim, qkv_bias, out_bias, .. } = *a;
     let FeedForwardSpec { width, bias: mlp_bias, .. } = l.feed_forward;
-    let tensor = |(hf, gguf): (&str, &str), kind: &str, shape: Vec<usize>, role| {
-        TensorSpec::new((format!("model.layers.{i}.{hf}.{kind}"), format!("blk.{i}.{gguf}.{kind}")), shape, role)
-    };
-    let linear = |names, (out, input): (usize, usize), bias: bool| LinearSpec {
-        weight: tensor(names, "weight", vec![out, input], Role::Matrix),
-        bias: bias.then(|| tensor(names, "bias", vec![out], Role::Bias)),
-    };
-    let rotated = |mut linear: LinearSpec| {
-        linear.weight.rotary_rows = Some(head_dim);
-        linear.bias.iter_mut().for_each(|b| b.rotary_rows = Some(head_dim));
-        linear
-    };
-    let norm = |hf: &str, gguf: &str, len: usize| tensor((hf, gguf), "weight", vec![len], Role::Norm);
+    let names = Names { layer: i, hidden };
     let sandwich = l.norms == Norms::Sandwich;
     LayerTensors {
-        attention: AttentionTensors {
-            q: rotated(linear(("self_attn.q_proj", "attn_q"), (a.q_width(), hidden), qkv_bias)),
-            k: rotated(linear(("self_attn.k_proj", "attn_k"), (a.kv_width(), hidden), qkv_bias)),
-            v: linear(("self_attn.v_proj", "attn_v"), (a.kv_width(), hidden), qkv_bias),
-            out: linear(("self_attn.o_proj", "attn_output"), (hidden, a.q_width()), out_bias),
-            qk_norm: a.qk_norm.then(|| {
-                let q = norm("self_attn.q_norm", "attn_q_norm", head_dim);
-                (q, norm("self_attn.k_norm", "attn_k_norm", head_dim))
-            }),
+        mixer: match &l.mixer {
+            MixerSpec::Attention(a) => MixerTensors::Attention(Box::new(names.attention(a, &spec.ropes[a.rope]))),
+            MixerSpec::Delta(d) => MixerTensors::Delta(Box::new(names.delta(d))),
         },
-        gate: linear(("mlp.gate_proj", "ffn_gate"), (width, hidden), mlp_bias),
-        up: linear(("mlp.up_proj", "ffn_up"), (width, hidden), mlp_bias),
-        down: linear(("mlp.down_proj", "ffn_down"), (hidden, width), mlp_bias),
-        before_mixer: norm("input_layernorm", "attn_norm", hidden),
-        after_mixer: sandwich.then(|| norm("post_attention_layernorm", "post_attention_norm", hidden)),
-        before_mlp: match sandwich {
-            true => norm("pre_feedforward_layernorm", "ffn_norm", hidden),
+        gate: names.linear(("mlp.gate_proj", "ffn_gate"), (width, hidden), mlp_bias),
+        up: names.linear(("mlp.up_proj", "ffn_up"), (width, hidden), mlp_bias),
+        down: names.linear(("mlp.down_proj", "ffn_down"), (hidden, width), mlp_bias),
+        before_mixer: names.norm("input_layernorm", "attn_norm", hidden),
+        after_mixer: sandwich.then(|| names.norm("post_attention_layernorm", "post_attention_norm", hidden)),
+        before_mlp: match (sandwich, spec.has_delta()) {
+            (true, _) => names.norm("pre_feedforward_layernorm", "ffn_norm", hidden),
             // In the Llama layout `post_attention_layernorm` is the norm before the feed-forward.
-            false => norm("post_attention_layernorm", "ffn_norm", hidden),
+            (false, false) => names.norm("post_attention_layernorm", "ffn_norm", hidden),
+            (false, true) => names.norm("post_attention_layernorm", "post_attention_norm", hidden),
         },
-        after_mlp: sandwich.then(|| norm("post_feedforward_layernorm", "post_ffw_norm", hidden)),
+        after_mlp: sandwich.then(|| names.norm("post_feedforward_layernorm", "post_ffw_norm", hidden)),
+    }
+}
+
+/// Tensors of layer `layer` by their names in both kinds of file.
+struct Names {
+    layer: usize,
+    hidden: usize,
+}
+
+impl Names {
+    /// A tensor whose names end in `kind`, after a dot where it is not empty.
+    fn tensor(&self, (hf, gguf): (&str, &str), kind: &str, shape: Vec<usize>, role: Role) -> TensorSpec {
+        let (i, dot) = (self.layer, if kind.is_empty() { "" } else { "." });
+        let names = (format!("model.layers.{i}.{hf}{dot}{kind}"), format!("blk.{i}.{gguf}{dot}{kind}"));
+        TensorSpec::new(names, shape, role)
+    }
+
+    fn linear(&self, names: (&str, &str), (out, input): (usize, usize), bias: bool) -> LinearSpec {
+        LinearSpec {
+            weight: self.tensor(names, "weight", vec![out, input], Role::Matrix),
+            bias: bias.then(|| self.tensor(names, "bias", vec![out], Role::Bias)),
+        }
+    }
+
+    fn norm(&self, hf: &str, gguf: &str, len: usize) -> TensorSpec {
+        self.tensor((hf, gguf), "weight", vec![len], Role::Norm)
+    }
+
+    fn attention(&self, a: &AttentionSpec, rope: &RopeSpec) -> AttentionTensors {
+        let AttentionSpec { head_dim: dim, qkv_bias, out_bias, .. } = *a;
+        let (hidden, rotated) = (self.hidden, rope.rotated);
+        let own = HeadRows { dim, stored: dim, first: 0, rotated };
+        let query = if a.gate { HeadRows { stored: 2 * dim, ..own } } else { own };
+        let of_heads = |mut linear: LinearSpec, heads: HeadRows| {
+            linear.weight.heads = Some(heads);
+            linear.bias.iter_mut().for_each(|b| b.heads = Some(heads));
+            linear
+        };
+        // The norm's weights lie as the channels of a head.
+        let normed = |hf: &str, gguf: &str| TensorSpec { heads: Some(own), ..self.norm(hf, gguf, dim) };
+        let q = || self.linear(("self_attn.q_proj", "attn_q"), (a.heads * query.stored, hidden), qkv_bias);
+        AttentionTensors {
+            q: of_heads(q(), query),
+            gate: a.gate.then(|| of_heads(q(), HeadRows { first: dim, rotated: 0, ..query })),
+            k: of_heads(self.linear(("self_attn.k_proj", "attn_k"), (a.kv_width(), hidden), qkv_bias), own),
+            v: self.linear(("self_attn.v_proj", "attn_v"), (a.kv_width(), hidden), qkv_bias),
+            out: self.linear(("self_attn.o_proj", "attn_output"), (hidden, a.q_width()), out_bias),
+            qk_norm: a.qk_norm.then(|| {
+                let q = normed("self_attn.q_norm", "attn_q_norm");
+                (q, normed("self_attn.k_norm", "attn_k_norm"))
+            }),
+        }
+    }
+
+    fn delta(&self, d: &DeltaSpec) -> DeltaTensors {
+        let (hidden, heads) = (self.hidden, d.value_heads);
+        let linear = |hf: &str, gguf, shape| self.linear((&format!("linear_attn.{hf}"), gguf), shape, false);
+        let other =
+            |hf: &str, gguf, kind, shape| self.tensor((&format!("linear_attn.{hf}"), gguf), kind, shape, Role::Other);
+        DeltaTensors {
+            qkv: linear("in_proj_qkv", "attn_qkv", (d.channels(), hidden)),
+            z: linear("in_proj_z", "attn_gate", (d.value_width(), hidden)),
+            beta: linear("in_proj_b", "ssm_beta", (heads, hidden)),
+            decay: linear("in_proj_a", "ssm_alpha", (heads, hidden)),
+            conv: other("conv1d", "ssm_conv1d", "weight", vec![d.channels(), 1, d.kernel]),
+            rate: TensorSpec { role: Role::Rate, ..other("A_log", "ssm_a", "", vec![heads]) },
+            decay_bias: other("dt_bias", "ssm_dt.bias", "", vec![heads]),
+            norm: TensorSpec { role: Role::PlainNorm, ..other("norm", "ssm_norm", "weight", vec![d.value_dim]) },
+            out: linear("out_proj", "ssm_out", (hidden, d.value_width())),
+        }
     }
 }
 
@@ -215,6 +380,26 @@ mod tests {
     fn schema(golden: &str) -> Schema {
         let path = format!("tests/fixtures/goldens/{golden}");
         Schema::new(&Checkpoint::open(&path, &Default::default(), &|_, _, _| ()).unwrap().spec)
+    }
+
+    #[test]
+    fn heads_are_put_in_halves_however_they_are_stored() {
+        let order = |dim, stored, first, rotated, interleaved| Order {
+            heads: HeadRows { dim, stored, first, rotated },
+            interleaved,
+        };
+        let rows = |order: Order, n: usize| (0..n).map(|r| order.source(r)).collect::<Vec<_>>();
+        // Stored rows of one head of 8: 0 4 1 5 2 6 3 7.
+        let interleaved = order(8, 8, 0, 8, true);
+        let stored = [0, 4, 1, 5, 2, 6, 3, 7];
+        assert_eq!(rows(interleaved, 8).iter().map(|r| stored[*r]).collect::<Vec<_>>(), (0..8).collect::<Vec<_>>());
+        assert_eq!(interleaved.source(11), 8 + 2 * 3);
+        assert_eq!(rows(order(8, 8, 0, 8, false), 16), (0..16).collect::<Vec<_>>());
+        // Four of eight rotated, 0 with 2 and 1 with 3; gates follow each head's queries.
+        let query = order(8, 16, 0, 4, false);
+        assert_eq!(rows(query, 16), [0, 1, 4, 5, 2, 3, 6, 7, 16, 17, 20, 21, 18, 19, 22, 23]);
+        assert_eq!(rows(order(8, 16, 8, 0, false), 16), (8..16).chain(24..32).collect::<Vec<_>>());
+        assert_eq!(query.rows(32), 16);
     }
 
     #[test]

@@ -7,12 +7,12 @@
 use crate::cache::HostMemory;
 use crate::checkpoint::{Checkpoint, OnProgress, WeightFormat};
 use crate::error::{Error, ErrorKind, Result};
-use crate::mixer::Projections;
+use crate::mixer::{DeltaWeights, MixerWeights, Projections};
 use crate::nn::{Linear, Mlp, RmsNorm, Rope, Weight};
 use crate::ops::{beside, human_bytes};
 use crate::recall::{Calibration, Fits};
-use crate::spec::{LayerSpec, MixerSpec, ModelSpec};
-use crate::tensors::{LayerTensors, LinearSpec, TensorSpec};
+use crate::spec::{AttentionSpec, DeltaSpec, LayerSpec, MixerSpec, ModelSpec};
+use crate::tensors::{AttentionTensors, DeltaTensors, LayerTensors, LinearSpec, MixerTensors, TensorSpec};
 use candle_core::{DType, Device};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -24,20 +24,6 @@ pub(crate) struct Block {
     pub(crate) before_mlp: RmsNorm,
     pub(crate) mlp: Mlp,
     pub(crate) after_mlp: Option<RmsNorm>,
-}
-
-/// The weights of a layer's mixer.
-pub(crate) enum MixerWeights {
-    /// Attention projections, the same under every method.
-    Attention(Projections),
-}
-
-impl MixerWeights {
-    /// The attention projections.
-    pub(crate) fn projections(&self) -> &Projections {
-        let Self::Attention(p) = self;
-        p
-    }
 }
 
 /// A decoder's weights.
@@ -146,11 +132,11 @@ impl Weights {
 
     /// Iterates over the linear layers.
     fn matrices(&self) -> impl Iterator<Item = &Linear> {
-        fn of_block(b: &Block) -> [&Linear; 7] {
-            let (p, m) = (b.mixer.projections(), &b.mlp);
-            [&p.q, &p.k, &p.v, &p.out, &m.gate, &m.up, &m.down]
+        fn mlp(b: &Block) -> [&Linear; 3] {
+            [&b.mlp.gate, &b.mlp.up, &b.mlp.down]
         }
-        self.blocks.iter().flat_map(of_block).chain([&self.head])
+        let mixers = self.blocks.iter().flat_map(|b| b.mixer.matrices());
+        mixers.chain(self.blocks.iter().flat_map(mlp)).chain([&self.head])
     }
 }
 
@@ -211,7 +197,8 @@ impl Loader<'_> {
         };
         progress("load", total, total);
         let mut bytes = embed.bytes() + if spec.tied { 0 } else { head.bytes() };
-        bytes += blocks.iter().map(|b| b.mixer.projections().bytes() + b.mlp.bytes()).sum::<u64>();
+        let mixers = blocks.iter().flat_map(|b| b.mixer.matrices());
+        bytes += mixers.map(Linear::bytes).sum::<u64>() + blocks.iter().map(|b| b.mlp.bytes()).sum::<u64>();
         let ropes = spec.ropes.iter().map(Rope::new).collect();
         let (device, dtype) = (self.device.clone(), self.format.compute());
         let idle = Mutex::new(vec![device.clone()]);
@@ -253,24 +240,51 @@ impl Loader<'_> {
         self.linear(linear)?.with_bias_in(dtype)
     }
 
-    fn block(&self, l: &LayerSpec, t: &LayerTensors) -> Result<Block> {
-        let MixerSpec::Attention(a) = &l.mixer;
-        let qk_norm = t.attention.qk_norm.as_ref();
-        let projections = Projections {
-            q: self.linear(&t.attention.q)?,
-            k: self.linear(&t.attention.k)?,
-            v: self.linear(&t.attention.v)?,
-            out: self.linear_with_cast_bias(&t.attention.out)?,
+    fn attention(&self, a: &AttentionSpec, t: &AttentionTensors) -> Result<Projections> {
+        let qk_norm = t.qk_norm.as_ref();
+        Ok(Projections {
+            q: self.linear(&t.q)?,
+            k: self.linear(&t.k)?,
+            v: self.linear(&t.v)?,
+            out: self.linear_with_cast_bias(&t.out)?,
+            gate: t.gate.as_ref().map(|g| self.linear_with_cast_bias(g)).transpose()?,
             qk_norm: qk_norm.map(|(q, k)| Ok::<_, Error>((self.norm(q)?, self.norm(k)?))).transpose()?,
             heads: a.heads,
             kv_heads: a.kv_heads,
             head_dim: a.head_dim,
             scale: a.scale as f32,
             rope: a.rope,
+        })
+    }
+
+    fn delta(&self, spec: &DeltaSpec, t: &DeltaTensors) -> Result<DeltaWeights> {
+        if !self.device.is_cpu() {
+            return Err(Error::unsupported("Gated DeltaNet", "runs on a CPU so far; use --device cpu"));
+        }
+        let vector = |tensor: &TensorSpec| self.checkpoint.vector(tensor, self.device);
+        Ok(DeltaWeights {
+            spec: *spec,
+            qkv: self.linear(&t.qkv)?,
+            z: self.linear(&t.z)?,
+            beta: self.linear(&t.beta)?,
+            decay: self.linear(&t.decay)?,
+            out: self.linear(&t.out)?,
+            conv: vector(&t.conv)?,
+            rate: vector(&t.rate)?,
+            decay_bias: vector(&t.decay_bias)?,
+            norm: self.norm(&t.norm)?,
+        })
+    }
+
+    fn block(&self, l: &LayerSpec, t: &LayerTensors) -> Result<Block> {
+        let mixer = match (&l.mixer, &t.mixer) {
+            (MixerSpec::Attention(a), MixerTensors::Attention(t)) => MixerWeights::Attention(self.attention(a, t)?),
+            (MixerSpec::Delta(d), MixerTensors::Delta(t)) => MixerWeights::Delta(Box::new(self.delta(d, t)?)),
+            _ => return Err(Error::new(ErrorKind::Backend, "schema", "was made for another specification")),
         };
         Ok(Block {
             before_mixer: self.norm(&t.before_mixer)?,
-            mixer: MixerWeights::Attention(projections),
+            mixer,
             after_mixer: t.after_mixer.as_ref().map(|n| self.norm(n)).transpose()?,
             before_mlp: self.norm(&t.before_mlp)?,
             mlp: Mlp {

@@ -17,6 +17,7 @@ mod recall_gpu;
 mod recall_kv;
 #[cfg(feature = "cuda")]
 mod recall_text;
+mod recurrent;
 mod ring;
 mod sinks;
 mod two_pool;
@@ -33,6 +34,7 @@ pub use recall_gpu::GpuCodes;
 #[cfg(feature = "cuda")]
 pub(crate) use recall_gpu::StepAddresses;
 pub use recall_kv::{Codes, Fetched, RecallKv};
+pub use recurrent::Recurrent;
 pub use ring::Ring;
 pub use sinks::Sinks;
 pub use two_pool::TwoPool;
@@ -67,12 +69,19 @@ pub struct PoolBytes {
     pub tables: u64,
     /// Bytes of exact keys and values in host memory; not part of the total.
     pub host: u64,
+    /// Bytes of the states of recurrent layers, which do not depend on the context; not part of the total.
+    pub recurrent: u64,
 }
 
 impl PoolBytes {
-    /// Returns the bytes of all pools on the device: all but those in host memory.
+    /// Returns the bytes of all pools of keys and values on the device.
     pub fn total(&self) -> u64 {
         self.local + self.summary + self.sink + self.key_codes + self.values + self.tables
+    }
+
+    /// Returns the bytes of all pools on the device, with the states of recurrent layers.
+    pub fn on_device(&self) -> u64 {
+        self.total() + self.recurrent
     }
 }
 
@@ -85,6 +94,7 @@ impl std::ops::AddAssign for PoolBytes {
         self.values += other.values;
         self.tables += other.tables;
         self.host += other.host;
+        self.recurrent += other.recurrent;
     }
 }
 
@@ -101,6 +111,8 @@ pub enum LayerState {
     Recall(Box<RecallKv>),
     /// Eviction: the tokens that a rule keeps, different ones in each KV head.
     CompressedKv(Box<CompressedKv>),
+    /// Gated DeltaNet: a state of constant size.
+    Recurrent(Box<Recurrent>),
 }
 
 impl LayerState {
@@ -114,6 +126,7 @@ impl LayerState {
                 Self::Recall(Box::new(RecallKv::new(r, ring()?, plan, workspace, (dtype, device))?))
             }
             LayerKind::Evict(e) => Self::CompressedKv(Box::new(CompressedKv::new(e, ring()?, plan.heads, device)?)),
+            LayerKind::Delta(spec) => Self::Recurrent(Box::new(Recurrent::new(spec))),
         })
     }
 
@@ -121,6 +134,10 @@ impl LayerState {
     fn copy_from(&mut self, other: &Self, count: usize) -> Result<()> {
         match (self, other) {
             (Self::Dense(to), Self::Dense(from)) | (Self::Ring(to), Self::Ring(from)) => to.copy_from(from, count),
+            (Self::Recurrent(to), Self::Recurrent(from)) => {
+                to.clone_from(from);
+                Ok(())
+            }
             (Self::Recall(to), Self::Dense(from)) => {
                 let KeyValues { k, v } = from.rows();
                 for start in (0..count).step_by(COPIED_TOKENS) {
@@ -140,6 +157,7 @@ impl LayerState {
             Self::TwoPool(t) => t.capacity_bytes(),
             Self::Recall(r) => r.capacity_bytes(),
             Self::CompressedKv(k) => PoolBytes { local: k.capacity_bytes(), ..PoolBytes::default() },
+            Self::Recurrent(r) => PoolBytes { recurrent: r.bytes(), ..PoolBytes::default() },
         }
     }
 
@@ -150,6 +168,7 @@ impl LayerState {
             Self::TwoPool(t) => t.used_bytes(position),
             Self::Recall(r) => r.used_bytes(position),
             Self::CompressedKv(k) => PoolBytes { local: k.used_bytes(position), ..PoolBytes::default() },
+            Self::Recurrent(r) => PoolBytes { recurrent: r.bytes(), ..PoolBytes::default() },
         }
     }
 }

@@ -32,7 +32,7 @@ use crate::family::{self, Family, Naming, PLAIN};
 use crate::nn::Weight;
 use crate::spec::{Config, ModelSpec};
 use crate::storage::Storage;
-use crate::tensors::{Role, Schema, TensorSpec};
+use crate::tensors::{Order, Role, Schema, TensorSpec};
 use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -280,8 +280,8 @@ impl Checkpoint {
     pub fn matrix(&self, tensor: &TensorSpec, format: &WeightFormat, device: &Device) -> Result<Weight> {
         let info = self.expect(tensor)?;
         match &self.store {
-            Store::Random(random) => random.matrix(self, info, format, device),
-            _ => rows::load_matrix(self, info, self.interleaved_rows(tensor), format, device),
+            Store::Random(random) => random.matrix(self, (tensor, info), self.order(tensor), format, device),
+            _ => rows::load_matrix(self, info, self.order(tensor), format, device),
         }
     }
 
@@ -291,16 +291,21 @@ impl Checkpoint {
     /// Those of [`Checkpoint::matrix`].
     pub fn vector(&self, tensor: &TensorSpec, device: &Device) -> Result<Tensor> {
         let info = self.expect(tensor)?;
-        let len = tensor.shape[0];
+        let len = tensor.shape.iter().product();
         if let Store::Random(random) = &self.store {
-            return Tensor::from_vec(random.vector(tensor), len, device).at(&tensor.name);
+            let values = random.vector(tensor);
+            return Tensor::from_vec(values, tensor.elements() as usize, device).at(&tensor.name);
         }
         let mut values = rows::decode(self, info, 0..1, len)?;
         let stores_difference = self.family.norm_plus_one && matches!(self.store, Store::Shards(_));
         if stores_difference && tensor.role == Role::Norm {
             values.iter_mut().for_each(|v| *v += 1.0);
         }
-        let values = rows::in_order(values, self.interleaved_rows(tensor));
+        if tensor.role == Role::Rate && matches!(self.store, Store::Shards(_)) {
+            values.iter_mut().for_each(|v| *v = -v.exp());
+        }
+        let values = rows::in_order(values, self.order(tensor));
+        let len = values.len();
         Tensor::from_vec(values, len, device).at(&tensor.name)
     }
 
@@ -314,10 +319,12 @@ impl Checkpoint {
         rows::encode(self, self.expect(tensor)?, target, &values, (0, values.len())).map(drop)
     }
 
-    /// Returns the rows per head if the file stores the two halves of each head interleaved.
-    fn interleaved_rows(&self, tensor: &TensorSpec) -> Option<usize> {
-        let interleaves = matches!(self.store, Store::Gguf(_)) && self.family.gguf.interleaved_qk;
-        tensor.rotary_rows.filter(|_| interleaves)
+    /// Returns the order of a tensor's rows, where they are not read as they lie.
+    fn order(&self, tensor: &TensorSpec) -> Option<Order> {
+        let heads = tensor.heads?;
+        let interleaved = matches!(self.store, Store::Gguf(_)) && self.family.gguf.interleaved_qk && heads.rotated > 0;
+        let as_they_lie = !interleaved && heads.stored == heads.dim && [0, heads.dim].contains(&heads.rotated);
+        (!as_they_lie).then_some(Order { heads, interleaved })
     }
 
     fn expect(&self, tensor: &TensorSpec) -> Result<&TensorInfo> {

@@ -9,7 +9,7 @@ use crate::error::{At, Error, ErrorKind, Result};
 use crate::nn::{Blocks, Weight};
 use crate::spec::Config;
 use crate::storage::Storage;
-use crate::tensors::{Role, Schema, TensorSpec};
+use crate::tensors::{Order, Role, Schema, TensorSpec};
 use candle_core::{DType, Device, Tensor};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashMap};
@@ -78,9 +78,16 @@ impl RandomWeights {
         })
     }
 
-    /// Returns the values of a vector: 1 for a norm, 0 for a bias.
+    /// Returns the values of a vector: 1 for a norm, 0 for a bias, others close to `N(0, 0.5²)`.
     pub fn vector(&self, tensor: &TensorSpec) -> Vec<f32> {
-        vec![if tensor.role == Role::Norm { 1.0 } else { 0.0 }; tensor.shape[0]]
+        let (count, key) = (tensor.elements(), self.key(&tensor.name));
+        let value = |i: u64| match tensor.role {
+            Role::Norm | Role::PlainNorm => 1.0,
+            Role::Other => 0.5 * normal(key, i),
+            Role::Rate => -(0.5 * normal(key, i)).exp(),
+            Role::Bias | Role::Matrix => 0.0,
+        };
+        (0..count).map(value).collect()
     }
 
     /// Generates matrix `info` in the type that `format` resolves to.
@@ -90,19 +97,23 @@ impl RandomWeights {
     pub fn matrix(
         &self,
         from: &Checkpoint,
-        info: &TensorInfo,
+        (tensor, info): (&TensorSpec, &TensorInfo),
+        order: Option<Order>,
         format: &WeightFormat,
         device: &Device,
     ) -> Result<Weight> {
-        let (rows, cols) = (info.shape[0], info.shape[1]);
+        let (rows, cols) = (tensor.rows(), info.shape[1]);
         let target = format.resolve(info.storage.clone().unwrap_or(Storage::F32), cols);
         match target.dense() {
             Some(float) if !device.is_cpu() => {
                 format.count(target, rows * target.row_bytes(cols));
-                Ok(Weight::Dense(self.draw(&info.name, (rows, cols), float.dtype(), device).at(&info.name)?))
+                // A gate has rows of its query's tensor, but not the same ones.
+                let name =
+                    format!("{}{}", info.name, tensor.heads.map_or(String::new(), |h| "+".repeat(h.first.min(1))));
+                Ok(Weight::Dense(self.draw(&name, (rows, cols), float.dtype(), device).at(&info.name)?))
             }
-            Some(_) => rows::load_matrix(from, info, None, format, device),
-            None => self.copy_of_shape(from, info, target, format, device),
+            Some(_) => rows::load_matrix(from, info, order, format, device),
+            None => self.copy_of_shape(from, info, (rows, cols), order, (target, format), device),
         }
     }
 
@@ -125,11 +136,11 @@ impl RandomWeights {
         &self,
         from: &Checkpoint,
         info: &TensorInfo,
-        target: Storage,
-        format: &WeightFormat,
+        shape: (usize, usize),
+        order: Option<Order>,
+        (target, format): (Storage, &WeightFormat),
         device: &Device,
     ) -> Result<Weight> {
-        let shape = (info.shape[0], info.shape[1]);
         let key = (shape.0, shape.1, target);
         let poisoned = || Error::new(ErrorKind::Backend, &info.name, "another thread failed while drawing weights");
         let mut quantised = self.quantised.lock().map_err(|_| poisoned())?;
@@ -138,7 +149,7 @@ impl RandomWeights {
                 format.count(target, data.len());
                 data
             }
-            None => match rows::load_matrix(from, info, None, format, &Device::Cpu)? {
+            None => match rows::load_matrix(from, info, order, format, &Device::Cpu)? {
                 Weight::Blocks(first) => quantised.entry(key).or_insert(first.data().to_vec1()?),
                 dense => return Ok(dense),
             },

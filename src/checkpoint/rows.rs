@@ -4,6 +4,7 @@ use super::{Checkpoint, TensorInfo, WeightFormat};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::nn::{Blocks, Weight};
 use crate::storage::Storage;
+use crate::tensors::Order;
 use candle_core::quantized::{QStorage, QTensor};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
@@ -31,33 +32,37 @@ pub fn decode(from: &Checkpoint, info: &TensorInfo, rows: Range<usize>, cols: us
     }
 }
 
-/// Loads a matrix in the type that `format` resolves to. With `head_rows` rows per head, the file stores the two halves
-/// of each head interleaved (stored row `2 j + i` is row `i * head_rows / 2 + j`), and the rows are put back in order.
+/// Loads a matrix in the type that `format` resolves to, its rows in `order` where one is given.
 ///
 /// # Errors
 /// Those of [`decode`]; a value is too large for the type in memory.
 pub fn load_matrix(
     from: &Checkpoint,
     info: &TensorInfo,
-    head_rows: Option<usize>,
+    order: Option<Order>,
     format: &WeightFormat,
     device: &Device,
 ) -> Result<Weight> {
-    let (rows, cols) = (info.shape[0], info.shape[1]);
+    let cols = info.shape[1];
+    let rows = order.map_or(info.shape[0], |o| o.rows(info.shape[0]));
     let stored = stored(from, info)?;
     let target = format.resolve(stored, cols);
-    let unit = head_rows.unwrap_or(1);
+    let unit = order.map_or(1, |o| o.heads.dim);
     let chunk = (CHUNK / cols).max(1).div_ceil(unit) * unit;
     let row_bytes = target.row_bytes(cols);
     format.count(target, rows * row_bytes);
-    let range = |i: usize| i * chunk..rows.min((i + 1) * chunk);
+    // Whole heads of the file, which a chunk's rows are among.
+    let range = |i: usize| {
+        let (from, to) = (i * chunk, rows.min((i + 1) * chunk));
+        order.map_or(from..to, |o| from / unit * o.heads.stored..to / unit * o.heads.stored)
+    };
+    let source = |row: usize| order.map_or(row, |o| o.source(row));
     if target == Storage::F32 {
         let mut out = vec![0f32; rows * cols];
         out.par_chunks_mut(chunk * cols).enumerate().try_for_each(|(i, out)| -> Result<()> {
             let values = decode(from, info, range(i), cols)?;
             for (r, row) in out.chunks_mut(cols).enumerate() {
-                let s = source_row(r, head_rows);
-                row.copy_from_slice(&values[s * cols..(s + 1) * cols]);
+                row.copy_from_slice(&values[source(r) * cols..][..cols]);
             }
             Ok(())
         })?;
@@ -72,8 +77,7 @@ pub fn load_matrix(
             false => encode(from, info, target, &values, (range(i).start, cols))?,
         };
         for (r, row) in out.chunks_mut(row_bytes).enumerate() {
-            let s = source_row(r, head_rows);
-            row.copy_from_slice(&bytes[s * row_bytes..(s + 1) * row_bytes]);
+            row.copy_from_slice(&bytes[source(r) * row_bytes..][..row_bytes]);
         }
         Ok(())
     })?;
@@ -110,18 +114,12 @@ fn read_rows(
     from.read(info, (rows.start * row_bytes) as u64, rows.len() * row_bytes)
 }
 
-/// Puts the elements of a vector in order; for `head_rows` see [`load_matrix`].
-pub fn in_order(values: Vec<f32>, head_rows: Option<usize>) -> Vec<f32> {
-    match head_rows {
+/// Puts the elements of a vector in order.
+pub fn in_order(values: Vec<f32>, order: Option<Order>) -> Vec<f32> {
+    match order {
         None => values,
-        Some(_) => (0..values.len()).map(|r| values[source_row(r, head_rows)]).collect(),
+        Some(order) => (0..order.rows(values.len())).map(|r| values[order.source(r)]).collect(),
     }
-}
-
-fn source_row(row: usize, head_rows: Option<usize>) -> usize {
-    let Some(d) = head_rows else { return row };
-    let (head, within) = (row / d, row % d);
-    head * d + 2 * (within % (d / 2)) + within / (d / 2)
 }
 
 /// Dequantizes `count` values.
@@ -193,18 +191,4 @@ fn refuse_overflow(
         "tensor `{name}` holds {value} at row {row}, column {column}, which is too large for {target}; {wider}"
     );
     Err(Error::new(ErrorKind::NotFinite, from.identity.place(), message))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn interleaved_heads_are_put_back_in_halves() {
-        // Stored rows of one head of 8: 0 4 1 5 2 6 3 7.
-        let stored = [0, 4, 1, 5, 2, 6, 3, 7];
-        let restored: Vec<_> = (0..8).map(|r| stored[source_row(r, Some(8))]).collect();
-        assert_eq!(restored, (0..8).collect::<Vec<_>>());
-        assert_eq!(source_row(11, Some(8)), 8 + 2 * 3);
-    }
 }

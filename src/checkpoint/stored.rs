@@ -5,7 +5,7 @@ use super::{rows, Checkpoint, Store};
 use crate::error::{Error, Result};
 use crate::family::{Naming, PLAIN};
 use crate::spec::{ModelSpec, RopeScaling};
-use crate::tensors::{Schema, TensorSpec};
+use crate::tensors::{LayerTensors, Schema, TensorSpec};
 use candle_core::Device;
 use std::collections::BTreeSet;
 
@@ -33,8 +33,8 @@ impl Store {
         all.layers.iter_mut().for_each(|l| l.feed_forward.bias = true);
         let schema = Schema::new(&all);
         let stored = |bias: &Option<TensorSpec>| bias.as_ref().is_some_and(|b| file.info(&b.gguf).is_some());
-        for (attention, t) in spec.attention_mut().zip(&schema.layers) {
-            let t = &t.attention;
+        let tensors = schema.layers.iter().filter_map(LayerTensors::attention);
+        for (attention, t) in spec.attention_mut().zip(tensors) {
             attention.qkv_bias |= [&t.q, &t.k, &t.v].iter().any(|l| stored(&l.bias));
             attention.out_bias |= stored(&t.out.bias);
         }

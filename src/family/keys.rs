@@ -73,8 +73,11 @@ pub(super) const ONE_ROPE: &[Row] = &[
     ("original_max_position_embeddings", Used(Null)),
 ];
 
+/// A RoPE section.
+pub(super) const ROPE: Table = &[ROPE_KEYS];
+
 /// Keys of a RoPE section.
-pub(super) const ROPE: Table = &[&[
+pub(super) const ROPE_KEYS: &[Row] = &[
     ("rope_type", Used(Null)),
     ("type", Used(Null)),
     ("rope_theta", Used(Null)),
@@ -90,7 +93,7 @@ pub(super) const ROPE: Table = &[&[
     ("truncate", Used(Null)),
     ("partial_rotary_factor", OnlyIf(Float(1.0))),
     ("finetuned", NoEffect(RECORD)),
-]];
+];
 
 /// Keys of sliding-window attention, which Qwen models turn off with `use_sliding_window`.
 pub(super) const QWEN_WINDOW: &[Row] = &[

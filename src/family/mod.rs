@@ -8,6 +8,7 @@ pub mod keys;
 mod llama;
 mod qwen2;
 mod qwen3;
+mod qwen3_5;
 mod rope;
 
 use crate::error::{Error, Result};
@@ -17,7 +18,7 @@ use crate::spec::{
 use keys::Table;
 
 /// Supported families.
-pub static FAMILIES: &[&Family] = &[&qwen2::FAMILY, &qwen3::FAMILY, &llama::FAMILY, &gemma3::FAMILY];
+pub static FAMILIES: &[&Family] = &[&qwen2::FAMILY, &qwen3::FAMILY, &qwen3_5::FAMILY, &llama::FAMILY, &gemma3::FAMILY];
 
 /// `model_type` of the native character model, which is no family: it has no tokens, and layers of its own.
 pub const CHARACTER_MODEL: &str = "bfly_char";
@@ -164,6 +165,7 @@ fn decoder(config: &Config, family: &Family) -> Result<ModelSpec> {
         qkv_bias: bias,
         out_bias: bias,
         qk_norm: false,
+        gate: false,
     };
     let feed_forward =
         FeedForwardSpec { width: config.size("intermediate_size")?, activation: activation(config)?, bias: false };

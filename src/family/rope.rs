@@ -64,7 +64,7 @@ fn section_or(
         Some(s) => scaling(s, original, config.size("max_position_embeddings")?)?,
         None => RopeScaling::None,
     };
-    Ok(RopeSpec { theta, dim, scaling })
+    Ok(RopeSpec { theta, dim, rotated: dim, scaling })
 }
 
 fn scaling(s: &Config, original: Option<usize>, max_positions: usize) -> Result<RopeScaling> {

@@ -32,7 +32,7 @@ pub(super) fn forward(
     cache: &mut TwoPool,
 ) -> Result<Tensor> {
     let qkv = p.project(x, &chunk.tables[p.rope], layer.settings.pool == KeyPooling::PreRope)?;
-    p.output(&attend_chunk(layer, p, &qkv, chunk, cache)?)
+    p.output(&attend_chunk(layer, p, &qkv, chunk, cache)?, x)
 }
 
 /// Attends a chunk to its window, sinks and routed summaries, and stores it in `cache`.

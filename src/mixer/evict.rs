@@ -32,7 +32,7 @@ pub(super) fn forward(p: &Projections, x: &Tensor, chunk: &ChunkContext, cache: 
         at += n;
     }
     match parts.as_slice() {
-        [whole] => p.output(whole),
-        _ => p.output(&Tensor::cat(&parts, 0)?),
+        [whole] => p.output(whole, x),
+        _ => p.output(&Tensor::cat(&parts, 0)?, x),
     }
 }

@@ -1,21 +1,23 @@
-//! Token mixers: the attention variants of a layer.
+//! Token mixers: the attention variants of a layer, and recurrent layers.
 //!
 //! [`mix`] takes the normed residual stream of a chunk, the layer's plan, weights and cache, and returns the layer's
-//! output to be added to the residual stream. All mixers share [`Projections`]; they differ in what they cache and what
+//! output to be added to the residual stream. All attention shares [`Projections`]; it differs in what it caches and what
 //! a query reads.
 
 mod butterfly;
+mod delta;
 mod evict;
 mod projections;
 mod recall;
 mod windowed;
 
+pub use delta::DeltaWeights;
 pub use projections::{Projections, Qkv};
 
 use crate::cache::LayerState;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{LayerKind, LayerPlan};
-use crate::nn::{Rope, RopeTable};
+use crate::nn::{Linear, Rope, RopeTable};
 use candle_core::Tensor;
 
 /// How a chunk is processed by layers with exact recall; other layers make no difference.
@@ -39,7 +41,34 @@ pub struct ChunkContext<'a> {
     pub tables: &'a [RopeTable],
 }
 
-/// Runs the mixer of a layer on a chunk: attention with its projections, and the update of the layer's cache.
+/// Weights of a layer's mixer.
+pub enum MixerWeights {
+    /// Attention projections, the same under every method.
+    Attention(Projections),
+    /// Gated DeltaNet.
+    Delta(Box<DeltaWeights>),
+}
+
+impl MixerWeights {
+    /// Returns the attention projections of an attention layer.
+    pub fn projections(&self) -> Option<&Projections> {
+        match self {
+            Self::Attention(p) => Some(p),
+            Self::Delta(_) => None,
+        }
+    }
+
+    /// Returns the matrices.
+    pub fn matrices(&self) -> Vec<&Linear> {
+        match self {
+            Self::Attention(p) => p.matrices().collect(),
+            Self::Delta(d) => d.matrices().into(),
+        }
+    }
+}
+
+/// Runs the mixer of a layer on a chunk: attention with its projections, or a recurrence, and the update of the layer's
+/// cache.
 ///
 /// # Shapes
 /// `x [T, hidden]` to `[T, hidden]`.
@@ -48,11 +77,19 @@ pub struct ChunkContext<'a> {
 /// `state` was made for another plan; the device fails.
 pub fn mix(
     plan: &LayerPlan,
-    p: &Projections,
+    weights: &MixerWeights,
     x: &Tensor,
     chunk: &ChunkContext,
     state: &mut LayerState,
 ) -> Result<Tensor> {
+    let other = || Err(Error::new(ErrorKind::Backend, "cache", "was made for another layout"));
+    let p = match weights {
+        MixerWeights::Attention(p) => p,
+        MixerWeights::Delta(w) => match state {
+            LayerState::Recurrent(cache) => return delta::forward(w, x, cache),
+            _ => return other(),
+        },
+    };
     match (&plan.kind, state) {
         (LayerKind::Full, LayerState::Dense(cache)) | (LayerKind::Sliding { .. }, LayerState::Ring(cache)) => {
             windowed::forward(p, plan.window(), x, chunk, cache)
@@ -60,6 +97,6 @@ pub fn mix(
         (LayerKind::Butterfly(layer), LayerState::TwoPool(cache)) => butterfly::forward(layer, p, x, chunk, cache),
         (LayerKind::Recall(layer), LayerState::Recall(cache)) => recall::forward(layer, p, x, chunk, cache),
         (LayerKind::Evict(_), LayerState::CompressedKv(cache)) => evict::forward(p, x, chunk, cache),
-        _ => Err(Error::new(ErrorKind::Backend, "cache", "was made for another layout")),
+        _ => other(),
     }
 }

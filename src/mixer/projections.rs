@@ -15,6 +15,8 @@ pub struct Projections {
     pub v: Linear,
     /// Output projection, `[hidden, H D]`.
     pub out: Linear,
+    /// Gate of the output, `[H D, hidden]`: the output is multiplied by its sigmoid.
+    pub gate: Option<Linear>,
     /// RMS norms of each head of q and of k, over `D`.
     pub qk_norm: Option<(RmsNorm, RmsNorm)>,
     /// Query heads, `H`.
@@ -63,16 +65,20 @@ impl Projections {
         })
     }
 
-    /// Applies the output projection.
+    /// Applies the gate, which is computed from the layer's input `x`, and the output projection.
     ///
     /// # Shapes
-    /// `o [T, H, D]` to `[T, hidden]`.
-    pub fn output(&self, o: &Tensor) -> Result<Tensor> {
-        self.out.forward(&o.flatten_from(1)?)
+    /// `o [T, H, D]` and `x [T, hidden]` to `[T, hidden]`.
+    pub fn output(&self, o: &Tensor, x: &Tensor) -> Result<Tensor> {
+        let o = o.flatten_from(1)?;
+        match &self.gate {
+            None => self.out.forward(&o),
+            Some(gate) => self.out.forward(&(o * candle_nn::ops::sigmoid(&gate.forward(x)?)?)?),
+        }
     }
 
-    /// Returns the size of the weights in memory, bytes.
-    pub fn bytes(&self) -> u64 {
-        [&self.q, &self.k, &self.v, &self.out].iter().map(|l| l.bytes()).sum()
+    /// Returns the matrices.
+    pub fn matrices(&self) -> impl Iterator<Item = &Linear> {
+        [&self.q, &self.k, &self.v, &self.out].into_iter().chain(&self.gate)
     }
 }

@@ -30,14 +30,14 @@ pub(super) fn forward(
             None => cache.store().attend(q, KeyValues { k, v }, chunk.start, p.scale)?,
         };
         cache.push(k, v, chunk.start)?;
-        return p.output(&attended);
+        return p.output(&attended, x);
     }
     let mut parts = vec![];
     for t in 0..x.dim(0)? {
         let (q, k, v) = (q.narrow(0, t, 1)?, k.narrow(0, t, 1)?, v.narrow(0, t, 1)?);
         parts.push(step(layer, p, [&q, &k, &v], chunk.start + t, cache)?);
     }
-    p.output(&Tensor::cat(&parts, 0)?)
+    p.output(&Tensor::cat(&parts, 0)?, x)
 }
 
 /// Attends one token, `[1, H, D]`, at `position`, and stores it.

@@ -27,5 +27,5 @@ pub(super) fn forward(
         lse: false,
     })?;
     cache.write(&qkv.k, &qkv.v, chunk.start)?;
-    p.output(&attended.out)
+    p.output(&attended.out, x)
 }

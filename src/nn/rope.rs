@@ -26,10 +26,11 @@ pub struct RopeTable {
 }
 
 impl Rope {
-    /// Computes the frequencies `θ^(-2i/D)` and scales them as `spec` says.
+    /// Computes the frequencies `θ^(-2i/R)` of the `R` rotated dimensions and scales them as `spec` says. The others have
+    /// frequency 0: in memory the halves of the rotated dimensions begin the halves of the head.
     pub fn new(spec: &RopeSpec) -> Self {
-        let dim = spec.dim as f64;
-        let base: Vec<f64> = (0..spec.dim / 2).map(|i| spec.theta.powf(-2.0 * i as f64 / dim)).collect();
+        let dim = spec.rotated as f64;
+        let base: Vec<f64> = (0..spec.rotated / 2).map(|i| spec.theta.powf(-2.0 * i as f64 / dim)).collect();
         let mut amplitude = 1.0;
         let scaled: Vec<f64> = match &spec.scaling {
             RopeScaling::None => base,
@@ -53,7 +54,8 @@ impl Rope {
                 base.iter().enumerate().map(|(i, f)| f / factor * ramp(i) + f * (1.0 - ramp(i))).collect()
             }
         };
-        Self { inv_freq: scaled.iter().map(|f| *f as f32).collect(), amplitude: amplitude as f32 }
+        let still = (spec.rotated / 2..spec.dim / 2).map(|_| 0.0);
+        Self { inv_freq: scaled.iter().map(|f| *f as f32).chain(still).collect(), amplitude: amplitude as f32 }
     }
 
     /// Computes cos and sin at `positions`.

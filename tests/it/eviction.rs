@@ -7,7 +7,7 @@ use bfly::eviction::EvictionPlan;
 use bfly::generate::{watch, MemoryNeeds, Phase, Request, Sampler, Sampling};
 use bfly::layout::Layout;
 use bfly::method::Method;
-use bfly::mixer::{mix, ChunkContext, Projections};
+use bfly::mixer::{mix, ChunkContext, MixerWeights, Projections};
 use bfly::nn::{Linear, Rope, Weight};
 use bfly::run::Run;
 use bfly::spec::{MixerSpec, ModelSpec, RopeScaling, RopeSpec};
@@ -128,6 +128,7 @@ fn layer(heads: usize, kv_heads: usize, dim: usize, seed: u64) -> Any<(Projectio
         k: linear(kv_heads * dim, 22)?,
         v: linear(kv_heads * dim, 33)?,
         out: Linear::new(Weight::Dense(Tensor::eye(hidden, DType::F32, &Device::Cpu)?), None),
+        gate: None,
         qk_norm: None,
         heads,
         kv_heads,
@@ -135,7 +136,7 @@ fn layer(heads: usize, kv_heads: usize, dim: usize, seed: u64) -> Any<(Projectio
         scale: 1.0 / (dim as f32).sqrt(),
         rope: 0,
     };
-    Ok((projections, Rope::new(&RopeSpec { theta: 100.0, dim, scaling: RopeScaling::None })))
+    Ok((projections, Rope::new(&RopeSpec { theta: 100.0, dim, rotated: dim, scaling: RopeScaling::None })))
 }
 
 /// A layout of one layer, that of [`layer`], and its cache.
@@ -147,7 +148,7 @@ fn cache(
 ) -> Any<(Layout, Cache)> {
     let mut spec = spec.clone();
     spec.layers.truncate(1);
-    let MixerSpec::Attention(a) = &mut spec.layers[0].mixer;
+    let MixerSpec::Attention(a) = &mut spec.layers[0].mixer else { return Err("no attention".into()) };
     (a.heads, a.kv_heads, a.head_dim, a.scale) = (heads, kv_heads, dim, 1.0 / (dim as f64).sqrt());
     let layout = Layout::new(&spec, plan, ctx)?;
     let cache = Cache::new(&layout, DType::F32, &Device::Cpu)?;
@@ -256,6 +257,7 @@ fn a_layer_keeps_what_the_scores_say_and_attends_to_exactly_that() -> Any {
         let whole = projections.project(&x, &table(0, tokens)?, false)?;
         let rows = |x: &Tensor| x.to_vec3::<f32>();
         let (q, k, v) = (rows(&whole.q)?, rows(&whole.k)?, rows(&whole.v)?);
+        let weights = MixerWeights::Attention(projections);
         for plan in [keydiff(9 + seed, 3 + seed)?, snapkv(12 + seed, 2 + seed)?] {
             let end = tokens / 2 + seed;
             let (want, held) = definition(&plan, (&q, &k, &v), end, 1.0 / (dim as f64).sqrt());
@@ -268,7 +270,7 @@ fn a_layer_keeps_what_the_scores_say_and_attends_to_exactly_that() -> Any {
                         let (ropes, tables) = (std::slice::from_ref(&rope), [table(start, n)?]);
                         let step = ChunkContext { start, phase: Phase::Prefill, ropes, tables: &tables };
                         let x = x.narrow(0, start, n)?;
-                        let y = mix(&layout.layers[0], &projections, &x, &step, &mut cache.layers[0])?;
+                        let y = mix(&layout.layers[0], &weights, &x, &step, &mut cache.layers[0])?;
                         got.extend(y.flatten_all()?.to_vec1::<f32>()?);
                     }
                     if until == end {

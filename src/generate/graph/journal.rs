@@ -104,6 +104,7 @@ fn overwritten(state: &LayerState) -> Result<Option<Entry>> {
     };
     match state {
         LayerState::Dense(_) | LayerState::CompressedKv(_) => Ok(None),
+        LayerState::Recurrent(_) => Err(Error::unsupported("captured step", "recurrent layers")),
         LayerState::Ring(rows) => ring(rows).map(Some),
         // Codes and host rows past the end are written again.
         LayerState::Recall(cache) => ring(&cache.local).map(Some),

@@ -220,7 +220,8 @@ pub(super) fn captures(run: &Run) -> bool {
 fn has_form(run: &Run, routes: &[Routes]) -> bool {
     let weights = run.weights();
     let block = |(((b, routes), plan), layer): (((&Block, &Routes), &LayerPlan), &LayerState)| {
-        let (p, m) = (b.mixer.projections(), &b.mlp);
+        let m = &b.mlp;
+        let Some(p) = b.mixer.projections().filter(|p| p.gate.is_none()) else { return false };
         let linear = [&p.q, &p.k, &p.v, &p.out, &m.gate, &m.up, &m.down];
         let reads_as_stored = match &plan.kind {
             LayerKind::Butterfly(l) => {
@@ -235,6 +236,7 @@ fn has_form(run: &Run, routes: &[Routes]) -> bool {
             }
             LayerKind::Evict(_) => matches!(layer, LayerState::CompressedKv(kept) if kept.captured().is_some()),
             LayerKind::Full | LayerKind::Sliding { .. } => true,
+            LayerKind::Delta(_) => false,
             LayerKind::Recall(_) => p.heads <= 8 * p.kv_heads && matches!(layer, LayerState::Recall(r) if r.captured()),
         };
         // A gate with a bias would need it before the activation; no known family has one.

@@ -164,7 +164,7 @@ impl<'a> Builder<'a> {
     }
 
     fn block(&mut self, b: &Block, plan: &LayerPlan, layer: &LayerState, routes: &Routes) -> Result<()> {
-        let (p, vectors) = (b.mixer.projections(), &self.vectors);
+        let (p, vectors) = (b.mixer.projections().ok_or_else(without_form)?, &self.vectors);
         let (x, y, qkv, hidden, attended) = (vectors.x, vectors.y, vectors.qkv, vectors.hidden, vectors.attended);
         self.matvec(Form::Store, &[&p.q, &p.k, &p.v], x, Some(&b.before_mixer), qkv, None)?;
         self.attend(p, plan, layer, routes)?;
@@ -193,6 +193,7 @@ impl<'a> Builder<'a> {
             LayerState::TwoPool(pools) => (&pools.local, 0),
             LayerState::CompressedKv(kept) => kept.captured().ok_or_else(without_form)?,
             LayerState::Recall(cache) => (&cache.local, 0),
+            LayerState::Recurrent(_) => return Err(without_form()),
         };
         let (ring_k, ring_v, capacity) = rows(Some(ring))?;
         let mut launch = DecodeAttention {

@@ -1,0 +1,47 @@
+//! Gated DeltaNet: projections around the recurrence of [`crate::ops::delta`].
+
+use crate::cache::Recurrent;
+use crate::error::Result;
+use crate::nn::{Linear, RmsNorm};
+use crate::ops::{delta, DeltaArgs};
+use crate::spec::DeltaSpec;
+use candle_core::{DType, Tensor};
+
+/// Weights of a Gated DeltaNet layer.
+pub struct DeltaWeights {
+    /// Shape of the layer.
+    pub spec: DeltaSpec,
+    /// Projection to queries, keys and values, `[C, hidden]`.
+    pub qkv: Linear,
+    /// Projection to the gate of the output, `[V D_v, hidden]`.
+    pub z: Linear,
+    /// Projection to the step of each value head, `[V, hidden]`.
+    pub beta: Linear,
+    /// Projection to the decay of each value head, `[V, hidden]`.
+    pub decay: Linear,
+    /// Output projection, `[hidden, V D_v]`.
+    pub out: Linear,
+    /// Weights of the convolution, f32 `[C n]`.
+    pub conv: Tensor,
+    /// Rate of the decay, f32 `[V]`, negative.
+    pub rate: Tensor,
+    /// Bias of the decay, f32 `[V]`.
+    pub decay_bias: Tensor,
+    /// Norm of each head of the output.
+    pub norm: RmsNorm,
+}
+
+impl DeltaWeights {
+    /// Returns the matrices.
+    pub fn matrices(&self) -> [&Linear; 5] {
+        [&self.qkv, &self.z, &self.beta, &self.decay, &self.out]
+    }
+}
+
+pub(super) fn forward(w: &DeltaWeights, x: &Tensor, cache: &mut Recurrent) -> Result<Tensor> {
+    let product = |l: &Linear| Ok::<_, crate::Error>(l.forward(x)?.to_dtype(DType::F32)?.contiguous()?);
+    let (qkv, z, beta, decay) = (product(&w.qkv)?, product(&w.z)?, product(&w.beta)?, product(&w.decay)?);
+    let (conv, rate, decay_bias, norm) = (&w.conv, &w.rate, &w.decay_bias, w.norm.parts());
+    let args = DeltaArgs { spec: w.spec, qkv: &qkv, z: &z, beta: &beta, decay: &decay, conv, rate, decay_bias, norm };
+    w.out.forward(&delta(&args, &mut cache.0)?.to_dtype(x.dtype())?)
+}
