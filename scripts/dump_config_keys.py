@@ -21,7 +21,7 @@ from pathlib import Path
 import transformers
 from transformers import GenerationConfig, PretrainedConfig
 
-CLASSES = ["LlamaConfig", "Qwen2Config", "Qwen3Config", "Gemma3TextConfig", "Gemma3Config"]
+CLASSES = ["LlamaConfig", "Qwen2Config", "Qwen3Config", "Gemma3TextConfig", "Gemma3Config", "Qwen3_5TextConfig", "Qwen3_5Config"]
 OUT = Path(__file__).parent.parent / "tests/fixtures/config_keys"
 
 
@@ -45,7 +45,7 @@ def generation() -> list:
 
 def main() -> None:
     classes = {}
-    for name in CLASSES:
+    for name in filter(lambda name: hasattr(transformers, name), CLASSES):
         cls = getattr(transformers, name)
         plain = {k: v for k, v in defaults(cls).items() if v is None or isinstance(v, (bool, int, float, str))}
         keys = sorted(cls().to_dict())

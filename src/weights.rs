@@ -278,7 +278,9 @@ impl Loader<'_> {
 
     fn block(&self, l: &LayerSpec, t: &LayerTensors) -> Result<Block> {
         let mixer = match (&l.mixer, &t.mixer) {
-            (MixerSpec::Attention(a), MixerTensors::Attention(t)) => MixerWeights::Attention(self.attention(a, t)?),
+            (MixerSpec::Attention(a), MixerTensors::Attention(t)) => {
+                MixerWeights::Attention(Box::new(self.attention(a, t)?))
+            }
             (MixerSpec::Delta(d), MixerTensors::Delta(t)) => MixerWeights::Delta(Box::new(self.delta(d, t)?)),
             _ => return Err(Error::new(ErrorKind::Backend, "schema", "was made for another specification")),
         };

@@ -151,7 +151,10 @@ impl Checkpoint {
             }
         }
         if other > 0 {
-            self.warn(format!("{place}: text only; {other} tensors of the vision tower are not loaded"));
+            self.warn(format!(
+                "{place}: text only; {other} tensors of other parts ({}) are not loaded",
+                parts.join(", ")
+            ));
         }
         Ok(())
     }

@@ -27,7 +27,9 @@ pub struct KvBytes {
     pub table_bytes: u64,
     /// Bytes of exact keys and values in host memory, not in `total_bytes`.
     pub host_bytes: u64,
-    /// Bytes allocated in all pools on the device.
+    /// Bytes of the states of recurrent layers, which do not depend on the context, not in `total_bytes`.
+    pub recurrent_bytes: u64,
+    /// Bytes allocated for keys and values in all pools on the device.
     pub total_bytes: u64,
     /// Bytes of `total_bytes` in use at the end of the run.
     pub used_bytes: u64,
@@ -58,6 +60,7 @@ impl KvBytes {
             value_bytes: bytes.values,
             table_bytes: bytes.tables,
             host_bytes: bytes.host,
+            recurrent_bytes: bytes.recurrent,
             total_bytes: bytes.total(),
             used_bytes: cache.used_bytes().total(),
             dense_bytes: cache.dense_bytes(),
@@ -193,6 +196,9 @@ impl Ledger {
             ),
         ));
         rows.push(("dense KV", format!("{} for the stock model, ratio {:.4}", human_bytes(kv.dense_bytes), kv.ratio)));
+        if kv.recurrent_bytes > 0 {
+            rows.push(("recurrent", format!("{} of states of recurrent layers", human_bytes(kv.recurrent_bytes))));
+        }
         if kv.host_bytes > 0 {
             rows.push(("host KV", format!("{} of exact keys and values", human_bytes(kv.host_bytes))));
         }

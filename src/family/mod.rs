@@ -18,7 +18,7 @@ use crate::spec::{
 use keys::Table;
 
 /// Supported families.
-pub static FAMILIES: &[&Family] = &[&qwen2::FAMILY, &qwen3::FAMILY, &qwen3_5::FAMILY, &llama::FAMILY, &gemma3::FAMILY];
+pub static FAMILIES: &[&Family] = &[&qwen2::FAMILY, &qwen3::FAMILY, &llama::FAMILY, &gemma3::FAMILY, &qwen3_5::FAMILY];
 
 /// `model_type` of the native character model, which is no family: it has no tokens, and layers of its own.
 pub const CHARACTER_MODEL: &str = "bfly_char";
@@ -100,6 +100,10 @@ pub fn read(config: &Config) -> Result<(&'static Family, Config)> {
     }
     let wraps = |f: &&'static Family| f.wrapper.as_ref().filter(|w| w.model_type == name).map(|w| (*f, w));
     if let Some((family, wrapper)) = FAMILIES.iter().find_map(wraps) {
+        // Text alone under the model type of the whole, as some converters write it.
+        if config.get("text_config").is_none() && config.get("hidden_size").is_some() {
+            return Ok((family, keys::complete(config, family.keys)?));
+        }
         let whole = keys::complete(config, wrapper.keys)?;
         let mut text = match whole.section("text_config")? {
             Some(text) => keys::complete(&text, family.keys)?,

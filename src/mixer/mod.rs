@@ -44,7 +44,7 @@ pub struct ChunkContext<'a> {
 /// Weights of a layer's mixer.
 pub enum MixerWeights {
     /// Attention projections, the same under every method.
-    Attention(Projections),
+    Attention(Box<Projections>),
     /// Gated DeltaNet.
     Delta(Box<DeltaWeights>),
 }

@@ -257,7 +257,7 @@ fn a_layer_keeps_what_the_scores_say_and_attends_to_exactly_that() -> Any {
         let whole = projections.project(&x, &table(0, tokens)?, false)?;
         let rows = |x: &Tensor| x.to_vec3::<f32>();
         let (q, k, v) = (rows(&whole.q)?, rows(&whole.k)?, rows(&whole.v)?);
-        let weights = MixerWeights::Attention(projections);
+        let weights = MixerWeights::Attention(Box::new(projections));
         for plan in [keydiff(9 + seed, 3 + seed)?, snapkv(12 + seed, 2 + seed)?] {
             let end = tokens / 2 + seed;
             let (want, held) = definition(&plan, (&q, &k, &v), end, 1.0 / (dim as f64).sqrt());

@@ -23,12 +23,14 @@ fn tables() -> Vec<(&'static str, Table)> {
 
 #[test]
 fn every_key_of_transformers_classes_is_in_the_table_of_its_model_type() -> Any {
+    let mut found = std::collections::BTreeSet::new();
     for file in RECORDED {
         let recorded = fixture(file)?;
         for (model_type, table) in tables() {
             let class =
                 recorded["classes"].as_object().and_then(|c| c.values().find(|c| c["model_type"] == model_type));
-            let class = class.ok_or(format!("{file} has no class of {model_type}"))?;
+            let Some(class) = class else { continue };
+            found.insert(model_type);
             let keys = class["keys"]
                 .as_array()
                 .ok_or("keys")?
@@ -39,6 +41,8 @@ fn every_key_of_transformers_classes_is_in_the_table_of_its_model_type() -> Any 
             }
         }
     }
+    // Version 4 has no classes of the younger families.
+    assert_eq!(found.len(), tables().len(), "model types without a recorded class");
     Ok(())
 }
 
@@ -50,7 +54,7 @@ fn defaults_are_those_of_transformers_classes() -> Any {
         for (model_type, table) in tables() {
             let class =
                 recorded["classes"].as_object().and_then(|c| c.values().find(|c| c["model_type"] == model_type));
-            for (key, default) in class.and_then(|c| c["defaults"].as_object()).ok_or(model_type)? {
+            for (key, default) in class.and_then(|c| c["defaults"].as_object()).into_iter().flatten() {
                 let what = format!("{file}: `{key}` of {model_type}, {default} by default");
                 match meaning(table, key) {
                     Some(Meaning::Used(ours)) => assert!(ours.is(default), "{what}, {ours:?} in the table"),
@@ -68,10 +72,14 @@ fn defaults_are_those_of_transformers_classes() -> Any {
 
 /// A small configuration of each decoder, complete.
 fn small(model_type: &str) -> Value {
-    json!({
+    let mut config = json!({
         "model_type": model_type, "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 2048,
-    })
+    });
+    if model_type == "qwen3_5_text" {
+        config["full_attention_interval"] = json!(2);
+    }
+    config
 }
 
 fn spec(config: Value) -> bfly::Result<bfly::spec::ModelSpec> {
@@ -216,7 +224,7 @@ fn tensors_that_are_not_read_are_refused_by_name() -> Any {
     // The other half of a multimodal model is said, not refused.
     let images = with("gemma3", &["model.vision_tower.patch.weight", "multi_modal_projector.norm"])?;
     let warnings = open(&images.path().to_string_lossy())?.take_warnings();
-    assert!(warnings.len() == 1 && warnings[0].contains("2 tensors of the vision tower"), "{warnings:?}");
+    assert!(warnings.len() == 1 && warnings[0].contains("2 tensors of other parts (vision_tower., "), "{warnings:?}");
     Ok(())
 }
 

@@ -21,7 +21,10 @@ pub struct KvBytes {
     /// Bytes of exact keys and values in host memory, which are not part of the sum.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub host_bytes: u64,
-    /// Sum of all pools on the device in bytes.
+    /// Bytes of the states of recurrent layers, which are not part of the sum.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub recurrent_bytes: u64,
+    /// Sum of all pools of keys and values on the device in bytes.
     pub total_bytes: u64,
     /// Bytes that the stock model allocates for the same context and element type.
     pub dense_bytes: u64,
@@ -40,6 +43,7 @@ impl KvBytes {
             sink_bytes: bytes.sink,
             code_bytes: bytes.key_codes + bytes.values + bytes.tables,
             host_bytes: bytes.host,
+            recurrent_bytes: bytes.recurrent,
             total_bytes: bytes.total(),
             dense_bytes: cache.dense_bytes(),
             peak_bytes: (peak != bytes.total()).then_some(peak),
@@ -92,6 +96,7 @@ impl VariantRecord {
             sink_bytes: 0,
             code_bytes: 0,
             host_bytes: 0,
+            recurrent_bytes: 0,
             total_bytes: 1,
             dense_bytes: 2,
             peak_bytes: None,
