@@ -7,7 +7,7 @@
 
 use super::{driver, State, BATCH};
 use crate::cache::{LayerState, Ring};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::cuda::{address, address_or_null, uninitialised, upload, Kernel, Launch, Uploaded};
 use crate::run::Run;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
