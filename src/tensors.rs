@@ -28,6 +28,8 @@ pub enum Role {
     PlainNorm,
     /// Rate `a < 0` of a decay: GGUF files store it, others `ln(-a)`.
     Rate,
+    /// Weights of a causal convolution by channel.
+    Conv,
     /// Any other tensor.
     Other,
 }
@@ -362,7 +364,10 @@ impl Names {
             z: linear("in_proj_z", "attn_gate", (d.value_width(), hidden)),
             beta: linear("in_proj_b", "ssm_beta", (heads, hidden)),
             decay: linear("in_proj_a", "ssm_alpha", (heads, hidden)),
-            conv: other("conv1d", "ssm_conv1d", "weight", vec![d.channels(), 1, d.kernel]),
+            conv: TensorSpec {
+                role: Role::Conv,
+                ..other("conv1d", "ssm_conv1d", "weight", vec![d.channels(), 1, d.kernel])
+            },
             rate: TensorSpec { role: Role::Rate, ..other("A_log", "ssm_a", "", vec![heads]) },
             decay_bias: other("dt_bias", "ssm_dt.bias", "", vec![heads]),
             norm: TensorSpec { role: Role::PlainNorm, ..other("norm", "ssm_norm", "weight", vec![d.value_dim]) },

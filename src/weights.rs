@@ -273,6 +273,7 @@ impl Loader<'_> {
             rate: vector(&t.rate)?,
             decay_bias: vector(&t.decay_bias)?,
             norm: self.norm(&t.norm)?,
+            tiled: self.checkpoint.tiles_value_heads(),
         })
     }
 

@@ -180,7 +180,7 @@ impl Reader<'_> {
             _ => None,
         });
         for (key, name) in mapped.chain(self.family.gguf.keys.iter().copied()) {
-            if let Some(value) = self.number(key)? {
+            if let Some(value) = self.number_or_list(key)? {
                 out.set(name, value);
             }
         }
@@ -192,8 +192,13 @@ impl Reader<'_> {
         out.set_missing("head_dim", json!(out.size("hidden_size")? / heads));
         out.set_missing("rope_theta", json!(10_000.0));
         let head_dim = out.size("head_dim")?;
-        for key in ["attention.value_length", "rope.dimension_count"] {
+        const ROTATED: &str = "rope.dimension_count";
+        for key in ["attention.value_length", ROTATED] {
             match self.number(key)? {
+                Some(n) if key == ROTATED && self.family.gguf.partial_rope => {
+                    let share = n.as_f64().unwrap_or(f64::NAN) / head_dim as f64;
+                    out.set("partial_rotary_factor", json!(share));
+                }
                 Some(n) if n != head_dim => {
                     let message = format!("`{}` is {n}; supported: {head_dim}, the head dimension", self.full(key));
                     return Err(Error::unsupported(&self.place, message));
@@ -277,6 +282,15 @@ impl Reader<'_> {
 
     fn value(&self, key: &str) -> Option<&Value> {
         self.file.metadata(&self.full(key))
+    }
+
+    /// A number, or a list of the family's own keys.
+    fn number_or_list(&self, key: &str) -> Result<Option<Json>> {
+        let own = self.family.gguf.keys.iter().any(|(k, _)| *k == key);
+        match self.value(key) {
+            Some(Value::Array(list)) if own => Ok(Some(list.iter().map(|v| json(v).unwrap_or_default()).collect())),
+            _ => self.number(key),
+        }
     }
 
     fn number(&self, key: &str) -> Result<Option<Json>> {

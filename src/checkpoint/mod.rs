@@ -240,6 +240,11 @@ impl Checkpoint {
         matches!(self.store, Store::Gguf(_)) || self.dir.join("tokenizer.json").exists()
     }
 
+    /// Returns whether value head `h` of a recurrent layer has key head `h mod K`, as llama.cpp's converter orders them.
+    pub fn tiles_value_heads(&self) -> bool {
+        matches!(self.store, Store::Gguf(_))
+    }
+
     /// Returns the number of parameters, a tied matrix counted once.
     pub fn parameters(&self) -> u64 {
         self.schema.iter().fold(0, |sum: u64, t| sum.saturating_add(t.elements()))
@@ -297,7 +302,8 @@ impl Checkpoint {
             return Tensor::from_vec(values, tensor.elements() as usize, device).at(&tensor.name);
         }
         let mut values = rows::decode(self, info, 0..1, len)?;
-        let stores_difference = self.family.norm_plus_one && matches!(self.store, Store::Shards(_));
+        // GGUF files and MLX's store the sum.
+        let stores_difference = self.family.norm_plus_one && matches!(&self.store, Store::Shards(s) if !s.are_mlx());
         if stores_difference && tensor.role == Role::Norm {
             values.iter_mut().for_each(|v| *v += 1.0);
         }
@@ -333,7 +339,12 @@ impl Checkpoint {
             let near = self.nearest(&full).map_or(String::new(), |n| format!("; the file has `{n}`"));
             return Err(Error::tensor(self.identity.place(), format!("tensor `{full}` is missing{near}")));
         };
-        if info.shape != tensor.shape {
+        // A convolution is [C, 1, n], [C, n, 1] or [C, n] by the kind of file, in the same order.
+        let plain = |shape: &[usize]| match tensor.role {
+            Role::Conv => shape.iter().copied().filter(|n| *n != 1).collect(),
+            _ => shape.to_vec(),
+        };
+        if plain(&info.shape) != plain(&tensor.shape) {
             return Err(Error::tensor(
                 self.identity.place(),
                 format!("tensor `{full}` has shape {:?}; the configuration requires {:?}", info.shape, tensor.shape),

@@ -83,7 +83,7 @@ impl RandomWeights {
         let (count, key) = (tensor.elements(), self.key(&tensor.name));
         let value = |i: u64| match tensor.role {
             Role::Norm | Role::PlainNorm => 1.0,
-            Role::Other => 0.5 * normal(key, i),
+            Role::Other | Role::Conv => 0.5 * normal(key, i),
             Role::Rate => -(0.5 * normal(key, i)).exp(),
             Role::Bias | Role::Matrix => 0.0,
         };

@@ -21,6 +21,7 @@ struct Entry {
 /// The safetensors files of a directory and their tensors by name.
 pub struct Shards {
     files: Vec<(PathBuf, File)>,
+    mlx: bool,
     entries: BTreeMap<String, Entry>,
 }
 
@@ -30,7 +31,7 @@ impl Shards {
     /// # Errors
     /// A file is missing, truncated or malformed; two shards store the same tensor.
     pub fn open(dir: &Path, warnings: &mut Vec<String>) -> Result<Self> {
-        let mut shards = Self { files: vec![], entries: BTreeMap::new() };
+        let mut shards = Self { files: vec![], mlx: false, entries: BTreeMap::new() };
         for path in shard_paths(dir, warnings)? {
             shards.add(path)?;
         }
@@ -59,6 +60,7 @@ impl Shards {
                 format!("truncated: the header describes {needed} bytes, the file has {length}"),
             ));
         }
+        self.mlx |= metadata.metadata().as_ref().and_then(|m| m.get("format")).is_some_and(|f| f == "mlx");
         let index = self.files.len();
         for (name, tensor) in metadata.tensors() {
             let info = TensorInfo {
@@ -80,6 +82,11 @@ impl Shards {
     /// Returns the stored tensor called `name`.
     pub fn info(&self, name: &str) -> Option<&TensorInfo> {
         self.entries.get(name).map(|e| &e.info)
+    }
+
+    /// Returns whether MLX wrote the files, which differ from Hugging Face's in what they store of a model.
+    pub fn are_mlx(&self) -> bool {
+        self.mlx
     }
 
     /// Returns the names of all stored tensors.
@@ -130,29 +137,34 @@ fn shard_paths(dir: &Path, warnings: &mut Vec<String>) -> Result<Vec<PathBuf>> {
     let single = dir.join("model.safetensors");
     let index = dir.join("model.safetensors.index.json");
     if single.exists() {
-        if index.exists() {
+        // MLX writes an index of the one file.
+        if index.exists() && indexed(dir, &index).ok().is_none_or(|files| files != [single.clone()]) {
             warnings.push(format!("{}: model.safetensors is used; the shards of the index are ignored", dir.display()));
         }
         return Ok(vec![single]);
     }
     if index.exists() {
-        let place = index.display().to_string();
-        let text = std::fs::read_to_string(&index).at(&place)?;
-        let value: serde_json::Value = serde_json::from_str(&text).map_err(|e| Error::format(&place, e))?;
-        let map = value["weight_map"].as_object().ok_or_else(|| Error::format(&place, "has no `weight_map`"))?;
-        let mut names = BTreeSet::new();
-        for (tensor, file) in map {
-            let file = file.as_str().filter(|f| !f.contains(['/', '\\']));
-            let file = file.ok_or_else(|| {
-                Error::format(&place, format!("`{tensor}` is not mapped to a file of this directory"))
-            })?;
-            names.insert(dir.join(file));
-        }
-        return Ok(names.into_iter().collect());
+        return indexed(dir, &index);
     }
     Err(Error::new(
         crate::ErrorKind::Io,
         dir.display(),
         "has neither model.safetensors nor model.safetensors.index.json",
     ))
+}
+
+/// Returns the files of `dir` that an index names.
+fn indexed(dir: &Path, index: &Path) -> Result<Vec<PathBuf>> {
+    let place = index.display().to_string();
+    let text = std::fs::read_to_string(index).at(&place)?;
+    let value: serde_json::Value = serde_json::from_str(&text).map_err(|e| Error::format(&place, e))?;
+    let map = value["weight_map"].as_object().ok_or_else(|| Error::format(&place, "has no `weight_map`"))?;
+    let mut names = BTreeSet::new();
+    for (tensor, file) in map {
+        let file = file.as_str().filter(|f| !f.contains(['/', '\\']));
+        let file =
+            file.ok_or_else(|| Error::format(&place, format!("`{tensor}` is not mapped to a file of this directory")))?;
+        names.insert(dir.join(file));
+    }
+    Ok(names.into_iter().collect())
 }

@@ -131,8 +131,14 @@ impl Checkpoint {
     fn refuse_unread(&mut self, read: &BTreeSet<String>) -> Result<()> {
         let parts = self.family.wrapper.as_ref().map_or(&[][..], |w| w.other_parts);
         let (mut unread, mut other) = (vec![], 0usize);
+        // Blocks after the last layer predict several tokens at once.
+        let (layers, more) = (self.spec.layers.len(), self.config.opt_size("mtp_num_hidden_layers").ok().flatten());
+        let beyond = |name: &str| {
+            let block = name.strip_prefix("blk.").and_then(|n| n.split('.').next()?.parse::<usize>().ok());
+            block.is_some_and(|i| (layers..layers + more.unwrap_or(0)).contains(&i))
+        };
         for name in self.store.names().filter(|n| !read.contains(*n) && !n.ends_with(DERIVED)) {
-            match parts.iter().any(|p| name.starts_with(p)) {
+            match beyond(name) || parts.iter().any(|p| name.starts_with(p)) {
                 true => other += 1,
                 false => unread.push(format!("`{name}`")),
             }

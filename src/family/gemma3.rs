@@ -34,6 +34,7 @@ pub(super) static FAMILY: Family = Family {
         arch: "gemma3",
         interleaved_qk: false,
         rope_factors: false,
+        partial_rope: false,
         keys: &[
             ("attention.sliding_window", "sliding_window"),
             ("attention.sliding_window_pattern", "sliding_window_pattern"),

@@ -12,7 +12,14 @@ pub(super) static FAMILY: Family = Family {
     spec,
     norm_plus_one: false,
     namings: &[PLAIN],
-    gguf: GgufMapping { arch: "llama", interleaved_qk: true, rope_factors: true, keys: &[], complete: |_| Ok(()) },
+    gguf: GgufMapping {
+        arch: "llama",
+        interleaved_qk: true,
+        rope_factors: true,
+        partial_rope: false,
+        keys: &[],
+        complete: |_| Ok(()),
+    },
 };
 
 fn spec(config: &Config) -> Result<ModelSpec> {

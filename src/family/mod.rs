@@ -81,8 +81,10 @@ pub struct GgufMapping {
     pub interleaved_qk: bool,
     /// Whether a tensor `rope_freqs.weight` may store divisors of the rotary frequencies.
     pub rope_factors: bool,
+    /// Whether `rope.dimension_count` may be a part of the head: `partial_rotary_factor` of the configuration.
+    pub partial_rope: bool,
     /// Metadata keys (without the architecture prefix) beyond those all families share, each with its `config.json`
-    /// key.
+    /// key; a value may be an array.
     pub keys: &'static [(&'static str, &'static str)],
     /// Sets configuration keys that the metadata does not store.
     pub complete: fn(&mut Config) -> Result<()>,

@@ -12,7 +12,14 @@ pub(super) static FAMILY: Family = Family {
     spec,
     norm_plus_one: false,
     namings: &[PLAIN],
-    gguf: GgufMapping { arch: "qwen3", interleaved_qk: false, rope_factors: false, keys: &[], complete: |_| Ok(()) },
+    gguf: GgufMapping {
+        arch: "qwen3",
+        interleaved_qk: false,
+        rope_factors: false,
+        partial_rope: false,
+        keys: &[],
+        complete: |_| Ok(()),
+    },
 };
 
 fn spec(config: &Config) -> Result<ModelSpec> {

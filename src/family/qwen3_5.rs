@@ -7,6 +7,7 @@ use super::keys::{
 use super::{decoder, rope, Family, GgufMapping, Naming, Wrapper, PLAIN};
 use crate::error::{Error, Result};
 use crate::spec::{Config, DeltaSpec, MixerSpec, ModelSpec};
+use serde_json::{json, Value};
 
 pub(super) static FAMILY: Family = Family {
     model_type: "qwen3_5_text",
@@ -23,7 +24,14 @@ pub(super) static FAMILY: Family = Family {
         Naming { body: "model.language_model.", head: "" },
         Naming { body: "language_model.model.", head: "language_model." },
     ],
-    gguf: GgufMapping { arch: "qwen35", interleaved_qk: false, rope_factors: false, keys: &[], complete: unread },
+    gguf: GgufMapping {
+        arch: "qwen35",
+        interleaved_qk: false,
+        rope_factors: false,
+        partial_rope: true,
+        keys: GGUF_KEYS,
+        complete,
+    },
 };
 
 fn spec(config: &Config) -> Result<ModelSpec> {
@@ -58,7 +66,7 @@ fn full_layers(config: &Config) -> Result<Vec<bool>> {
         let every = config.size("full_attention_interval")?;
         return Ok((1..=count).map(|i| i.is_multiple_of(every)).collect());
     };
-    let kind = |v: &serde_json::Value| match v.as_str() {
+    let kind = |v: &Value| match v.as_str() {
         Some("full_attention") => Some(true),
         Some("linear_attention") => Some(false),
         _ => None,
@@ -84,8 +92,46 @@ fn rotated(config: &Config, head_dim: usize) -> Result<usize> {
     Ok((head_dim as f64 * share) as usize)
 }
 
-fn unread(config: &mut Config) -> Result<()> {
-    Err(Error::unsupported(config.origin(), "GGUF files of Qwen3.5; use safetensors"))
+/// Metadata keys of llama.cpp's `qwen35`; those under names of no configuration are read by [`complete`].
+const GGUF_KEYS: &[(&str, &str)] = &[
+    ("ssm.conv_kernel", "linear_conv_kernel_dim"),
+    ("ssm.state_size", "linear_key_head_dim"),
+    ("ssm.group_count", "linear_num_key_heads"),
+    ("ssm.time_step_rank", "linear_num_value_heads"),
+    ("ssm.inner_size", INNER),
+    ("full_attention_interval", "full_attention_interval"),
+    ("attention.recurrent_layers", RECURRENT),
+    ("nextn_predict_layers", "mtp_num_hidden_layers"),
+    // Text has one position on all axes.
+    ("rope.dimension_sections", SECTIONS),
+];
+const INNER: &str = "ssm.inner_size";
+const RECURRENT: &str = "attention.recurrent_layers";
+const SECTIONS: &str = "rope.dimension_sections";
+
+/// Converts what has no key of its own in a configuration. `block_count` includes the blocks that predict several tokens.
+/// <https://github.com/ggml-org/llama.cpp/blob/master/src/models/qwen35.cpp>
+fn complete(config: &mut Config) -> Result<()> {
+    let (heads, inner) = (config.size("linear_num_value_heads")?, config.size(INNER)?);
+    if !inner.is_multiple_of(heads) {
+        return Err(Error::format(config.origin(), format!("`{INNER}` {inner} is not a multiple of {heads} heads")));
+    }
+    config.set("linear_value_head_dim", json!(inner / heads));
+    config.set(INNER, Value::Null);
+    config.set(SECTIONS, Value::Null);
+    let more = config.get("mtp_num_hidden_layers").and_then(Value::as_u64).unwrap_or(0) as usize;
+    let layers = config.size("num_hidden_layers")?.saturating_sub(more);
+    config.set("num_hidden_layers", json!(layers));
+    if let Some(list) = config.get(RECURRENT).cloned() {
+        let flags = list.as_array().and_then(|l| l.iter().map(Value::as_bool).collect::<Option<Vec<_>>>());
+        let flags = flags.filter(|f| f.len() >= layers);
+        let flags =
+            flags.ok_or_else(|| Error::format(config.origin(), format!("`{RECURRENT}` must list every layer")))?;
+        let kind = |recurrent: &bool| if *recurrent { "linear_attention" } else { "full_attention" };
+        config.set("layer_types", json!(flags[..layers].iter().map(kind).collect::<Vec<_>>()));
+        config.set(RECURRENT, Value::Null);
+    }
+    Ok(())
 }
 
 /// With text alone the three axes of a position are equal, and every section rotates by it.
@@ -150,3 +196,25 @@ const WRAPPER_KEYS: Table = &[
     ],
     GENERIC,
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metadata_become_a_configuration_without_the_blocks_that_predict_more() -> Result<()> {
+        let metadata = json!({
+            "num_hidden_layers": 5, "linear_num_value_heads": 6, INNER: 96, SECTIONS: [11, 11, 10, 0],
+            "mtp_num_hidden_layers": 1, RECURRENT: [true, true, false, true, false],
+        });
+        let mut config = Config::new("model.gguf", metadata)?;
+        complete(&mut config)?;
+        let kinds = ["linear_attention", "linear_attention", "full_attention", "linear_attention"];
+        assert_eq!(config.get("layer_types"), Some(&json!(kinds)));
+        assert_eq!((config.size("num_hidden_layers")?, config.size("linear_value_head_dim")?), (4, 16));
+        assert_eq!([INNER, SECTIONS, RECURRENT].map(|key| config.get(key)), [None; 3]);
+        config.set(INNER, json!(97));
+        assert!(complete(&mut config).is_err_and(|e| e.to_string().contains("97 is not a multiple of 6")));
+        Ok(())
+    }
+}

@@ -29,6 +29,8 @@ pub struct DeltaWeights {
     pub decay_bias: Tensor,
     /// Norm of each head of the output.
     pub norm: RmsNorm,
+    /// Whether value head `h` has key head `h mod K`, not `⌊h K / V⌋`: a property of the file.
+    pub tiled: bool,
 }
 
 impl DeltaWeights {
@@ -41,7 +43,17 @@ impl DeltaWeights {
 pub(super) fn forward(w: &DeltaWeights, x: &Tensor, cache: &mut Recurrent) -> Result<Tensor> {
     let product = |l: &Linear| Ok::<_, crate::Error>(l.forward(x)?.to_dtype(DType::F32)?.contiguous()?);
     let (qkv, z, beta, decay) = (product(&w.qkv)?, product(&w.z)?, product(&w.beta)?, product(&w.decay)?);
-    let (conv, rate, decay_bias, norm) = (&w.conv, &w.rate, &w.decay_bias, w.norm.parts());
-    let args = DeltaArgs { spec: w.spec, qkv: &qkv, z: &z, beta: &beta, decay: &decay, conv, rate, decay_bias, norm };
+    let args = DeltaArgs {
+        spec: w.spec,
+        qkv: &qkv,
+        z: &z,
+        beta: &beta,
+        decay: &decay,
+        conv: &w.conv,
+        rate: &w.rate,
+        decay_bias: &w.decay_bias,
+        norm: w.norm.parts(),
+        tiled: w.tiled,
+    };
     w.out.forward(&delta(&args, &mut cache.0)?.to_dtype(x.dtype())?)
 }

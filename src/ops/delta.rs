@@ -1,6 +1,6 @@
 //! Gated DeltaNet (Yang et al. 2024, arXiv:2412.06464): a linear recurrence with a matrix of state for each value head.
 //!
-//! For position `t`, channel `c`, value head `h` with key head `⌊h K / V⌋`:
+//! For position `t`, channel `c`, value head `h` with key head `⌊h K / V⌋`, or `h mod K` where a file stores them so:
 //!
 //! ```text
 //! u_tc = silu(Σ_j w_cj x_{t-n+1+j, c})        causal convolution over n positions; queries, keys and values
@@ -10,6 +10,7 @@
 //! y = o / √(mean(o²) + ε) · w · silu(z)
 //! ```
 
+use super::gemm::{multiply_add, multiply_add_of_transposed, multiply_transposed, Strided};
 use super::view::view;
 use crate::error::{Error, ErrorKind, Result};
 use crate::spec::DeltaSpec;
@@ -39,6 +40,8 @@ pub struct DeltaArgs<'a> {
     pub decay_bias: &'a Tensor,
     /// Weight of the norm of the output's heads, f32 `[D_v]`, and its epsilon.
     pub norm: (&'a Tensor, f32),
+    /// Whether value head `h` has key head `h mod K`.
+    pub tiled: bool,
 }
 
 /// State of a layer on a CPU, f32.
@@ -63,11 +66,38 @@ impl DeltaState {
     }
 }
 
+/// Positions that are computed at once.
+const PIECE: usize = 64;
+/// Fewest positions for which products of matrices are faster than steps.
+const LEAST: usize = 8;
+
 /// Output of a chunk, f32 `[T, V D_v]`; the state moves on by the chunk.
+///
+/// Pieces of 64 positions are computed as products of matrices. With `G_t = Σ_{i ≤ t} ln g_i` in a piece and the state `S`
+/// before it, the updates `u_t` solve a triangular system (the WY form, Yang et al. 2024, arXiv:2406.06484):
+///
+/// ```text
+/// u_t = β_t (v_t - e^{G_t} Sᵀ k_t - Σ_{i < t} e^{G_t - G_i} (k_i · k_t) u_i)
+/// o_t = e^{G_t} Sᵀ q_t + Σ_{i ≤ t} e^{G_t - G_i} (k_i · q_t) u_i
+/// S  ← e^{G_n} S + Σ_i e^{G_n - G_i} k_i ⊗ u_i
+/// ```
 ///
 /// # Errors
 /// A tensor of another shape, type or device.
 pub fn delta(args: &DeltaArgs, state: &mut DeltaState) -> Result<Tensor> {
+    run(args, state, LEAST)
+}
+
+/// The recurrence position by position, the definition that [`delta`] is checked against.
+///
+/// # Errors
+/// As of [`delta`].
+pub fn delta_reference(args: &DeltaArgs, state: &mut DeltaState) -> Result<Tensor> {
+    run(args, state, usize::MAX)
+}
+
+/// Computes pieces of `least` positions or more as products, fewer step by step.
+fn run(args: &DeltaArgs, state: &mut DeltaState, least: usize) -> Result<Tensor> {
     let s = &args.spec;
     let tokens = args.qkv.dim(0)?;
     let shapes =
@@ -81,25 +111,36 @@ pub fn delta(args: &DeltaArgs, state: &mut DeltaState) -> Result<Tensor> {
         (view(args.conv, "convolution")?, view(args.rate, "rate")?, view(args.decay_bias, "bias")?);
     let weight = view(args.norm.0, "norm")?;
     let u = convolve(s, qkv.values()?, conv.values()?, &mut state.tail);
-    let (qk, v) = (2 * s.key_width(), 2 * s.key_width());
     let unit = unit_heads(s, &u, tokens);
     let (z, beta, decay) = (z.values::<f32>()?, beta.values::<f32>()?, decay.values::<f32>()?);
     let (rate, bias, weight) = (rate.values::<f32>()?, bias.values::<f32>()?, weight.values::<f32>()?);
-    let (group, dv) = (s.value_heads / s.key_heads, s.value_dim);
+    let (group, dk, dv) = (s.value_heads / s.key_heads, s.key_dim, s.value_dim);
     let heads: Vec<Vec<f32>> = state
         .heads
-        .par_chunks_mut(s.key_dim * dv)
+        .par_chunks_mut(dk * dv)
         .enumerate()
         .map(|(h, own)| {
             let mut out = vec![0f32; tokens * dv];
-            let mut step = vec![0f32; dv];
+            let mut room = Room::default();
+            for start in (0..tokens).step_by(PIECE) {
+                let n = PIECE.min(tokens - start);
+                let key_head = if args.tiled { h % s.key_heads } else { h / group };
+                let at = start * 2 * s.key_width() + key_head * dk;
+                let piece = Piece {
+                    q: Strided { data: &unit[at..], stride: 2 * s.key_width() },
+                    k: Strided { data: &unit[at + s.key_width()..], stride: 2 * s.key_width() },
+                    v: Strided { data: &u[start * s.channels() + 2 * s.key_width() + h * dv..], stride: s.channels() },
+                };
+                let of = |t: usize| (start + t) * s.value_heads + h;
+                let beta: Vec<f32> = (0..n).map(|t| sigmoid(beta[of(t)])).collect();
+                let logs: Vec<f32> = (0..n).map(|t| rate[h] * softplus(decay[of(t)] + bias[h])).collect();
+                let o = &mut out[start * dv..][..n * dv];
+                match n < least {
+                    true => piece.steps(own, (dk, dv), (&logs, &beta), o),
+                    false => piece.products(own, (dk, dv), (&logs, &beta), &mut room, o),
+                }
+            }
             for (t, o) in out.chunks_exact_mut(dv).enumerate() {
-                let at = t * qk + h / group * s.key_dim;
-                let (q, k) = (&unit[at..][..s.key_dim], &unit[at + s.key_width()..][..s.key_dim]);
-                let v = &u[t * s.channels() + v + h * dv..][..dv];
-                let strength = sigmoid(beta[t * s.value_heads + h]);
-                let kept = (rate[h] * softplus(decay[t * s.value_heads + h] + bias[h])).exp();
-                recur(own, (q, k, v), (kept, strength), &mut step, o);
                 gated_norm(o, &z[t * s.value_width() + h * dv..][..dv], weight, args.norm.1);
             }
             out
@@ -110,6 +151,88 @@ pub fn delta(args: &DeltaArgs, state: &mut DeltaState) -> Result<Tensor> {
         row.chunks_exact_mut(dv).zip(&heads).for_each(|(to, head)| to.copy_from_slice(&head[t * dv..][..dv]));
     });
     Ok(Tensor::from_vec(y, (tokens, s.value_width()), &Device::Cpu)?)
+}
+
+/// Room for a piece's products.
+#[derive(Default)]
+struct Room {
+    u: Vec<f32>,
+    products: Vec<f32>,
+    keys: Vec<f32>,
+}
+
+/// Queries, keys and values of consecutive positions of one value head.
+struct Piece<'a> {
+    q: Strided<'a>,
+    k: Strided<'a>,
+    v: Strided<'a>,
+}
+
+impl Piece<'_> {
+    /// Step by step; `logs` are `ln g`, `o` is `[n, D_v]`.
+    fn steps(&self, state: &mut [f32], (dk, dv): (usize, usize), (logs, beta): (&[f32], &[f32]), o: &mut [f32]) {
+        let mut room = vec![0f32; dv];
+        for (t, o) in o.chunks_exact_mut(dv).enumerate() {
+            let (q, k, v) = (self.q.row(t, dk), self.k.row(t, dk), self.v.row(t, dv));
+            recur(state, (q, k, v), (logs[t].exp(), beta[t]), &mut room, o);
+        }
+    }
+
+    /// As products of matrices; see [`delta`].
+    fn products(
+        &self,
+        state: &mut [f32],
+        (dk, dv): (usize, usize),
+        (logs, beta): (&[f32], &[f32]),
+        room: &mut Room,
+        o: &mut [f32],
+    ) {
+        let n = logs.len();
+        let sums: Vec<f32> = logs.iter().scan(0f32, |sum, l| Some(std::mem::replace(sum, *sum + l) + l)).collect();
+        let Room { u, products, keys } = room;
+        u.clear();
+        u.resize(n * dv, 0.0);
+        multiply_add(n, dv, dk, self.k, rows_of(state, dv), u);
+        products.resize(n * n, 0.0);
+        multiply_transposed(n, n, dk, self.k, self.k, &mut products[..n * n]);
+        for t in 0..n {
+            let (earlier, own) = u.split_at_mut(t * dv);
+            let own = &mut own[..dv];
+            let kept = sums[t].exp();
+            own.iter_mut().zip(self.v.row(t, dv)).for_each(|(u, v)| *u = beta[t] * (v - kept * *u));
+            for (i, row) in earlier.chunks_exact(dv).enumerate() {
+                let factor = -beta[t] * (sums[t] - sums[i]).exp() * products[t * n + i];
+                own.iter_mut().zip(row).for_each(|(u, x)| *u += factor * x);
+            }
+        }
+        o.fill(0.0);
+        multiply_add(n, dv, dk, self.q, rows_of(state, dv), o);
+        for (o, sum) in o.chunks_exact_mut(dv).zip(&sums) {
+            let kept = sum.exp();
+            o.iter_mut().for_each(|o| *o *= kept);
+        }
+        multiply_transposed(n, n, dk, self.q, self.k, &mut products[..n * n]);
+        for (t, row) in products[..n * n].chunks_exact_mut(n).enumerate() {
+            for (i, p) in row.iter_mut().enumerate() {
+                *p = if i <= t { *p * (sums[t] - sums[i]).exp() } else { 0.0 };
+            }
+        }
+        multiply_add(n, dv, n, Strided { data: products, stride: n }, rows_of(u, dv), o);
+        let last = sums[n - 1];
+        keys.clear();
+        for (t, sum) in sums.iter().enumerate() {
+            let factor = (last - sum).exp();
+            keys.extend(self.k.row(t, dk).iter().map(|k| k * factor));
+        }
+        let kept = last.exp();
+        state.iter_mut().for_each(|s| *s *= kept);
+        multiply_add_of_transposed(dk, dv, n, Strided { data: keys, stride: dk }, rows_of(u, dv), state);
+    }
+}
+
+/// Rows of `width` numbers, one after the other.
+fn rows_of(data: &[f32], width: usize) -> Strided<'_> {
+    Strided { data, stride: width }
 }
 
 /// One step of the recurrence; `step` is room for `D_v` numbers.
@@ -191,5 +314,83 @@ fn softplus(x: f32) -> f32 {
         x
     } else {
         x.exp().ln_1p()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{rngs::StdRng, Rng, SeedableRng};
+
+    /// Inputs of `tokens` positions: queries, keys and values, gate, step, decay.
+    fn inputs(spec: &DeltaSpec, tokens: usize, rng: &mut StdRng) -> Result<[Tensor; 4]> {
+        let mut random = |width: usize| -> Result<Tensor> {
+            let values: Vec<f32> = (0..tokens * width).map(|_| rng.random_range(-2.0..2.0)).collect();
+            Ok(Tensor::from_vec(values, (tokens, width), &Device::Cpu)?)
+        };
+        Ok([
+            random(spec.channels())?,
+            random(spec.value_width())?,
+            random(spec.value_heads)?,
+            random(spec.value_heads)?,
+        ])
+    }
+
+    #[test]
+    fn products_give_what_steps_give_in_any_cut() -> Result<()> {
+        let mut rng = StdRng::seed_from_u64(1);
+        for (key_heads, group, key_dim, value_dim, kernel) in
+            [(1, 1, 16, 16, 4), (2, 3, 8, 24, 4), (4, 2, 128, 128, 4), (1, 2, 32, 16, 2), (3, 1, 5, 7, 3)]
+        {
+            let spec = DeltaSpec { key_heads, value_heads: key_heads * group, key_dim, value_dim, kernel };
+            let mut vector = |n: usize, range: std::ops::Range<f32>| -> Result<Tensor> {
+                Ok(Tensor::from_vec(
+                    (0..n).map(|_| rng.random_range(range.clone())).collect::<Vec<f32>>(),
+                    n,
+                    &Device::Cpu,
+                )?)
+            };
+            let conv = vector(spec.channels() * kernel, -0.7..0.7)?;
+            // From decays of a thousandth a position to those that forget within one.
+            let (rate, bias) = (vector(spec.value_heads, -8.0..-0.001)?, vector(spec.value_heads, -4.0..1.0)?);
+            let weight = vector(value_dim, 0.5..1.5)?;
+            let tokens = rng.random_range(150..300);
+            let all = inputs(&spec, tokens, &mut rng)?;
+            let run = |cuts: &[usize], exact: bool| -> Result<(Vec<f32>, DeltaState)> {
+                let (mut state, mut out, mut start) = (DeltaState::new(&spec), vec![], 0);
+                for n in cuts.iter().copied().chain([tokens - cuts.iter().sum::<usize>()]) {
+                    let part =
+                        all.iter().map(|x| Ok(x.narrow(0, start, n)?.contiguous()?)).collect::<Result<Vec<_>>>()?;
+                    let args = DeltaArgs {
+                        spec,
+                        qkv: &part[0],
+                        z: &part[1],
+                        beta: &part[2],
+                        decay: &part[3],
+                        conv: &conv,
+                        rate: &rate,
+                        decay_bias: &bias,
+                        norm: (&weight, 1e-6),
+                        tiled: group == 3,
+                    };
+                    let y = if exact { delta_reference(&args, &mut state)? } else { delta(&args, &mut state)? };
+                    out.extend(y.flatten_all()?.to_vec1::<f32>()?);
+                    start += n;
+                }
+                Ok((out, state))
+            };
+            let (want, end) = run(&[], true)?;
+            for cuts in [&[][..], &[1], &[63, 2], &[64, 64], &[3, 1, 1, 70, 9]] {
+                let (got, state) = run(cuts, false)?;
+                let apart = |a: &[f32], b: &[f32]| {
+                    let most = b.iter().fold(1f32, |m, x| m.max(x.abs()));
+                    a.iter().zip(b).fold(0f32, |m, (x, y)| m.max((x - y).abs())) / most
+                };
+                let off = (apart(&got, &want), apart(&state.heads, &end.heads));
+                assert!(off.0 < 2e-5 && off.1 < 2e-5, "{spec:?} cut at {cuts:?}: {off:?}");
+                assert_eq!(state.tail, end.tail);
+            }
+        }
+        Ok(())
     }
 }

@@ -11,7 +11,12 @@ pub struct Strided<'a> {
     pub stride: usize,
 }
 
-impl Strided<'_> {
+impl<'a> Strided<'a> {
+    /// Returns the first `width` elements of a row.
+    pub fn row(&self, row: usize, width: usize) -> &'a [f32] {
+        &self.data[row * self.stride..][..width]
+    }
+
     fn check(&self, rows: usize, cols: usize) {
         assert!(rows == 0 || self.data.len() >= (rows - 1) * self.stride + cols, "matrix exceeds its slice");
     }

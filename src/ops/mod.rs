@@ -30,7 +30,7 @@ pub use attention::{
     attend, merge as merge_attention, reference, Attended, AttentionArgs, FarRow, KeyValues, RowList, Segment, Store,
     StoreRows, Window, NO_ROW,
 };
-pub use delta::{delta, DeltaArgs, DeltaState};
+pub use delta::{delta, delta_reference, DeltaArgs, DeltaState};
 pub use device::{beside, describe, open_gpu};
 pub use gated::gated;
 pub(crate) use gemm::{multiply_transposed, multiply_transposed_parallel, Strided};

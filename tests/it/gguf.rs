@@ -19,6 +19,23 @@ fn a_gguf_copy_of_a_golden_gives_its_logits() -> Any {
     Ok(())
 }
 
+/// Written by the converters of llama.cpp and MLX from the golden (`scripts/convert_forms.py`): value heads tiled, the decay's
+/// rate as it is, norms with 1 added, a convolution of another shape, a nested configuration.
+#[test]
+fn other_converters_forms_of_a_hybrid_give_its_logits() -> Any {
+    let golden = Golden::open("qwen3_5_heads")?;
+    for form in ["qwen3_5_heads.gguf", "qwen3_5_heads-mlx"] {
+        let checkpoint = open(&root().join("tests/fixtures/forms").join(form).to_string_lossy())?;
+        for (case, last, limit) in [("short", 64, 1e-4), ("long", 8, 1e-3)] {
+            let ids = golden.ids(case)?;
+            let off =
+                deviation(&last_logits(&load(&checkpoint, None, ids.len())?, &ids, 512, last)?, &golden.logits(case)?)?;
+            assert!(off < limit, "{form}, {case}: {off:.2e} standard deviations off");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn a_sharded_copy_of_a_golden_gives_its_logits() -> Any {
     let dir = variant("qwen3", |_| ())?;
