@@ -12,6 +12,50 @@ pub enum Storage {
     Dense(Float),
     /// Blocks of a GGML format.
     Ggml(Ggml),
+    /// Groups of MLX's affine quantisation.
+    Affine(Affine),
+}
+
+/// MLX's affine quantisation: a group of values is its scale, its bias, and the values in a little-endian bit stream; each is
+/// `scale · q + bias` (<https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html>).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Affine {
+    /// Bits of a value: 2, 3, 4, 5, 6 or 8.
+    pub bits: u8,
+    /// Values of a group: 32, 64 or 128.
+    pub group: u8,
+    /// Type of scale and bias.
+    pub scale: Float,
+}
+
+impl Affine {
+    /// Bytes of a group's values.
+    pub const fn value_bytes(self) -> usize {
+        self.group as usize * self.bits as usize / 8
+    }
+
+    const fn name(self) -> &'static str {
+        match (self.bits, self.group) {
+            (2, 32) => "affine2_g32",
+            (2, 64) => "affine2_g64",
+            (2, _) => "affine2_g128",
+            (3, 32) => "affine3_g32",
+            (3, 64) => "affine3_g64",
+            (3, _) => "affine3_g128",
+            (4, 32) => "affine4_g32",
+            (4, 64) => "affine4_g64",
+            (4, _) => "affine4_g128",
+            (5, 32) => "affine5_g32",
+            (5, 64) => "affine5_g64",
+            (5, _) => "affine5_g128",
+            (6, 32) => "affine6_g32",
+            (6, 64) => "affine6_g64",
+            (6, _) => "affine6_g128",
+            (_, 32) => "affine8_g32",
+            (_, 64) => "affine8_g64",
+            (_, _) => "affine8_g128",
+        }
+    }
 }
 
 /// An element type of dense matrices.
@@ -58,7 +102,7 @@ impl Storage {
     /// Dense bfloat16.
     pub const BF16: Self = Self::Dense(Float::BF16);
 
-    /// Every encoding, in the order in which messages list them.
+    /// Every encoding but MLX's, which only files of its own come in, in the order in which messages list them.
     pub const ALL: [Self; 13] = {
         use Ggml::*;
         [
@@ -95,6 +139,7 @@ impl Storage {
             Self::Ggml(Q4K) => "q4_k",
             Self::Ggml(Q5K) => "q5_k",
             Self::Ggml(Q6K) => "q6_k",
+            Self::Affine(affine) => affine.name(),
         }
     }
 
@@ -114,6 +159,7 @@ impl Storage {
             Self::Ggml(Q4K) => (256, 144),
             Self::Ggml(Q5K) => (256, 176),
             Self::Ggml(Q6K) => (256, 210),
+            Self::Affine(a) => (a.group as usize, a.value_bytes() + 2 * Self::Dense(a.scale).block().1),
         }
     }
 
@@ -132,19 +178,19 @@ impl Storage {
     pub fn dense(self) -> Option<Float> {
         match self {
             Self::Dense(float) => Some(float),
-            Self::Ggml(_) => None,
+            Self::Ggml(_) | Self::Affine(_) => None,
         }
     }
 
     /// The encoding that candle calls `dtype`; none for its formats of activations.
     pub fn from_candle(dtype: GgmlDType) -> Option<Self> {
-        Self::ALL.into_iter().find(|s| s.candle() == dtype)
+        Self::ALL.into_iter().find(|s| s.candle() == Some(dtype))
     }
 
-    /// candle's name of the encoding, for its quantiser and its reference decoder.
-    pub fn candle(self) -> GgmlDType {
+    /// candle's name of the encoding, for its quantiser and its reference decoder; it knows none of MLX's.
+    pub fn candle(self) -> Option<GgmlDType> {
         use Ggml::*;
-        match self {
+        Some(match self {
             Self::F32 => GgmlDType::F32,
             Self::F16 => GgmlDType::F16,
             Self::BF16 => GgmlDType::BF16,
@@ -158,7 +204,8 @@ impl Storage {
             Self::Ggml(Q4K) => GgmlDType::Q4K,
             Self::Ggml(Q5K) => GgmlDType::Q5K,
             Self::Ggml(Q6K) => GgmlDType::Q6K,
-        }
+            Self::Affine(_) => return None,
+        })
     }
 
     /// The dense encoding of tensors of `dtype`, if weights come in it.
@@ -202,7 +249,7 @@ mod tests {
     fn names_and_blocks_are_those_of_the_formats() {
         for storage in Storage::ALL {
             assert_eq!(storage.name().parse::<Storage>().unwrap(), storage);
-            let candle = storage.candle();
+            let candle = storage.candle().unwrap();
             assert_eq!(storage.block(), (candle.block_size(), candle.type_size()), "{storage}");
             assert_eq!(Storage::from_candle(candle), Some(storage));
             if let Some(float) = storage.dense() {

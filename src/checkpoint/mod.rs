@@ -11,6 +11,7 @@ mod gguf_tokenizer;
 #[cfg(feature = "hub")]
 mod hub;
 mod identity;
+mod mlx;
 mod random;
 mod rows;
 mod safetensors;
@@ -28,7 +29,7 @@ pub use tokenizer::TextTokenizer;
 pub use weight_format::{WeightDtype, WeightFormat};
 
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::family::{self, Family, Naming, PLAIN};
+use crate::family::{self, Family, Naming, Quantisation, PLAIN};
 use crate::nn::Weight;
 use crate::spec::{Config, ModelSpec};
 use crate::storage::Storage;
@@ -119,7 +120,11 @@ impl Checkpoint {
         }
         let config = read_config(&path)?;
         let mut warnings = vec![];
-        let store = Store::Shards(safetensors::Shards::open(dir, &mut warnings)?);
+        let mut shards = safetensors::Shards::open(dir, &mut warnings)?;
+        if let Some(settings) = Quantisation::read(&config)? {
+            mlx::join(&mut shards, &settings).map_err(|e| e.within(dir.display()))?;
+        }
+        let store = Store::Shards(shards);
         Self::assemble(config, store, dir.into(), identity, warnings)
     }
 

@@ -3,7 +3,7 @@
 //! Each file's header is read once. A tensor's bytes are mapped only while that tensor is read, which keeps the
 //! resident memory of a load at one tensor's size.
 
-use super::TensorInfo;
+use super::{mlx, TensorInfo};
 use crate::error::{At, Error, Result};
 use crate::storage::Storage;
 use memmap2::MmapOptions;
@@ -16,12 +16,16 @@ struct Entry {
     file: usize,
     offset: u64,
     info: TensorInfo,
+    /// Of a quantised matrix, its other tensors.
+    parts: Option<mlx::Parts>,
 }
 
 /// The safetensors files of a directory and their tensors by name.
 pub struct Shards {
     files: Vec<(PathBuf, File)>,
     mlx: bool,
+    /// Scales and biases of quantised matrices.
+    parts: BTreeMap<String, Entry>,
     entries: BTreeMap<String, Entry>,
 }
 
@@ -31,7 +35,7 @@ impl Shards {
     /// # Errors
     /// A file is missing, truncated or malformed; two shards store the same tensor.
     pub fn open(dir: &Path, warnings: &mut Vec<String>) -> Result<Self> {
-        let mut shards = Self { files: vec![], mlx: false, entries: BTreeMap::new() };
+        let mut shards = Self { files: vec![], mlx: false, parts: BTreeMap::new(), entries: BTreeMap::new() };
         for path in shard_paths(dir, warnings)? {
             shards.add(path)?;
         }
@@ -70,7 +74,7 @@ impl Shards {
                 storage: stored(tensor.dtype).ok_or_else(|| format!("dtype {:?}", tensor.dtype)),
             };
             let offset = start + tensor.data_offsets.0 as u64;
-            if let Some(other) = self.entries.insert(name.clone(), Entry { file: index, offset, info }) {
+            if let Some(other) = self.entries.insert(name.clone(), Entry { file: index, offset, info, parts: None }) {
                 let other = self.files[other.file].0.display();
                 return Err(Error::tensor(&place, format!("tensor `{name}` is stored in {other} too")));
             }
@@ -100,6 +104,28 @@ impl Shards {
     /// The tensor is missing; its file cannot be mapped.
     pub fn read(&self, name: &str, start: u64, length: usize) -> Result<Vec<u8>> {
         let entry = self.entries.get(name).ok_or_else(|| Error::tensor(name, "missing"))?;
+        match &entry.parts {
+            None => self.stored(entry, start, length),
+            Some(parts) => parts.read(name, (start, length), |part, start, length| {
+                let entry = self.entries.get(part).or(self.parts.get(part));
+                self.stored(entry.ok_or_else(|| Error::tensor(part, "missing"))?, start, length)
+            }),
+        }
+    }
+
+    /// Replaces the tensors of a quantised matrix by one.
+    pub(super) fn replace(&mut self, info: TensorInfo, parts: mlx::Parts) {
+        for name in parts.names() {
+            if let Some(entry) = self.entries.remove(name) {
+                self.parts.insert(name.into(), entry);
+            }
+        }
+        if let Some(entry) = self.entries.get_mut(&info.name) {
+            (entry.info, entry.parts) = (info, Some(parts));
+        }
+    }
+
+    fn stored(&self, entry: &Entry, start: u64, length: usize) -> Result<Vec<u8>> {
         let (path, file) = &self.files[entry.file];
         // SAFETY: the map is read-only and dropped at once; for truncation by another process see `add`.
         let map = unsafe { MmapOptions::new().offset(entry.offset + start).len(length).map(file) };

@@ -88,7 +88,11 @@ impl WeightFormat {
     /// The encoding in memory of a matrix of `cols` columns that the file has in `stored`.
     pub fn resolve(&self, stored: Storage, cols: usize) -> Storage {
         let wanted = match (self.request, stored) {
-            (WeightDtype::Native, _) | (WeightDtype::Auto, Storage::Ggml(_)) => stored,
+            // No kernels for MLX's groups on a GPU yet.
+            (WeightDtype::Native | WeightDtype::Auto, Storage::Affine(_)) if self.compute != DType::F32 => {
+                self.fallback
+            }
+            (WeightDtype::Native, _) | (WeightDtype::Auto, Storage::Ggml(_) | Storage::Affine(_)) => stored,
             (WeightDtype::Auto, Storage::Dense(_)) => self.fallback,
             (WeightDtype::As(t), _) => t,
         };

@@ -4,6 +4,7 @@
 //! A key that is not in the table is refused. Defaults are those of transformers' configuration classes;
 //! `tests/it/unread.rs` compares keys and defaults with the classes, as recorded by `scripts/dump_config_keys.py`.
 
+use super::Quantisation;
 use crate::error::{Error, Result};
 use crate::spec::Config;
 use serde_json::{json, Value};
@@ -17,7 +18,7 @@ pub enum Meaning {
     Section(Table),
     /// Supported with this value only.
     OnlyIf(Const),
-    /// Quantisation of the weights: refused with the method's name.
+    /// Quantisation of the weights: MLX's affine one is read, others are refused with the method's name.
     Quantised,
     /// Ignored, for this reason.
     NoEffect(&'static str),
@@ -226,7 +227,8 @@ fn check(config: &Config, table: Table) -> Result<()> {
                 let message = format!("`{key}` is {}; supported: {}", brief(value), wanted.json());
                 return Err(Error::unsupported(config.origin(), message));
             }
-            Some(Quantised) => return Err(quantised(config, key, value)),
+            Some(Quantised) if Quantisation::read(config)?.is_none() => return Err(quantised(config, key, value)),
+            Some(Quantised) => {}
             None => unknown.push(format!("`{key}`")),
         }
     }

@@ -6,10 +6,13 @@
 mod gemma3;
 pub mod keys;
 mod llama;
+mod quantisation;
 mod qwen2;
 mod qwen3;
 mod qwen3_5;
 mod rope;
+
+pub use quantisation::{Group, Quantisation};
 
 use crate::error::{Error, Result};
 use crate::spec::{

@@ -4,7 +4,7 @@
 //! scalar, and its products of a few rows round the input to 8 bits and keep a repacked copy of Q4_K weights; these do
 //! neither.
 
-use crate::storage::{Float, Ggml, Storage};
+use crate::storage::{Affine, Float, Ggml, Storage};
 
 /// An encoding: `ELEMENTS` values in `BYTES` bytes.
 pub trait Block {
@@ -13,7 +13,7 @@ pub trait Block {
     /// Values decoded at a time: a block of GGML's formats, 16 of a dense encoding, so that the loops vectorise.
     const ELEMENTS: usize = match Self::STORAGE {
         Storage::Dense(_) => 16,
-        Storage::Ggml(_) => Self::STORAGE.block().0,
+        Storage::Ggml(_) | Storage::Affine(_) => Self::STORAGE.block().0,
     };
     /// Bytes that encode them.
     const BYTES: usize = Self::ELEMENTS / Self::STORAGE.block().0 * Self::STORAGE.block().1;
@@ -47,6 +47,7 @@ pub fn with_block<W: WithBlock>(storage: Storage, operation: W) -> W::Output {
         Storage::Ggml(Ggml::Q4K) => operation.run::<Q4KBlock>(),
         Storage::Ggml(Ggml::Q5K) => operation.run::<Q5KBlock>(),
         Storage::Ggml(Ggml::Q6K) => operation.run::<Q6KBlock>(),
+        Storage::Affine(affine) => with_bits(affine, operation),
     }
 }
 
@@ -113,6 +114,66 @@ impl Block for Bf16Block {
     fn decode(b: &[u8], out: &mut [f32]) {
         for (o, b) in out.iter_mut().zip(b.chunks_exact(2)) {
             *o = f32::from_bits((u16::from_le_bytes([b[0], b[1]]) as u32) << 16);
+        }
+    }
+}
+
+fn with_bits<W: WithBlock>(affine: Affine, operation: W) -> W::Output {
+    match affine.bits {
+        2 => with_group::<2, W>(affine, operation),
+        3 => with_group::<3, W>(affine, operation),
+        4 => with_group::<4, W>(affine, operation),
+        5 => with_group::<5, W>(affine, operation),
+        6 => with_group::<6, W>(affine, operation),
+        _ => with_group::<8, W>(affine, operation),
+    }
+}
+
+fn with_group<const BITS: u8, W: WithBlock>(affine: Affine, operation: W) -> W::Output {
+    match affine.group {
+        32 => with_scale::<BITS, 32, W>(affine, operation),
+        64 => with_scale::<BITS, 64, W>(affine, operation),
+        _ => with_scale::<BITS, 128, W>(affine, operation),
+    }
+}
+
+fn with_scale<const BITS: u8, const GROUP: u8, W: WithBlock>(affine: Affine, operation: W) -> W::Output {
+    match affine.scale {
+        Float::F32 => operation.run::<AffineBlock<BITS, GROUP, 0>>(),
+        Float::F16 => operation.run::<AffineBlock<BITS, GROUP, 1>>(),
+        Float::BF16 => operation.run::<AffineBlock<BITS, GROUP, 2>>(),
+    }
+}
+
+/// A group of MLX's affine quantisation; `SCALE` is the type of scale and bias: f32, f16 or bf16.
+struct AffineBlock<const BITS: u8, const GROUP: u8, const SCALE: u8>;
+impl<const BITS: u8, const GROUP: u8, const SCALE: u8> Block for AffineBlock<BITS, GROUP, SCALE> {
+    const STORAGE: Storage = {
+        let scale = match SCALE {
+            0 => Float::F32,
+            1 => Float::F16,
+            _ => Float::BF16,
+        };
+        Storage::Affine(Affine { bits: BITS, group: GROUP, scale })
+    };
+    #[inline(always)]
+    fn decode(b: &[u8], out: &mut [f32]) {
+        let bytes = if SCALE == 0 { 4 } else { 2 };
+        let number = |b: &[u8]| match SCALE {
+            0 => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+            1 => half(b),
+            _ => f32::from_bits((u16::from_le_bytes([b[0], b[1]]) as u32) << 16),
+        };
+        let (scale, bias) = (number(b), number(&b[bytes..]));
+        // Eight values lie in as many bytes as a value has bits.
+        for (q, out) in b[2 * bytes..].chunks_exact(BITS as usize).zip(out.chunks_exact_mut(8)) {
+            let mut word = [0u8; 8];
+            word[..BITS as usize].copy_from_slice(q);
+            let word = u64::from_le_bytes(word);
+            for (j, o) in out.iter_mut().enumerate() {
+                let value = (word >> (BITS as usize * j)) as u32 & ((1u32 << BITS) - 1);
+                *o = value as f32 * scale + bias;
+            }
         }
     }
 }
@@ -311,7 +372,7 @@ mod tests {
     fn every_encoding_decodes_to_what_candle_gives() -> candle_core::Result<()> {
         let x = Tensor::randn(0f32, 3.0, (7, 512), &Device::Cpu)?;
         for storage in Storage::ALL {
-            let q = QTensor::quantize(&x, storage.candle())?;
+            let q = QTensor::quantize(&x, storage.candle().expect("one of candle's"))?;
             let want = q.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
             let got = with_block(storage, Decode(&q.data()?, want.len()));
             let off = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);

@@ -36,6 +36,21 @@ fn other_converters_forms_of_a_hybrid_give_its_logits() -> Any {
     Ok(())
 }
 
+/// In 4 bits, groups of 32, as mlx-lm writes and runs it on a CPU (integrations/mlx/parity.py).
+#[test]
+fn a_checkpoint_that_mlx_quantised_gives_its_logits() -> Any {
+    let dir = root().join("tests/fixtures/forms/qwen3_5_heads-mlx4");
+    let theirs = candle_core::safetensors::load(dir.join("logits.safetensors"), &Device::Cpu)?;
+    let ids: Vec<u32> = theirs["ids"].to_dtype(candle_core::DType::U32)?.to_vec1()?;
+    let checkpoint = open(&dir.to_string_lossy())?;
+    let model = load(&checkpoint, None, ids.len())?;
+    for chunk in [ids.len(), 7] {
+        let off = deviation(&last_logits(&model, &ids, chunk, ids.len())?, &theirs["logits"])?;
+        assert!(off < 1e-4, "in chunks of {chunk}: {off:.2e} standard deviations off");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_sharded_copy_of_a_golden_gives_its_logits() -> Any {
     let dir = variant("qwen3", |_| ())?;

@@ -160,7 +160,7 @@ fn keys_that_are_not_understood_are_refused_by_name() -> Any {
     for method in ["gptq", "awq", "bitsandbytes", "compressed-tensors", "fp8"] {
         refused("llama", "quantization_config", json!({ "quant_method": method, "bits": 4 }), &[method, "GGUF"])?;
     }
-    refused("llama", "quantization", json!({ "group_size": 64, "bits": 4 }), &["MLX"])?;
+    refused("llama", "quantization", json!({ "group_size": 64, "bits": 4, "mode": "mxfp4" }), &["mxfp4", "affine"])?;
     // All of them at once.
     let mut config = small("llama");
     (config["alpha_one"], config["beta_two"]) = (json!(1), json!(2));

@@ -65,6 +65,7 @@ impl Format {
             Storage::Ggml(format) => storage.fits(columns).then_some(Self::Ggml(format)),
             // A thread loads 16 bytes.
             Storage::Dense(t) => (t != Float::F32 && columns.is_multiple_of(8)).then_some(Self::Dense(t.dtype())),
+            Storage::Affine(_) => None,
         }
     }
 
