@@ -34,7 +34,7 @@ fn a_window_that_covers_the_text_gives_stock_logits() -> Any {
 
 #[test]
 fn blocks_of_one_with_all_summaries_are_dense_attention() -> Any {
-    for name in ["llama3_rope", "qwen3_d128", "gemma3", "qwen2_yarn"] {
+    for name in ["llama3_rope", "qwen3_d128", "gemma3", "qwen2_yarn", "qwen3_5"] {
         let golden = Golden::open(name)?;
         let text = golden.ids("short")?;
         for (sink_tokens, pool) in [(0, KeyPooling::PostRope), (5, KeyPooling::PostRope), (3, KeyPooling::PreRope)] {

@@ -40,7 +40,7 @@ fn read(run: &mut Run, text: &[u32], prefix: usize, chunk: usize) -> Any<Tensor>
 
 #[test]
 fn with_every_token_fetched_decode_is_dense_attention() -> Any {
-    for name in ["llama", "qwen2", "gemma3", "qwen3_d128"] {
+    for name in ["llama", "qwen2", "gemma3", "qwen3_d128", "qwen3_5"] {
         let model = calibrated(name)?;
         let text = ids(260);
         let want = read(&mut Run::new(&model.weights, Method::Stock, 600)?, &text, 200, 64)?;
@@ -169,7 +169,7 @@ fn decode_does_not_depend_on_how_the_prompt_was_cut() -> Any {
 fn codes_fitted_to_the_text_are_nearer_to_the_stock_model() -> Any {
     // A text of few tokens, which the calibration's documents are not.
     let text: Vec<u32> = (0..520u32).map(|i| (i * i + 7 * i) % 23 + 3).collect();
-    for name in ["llama", "qwen2"] {
+    for name in ["llama", "qwen2", "qwen3_5"] {
         let model = calibrated(name)?;
         let want = read(&mut Run::new(&model.weights, Method::Stock, 600)?, &text, 480, 480)?;
         let mut off = vec![];
@@ -186,7 +186,7 @@ fn codes_fitted_to_the_text_are_nearer_to_the_stock_model() -> Any {
 #[test]
 fn a_fork_of_the_stock_run_goes_on_as_a_run_that_prefilled_by_itself() -> Any {
     let (text, context) = (ids(420), 380);
-    for name in ["llama", "qwen2", "gemma3"] {
+    for name in ["llama", "qwen2", "gemma3", "qwen3_5"] {
         let model = calibrated(name)?;
         let full = model.spec().full_layers();
         let plan =
