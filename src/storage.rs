@@ -189,28 +189,36 @@ impl Storage {
 
     /// candle's name of the encoding, for its quantiser and its reference decoder; it knows none of MLX's.
     pub fn candle(self) -> Option<GgmlDType> {
-        use Ggml::*;
-        Some(match self {
-            Self::F32 => GgmlDType::F32,
-            Self::F16 => GgmlDType::F16,
-            Self::BF16 => GgmlDType::BF16,
-            Self::Ggml(Q4_0) => GgmlDType::Q4_0,
-            Self::Ggml(Q4_1) => GgmlDType::Q4_1,
-            Self::Ggml(Q5_0) => GgmlDType::Q5_0,
-            Self::Ggml(Q5_1) => GgmlDType::Q5_1,
-            Self::Ggml(Q8_0) => GgmlDType::Q8_0,
-            Self::Ggml(Q2K) => GgmlDType::Q2K,
-            Self::Ggml(Q3K) => GgmlDType::Q3K,
-            Self::Ggml(Q4K) => GgmlDType::Q4K,
-            Self::Ggml(Q5K) => GgmlDType::Q5K,
-            Self::Ggml(Q6K) => GgmlDType::Q6K,
-            Self::Affine(_) => return None,
-        })
+        match self {
+            Self::F32 => Some(GgmlDType::F32),
+            Self::F16 => Some(GgmlDType::F16),
+            Self::BF16 => Some(GgmlDType::BF16),
+            Self::Ggml(format) => Some(format.candle()),
+            Self::Affine(_) => None,
+        }
     }
 
     /// The dense encoding of tensors of `dtype`, if weights come in it.
     pub fn of_tensor(dtype: DType) -> Option<Self> {
         [Self::F32, Self::F16, Self::BF16].into_iter().find(|s| s.dense().map(Float::dtype) == Some(dtype))
+    }
+}
+
+impl Ggml {
+    /// candle's name of the format.
+    pub fn candle(self) -> GgmlDType {
+        match self {
+            Self::Q4_0 => GgmlDType::Q4_0,
+            Self::Q4_1 => GgmlDType::Q4_1,
+            Self::Q5_0 => GgmlDType::Q5_0,
+            Self::Q5_1 => GgmlDType::Q5_1,
+            Self::Q8_0 => GgmlDType::Q8_0,
+            Self::Q2K => GgmlDType::Q2K,
+            Self::Q3K => GgmlDType::Q3K,
+            Self::Q4K => GgmlDType::Q4K,
+            Self::Q5K => GgmlDType::Q5K,
+            Self::Q6K => GgmlDType::Q6K,
+        }
     }
 }
 

@@ -203,20 +203,16 @@ impl<'a> GpuStream<'a> {
 }
 
 impl Streaming for GpuStream<'_> {
-    fn read_all(&mut self, symbols: &[u8]) -> Result<Option<Vec<f32>>> {
-        let chunk = self.model.config().chunk;
-        let whole = if self.position == 0 { symbols.len().saturating_sub(1).min(PIECE) / chunk * chunk } else { 0 };
-        if whole > 0 {
-            let wide: Vec<u32> = symbols[..whole].iter().map(|s| u32::from(*s)).collect();
-            let (gpu, attend) = (&self.gpu, &self.attend);
-            self.model.forward(&self.weights, &wide, 1, |layer, qkv| Self::fill(gpu, attend[layer], qkv, whole))?;
-            self.position = whole;
-        }
-        let mut logits = None;
-        for symbol in &symbols[whole..] {
-            logits = Some(self.read(*symbol)?);
-        }
-        Ok(logits)
+    fn at_once(&self) -> (usize, usize) {
+        (self.model.config().chunk, PIECE)
+    }
+
+    fn read_chunks(&mut self, symbols: &[u8]) -> Result<()> {
+        let wide: Vec<u32> = symbols.iter().map(|s| u32::from(*s)).collect();
+        let (gpu, attend) = (&self.gpu, &self.attend);
+        self.model.forward(&self.weights, &wide, 1, |layer, qkv| Self::fill(gpu, attend[layer], qkv, wide.len()))?;
+        self.position = symbols.len();
+        Ok(())
     }
 
     fn read(&mut self, symbol: u8) -> Result<Vec<f32>> {

@@ -29,7 +29,28 @@ pub trait Streaming {
     ///
     /// # Errors
     /// A backend's failure.
-    fn read_all(&mut self, symbols: &[u8]) -> Result<Option<Vec<f32>>>;
+    fn read_all(&mut self, symbols: &[u8]) -> Result<Option<Vec<f32>>> {
+        let (chunk, most) = self.at_once();
+        // The last symbol is read by itself: its logits are asked for.
+        let whole = if self.position() == 0 { symbols.len().saturating_sub(1).min(most) / chunk * chunk } else { 0 };
+        if whole > 0 {
+            self.read_chunks(&symbols[..whole])?;
+        }
+        let mut logits = None;
+        for symbol in &symbols[whole..] {
+            logits = Some(self.read(*symbol)?);
+        }
+        Ok(logits)
+    }
+
+    /// Symbols of a chunk, and those that [`Streaming::read_chunks`] takes, at most.
+    fn at_once(&self) -> (usize, usize);
+
+    /// Reads whole chunks at the start of a text by the forward pass, which fills the rings.
+    ///
+    /// # Errors
+    /// A backend's failure.
+    fn read_chunks(&mut self, symbols: &[u8]) -> Result<()>;
 
     /// Reads one symbol; returns the logits of the next.
     ///
@@ -103,21 +124,16 @@ impl Streaming for Stream<'_> {
         self.rings.iter().map(|r| elements(r) as u64 * 4).sum()
     }
 
-    fn read_all(&mut self, symbols: &[u8]) -> Result<Option<Vec<f32>>> {
-        let chunk = self.model.config().chunk;
-        // The last symbol is read by itself: its logits are asked for.
-        let whole = if self.position == 0 { symbols.len().saturating_sub(1).min(PIECE) / chunk * chunk } else { 0 };
-        if whole > 0 {
-            let wide: Vec<u32> = symbols[..whole].iter().map(|s| u32::from(*s)).collect();
-            let (model, rings) = (self.model, &mut self.rings);
-            model.forward(&self.weights, &wide, 1, |layer, qkv| rings[layer].fill(qkv, whole / chunk, model))?;
-            self.position = whole;
-        }
-        let mut logits = None;
-        for symbol in &symbols[whole..] {
-            logits = Some(self.read(*symbol)?);
-        }
-        Ok(logits)
+    fn at_once(&self) -> (usize, usize) {
+        (self.model.config().chunk, PIECE)
+    }
+
+    fn read_chunks(&mut self, symbols: &[u8]) -> Result<()> {
+        let wide: Vec<u32> = symbols.iter().map(|s| u32::from(*s)).collect();
+        let (model, rings, chunks) = (self.model, &mut self.rings, symbols.len() / self.model.config().chunk);
+        model.forward(&self.weights, &wide, 1, |layer, qkv| rings[layer].fill(qkv, chunks, model))?;
+        self.position = symbols.len();
+        Ok(())
     }
 
     fn read(&mut self, symbol: u8) -> Result<Vec<f32>> {

@@ -108,8 +108,8 @@ impl RandomWeights {
             Some(float) if !device.is_cpu() => {
                 format.count(target, rows * target.row_bytes(cols));
                 // A gate has rows of its query's tensor, but not the same ones.
-                let name =
-                    format!("{}{}", info.name, tensor.heads.map_or(String::new(), |h| "+".repeat(h.first.min(1))));
+                let gate = tensor.heads.is_some_and(|heads| heads.first > 0);
+                let name = format!("{}{}", info.name, if gate { "+" } else { "" });
                 Ok(Weight::Dense(self.draw(&name, (rows, cols), float.dtype(), device).at(&info.name)?))
             }
             Some(_) => rows::load_matrix(from, info, order, format, device),

@@ -5,7 +5,7 @@ use crate::error::{At, Error, ErrorKind, Result};
 use crate::nn::{Blocks, Weight};
 use crate::storage::Storage;
 use crate::tensors::Order;
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::quantized::{QStorage, QTensor};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -130,8 +130,8 @@ pub(super) fn to_f32(stored: Storage, bytes: Vec<u8>, count: usize) -> candle_co
         Storage::F16 => half(|b| half::f16::from_le_bytes(b).to_f32()),
         Storage::BF16 => half(|b| half::bf16::from_le_bytes(b).to_f32()),
         // candle's decoder, unlike the one of products, also gives the infinities and NaN of damaged scales.
-        Storage::Ggml(_) => {
-            let blocks = QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, candle(stored)?)?;
+        Storage::Ggml(format) => {
+            let blocks = QStorage::from_data(Cow::Owned(bytes), &Device::Cpu, format.candle())?;
             QTensor::new(blocks, (1, count))?.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?
         }
         Storage::Affine(_) => {
@@ -140,11 +140,6 @@ pub(super) fn to_f32(stored: Storage, bytes: Vec<u8>, count: usize) -> candle_co
             values
         }
     })
-}
-
-/// The format that candle knows as `storage`.
-fn candle(storage: Storage) -> candle_core::Result<GgmlDType> {
-    storage.candle().ok_or_else(|| candle_core::Error::msg(format!("weights are not converted to {storage}")))
 }
 
 /// Encodes rows of `cols` values, from `first_row` on, in `target`.
@@ -168,10 +163,11 @@ fn from_f32(target: Storage, values: &[f32], cols: usize) -> candle_core::Result
         Storage::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         Storage::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
         Storage::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
-        Storage::Ggml(_) | Storage::Affine(_) => {
+        Storage::Ggml(format) => {
             let tensor = Tensor::from_slice(values, (values.len() / cols, cols), &Device::Cpu)?;
-            QTensor::quantize(&tensor, candle(target)?)?.data()?.into_owned()
+            QTensor::quantize(&tensor, format.candle())?.data()?.into_owned()
         }
+        Storage::Affine(_) => candle_core::bail!("weights are not converted to {target}"),
     })
 }
 

@@ -212,7 +212,7 @@ mod tests {
     fn products_may_run_inside_products_of_the_same_thread() -> Result<()> {
         let (out, columns) = (512, 2048);
         let w = Tensor::randn(0f32, 1.0, (out, columns), &Device::Cpu)?;
-        let q = QTensor::quantize(&w, candle_core::quantized::GgmlDType::Q8_0)?;
+        let q = QTensor::quantize(&w, Ggml::Q8_0.candle())?;
         let blocks = Blocks::new(Storage::Ggml(Ggml::Q8_0), (out, columns), q.data()?.into_owned(), &Device::Cpu)?;
         let layer = Linear::new(Weight::Blocks(blocks), None);
         let x = Tensor::randn(0f32, 1.0, (64, columns), &Device::Cpu)?;

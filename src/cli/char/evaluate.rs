@@ -79,11 +79,9 @@ pub(super) fn eval(args: &EvalArgs) -> Result<()> {
 }
 
 fn line(table: &mut String, name: &str, values: &[f64]) {
-    let Some(e) = Estimate::of(values) else { return };
-    let _ = match (e.low, e.high) {
-        (Some(low), Some(high)) => writeln!(table, "{name:<15} {:.4} [{low:.4}, {high:.4}]", e.mean),
-        _ => writeln!(table, "{name:<15} {:.4}", e.mean),
-    };
+    if let Some(estimate) = Estimate::of(values) {
+        let _ = writeln!(table, "{name:<15} {}", estimate.show(4));
+    }
 }
 
 /// Bits of whole files.

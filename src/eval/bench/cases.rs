@@ -325,12 +325,7 @@ fn quantised(case: &str, t: usize, rows: usize, columns: usize, format: Ggml) ->
         // Quantising takes longer than the product, so 32 rows are repeated; the product's time does not depend on
         // values.
         let few = Tensor::randn(0f32, 1.0, (rows.min(32), columns), &Device::Cpu)?;
-        let few = QTensor::quantize(
-            &few,
-            storage.candle().ok_or_else(|| crate::Error::unsupported("kernel case", storage))?,
-        )?
-        .data()?
-        .into_owned();
+        let few = QTensor::quantize(&few, format.candle())?.data()?.into_owned();
         let bytes: Vec<u8> = few.iter().copied().cycle().take(rows * storage.row_bytes(columns)).collect();
         let layer = Linear::new(Weight::Blocks(Blocks::new(storage, (rows, columns), bytes, &inputs.device)?), None);
         Ok(Box::new(move || layer.forward(&x).map(drop)))
