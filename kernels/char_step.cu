@@ -3,7 +3,8 @@
 //   char_embed     x = embedding row of the symbol, in f32
 //   char_project   y = W n, n = x r w (w given) or x; y is stored, added to the residual stream, or gated:
 //                  silu(y_i) y_{i + rows}
-//   char_attend    keeps the rotated key and the value, and attends to the chunk so far and to the partner chunk
+//   char_attend    keeps the rotated key and the value, and attends to the chunk so far and to the partner chunk or its
+//                  means; the last character of a chunk makes that chunk's
 //
 // Shapes  x f32 [n]; W bf16 [rows, n] (gated: [2 rows, n]); qkv f32 [3 H 64]; keys, values bf16 [chunks][H][B][64];
 //         rope f32 [2, 2 B, 32]; n a multiple of 8, at most 4,096; B at most 128.
@@ -37,12 +38,13 @@ struct CharAttend {
   const float *qkv, *rope;
   T *keys, *values;
   float *out;
+  T *mean_keys, *mean_values;  // [distance][H][64], where the partner is read as means; else null
   int heads, chunk, distance, chunks;
 };
-MIRRORED(CharAttend, 64);
+MIRRORED(CharAttend, 80);
 FIELD(CharAttend, state, 0); FIELD(CharAttend, qkv, 8); FIELD(CharAttend, rope, 16); FIELD(CharAttend, keys, 24);
-FIELD(CharAttend, values, 32); FIELD(CharAttend, out, 40); FIELD(CharAttend, heads, 48); FIELD(CharAttend, chunk, 52);
-FIELD(CharAttend, distance, 56); FIELD(CharAttend, chunks, 60);
+FIELD(CharAttend, values, 32); FIELD(CharAttend, out, 40); FIELD(CharAttend, mean_keys, 48); FIELD(CharAttend, mean_values, 56);
+FIELD(CharAttend, heads, 64); FIELD(CharAttend, chunk, 68); FIELD(CharAttend, distance, 72); FIELD(CharAttend, chunks, 76);
 
 extern "C" __global__ void __launch_bounds__(THREADS) char_embed(const CharState *state, const T *embedding, float *x, int n) {
   const int c = blockIdx.x * THREADS + threadIdx.x;
@@ -104,7 +106,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) char_attend(const __grid_c
   const int width = p.heads * DIM;
   T *keys = p.keys + ((int64_t)(c % p.chunks) * p.heads + head) * b * DIM;
   T *values = p.values + ((int64_t)(c % p.chunks) * p.heads + head) * b * DIM;
-  const bool partner = c >= p.distance;
+  const bool partner = c >= p.distance, mean = p.mean_keys;
+  // The partner's means and, once this chunk is complete, this chunk's.
+  const int64_t means = ((int64_t)(c % p.distance) * p.heads + head) * DIM;
   const int64_t before = partner ? ((int64_t)((c - p.distance) % p.chunks) * p.heads + head) * b * DIM : 0;
   if (threadIdx.x < 3 * HALF) {  // the query for the chunk, the query for the partner, the key
     const int which = threadIdx.x / HALF, i = threadIdx.x % HALF, turn = which == 1 ? at + b : at;
@@ -123,8 +127,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) char_attend(const __grid_c
   float most = -INFINITY;
   for (int key = threadIdx.x; key < 2 * b; key += THREADS) {
     float score = -INFINITY;
-    if (key < b ? key <= at : partner) {
-      const T *row = key < b ? keys + key * DIM : p.keys + before + (key - b) * DIM;
+    if (key < b ? key <= at : partner && (!mean || key == b)) {
+      const T *row = key < b ? keys + key * DIM : mean ? p.mean_keys + means : p.keys + before + (key - b) * DIM;
       const float *query = key < b ? near : far;
       score = 0.f;
 #pragma unroll
@@ -153,14 +157,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) char_attend(const __grid_c
   const int channel = threadIdx.x % DIM, group = threadIdx.x / DIM;
   float o = 0.f;
   for (int key = group; key <= at; key += THREADS / DIM) o = fmaf(scores[key], __bfloat162float(values[key * DIM + channel]), o);
-  for (int key = group; partner && key < b; key += THREADS / DIM)
-    o = fmaf(scores[b + key], __bfloat162float(p.values[before + key * DIM + channel]), o);
+  const T *others = mean ? p.mean_values + means : p.values + before;
+  for (int key = group; partner && key < (mean ? 1 : b); key += THREADS / DIM)
+    o = fmaf(scores[b + key], __bfloat162float(others[key * DIM + channel]), o);
   parts[group][channel] = o;
   __syncthreads();
   if (threadIdx.x < DIM) {
     float all = 0.f;
     for (int i = 0; i < THREADS / DIM; i++) all += parts[i][threadIdx.x];
     p.out[head * DIM + threadIdx.x] = all / sum;
+  }
+  if (mean && at == b - 1 && threadIdx.x < 2 * DIM) {
+    const T *from = threadIdx.x < DIM ? keys : values;
+    float all = 0.f;
+    for (int row = 0; row < b; row++) all += __bfloat162float(from[row * DIM + channel]);
+    (threadIdx.x < DIM ? p.mean_keys : p.mean_values)[means + channel] = __float2bfloat16_rn(all / b);
   }
 }
 
@@ -179,4 +190,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) char_fill(const __grid_con
     p.keys[to + i + HALF] = __float2bfloat16_rn(high * cos + low * sin);
     p.values[to + i] = v[i], p.values[to + i + HALF] = v[i + HALF];
   }
+}
+
+// Means of chunks of a text read at once, from chunk `first` on; `qkv` as of char_fill.
+// Launch  grid (chunks, H), 128 threads.
+extern "C" __global__ void __launch_bounds__(2 * DIM) char_fill_means(const __grid_constant__ CharAttend p, const T *qkv, int first) {
+  const int c = first + blockIdx.x, head = blockIdx.y, channel = threadIdx.x % DIM, i = channel % HALF;
+  const int width = p.heads * DIM, b = p.chunk;
+  const bool key = threadIdx.x < DIM;
+  float all = 0.f;
+  for (int at = 0; at < b; at++) {
+    const T *from = qkv + ((int64_t)c * b + at) * 3 * width + (key ? width : 2 * width) + head * DIM;
+    float x = __bfloat162float(from[channel]);
+    if (key) {
+      const float cos = p.rope[at * HALF + i], sin = p.rope[(2 * b + at) * HALF + i];
+      const float other = __bfloat162float(from[channel < HALF ? channel + HALF : i]);
+      x = __bfloat162float(__float2bfloat16_rn(channel < HALF ? x * cos - other * sin : x * cos + other * sin));
+    }
+    all += x;
+  }
+  const int64_t to = ((int64_t)(c % p.distance) * p.heads + head) * DIM + channel;
+  (key ? p.mean_keys : p.mean_values)[to] = __float2bfloat16_rn(all / b);
 }

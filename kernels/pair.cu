@@ -1,11 +1,11 @@
 // pair_forward, pair_backward, pair_finish: attention of the character model, bf16, D = 64 (src/ops/pair/mod.rs).
 //
 //   near:  s = (R_i q_i . R_j k_j) / 8        j <= i of the chunk itself (all j where both read in full)
-//   far:   s = (R_{i+B} q_i . R_j k_j) / 8    all j of the partner chunk
+//   far:   s = (R_{i+B} q_i . R_j k_j) / 8    all j of the partner chunk; _mean: one key and value, the means of its R_j k_j and v_j
 //
 // Shapes  qkv, dqkv [N, 3 H 64]; out, grad [N, H 64]; lse [N, H] f32, natural; far [N, H 64] f32: gradients of queries as
 //         rotated for the partner; rope [2, 2 B, 32] f32. B = 128 or 16 (CHUNK), N = sequences * chunks * B.
-// Launch  pair_forward_CHUNK, pair_backward_CHUNK: grid (chunks, H, sequences), 2 CHUNK threads, dynamic shared memory as
+// Launch  pair_forward_CHUNK, pair_backward_CHUNK, with or without _mean: grid (chunks, H, sequences), 2 CHUNK threads, dynamic shared memory as
 //         Shared / BackShared below. pair_finish: grid any, 256 threads.
 //
 // Forward: a warp has 16 queries; keys of the chunk, then of the partner, pass through one set of tiles.
@@ -26,7 +26,7 @@ struct PairParams {
   const float *rope;
   int heads, chunks;
   int distance;   // of the partner
-  int kind;       // 0: shift, 2: xor
+  int kind;       // 0: shift, 1: shift, read as means, 2: xor
 };
 MIRRORED(PairParams, 72);
 FIELD(PairParams, qkv, 0); FIELD(PairParams, out, 8); FIELD(PairParams, grad, 16); FIELD(PairParams, lse, 24);
@@ -73,6 +73,17 @@ __device__ inline void summed_of(uint32_t (&b)[4], const T *tile, int row, int u
   load_matrices_transposed(b, shared_address(tile + place(row + lane % 16, unit + lane / 16)));
 }
 
+// Puts the means over a chunk's rows into row 0 of the tiles; the other rows stay, and weigh nothing.
+template <int CHUNK> __device__ inline void to_means(T *keys, T *values) {
+  for (int i = threadIdx.x; i < 2 * DIM; i += 2 * CHUNK) {
+    T *tile = i < DIM ? keys : values;
+    const int unit = i % DIM / 8, c = i % 8;
+    float sum = 0.f;
+    for (int row = 0; row < CHUNK; row++) sum += __bfloat162float(tile[place(row, unit) + c]);
+    tile[place(0, unit) + c] = __float2bfloat16_rn(sum / CHUNK);
+  }
+}
+
 __device__ inline int partner_of(const PairParams &p, int c) {
   const int partner = p.kind == 2 ? c ^ p.distance : c - p.distance;
   return partner < p.chunks ? partner : -1;
@@ -87,7 +98,7 @@ template <int CHUNK> struct Shared {
   T near[CHUNK * DIM], far[CHUNK * DIM], keys[CHUNK * DIM], values[CHUNK * DIM];
 };
 
-template <int CHUNK> __device__ void forward(const PairParams &p, char *memory) {
+template <int CHUNK, bool MEAN> __device__ void forward(const PairParams &p, char *memory) {
   Shared<CHUNK> &s = *(Shared<CHUNK> *)memory;
   const int c = blockIdx.x, head = blockIdx.y, sequence = blockIdx.z, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int width = p.heads * DIM;
@@ -105,9 +116,14 @@ template <int CHUNK> __device__ void forward(const PairParams &p, char *memory) 
     stage<CHUNK>(s.keys, rows(from, 1), stride, p.rope, 0);
     stage<CHUNK>(s.values, rows(from, 2), stride, p.rope, -1);
     __syncthreads();
+    const bool mean = MEAN && part;
+    if (mean) {
+      to_means<CHUNK>(s.keys, s.values);
+      __syncthreads();
+    }
     const T *queries = part == 0 ? s.near : s.far;
     const bool causal = part == 0 && p.kind != 2;
-    const int until = causal ? (warp + 1) * 16 : CHUNK;
+    const int until = mean ? 16 : causal ? (warp + 1) * 16 : CHUNK;
     for (int key = 0; key < until; key += 16) {
       float x[2][4] = {};
 #pragma unroll
@@ -127,7 +143,8 @@ template <int CHUNK> __device__ void forward(const PairParams &p, char *memory) 
           for (int e = 0; e < 2; e++) {
             float &v = x[j][2 * h + e];
             v *= scale;
-            if (causal && key + j * 8 + lane % 4 * 2 + e > warp * 16 + lane / 4 + h * 8) v = -INFINITY;
+            const int of = key + j * 8 + lane % 4 * 2 + e;
+            if (mean ? of > 0 : causal && of > warp * 16 + lane / 4 + h * 8) v = -INFINITY;
             most = fmaxf(most, v);
           }
         most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
@@ -169,9 +186,10 @@ template <int CHUNK> struct BackShared {
   T keys[CHUNK * DIM], values[CHUNK * DIM], queries[CHUNK * DIM], grads[CHUNK * DIM];
   T ds[CHUNK * (CHUNK + 8)];  // [query][key]; rows of CHUNK + 8: 16 bytes apart modulo the banks
   float lse[CHUNK], dots[CHUNK];
+  float means[2 * DIM];  // of keys, then of values: what row 0 had before them, then a row's share of their gradients
 };
 
-template <int CHUNK> __device__ void backward(const PairParams &p, char *memory) {
+template <int CHUNK, bool MEAN> __device__ void backward(const PairParams &p, char *memory) {
   constexpr int ROW = CHUNK + 8, AT_ONCE = CHUNK < 64 ? CHUNK : 64;  // queries of a warp's tiles
   BackShared<CHUNK> &s = *(BackShared<CHUNK> *)memory;
   const int c = blockIdx.x, head = blockIdx.y, sequence = blockIdx.z, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -187,6 +205,20 @@ template <int CHUNK> __device__ void backward(const PairParams &p, char *memory)
     const int reader = part == 0 ? c : reader_of(p, c);
     if (reader < 0) break;
     if (part) __syncthreads();
+    const bool mean = MEAN && part;
+    if (mean) {
+      to_means<CHUNK>(s.keys, s.values);
+      // Row 0 of the sums, which four lanes hold, takes the gradients of the means; its own are put aside.
+      if (threadIdx.x < 4)
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const int channel = n * 8 + lane * 2 + e;
+            s.means[channel] = dk[n][e], s.means[DIM + channel] = dv[n][e];
+            dk[n][e] = dv[n][e] = 0.f;
+          }
+    }
     stage<CHUNK>(s.queries, rows(reader, 0), stride, p.rope, part * CHUNK);
     stage<CHUNK>(s.grads, p.grad + first_row(reader) * width + head * DIM, width, p.rope, -1);
     for (int i = threadIdx.x / 2; i < CHUNK; i += CHUNK) {  // two threads a row
@@ -207,7 +239,7 @@ template <int CHUNK> __device__ void backward(const PairParams &p, char *memory)
     }
     __syncthreads();
     const bool causal = part == 0 && p.kind != 2;
-    for (int from = causal ? warp * 16 / AT_ONCE * AT_ONCE : 0; from < CHUNK; from += AT_ONCE) {
+    for (int from = causal ? warp * 16 / AT_ONCE * AT_ONCE : 0; from < CHUNK && !(mean && warp); from += AT_ONCE) {
       float x[AT_ONCE / 8][4] = {}, y[AT_ONCE / 8][4] = {};
 #pragma unroll
       for (int unit = 0; unit < 8; unit += 2) {
@@ -231,7 +263,7 @@ template <int CHUNK> __device__ void backward(const PairParams &p, char *memory)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const int query = from + j * 8 + lane % 4 * 2 + e % 2, key = warp * 16 + lane / 4 + e / 2 * 8;
-          const float w = causal && key > query ? 0.f : exp2f(x[j][e] * scale - s.lse[query]);
+          const float w = (mean ? key > 0 : causal && key > query) ? 0.f : exp2f(x[j][e] * scale - s.lse[query]);
           x[j][e] = w;
           y[j][e] = w * (y[j][e] - s.dots[query]) * 0.125f;
           s.ds[query * ROW + key] = __float2bfloat16_rn(y[j][e]);
@@ -255,7 +287,7 @@ template <int CHUNK> __device__ void backward(const PairParams &p, char *memory)
     __syncthreads();
     // dQ of 16 queries a warp: over keys up to its own where causal, which is what was written.
     float dq[DIM / 8][4] = {};
-    const int until = causal ? (warp + 1) * 16 : CHUNK;
+    const int until = mean ? 16 : causal ? (warp + 1) * 16 : CHUNK;
     for (int key = 0; key < until; key += 16) {
       uint32_t a[4];
       load_matrices(a, shared_address(s.ds + (warp * 16 + lane % 16) * ROW + key + lane / 16 * 8));
@@ -288,6 +320,26 @@ template <int CHUNK> __device__ void backward(const PairParams &p, char *memory)
         }
       }
     }
+  }
+  if (MEAN && reader_of(p, c) >= 0) {
+    if (threadIdx.x < 4)
+#pragma unroll
+      for (int n = 0; n < DIM / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int channel = n * 8 + lane * 2 + e;
+          const float own_key = s.means[channel], own_value = s.means[DIM + channel];
+          s.means[channel] = dk[n][e] / CHUNK, s.means[DIM + channel] = dv[n][e] / CHUNK;
+          dk[n][e] = own_key, dv[n][e] = own_value;
+        }
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < DIM / 8; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int channel = n * 8 + lane % 4 * 2 + e % 2;
+        dk[n][e] += s.means[channel], dv[n][e] += s.means[DIM + channel];
+      }
   }
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -323,17 +375,22 @@ template <int CHUNK> __device__ void finish(const PairParams &p, int rows) {
   }
 }
 
-#define INSTANCES(CHUNK)                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(2 * CHUNK) pair_forward_##CHUNK(const __grid_constant__ PairParams p) {    \
-    extern __shared__ __align__(128) char shared[];                                                                       \
-    forward<CHUNK>(p, shared);                                                                                            \
-  }                                                                                                                       \
-  extern "C" __global__ void __launch_bounds__(2 * CHUNK) pair_backward_##CHUNK(const __grid_constant__ PairParams p) {   \
-    extern __shared__ __align__(128) char shared[];                                                                       \
-    backward<CHUNK>(p, shared);                                                                                           \
-  }                                                                                                                       \
-  extern "C" __global__ void __launch_bounds__(256) pair_finish_##CHUNK(const __grid_constant__ PairParams p, int rows) { \
-    finish<CHUNK>(p, rows);                                                                                               \
+#define PAIR(CHUNK, SUFFIX, MEAN)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(2 * CHUNK) pair_forward_##CHUNK##SUFFIX(const __grid_constant__ PairParams p) {  \
+    extern __shared__ __align__(128) char shared[];                                                                          \
+    forward<CHUNK, MEAN>(p, shared);                                                                                         \
+  }                                                                                                                          \
+  extern "C" __global__ void __launch_bounds__(2 * CHUNK) pair_backward_##CHUNK##SUFFIX(const __grid_constant__ PairParams p) { \
+    extern __shared__ __align__(128) char shared[];                                                                          \
+    backward<CHUNK, MEAN>(p, shared);                                                                                        \
   }
-INSTANCES(128)
-INSTANCES(16)
+#define FINISH(CHUNK)                                                                                                        \
+  extern "C" __global__ void __launch_bounds__(256) pair_finish_##CHUNK(const __grid_constant__ PairParams p, int rows) {    \
+    finish<CHUNK>(p, rows);                                                                                                  \
+  }
+PAIR(128, , false)
+PAIR(128, _mean, true)
+PAIR(16, , false)
+PAIR(16, _mean, true)
+FINISH(128)
+FINISH(16)

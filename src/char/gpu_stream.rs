@@ -63,6 +63,8 @@ struct Attend {
     keys: u64,
     values: u64,
     out: u64,
+    mean_keys: u64,
+    mean_values: u64,
     heads: i32,
     chunk: i32,
     distance: i32,
@@ -70,8 +72,9 @@ struct Attend {
 }
 // SAFETY: numbers in C's layout.
 unsafe impl DeviceRepr for Attend {}
-mirrored!(Attend, 64, {
-    state: 0, qkv: 8, rope: 16, keys: 24, values: 32, out: 40, heads: 48, chunk: 52, distance: 56, chunks: 60,
+mirrored!(Attend, 80, {
+    state: 0, qkv: 8, rope: 16, keys: 24, values: 32, out: 40, mean_keys: 48, mean_values: 56, heads: 64, chunk: 68,
+    distance: 72, chunks: 76,
 });
 
 /// A text being read on a GPU.
@@ -149,12 +152,16 @@ impl<'a> GpuStream<'a> {
             };
         let (mut attend, mut held) = (vec![], vec![]);
         for (i, partner) in config.layers().into_iter().enumerate() {
-            let Partner::Shift(distance) = partner else {
-                return Err(Error::unsupported("stream on CUDA", "partners as summaries or by xor; use --device cpu"));
-            };
+            if let Partner::Xor(_) = partner {
+                return Err(Error::unsupported("pairing", "xor reads later characters: it has no stream"));
+            }
+            let (distance, mean) = (partner.distance(), matches!(partner, Partner::Summary(_)));
+            let chunks = if mean { 1 } else { distance + 1 };
             let w = model.layer_weights(&weights, i)?;
-            let ring = [distance + 1, heads, config.chunk, config.head_dim];
+            let ring = [chunks, heads, config.chunk, config.head_dim];
             let (keys, values) = (room(&ring, DType::BF16)?, room(&ring, DType::BF16)?);
+            let means = || room(&[distance, heads, config.head_dim], DType::BF16);
+            let means = mean.then(|| Ok::<_, Error>((means()?, means()?))).transpose()?;
             let p = Attend {
                 state: at_state,
                 qkv: address(&qkv)?,
@@ -162,10 +169,12 @@ impl<'a> GpuStream<'a> {
                 keys: address(&keys)?,
                 values: address(&values)?,
                 out: address(&attended)?,
+                mean_keys: address_or_null(means.as_ref().map(|m| &m.0))?,
+                mean_values: address_or_null(means.as_ref().map(|m| &m.1))?,
                 heads: heads as i32,
                 chunk: config.chunk as i32,
                 distance: distance as i32,
-                chunks: distance as i32 + 1,
+                chunks: chunks as i32,
             };
             launches.push(project(&w.qkv, &x, Some(&w.norm1), &qkv, Mode::Store)?);
             launches.push(Launch::new(kernel("char_attend")?, (heads, 1, 1), THREADS).with(p));
@@ -174,6 +183,7 @@ impl<'a> GpuStream<'a> {
             launches.push(project(&w.down, &gated, None, &x, Mode::Add)?);
             attend.push(p);
             held.extend([keys, values]);
+            held.extend(means.into_iter().flat_map(|(k, v)| [k, v]));
         }
         let last = model.final_weight(&weights)?;
         launches.push(project(&embedding, &x, Some(&last), &logits, Mode::Store)?);
@@ -191,8 +201,18 @@ impl<'a> GpuStream<'a> {
         Ok(Self { model, weights, gpu, graph, state, attend, logits, position: 0, bytes, _held: held })
     }
 
-    /// Keeps keys and values of the first `rows` characters of a text in the ring of `layer`.
+    /// Keeps keys and values of the first `rows` characters of a text, whole chunks, in the ring of a layer, or the means of
+    /// these chunks.
     fn fill(gpu: &CudaDevice, p: Attend, qkv: &Tensor, rows: usize) -> Result<()> {
+        if p.mean_keys != 0 {
+            let chunks = rows / p.chunk as usize;
+            let first = chunks.saturating_sub(p.distance as usize);
+            let kernel = Kernel::load(gpu, "char_step", "char_fill_means".into())?;
+            let launch = Launch::new(kernel, (chunks - first, p.heads as usize, 1), 128);
+            let launch = launch.with(p).with(address(qkv)?).with(first as i32);
+            // SAFETY: as below.
+            return unsafe { launch.enqueue(false) };
+        }
         let from = (rows / p.chunk as usize).saturating_sub(p.chunks as usize) * p.chunk as usize;
         let blocks = ((rows - from) * p.heads as usize * 32).div_ceil(THREADS).min(1024);
         let launch = Launch::new(Kernel::load(gpu, "char_step", "char_fill".into())?, (blocks, 1, 1), THREADS);

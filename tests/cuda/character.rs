@@ -2,7 +2,7 @@
 
 use super::errors;
 use crate::common::{gpu, Any};
-use bfly::char::{Batch, CharConfig, CharModel, GpuStream, Pairing, Rematerialise, Streaming};
+use bfly::char::{Batch, CharConfig, CharModel, GpuStream, Pairing, PartnerForm, Rematerialise, Streaming};
 use bfly::ops::pair::{self, PairRope, PairShape, Partner};
 use bfly::ops::training::{
     cross_entropy, gated_silu, gated_silu_backward, norm, norm_backward, FlatGradient, NO_TARGET,
@@ -31,7 +31,7 @@ fn close(got: &Tensor, want: &Tensor, limit: f64, what: &str) -> Any {
 fn pair_attention_is_the_cpus() -> Any {
     let Some(gpu) = gpu("pair_attention_is_the_cpus") else { return Ok(()) };
     let mut rng = StdRng::seed_from_u64(1);
-    for case in 0..12 {
+    for case in 0..24 {
         let chunk = if case % 3 == 0 { 16 } else { 128 };
         let shape = PairShape {
             batch: rng.random_range(1..4),
@@ -41,7 +41,11 @@ fn pair_attention_is_the_cpus() -> Any {
             dim: 64,
         };
         let distance = 1 << rng.random_range(0..4);
-        let partner = if case % 4 == 3 { Partner::Xor(distance) } else { Partner::Shift(distance) };
+        let partner = match case % 4 {
+            3 => Partner::Xor(distance),
+            1 => Partner::Summary(distance),
+            _ => Partner::Shift(distance),
+        };
         let (x, x_cpu) = pair_of(&gpu, 1.5, (shape.rows(), 3 * shape.width()))?;
         let (dy, dy_cpu) = pair_of(&gpu, 1.0, (shape.rows(), shape.width()))?;
         let of = |device: &Device, x: &Tensor, dy: &Tensor| -> Any<_> {
@@ -115,6 +119,8 @@ fn models() -> Any<Vec<(CharConfig, usize)>> {
         (of("micro", &[0, 1, 2, 3])?, 16 * 20 - 3),
         (of("tiny", &[0, 1, 2])?, 128 * 7 - 50),
         (of("small", &[0])?, 128 * 3),
+        (CharConfig { partner_form: PartnerForm::Summary, ..of("micro", &[0, 1, 2])? }, 16 * 13 - 5),
+        (CharConfig { partner_form: PartnerForm::Summary, ..of("tiny", &[0, 1])? }, 128 * 5 - 50),
         (CharConfig { pairing: Pairing::Xor, ..of("micro", &[0, 2])? }, 16 * 8),
     ])
 }

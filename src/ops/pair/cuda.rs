@@ -36,9 +36,6 @@ pub(super) fn check(shape: PairShape, partner: Partner, tensors: &[&Tensor]) -> 
     if shape.dim != DIM || !matches!(shape.chunk, 16 | 128) {
         return refuse(format!("heads of {} in chunks of {}; it takes 64 in 16 or 128", shape.dim, shape.chunk));
     }
-    if partner.is_summary() {
-        return refuse("partners as summaries; train those on a CPU".into());
-    }
     match tensors.iter().find(|t| t.dtype() != DType::BF16 || !t.is_contiguous()) {
         Some(t) => refuse(format!("{:?}, which is not contiguous bf16", t)),
         None => Ok(()),
@@ -51,14 +48,19 @@ fn params(shape: PairShape, partner: Partner, rope: &PairRope) -> Result<Params>
         heads: shape.heads as i32,
         chunks: shape.chunks as i32,
         distance: partner.distance() as i32,
-        kind: if partner.is_causal() { 0 } else { 2 },
+        kind: match partner {
+            Partner::Shift(_) => 0,
+            Partner::Summary(_) => 1,
+            Partner::Xor(_) => 2,
+        },
         ..Params::default()
     })
 }
 
 /// A kernel with a thread block for each chunk and head.
-fn by_chunk(like: &Tensor, shape: PairShape, name: &str, shared: usize) -> Result<Launch> {
-    let kernel = Kernel::load(device(like)?, "pair", format!("{name}_{}", shape.chunk))?.shared(shared)?;
+fn by_chunk(like: &Tensor, shape: PairShape, partner: Partner, name: &str, shared: usize) -> Result<Launch> {
+    let suffix = if partner.is_summary() { "_mean" } else { "" };
+    let kernel = Kernel::load(device(like)?, "pair", format!("{name}_{}{suffix}", shape.chunk))?.shared(shared)?;
     Ok(Launch::new(kernel, (shape.chunks, shape.heads, shape.batch), 2 * shape.chunk))
 }
 
@@ -70,7 +72,7 @@ pub(super) fn forward(qkv: &Tensor, s: PairShape, partner: Partner, rope: &PairR
     let mut p = params(s, partner, rope)?;
     (p.qkv, p.to, p.lse) = (address(qkv)?, address(&out)?, address(&lse)?);
     // Four tiles of a chunk.
-    let launch = by_chunk(qkv, s, "pair_forward", 4 * s.chunk * DIM * 2)?.with(p);
+    let launch = by_chunk(qkv, s, partner, "pair_forward", 4 * s.chunk * DIM * 2)?.with(p);
     // SAFETY: shapes were checked; frees are ordered after the launch on the one stream.
     unsafe { launch.enqueue(false)? };
     Ok((out, lse))
@@ -91,9 +93,9 @@ pub(super) fn backward(
     let mut p = params(s, partner, rope)?;
     (p.qkv, p.out, p.grad, p.lse) = (address(qkv)?, address(out)?, address(grad)?, address(lse)?);
     (p.to, p.far) = (address(&d_qkv)?, address(&far)?);
-    // Four tiles, scores' gradients in rows of B + 8, and two numbers a query.
-    let shared = 4 * s.chunk * DIM * 2 + s.chunk * (s.chunk + 8) * 2 + 2 * s.chunk * 4;
-    let backward = by_chunk(qkv, s, "pair_backward", shared)?.with(p);
+    // Four tiles, scores' gradients in rows of B + 8, two numbers a query, and two a channel.
+    let shared = 4 * s.chunk * DIM * 2 + s.chunk * (s.chunk + 8) * 2 + 2 * s.chunk * 4 + 2 * DIM * 4;
+    let backward = by_chunk(qkv, s, partner, "pair_backward", shared)?.with(p);
     let finish = Kernel::load(gpu, "pair", format!("pair_finish_{}", s.chunk))?;
     let blocks = (s.rows() * s.width() / 8).div_ceil(256).min(1024);
     let finish = Launch::new(finish, (blocks, 1, 1), 256).with(p).with(s.rows() as i32);

@@ -11,7 +11,7 @@
 //! A partner so lies right before the chunk, however far it is in the text: positions never exceed `2 B`. Keys are rotated
 //! once, queries once for either part.
 //!
-//! On CUDA: bf16, chunks of 16 or 128, heads of 64, partners with their keys and values (kernels/pair.cu).
+//! On CUDA: bf16, chunks of 16 or 128, heads of 64 (kernels/pair.cu).
 
 mod cpu;
 #[cfg(feature = "cuda")]
