@@ -6,9 +6,10 @@
 
 use super::{rows, Checkpoint, TensorInfo, WeightFormat};
 use crate::error::{At, Error, ErrorKind, Result};
+use crate::family::Quantisation;
 use crate::nn::{Blocks, Weight};
 use crate::spec::Config;
-use crate::storage::Storage;
+use crate::storage::{Affine, Float, Storage};
 use crate::tensors::{Order, Role, Schema, TensorSpec};
 use candle_core::{DType, Device, Tensor};
 use sha2::{Digest, Sha256};
@@ -34,15 +35,23 @@ pub struct RandomWeights {
 
 impl RandomWeights {
     /// Defines the tensors of `schema` for the configuration at `path`; their stored type is its `dtype` (bf16 if it
-    /// has none).
+    /// has none), that of matrices its `quantization`.
+    ///
+    /// # Errors
+    /// Settings of the quantisation that are not supported.
     pub fn new(path: &Path, config: &Config, schema: &Schema, seed: u64) -> Result<Self> {
         let named = config.opt_str("dtype")?.or(config.opt_str("torch_dtype")?);
         let storage = match named {
-            Some("float32") => Storage::F32,
-            Some("float16") => Storage::F16,
-            _ => Storage::BF16,
+            Some("float32") => Float::F32,
+            Some("float16") => Float::F16,
+            _ => Float::BF16,
         };
+        let settings = Quantisation::read(config)?;
         let entry = |t: &TensorSpec| {
+            let group = settings.as_ref().and_then(|s| s.of(t.name.strip_suffix(".weight").unwrap_or(&t.name)));
+            let affine = group.map(|g| Storage::Affine(Affine { bits: g.bits, group: g.size, scale: storage }));
+            let fits = |s: &Storage| t.role == Role::Matrix && t.shape.last().is_some_and(|n| s.fits(*n));
+            let storage = affine.filter(fits).unwrap_or(Storage::Dense(storage));
             let info = TensorInfo { name: t.name.clone(), shape: t.shape.clone(), storage: Ok(storage) };
             (t.name.clone(), info)
         };
@@ -73,6 +82,11 @@ impl RandomWeights {
         };
         Ok(match info.storage {
             Ok(Storage::F32) => values(4).flat_map(f32::to_le_bytes).collect(),
+            Ok(Storage::Affine(affine)) => {
+                let block = Storage::Affine(affine).block().1;
+                let first = start / block as u64;
+                (first..first + (length / block) as u64).flat_map(|i| random_group(affine, key, i)).collect()
+            }
             Ok(Storage::F16) => values(2).flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect(),
             _ => values(2).flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect(),
         })
@@ -164,6 +178,21 @@ impl RandomWeights {
     }
 }
 
+/// Returns group `i` of an affine matrix: values equally likely, scale and bias so that they have mean 0 and deviation
+/// [`STD`].
+fn random_group(affine: Affine, key: u64, i: u64) -> Vec<u8> {
+    let most = f32::from(u8::MAX >> (8 - affine.bits));
+    let scale = STD / ((most + 1.0).powi(2) - 1.0).sqrt() * 12f32.sqrt();
+    let float = |x: f32| match affine.scale {
+        Float::F32 => x.to_le_bytes().to_vec(),
+        Float::F16 => half::f16::from_f32(x).to_le_bytes().to_vec(),
+        Float::BF16 => half::bf16::from_f32(x).to_le_bytes().to_vec(),
+    };
+    let words = affine.value_bytes().div_ceil(8) as u64;
+    let values = (0..words).flat_map(|w| splitmix(key, i * words + w).to_le_bytes()).take(affine.value_bytes());
+    float(scale).into_iter().chain(float(-scale * most / 2.0)).chain(values).collect()
+}
+
 /// Returns output `i` of splitmix64 seeded with `key` (Steele et al. 2014, <https://doi.org/10.1145/2660193.2660195>).
 pub(crate) fn splitmix(key: u64, i: u64) -> u64 {
     let mut z = key.wrapping_add(i.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -183,6 +212,19 @@ fn normal(key: u64, i: u64) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn affine_groups_have_the_deviation_of_other_matrices() -> Result<()> {
+        for bits in [2, 3, 4, 5, 6, 8] {
+            let affine = Affine { bits, group: 64, scale: Float::F32 };
+            let bytes: Vec<u8> = (0..64).flat_map(|i| random_group(affine, 7, i)).collect();
+            let mut values = vec![0f32; 64 * 64];
+            crate::ops::dequantise(Storage::Affine(affine), &bytes, 0, 64, &mut values);
+            let square = values.iter().map(|v| v * v).sum::<f32>() / values.len() as f32;
+            assert!((square.sqrt() / STD - 1.0).abs() < 0.05, "{bits} bits: {}", square.sqrt());
+        }
+        Ok(())
+    }
 
     #[test]
     fn values_have_the_moments_of_a_normal_distribution_and_depend_on_the_key() {
