@@ -8,10 +8,11 @@
 //                 Grid so that each warp gets ROWS rows at a time, 256 threads, shared memory 4 N bytes. N a multiple of 8.
 //                 Bound by the weights' bytes; the first loads are issued before v is ready.
 // decode_add_norm x += norm(y) * w, for families with a norm after the mixer. One block, 256 threads.
+// decode_gate     x *= sigmoid(gate), the gate of attention's output. Grid ceil(N / 256), 256 threads.
 // decode_finish   stores the token and increments the position. One thread.
 // decode_journal  saves what the next `count` steps overwrite in rings that are shorter than the context, in summary rows and in
-//                 running sums, or puts it back (`restore`): a batch of steps that was cut off is undone and repeated in part.
-//                 Grid layers, 256 threads. At most JOURNAL steps; rows of a multiple of 16 bytes.
+//                 running sums or recurrent states, or puts it back (`restore`): a batch of steps that was cut off is undone and repeated in part.
+//                 Grid (layers, any), 256 threads. At most JOURNAL steps; rows of a multiple of 16 bytes.
 #include "matvec.cuh"
 
 template <typename T>
@@ -84,6 +85,13 @@ extern "C" __global__ void decode_add_norm(float *x, const float *y, const float
   for (int i = threadIdx.x; i < n; i += blockDim.x) x[i] += y[i] * factor * w[i];
 }
 
+extern "C" __global__ void decode_gate(float *x, const float *gate, int n) {
+  release_next();
+  await_previous();
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) x[i] /= 1.f + expf(-gate[i]);
+}
+
 extern "C" __global__ void decode_finish(DecodeState *state, uint32_t *tokens, int capacity, const uint32_t *stops, int count) {
   release_next();
   await_previous();
@@ -105,7 +113,7 @@ constexpr int JOURNAL = 8;
 struct Journal {
   uint8_t *ring_k, *ring_v;  // position x in row x % capacity
   uint8_t *mean_k, *mean_v;  // block n in row n % mean_rows; null where there are none
-  float *running;            // [width], or null
+  float *running;            // [width], or null: running sums, or a recurrent state
   uint8_t *saved;            // 4 JOURNAL rows, then the sums
   int capacity, row;         // bytes of a row; capacity 0: no ring to save
   int mean_rows, block, readable, width;
@@ -124,12 +132,12 @@ __device__ inline void exchange(uint8_t *live, uint8_t *saved, int bytes, int re
 extern "C" __global__ void decode_journal(const Journal *layers, const DecodeState *state, int count, int restore) {
   const Journal j = layers[blockIdx.x];
   const int position = state->position;
-  for (int i = 0; i < count && j.capacity > 0; i++) {
+  for (int i = 0; i < count && j.capacity > 0 && blockIdx.y == 0; i++) {
     const int64_t at = (int64_t)((position + i) % j.capacity) * j.row;
     exchange(j.ring_k + at, j.saved + (int64_t)(4 * i) * j.row, j.row, restore);
     exchange(j.ring_v + at, j.saved + (int64_t)(4 * i + 1) * j.row, j.row, restore);
   }
-  for (int i = 0; i < count && j.mean_k; i++) {
+  for (int i = 0; i < count && j.mean_k && blockIdx.y == 0; i++) {
     const int n = (position + i) / j.block;
     if ((position + i + 1) % j.block != 0 || n >= j.readable) continue;
     const int64_t at = (int64_t)(n % j.mean_rows) * j.row;
@@ -137,7 +145,7 @@ extern "C" __global__ void decode_journal(const Journal *layers, const DecodeSta
     exchange(j.mean_v + at, j.saved + (int64_t)(4 * i + 3) * j.row, j.row, restore);
   }
   float *sums = (float *)(j.saved + (int64_t)(4 * JOURNAL) * j.row);
-  for (int i = threadIdx.x; i < j.width && j.running; i += blockDim.x) {
+  for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < j.width && j.running; i += gridDim.y * blockDim.x) {
     if (restore) j.running[i] = sums[i];
     else sums[i] = j.running[i];
   }

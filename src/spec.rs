@@ -236,9 +236,9 @@ impl DeltaSpec {
         2 * self.key_width() + self.value_width()
     }
 
-    /// Returns the numbers of a layer's recurrent state: `V` matrices of `D_k` by `D_v`, and the convolution's last inputs.
+    /// Returns the numbers of a layer's recurrent state: `V` matrices of `D_k` by `D_v`, and the convolution's last `n` inputs.
     pub fn state_len(&self) -> usize {
-        self.value_heads * self.key_dim * self.value_dim + self.channels() * (self.kernel - 1)
+        self.value_heads * self.key_dim * self.value_dim + self.channels() * self.kernel
     }
 }
 
@@ -398,6 +398,14 @@ impl ModelSpec {
         self.layers.iter_mut().filter_map(|l| match &mut l.mixer {
             MixerSpec::Attention(a) => Some(a),
             MixerSpec::Delta(_) => None,
+        })
+    }
+
+    /// Returns the recurrent layers.
+    pub fn recurrent(&self) -> impl Iterator<Item = &DeltaSpec> {
+        self.layers.iter().filter_map(|l| match &l.mixer {
+            MixerSpec::Attention(_) => None,
+            MixerSpec::Delta(d) => Some(d),
         })
     }
 

@@ -258,9 +258,6 @@ impl Loader<'_> {
     }
 
     fn delta(&self, spec: &DeltaSpec, t: &DeltaTensors) -> Result<DeltaWeights> {
-        if !self.device.is_cpu() {
-            return Err(Error::unsupported("Gated DeltaNet", "runs on a CPU so far; use --device cpu"));
-        }
         let vector = |tensor: &TensorSpec| self.checkpoint.vector(tensor, self.device);
         Ok(DeltaWeights {
             spec: *spec,

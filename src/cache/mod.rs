@@ -126,7 +126,7 @@ impl LayerState {
                 Self::Recall(Box::new(RecallKv::new(r, ring()?, plan, workspace, (dtype, device))?))
             }
             LayerKind::Evict(e) => Self::CompressedKv(Box::new(CompressedKv::new(e, ring()?, plan.heads, device)?)),
-            LayerKind::Delta(spec) => Self::Recurrent(Box::new(Recurrent::new(spec))),
+            LayerKind::Delta(spec) => Self::Recurrent(Box::new(Recurrent::new(spec, device)?)),
         })
     }
 
@@ -134,10 +134,7 @@ impl LayerState {
     fn copy_from(&mut self, other: &Self, count: usize) -> Result<()> {
         match (self, other) {
             (Self::Dense(to), Self::Dense(from)) | (Self::Ring(to), Self::Ring(from)) => to.copy_from(from, count),
-            (Self::Recurrent(to), Self::Recurrent(from)) => {
-                to.clone_from(from);
-                Ok(())
-            }
+            (Self::Recurrent(to), Self::Recurrent(from)) => to.copy_from(from),
             (Self::Recall(to), Self::Dense(from)) => {
                 let KeyValues { k, v } = from.rows();
                 for start in (0..count).step_by(COPIED_TOKENS) {

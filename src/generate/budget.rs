@@ -2,8 +2,8 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::Layout;
-use crate::ops::human_bytes;
-use crate::spec::AttentionSpec;
+use crate::ops::{delta_scratch, human_bytes};
+use crate::spec::{AttentionSpec, DeltaSpec};
 use crate::weights::Weights;
 
 /// Smallest chunk that a budget reduces to, in tokens.
@@ -38,6 +38,11 @@ impl MemoryNeeds {
         let width = attention_most(&|a| 2 * a.q_width() + 4 * a.kv_width());
         let attention = 4 * spec.hidden + width + attention_most(&|a| a.q_width());
         let feed_forward = 4 * spec.hidden + 3 * wide;
+        // Inputs and output of a recurrence.
+        let recurrence = |d: &DeltaSpec| 4 * spec.hidden + d.channels() + 2 * d.value_width() + 2 * d.value_heads;
+        let recurrence = spec.recurrent().map(recurrence).max().unwrap_or(0);
+        let scratch = spec.recurrent().map(|d| delta_scratch(d, weights.dtype(), weights.device()));
+        let (fixed, each) = scratch.fold((0, 0), |most, s| (s.0.max(most.0), s.1.max(most.1)));
         // A tile's attention, its f32 sum with that of earlier tiles, and their log-sum-exps.
         let partial = |a: &AttentionSpec| a.q_width() + (4 * a.q_width() + 8 * a.heads) / size;
         let recall = if layout.recall().next().is_some() { attention_most(&partial) } else { 0 };
@@ -49,8 +54,8 @@ impl MemoryNeeds {
             weights: weights.bytes(),
             cache: layout.bytes(weights.dtype()).peak,
             // Logits in two types and a copy; at most this for partial results, routes and vectors of a step; dequantised weights.
-            fixed: (spec.vocab * 16) as u64 + (16 << 20) + weights.scratch() + evicting,
-            token: (size * (attention + recall).max(feed_forward) + tables + parts) as u64,
+            fixed: (spec.vocab * 16) as u64 + (16 << 20) + weights.scratch() + evicting.max(fixed),
+            token: (size * (attention + recall).max(feed_forward).max(recurrence) + tables + parts) as u64 + each,
         })
     }
 

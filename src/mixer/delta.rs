@@ -1,9 +1,10 @@
 //! Gated DeltaNet: projections around the recurrence of [`crate::ops::delta`].
 
+use super::ChunkContext;
 use crate::cache::Recurrent;
 use crate::error::Result;
 use crate::nn::{Linear, RmsNorm};
-use crate::ops::{delta, DeltaArgs};
+use crate::ops::DeltaArgs;
 use crate::spec::DeltaSpec;
 use candle_core::{DType, Tensor};
 
@@ -34,14 +35,21 @@ pub struct DeltaWeights {
 }
 
 impl DeltaWeights {
+    /// Returns the projections whose outputs the recurrence reads.
+    pub fn inputs(&self) -> [&Linear; 4] {
+        [&self.qkv, &self.z, &self.beta, &self.decay]
+    }
+
     /// Returns the matrices.
     pub fn matrices(&self) -> [&Linear; 5] {
         [&self.qkv, &self.z, &self.beta, &self.decay, &self.out]
     }
 }
 
-pub(super) fn forward(w: &DeltaWeights, x: &Tensor, cache: &mut Recurrent) -> Result<Tensor> {
-    let product = |l: &Linear| Ok::<_, crate::Error>(l.forward(x)?.to_dtype(DType::F32)?.contiguous()?);
+pub(super) fn forward(w: &DeltaWeights, x: &Tensor, chunk: &ChunkContext, cache: &mut Recurrent) -> Result<Tensor> {
+    // A CPU computes the recurrence in f32; a GPU's kernels read what the products give.
+    let dtype = if x.device().is_cpu() { DType::F32 } else { x.dtype() };
+    let product = |l: &Linear| Ok::<_, crate::Error>(l.forward(x)?.to_dtype(dtype)?.contiguous()?);
     let (qkv, z, beta, decay) = (product(&w.qkv)?, product(&w.z)?, product(&w.beta)?, product(&w.decay)?);
     let args = DeltaArgs {
         spec: w.spec,
@@ -54,6 +62,7 @@ pub(super) fn forward(w: &DeltaWeights, x: &Tensor, cache: &mut Recurrent) -> Re
         decay_bias: &w.decay_bias,
         norm: w.norm.parts(),
         tiled: w.tiled,
+        start: chunk.start,
     };
-    w.out.forward(&delta(&args, &mut cache.0)?.to_dtype(x.dtype())?)
+    w.out.forward(&cache.forward(&args)?.to_dtype(x.dtype())?)
 }

@@ -86,7 +86,7 @@ pub fn mix(
     let p = match weights {
         MixerWeights::Attention(p) => p,
         MixerWeights::Delta(w) => match state {
-            LayerState::Recurrent(cache) => return delta::forward(w, x, cache),
+            LayerState::Recurrent(cache) => return delta::forward(w, x, chunk, cache),
             _ => return other(),
         },
     };

@@ -113,6 +113,13 @@ pub(crate) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
     Ok(count.map_err(|e| Error::new(ErrorKind::Backend, "GPU", e))? as usize)
 }
 
+/// Most shared memory of a thread block, bytes.
+pub(crate) fn shared_limit(device: &CudaDevice) -> Result<usize> {
+    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    let bytes = device.cuda_stream().context().attribute(attribute);
+    Ok(bytes.map_err(|e| Error::new(ErrorKind::Backend, "GPU", e))? as usize)
+}
+
 /// Whether the GPU has the warpgroup instructions of compute capability 9.0.
 pub(crate) fn is_hopper(device: &CudaDevice) -> bool {
     device.cuda_stream().context().compute_capability().is_ok_and(|c| c == (9, 0))

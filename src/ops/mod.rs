@@ -30,6 +30,11 @@ pub use attention::{
     attend, merge as merge_attention, reference, Attended, AttentionArgs, FarRow, KeyValues, RowList, Segment, Store,
     StoreRows, Window, NO_ROW,
 };
+#[cfg(feature = "cuda")]
+pub(crate) use delta::cuda as delta_gpu;
+#[cfg(feature = "cuda")]
+pub use delta::cuda::{delta as delta_on_gpu, GpuDelta};
+pub(crate) use delta::scratch as delta_scratch;
 pub use delta::{delta, delta_reference, DeltaArgs, DeltaState};
 pub use device::{beside, describe, open_gpu};
 pub use gated::gated;

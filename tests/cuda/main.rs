@@ -5,6 +5,7 @@
 mod character;
 #[path = "../it/common/mod.rs"]
 mod common;
+mod delta;
 mod quantised;
 mod recall;
 
@@ -275,7 +276,7 @@ fn retrofit_prefill_and_decode_equal_the_cpus() -> Any {
     let Some(device) = gpu("retrofit logits") else { return Ok(()) };
     let (ids, tail) = (text(430), text(60));
     let mut wrong: Vec<String> = vec![];
-    for name in ["llama3_rope", "qwen3_d128", "gemma3", "qwen2_yarn"] {
+    for name in ["llama3_rope", "qwen3_d128", "gemma3", "qwen2_yarn", "qwen3_5"] {
         let (golden, checkpoint) = (Golden::open(name)?, open(&golden_dir(name).to_string_lossy())?);
         // What transformers' own bf16 run is off on this model's text: the measure for 16-bit runs.
         let theirs = deviation(&golden.logits_bf16("short")?, &golden.logits("short")?)?;
@@ -374,13 +375,13 @@ fn captured_decode_takes_the_likeliest_token_and_stops_in_the_middle_of_a_batch(
 }
 
 /// A captured decode that the callback ends inside a batch: what was launched beyond is undone, and what is read next is read as if it
-/// had never stopped. Sliding rings, local rings, sinks, summaries and running sums; blocks that end inside the batch.
+/// had never stopped. Sliding rings, local rings, sinks, summaries, running sums and recurrent states; blocks that end inside the batch.
 #[test]
 fn captured_decode_that_is_stopped_equals_one_that_never_was() -> Any {
     let Some(device) = gpu("early stops") else { return Ok(()) };
     let (prompt, tail) = (text(300), text(40));
     let held = WeightFormat::for_gpu(WeightDtype::As(Storage::F16));
-    for name in ["llama3_rope", "gemma3"] {
+    for name in ["llama3_rope", "gemma3", "qwen3_5"] {
         let checkpoint = open(&golden_dir(name).to_string_lossy())?;
         let partner = |rule: &str| Settings { partner: rule.into(), partner_count: 2, ..small(8, 16, 4) };
         for s in

@@ -252,8 +252,11 @@ fn key_codes_without_kernels_score_on_the_gpu_as_on_the_cpu() -> Any {
 fn captured_recall_is_that_of_single_steps() -> Any {
     let Some(device) = gpu("captured_recall_is_that_of_single_steps") else { return Ok(()) };
     let words = text(640);
-    for name in ["llama", "qwen2", "qwen3_d128", "gemma3"] {
+    for name in ["llama", "qwen2", "qwen3_d128", "gemma3", "qwen3_5"] {
         let (_, on_gpu) = both_devices(name, &device, Storage::BF16)?;
+        // What transformers' own bf16 run is off on this model's text: single steps round between layers, captured ones do not.
+        let golden = Golden::open(name)?;
+        let limit = (2.0 * deviation(&golden.logits_bf16("short")?, &golden.logits("short")?)?).max(0.1);
         let full = on_gpu.spec().full_layers();
         let mixed = Settings { butterfly_layers: full[..full.len() / 2].to_vec(), ..settings(600, RestKind::Codes) };
         for settings in
@@ -274,7 +277,7 @@ fn captured_recall_is_that_of_single_steps() -> Any {
             let single = Tensor::cat(&single?, 0)?.to_device(&Device::Cpu)?;
             let off = deviation(&captured, &single)?;
             println!("{name}, {k}, {rest:?}: {off:.2e}");
-            assert!(off < 0.1, "{name}, {k}, {rest:?}: {off:.2e} standard deviations off");
+            assert!(off < limit, "{name}, {k}, {rest:?}: {off:.2e} standard deviations off");
         }
     }
     Ok(())

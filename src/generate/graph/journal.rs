@@ -1,18 +1,21 @@
 //! Undo log of a batch of captured steps: saves the cache rows that the batch overwrites.
 //!
 //! The host fetches a batch's tokens together and may stop at any of them, but later steps of the batch have already
-//! written to rings, summary rows and running sums that earlier positions still need. A batch that is cut off is
+//! written to rings, summary rows, running sums and recurrent states that earlier positions still need. A batch that is cut off is
 //! undone, and its delivered steps run again: the same launches on the same state, so the cache holds exactly what was
 //! delivered. Dense caches need no undo: rows beyond the position are not read.
 
 use super::{driver, State, BATCH};
 use crate::cache::{LayerState, Ring};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::cuda::{address, address_or_null, uninitialised, upload, Kernel, Launch, Uploaded};
 use crate::run::Run;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr};
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Tensor};
+
+/// Thread blocks that share a layer's running sums or recurrent state.
+const PARTS: usize = 16;
 
 /// Mirrors struct `Journal` of kernels/decode.cu.
 #[derive(Debug, Clone, Copy, Default)]
@@ -22,6 +25,7 @@ struct Entry {
     ring_v: u64,
     mean_k: u64,
     mean_v: u64,
+    /// Running sums, or the state of a recurrent layer.
     running: u64,
     saved: u64,
     capacity: i32,
@@ -70,7 +74,7 @@ impl Journal {
         let Some((table, layers)) = &self.table else { return Ok(()) };
         let kernel = Kernel::load(gpu, "decode", "decode_journal".into())?;
         let at = state.device_ptr(&gpu.cuda_stream()).0;
-        let launch = Launch::new(kernel, (*layers, 1, 1), 256).with(table.address).with(at);
+        let launch = Launch::new(kernel, (*layers, PARTS, 1), 256).with(table.address).with(at);
         let launch = launch.with(count as i32).with(i32::from(restore));
         // SAFETY: the table names memory of the run's cache and of `_saved`, which outlive the step; at most BATCH
         // steps.
@@ -104,7 +108,11 @@ fn overwritten(state: &LayerState) -> Result<Option<Entry>> {
     };
     match state {
         LayerState::Dense(_) | LayerState::CompressedKv(_) => Ok(None),
-        LayerState::Recurrent(_) => Err(Error::unsupported("captured step", "recurrent layers")),
+        LayerState::Recurrent(layer) => {
+            let memory = layer.on_gpu().map(|state| state.memory());
+            let width = memory.map_or(0, |m| m.elem_count() as i32);
+            Ok(Some(Entry { running: address_or_null(memory)?, width, block: 1, mean_rows: 1, ..Entry::default() }))
+        }
         LayerState::Ring(rows) => ring(rows).map(Some),
         // Codes and host rows past the end are written again.
         LayerState::Recall(cache) => ring(&cache.local).map(Some),

@@ -4,7 +4,7 @@ use super::step::Builder;
 use crate::error::{Error, Result};
 use crate::nn::{Linear, RmsNorm, Weight};
 use crate::ops::cuda::{address, address_or_null};
-use crate::ops::on_gpu::{DeviceMatrix, Form, Format, Matvec};
+use crate::ops::on_gpu::{DeviceMatrix, Form, Format, Matvec, MOST};
 use crate::spec::Activation;
 use crate::storage::Storage;
 
@@ -46,7 +46,7 @@ impl Builder<'_> {
         let matrices = layers.iter().map(|l| matrix(l.weight(), address_or_null(l.bias())?));
         let matrices = matrices.collect::<Result<Vec<_>>>()?;
         let mut product = Matvec { form, x, norm, activation, out, logits: self.logits, state: self.state };
-        for run in matrices.chunk_by(|a, b| a.format == b.format) {
+        for run in matrices.chunk_by(|a, b| a.format == b.format).flat_map(|run| run.chunks(MOST)) {
             self.launches.push(product.launch(self.gpu, run)?);
             product.out += 4 * run.iter().map(|m| m.rows as u64).sum::<u64>();
         }

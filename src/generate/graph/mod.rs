@@ -19,6 +19,8 @@ use super::{Request, Sampler, Timing};
 use crate::cache::LayerState;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{LayerKind, LayerPlan};
+use crate::mixer::{MixerWeights, Projections};
+use crate::ops::delta_gpu::has_step;
 use crate::retrofit::{FarPosition, KeyPooling};
 use crate::run::Run;
 use crate::weights::Block;
@@ -221,37 +223,43 @@ fn has_form(run: &Run, routes: &[Routes]) -> bool {
     let weights = run.weights();
     let block = |(((b, routes), plan), layer): (((&Block, &Routes), &LayerPlan), &LayerState)| {
         let m = &b.mlp;
-        let Some(p) = b.mixer.projections().filter(|p| p.gate.is_none()) else { return false };
-        let linear = [&p.q, &p.k, &p.v, &p.out, &m.gate, &m.up, &m.down];
-        let reads_as_stored = match &plan.kind {
-            LayerKind::Butterfly(l) => {
-                let s = &l.settings;
-                // Summaries are written by the thread block that reads them, one per KV head, which covers at most 16
-                // query heads.
-                let one_block = p.heads <= 16 * p.kv_heads;
-                s.pool == KeyPooling::PostRope
-                    && s.far_position == FarPosition::True
-                    && widest(routes) <= ROUTES
-                    && one_block
-            }
-            LayerKind::Evict(_) => matches!(layer, LayerState::CompressedKv(kept) if kept.captured().is_some()),
-            LayerKind::Full | LayerKind::Sliding { .. } => true,
-            LayerKind::Delta(_) => false,
-            LayerKind::Recall(_) => p.heads <= 8 * p.kv_heads && matches!(layer, LayerState::Recall(r) if r.captured()),
+        let mixer = match &b.mixer {
+            MixerWeights::Attention(p) => attention_has_form(p, routes, plan, layer),
+            MixerWeights::Delta(d) => has_step(&d.spec) && d.inputs().iter().all(|l| l.bias().is_none()),
         };
         // A gate with a bias would need it before the activation; no known family has one.
         let plain_gate = m.gate.bias().is_none() && m.up.bias().is_none();
-        linear.iter().all(|l| format(l.weight()).is_some())
-            && reads_as_stored
+        let mut linear = b.mixer.matrices().into_iter().chain([&m.gate, &m.up, &m.down]);
+        mixer
             && plain_gate
+            && linear.all(|l| format(l.weight()).is_some())
             && format(m.gate.weight()) == format(m.up.weight())
-            && p.head_dim.is_multiple_of(8)
-            && p.head_dim <= 256
     };
     matches!(weights.dtype(), DType::BF16 | DType::F16)
         && format(&weights.embed).is_some()
         && format(weights.head.weight()).is_some()
         && weights.blocks.iter().zip(routes).zip(&run.layout().layers).zip(&run.cache().layers).all(block)
+}
+
+/// As [`has_form`], for an attention layer.
+fn attention_has_form(p: &Projections, routes: &Routes, plan: &LayerPlan, layer: &LayerState) -> bool {
+    let reads_as_stored = match &plan.kind {
+        LayerKind::Butterfly(l) => {
+            let s = &l.settings;
+            // Summaries are written by the thread block that reads them, one per KV head, which covers at most 16 query
+            // heads.
+            let one_block = p.heads <= 16 * p.kv_heads;
+            s.pool == KeyPooling::PostRope
+                && s.far_position == FarPosition::True
+                && widest(routes) <= ROUTES
+                && one_block
+        }
+        LayerKind::Evict(_) => matches!(layer, LayerState::CompressedKv(kept) if kept.captured().is_some()),
+        LayerKind::Full | LayerKind::Sliding { .. } => true,
+        LayerKind::Delta(_) => false,
+        LayerKind::Recall(_) => p.heads <= 8 * p.kv_heads && matches!(layer, LayerState::Recall(r) if r.captured()),
+    };
+    reads_as_stored && p.head_dim.is_multiple_of(8) && p.head_dim <= 256
 }
 
 /// For each block of a layer, the blocks whose summaries it reads, each with its bias.

@@ -5,13 +5,14 @@ use super::{widest, Routes, State, BATCH};
 use crate::cache::{Codes, LayerState, RecallKv, Ring, StepAddresses, TwoPool};
 use crate::error::{Error, Result};
 use crate::layout::{ButterflyLayer, LayerPlan};
-use crate::mixer::Projections;
+use crate::mixer::{DeltaWeights, MixerWeights, Projections};
 use crate::nn::{Linear, RmsNorm};
 use crate::ops::cuda::{address, address_or_null, uninitialised, upload, Kernel, Launch, Uploaded};
 use crate::ops::decode::{Cut, DecodeAttention, Scratch};
+use crate::ops::delta_gpu::{self, StepInputs, StepWeights};
 use crate::ops::on_gpu::Form;
 use crate::run::Run;
-use crate::spec::AttentionSpec;
+use crate::spec::{AttentionSpec, MixerSpec};
 use crate::weights::{Block, Weights};
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
 use candle_core::cuda_backend::CudaDevice;
@@ -31,7 +32,9 @@ pub(super) struct StepBuffers {
 struct Vectors {
     x: u64,
     y: u64,
+    /// Queries, keys and values of an attention layer, then its gate; inputs of a recurrent layer.
     qkv: u64,
+    /// Output of attention or recurrence.
     attended: u64,
     /// Rotated queries, attention to the near zone and its log-sum-exp, of layers with exact recall.
     rotated: u64,
@@ -78,7 +81,16 @@ impl<'a> Builder<'a> {
     ) -> Result<Self> {
         let spec = weights.spec();
         let most = |f: fn(&AttentionSpec) -> usize| spec.attention().map(|(_, a)| f(a)).max().unwrap_or(0);
-        let (q, kv) = (most(AttentionSpec::q_width), most(AttentionSpec::kv_width));
+        let q = most(AttentionSpec::q_width);
+        let inputs = spec.layers.iter().map(|l| match &l.mixer {
+            MixerSpec::Attention(a) => 2 * a.q_width() + 2 * a.kv_width(),
+            MixerSpec::Delta(d) => d.channels() + d.value_width() + 2 * d.value_heads,
+        });
+        let outputs = spec.layers.iter().map(|l| match &l.mixer {
+            MixerSpec::Attention(a) => a.q_width(),
+            MixerSpec::Delta(d) => d.value_width(),
+        });
+        let (inputs, outputs) = (inputs.max().unwrap_or(0), outputs.max().unwrap_or(0));
         let wide = spec.layers.iter().map(|l| l.feed_forward.width).max().unwrap_or(0);
         let half = weights.ropes.iter().map(|r| r.frequencies().0.len()).max().unwrap_or(0);
         let tables = weights.ropes.len();
@@ -92,8 +104,8 @@ impl<'a> Builder<'a> {
         let vectors = Vectors {
             x: room(DType::F32, spec.hidden)?,
             y: room(DType::F32, spec.hidden)?,
-            qkv: room(DType::F32, q + 2 * kv)?,
-            attended: room(DType::F32, q)?,
+            qkv: room(DType::F32, inputs)?,
+            attended: room(DType::F32, outputs)?,
             rotated: room(DType::F32, q)?,
             near: room(DType::F32, q)?,
             near_lse: room(DType::F32, most(|a| a.heads))?,
@@ -164,11 +176,27 @@ impl<'a> Builder<'a> {
     }
 
     fn block(&mut self, b: &Block, plan: &LayerPlan, layer: &LayerState, routes: &Routes) -> Result<()> {
-        let (p, vectors) = (b.mixer.projections().ok_or_else(without_form)?, &self.vectors);
+        let vectors = &self.vectors;
         let (x, y, qkv, hidden, attended) = (vectors.x, vectors.y, vectors.qkv, vectors.hidden, vectors.attended);
-        self.matvec(Form::Store, &[&p.q, &p.k, &p.v], x, Some(&b.before_mixer), qkv, None)?;
-        self.attend(p, plan, layer, routes)?;
-        self.add(&p.out, attended, &b.after_mixer, (x, y))?;
+        let out = match &b.mixer {
+            MixerWeights::Attention(p) => {
+                let matrices: Vec<&Linear> = [&p.q, &p.k, &p.v].into_iter().chain(&p.gate).collect();
+                self.matvec(Form::Store, &matrices, x, Some(&b.before_mixer), qkv, None)?;
+                self.attend(p, plan, layer, routes)?;
+                if p.gate.is_some() {
+                    let n = p.heads * p.head_dim;
+                    let gate = qkv + 4 * (n + 2 * p.kv_heads * p.head_dim) as u64;
+                    self.push("decode_gate", n.div_ceil(256), 256, |l| l.with(attended).with(gate).with(n as i32))?;
+                }
+                &p.out
+            }
+            MixerWeights::Delta(d) => {
+                self.matvec(Form::Store, &d.inputs(), x, Some(&b.before_mixer), qkv, None)?;
+                self.recur(d, layer)?;
+                &d.out
+            }
+        };
+        self.add(out, attended, &b.after_mixer, (x, y))?;
         let m = &b.mlp;
         self.matvec(Form::Gated, &[&m.gate, &m.up], x, Some(&b.before_mlp), hidden, Some(m.activation))?;
         self.add(&m.down, hidden, &b.after_mlp, (x, y))
@@ -183,6 +211,25 @@ impl<'a> Builder<'a> {
         let (weight, eps) = norm.parts();
         let (weight, n) = (address(weight)?, weight.elem_count() as i32);
         self.push("decode_add_norm", 1, 256, |l| l.with(x).with(y).with(weight).with(n).with(eps))
+    }
+
+    /// Adds a step of Gated DeltaNet.
+    fn recur(&mut self, d: &DeltaWeights, layer: &LayerState) -> Result<()> {
+        let state = match layer {
+            LayerState::Recurrent(layer) => layer.on_gpu().ok_or_else(without_form)?,
+            _ => return Err(without_form()),
+        };
+        let weights = StepWeights {
+            spec: d.spec,
+            conv: &d.conv,
+            rate: &d.rate,
+            decay_bias: &d.decay_bias,
+            norm: d.norm.parts(),
+            tiled: d.tiled,
+        };
+        let io = StepInputs { inputs: self.vectors.qkv, out: self.vectors.attended, at: self.state };
+        self.launches.push(delta_gpu::step(self.gpu, &weights, state, &io)?);
+        Ok(())
     }
 
     fn attend(&mut self, p: &Projections, plan: &LayerPlan, layer: &LayerState, routes: &Routes) -> Result<()> {

@@ -10,6 +10,8 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Tensor};
 
+/// Most matrices of a launch.
+pub(crate) const MOST: usize = 3;
 /// Thread blocks of the product with the output matrix: four for each of 132 multiprocessors.
 const BLOCKS: usize = 528;
 
@@ -17,9 +19,9 @@ const BLOCKS: usize = 528;
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 struct Params {
-    w: [u64; 3],
-    bias: [u64; 3],
-    rows: [i32; 3],
+    w: [u64; MOST],
+    bias: [u64; MOST],
+    rows: [i32; MOST],
     columns: i32,
     x: u64,
     norm: u64,
@@ -144,15 +146,15 @@ impl Matvec {
     pub fn launch(&self, gpu: &CudaDevice, matrices: &[DeviceMatrix]) -> Result<Launch> {
         let differ = |m: &DeviceMatrix| (m.format, m.columns) != (matrices[0].format, matrices[0].columns);
         let odd = self.form == Form::Gated && (matrices.len() != 2 || matrices[0].rows != matrices[1].rows);
-        if !(1..=3).contains(&matrices.len()) || odd || matrices.iter().any(differ) {
+        if !(1..=MOST).contains(&matrices.len()) || odd || matrices.iter().any(differ) {
             return Err(Error::unsupported("product", format!("{:?} of {matrices:?}", self.form)));
         }
         let (format, columns) = (matrices[0].format, matrices[0].columns);
         let (norm, eps) = self.norm.unwrap_or_default();
         let mut p = Params {
-            w: [0; 3],
-            bias: [0; 3],
-            rows: [0; 3],
+            w: [0; MOST],
+            bias: [0; MOST],
+            rows: [0; MOST],
             columns: columns as i32,
             x: self.x,
             norm,

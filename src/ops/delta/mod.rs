@@ -10,11 +10,16 @@
 //! y = o / √(mean(o²) + ε) · w · silu(z)
 //! ```
 
+#[cfg(feature = "cuda")]
+mod chunks;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+
 use super::gemm::{multiply_add, multiply_add_of_transposed, multiply_transposed, Strided};
 use super::view::view;
 use crate::error::{Error, ErrorKind, Result};
 use crate::spec::DeltaSpec;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 /// Added to the squared length of a query or key.
@@ -42,12 +47,31 @@ pub struct DeltaArgs<'a> {
     pub norm: (&'a Tensor, f32),
     /// Whether value head `h` has key head `h mod K`.
     pub tiled: bool,
+    /// Position of the first row.
+    pub start: usize,
+}
+
+impl DeltaArgs<'_> {
+    /// Checks the inputs' shapes, and returns the number of positions.
+    pub(crate) fn check(&self) -> Result<usize> {
+        let (s, tokens) = (&self.spec, self.qkv.dim(0)?);
+        let shapes = [
+            (self.qkv, s.channels()),
+            (self.z, s.value_width()),
+            (self.beta, s.value_heads),
+            (self.decay, s.value_heads),
+        ];
+        if shapes.iter().any(|(x, n)| x.dims() != [tokens, *n]) {
+            return Err(Error::new(ErrorKind::Backend, "delta rule", "inputs of another shape than the layer's"));
+        }
+        Ok(tokens)
+    }
 }
 
 /// State of a layer on a CPU, f32.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DeltaState {
-    /// Inputs of the convolution at the last `n - 1` positions, `[n - 1, C]`.
+    /// Inputs of the convolution at the last `n` positions, `[n, C]`: one more than it reads, as on a GPU.
     tail: Vec<f32>,
     /// `S` of each value head, `[V, D_k, D_v]`.
     heads: Vec<f32>,
@@ -57,13 +81,19 @@ impl DeltaState {
     /// The state before the first position: zeros.
     pub fn new(spec: &DeltaSpec) -> Self {
         let heads = spec.value_heads * spec.key_dim * spec.value_dim;
-        Self { tail: vec![0.0; (spec.kernel - 1) * spec.channels()], heads: vec![0.0; heads] }
+        Self { tail: vec![0.0; spec.kernel * spec.channels()], heads: vec![0.0; heads] }
     }
+}
 
-    /// Bytes of the state.
-    pub fn bytes(&self) -> u64 {
-        4 * (self.tail.len() + self.heads.len()) as u64
+/// Device memory that a chunk takes besides its inputs and outputs, in bytes: in all, and for each position.
+pub(crate) fn scratch(spec: &DeltaSpec, dtype: DType, device: &Device) -> (u64, u64) {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() && dtype != DType::F32 && chunks::fits(spec) {
+        return (chunks::scratch(spec), 0);
     }
+    let _ = (dtype, device);
+    // The convolution's output, unit queries and keys, the output by heads.
+    (0, 4 * (spec.channels() + 2 * spec.key_width() + spec.value_width()) as u64)
 }
 
 /// Positions that are computed at once.
@@ -99,12 +129,7 @@ pub fn delta_reference(args: &DeltaArgs, state: &mut DeltaState) -> Result<Tenso
 /// Computes pieces of `least` positions or more as products, fewer step by step.
 fn run(args: &DeltaArgs, state: &mut DeltaState, least: usize) -> Result<Tensor> {
     let s = &args.spec;
-    let tokens = args.qkv.dim(0)?;
-    let shapes =
-        [(args.qkv, s.channels()), (args.z, s.value_width()), (args.beta, s.value_heads), (args.decay, s.value_heads)];
-    if shapes.iter().any(|(x, n)| x.dims() != [tokens, *n]) {
-        return Err(Error::new(ErrorKind::Backend, "delta rule", "inputs of another shape than the layer's"));
-    }
+    let tokens = args.check()?;
     let (qkv, z) = (view(args.qkv, "queries, keys and values")?, view(args.z, "gate")?);
     let (beta, decay) = (view(args.beta, "step")?, view(args.decay, "decay")?);
     let (conv, rate, bias) =
@@ -276,8 +301,8 @@ fn convolve(s: &DeltaSpec, x: &[f32], weights: &[f32], tail: &mut Vec<f32>) -> V
     u.par_chunks_mut(c).enumerate().for_each(|(t, row)| {
         for j in 0..n {
             // Position t - n + 1 + j, counted from the first in `before`.
-            let at = t + j;
-            let input = if at < n - 1 { &before[at * c..][..c] } else { &x[(at + 1 - n) * c..][..c] };
+            let at = t + j + 1;
+            let input = if at < n { &before[at * c..][..c] } else { &x[(at - n) * c..][..c] };
             row.iter_mut().zip(input).enumerate().for_each(|(i, (u, x))| *u += weights[i * n + j] * x);
         }
         row.iter_mut().for_each(|u| *u = silu(*u));
@@ -372,6 +397,7 @@ mod tests {
                         decay_bias: &bias,
                         norm: (&weight, 1e-6),
                         tiled: group == 3,
+                        start,
                     };
                     let y = if exact { delta_reference(&args, &mut state)? } else { delta(&args, &mut state)? };
                     out.extend(y.flatten_all()?.to_vec1::<f32>()?);
