@@ -14,29 +14,7 @@
 // 4 bytes after the matrix are read and ignored. Row starts: the base is aligned to 256 bytes, and a row holds whole
 // blocks.
 #pragma once
-#include "decode.cuh"
-
-// Unlike load16_stream these leave lines in L1: a line holds parts of several threads' words.
-__device__ inline uint16_t load2(const void *p) {
-  uint16_t v;
-  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(p));
-  return v;
-}
-__device__ inline uint32_t load4(const void *p) {
-  uint32_t v;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
-  return v;
-}
-__device__ inline uint2 load8(const void *p) {
-  uint2 v;
-  asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
-  return v;
-}
-__device__ inline uint4 load16_cached(const void *p) {
-  uint4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  return v;
-}
+#include "quantised.cuh"
 
 // N words that cover 4 (N - 1) bytes from an even address; the shift that brings them into place, 0 or 16 bits.
 template <int N> __device__ inline void load_words(uint32_t (&a)[N], const uint8_t *p) {
