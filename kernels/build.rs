@@ -15,8 +15,11 @@ const BY_DIM: &[(&str, &[u32])] = &[
     ("recall_fetch", &[64, 128, 256]),
 ];
 /// The same per format of weights: a model uses a few of them.
-const BY_FORMAT: &[(&str, &[&str])] =
-    &[("quantised", &["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])];
+const BY_FORMAT: &[(&str, &[&str])] = &[
+    ("quantised", &["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]),
+    // Bits of a value.
+    ("affine", &["2", "3", "4", "5", "6", "8"]),
+];
 
 /// The sources that are compiled whole, those that are neither in [`BY_DIM`] nor in [`BY_FORMAT`], and the headers.
 fn sources(folder: &Path) -> (Vec<PathBuf>, Vec<PathBuf>) {

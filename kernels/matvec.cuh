@@ -16,12 +16,14 @@ struct MatvecParams {
   float *out;
   float *logits;  // largest element: also stored, if not null
   DecodeState *state;
+  int group, scale;  // of affine.cu: values of a group, type of its scale and bias
 };
-MIRRORED(MatvecParams, 112);
+MIRRORED(MatvecParams, 120);
 FIELD(MatvecParams, w, 0); FIELD(MatvecParams, bias, 24); FIELD(MatvecParams, rows, 48);
 FIELD(MatvecParams, columns, 60); FIELD(MatvecParams, x, 64); FIELD(MatvecParams, norm, 72);
 FIELD(MatvecParams, eps, 80); FIELD(MatvecParams, activation, 84); FIELD(MatvecParams, out, 88);
 FIELD(MatvecParams, logits, 96); FIELD(MatvecParams, state, 104);
+FIELD(MatvecParams, group, 112); FIELD(MatvecParams, scale, 116);
 
 enum { STORE, ADD, GATED, LARGEST };
 

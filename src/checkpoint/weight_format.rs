@@ -88,10 +88,6 @@ impl WeightFormat {
     /// The encoding in memory of a matrix of `cols` columns that the file has in `stored`.
     pub fn resolve(&self, stored: Storage, cols: usize) -> Storage {
         let wanted = match (self.request, stored) {
-            // No kernels for MLX's groups on a GPU yet.
-            (WeightDtype::Native | WeightDtype::Auto, Storage::Affine(_)) if self.compute != DType::F32 => {
-                self.fallback
-            }
             (WeightDtype::Native, _) | (WeightDtype::Auto, Storage::Ggml(_) | Storage::Affine(_)) => stored,
             (WeightDtype::Auto, Storage::Dense(_)) => self.fallback,
             (WeightDtype::As(t), _) => t,
@@ -121,6 +117,7 @@ impl WeightFormat {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::{Affine, Float};
 
     #[test]
     fn auto_keeps_quantised_matrices_and_loads_dense_ones_in_f32() {
@@ -129,6 +126,19 @@ mod tests {
             assert_eq!(format.resolve(storage, 256), storage);
         }
         assert_eq!(format.resolve(Storage::BF16, 64), Storage::F32);
+    }
+
+    #[test]
+    fn a_gpu_keeps_quantised_matrices_and_holds_dense_ones_in_16_bits() {
+        let affine = Storage::Affine(Affine { bits: 4, group: 64, scale: Float::BF16 });
+        for request in [WeightDtype::Auto, WeightDtype::Native] {
+            let format = WeightFormat::for_gpu(request);
+            for storage in [Storage::Ggml(Ggml::Q4K), affine] {
+                assert_eq!(format.resolve(storage, 256), storage);
+            }
+            assert_eq!(format.resolve(Storage::F32, 64), Storage::BF16);
+        }
+        assert_eq!(WeightFormat::for_gpu(WeightDtype::As(Storage::F16)).resolve(affine, 256), Storage::F16);
     }
 
     #[test]

@@ -216,8 +216,8 @@ pub(super) fn captures(run: &Run) -> bool {
     run.device().is_cuda() && has_form(run, &routes(run))
 }
 
-/// Whether every part of the model can be captured: matrices in formats with a kernel (16-bit types, and blocks from
-/// q4_0 to q6_k; they may differ between matrices, but not between a layer's gate and up, which share a launch),
+/// Whether every part of the model can be captured: matrices in formats with a kernel (16-bit types, GGML's
+/// blocks, MLX's groups; they may differ between matrices, but not between a layer's gate and up, which share a launch),
 /// settings that read summaries as stored, and no eviction rule that still has to see queries.
 fn has_form(run: &Run, routes: &[Routes]) -> bool {
     let weights = run.weights();

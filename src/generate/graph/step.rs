@@ -171,7 +171,7 @@ impl<'a> Builder<'a> {
         let kernel = table.format.kernel(self.gpu, "decode_embed", "")?;
         let l = Launch::new(kernel, (grid, 1, 1), 256).with(table.at).with(scale).with(x).with(n as i32);
         let l = l.with(frequencies).with(amplitudes).with(cos).with(sin).with(tables).with(half).with(state);
-        self.launches.push(l);
+        self.launches.push(table.format.add_settings(l));
         Ok(())
     }
 

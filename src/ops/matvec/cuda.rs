@@ -1,11 +1,11 @@
 //! Launches the products of one row with matrices in device memory: `kernels/decode.cu` for 16-bit types,
-//! `kernels/quantised.cu` for blocks.
+//! `kernels/quantised.cu` for GGML's blocks, `kernels/affine.cu` for MLX's groups.
 
 use crate::error::{Error, Result};
 use crate::nn::Blocks;
 use crate::ops::cuda::{address, device, suffix, uninitialised, Kernel, Launch};
 use crate::spec::Activation;
-use crate::storage::{Float, Ggml, Storage};
+use crate::storage::{Affine, Float, Ggml, Storage};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Tensor};
@@ -30,12 +30,15 @@ struct Params {
     out: u64,
     logits: u64,
     state: u64,
+    group: i32,
+    scale: i32,
 }
 
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for Params {}
-crate::ops::cuda::mirrored!(Params, 112, {
+crate::ops::cuda::mirrored!(Params, 120, {
     w: 0, bias: 24, rows: 48, columns: 60, x: 64, norm: 72, eps: 80, activation: 84, out: 88, logits: 96, state: 104,
+    group: 112, scale: 116,
 });
 
 /// The epilogue of a product.
@@ -56,8 +59,10 @@ pub(crate) enum Form {
 pub(crate) enum Format {
     /// bf16 or f16.
     Dense(DType),
-    /// Blocks.
+    /// GGML's blocks.
     Ggml(Ggml),
+    /// MLX's groups.
+    Affine(Affine),
 }
 
 impl Format {
@@ -65,9 +70,9 @@ impl Format {
     pub fn new(storage: Storage, columns: usize) -> Option<Self> {
         match storage {
             Storage::Ggml(format) => storage.fits(columns).then_some(Self::Ggml(format)),
+            Storage::Affine(affine) => storage.fits(columns).then_some(Self::Affine(affine)),
             // A thread loads 16 bytes.
             Storage::Dense(t) => (t != Float::F32 && columns.is_multiple_of(8)).then_some(Self::Dense(t.dtype())),
-            Storage::Affine(_) => None,
         }
     }
 
@@ -78,6 +83,7 @@ impl Format {
     pub fn of_blocks(w: &Blocks) -> Result<Self> {
         match w.storage() {
             Storage::Ggml(format) => Ok(Self::Ggml(format)),
+            Storage::Affine(affine) => Ok(Self::Affine(affine)),
             dense => Err(Error::unsupported("quantised matrix", format!("{dense} on a GPU"))),
         }
     }
@@ -85,11 +91,12 @@ impl Format {
     /// Loads kernel `stem` for this format, with what follows its name.
     pub fn kernel(self, gpu: &CudaDevice, stem: &str, end: &str) -> Result<Kernel> {
         let (module, name) = match self {
-            Self::Dense(dtype) => ("decode".to_string(), suffix(dtype)?),
+            Self::Dense(dtype) => ("decode".to_string(), suffix(dtype)?.to_string()),
             Self::Ggml(format) => {
                 let name = Storage::Ggml(format).name();
-                (format!("quantised_{name}"), name)
+                (format!("quantised_{name}"), name.to_string())
             }
+            Self::Affine(affine) => (format!("affine_{}", affine.bits), format!("affine{}", affine.bits)),
         };
         Kernel::load(gpu, &module, format!("{stem}_{name}{end}"))
     }
@@ -99,6 +106,31 @@ impl Format {
         match self {
             Self::Dense(_) | Self::Ggml(Ggml::Q8_0) => 8,
             Self::Ggml(_) => 32,
+            // `Affine::LOG` in kernels/affine.cu.
+            Self::Affine(affine) => match affine.bits {
+                8 => 8,
+                4 | 6 => 16,
+                _ => 32,
+            },
+        }
+    }
+
+    /// What a kernel is told of the format when it runs, besides its name: `group` and `scale` of kernels/affine.cu.
+    fn settings(self) -> Option<(i32, i32)> {
+        let Self::Affine(affine) = self else { return None };
+        let scale = match affine.scale {
+            Float::F32 => 0,
+            Float::F16 => 1,
+            Float::BF16 => 2,
+        };
+        Some((affine.group.into(), scale))
+    }
+
+    /// Adds the last arguments of the kernels but products, which have them in [`Params`].
+    pub fn add_settings(self, launch: Launch) -> Launch {
+        match self.settings() {
+            Some((group, scale)) => launch.with(group).with(scale),
+            None => launch,
         }
     }
 
@@ -106,8 +138,10 @@ impl Format {
     fn shared(self, n: usize) -> usize {
         match self {
             Self::Dense(_) => 4 * n,
-            // With gaps against bank conflicts: `place` in kernels/quantised.cu.
+            // With gaps against bank conflicts: `place` in kernels/quantised.cuh.
             Self::Ggml(_) => 16 * (n / 4 + n / 32 + n / 128),
+            // And a sum for each unit.
+            Self::Affine(_) => 16 * (n / 4 + n / 32) + 4 * (n / self.unit()),
         }
     }
 }
@@ -151,6 +185,7 @@ impl Matvec {
         }
         let (format, columns) = (matrices[0].format, matrices[0].columns);
         let (norm, eps) = self.norm.unwrap_or_default();
+        let (group, scale) = format.settings().unwrap_or_default();
         let mut p = Params {
             w: [0; MOST],
             bias: [0; MOST],
@@ -163,6 +198,8 @@ impl Matvec {
             out: self.out,
             logits: self.logits,
             state: self.state,
+            group,
+            scale,
         };
         for (i, m) in matrices.iter().enumerate() {
             (p.w[i], p.bias[i], p.rows[i]) = (m.at, m.bias, m.rows as i32);
@@ -213,7 +250,7 @@ pub(crate) fn gather_blocks(w: &Blocks, ids: &Tensor, dtype: DType) -> Result<Te
     let launch = Launch::new(kernel, ((n * units).div_ceil(256), 1, 1), 256).with(address(w.data())?);
     let launch = launch.with(address(ids)?).with(address(&out)?).with((n * units) as i64).with(units as i32);
     // SAFETY: as in `gather`; blocks are followed by padding.
-    unsafe { launch.enqueue(false)? };
+    unsafe { format.add_settings(launch).enqueue(false)? };
     Ok(out)
 }
 

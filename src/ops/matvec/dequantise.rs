@@ -1,5 +1,5 @@
-//! Products of many rows with quantised matrices on a GPU: `kernels/quantised.cu` dequantises some rows of the matrix
-//! at a time, cuBLAS multiplies.
+//! Products of many rows with quantised matrices on a GPU: `kernels/quantised.cu` or
+//! `kernels/affine.cu` dequantises some rows of the matrix at a time, cuBLAS multiplies.
 //!
 //! Inputs are never rounded below their own type, unlike in candle's products, which give them 8 bits; and the memory
 //! needed is bounded. A chunk of some hundred tokens hides the dequantisation: two bytes written for each element of
@@ -43,7 +43,7 @@ pub(crate) fn quantised_rows(x: &Tensor, w: &Blocks) -> Result<Tensor> {
         let launch = launch.with(from).with(address(&wide)?).with(units as i64);
         // SAFETY: `count` whole rows in and out, padding after the last; frees are ordered after the launch on the one
         // stream.
-        unsafe { launch.enqueue(false)? };
+        unsafe { format.add_settings(launch).enqueue(false)? };
         x.matmul(&wide.t()?).at("product with a dequantised matrix")
     };
     let step = rows_to_a_part(rows, columns);
