@@ -2,6 +2,7 @@
 //!
 //! A binary of its own: scripts/gpu_tests.sh builds it alone and carries it to a machine that has a GPU and no Rust.
 
+mod affine;
 mod character;
 #[path = "../it/common/mod.rs"]
 mod common;

@@ -20,7 +20,7 @@ fn norm(x: &Tensor) -> Any<f64> {
 }
 
 /// `|got - want| / |want|`.
-fn error(got: &Tensor, want: &Tensor) -> Any<f64> {
+pub fn error(got: &Tensor, want: &Tensor) -> Any<f64> {
     let got = got.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
     let want = want.to_dtype(DType::F64)?;
     Ok(norm(&(got - &want)?)? / norm(&want)?)
@@ -30,6 +30,52 @@ fn on_device(q: &QTensor, device: &Device) -> Any<Linear> {
     let storage = Storage::from_candle(q.dtype()).ok_or("a format of weights")?;
     let blocks = Blocks::new(storage, q.shape().dims2()?, q.data()?.into_owned(), device)?;
     Ok(Linear::new(Weight::Blocks(blocks), None))
+}
+
+/// Checks the products of one row with `layer`, whose values `wide` holds in f64.
+pub fn check_one_row(what: &str, layer: &Linear, wide: &Tensor, device: &Device) -> Any {
+    let (rows, cols) = wide.dims2()?;
+    let x = values((1, 1, cols + 1), 11 + cols as u64, 2.0)?.squeeze(0)?;
+    // From the first element, and from the second: a view that is not aligned.
+    for from in [0, 1] {
+        let there = x.to_device(device)?.narrow(1, from, cols)?;
+        let want = x.narrow(1, from, cols)?.to_dtype(DType::F64)?.matmul(&wide.t()?)?;
+        let got = layer.forward(&there)?;
+        assert_eq!((got.dtype(), got.dims()), (DType::F32, &[1, rows][..]));
+        let off = error(&got, &want)?;
+        // Rounding the vector to 8 bits would show as 5e-3.
+        assert!(off < 1e-5, "{what}, {rows} x {cols} from {from}: {off:.2e}");
+        let half = there.to_dtype(DType::BF16)?;
+        let want = half.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.matmul(&wide.t()?)?;
+        let rounding = error(&want.to_dtype(DType::BF16)?, &want)?;
+        let got = layer.forward(&half)?;
+        assert_eq!(got.dtype(), DType::BF16);
+        let off = error(&got, &want)?;
+        assert!(off <= 1.5 * rounding + 1e-5, "{what} bf16, {rows} x {cols}: {off:.2e}, {rounding:.2e}");
+    }
+    Ok(())
+}
+
+/// Checks the products of `tokens` rows with `layer`, whose values `wide` holds in f32.
+pub fn check_many_rows(what: &str, tokens: usize, layer: &Linear, wide: &Tensor, device: &Device) -> Any {
+    let (rows, cols) = wide.dims2()?;
+    let x = values((1, tokens, cols + 1), 11 + cols as u64, 2.0)?.squeeze(0)?;
+    for from in [0, 1] {
+        let there = x.to_device(device)?.narrow(1, from, cols)?;
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let x = there.to_dtype(dtype)?.contiguous()?;
+            let (w, exact) = (wide.to_dtype(dtype)?, x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?);
+            let want = exact.matmul(&w.to_dtype(DType::F64)?.t()?)?;
+            // What cuBLAS makes of the same weights held dense: it may add parts of a sum up in 16 bits.
+            let dense = error(&x.matmul(&w.to_device(device)?.t()?)?, &want)?;
+            let got = layer.forward(&there.to_dtype(dtype)?)?;
+            assert_eq!((got.dtype(), got.dims()), (dtype, &[tokens, rows][..]));
+            let off = error(&got, &want)?;
+            let shape = format!("{what} {dtype:?}, {tokens} by {rows} x {cols} from {from}");
+            assert!(off <= 1.1 * dense + 1e-5, "{shape}: {off:.2e}, dense {dense:.2e}");
+        }
+    }
+    Ok(())
 }
 
 /// Rows that begin at odd and even multiples of two bytes, fewer units than lanes and many times as many, and more rows than
@@ -44,25 +90,7 @@ fn products_of_one_row_are_those_of_the_dequantised_matrix() -> Any {
             let w = values((1, rows, cols), 7 + rows as u64, 2.0)?.squeeze(0)?;
             let q = QTensor::quantize(&w, format)?;
             let wide = q.dequantize(&Device::Cpu)?.to_dtype(DType::F64)?;
-            let layer = on_device(&q, &device)?;
-            let x = values((1, 1, cols + 1), 11 + cols as u64, 2.0)?.squeeze(0)?;
-            // From the first element, and from the second: a view that is not aligned.
-            for from in [0, 1] {
-                let there = x.to_device(&device)?.narrow(1, from, cols)?;
-                let want = x.narrow(1, from, cols)?.to_dtype(DType::F64)?.matmul(&wide.t()?)?;
-                let got = layer.forward(&there)?;
-                assert_eq!((got.dtype(), got.dims()), (DType::F32, &[1, rows][..]));
-                let off = error(&got, &want)?;
-                // Rounding the vector to 8 bits would show as 5e-3.
-                assert!(off < 1e-5, "{format:?}, {rows} x {cols} from {from}: {off:.2e}");
-                let half = there.to_dtype(DType::BF16)?;
-                let want = half.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.matmul(&wide.t()?)?;
-                let rounding = error(&want.to_dtype(DType::BF16)?, &want)?;
-                let got = layer.forward(&half)?;
-                assert_eq!(got.dtype(), DType::BF16);
-                let off = error(&got, &want)?;
-                assert!(off <= 1.5 * rounding + 1e-5, "{format:?} bf16, {rows} x {cols}: {off:.2e}, {rounding:.2e}");
-            }
+            check_one_row(&format!("{format:?}"), &on_device(&q, &device)?, &wide, &device)?;
         }
     }
     Ok(())
@@ -77,24 +105,8 @@ fn products_of_many_rows_are_those_of_the_dequantised_matrix() -> Any {
         for (tokens, rows, cols) in shapes.into_iter().filter(|(.., cols)| cols % format.block_size() == 0) {
             let w = values((1, rows, cols), 7 + rows as u64, 2.0)?.squeeze(0)?;
             let q = QTensor::quantize(&w, format)?;
-            let wide = q.dequantize(&Device::Cpu)?;
-            let layer = on_device(&q, &device)?;
-            let x = values((1, tokens, cols + 1), 11 + cols as u64, 2.0)?.squeeze(0)?;
-            for from in [0, 1] {
-                let there = x.to_device(&device)?.narrow(1, from, cols)?;
-                for dtype in [DType::F32, DType::BF16, DType::F16] {
-                    let x = there.to_dtype(dtype)?.contiguous()?;
-                    let (w, exact) = (wide.to_dtype(dtype)?, x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?);
-                    let want = exact.matmul(&w.to_dtype(DType::F64)?.t()?)?;
-                    // What cuBLAS makes of the same weights held dense: it may add parts of a sum up in 16 bits.
-                    let dense = error(&x.matmul(&w.to_device(&device)?.t()?)?, &want)?;
-                    let got = layer.forward(&there.to_dtype(dtype)?)?;
-                    assert_eq!((got.dtype(), got.dims()), (dtype, &[tokens, rows][..]));
-                    let off = error(&got, &want)?;
-                    let shape = format!("{format:?} {dtype:?}, {tokens} by {rows} x {cols} from {from}");
-                    assert!(off <= 1.1 * dense + 1e-5, "{shape}: {off:.2e}, dense {dense:.2e}");
-                }
-            }
+            let (layer, wide) = (on_device(&q, &device)?, q.dequantize(&Device::Cpu)?);
+            check_many_rows(&format!("{format:?}"), tokens, &layer, &wide, &device)?;
         }
     }
     Ok(())
@@ -145,7 +157,7 @@ fn write_wide(path: &Path, format: impl Fn(&str) -> GgmlDType) -> Any {
     })
 }
 
-fn text(count: usize) -> Vec<u32> {
+pub fn text(count: usize) -> Vec<u32> {
     (0..count as u32).map(|i| 4 + (i * i * 31 + i * 7) % 370).collect()
 }
 
@@ -169,7 +181,7 @@ fn mixed(name: &str) -> GgmlDType {
 }
 
 /// Logits of `tail` read one by one after `ids`; `captured`: by a captured step.
-fn read(model: &Model, ids: &[u32], tail: &[u32], captured: bool) -> Any<Tensor> {
+pub fn read(model: &Model, ids: &[u32], tail: &[u32], captured: bool) -> Any<Tensor> {
     let mut session = model.run()?;
     session.prefill(ids, 200, 1, &mut watch(|_| ()))?;
     assert_eq!(session.captures(), captured);
