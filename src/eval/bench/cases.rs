@@ -10,7 +10,7 @@ use crate::ops::{
 use crate::retrofit::Settings;
 use crate::selector;
 use crate::spec::Activation;
-use crate::storage::{Ggml, Storage};
+use crate::storage::{Affine, Float, Ggml, Storage};
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use std::collections::{BTreeMap, BTreeSet};
@@ -101,8 +101,10 @@ pub fn cases(small: bool) -> Vec<Case> {
         norm(4096 / s, 3584),
         activation(4096 / s, 18944),
         heads(4096 / s, 28, 128),
-        quantised("one row", 1, 18944 / s, 3584, Ggml::Q4K),
-        quantised("many rows", 4096 / s, 18944 / s, 3584, Ggml::Q4K),
+        quantised("one row, Q4K", 1, 18944 / s, 3584, Storage::Ggml(Ggml::Q4K)),
+        quantised("many rows, Q4K", 4096 / s, 18944 / s, 3584, Storage::Ggml(Ggml::Q4K)),
+        quantised("one row, affine", 1, 9216 / s, 2560, AFFINE),
+        quantised("one long row, affine", 1, 2560 / s, 9216, AFFINE),
     ]
 }
 
@@ -318,21 +320,40 @@ fn heads(t: usize, h: usize, d: usize) -> Case {
     }
 }
 
-fn quantised(case: &str, t: usize, rows: usize, columns: usize, format: Ggml) -> Case {
-    let storage = Storage::Ggml(format);
+/// What most of MLX's checkpoints hold.
+const AFFINE: Storage = Storage::Affine(Affine { bits: 4, group: 64, scale: Float::BF16 });
+
+/// Rows of random values; of MLX's groups, whose numbers are any bits, the scale and the bias are 1.
+fn encoded(storage: Storage, rows: usize, columns: usize) -> Result<Vec<u8>> {
+    if let Some(format) = storage.candle() {
+        let values = Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu)?;
+        return Ok(QTensor::quantize(&values, format)?.data()?.into_owned());
+    }
+    let Storage::Affine(affine) = storage else { return Ok(vec![]) };
+    let one = match affine.scale {
+        Float::F32 => 1f32.to_le_bytes().to_vec(),
+        Float::F16 => half::f16::ONE.to_le_bytes().to_vec(),
+        Float::BF16 => half::bf16::ONE.to_le_bytes().to_vec(),
+    };
+    let head = one.repeat(2);
+    let count = rows * storage.row_bytes(columns) / (head.len() + affine.value_bytes()) * affine.value_bytes();
+    let numbers = Tensor::rand(0f32, 256f32, count, &Device::Cpu)?.to_dtype(DType::U8)?.to_vec1::<u8>()?;
+    Ok(numbers.chunks(affine.value_bytes()).flat_map(|q| [head.as_slice(), q].concat()).collect())
+}
+
+fn quantised(case: &str, t: usize, rows: usize, columns: usize, storage: Storage) -> Case {
     let prepare = move |inputs: &InputSpec| -> Result<Iteration> {
         let x = inputs.random([t, columns])?;
         // Quantising takes longer than the product, so 32 rows are repeated; the product's time does not depend on
         // values.
-        let few = Tensor::randn(0f32, 1.0, (rows.min(32), columns), &Device::Cpu)?;
-        let few = QTensor::quantize(&few, format.candle())?.data()?.into_owned();
+        let few = encoded(storage, rows.min(32), columns)?;
         let bytes: Vec<u8> = few.iter().copied().cycle().take(rows * storage.row_bytes(columns)).collect();
         let layer = Linear::new(Weight::Blocks(Blocks::new(storage, (rows, columns), bytes, &inputs.device)?), None);
         Ok(Box::new(move || layer.forward(&x).map(drop)))
     };
     Case {
         kernel: "quantised",
-        case: format!("{case}, {format:?}"),
+        case: case.into(),
         shape: letters(&[("T", t), ("N", columns), ("rows", rows)]),
         flop: (2 * t * rows * columns) as f64,
         elements: (t * (rows + columns)) as f64,
