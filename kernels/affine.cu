@@ -4,7 +4,7 @@
 //
 // decode_embed_affineB    x = embedding[token] * scale, and the rotary tables, as decode_embed.
 //                         Grid ceil(max(N, tables * half) / 256), 256 threads.
-// decode_MODE_affineB_R   W v and its epilogue, as decode_matvec: up to three matrices [rows, N] of this format.
+// decode_MODE_affineB_R   W v and its epilogue, as decode_matvec: up to four matrices [rows, N] of this format.
 //                         Grid so that each warp gets R rows at a time, 256 threads, shared memory 16 (q + q / 8) +
 //                         4 N / unit bytes with q = N / 4. N whole groups.
 // dequantise_affineB_T    out = W, each element rounded once to T: `units` units of consecutive whole rows; out aligned

@@ -4,7 +4,7 @@
 // decode_embed    x = embedding[token] * scale; cos and sin of the position for every rotary table.
 //                 Grid ceil(N / 256), 256 threads.
 // decode_matvec   out = W v (+ bias), or out += W v (+ bias), or out = act(W0 v) * (W1 v), or the largest element of W v;
-//                 v = x, or its RMS norm x / sqrt(mean(x^2) + eps) * w. Up to three matrices [rows, N] side by side.
+//                 v = x, or its RMS norm x / sqrt(mean(x^2) + eps) * w. Up to four matrices [rows, N] side by side.
 //                 Grid so that each warp gets ROWS rows at a time, 256 threads, shared memory 4 N bytes. N a multiple of 8.
 //                 Bound by the weights' bytes; the first loads are issued before v is ready.
 // decode_add_norm x += norm(y) * w, for families with a norm after the mixer. One block, 256 threads.

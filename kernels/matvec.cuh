@@ -3,11 +3,14 @@
 #pragma once
 #include "decode.cuh"
 
+// Most matrices of a launch: `MOST` in src/ops/matvec/cuda.rs.
+constexpr int MATRICES = 4;
+
 // Mirrors `Params` in src/ops/matvec/cuda.rs.
 struct MatvecParams {
-  const void *w[3];
-  const float *bias[3];
-  int rows[3];
+  const void *w[MATRICES];
+  const float *bias[MATRICES];
+  int rows[MATRICES];
   int columns;
   const float *x;
   const float *norm;  // null: x as it is
@@ -18,18 +21,18 @@ struct MatvecParams {
   DecodeState *state;
   int group, scale;  // of affine.cu: values of a group, type of its scale and bias
 };
-MIRRORED(MatvecParams, 120);
-FIELD(MatvecParams, w, 0); FIELD(MatvecParams, bias, 24); FIELD(MatvecParams, rows, 48);
-FIELD(MatvecParams, columns, 60); FIELD(MatvecParams, x, 64); FIELD(MatvecParams, norm, 72);
-FIELD(MatvecParams, eps, 80); FIELD(MatvecParams, activation, 84); FIELD(MatvecParams, out, 88);
-FIELD(MatvecParams, logits, 96); FIELD(MatvecParams, state, 104);
-FIELD(MatvecParams, group, 112); FIELD(MatvecParams, scale, 116);
+MIRRORED(MatvecParams, 144);
+FIELD(MatvecParams, w, 0); FIELD(MatvecParams, bias, 32); FIELD(MatvecParams, rows, 64);
+FIELD(MatvecParams, columns, 80); FIELD(MatvecParams, x, 88); FIELD(MatvecParams, norm, 96);
+FIELD(MatvecParams, eps, 104); FIELD(MatvecParams, activation, 108); FIELD(MatvecParams, out, 112);
+FIELD(MatvecParams, logits, 120); FIELD(MatvecParams, state, 128);
+FIELD(MatvecParams, group, 136); FIELD(MatvecParams, scale, 140);
 
 enum { STORE, ADD, GATED, LARGEST };
 
 // Rows of all matrices side by side.
 template <int MODE> __device__ inline int all_rows(const MatvecParams &p) {
-  return MODE == GATED ? 2 * p.rows[0] : p.rows[0] + p.rows[1] + p.rows[2];
+  return MODE == GATED ? 2 * p.rows[0] : p.rows[0] + p.rows[1] + p.rows[2] + p.rows[3];
 }
 
 // Address of row i, each of `bytes` bytes; with GATED, gate and up alternate.
@@ -38,11 +41,13 @@ template <int MODE> __device__ inline const uint8_t *row_of(const MatvecParams &
   if (i < p.rows[0]) return (const uint8_t *)p.w[0] + (int64_t)i * bytes;
   i -= p.rows[0];
   if (i < p.rows[1]) return (const uint8_t *)p.w[1] + (int64_t)i * bytes;
-  return (const uint8_t *)p.w[2] + (int64_t)(i - p.rows[1]) * bytes;
+  i -= p.rows[1];
+  if (i < p.rows[2]) return (const uint8_t *)p.w[2] + (int64_t)i * bytes;
+  return (const uint8_t *)p.w[3] + (int64_t)(i - p.rows[2]) * bytes;
 }
 
 __device__ inline float bias_of(const MatvecParams &p, int i) {
-  for (int m = 0; m < 3; m++) {
+  for (int m = 0; m < MATRICES; m++) {
     if (i < p.rows[m]) return p.bias[m] ? p.bias[m][i] : 0.f;
     i -= p.rows[m];
   }

@@ -11,7 +11,7 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Tensor};
 
 /// Most matrices of a launch.
-pub(crate) const MOST: usize = 3;
+pub(crate) const MOST: usize = 4;
 /// Thread blocks of the product with the output matrix: four for each of 132 multiprocessors.
 const BLOCKS: usize = 528;
 
@@ -36,9 +36,9 @@ struct Params {
 
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for Params {}
-crate::ops::cuda::mirrored!(Params, 120, {
-    w: 0, bias: 24, rows: 48, columns: 60, x: 64, norm: 72, eps: 80, activation: 84, out: 88, logits: 96, state: 104,
-    group: 112, scale: 116,
+crate::ops::cuda::mirrored!(Params, 144, {
+    w: 0, bias: 32, rows: 64, columns: 80, x: 88, norm: 96, eps: 104, activation: 108, out: 112, logits: 120, state: 128,
+    group: 136, scale: 140,
 });
 
 /// The epilogue of a product.
@@ -158,7 +158,7 @@ pub(crate) struct DeviceMatrix {
     pub bias: u64,
 }
 
-/// A product of one f32 vector, or of its RMS norm, with up to three matrices of one format. An address of 0 means
+/// A product of one f32 vector, or of its RMS norm, with up to four matrices of one format. An address of 0 means
 /// none.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Matvec {
@@ -176,7 +176,7 @@ impl Matvec {
     /// Returns the launch for `matrices`, of one format and width.
     ///
     /// # Errors
-    /// Matrices that differ, more than three, or with [`Form::Gated`] other than two.
+    /// Matrices that differ, more than four, or with [`Form::Gated`] other than two.
     pub fn launch(&self, gpu: &CudaDevice, matrices: &[DeviceMatrix]) -> Result<Launch> {
         let differ = |m: &DeviceMatrix| (m.format, m.columns) != (matrices[0].format, matrices[0].columns);
         let odd = self.form == Form::Gated && (matrices.len() != 2 || matrices[0].rows != matrices[1].rows);
