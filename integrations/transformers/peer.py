@@ -12,7 +12,9 @@ Exit codes: 0 (asked to quit, or end of input), 2 (the model cannot be loaded), 
 import argparse
 import gc
 import hashlib
+import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -87,6 +89,7 @@ class Peer:
             with torch.device(args.device):  # made where it will live: seconds, not minutes, for billions of parameters
                 model = transformers.AutoModelForCausalLM.from_config(config, **how)
         self.model = model.eval().requires_grad_(False)
+        self.slow = self.reference_paths(transformers) if "linear_attention" in getattr(model.config, "layer_types", ()) else []
         self.vocab = model.get_input_embeddings().weight.shape[0]
         self.step = model.get_compiled_call(None) if args.compile else model
         self.static = None  # --compile: the last size and its cache, which the compiled step is bound to
@@ -94,16 +97,50 @@ class Peer:
         weights = list(model.parameters())  # a tied matrix is there once
         self.ready = {
             "ready": True, "engine": "transformers", "variant": self.variant(),
-            "version": f"{transformers.__version__} torch {torch.__version__}", "dtype": args.dtype,
+            "version": f"{transformers.__version__} torch {torch.__version__}{self.packages()}", "dtype": args.dtype,
             "weights_bytes": sum(p.numel() * p.element_size() for p in weights),
             "device": torch.cuda.get_device_name() if self.cuda else processor(), "parameters": sum(p.numel() for p in weights)}
         if args.random_weights is not None:
             self.ready["random_weights"] = args.random_weights
 
+    def reference_paths(self, transformers) -> list:
+        """The parts of recurrent layers that run in plain PyTorch, which is slow, because a package is missing.
+
+        transformers says so when it first calls each: a prompt of three tokens and one more token call all of them.
+        """
+        found = []
+
+        class Hear(logging.Handler):
+            def emit(self, record):
+                if match := re.match(r"`(\w+)` is falling back to its reference PyTorch", record.getMessage()):
+                    found.append(match[1])
+
+        heard = Hear(level=logging.WARNING)
+        transformers.utils.logging.get_logger("transformers").addHandler(heard)
+        try:
+            with self.torch.inference_mode():
+                prompt = self.torch.zeros((1, 3), dtype=self.torch.long, device=self.args.device)
+                cache = transformers.DynamicCache(config=self.model.config)
+                for ids in (prompt, prompt[:, :1]):
+                    self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        finally:
+            transformers.utils.logging.get_logger("transformers").removeHandler(heard)
+        return sorted(found)
+
+    def packages(self) -> str:
+        """Versions of what computes, recurrent layers' kernels too."""
+        found = []
+        for name in ("fla-core", "flash-linear-attention", "causal-conv1d"):
+            try:
+                found.append(f" {name} {importlib.metadata.version(name)}")
+            except importlib.metadata.PackageNotFoundError:
+                pass
+        return "".join(found)
+
     def variant(self) -> str:
         a = self.args
         extra = [" chunked"] * (a.prefill == "chunked") + [f" {a.cache}"] * (a.cache != "dynamic") + [" compiled"] * a.compile
-        return "sdpa" + "".join(extra)
+        return "sdpa" + "".join(extra) + (f"; in PyTorch: {', '.join(self.slow)}" if self.slow else "")
 
     def sync(self) -> None:
         if self.cuda:
@@ -134,7 +171,8 @@ class Peer:
         if self.cuda:
             peak = self.torch.cuda.max_memory_allocated()
             self.reserved[size] = self.torch.cuda.max_memory_reserved() - before
-        tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        # Recurrent layers have no keys and values.
+        tensors = [t for layer in cache.layers if hasattr(layer, "keys") for t in (layer.keys, layer.values)]
         out = self.numpy.asarray(tokens, dtype="<u4")
         sample = {
             "prefill_s": marks[0], "ttft_s": marks[1], "end_to_end_s": marks[-1],
