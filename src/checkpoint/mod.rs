@@ -177,6 +177,12 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Tokens that stand for the features of an image or video, each with the configuration's key.
+    pub fn placeholders(&self) -> Vec<(u32, &'static str)> {
+        let id = |key: &'static str| Some((self.config.get(key)?.as_u64()? as u32, key));
+        ["image_token_id", "image_token_index", "video_token_id"].into_iter().filter_map(id).collect()
+    }
+
     /// Uses the output matrix as the embedding too, for a tied model whose file stores both (GGUF files quantise the
     /// two copies differently). Does nothing if the file stores one matrix.
     ///

@@ -267,14 +267,16 @@ impl Inputs {
             let message = format!("{} is not from 1 to {count}, the prompt's length", args.logits_last);
             return Err(Error::usage("--logits-last", message));
         }
+        let place = args.prompt.token_ids.as_ref().map_or("the prompt", |_| "--token-ids");
         let vocab = self.checkpoint.spec.vocab;
-        match self.ids.iter().find(|id| **id as usize >= vocab) {
-            Some(id) => {
-                let place = args.prompt.token_ids.as_ref().map_or("the prompt", |_| "--token-ids");
-                Err(Error::usage(place, format!("token id {id} is outside the vocabulary of {vocab} tokens")))
-            }
-            None => Ok(()),
+        if let Some(id) = self.ids.iter().find(|id| **id as usize >= vocab) {
+            return Err(Error::usage(place, format!("token id {id} is outside the vocabulary of {vocab} tokens")));
         }
+        if let Some((id, key)) = self.checkpoint.placeholders().into_iter().find(|(id, _)| self.ids.contains(id)) {
+            let message = format!("token id {id} is the configuration's `{key}`; only text is supported");
+            return Err(Error::unsupported(place, message));
+        }
+        Ok(())
     }
 }
 

@@ -195,6 +195,30 @@ fn bad_configurations_are_refused() -> Any {
     with(|c| c["rope_parameters"]["rope_type"] = "su".into(), &["rope scaling `su`", "yarn"])?;
     with(|c| c["hidden_act"] = "relu".into(), &["activation `relu`"])?;
     with(|c| *c = serde_json::json!([1]), &["config.json", "not a JSON object"])?;
+    let hybrid = |change: fn(&mut serde_json::Value), says: &[&str]| -> Any {
+        s.model(variant("qwen3_5", change)?.path(), says);
+        Ok(())
+    };
+    hybrid(|c| c["layer_types"][2] = "full_attention".into(), &["model.layers.2.self_attn", "missing"])?;
+    hybrid(|c| c["layer_types"][3] = "linear_attention".into(), &["model.layers.3.linear_attn", "missing"])?;
+    hybrid(|c| c["layer_types"] = serde_json::json!(["mamba"]), &["`layer_types` must list 8 layers"])?;
+    hybrid(|c| c["linear_num_value_heads"] = 6.into(), &["6", "4"])?;
+    hybrid(
+        |c| c["quantization"] = serde_json::json!({"bits": 4, "group_size": 64, "mode": "nvfp4"}),
+        &["`nvfp4`", "affine"],
+    )?;
+    hybrid(
+        |c| c["quantization"] = serde_json::json!({"bits": 7, "group_size": 64}),
+        &["`bits` is 7", "2, 3, 4, 5, 6, 8"],
+    )?;
+    // The whole model's configuration around the text's: its placeholders for images are no text.
+    let whole = |c: &mut serde_json::Value| {
+        let mut text = c.take();
+        text["model_type"] = "qwen3_5_text".into();
+        *c = serde_json::json!({"model_type": "qwen3_5", "text_config": text, "vision_config": {}, "image_token_id": 7,
+            "tie_word_embeddings": true});
+    };
+    hybrid(whole, &["--token-ids", "7", "`image_token_id`", "only text"])?;
     let dir = tempfile::tempdir()?;
     s.model(dir.path(), &["config.json"]);
     s.model(&dir.path().join("absent"), &["absent"]);
