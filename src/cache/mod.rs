@@ -370,3 +370,25 @@ fn out_of_memory(e: Error, layer: usize, need: u64, method: &Method) -> Error {
     let message = format!("out of memory: the cache needs {}; {hint}", human_bytes(need));
     Error::new(ErrorKind::Memory, format!("cache of layer {layer}"), message)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::retrofit::{RetrofitPlan, Settings};
+
+    #[test]
+    fn a_state_of_another_plan_is_refused_by_layer() -> Result<()> {
+        let spec = Checkpoint::random("tests/fixtures/shapes/qwen3.5-0.8b", 0)?.spec;
+        let cache = |plan: Option<&RetrofitPlan>| Cache::new(&Layout::new(&spec, plan, 256)?, DType::F32, &Device::Cpu);
+        let plan = |recall: usize| RetrofitPlan::new(&spec, None, Settings { recall, ..Settings::default() });
+        let (two_pool, recall) = (plan(0)?, plan(64)?);
+        assert!(cache(Some(&recall))?.copy_from(&cache(None)?).is_ok(), "exact rows give recall's codes");
+        for (to, from) in [(Some(&two_pool), None), (None, Some(&two_pool)), (Some(&two_pool), Some(&recall))] {
+            let refused = cache(to)?.copy_from(&cache(from)?).err().map_or(String::new(), |e| e.to_string());
+            // Layers 0 to 2 are recurrent, the same under every plan.
+            assert!(refused.contains("layer 3") && refused.contains("another layout"), "{refused}");
+        }
+        Ok(())
+    }
+}
