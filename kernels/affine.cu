@@ -12,7 +12,7 @@
 // gather_affineB_T        out[i] = W[ids[i]], each element rounded once to T: ids u32 [n] below W's rows, `units` units
 //                         in all, `per_row` to a row; out aligned to 16 bytes. Grid ceil(units / 256), 256 threads.
 //
-// Layout, as in src/ops/blocks.rs: a group is its scale s, its bias b and the numbers q in a little-endian bit stream;
+// Layout, as in src/ops/blocks/: a group is its scale s, its bias b and the numbers q in a little-endian bit stream;
 // a value is s q + b. A unit, which begins and ends at 4-byte words and within a group, is 32 values, or 16 of 4 and 6
 // bits, or 8 of 8 bits: so that 32 lanes' words lie in few lines. What a unit's part of the vector adds up to is kept
 // in shared memory for all rows.

@@ -1,5 +1,5 @@
 // The quantised formats, one struct each. Layouts: ggml's block_q*
-// (https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h); the same as src/ops/blocks.rs, cut so that a
+// (https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h); the same as src/ops/blocks/, cut so that a
 // thread's share of a block comes with few wide loads.
 //
 // A thread takes a unit: WORDS words of four 8-bit numbers each, of PARTS units to a block. Word k holds the elements 4

@@ -177,8 +177,11 @@ fn dequantised_matmul(x: &Tensor, w: &Blocks) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::affine_tests::{formats, random_groups};
     use crate::storage::Ggml;
     use candle_core::quantized::QTensor;
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
 
     #[test]
     fn products_with_blocks_are_those_of_the_dequantised_matrix() -> Result<()> {
@@ -203,6 +206,33 @@ mod tests {
                     let off = (dense.forward(&x)? - blocks.forward(&x)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
                     assert!(off < 1e-3, "{storage}, {columns} columns, {rows} rows: {off}");
                 }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn products_with_affine_groups_are_those_of_the_dequantised_matrix() -> Result<()> {
+        let mut random = StdRng::seed_from_u64(3);
+        for (i, format) in formats().enumerate() {
+            for _ in 0..4 {
+                let out = random.random_range(1..70);
+                let groups = random.random_range(1..6);
+                let columns = groups * usize::from(format.group);
+                let (bytes, values) = random_groups(format, out * groups, i as u64);
+                let w = Tensor::from_vec(values, (out, columns), &Device::Cpu)?;
+                let blocks = Blocks::new(Storage::Affine(format), (out, columns), bytes, &Device::Cpu)?;
+                let ids = Tensor::new(&[out as u32 - 1, 0], &Device::Cpu)?;
+                let off = (Weight::Blocks(blocks.clone()).rows(&ids, DType::F32)? - w.index_select(&ids, 0)?)?;
+                assert_eq!(off.abs()?.max_all()?.to_scalar::<f32>()?, 0.0, "{format:?}");
+                let rows = random.random_range(1..70);
+                let x = Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu)?;
+                let product = Linear::new(Weight::Blocks(blocks), None).forward(&x)?;
+                // In units of the norm of a row times that of an input row.
+                let norms = |x: &Tensor| x.sqr()?.sum_keepdim(1)?.sqrt();
+                let off = ((product - x.matmul(&w.t()?)?)?.abs()? / norms(&x)?.matmul(&norms(&w)?.t()?)?)?;
+                let off = off.max_all()?.to_scalar::<f32>()?;
+                assert!(off < 1e-5, "{format:?}, {rows} rows, {out} x {columns}: {off}");
             }
         }
         Ok(())

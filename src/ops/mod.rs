@@ -30,6 +30,8 @@ pub use attention::{
     attend, merge as merge_attention, reference, Attended, AttentionArgs, FarRow, KeyValues, RowList, Segment, Store,
     StoreRows, Window, NO_ROW,
 };
+#[cfg(test)]
+pub(crate) use blocks::affine::tests as affine_tests;
 #[cfg(feature = "cuda")]
 pub(crate) use delta::cuda as delta_gpu;
 #[cfg(feature = "cuda")]

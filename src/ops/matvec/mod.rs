@@ -9,8 +9,8 @@ pub(crate) mod cuda;
 #[cfg(feature = "cuda")]
 pub(crate) mod dequantise;
 
-use super::blocks::{decode, decode_tail, with_block, Block, WithBlock};
-use crate::storage::Storage;
+use super::blocks::{affine, decode, decode_tail, with_block, Block, WithBlock};
+use crate::storage::{Affine, Storage};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -59,6 +59,15 @@ impl<'a> Rows<'a> {
 pub fn matvec(matrices: &[Rows], x: &[f32], cols: usize) -> Vec<Vec<f32>> {
     let tokens = x.len() / cols;
     let per_task = (TASK / cols).max(1);
+    let mut permuted: Vec<affine::Input> = vec![];
+    for m in matrices {
+        match m {
+            Rows::Encoded(Storage::Affine(format), _) if !permuted.iter().any(|x| x.is_for(*format)) => {
+                permuted.push(affine::Input::new(*format, x, cols));
+            }
+            _ => {}
+        }
+    }
     // By matrix row first, so that a task's results are one slice.
     let mut by_row: Vec<Vec<f32>> = matrices.iter().map(|m| vec![0.0; m.count(cols) * tokens]).collect();
     let tasks: Vec<(Rows, &mut [f32])> = matrices
@@ -74,7 +83,7 @@ pub fn matvec(matrices: &[Rows], x: &[f32], cols: usize) -> Vec<Vec<f32>> {
         .collect();
     tasks.into_par_iter().for_each(|(part, out)| match part {
         Rows::F32(w) => Arch::new().dispatch(Plain { w, x, cols, out }),
-        Rows::Encoded(storage, w) => with_block(storage, Dots { w, x, cols, out }),
+        Rows::Encoded(storage, w) => with_block(storage, Dots { w, x, permuted: &permuted, cols, out }),
     });
     if tokens == 1 {
         return by_row;
@@ -137,6 +146,8 @@ fn dot(w: &[f32], x: &[f32]) -> f32 {
 struct Dots<'a> {
     w: &'a [u8],
     x: &'a [f32],
+    /// The same input, as products with each of MLX's formats read it.
+    permuted: &'a [affine::Input],
     cols: usize,
     out: &'a mut [f32],
 }
@@ -150,7 +161,7 @@ impl WithBlock for Dots<'_> {
             type Output = ();
             #[inline(always)]
             fn with_simd<S: Simd>(self, _: S) {
-                let Dots { w, x, cols, out } = self.0;
+                let Dots { w, x, cols, out, .. } = self.0;
                 let tokens = x.len() / cols;
                 // Dense encodings may end within a block.
                 let bytes = cols * B::BYTES / B::ELEMENTS;
@@ -162,6 +173,13 @@ impl WithBlock for Dots<'_> {
             }
         }
         Arch::new().dispatch(Dispatched::<B>(self, std::marker::PhantomData));
+    }
+
+    fn run_affine<const BITS: usize>(self, format: Affine) {
+        let Dots { w, permuted, cols, out, .. } = self;
+        if let Some(input) = permuted.iter().find(|x| x.is_for(format)) {
+            Arch::new().dispatch(affine::Product::<BITS> { w, input, cols, out });
+        }
     }
 }
 
@@ -215,5 +233,9 @@ impl WithBlock for Dequantise<'_> {
             }
         }
         Arch::new().dispatch(Dispatched::<B>(self, std::marker::PhantomData));
+    }
+
+    fn run_affine<const BITS: usize>(self, format: Affine) {
+        Arch::new().dispatch(affine::Decode::<BITS> { format, bytes: self.part, out: self.out });
     }
 }
