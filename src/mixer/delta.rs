@@ -4,7 +4,7 @@ use super::ChunkContext;
 use crate::cache::Recurrent;
 use crate::error::Result;
 use crate::nn::{Linear, RmsNorm};
-use crate::ops::DeltaArgs;
+use crate::ops::{DeltaArgs, DeltaLayer};
 use crate::spec::DeltaSpec;
 use candle_core::{DType, Tensor};
 
@@ -35,6 +35,18 @@ pub struct DeltaWeights {
 }
 
 impl DeltaWeights {
+    /// Returns what the recurrence reads of the layer.
+    pub(crate) fn layer(&self) -> DeltaLayer<'_> {
+        DeltaLayer {
+            spec: self.spec,
+            conv: &self.conv,
+            rate: &self.rate,
+            decay_bias: &self.decay_bias,
+            norm: self.norm.parts(),
+            tiled: self.tiled,
+        }
+    }
+
     /// Returns the projections whose outputs the recurrence reads.
     pub fn inputs(&self) -> [&Linear; 4] {
         [&self.qkv, &self.z, &self.beta, &self.decay]
@@ -51,18 +63,6 @@ pub(super) fn forward(w: &DeltaWeights, x: &Tensor, chunk: &ChunkContext, cache:
     let dtype = if x.device().is_cpu() { DType::F32 } else { x.dtype() };
     let product = |l: &Linear| Ok::<_, crate::Error>(l.forward(x)?.to_dtype(dtype)?.contiguous()?);
     let (qkv, z, beta, decay) = (product(&w.qkv)?, product(&w.z)?, product(&w.beta)?, product(&w.decay)?);
-    let args = DeltaArgs {
-        spec: w.spec,
-        qkv: &qkv,
-        z: &z,
-        beta: &beta,
-        decay: &decay,
-        conv: &w.conv,
-        rate: &w.rate,
-        decay_bias: &w.decay_bias,
-        norm: w.norm.parts(),
-        tiled: w.tiled,
-        start: chunk.start,
-    };
+    let args = DeltaArgs { layer: w.layer(), qkv: &qkv, z: &z, beta: &beta, decay: &decay, start: chunk.start };
     w.out.forward(&cache.forward(&args)?.to_dtype(x.dtype())?)
 }

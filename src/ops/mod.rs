@@ -37,7 +37,7 @@ pub(crate) use delta::cuda as delta_gpu;
 #[cfg(feature = "cuda")]
 pub use delta::cuda::{delta as delta_on_gpu, GpuDelta};
 pub(crate) use delta::scratch as delta_scratch;
-pub use delta::{delta, delta_reference, DeltaArgs, DeltaState};
+pub use delta::{delta, delta_reference, DeltaArgs, DeltaLayer, DeltaState};
 pub use device::{beside, describe, open_gpu};
 pub use gated::gated;
 pub(crate) use gemm::{multiply_transposed, multiply_transposed_parallel, Strided};

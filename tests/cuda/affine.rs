@@ -2,7 +2,7 @@
 
 use crate::common::attention::values;
 use crate::common::*;
-use crate::quantised::{check_many_rows, check_one_row, error, read, text};
+use crate::quantised::{as_on_the_cpu, check_many_rows, check_one_row, error, read, text};
 use bfly::checkpoint::{WeightDtype, WeightFormat};
 use bfly::generate::watch;
 use bfly::nn::{Blocks, Linear, Weight};
@@ -238,24 +238,18 @@ fn affine_goldens_give_the_cpus_logits() -> Any {
         write(dir.path(), config, tensors, |layer| {
             Some(affine(if layer.contains("v_proj") { other } else { bits }, 32, Float::BF16))
         })?;
-        let checkpoint = open(&dir.path().to_string_lossy())?;
-        let host = load_as(&checkpoint, None, 500, &WeightFormat::new(WeightDtype::Native, 0, None), &Device::Cpu)?;
-        let model = load_as(&checkpoint, None, 500, &WeightFormat::for_gpu(WeightDtype::Auto), &device)?;
-        assert!(
-            model.weights.has_quantised() && model.weights.bytes() == host.weights.bytes(),
-            "groups are held as stored"
-        );
-        let ids = text(430);
-        let prefill = |model: &Model| model.run()?.prefill(&ids, 200, 32, &mut watch(|_| ()));
-        let off = deviation(&prefill(&model)?, &prefill(&host)?)?;
-        // All but the first token through decode: a prefill's error would stay in the cache.
-        let next =
-            deviation(&read(&model, &ids[..1], &ids[1..300], true)?, &read(&host, &ids[..1], &ids[1..300], false)?)?;
-        println!("{bits} bits: prefill {off:.2e}, decode {next:.2e}, transformers' bf16 run {theirs:.2e}");
-        assert!(off <= 2.0 * theirs, "{bits} bits: prefill {off:.2e}, limit {:.2e}", 2.0 * theirs);
-        assert!(next <= 2.0 * theirs, "{bits} bits: decode {next:.2e}, limit {:.2e}", 2.0 * theirs);
+        as_on_the_cpu(&format!("{bits} bits"), dir.path(), &device, theirs)?;
     }
     Ok(())
+}
+
+/// A hybrid model in 4 bits as MLX's converter writes it.
+#[test]
+fn mlxs_own_file_of_a_hybrid_gives_the_cpus_logits() -> Any {
+    let Some(device) = gpu("MLX's file of a hybrid") else { return Ok(()) };
+    let golden = Golden::open("qwen3_5_heads")?;
+    let theirs = deviation(&golden.logits_bf16("short")?, &golden.logits("short")?)?;
+    as_on_the_cpu("MLX's file", &root().join("tests/fixtures/forms/qwen3_5_heads-mlx4"), &device, theirs)
 }
 
 /// Against the same file held in bf16 on the GPU, whose step rounds the weights too.

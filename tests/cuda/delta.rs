@@ -1,7 +1,7 @@
 //! Gated DeltaNet on a GPU against the CPU's recurrence: position by position, and in pieces on tensor cores.
 
 use crate::common::{gpu, Any};
-use bfly::ops::{delta_on_gpu, delta_reference, DeltaArgs, DeltaState, GpuDelta};
+use bfly::ops::{delta_on_gpu, delta_reference, DeltaArgs, DeltaLayer, DeltaState, GpuDelta};
 use bfly::spec::DeltaSpec;
 use candle_core::{DType, Device, Tensor};
 use rand::{rngs::StdRng, Rng, SeedableRng};
@@ -50,19 +50,15 @@ impl Layer {
         let cut = |x: &Tensor| x.narrow(0, from, n)?.contiguous()?.to_dtype(dtype)?.to_device(device);
         let [qkv, z, beta, decay] = self.inputs.each_ref().map(cut);
         let [conv, rate, bias, norm] = [&self.conv, &self.rate, &self.bias, &self.norm].map(|w| w.to_device(device));
-        let args = DeltaArgs {
+        let layer = DeltaLayer {
             spec: self.spec,
-            qkv: &qkv?,
-            z: &z?,
-            beta: &beta?,
-            decay: &decay?,
             conv: &conv?,
             rate: &rate?,
             decay_bias: &bias?,
             norm: (&norm?, 1e-6),
             tiled: self.tiled,
-            start: from,
         };
+        let args = DeltaArgs { layer, qkv: &qkv?, z: &z?, beta: &beta?, decay: &decay?, start: from };
         Ok(f(&args)?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
     }
 

@@ -9,7 +9,7 @@ use crate::mixer::{DeltaWeights, MixerWeights, Projections};
 use crate::nn::{Linear, RmsNorm};
 use crate::ops::cuda::{address, address_or_null, uninitialised, upload, Kernel, Launch, Uploaded};
 use crate::ops::decode::{Cut, DecodeAttention, Scratch};
-use crate::ops::delta_gpu::{self, StepInputs, StepWeights};
+use crate::ops::delta_gpu::{self, StepInputs};
 use crate::ops::on_gpu::Form;
 use crate::run::Run;
 use crate::spec::{AttentionSpec, MixerSpec};
@@ -219,16 +219,8 @@ impl<'a> Builder<'a> {
             LayerState::Recurrent(layer) => layer.on_gpu().ok_or_else(without_form)?,
             _ => return Err(without_form()),
         };
-        let weights = StepWeights {
-            spec: d.spec,
-            conv: &d.conv,
-            rate: &d.rate,
-            decay_bias: &d.decay_bias,
-            norm: d.norm.parts(),
-            tiled: d.tiled,
-        };
         let io = StepInputs { inputs: self.vectors.qkv, out: self.vectors.attended, at: self.state };
-        self.launches.push(delta_gpu::step(self.gpu, &weights, state, &io)?);
+        self.launches.push(delta_gpu::step(self.gpu, &d.layer(), state, &io)?);
         Ok(())
     }
 

@@ -85,7 +85,7 @@ pub(super) fn fits(s: &DeltaSpec) -> bool {
 
 /// Whether [`delta`] takes these inputs; others go position by position.
 pub(super) fn takes(args: &DeltaArgs) -> Result<bool> {
-    let (s, dtype) = (&args.spec, args.qkv.dtype());
+    let (s, dtype) = (&args.layer.spec, args.qkv.dtype());
     let inputs = [args.qkv, args.z, args.beta, args.decay];
     Ok(fits(s)
         && matches!(dtype, DType::BF16 | DType::F16)
@@ -96,7 +96,7 @@ pub(super) fn takes(args: &DeltaArgs) -> Result<bool> {
 
 /// See [`super::delta`]; factors of products are rounded to the inputs' type, sums and the state are f32.
 pub(super) fn delta(args: &DeltaArgs, state: &mut GpuDelta) -> Result<Tensor> {
-    let s = &args.spec;
+    let (w, s) = (&args.layer, &args.layer.spec);
     let (gpu, tokens, dtype) = (device(args.qkv)?, args.qkv.dim(0)?, args.qkv.dtype());
     let room = elements(s, tokens.min(SEGMENT)).map(|n| uninitialised(gpu, dtype, n));
     let room = room.into_iter().collect::<Result<Vec<_>>>()?;
@@ -107,10 +107,10 @@ pub(super) fn delta(args: &DeltaArgs, state: &mut GpuDelta) -> Result<Tensor> {
         z: address(args.z)?,
         beta: address(args.beta)?,
         decay: address(args.decay)?,
-        conv: address(args.conv)?,
-        rate: address(args.rate)?,
-        bias: address(args.decay_bias)?,
-        norm: address(args.norm.0)?,
+        conv: address(w.conv)?,
+        rate: address(w.rate)?,
+        bias: address(w.decay_bias)?,
+        norm: address(w.norm.0)?,
         q: address(&room[0])?,
         k: address(&room[1])?,
         v: address(&room[2])?,
@@ -125,8 +125,8 @@ pub(super) fn delta(args: &DeltaArgs, state: &mut GpuDelta) -> Result<Tensor> {
         position: args.start as i32,
         key_heads: s.key_heads as i32,
         value_heads: s.value_heads as i32,
-        tiled: args.tiled.into(),
-        eps: args.norm.1,
+        tiled: w.tiled.into(),
+        eps: w.norm.1,
         ..Params::default()
     };
     // Four pieces ahead with one thread block to a multiprocessor, two with two.

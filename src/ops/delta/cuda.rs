@@ -1,7 +1,7 @@
 //! Gated DeltaNet on a GPU: kernels/delta.cu position by position, kernels/delta_step.cu in a captured step; chunks on tensor
 //! cores are in [`super::chunks`].
 
-use super::{chunks, DeltaArgs};
+use super::{chunks, DeltaArgs, DeltaLayer};
 use crate::error::{Error, Result};
 use crate::ops::cuda::{address, device, mirrored, uninitialised, Kernel, Launch};
 use crate::spec::DeltaSpec;
@@ -138,18 +138,8 @@ pub(crate) struct StepInputs {
     pub at: u64,
 }
 
-/// Weights of a layer as a captured step reads them.
-pub(crate) struct StepWeights<'a> {
-    pub spec: DeltaSpec,
-    pub conv: &'a Tensor,
-    pub rate: &'a Tensor,
-    pub decay_bias: &'a Tensor,
-    pub norm: (&'a Tensor, f32),
-    pub tiled: bool,
-}
-
 /// The launch of one position in a captured step.
-pub(crate) fn step(gpu: &CudaDevice, w: &StepWeights, state: &GpuDelta, io: &StepInputs) -> Result<Launch> {
+pub(crate) fn step(gpu: &CudaDevice, w: &DeltaLayer, state: &GpuDelta, io: &StepInputs) -> Result<Launch> {
     let s = &w.spec;
     let after = |elements: usize| io.inputs + 4 * elements as u64;
     let (heads, ring) = state.addresses()?;
@@ -195,7 +185,7 @@ pub fn delta(args: &DeltaArgs, state: &mut GpuDelta) -> Result<Tensor> {
 
 /// Position by position, in f32.
 pub(super) fn steps(args: &DeltaArgs, state: &mut GpuDelta) -> Result<Tensor> {
-    let s = &args.spec;
+    let (w, s) = (&args.layer, &args.layer.spec);
     let (gpu, tokens) = (device(args.qkv)?, args.qkv.dim(0)?);
     let wide = |x: &Tensor| Ok::<_, Error>(x.to_dtype(DType::F32)?.contiguous()?);
     let (x, z, beta, decay) = (wide(args.qkv)?, wide(args.z)?, wide(args.beta)?, wide(args.decay)?);
@@ -207,10 +197,10 @@ pub(super) fn steps(args: &DeltaArgs, state: &mut GpuDelta) -> Result<Tensor> {
         z: address(&z)?,
         beta: address(&beta)?,
         decay: address(&decay)?,
-        conv: address(args.conv)?,
-        rate: address(args.rate)?,
-        bias: address(args.decay_bias)?,
-        norm: address(args.norm.0)?,
+        conv: address(w.conv)?,
+        rate: address(w.rate)?,
+        bias: address(w.decay_bias)?,
+        norm: address(w.norm.0)?,
         u: address(&u)?,
         ring,
         state: heads,
@@ -222,8 +212,8 @@ pub(super) fn steps(args: &DeltaArgs, state: &mut GpuDelta) -> Result<Tensor> {
         key_dim: s.key_dim as i32,
         value_dim: s.value_dim as i32,
         kernel: s.kernel as i32,
-        tiled: args.tiled.into(),
-        eps: args.norm.1,
+        tiled: w.tiled.into(),
+        eps: w.norm.1,
         pad: 0,
     };
     let columns = s.channels().div_ceil(256);

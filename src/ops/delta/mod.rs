@@ -25,18 +25,11 @@ use rayon::prelude::*;
 /// Added to the squared length of a query or key.
 const L2_EPS: f32 = 1e-6;
 
-/// Inputs of a chunk of `T` positions.
-pub struct DeltaArgs<'a> {
+/// Shape and parameters of a layer.
+#[derive(Debug, Clone, Copy)]
+pub struct DeltaLayer<'a> {
     /// Shape of the layer.
     pub spec: DeltaSpec,
-    /// Queries, keys and values before the convolution, `[T, C]`.
-    pub qkv: &'a Tensor,
-    /// Gate of the output, `[T, V D_v]`.
-    pub z: &'a Tensor,
-    /// `b`, `[T, V]`.
-    pub beta: &'a Tensor,
-    /// `d`, `[T, V]`.
-    pub decay: &'a Tensor,
     /// Weights of the convolution, f32 `[C n]`.
     pub conv: &'a Tensor,
     /// `a`, f32 `[V]`.
@@ -47,6 +40,20 @@ pub struct DeltaArgs<'a> {
     pub norm: (&'a Tensor, f32),
     /// Whether value head `h` has key head `h mod K`.
     pub tiled: bool,
+}
+
+/// Inputs of a chunk of `T` positions.
+pub struct DeltaArgs<'a> {
+    /// The layer.
+    pub layer: DeltaLayer<'a>,
+    /// Queries, keys and values before the convolution, `[T, C]`.
+    pub qkv: &'a Tensor,
+    /// Gate of the output, `[T, V D_v]`.
+    pub z: &'a Tensor,
+    /// `b`, `[T, V]`.
+    pub beta: &'a Tensor,
+    /// `d`, `[T, V]`.
+    pub decay: &'a Tensor,
     /// Position of the first row.
     pub start: usize,
 }
@@ -54,7 +61,7 @@ pub struct DeltaArgs<'a> {
 impl DeltaArgs<'_> {
     /// Checks the inputs' shapes, and returns the number of positions.
     pub(crate) fn check(&self) -> Result<usize> {
-        let (s, tokens) = (&self.spec, self.qkv.dim(0)?);
+        let (s, tokens) = (&self.layer.spec, self.qkv.dim(0)?);
         let shapes = [
             (self.qkv, s.channels()),
             (self.z, s.value_width()),
@@ -128,13 +135,13 @@ pub fn delta_reference(args: &DeltaArgs, state: &mut DeltaState) -> Result<Tenso
 
 /// Computes pieces of `least` positions or more as products, fewer step by step.
 fn run(args: &DeltaArgs, state: &mut DeltaState, least: usize) -> Result<Tensor> {
-    let s = &args.spec;
-    let tokens = args.check()?;
+    let (tokens, layer) = (args.check()?, &args.layer);
+    let s = &layer.spec;
     let (qkv, z) = (view(args.qkv, "queries, keys and values")?, view(args.z, "gate")?);
     let (beta, decay) = (view(args.beta, "step")?, view(args.decay, "decay")?);
     let (conv, rate, bias) =
-        (view(args.conv, "convolution")?, view(args.rate, "rate")?, view(args.decay_bias, "bias")?);
-    let weight = view(args.norm.0, "norm")?;
+        (view(layer.conv, "convolution")?, view(layer.rate, "rate")?, view(layer.decay_bias, "bias")?);
+    let weight = view(layer.norm.0, "norm")?;
     let u = convolve(s, qkv.values()?, conv.values()?, &mut state.tail);
     let unit = unit_heads(s, &u, tokens);
     let (z, beta, decay) = (z.values::<f32>()?, beta.values::<f32>()?, decay.values::<f32>()?);
@@ -149,7 +156,7 @@ fn run(args: &DeltaArgs, state: &mut DeltaState, least: usize) -> Result<Tensor>
             let mut room = Room::default();
             for start in (0..tokens).step_by(PIECE) {
                 let n = PIECE.min(tokens - start);
-                let key_head = if args.tiled { h % s.key_heads } else { h / group };
+                let key_head = if layer.tiled { h % s.key_heads } else { h / group };
                 let at = start * 2 * s.key_width() + key_head * dk;
                 let piece = Piece {
                     q: Strided { data: &unit[at..], stride: 2 * s.key_width() },
@@ -166,7 +173,7 @@ fn run(args: &DeltaArgs, state: &mut DeltaState, least: usize) -> Result<Tensor>
                 }
             }
             for (t, o) in out.chunks_exact_mut(dv).enumerate() {
-                gated_norm(o, &z[t * s.value_width() + h * dv..][..dv], weight, args.norm.1);
+                gated_norm(o, &z[t * s.value_width() + h * dv..][..dv], weight, layer.norm.1);
             }
             out
         })
@@ -381,24 +388,20 @@ mod tests {
             let weight = vector(value_dim, 0.5..1.5)?;
             let tokens = rng.random_range(150..300);
             let all = inputs(&spec, tokens, &mut rng)?;
+            let layer = DeltaLayer {
+                spec,
+                conv: &conv,
+                rate: &rate,
+                decay_bias: &bias,
+                norm: (&weight, 1e-6),
+                tiled: group == 3,
+            };
             let run = |cuts: &[usize], exact: bool| -> Result<(Vec<f32>, DeltaState)> {
                 let (mut state, mut out, mut start) = (DeltaState::new(&spec), vec![], 0);
                 for n in cuts.iter().copied().chain([tokens - cuts.iter().sum::<usize>()]) {
                     let part =
                         all.iter().map(|x| Ok(x.narrow(0, start, n)?.contiguous()?)).collect::<Result<Vec<_>>>()?;
-                    let args = DeltaArgs {
-                        spec,
-                        qkv: &part[0],
-                        z: &part[1],
-                        beta: &part[2],
-                        decay: &part[3],
-                        conv: &conv,
-                        rate: &rate,
-                        decay_bias: &bias,
-                        norm: (&weight, 1e-6),
-                        tiled: group == 3,
-                        start,
-                    };
+                    let args = DeltaArgs { layer, qkv: &part[0], z: &part[1], beta: &part[2], decay: &part[3], start };
                     let y = if exact { delta_reference(&args, &mut state)? } else { delta(&args, &mut state)? };
                     out.extend(y.flatten_all()?.to_vec1::<f32>()?);
                     start += n;

@@ -31,7 +31,7 @@ mirrored!(Params, 72, {
 });
 
 /// Refuses what the kernels do not take, by name.
-pub(super) fn check(shape: PairShape, partner: Partner, tensors: &[&Tensor]) -> Result<()> {
+pub(super) fn check(shape: PairShape, tensors: &[&Tensor]) -> Result<()> {
     let refuse = |what: String| Err(Error::unsupported("training on CUDA", what));
     if shape.dim != DIM || !matches!(shape.chunk, 16 | 128) {
         return refuse(format!("heads of {} in chunks of {}; it takes 64 in 16 or 128", shape.dim, shape.chunk));
@@ -65,7 +65,7 @@ fn by_chunk(like: &Tensor, shape: PairShape, partner: Partner, name: &str, share
 }
 
 pub(super) fn forward(qkv: &Tensor, s: PairShape, partner: Partner, rope: &PairRope) -> Result<(Tensor, Tensor)> {
-    check(s, partner, &[qkv])?;
+    check(s, &[qkv])?;
     let gpu = device(qkv)?;
     let out = uninitialised(gpu, DType::BF16, (s.rows(), s.width()))?;
     let lse = uninitialised(gpu, DType::F32, (s.rows(), s.heads))?;
@@ -86,7 +86,7 @@ pub(super) fn backward(
     partner: Partner,
     rope: &PairRope,
 ) -> Result<Tensor> {
-    check(s, partner, &[qkv, out, grad])?;
+    check(s, &[qkv, out, grad])?;
     let gpu = device(qkv)?;
     let d_qkv = uninitialised(gpu, DType::BF16, qkv.shape())?;
     let far = uninitialised(gpu, DType::F32, (s.rows(), s.width()))?;
