@@ -5,9 +5,9 @@ use super::config::SYMBOLS;
 use super::model::{CharModel, Weights};
 use super::stream::Streaming;
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::ops::cuda::{address, address_or_null, mirrored, Kernel, Launch};
+use crate::ops::cuda::{address, address_or_null, capture, mirrored, Kernel, Launch};
 use crate::ops::pair::Partner;
-use candle_core::cuda_backend::cudarc::driver::{sys, CudaGraph, CudaSlice, DevicePtr, DeviceRepr, ValidAsZeroBits};
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, DevicePtr, DeviceRepr, ValidAsZeroBits};
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Device, Tensor};
 
@@ -188,15 +188,8 @@ impl<'a> GpuStream<'a> {
         let last = model.final_weight(&weights)?;
         launches.push(project(&embedding, &x, Some(&last), &logits, Mode::Store)?);
         held.extend([x, qkv, attended, gated]);
-        let stream = gpu.cuda_stream();
-        stream.synchronize().map_err(driver)?;
-        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(driver)?;
         // SAFETY: every address belongs to the weights, the state or `held`, which outlive the graph's last launch.
-        let enqueued = launches.iter().try_for_each(|l| unsafe { l.enqueue(false) });
-        let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(driver)?;
-        enqueued?;
-        let graph = graph.ok_or_else(|| driver("nothing was captured"))?;
-        graph.upload().map_err(driver)?;
+        let graph = unsafe { capture(gpu, &launches, false)? };
         let gpu = gpu.clone();
         Ok(Self { model, weights, gpu, graph, state, attend, logits, position: 0, bytes, _held: held })
     }

@@ -5,7 +5,7 @@
 
 use crate::error::{At, Error, ErrorKind, Result};
 use candle_core::cuda_backend::cudarc::driver::{
-    sys, sys::CUfunction_attribute, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr,
+    sys, sys::CUfunction_attribute, CudaFunction, CudaGraph, CudaSlice, CudaStream, DevicePtr, DeviceRepr,
 };
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
 use candle_core::op::BackpropOp;
@@ -50,9 +50,8 @@ impl Kernel {
     pub fn shared(mut self, bytes: usize) -> Result<Self> {
         let bytes = bytes as i32;
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        if bytes > 48 << 10 {
-            self.function.set_attribute(attribute, bytes).map_err(|e| self.error(e))?;
-        }
+        // Also below 48 KiB: what a kernel declares itself counts towards that limit, which needs no attribute.
+        self.function.set_attribute(attribute, bytes).map_err(|e| self.error(e))?;
         self.shared = bytes as u32;
         Ok(self)
     }
@@ -80,6 +79,27 @@ pub(crate) fn open(index: usize) -> Result<Device> {
         super::memory::pool::set(gpu, keep, u64::MAX);
     }
     Ok(device)
+}
+
+/// Captures launches into a graph, each but the first overlapping the one before it if `overlap`.
+///
+/// # Errors
+/// The first launch that fails, by its kernel; a stream that does not capture.
+///
+/// # Safety
+/// As of [`Launch::enqueue`], until the graph's last launch has ended.
+pub(crate) unsafe fn capture(gpu: &CudaDevice, launches: &[Launch], overlap: bool) -> Result<CudaGraph> {
+    let fail = |e: &dyn std::fmt::Display| Error::new(ErrorKind::Backend, "decode graph", e);
+    let stream = gpu.cuda_stream();
+    stream.synchronize().map_err(|e| fail(&e))?;
+    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(|e| fail(&e))?;
+    let enqueued = launches.iter().enumerate().try_for_each(|(i, l)| l.enqueue(overlap && i > 0));
+    let ended = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+    // A launch that failed also invalidates the capture, whose own error does not say why.
+    enqueued?;
+    let graph = ended.map_err(|e| fail(&e))?.ok_or_else(|| fail(&"nothing was captured"))?;
+    graph.upload().map_err(|e| fail(&e))?;
+    Ok(graph)
 }
 
 /// Explains the failure to load a kernel.

@@ -283,6 +283,23 @@ fn captured_recall_is_that_of_single_steps() -> Any {
     Ok(())
 }
 
+/// Contexts between powers of two: the shared memory of the choice of rows grows with the context.
+#[test]
+fn a_step_is_captured_at_every_context() -> Any {
+    let Some(device) = gpu("a_step_is_captured_at_every_context") else { return Ok(()) };
+    let words = text(100);
+    let (_, model) = both_devices("qwen2", &device, Storage::BF16)?;
+    let plan = RetrofitPlan::new(model.spec(), None, settings(100, RestKind::Codes))?;
+    for ctx in [30_000, 1 << 15, 60_000, 1 << 16, 100_000, 1 << 17, 200_000] {
+        let mut run = Run::new(&model.weights, &plan, ctx)?;
+        run.prefill(&words[..90], 100, 1, &mut watch(|_| ()))?;
+        assert!(run.captures(), "{ctx}");
+        let logits = run.read(&words[90..])?.to_device(&Device::Cpu)?;
+        assert!(logits.abs()?.max_all()?.to_scalar::<f32>()?.is_finite(), "{ctx}");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_host_that_locks_no_memory_gathers_the_rows_that_kernels_read() -> Any {
     let Some(device) = gpu("a_host_that_locks_no_memory_gathers_the_rows_that_kernels_read") else { return Ok(()) };

@@ -20,11 +20,12 @@ use crate::cache::LayerState;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{LayerKind, LayerPlan};
 use crate::mixer::{MixerWeights, Projections};
+use crate::ops::cuda::capture;
 use crate::ops::delta_gpu::has_step;
 use crate::retrofit::{FarPosition, KeyPooling};
 use crate::run::Run;
 use crate::weights::Block;
-use candle_core::cuda_backend::cudarc::driver::{sys, CudaGraph, CudaSlice, DeviceRepr, ValidAsZeroBits};
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaSlice, DeviceRepr, ValidAsZeroBits};
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Device, Tensor};
 use std::time::Instant;
@@ -95,16 +96,9 @@ impl StepGraph {
         let mut builder = Builder::new(run.weights(), gpu, &state, (&tokens, &logits))?;
         builder.step(run, &routes, stop)?;
         let Builder { launches, buffers, .. } = builder;
-        let stream = gpu.cuda_stream();
-        stream.synchronize().map_err(driver)?;
-        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(driver)?;
         // SAFETY: every address belongs to the weights, the run's cache, or `buffers`, which outlive the graph's last
         // launch.
-        let enqueued = launches.iter().enumerate().try_for_each(|(i, l)| unsafe { l.enqueue(i > 0) });
-        let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0)).map_err(driver)?;
-        enqueued?;
-        let graph = graph.ok_or_else(|| Error::new(ErrorKind::Backend, "decode graph", "nothing was captured"))?;
-        graph.upload().map_err(driver)?;
+        let graph = unsafe { capture(gpu, &launches, true)? };
         let journal = Journal::new(run, gpu)?;
         Ok(Some(Self { graph, gpu: gpu.clone(), state, tokens, logits, journal, _buffers: buffers }))
     }
