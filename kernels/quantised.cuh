@@ -75,11 +75,28 @@ __device__ void embed(F f, const uint8_t *table, float factor, float *x, int n, 
 template <typename T> __device__ inline void store4(T *out, float4 v) { *(uint2 *)out = make_uint2(pack<T>(v.x, v.y), pack<T>(v.z, v.w)); }
 template <> __device__ inline void store4(float *out, float4 v) { *(float4 *)out = v; }
 
+// Elements go through shared memory, so that a warp writes whole lines: a lane's unit in parts would write a fraction of
+// 32 sectors each time. The 32 units of a warp are whole blocks, and so are those of the last one.
 template <typename F, typename T> __device__ void dequantise(F f, const uint8_t *w, T *out, int64_t units) {
-  const int64_t unit = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, block = f.block(unit);
-  if (unit >= units) return;
-  T *to = out + block * (4 * f.quads());
-  read_unit(f, w + block * f.bytes(), f.part(unit), [&](int quad, float4 v) { store4(to + 4 * quad, v); });
+  struct alignas(4 * sizeof(T)) Four {
+    T v[4];
+  };
+  constexpr int FOURS = WARP * F::WORDS;
+  // One of 16 left out: lanes' units then lie in different banks.
+  auto place = [](int i) { return i + i / 16; };
+  __shared__ Four staged[256 / WARP][FOURS + FOURS / 16];
+  const int lane = threadIdx.x % WARP;
+  Four *own = staged[threadIdx.x / WARP];
+  const int64_t unit = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, first = unit - lane, block = f.block(unit);
+  if (first >= units) return;
+  const int before = (int)(block - f.block(first)) * f.quads(), count = (int)min(units - first, (int64_t)WARP) * F::WORDS;
+  if (unit < units)
+    read_unit(f, w + block * f.bytes(), f.part(unit), [&](int quad, float4 v) { store4(own[place(before + quad)].v, v); });
+  __syncwarp();
+  Four *to = (Four *)out + first * F::WORDS;
+#pragma unroll
+  for (int k = 0; k < F::WORDS; k++)
+    if (k * WARP + lane < count) to[k * WARP + lane] = own[place(k * WARP + lane)];
 }
 
 template <typename F, typename T>
