@@ -10,6 +10,7 @@
 
 use bfly::checkpoint::{Checkpoint, WeightDtype, WeightFormat};
 use bfly::generate::watch;
+use bfly::recall::{calibrate, Positions};
 use bfly::retrofit::{PrefillKind, RetrofitPlan, Settings, WindowAlign};
 use bfly::run::Run;
 use bfly::weights::Weights;
@@ -29,12 +30,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let format = WeightFormat::new(WeightDtype::Auto, 0, None);
     let weights = Weights::load(&checkpoint, &format, &Device::Cpu, &|_, _, _| ())?;
     let recall = recall.parse()?;
+    let id = |i: usize| (i * 2_654_435_761 % checkpoint.spec.vocab) as u32;
     let mut settings = Settings { recall, prefill: PrefillKind::Butterfly, ..Settings::default() };
     if recall == 0 {
         (settings.window, settings.window_align) = (512, WindowAlign::Block);
     }
+    if recall > 0 {
+        let documents: Vec<Vec<u32>> = (0..4).map(|d| (0..2048).map(|i| id(d * 2048 + i)).collect()).collect();
+        weights.calibrate(calibrate(&weights, &documents, settings.sink_tokens, Positions::Uniform, &|_, _, _| ())?);
+    }
     let plan = RetrofitPlan::new(&checkpoint.spec, None, settings)?;
-    let id = |i: usize| (i * 2_654_435_761 % checkpoint.spec.vocab) as u32;
     let mut runs = vec![];
     for depth in &depths {
         let ids: Vec<u32> = (0..*depth).map(id).collect();
