@@ -85,6 +85,7 @@ pub mod stats;
 pub mod storage;
 pub mod tensors;
 pub mod train;
+pub mod transforms;
 pub mod weights;
 
 pub(crate) use error::plain;

@@ -8,6 +8,12 @@
 use crate::checkpoint::splitmix;
 use serde::{Deserialize, Serialize};
 
+/// Draws from a standard normal distribution (Box and Muller 1958).
+pub(crate) fn normal(rng: &mut impl rand::Rng) -> f64 {
+    let (u, v) = (1.0 - rng.random::<f64>(), rng.random::<f64>());
+    (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
+}
+
 /// Number of resamples.
 const DRAWS: usize = 4000;
 /// Confidence level of the interval.

@@ -13,6 +13,7 @@ mod retrofit;
 mod signals;
 mod size;
 mod temporary;
+mod transforms;
 
 pub use crate::ops::{describe, human_bytes};
 pub use args::{CalibrateArgs, Cli, Command, ModelArgs, PromptArgs, RetrofitArgs, RunArgs, SamplingArgs};
@@ -27,3 +28,4 @@ pub use progress::Bars;
 pub use retrofit::{calibrate, run};
 pub use size::{at_least_one, parse_bytes, parse_count, parse_size, short_count};
 pub use temporary::Temporary;
+pub use transforms::{transforms, TransformsCli, TransformsCommand};

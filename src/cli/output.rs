@@ -237,18 +237,18 @@ pub fn check_into(
     if file.exists() {
         return Output::check_replaceable(&file, flag, fault);
     }
-    refuse_other(dir, flag)?;
+    refuse_other(dir, flag, name)?;
     // The outermost directory that has to be made, whose parent exists.
     let made = |p: &&Path| p.parent().is_some_and(|parent| parent.as_os_str().is_empty() || parent.exists());
     let probe = Temporary::beside(dir.ancestors().find(made).unwrap_or(dir));
     probe.and_then(|probe| std::fs::create_dir(probe.path())).map_err(|e| error(flag, dir, e))
 }
 
-/// Refuses a directory that exists without being a patch.
-fn refuse_other(dir: &Path, flag: &'static str) -> Result<()> {
+/// Refuses a directory that exists without the file `name`.
+fn refuse_other(dir: &Path, flag: &'static str, name: &str) -> Result<()> {
     match dir.exists() {
         true => {
-            let message = "exists and is not a patch; choose a new directory";
+            let message = format!("exists and has no {name}; choose a new directory");
             Err(Error::usage(format!("{flag} {}", dir.display()), message))
         }
         false => Ok(()),
@@ -277,7 +277,7 @@ pub fn write_into(
         }
         return first.write(content);
     }
-    refuse_other(dir, flag)?;
+    refuse_other(dir, flag, name)?;
     let temporary = Temporary::beside(dir).map_err(fail)?;
     std::fs::create_dir_all(temporary.path()).map_err(fail)?;
     for (name, content) in files {

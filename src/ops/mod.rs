@@ -6,6 +6,7 @@ mod blocks;
 pub(crate) mod cuda;
 mod delta;
 mod device;
+pub mod factored;
 mod gated;
 mod gemm;
 mod heads;

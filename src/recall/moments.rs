@@ -6,7 +6,8 @@
 //! context length.
 
 use super::matrix::cholesky;
-use rand::{rngs::StdRng, Rng as _, SeedableRng};
+use crate::stats::normal;
+use rand::{rngs::StdRng, SeedableRng};
 use std::ops::Range;
 
 /// Moments of one KV head before rotation. Channels `i` and `i + R / 2` form a pair where `R` channels are rotated.
@@ -209,12 +210,6 @@ impl RotatedHead {
         }
         keys
     }
-}
-
-/// Draws from a standard normal distribution (Box and Muller).
-fn normal(rng: &mut StdRng) -> f64 {
-    let (a, b): (f64, f64) = (rng.random(), rng.random());
-    (-2.0 * (1.0 - a).ln()).sqrt() * (std::f64::consts::TAU * b).cos()
 }
 
 /// `E (x₁ cos - x₂ sin)²` and `E (x₂ cos + x₁ sin)²` from `[E x₁², E x₂², E x₁ x₂]`.

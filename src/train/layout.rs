@@ -1,8 +1,8 @@
 //! Parameters as one flat vector: names, shapes and places.
 
 use crate::error::{At, Error, ErrorKind, Result};
+use crate::stats::normal;
 use candle_core::{Device, Tensor};
-use rand::{rngs::StdRng, Rng};
 
 /// How a parameter is initialised.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -82,7 +82,7 @@ impl Layout {
             let mut rng = super::random(seed, i as u64 + 1);
             match parameter.init {
                 Init::Ones => values.extend(std::iter::repeat_n(1f32, parameter.len())),
-                Init::Normal(std) => values.extend((0..parameter.len()).map(|_| std * normal(&mut rng))),
+                Init::Normal(std) => values.extend((0..parameter.len()).map(|_| std * normal(&mut rng) as f32)),
             }
         }
         Tensor::from_vec(values, self.len, device).at("initial weights")
@@ -117,10 +117,4 @@ impl Layout {
         }
         Err(Error::new(ErrorKind::Tensor, what, format!("is {:?}, the model has {} parameters", flat.dims(), self.len)))
     }
-}
-
-/// A normal number (Box and Muller 1958).
-fn normal(rng: &mut StdRng) -> f32 {
-    let (u, v): (f64, f64) = (1.0 - rng.random::<f64>(), rng.random());
-    ((-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32
 }

@@ -137,7 +137,8 @@ fn a_calibrated_patch_recalls_and_its_faults_are_named() -> Any {
 
     // What cannot be written is said before the model is read, and a plan that is no patch is not passed over.
     let taken = texts.to_string_lossy().into_owned();
-    for (out, why) in [(taken.as_str(), "exists and is not a patch"), ("/proc/none/patch", "--out /proc/none/patch")] {
+    for (out, why) in [(taken.as_str(), "exists and has no bfly.json"), ("/proc/none/patch", "--out /proc/none/patch")]
+    {
         let refused = bfly().args(["calibrate", "--model", "nowhere", "--out", out]).assert().code(2);
         refused.stderr(predicates::str::contains("--out").and(predicates::str::contains(why)));
         let refused = bfly().args(["--model", "nowhere", "--prompt", "a", "--save", out]).assert().code(2);

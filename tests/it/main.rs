@@ -41,4 +41,5 @@ mod run;
 #[cfg(feature = "eval")]
 mod studies;
 mod tokenizers;
+mod transforms;
 mod unread;

@@ -1,0 +1,24 @@
+//! Fast algorithms of linear transforms, found by gradient descent (Dao, Gu, Eichhorn, Rudra and Ré 2019,
+//! arXiv:1903.05895).
+//!
+//! A matrix is approximated by a product of butterflies and permutations ([`crate::ops::factored`]), given its entries
+//! alone. Several starts, each from random factors and logits:
+//!
+//! 1. Adam on factors and relaxed permutations together, with noise on the logits that fades;
+//! 2. the permutations are hardened and the factors fitted;
+//! 3. annealing: one step of one permutation is changed, the factors are fitted for a few steps from where they were, and
+//!    the change is kept by Metropolis' rule;
+//! 4. L-BFGS in f64 on the factors.
+//!
+//! Steps 1 to 3 compare some columns of the matrix, drawn for each start; step 4 and the reported error all of them.
+
+mod learn;
+mod objective;
+mod polish;
+mod product;
+mod search;
+mod target;
+
+pub use learn::{learn, Learned, Progress, Settings};
+pub use product::Product;
+pub use target::{Matrix, Transform};

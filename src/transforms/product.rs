@@ -1,0 +1,134 @@
+//! A product of butterflies and permutations that is being learned.
+
+use crate::error::{Error, Result};
+use crate::ops::factored::{hardened, Real, Shape, Step};
+use crate::stats::normal;
+use rand::rngs::StdRng;
+
+/// A factor of a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Module {
+    Butterfly,
+    Permutation,
+}
+
+/// Butterflies and permutations in the order in which they are applied, and their parameters.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Product {
+    shape: Shape,
+    modules: Vec<Module>,
+    /// Of each butterfly.
+    factors: Vec<Vec<f32>>,
+    /// Of each permutation.
+    logits: Vec<Vec<f32>>,
+}
+
+/// Standard deviation of the first logits.
+const LOGITS: f64 = 0.5;
+
+impl Product {
+    /// Draws factors that keep the length of a vector on average, and logits about 0.
+    ///
+    /// `product` names the modules, left factor first, such as `BP`: the permutation is applied first.
+    ///
+    /// # Errors
+    /// A size that is no power of two from 2 on; another letter than `B` and `P`, or no `B`.
+    pub fn random(shape: Shape, product: &str, rng: &mut StdRng) -> Result<Self> {
+        let modules = modules(product)?;
+        if !shape.size.is_power_of_two() || shape.size < 2 {
+            return Err(Error::usage("transform", format!("{} is no power of two from 2 on", shape.size)));
+        }
+        let std = if shape.complex { 0.5 } else { 0.5f64.sqrt() };
+        let (mut factors, mut logits) = (vec![], vec![]);
+        for module in &modules {
+            let mut draw = |n: usize, std: f64| (0..n).map(|_| (std * normal(rng)) as f32).collect();
+            match module {
+                Module::Butterfly => factors.push(draw(shape.butterfly_len(), std)),
+                Module::Permutation => logits.push(draw(shape.permutation_len(), LOGITS)),
+            }
+        }
+        Ok(Self { shape, modules, factors, logits })
+    }
+
+    /// Size and field.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// Parameters of each butterfly, in the order of application.
+    pub fn factors(&self) -> &[Vec<f32>] {
+        &self.factors
+    }
+
+    pub(super) fn factors_mut(&mut self) -> &mut [Vec<f32>] {
+        &mut self.factors
+    }
+
+    pub(super) fn logits_mut(&mut self) -> &mut [Vec<f32>] {
+        &mut self.logits
+    }
+
+    /// Number of permutations.
+    pub(super) fn permutations(&self) -> usize {
+        self.logits.len()
+    }
+
+    /// The permutations, hardened: element `i` of a result is element `index[i]`.
+    pub fn permuted(&self) -> Vec<Vec<u32>> {
+        self.logits.iter().map(|l| hardened(self.shape.size, l)).collect()
+    }
+
+    /// Trainable parameters: of the factors, and of the relaxed permutations.
+    pub fn parameters(&self) -> (usize, usize) {
+        let count = |of: &[Vec<f32>]| of.iter().map(Vec::len).sum();
+        (count(&self.factors), count(&self.logits))
+    }
+
+    /// The steps with relaxed permutations.
+    pub(super) fn relaxed(&self) -> Vec<Step<'_, f32>> {
+        let mut logits = self.logits.iter();
+        self.steps(&self.factors, || logits.next().map(|l| Step::Relaxed(l)))
+    }
+
+    /// The steps with permutations `index` and the given factors.
+    pub(super) fn hard<'a, T: Real>(&self, factors: &'a [Vec<T>], index: &'a [Vec<u32>]) -> Vec<Step<'a, T>> {
+        let mut index = index.iter();
+        self.steps(factors, || index.next().map(|i| Step::Permutation(i)))
+    }
+
+    fn steps<'a, T: Real>(
+        &self,
+        factors: &'a [Vec<T>],
+        mut permutation: impl FnMut() -> Option<Step<'a, T>>,
+    ) -> Vec<Step<'a, T>> {
+        let mut factors = factors.iter();
+        let step = |m: &Module| match m {
+            Module::Butterfly => factors.next().map(|f| Step::Butterfly(f)),
+            Module::Permutation => permutation(),
+        };
+        self.modules.iter().filter_map(step).collect()
+    }
+
+    /// All parameters in the order of the steps, as gradients of relaxed products are laid out.
+    pub(super) fn all_mut(&mut self) -> impl Iterator<Item = &mut f32> {
+        let (mut factors, mut logits) = (self.factors.iter_mut(), self.logits.iter_mut());
+        let of = move |m: &Module| match m {
+            Module::Butterfly => factors.next(),
+            Module::Permutation => logits.next(),
+        };
+        self.modules.iter().filter_map(of).flatten()
+    }
+}
+
+fn modules(product: &str) -> Result<Vec<Module>> {
+    let module = |c: char| match c {
+        'B' => Ok(Module::Butterfly),
+        'P' => Ok(Module::Permutation),
+        other => Err(Error::usage("--product", format!("`{other}` in {product:?}: B is a butterfly, P a permutation"))),
+    };
+    let modules: Vec<Module> = product.chars().rev().map(module).collect::<Result<_>>()?;
+    if !modules.contains(&Module::Butterfly) {
+        return Err(Error::usage("--product", format!("{product:?} has no butterfly, B")));
+    }
+    Ok(modules)
+}
