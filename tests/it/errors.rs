@@ -310,7 +310,7 @@ fn unwritable_outputs_are_refused_before_any_work() -> Any {
     s.flags(&["--logits-out", &s.path("no/such/dir/l.safetensors")], &["--logits-out", "cannot be written"]);
     let taken = s.path("taken");
     std::fs::create_dir(&taken)?;
-    s.flags(&["--save", &taken], &["--save", "not a patch"]);
+    s.flags(&["--save", &taken], &["--save", "has no bfly.json"]);
     s.flags(&["--json", &taken], &["--json", "is a directory"]);
     assert_eq!(std::fs::read_dir(s.dir.path())?.count(), 2, "only the ids and the taken directory are left");
     Ok(())

@@ -210,8 +210,8 @@ mod tests {
                     }
                     value(&p, &x)
                 };
-                for at in 0..gradient.len() {
-                    check(gradient[at], &|h| moved(at, h));
+                for (at, got) in gradient.iter().enumerate() {
+                    check(*got, &|h| moved(at, h));
                 }
             }
         }
