@@ -1,7 +1,7 @@
 //! `bfly-transforms`: learns fast algorithms of linear transforms.
 
 use super::output::{check_into, write_into};
-use super::{at_least_one, print, Bars};
+use super::{at_least_one, open_device, print, Bars};
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::transforms::{learn, Learned, Settings, Transform};
 use candle_core::{Device, Tensor};
@@ -64,15 +64,21 @@ pub struct LearnArgs {
     /// Seed of the starts, and of the numbers of `convolution` and `random`.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Starts.
-    #[arg(long, default_value = "16", value_parser = at_least_one)]
-    pub starts: usize,
-    /// Columns of the matrix that each start compares.
-    #[arg(long, default_value = "64", value_parser = at_least_one)]
-    pub columns: usize,
-    /// Rounds of annealing of the permutations.
-    #[arg(long, default_value_t = 20)]
-    pub rounds: usize,
+    /// auto (the first GPU, else the CPU), cpu, cuda or cuda:INDEX; on a GPU N is at most 1024.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// Starts [default: by product and device]
+    #[arg(long, value_parser = at_least_one)]
+    pub starts: Option<usize>,
+    /// Columns of the matrix that each start compares [default: by device]
+    #[arg(long, value_parser = at_least_one)]
+    pub columns: Option<usize>,
+    /// Rounds of annealing of the permutations [default: by product and device]
+    #[arg(long)]
+    pub rounds: Option<usize>,
+    /// Any other setting of result.json, such as change_steps=300; may be repeated.
+    #[arg(long = "set", value_name = "NAME=VALUE")]
+    pub set: Vec<String>,
     /// Modules, left factor first: B is a butterfly, P a permutation [default: by transform]
     #[arg(long)]
     pub product: Option<String>,
@@ -110,6 +116,7 @@ struct Outcome {
     rounds: usize,
     seconds: f64,
     threads: usize,
+    device: String,
     command: Vec<String>,
 }
 
@@ -127,19 +134,22 @@ pub fn transforms(command: &TransformsCommand) -> Result<()> {
 
 fn run(args: &LearnArgs) -> Result<()> {
     let (product, complex) = args.transform.product();
+    let device = open_device(&args.device)?;
+    let defaults = Settings::new(args.product.as_deref().unwrap_or(product), complex, args.seed, !device.is_cpu());
     let settings = Settings {
         tied: !args.untied,
-        starts: args.starts,
-        columns: args.columns,
-        rounds: args.rounds,
-        ..Settings::new(args.product.as_deref().unwrap_or(product), complex, args.seed)
+        starts: args.starts.unwrap_or(defaults.starts),
+        columns: args.columns.unwrap_or(defaults.columns),
+        rounds: args.rounds.unwrap_or(defaults.rounds),
+        ..defaults
     };
+    let settings = args.set.iter().try_fold(settings, |settings, set| with(&settings, set))?;
     let place = format!("--out {}", args.out.display());
     check_into(&args.out, "--out", RESULT, |json| Ok(fault(json, &args.out, args, &settings)))?;
     let bars = Bars::new(args.quiet);
     let begin = Instant::now();
     let matrix = args.transform.matrix(args.n, args.seed);
-    let found = learn(&matrix, &settings, &|p| {
+    let found = learn(&matrix, &settings, &device, &|p| {
         bars.show_with("steps", p.done as u64, p.total as u64, &format!("error {:.1e}", p.error));
     })?;
     let outcome = Outcome {
@@ -153,6 +163,7 @@ fn run(args: &LearnArgs) -> Result<()> {
         rounds: found.rounds,
         seconds: begin.elapsed().as_secs_f64(),
         threads: rayon::current_num_threads(),
+        device: if device.is_cpu() { "cpu".into() } else { "cuda".into() },
         command: std::env::args().collect(),
         settings: settings.clone(),
     };
@@ -179,6 +190,16 @@ fn run(args: &LearnArgs) -> Result<()> {
         settings.tolerance, found.start, found.error
     );
     Err(Error::new(ErrorKind::Quality, outcome.transform, message))
+}
+
+/// The settings with one of them changed, as `NAME=VALUE` says.
+fn with(settings: &Settings, set: &str) -> Result<Settings> {
+    let place = format!("--set {set}");
+    let wrong = |e: &dyn std::fmt::Display| Error::usage(&place, e.to_string());
+    let (name, value) = set.split_once('=').ok_or_else(|| wrong(&"is not NAME=VALUE"))?;
+    let mut json = serde_json::to_value(settings).map_err(|e| wrong(&e))?;
+    json[name] = serde_json::from_str(value).map_err(|e| wrong(&e))?;
+    serde_json::from_value(json).map_err(|e| wrong(&e))
 }
 
 /// Why the result in `dir` is not overwritten, if for a reason.

@@ -1,5 +1,6 @@
 //! Training: optimiser, schedule and loop for any model whose parameters lie in one flat vector.
 
+mod adam;
 mod adamw;
 pub mod launch;
 mod layout;
@@ -12,6 +13,7 @@ mod steps;
 
 use rand::{rngs::StdRng, SeedableRng};
 
+pub use adam::Adam;
 pub use adamw::{AdamW, AdamWSettings};
 pub use layout::{Init, Layout, Parameter};
 pub use schedule::Schedule;

@@ -1,16 +1,19 @@
 //! A learning run: several starts, halved as they go.
 
+use super::cpu;
 use super::objective::Objective;
-use super::polish::{error_of, polish};
+use super::polish::{error_of, polish, LANES};
 use super::product::Product;
 use super::search::Search;
 use super::target::Matrix;
 use crate::error::{Error, Result};
 use crate::ops::factored::Shape;
+use candle_core::Device;
 use rand::rngs::StdRng;
 use rand::{seq::index, Rng, SeedableRng};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Settings of a learning run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -46,6 +49,8 @@ pub struct Settings {
     pub change_steps: usize,
     /// Temperature of the first change, of the error; it falls to 0.
     pub heat: f64,
+    /// Products that a GPU fits at once; a CPU fits one a thread.
+    pub batch: usize,
     /// Starts that are kept as rounds halve their number.
     pub kept: usize,
     /// Error at which a product counts as found.
@@ -55,9 +60,9 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Those for a product of modules, see [`Settings::product`].
-    pub fn new(product: &str, complex: bool, seed: u64) -> Self {
-        Self {
+    /// Those for a product of modules, see [`Settings::product`], on a CPU or on a GPU.
+    pub fn new(product: &str, complex: bool, seed: u64, gpu: bool) -> Self {
+        let cpu = Self {
             product: product.into(),
             complex,
             tied: true,
@@ -73,10 +78,30 @@ impl Settings {
             changes: 40,
             change_steps: 150,
             heat: 0.2,
+            batch: 128,
             kept: 4,
             tolerance: 1e-4,
             polish: 400,
+        };
+        match gpu {
+            true => Self { starts: 64, columns: 32, rounds: 40, kept: 16, ..cpu },
+            false => cpu,
         }
+    }
+}
+
+impl Settings {
+    /// The learning rate of step `i` of a fit of `steps`, which falls to 0.
+    pub(super) fn fit_rate(&self, i: usize, steps: usize) -> f32 {
+        self.rate as f32 / 2.0 * (1.0 - i as f32 / steps as f32)
+    }
+
+    /// Of step `i` with relaxed permutations: the learning rate, a cosine that the fit after it goes on from, and the
+    /// scales of the noise on logits and on all parameters.
+    pub(super) fn relaxed_rates(&self, i: usize) -> [f32; 3] {
+        let done = i as f32 / self.relaxed_steps as f32;
+        let rate = self.rate as f32 * 0.5 * (1.0 + (0.6 * std::f32::consts::PI * done).cos());
+        [rate, self.logit_noise as f32 * (1.0 - done), self.weight_noise as f32 * rate]
     }
 }
 
@@ -106,12 +131,57 @@ pub struct Learned {
 
 /// Error below which L-BFGS is tried on a product, of the root mean square of a unitary matrix's entries.
 const NEAR: f64 = 0.16;
+/// L-BFGS begins again while it lowers the error by this factor.
+const FALLS: f64 = 0.7;
+/// Times that L-BFGS begins on a product.
+const POLISHES: usize = 5;
 
-/// Learns `matrix` as a product. The result depends on the settings and the matrix alone.
+/// Where descents run.
+enum Place<'a> {
+    Cpu(&'a Matrix),
+    #[cfg(feature = "cuda")]
+    Gpu(super::gpu::Gpu),
+}
+
+impl Place<'_> {
+    /// Relaxed descents and first fits of all starts; `done` is called as starts end.
+    fn relax(&self, searches: &mut [Search], settings: &Settings, done: impl Fn(usize, f64) + Sync) -> Result<()> {
+        match self {
+            Self::Cpu(matrix) => {
+                let ended = AtomicUsize::new(0);
+                searches.par_iter_mut().for_each(|s| {
+                    cpu::relax(s, settings, matrix);
+                    done(1 + ended.fetch_add(1, Ordering::Relaxed), s.best.1);
+                });
+            }
+            #[cfg(feature = "cuda")]
+            Self::Gpu(gpu) => gpu.relax(searches, settings)?,
+        }
+        Ok(())
+    }
+
+    /// The changes of a round.
+    fn anneal(&self, searches: &mut [Search], settings: &Settings) -> Result<()> {
+        match self {
+            Self::Cpu(matrix) => searches.par_iter_mut().for_each(|s| cpu::anneal(s, settings, matrix)),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(gpu) => gpu.anneal(searches, settings)?,
+        }
+        Ok(())
+    }
+}
+
+/// Learns `matrix` as a product on `device`. The result depends on the settings, the matrix and the kind of device alone.
 ///
 /// # Errors
-/// Settings that make no product, no start or no column; a matrix whose size is no power of two from 2 on.
-pub fn learn(matrix: &Matrix, settings: &Settings, on_progress: &(dyn Fn(Progress) + Sync)) -> Result<Learned> {
+/// Settings that make no product, no start or no column; a matrix whose size is no power of two from 2 on; a device's
+/// failure.
+pub fn learn(
+    matrix: &Matrix,
+    settings: &Settings,
+    device: &Device,
+    on_progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Learned> {
     let n = matrix.size;
     let shape = Shape { size: n, complex: settings.complex, tied: settings.tied };
     if settings.starts == 0 || settings.columns == 0 {
@@ -126,33 +196,37 @@ pub fn learn(matrix: &Matrix, settings: &Settings, on_progress: &(dyn Fn(Progres
         rng = StdRng::seed_from_u64(rng.random::<u64>() ^ start as u64);
         let product = Product::random(shape, &settings.product, &mut rng)?;
         let columns = index::sample(&mut rng, n, settings.columns.min(n)).into_vec();
-        let objective = Objective::of_columns(shape, matrix, &columns);
-        Ok(Search::new(settings, start, product, (objective, complex), rng))
+        Ok(Search::new(start, product, columns, rng))
     };
     let mut searches = (0..settings.starts).map(search).collect::<Result<Vec<_>>>()?;
+    let place = match device {
+        Device::Cpu => Place::Cpu(matrix),
+        #[cfg(feature = "cuda")]
+        device => Place::Gpu(super::gpu::Gpu::new(shape, matrix, device)?),
+        #[cfg(not(feature = "cuda"))]
+        _ => return Err(Error::unsupported("transform", "a device of another kind than this build's")),
+    };
     let every: Vec<usize> = (0..n).collect();
     let whole = (&Objective::of_columns(shape, matrix, &every), complex);
     let total = settings.starts + settings.rounds;
-    let relaxed = std::sync::atomic::AtomicUsize::new(0);
-    searches.par_iter_mut().for_each(|s| {
-        s.relax();
-        let done = 1 + relaxed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        on_progress(Progress { done, total, error: s.best.1 });
-    });
+    place.relax(&mut searches, settings, |done, error| on_progress(Progress { done, total, error }))?;
     let mut best: Option<Learned> = None;
     for rounds in 0..=settings.rounds {
         searches.sort_by(|a, b| a.best.1.total_cmp(&b.best.1).then(a.start.cmp(&b.start)));
-        let Some(first) = searches.first_mut() else { break };
-        let near = first.best.1 < NEAR / (n as f64).sqrt();
-        let found = match near {
-            true => polish(&first.best.0, whole, settings.polish, settings.tolerance / 2.0),
-            false => (first.best.0.clone(), error_of(&first.best.0, whole)),
+        let near = |s: &&mut Search| s.best.1 < NEAR / (n as f64).sqrt() && s.best.1 < FALLS * s.polished;
+        // A start whose product L-BFGS could not bring down waits until annealing has found a better one.
+        let (found, start) = match searches.iter_mut().find(near) {
+            Some(search) => {
+                search.polished = search.best.1;
+                (polished(&search.best.0, whole, settings), search.start)
+            }
+            None => {
+                let Some(first) = searches.first() else { break };
+                ((first.best.0.clone(), error_of(&first.best.0, whole)), first.start)
+            }
         };
-        if near {
-            (first.now, first.best) = (found.clone(), found.clone());
-        }
         if best.as_ref().is_none_or(|b| found.1 < b.error) {
-            best = Some(Learned { product: found.0, error: found.1, start: first.start, rounds });
+            best = Some(Learned { product: found.0, error: found.1, start, rounds });
         }
         let error = best.as_ref().map_or(f64::INFINITY, |b| b.error);
         on_progress(Progress { done: settings.starts + rounds, total, error });
@@ -162,9 +236,25 @@ pub fn learn(matrix: &Matrix, settings: &Settings, on_progress: &(dyn Fn(Progres
         if rounds > 0 {
             searches.truncate((searches.len() / 2).max(settings.kept));
         }
-        searches.par_iter_mut().for_each(|s| s.anneal(settings.changes));
+        place.anneal(&mut searches, settings)?;
     }
     best.ok_or_else(|| Error::usage("transform", "no start"))
+}
+
+/// L-BFGS on a product, begun again as long as it is worth it.
+fn polished(product: &Product, whole: (&Objective<f64, LANES>, bool), settings: &Settings) -> (Product, f64) {
+    let mut found = polish(product, whole, settings.polish, settings.tolerance / 2.0);
+    for _ in 1..POLISHES {
+        let before = found.1;
+        if before < settings.tolerance {
+            break;
+        }
+        found = polish(&found.0, whole, settings.polish, settings.tolerance / 2.0);
+        if found.1 > FALLS * before {
+            break;
+        }
+    }
+    found
 }
 
 #[cfg(test)]
@@ -174,7 +264,7 @@ mod tests {
 
     fn small(transform: Transform, seed: u64) -> Settings {
         let (product, complex) = transform.product();
-        Settings { starts: 8, rounds: 10, ..Settings::new(product, complex, seed) }
+        Settings { starts: 8, rounds: 10, ..Settings::new(product, complex, seed, false) }
     }
 
     /// The recovered product multiplies as the matrix does, computed apart from what learned it.
@@ -182,7 +272,7 @@ mod tests {
     fn fast_algorithms_of_8_points_are_found_from_their_matrices() -> Result<()> {
         for transform in [Transform::Dft, Transform::Dct, Transform::Hadamard, Transform::Convolution] {
             let matrix = transform.matrix(8, 0);
-            let found = learn(&matrix, &small(transform, 0), &|_| ())?;
+            let found = learn(&matrix, &small(transform, 0), &Device::Cpu, &|_| ())?;
             assert!(found.error < 1e-4, "{transform:?}: {:.1e}", found.error);
             let product = &found.product;
             let factors: Vec<Vec<f64>> =
@@ -208,7 +298,7 @@ mod tests {
         let settings = Settings { rounds: 2, relaxed_steps: 100, fit_steps: 50, ..small(Transform::Dst, 3) };
         let run = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-            pool.install(|| learn(&Transform::Dst.matrix(16, 3), &settings, &|_| ()))
+            pool.install(|| learn(&Transform::Dst.matrix(16, 3), &settings, &Device::Cpu, &|_| ()))
         };
         assert_eq!(run(1)?, run(3)?);
         Ok(())
@@ -218,15 +308,15 @@ mod tests {
     fn what_cannot_be_learned_is_refused() {
         let dft = Transform::Dft.matrix(8, 0);
         for (settings, why) in [
-            (Settings::new("BX", true, 0), "`X` in \"BX\""),
-            (Settings::new("P", true, 0), "no butterfly"),
-            (Settings::new("BP", false, 0), "complex factors"),
-            (Settings { starts: 0, ..Settings::new("BP", true, 0) }, "one start"),
+            (Settings::new("BX", true, 0, false), "`X` in \"BX\""),
+            (Settings::new("P", true, 0, false), "no butterfly"),
+            (Settings::new("BP", false, 0, false), "complex factors"),
+            (Settings { starts: 0, ..Settings::new("BP", true, 0, false) }, "one start"),
         ] {
-            let refused = learn(&dft, &settings, &|_| ()).map(|_| ()).expect_err("refused").to_string();
+            let refused = learn(&dft, &settings, &Device::Cpu, &|_| ()).map(|_| ()).expect_err("refused").to_string();
             assert!(refused.contains(why), "{refused}");
         }
         let odd = Matrix { size: 6, re: vec![0.0; 36], im: None };
-        assert!(learn(&odd, &Settings::new("BP", true, 0), &|_| ()).is_err());
+        assert!(learn(&odd, &Settings::new("BP", true, 0, false), &Device::Cpu, &|_| ()).is_err());
     }
 }

@@ -12,12 +12,18 @@
 //!
 //! Steps 1 to 3 compare some columns of the matrix, drawn for each start; step 4 and the reported error all of them.
 
+mod cpu;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod learn;
 mod objective;
 mod polish;
 mod product;
 mod search;
 mod target;
+
+/// A fit of changed permutations ends after a third of its steps if its error is above this times what would be kept.
+const HOPELESS: f64 = 3.0;
 
 pub use learn::{learn, Learned, Progress, Settings};
 pub use product::Product;

@@ -3,6 +3,7 @@
 use super::target::Matrix;
 use crate::ops::factored::{backward, forward, Kept, Real, Shape, Step};
 use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
 
 /// Vectors that a product is compared on, in tiles of `W`.
 pub struct Objective<T, const W: usize> {
@@ -50,25 +51,55 @@ impl<T: Real, const W: usize> Objective<T, W> {
     /// Root mean square of the error over all elements; adds the gradient of half the sum of squares to `gradient`, whose
     /// layout is that of [`backward`]. With complex factors and a real target only real parts count.
     pub fn evaluate(&self, steps: &[Step<T>], complex: bool, gradient: &mut [T], room: &mut Room<T, W>) -> f64 {
-        struct All<'a, 'b, T, const W: usize> {
-            objective: &'a Objective<T, W>,
-            steps: &'a [Step<'b, T>],
-            complex: bool,
-            gradient: &'a mut [T],
-            room: &'a mut Room<T, W>,
-        }
-        impl<T: Real, const W: usize> WithSimd for All<'_, '_, T, W> {
-            type Output = f64;
-            #[inline(always)]
-            fn with_simd<S: Simd>(self, _: S) -> f64 {
-                let Self { objective, steps, complex, gradient, room } = self;
-                let of = |tile: &Tile<T, W>| tile.evaluate(&objective.shape, steps, complex, gradient, room);
-                objective.tiles.iter().map(of).sum()
-            }
-        }
         gradient.fill(T::zero());
-        let sum = Arch::new().dispatch(All { objective: self, steps, complex, gradient, room });
-        (sum / self.elements).sqrt()
+        let shape = &self.shape;
+        if self.tiles.len() < MANY {
+            let all = All { shape, tiles: &self.tiles, steps, complex, gradient: Some(gradient), room };
+            return (Arch::new().dispatch(all) / self.elements).sqrt();
+        }
+        let part = |tiles: &[Tile<T, W>]| {
+            let (mut own, mut room) = (vec![T::zero(); gradient.len()], Room::default());
+            let all = All { shape, tiles, steps, complex, gradient: Some(&mut own), room: &mut room };
+            (Arch::new().dispatch(all), own)
+        };
+        // Parts of one size, so that the sum does not depend on the number of threads.
+        let parts: Vec<(f64, Vec<T>)> = self.tiles.par_chunks(self.tiles.len().div_ceil(MANY)).map(part).collect();
+        for (_, part) in &parts {
+            gradient.iter_mut().zip(part).for_each(|(to, from)| *to += *from);
+        }
+        (parts.iter().map(|(sum, _)| sum).sum::<f64>() / self.elements).sqrt()
+    }
+
+    /// Root mean square of the error over all elements.
+    pub fn error(&self, steps: &[Step<T>], complex: bool) -> f64 {
+        let part = |tiles: &[Tile<T, W>]| {
+            let (shape, room) = (&self.shape, &mut Room::default());
+            Arch::new().dispatch(All { shape, tiles, steps, complex, gradient: None, room })
+        };
+        let parts: Vec<f64> = self.tiles.par_chunks(self.tiles.len().div_ceil(MANY)).map(part).collect();
+        (parts.iter().sum::<f64>() / self.elements).sqrt()
+    }
+}
+
+/// Tiles from which on threads share an evaluation, and parts that they share it in.
+const MANY: usize = 16;
+
+/// The sum of squared errors of some tiles, and the gradient where it is asked for.
+struct All<'a, 'b, T, const W: usize> {
+    shape: &'a Shape,
+    tiles: &'a [Tile<T, W>],
+    steps: &'a [Step<'b, T>],
+    complex: bool,
+    gradient: Option<&'a mut [T]>,
+    room: &'a mut Room<T, W>,
+}
+
+impl<T: Real, const W: usize> WithSimd for All<'_, '_, T, W> {
+    type Output = f64;
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> f64 {
+        let Self { shape, tiles, steps, complex, mut gradient, room } = self;
+        tiles.iter().map(|tile| tile.evaluate(shape, steps, complex, gradient.as_deref_mut(), room)).sum()
     }
 }
 
@@ -79,7 +110,7 @@ impl<T: Real, const W: usize> Tile<T, W> {
         shape: &Shape,
         steps: &[Step<T>],
         complex: bool,
-        gradient: &mut [T],
+        gradient: Option<&mut [T]>,
         room: &mut Room<T, W>,
     ) -> f64 {
         let Room { x, kept } = room;
@@ -95,8 +126,10 @@ impl<T: Real, const W: usize> Tile<T, W> {
                 sums[t] += e * e;
             }
         }
-        x[counted..].fill([T::zero(); W]);
-        backward(shape, steps, x, kept, gradient);
+        if let Some(gradient) = gradient {
+            x[counted..].fill([T::zero(); W]);
+            backward(shape, steps, x, kept, gradient);
+        }
         sums.iter().sum()
     }
 }

@@ -109,6 +109,5 @@ pub(super) fn polish(
 /// The error of a product on every column, of its factors in f32, computed in f64.
 pub(super) fn error_of(product: &Product, (objective, complex): (&Objective<f64, LANES>, bool)) -> f64 {
     let wide: Vec<Vec<f64>> = product.factors().iter().map(|f| f.iter().map(|w| f64::from(*w)).collect()).collect();
-    let (index, mut gradient) = (product.permuted(), vec![0.0; product.parameters().0]);
-    objective.evaluate(&product.hard(&wide, &index), complex, &mut gradient, &mut Room::default())
+    objective.error(&product.hard(&wide, &product.permuted()), complex)
 }

@@ -1,6 +1,8 @@
 //! A product of butterflies and permutations that is being learned.
 
 use crate::error::{Error, Result};
+#[cfg(feature = "cuda")]
+use crate::ops::factored::Kind;
 use crate::ops::factored::{hardened, Real, Shape, Step};
 use crate::stats::normal;
 use rand::rngs::StdRng;
@@ -107,6 +109,26 @@ impl Product {
             Module::Permutation => permutation(),
         };
         self.modules.iter().filter_map(step).collect()
+    }
+
+    /// The modules as a GPU reads them, with permutations of one kind.
+    #[cfg(feature = "cuda")]
+    pub(super) fn kinds(&self, permutation: Kind) -> Vec<Kind> {
+        let kind = |m: &Module| if *m == Module::Butterfly { Kind::Butterfly } else { permutation };
+        self.modules.iter().map(kind).collect()
+    }
+
+    /// All parameters: factors, then logits.
+    #[cfg(feature = "cuda")]
+    pub(super) fn flat(&self) -> Vec<f32> {
+        self.factors.iter().chain(&self.logits).flatten().copied().collect()
+    }
+
+    /// Sets all parameters, as [`flat`](Self::flat) gives them.
+    #[cfg(feature = "cuda")]
+    pub(super) fn set_flat(&mut self, flat: &[f32]) {
+        let own = self.factors.iter_mut().chain(&mut self.logits).flatten();
+        own.zip(flat).for_each(|(to, from)| *to = *from);
     }
 
     /// All parameters in the order of the steps, as gradients of relaxed products are laid out.

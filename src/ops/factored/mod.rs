@@ -12,7 +12,12 @@
 //! `N` to 2, of three choices in all blocks: elements of even index first, then the first half reversed, the second half
 //! reversed. Relaxed, a choice is the mixture `(1 - p) I + p S` with `p` the sigmoid of a logit.
 
+#[cfg(feature = "cuda")]
+mod descent;
 mod tile;
+
+#[cfg(feature = "cuda")]
+pub(crate) use descent::{Descents, Kind, Steps};
 
 pub use tile::{backward, forward, Kept, Real, Shape, Step};
 

@@ -1,0 +1,313 @@
+// Butterflies applied to rows, forward and backward, fused: all factors between one read and one write of a row.
+//
+//   y[r] = B P x[r] for rows r, B of log2 N factors: src/ops/factored/mod.rs has the formulas; P is an index or nothing
+//   factored_forward_{real,complex}_{tied,untied}    x [rows, C, N], w [stack, B's parameters] -> y [rows, stack, C, N]
+//   factored_backward_{..}                           dx [stack, rows, C, N], partial sums of dw [blocks, stack, parameters]
+//
+// C is 2 where factors are complex, f32 throughout. N = 2 to 4,096.
+//
+// Launch  grid (tiles of rows, stack), THREADS threads, `shared` bytes below. Three factors at a time are applied to 8
+//         elements that a thread holds in registers, of V rows at once, so that a weight is read once for V rows; rows
+//         lie in shared memory in between. The backward pass keeps the input of each three factors there.
+#include "common.cuh"
+
+struct Butterfly {
+  const float *x, *w;
+  float *y;                // of the backward pass dx
+  const float *dy;
+  float *partial;
+  const uint32_t *index;   // element i of a row is read at index[i]; null for i
+  int rows, n, levels, parameters, stack;
+};
+MIRRORED(Butterfly, 72);
+FIELD(Butterfly, index, 40);
+FIELD(Butterfly, rows, 48);
+FIELD(Butterfly, stack, 64);
+
+constexpr int K = 3, THREADS = 128;
+
+// Place of element `e` in shared memory: lanes of a warp that are a multiple of 64 apart fall on different banks.
+__device__ inline int padded(int e) { return e + (e >> 6) * 8; }
+__device__ inline int padded_row(int n) { return padded(n - 1) + 1 + 3; }
+
+template <int C, bool TIED> struct Level {
+  static __device__ inline const float *pair(const float *w, int n, int level, int a) {
+    const int half = 1 << level, j = a & (half - 1);
+    const int at = TIED ? half - 1 + j : (n / 2) * level + (a >> (level + 1)) * half + j;
+    return w + (int64_t)at * 4 * C;
+  }
+};
+
+template <int C> struct Four {
+  float w[4 * C];
+  __device__ inline void load(const float *p) {
+#pragma unroll
+    for (int i = 0; i < C; i++) {
+      const float4 v = __ldg((const float4 *)p + i);
+      w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
+    }
+  }
+  // (a, b) = (d1 a + d2 b, d3 a + d4 b)
+  __device__ inline void apply(float (&a)[C], float (&b)[C]) const {
+    if constexpr (C == 1) {
+      const float p = a[0], q = b[0];
+      a[0] = w[0] * p + w[1] * q, b[0] = w[2] * p + w[3] * q;
+    } else {
+      const float pr = a[0], pi = a[1], qr = b[0], qi = b[1];
+      a[0] = w[0] * pr - w[1] * pi + w[2] * qr - w[3] * qi, a[1] = w[0] * pi + w[1] * pr + w[2] * qi + w[3] * qr;
+      b[0] = w[4] * pr - w[5] * pi + w[6] * qr - w[7] * qi, b[1] = w[4] * pi + w[5] * pr + w[6] * qi + w[7] * qr;
+    }
+  }
+  // Adds the gradient of the weights to `g`, for inputs (a, b) and gradients (da, db), which become those of the inputs.
+  __device__ inline void back(const float (&a)[C], const float (&b)[C], float (&da)[C], float (&db)[C], float (&g)[4 * C]) const {
+    if constexpr (C == 1) {
+      const float p = da[0], q = db[0];
+      g[0] += p * a[0], g[1] += p * b[0], g[2] += q * a[0], g[3] += q * b[0];
+      da[0] = w[0] * p + w[2] * q, db[0] = w[1] * p + w[3] * q;
+    } else {
+      const float pr = da[0], pi = da[1], qr = db[0], qi = db[1];
+      g[0] += pr * a[0] + pi * a[1], g[1] += pi * a[0] - pr * a[1];
+      g[2] += pr * b[0] + pi * b[1], g[3] += pi * b[0] - pr * b[1];
+      g[4] += qr * a[0] + qi * a[1], g[5] += qi * a[0] - qr * a[1];
+      g[6] += qr * b[0] + qi * b[1], g[7] += qi * b[0] - qr * b[1];
+      da[0] = w[0] * pr + w[1] * pi + w[4] * qr + w[5] * qi, da[1] = w[0] * pi - w[1] * pr + w[4] * qi - w[5] * qr;
+      db[0] = w[2] * pr + w[3] * pi + w[6] * qr + w[7] * qi, db[1] = w[2] * pi - w[3] * pr + w[6] * qi - w[7] * qr;
+    }
+  }
+};
+
+// 2^COUNT elements of V rows: those of group `g` of the factors from `first` on, which are 2^first apart.
+template <int C, int COUNT, int V> struct Group {
+  static constexpr int E = 1 << COUNT;
+  float x[V][E][C];
+  int base, step;
+
+  __device__ inline Group(int g, int first) : step(1 << first) { base = (g >> first) << (first + COUNT) | (g & (step - 1)); }
+
+  __device__ inline void load(const float *rows, int row) {
+#pragma unroll
+    for (int v = 0; v < V; v++)
+#pragma unroll
+      for (int c = 0; c < C; c++)
+#pragma unroll
+        for (int e = 0; e < E; e++) x[v][e][c] = rows[(v * C + c) * row + padded(base + e * step)];
+  }
+  __device__ inline void store(float *rows, int row) const {
+#pragma unroll
+    for (int v = 0; v < V; v++)
+#pragma unroll
+      for (int c = 0; c < C; c++)
+#pragma unroll
+        for (int e = 0; e < E; e++) rows[(v * C + c) * row + padded(base + e * step)] = x[v][e][c];
+  }
+  // Rows `row ..` of a tensor `[rows, stride]`, C planes of n; rows past the end are zeros.
+  __device__ inline void load_global(const float *p, int64_t row, int rows, int64_t stride, int n, const uint32_t *index) {
+#pragma unroll
+    for (int v = 0; v < V; v++)
+#pragma unroll
+      for (int c = 0; c < C; c++) {
+        const float *from = p + (row + v) * stride + c * n;
+        if (row + v >= rows) {
+#pragma unroll
+          for (int e = 0; e < E; e++) x[v][e][c] = 0.f;
+        } else if (E == 8 && step == 1 && !index) {
+          const float4 lo = ((const float4 *)(from + base))[0], hi = ((const float4 *)(from + base))[1];
+          x[v][0][c] = lo.x, x[v][1 % E][c] = lo.y, x[v][2 % E][c] = lo.z, x[v][3 % E][c] = lo.w;
+          x[v][4 % E][c] = hi.x, x[v][5 % E][c] = hi.y, x[v][6 % E][c] = hi.z, x[v][7 % E][c] = hi.w;
+        } else {
+#pragma unroll
+          for (int e = 0; e < E; e++) x[v][e][c] = from[index ? index[base + e * step] : base + e * step];
+        }
+      }
+  }
+  __device__ inline void store_global(float *p, int64_t row, int rows, int64_t stride, int n, const uint32_t *index) const {
+#pragma unroll
+    for (int v = 0; v < V; v++)
+      if (row + v < rows)
+#pragma unroll
+        for (int c = 0; c < C; c++)
+#pragma unroll
+          for (int e = 0; e < E; e++) {
+            const int at = base + e * step;
+            p[(row + v) * stride + c * n + (index ? index[at] : at)] = x[v][e][c];
+          }
+  }
+  template <bool TIED> __device__ inline void forward(const float *w, int n, int first) {
+#pragma unroll
+    for (int l = 0; l < COUNT; l++)
+#pragma unroll
+      for (int e = 0; e < E; e++)
+        if (!(e >> l & 1)) {
+          Four<C> d;
+          d.load(Level<C, TIED>::pair(w, n, first + l, base + e * step));
+#pragma unroll
+          for (int v = 0; v < V; v++) d.apply(x[v][e], x[v][e | 1 << l]);
+        }
+  }
+};
+
+// Threads of a row tile and row tiles of a block.
+__device__ inline int groups_of(int n) { return max(n >> K, 1); }
+
+template <int C, bool TIED, int V, int COUNT>
+__device__ inline void forward_pass(const Butterfly &b, const float *w, float *rows, int row, int64_t at, int first, int t, int threads) {
+  const bool begin = first == 0, end = first + COUNT == b.levels;
+  for (int g = t; g < b.n >> COUNT; g += threads) {
+    Group<C, COUNT, V> x(g, first);
+    if (begin) x.load_global(b.x, at, b.rows, (int64_t)C * b.n, b.n, b.index);
+    else x.load(rows, row);
+    x.template forward<TIED>(w, b.n, first);
+    if (end) x.store_global(b.y + (int64_t)blockIdx.y * C * b.n, at, b.rows, (int64_t)b.stack * C * b.n, b.n, nullptr);
+    else x.store(rows, row);
+  }
+}
+
+template <int C, bool TIED, int V> __device__ void forward(const Butterfly &b) {
+  extern __shared__ float shared[];
+  const int threads = min(groups_of(b.n), THREADS), tile = threadIdx.x / threads, t = threadIdx.x % threads;
+  const int tiles = THREADS / threads, row = padded_row(b.n);
+  float *rows = shared + tile * V * C * row;
+  const float *w = b.w + (int64_t)blockIdx.y * b.parameters;
+  const int64_t at = ((int64_t)blockIdx.x * tiles + tile) * V;
+  for (int first = 0; first < b.levels; first += K) {
+    const int count = min(K, b.levels - first);
+    if (count == 3) forward_pass<C, TIED, V, 3>(b, w, rows, row, at, first, t, threads);
+    else if (count == 2) forward_pass<C, TIED, V, 2>(b, w, rows, row, at, first, t, threads);
+    else forward_pass<C, TIED, V, 1>(b, w, rows, row, at, first, t, threads);
+    __syncthreads();
+  }
+}
+
+// One row at a time: the inputs of a pass's factors are computed again from that of the pass, which `rows` holds.
+template <int C, bool TIED, int V, int COUNT>
+__device__ inline void backward_pass(const Butterfly &b, const float *w, float *rows, float *d, int row, int64_t at, int first,
+                                     int t, int threads, float *partial) {
+  constexpr int E = 1 << COUNT;
+  const bool begin = first == 0, end = first + COUNT == b.levels;
+  for (int g = t; g < b.n >> COUNT; g += threads) {
+    float sums[COUNT][E / 2][4 * C] = {};
+    for (int v = 0; v < V; v++) {
+      Group<C, COUNT, 1> x(g, first), dx(g, first);
+      float inputs[COUNT][E][C];
+      x.load(rows + v * C * row, row);
+      if (end) dx.load_global(b.dy + (int64_t)blockIdx.y * C * b.n, at + v, b.rows, (int64_t)b.stack * C * b.n, b.n, nullptr);
+      else dx.load(d + v * C * row, row);
+#pragma unroll
+      for (int l = 0; l < COUNT; l++)
+#pragma unroll
+        for (int e = 0; e < E; e++) {
+#pragma unroll
+          for (int c = 0; c < C; c++) inputs[l][e][c] = x.x[0][e][c];
+          if (e >> l & 1) {
+            // The pair's first element was kept before this one, and neither has changed yet.
+            Four<C> f;
+            f.load(Level<C, TIED>::pair(w, b.n, first + l, x.base + (e ^ 1 << l) * x.step));
+            f.apply(x.x[0][e ^ 1 << l], x.x[0][e]);
+          }
+        }
+#pragma unroll
+      for (int l = COUNT - 1; l >= 0; l--)
+#pragma unroll
+        for (int e = 0, pair = 0; e < E; e++)
+          if (!(e >> l & 1)) {
+            Four<C> f;
+            f.load(Level<C, TIED>::pair(w, b.n, first + l, x.base + e * x.step));
+            f.back(inputs[l][e], inputs[l][e | 1 << l], dx.x[0][e], dx.x[0][e | 1 << l], sums[l][pair]);
+            pair++;
+          }
+      if (begin) dx.store_global(b.y + (int64_t)blockIdx.y * b.rows * C * b.n, at + v, b.rows, (int64_t)C * b.n, b.n, b.index);
+      else dx.store(d + v * C * row, row);
+    }
+    const Group<C, COUNT, 1> place(g, first);
+#pragma unroll
+    for (int l = 0; l < COUNT; l++)
+#pragma unroll
+      for (int e = 0, pair = 0; e < E; e++)
+        if (!(e >> l & 1)) {
+          // Untied, a thread alone has this pair; a tied one's sums are made by the caller, from a place for each block.
+          const int half = 1 << (first + l), a = place.base + e * place.step;
+          const int own = (b.n / 2) * (first + l) + (a >> (first + l + 1)) * half + (a & (half - 1));
+          float *to = partial + (int64_t)own * 4 * C;
+#pragma unroll
+          for (int i = 0; i < 4 * C; i++) to[i] += sums[l][pair][i];
+          pair++;
+        }
+  }
+}
+
+// `partial` has the layout of untied weights also where they are tied, [blocks, tiles, stack, 2 N log2 N C], zeros before.
+template <int C, bool TIED, int V> __device__ void backward(const Butterfly &b) {
+  extern __shared__ float shared[];
+  const int threads = min(groups_of(b.n), THREADS), tile = threadIdx.x / threads, t = threadIdx.x % threads;
+  const int tiles = THREADS / threads, row = padded_row(b.n), passes = (b.levels + K - 1) / K;
+  float *rows = shared + tile * (passes + 1) * V * C * row, *d = rows + passes * V * C * row;
+  const float *w = b.w + (int64_t)blockIdx.y * b.parameters;
+  const int64_t untied = (int64_t)2 * b.n * b.levels * C;
+  float *partial = b.partial + (((int64_t)blockIdx.x * tiles + tile) * gridDim.y + blockIdx.y) * untied;
+  const int64_t all = (b.rows + (int64_t)tiles * V - 1) / (tiles * V);
+  for (int64_t i = blockIdx.x; i < all; i += gridDim.x) {
+    const int64_t at = (i * tiles + tile) * V;
+    __syncthreads();
+    // The input of every pass.
+    for (int e = t; e < b.n; e += threads)
+      for (int v = 0; v < V; v++)
+        for (int c = 0; c < C; c++)
+          rows[(v * C + c) * row + padded(e)] = at + v < b.rows ? b.x[((at + v) * C + c) * b.n + (b.index ? b.index[e] : e)] : 0.f;
+    __syncthreads();
+    for (int pass = 0; pass + 1 < passes; pass++) {
+      for (int g = t; g < b.n >> K; g += threads) {
+        Group<C, K, 1> x(g, pass * K);
+        for (int v = 0; v < V; v++) {
+          x.load(rows + (pass * V + v) * C * row, row);
+          x.template forward<TIED>(w, b.n, pass * K);
+          x.store(rows + ((pass + 1) * V + v) * C * row, row);
+        }
+      }
+      __syncthreads();
+    }
+    for (int pass = passes - 1; pass >= 0; pass--) {
+      const int first = pass * K, count = min(K, b.levels - first);
+      float *own = rows + pass * V * C * row;
+      if (count == 3) backward_pass<C, TIED, V, 3>(b, w, own, d, row, at, first, t, threads, partial);
+      else if (count == 2) backward_pass<C, TIED, V, 2>(b, w, own, d, row, at, first, t, threads, partial);
+      else backward_pass<C, TIED, V, 1>(b, w, own, d, row, at, first, t, threads, partial);
+      __syncthreads();
+    }
+  }
+}
+
+#define KERNELS(FIELD_NAME, C, KIND, TIED, V, W)                                                                         \
+  extern "C" __global__ void __launch_bounds__(THREADS) factored_forward_##FIELD_NAME##_##KIND(Butterfly b) {            \
+    forward<C, TIED, V>(b);                                                                                              \
+  }                                                                                                                      \
+  extern "C" __global__ void __launch_bounds__(THREADS) factored_backward_##FIELD_NAME##_##KIND(Butterfly b) {           \
+    backward<C, TIED, W>(b);                                                                                             \
+  }
+#ifndef REAL_ROWS
+#define REAL_ROWS 8
+#define COMPLEX_ROWS 4
+#endif
+KERNELS(real, 1, tied, true, REAL_ROWS, 2)
+KERNELS(real, 1, untied, false, REAL_ROWS, 2)
+KERNELS(complex, 2, tied, true, COMPLEX_ROWS, 1)
+KERNELS(complex, 2, untied, false, COMPLEX_ROWS, 1)
+
+// Gradients from those of all blocks: dw [stack, parameters] in the order of `partial`; tied pairs are summed over blocks.
+extern "C" __global__ void __launch_bounds__(256) factored_sum(const float *partial, float *dw, int blocks, int stack, int n, int levels,
+                                                               int planes, int tied) {
+  const int four = 4 * planes, pairs = tied ? n - 1 : n / 2 * levels;
+  const int64_t untied = (int64_t)n / 2 * levels * four;
+  const int i = blockIdx.x * blockDim.x + threadIdx.x, which = blockIdx.y;
+  if (i >= pairs * four) return;
+  const int pair = i / four, e = i % four;
+  int level = 0, j = pair, copies = 1, apart = 0;
+  if (tied) {
+    while (pair + 1 >= 2 << level) level++;
+    j = pair - ((1 << level) - 1), apart = 1 << level, copies = n / 2 >> level;
+  }
+  const int64_t first = tied ? (int64_t)(n / 2) * level + j : pair;
+  float all = 0.f;
+  for (int b = 0; b < blocks; b++)
+    for (int c = 0; c < copies; c++) all += partial[((int64_t)b * stack + which) * untied + (first + (int64_t)c * apart) * four + e];
+  dw[(int64_t)which * pairs * four + i] = all;
+}
