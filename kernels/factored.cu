@@ -18,17 +18,19 @@ struct Butterfly {
   float *partial;
   const uint32_t *index;   // element i of a row is read at index[i]; null for i
   int rows, n, levels, parameters, stack;
+  int each;                // rows that a tile of the backward pass has
 };
 MIRRORED(Butterfly, 72);
 FIELD(Butterfly, index, 40);
 FIELD(Butterfly, rows, 48);
-FIELD(Butterfly, stack, 64);
+FIELD(Butterfly, each, 68);
 
 constexpr int K = 3, THREADS = 128;
 
 // Place of element `e` in shared memory: lanes of a warp that are a multiple of 64 apart fall on different banks.
 __device__ inline int padded(int e) { return e + (e >> 6) * 8; }
-__device__ inline int padded_row(int n) { return padded(n - 1) + 1 + 3; }
+// A multiple of 4, so that four elements are read at once.
+__device__ inline int padded_row(int n) { return (padded(n - 1) + 4) & ~3; }
 
 template <int C, bool TIED> struct Level {
   static __device__ inline const float *pair(const float *w, int n, int level, int a) {
@@ -97,8 +99,13 @@ template <int C, int COUNT, int V> struct Group {
     for (int v = 0; v < V; v++)
 #pragma unroll
       for (int c = 0; c < C; c++)
+        if (E == 8 && step == 1) {
+          float4 *to = (float4 *)(rows + (v * C + c) * row + padded(base));
+          to[0] = make_float4(x[v][0][c], x[v][1 % E][c], x[v][2 % E][c], x[v][3 % E][c]);
+          to[1] = make_float4(x[v][4 % E][c], x[v][5 % E][c], x[v][6 % E][c], x[v][7 % E][c]);
+        } else
 #pragma unroll
-        for (int e = 0; e < E; e++) rows[(v * C + c) * row + padded(base + e * step)] = x[v][e][c];
+          for (int e = 0; e < E; e++) rows[(v * C + c) * row + padded(base + e * step)] = x[v][e][c];
   }
   // Rows `row ..` of a tensor `[rows, stride]`, C planes of n; rows past the end are zeros.
   __device__ inline void load_global(const float *p, int64_t row, int rows, int64_t stride, int n, const uint32_t *index) {
@@ -179,14 +186,14 @@ template <int C, bool TIED, int V> __device__ void forward(const Butterfly &b) {
 }
 
 // One row at a time: the inputs of a pass's factors are computed again from that of the pass, which `rows` holds.
-template <int C, bool TIED, int V, int COUNT>
+template <int C, bool TIED, int COUNT>
 __device__ inline void backward_pass(const Butterfly &b, const float *w, float *rows, float *d, int row, int64_t at, int first,
                                      int t, int threads, float *partial) {
   constexpr int E = 1 << COUNT;
   const bool begin = first == 0, end = first + COUNT == b.levels;
   for (int g = t; g < b.n >> COUNT; g += threads) {
     float sums[COUNT][E / 2][4 * C] = {};
-    for (int v = 0; v < V; v++) {
+    for (int v = 0; v < b.each; v++) {
       Group<C, COUNT, 1> x(g, first), dx(g, first);
       float inputs[COUNT][E][C];
       x.load(rows + v * C * row, row);
@@ -236,10 +243,10 @@ __device__ inline void backward_pass(const Butterfly &b, const float *w, float *
 }
 
 // `partial` has the layout of untied weights also where they are tied, [blocks, tiles, stack, 2 N log2 N C], zeros before.
-template <int C, bool TIED, int V> __device__ void backward(const Butterfly &b) {
+template <int C, bool TIED> __device__ void backward(const Butterfly &b) {
   extern __shared__ float shared[];
   const int threads = min(groups_of(b.n), THREADS), tile = threadIdx.x / threads, t = threadIdx.x % threads;
-  const int tiles = THREADS / threads, row = padded_row(b.n), passes = (b.levels + K - 1) / K;
+  const int tiles = THREADS / threads, row = padded_row(b.n), passes = (b.levels + K - 1) / K, V = b.each;
   float *rows = shared + tile * (passes + 1) * V * C * row, *d = rows + passes * V * C * row;
   const float *w = b.w + (int64_t)blockIdx.y * b.parameters;
   const int64_t untied = (int64_t)2 * b.n * b.levels * C;
@@ -268,29 +275,30 @@ template <int C, bool TIED, int V> __device__ void backward(const Butterfly &b) 
     for (int pass = passes - 1; pass >= 0; pass--) {
       const int first = pass * K, count = min(K, b.levels - first);
       float *own = rows + pass * V * C * row;
-      if (count == 3) backward_pass<C, TIED, V, 3>(b, w, own, d, row, at, first, t, threads, partial);
-      else if (count == 2) backward_pass<C, TIED, V, 2>(b, w, own, d, row, at, first, t, threads, partial);
-      else backward_pass<C, TIED, V, 1>(b, w, own, d, row, at, first, t, threads, partial);
+      if (count == 3) backward_pass<C, TIED, 3>(b, w, own, d, row, at, first, t, threads, partial);
+      else if (count == 2) backward_pass<C, TIED, 2>(b, w, own, d, row, at, first, t, threads, partial);
+      else backward_pass<C, TIED, 1>(b, w, own, d, row, at, first, t, threads, partial);
       __syncthreads();
     }
   }
 }
 
-#define KERNELS(FIELD_NAME, C, KIND, TIED, V, W)                                                                         \
-  extern "C" __global__ void __launch_bounds__(THREADS) factored_forward_##FIELD_NAME##_##KIND(Butterfly b) {            \
+#define KERNELS(FIELD_NAME, C, KIND, TIED, V)                                                                         \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) factored_forward_##FIELD_NAME##_##KIND(Butterfly b) {            \
     forward<C, TIED, V>(b);                                                                                              \
   }                                                                                                                      \
   extern "C" __global__ void __launch_bounds__(THREADS) factored_backward_##FIELD_NAME##_##KIND(Butterfly b) {           \
-    backward<C, TIED, W>(b);                                                                                             \
+    backward<C, TIED>(b);                                                                                             \
   }
 #ifndef REAL_ROWS
 #define REAL_ROWS 8
 #define COMPLEX_ROWS 4
+#define BLOCKS 4
 #endif
-KERNELS(real, 1, tied, true, REAL_ROWS, 2)
-KERNELS(real, 1, untied, false, REAL_ROWS, 2)
-KERNELS(complex, 2, tied, true, COMPLEX_ROWS, 1)
-KERNELS(complex, 2, untied, false, COMPLEX_ROWS, 1)
+KERNELS(real, 1, tied, true, REAL_ROWS)
+KERNELS(real, 1, untied, false, REAL_ROWS)
+KERNELS(complex, 2, tied, true, COMPLEX_ROWS)
+KERNELS(complex, 2, untied, false, COMPLEX_ROWS)
 
 // Gradients from those of all blocks: dw [stack, parameters] in the order of `partial`; tied pairs are summed over blocks.
 extern "C" __global__ void __launch_bounds__(256) factored_sum(const float *partial, float *dw, int blocks, int stack, int n, int levels,

@@ -1,6 +1,7 @@
 // Butterflies without building bfly: checks factored.cu against the dense product in f64 at sizes 2 to 4,096, and times it.
 //
 //   nvcc -O3 -std=c++17 -arch=sm_90 -Ikernels kernels/repro/factored.cu -o factored && ./factored > factored.jsonl
+//   ./factored 1024 > times.jsonl
 //
 // JSON lines with every sample: errors over the largest entry of the reference; microseconds of a launch and of a copy of
 // the same rows, in turns over inputs that do not fit into the cache together. Exits with 1 where an error is above 1e-5.
@@ -42,7 +43,7 @@ struct Shape {
   int levels() const { return 31 - __builtin_clz(n); }
   int parameters() const { return 4 * planes * (tied ? n - 1 : n / 2 * levels()); }
   int tiles() const { return THREADS / std::min(std::max(n >> K, 1), THREADS); }
-  int row() const { return n - 1 + ((n - 1) >> 6) * 8 + 4; }
+  int row() const { return (n - 1 + ((n - 1) >> 6) * 8 + 4) & ~3; }
 };
 
 using Kernel = void (*)(Butterfly);
@@ -60,8 +61,12 @@ struct Run {
   int blocks, v;
   size_t shared;
   Run(const Shape &s, Butterfly b, bool backward) : s(s), b(b) {
-    v = backward ? (s.planes == 1 ? 2 : 1) : (s.planes == 1 ? REAL_ROWS : COMPLEX_ROWS);
-    const int passes = (s.levels() + K - 1) / K, all = (s.rows + s.tiles() * v - 1) / (s.tiles() * v);
+    const int passes = (s.levels() + K - 1) / K;
+    v = s.planes == 1 ? REAL_ROWS : COMPLEX_ROWS;
+    // Two blocks a multiprocessor.
+    while (backward && v > 1 && (size_t)s.tiles() * v * s.planes * s.row() * 4 * (passes + 1) > 113 << 10) v /= 2;
+    this->b.each = v;
+    const int all = (s.rows + s.tiles() * v - 1) / (s.tiles() * v);
     shared = (size_t)s.tiles() * v * s.planes * s.row() * 4 * (backward ? passes + 1 : 1);
     blocks = backward ? std::min(all, 264) : all;
     CHECK(cudaFuncSetAttribute(kernel(s, backward), cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
@@ -226,14 +231,17 @@ void time(const Shape &s, std::mt19937 &rng) {
   cudaFree(backward.b.partial);
 }
 
-int main() {
+int main(int count, char **arguments) {
   std::mt19937 rng(1);
   bool fine = true;
+  // With a size, no checks and the times of that size alone.
+  const int only = count > 1 ? atoi(arguments[1]) : 0;
+  if (!only)
   for (int n : {2, 4, 8, 16, 32, 128, 256, 1024, 2048, 4096})
     for (int planes : {1, 2})
       for (int tied : {0, 1}) fine &= check({n, planes, tied, 1 + (int)(rng() % 3), 1 + (int)(rng() % (n > 512 ? 21 : 70))}, rng);
-  fprintf(stderr, "%s\n", fine ? "every error is below 1e-5" : "ERRORS");
-  for (int n : {256, 1024, 4096})
+  if (!only) fprintf(stderr, "%s\n", fine ? "every error is below 1e-5" : "ERRORS");
+  for (int n : only ? std::vector<int>{only} : std::vector<int>{256, 1024, 4096})
     for (int planes : {1, 2})
       for (int tied : {0, 1}) time({n, planes, tied, 1, (4096 * 1024) / n}, rng);
   return !fine;

@@ -9,6 +9,7 @@ mod common;
 mod delta;
 mod quantised;
 mod recall;
+mod transforms;
 
 use bfly::checkpoint::{WeightDtype, WeightFormat};
 use bfly::eviction::EvictionPlan;
