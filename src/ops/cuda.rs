@@ -50,8 +50,10 @@ impl Kernel {
     pub fn shared(mut self, bytes: usize) -> Result<Self> {
         let bytes = bytes as i32;
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // Also below 48 KiB: what a kernel declares itself counts towards that limit, which needs no attribute.
-        self.function.set_attribute(attribute, bytes).map_err(|e| self.error(e))?;
+        // Also below 48 KiB: what a kernel declares itself counts towards that limit, which needs no attribute. Never down,
+        // since the attribute is the function's, and launches of it with more shared memory may be waiting.
+        let before = self.function.get_attribute(attribute).map_err(|e| self.error(e))?;
+        self.function.set_attribute(attribute, before.max(bytes)).map_err(|e| self.error(e))?;
         self.shared = bytes as u32;
         Ok(self)
     }
