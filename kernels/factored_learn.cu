@@ -12,7 +12,8 @@
 #include "common.cuh"
 #include <curand_kernel.h>
 
-constexpr int MODULES = 4, KEPT = 80;
+constexpr int MODULES = 4, KEPT = 64;
+constexpr int V = 4;  // vectors at a time: a weight is read, and a gradient summed over a block, once for all
 enum Kind { BUTTERFLY = 0, RELAXED = 1, PERMUTATION = 2 };
 
 struct Program {
@@ -73,14 +74,40 @@ template <int C> struct Weights {
   }
 };
 
+// (a, b) = (d1 a + d2 b, d3 a + d4 b), and the backward pass: `s` gains the gradient of the weights.
+template <int C> __device__ inline void apply(const float (&w)[4 * C], float (&a)[C], float (&b)[C]) {
+  if constexpr (C == 1) {
+    const float p = a[0], q = b[0];
+    a[0] = w[0] * p + w[1] * q, b[0] = w[2] * p + w[3] * q;
+  } else {
+    const float pr = a[0], pi = a[1], qr = b[0], qi = b[1];
+    a[0] = w[0] * pr - w[1] * pi + w[2] * qr - w[3] * qi, a[1] = w[0] * pi + w[1] * pr + w[2] * qi + w[3] * qr;
+    b[0] = w[4] * pr - w[5] * pi + w[6] * qr - w[7] * qi, b[1] = w[4] * pi + w[5] * pr + w[6] * qi + w[7] * qr;
+  }
+}
+template <int C>
+__device__ inline void back(const float (&w)[4 * C], const float *in, float (&da)[C], float (&db)[C], float (&s)[4 * C]) {
+  if constexpr (C == 1) {
+    const float p = da[0], q = db[0];
+    s[0] += p * in[0], s[1] += p * in[1], s[2] += q * in[0], s[3] += q * in[1];
+    da[0] = w[0] * p + w[2] * q, db[0] = w[1] * p + w[3] * q;
+  } else {
+    const float ar = in[0], ai = in[1], br = in[2], bi = in[3], pr = da[0], pi = da[1], qr = db[0], qi = db[1];
+    s[0] += pr * ar + pi * ai, s[1] += pi * ar - pr * ai, s[2] += pr * br + pi * bi, s[3] += pi * br - pr * bi;
+    s[4] += qr * ar + qi * ai, s[5] += qi * ar - qr * ai, s[6] += qr * br + qi * bi, s[7] += qi * br - qr * bi;
+    da[0] = w[0] * pr + w[1] * pi + w[4] * qr + w[5] * qi, da[1] = w[0] * pi - w[1] * pr + w[4] * qi - w[5] * qr;
+    db[0] = w[2] * pr + w[3] * pi + w[6] * qr + w[7] * qi, db[1] = w[2] * pi - w[3] * pr + w[6] * qi - w[7] * qr;
+  }
+}
+
 template <int C>
 __device__ void gradient(const Program &p, const float *all, const uint16_t *indices, const Vectors &v, float *partial,
                          float *errors) {
   extern __shared__ float shared[];
   const int n = p.n, half_n = n / 2, q = threadIdx.x, slice = blockIdx.x, product = blockIdx.y, slices = gridDim.x;
   const bool active = q < half_n;
-  float *x = shared;                        // [C][n]
-  float *red = x + C * n;                   // [2][4 C][n / 2]
+  float *x = shared;                        // [V][C][n]
+  float *red = x + V * C * n;               // [2][4 C][n / 2]
   float *small = red + 2 * 4 * C * half_n;  // [32]
   const float *w = all + (int64_t)product * p.stride;
   const uint16_t *index = indices + (int64_t)product * p.permutations * n;
@@ -89,36 +116,35 @@ __device__ void gradient(const Program &p, const float *all, const uint16_t *ind
   float *g = p.tied ? small + 32 : mine;
   for (int i = q; i < p.stride; i += blockDim.x) g[i] = 0.f;
   float sum = 0.f;
-  float kept[KEPT][2 * C];
+  float kept[KEPT][V][2 * C];
   int buffer = 0;
   __syncthreads();
-  for (int c = slice; c < v.count; c += slices) {
-    const int64_t row = v.rows[(int64_t)product * v.count + c];
-    for (int i = q; i < C * n; i += blockDim.x) x[i] = v.input[row * C * n + i];
+  for (int first = slice * V; first < v.count; first += slices * V) {
+    const int *rows = v.rows + (int64_t)product * v.count + first;
+    const int own = min(V, v.count - first);
+    for (int c = 0; c < V; c++)
+      for (int i = q; i < C * n; i += blockDim.x) x[c * C * n + i] = c < own ? v.input[(int64_t)rows[c] * C * n + i] : 0.f;
     __syncthreads();
     int stage = 0;
     for (int m = 0; m < p.modules; m++) {
       if (p.kinds[m] == BUTTERFLY) {
         const float *f = w + p.at[m];
         for (int level = 0; level < p.levels; level++) {
-          const int half = 1 << level, j = q & (half - 1), i = 2 * q - j, k = i + half;
+          const int half = 1 << level, j = q & (half - 1), i = 2 * q - j;
           if (active) {
             Weights<C> d;
             d.load(f + (p.tied ? j : q) * 4 * C);
-            float own[2 * C];
 #pragma unroll
-            for (int e = 0; e < C; e++) own[e] = x[e * n + i], own[C + e] = x[e * n + k];
+            for (int c = 0; c < V; c++) {
+              float a[C], b[C];
 #pragma unroll
-            for (int e = 0; e < 2 * C; e++) kept[stage][e] = own[e];
-            if (C == 1) {
-              x[i] = d.w[0] * own[0] + d.w[1] * own[1];
-              x[k] = d.w[2] * own[0] + d.w[3] * own[1];
-            } else {
-              const float ar = own[0], ai = own[1], br = own[C], bi = own[C + 1 < 2 * C ? C + 1 : 0];
-              x[i] = d.w[0] * ar - d.w[1] * ai + d.w[2] * br - d.w[3] * bi;
-              x[n + i] = d.w[0] * ai + d.w[1] * ar + d.w[2] * bi + d.w[3] * br;
-              x[k] = d.w[4 % (4 * C)] * ar - d.w[5 % (4 * C)] * ai + d.w[6 % (4 * C)] * br - d.w[7 % (4 * C)] * bi;
-              x[n + k] = d.w[4 % (4 * C)] * ai + d.w[5 % (4 * C)] * ar + d.w[6 % (4 * C)] * bi + d.w[7 % (4 * C)] * br;
+              for (int e = 0; e < C; e++) {
+                kept[stage][c][e] = a[e] = x[(c * C + e) * n + i];
+                kept[stage][c][C + e] = b[e] = x[(c * C + e) * n + i + half];
+              }
+              apply<C>(d.w, a, b);
+#pragma unroll
+              for (int e = 0; e < C; e++) x[(c * C + e) * n + i] = a[e], x[(c * C + e) * n + i + half] = b[e];
             }
           }
           f += 4 * C * (p.tied ? half : half_n);
@@ -128,8 +154,8 @@ __device__ void gradient(const Program &p, const float *all, const uint16_t *ind
       } else {
         const int steps = p.kinds[m] == RELAXED ? 2 * (p.levels - 1) : 1;
         for (int step = 0; step < steps; step++) {
-          float next[2 * C];
-          if (active) {
+          float next[2][V * C];
+          if (active)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
               const int e = q + h * half_n;
@@ -143,65 +169,55 @@ __device__ void gradient(const Program &p, const float *all, const uint16_t *ind
                 t = sigmoid(w[p.at[m] + 3 * level + (step % 2 ? 1 + (j >= block / 2) : 0)]);
               }
 #pragma unroll
-              for (int plane = 0; plane < C; plane++) {
+              for (int plane = 0; plane < V * C; plane++) {
                 const float a = x[plane * n + e], d = x[plane * n + from] - a;
-                if (p.kinds[m] == RELAXED) kept[stage][h * C + plane] = d;
-                next[h * C + plane] = a + t * d;
+                if (p.kinds[m] == RELAXED) kept[stage][plane / C][h * C + plane % C] = d;
+                next[h][plane] = p.kinds[m] == RELAXED ? a + t * d : a + d;
               }
             }
-          }
           __syncthreads();
           if (active)
 #pragma unroll
             for (int h = 0; h < 2; h++)
 #pragma unroll
-              for (int plane = 0; plane < C; plane++) x[plane * n + q + h * half_n] = next[h * C + plane];
+              for (int plane = 0; plane < V * C; plane++) x[plane * n + q + h * half_n] = next[h][plane];
           if (p.kinds[m] == RELAXED) stage++;
           __syncthreads();
         }
       }
     }
     if (active)
+      for (int c = 0; c < V; c++)
 #pragma unroll
-      for (int plane = 0; plane < C; plane++)
+        for (int plane = 0; plane < C; plane++)
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const int e = plane * n + q + h * half_n;
-          const float off = plane && v.real ? 0.f : x[e] - v.target[row * C * n + e];
-          x[e] = off;
-          sum += off * off;
-        }
+          for (int h = 0; h < 2; h++) {
+            const int e = plane * n + q + h * half_n;
+            const bool counts = c < own && !(plane && v.real);
+            const float off = counts ? x[c * C * n + e] - v.target[(int64_t)rows[c] * C * n + e] : 0.f;
+            x[c * C * n + e] = off;
+            sum += off * off;
+          }
     __syncthreads();
     for (int m = p.modules - 1; m >= 0; m--) {
       if (p.kinds[m] == BUTTERFLY) {
         int offset = p.at[m] + 4 * C * (p.tied ? n - 1 : half_n * p.levels);
         for (int level = p.levels - 1; level >= 0; level--) {
-          const int half = 1 << level, j = q & (half - 1), i = 2 * q - j, k = i + half;
+          const int half = 1 << level, j = q & (half - 1), i = 2 * q - j;
           offset -= 4 * C * (p.tied ? half : half_n);
           stage--;
-          float s[4 * C];
-#pragma unroll
-          for (int e = 0; e < 4 * C; e++) s[e] = 0.f;
+          float s[4 * C] = {};
           if (active) {
             Weights<C> d;
             d.load(w + offset + (p.tied ? j : q) * 4 * C);
-            if (C == 1) {
-              const float a = kept[stage][0], b = kept[stage][1], da = x[i], db = x[k];
-              s[0] = da * a, s[1] = da * b, s[2] = db * a, s[3] = db * b;
-              x[i] = d.w[0] * da + d.w[2] * db;
-              x[k] = d.w[1] * da + d.w[3] * db;
-            } else {
-              const float ar = kept[stage][0], ai = kept[stage][1], br = kept[stage][C], bi = kept[stage][2 * C - 1];
-              const float pr = x[i], pi = x[n + i], qr = x[k], qi = x[n + k];
-              constexpr int M = 4 * C;
-              s[0] = pr * ar + pi * ai, s[1] = pi * ar - pr * ai;
-              s[2] = pr * br + pi * bi, s[3] = pi * br - pr * bi;
-              s[4 % M] = qr * ar + qi * ai, s[5 % M] = qi * ar - qr * ai;
-              s[6 % M] = qr * br + qi * bi, s[7 % M] = qi * br - qr * bi;
-              x[i] = d.w[0] * pr + d.w[1] * pi + d.w[4 % M] * qr + d.w[5 % M] * qi;
-              x[n + i] = d.w[0] * pi - d.w[1] * pr + d.w[4 % M] * qi - d.w[5 % M] * qr;
-              x[k] = d.w[2] * pr + d.w[3] * pi + d.w[6 % M] * qr + d.w[7 % M] * qi;
-              x[n + k] = d.w[2] * pi - d.w[3] * pr + d.w[6 % M] * qi - d.w[7 % M] * qr;
+#pragma unroll
+            for (int c = 0; c < V; c++) {
+              float da[C], db[C];
+#pragma unroll
+              for (int e = 0; e < C; e++) da[e] = x[(c * C + e) * n + i], db[e] = x[(c * C + e) * n + i + half];
+              back<C>(d.w, kept[stage][c], da, db, s);
+#pragma unroll
+              for (int e = 0; e < C; e++) x[(c * C + e) * n + i] = da[e], x[(c * C + e) * n + i + half] = db[e];
             }
           }
           if (!p.tied) {
@@ -215,70 +231,73 @@ __device__ void gradient(const Program &p, const float *all, const uint16_t *ind
           for (int o = half; o < WARP; o <<= 1)
 #pragma unroll
             for (int e = 0; e < 4 * C; e++) s[e] += __shfl_xor_sync(~0u, s[e], o);
-          const int lanes = min(half, WARP), lane = q % WARP;
-          const int slots = half < WARP ? blockDim.x / WARP * half : half_n;
+          const int lane = q % WARP;
+          const int slots = half < WARP ? blockDim.x / WARP << level : half_n;
           float *to = red + buffer * 4 * C * half_n;
           // With fewer threads than a warp's, the one warp has one slot a pair.
-          if (lane < lanes && (half < WARP || active))
+          if (lane < half && (half < WARP || active))
 #pragma unroll
-            for (int e = 0; e < 4 * C; e++) to[e * slots + (half < WARP ? q / WARP * half + lane : q)] = s[e];
+            for (int e = 0; e < 4 * C; e++) to[e * slots + (half < WARP ? (q / WARP << level) + lane : q)] = s[e];
           __syncthreads();
-          for (int o = q; o < 4 * C * half; o += blockDim.x) {
-            const int e = o / half, at = o % half;
-            float all = 0.f;
-            for (int i = at; i < slots; i += half) all += to[e * slots + i];
-            g[offset + at * 4 * C + e] += all;
+          for (int o = q; o < 4 * C << level; o += blockDim.x) {
+            const int e = o >> level, at = o & (half - 1);
+            float total = 0.f;
+            for (int i = at; i < slots; i += half) total += to[e * slots + i];
+            g[offset + at * 4 * C + e] += total;
           }
           buffer ^= 1;
         }
       } else {
         const int steps = p.kinds[m] == RELAXED ? 2 * (p.levels - 1) : 1;
         for (int step = steps - 1; step >= 0; step--) {
-          float next[2 * C], dp[2] = {0.f, 0.f};
-          if (p.kinds[m] == RELAXED) stage--;
+          float next[2][V * C], dp[2] = {0.f, 0.f};
           if (p.kinds[m] == PERMUTATION) {
             // Scattered: element `e` of the result is element `index[e]`.
             if (active)
 #pragma unroll
               for (int h = 0; h < 2; h++)
 #pragma unroll
-                for (int plane = 0; plane < C; plane++) next[h * C + plane] = x[plane * n + q + h * half_n];
+                for (int plane = 0; plane < V * C; plane++) next[h][plane] = x[plane * n + q + h * half_n];
             __syncthreads();
             if (active)
 #pragma unroll
-              for (int h = 0; h < 2; h++)
+              for (int h = 0; h < 2; h++) {
+                const int to = index[p.index[m] * n + q + h * half_n];
 #pragma unroll
-                for (int plane = 0; plane < C; plane++)
-                  x[plane * n + index[p.index[m] * n + q + h * half_n]] = next[h * C + plane];
+                for (int plane = 0; plane < V * C; plane++) x[plane * n + to] = next[h][plane];
+              }
             __syncthreads();
             continue;
           }
+          stage--;
           const int level = step / 2, block = n >> level, turn = step % 2;
           const float *logit = w + p.at[m] + 3 * level + turn;
           const float t[2] = {sigmoid(logit[0]), turn ? sigmoid(logit[1]) : 0.f};
           if (active)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-              const int e = q + h * half_n, j = e & (block - 1), second = turn && j >= block / 2;
+              const int e = q + h * half_n, j = e & (block - 1);
+              const bool second = turn && j >= block / 2;
               // Both halves of a block turn within themselves, so that one `t` is of an element and of its source.
               const int to = e - j + (turn ? reversed(block, j) : even_odd_inverse(block, j));
+              const float own_t = second ? t[1] : t[0];
 #pragma unroll
-              for (int plane = 0; plane < C; plane++) {
-                const float out = x[plane * n + e], moved = out * kept[stage][h * C + plane];
+              for (int plane = 0; plane < V * C; plane++) {
+                const float out = x[plane * n + e], moved = out * kept[stage][plane / C][h * C + plane % C];
                 dp[0] += second ? 0.f : moved;
                 dp[1] += second ? moved : 0.f;
-                next[h * C + plane] = (1.f - t[second]) * out + t[second] * x[plane * n + to];
+                next[h][plane] = (1.f - own_t) * out + own_t * x[plane * n + to];
               }
             }
           for (int s = 0; s <= turn; s++) {
-            const float all = block_sum(dp[s], small);  // Waits for all reads of x.
-            if (q == 0) g[p.at[m] + 3 * level + turn + s] += all * t[s] * (1.f - t[s]);
+            const float total = block_sum(dp[s], small);  // Waits for all reads of x.
+            if (q == 0) g[p.at[m] + 3 * level + turn + s] += total * t[s] * (1.f - t[s]);
           }
           if (active)
 #pragma unroll
             for (int h = 0; h < 2; h++)
 #pragma unroll
-              for (int plane = 0; plane < C; plane++) x[plane * n + q + h * half_n] = next[h * C + plane];
+              for (int plane = 0; plane < V * C; plane++) x[plane * n + q + h * half_n] = next[h][plane];
           __syncthreads();
         }
       }

@@ -13,6 +13,8 @@ use candle_core::{DType, Device, Tensor};
 const MODULES: usize = 4;
 /// Largest N: a thread has a pair of each factor, and a block 1,024 threads at most.
 const LARGEST: usize = 1024;
+/// Vectors that a block has at a time.
+const VECTORS: usize = 4;
 
 /// A factor of a product, as the kernels read it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -165,13 +167,14 @@ impl Descents {
         let index = upload(gpu, if index.is_empty() { &[0u16] } else { index })?;
         let flat: Vec<i32> = rows.iter().flatten().copied().collect();
         let rows = upload(gpu, &flat)?;
-        // Two blocks a multiprocessor.
-        let slices = (2 * multiprocessors(gpu)?).div_ceil(products).clamp(1, count.max(1));
+        // Two blocks a multiprocessor, of as many vectors each.
+        let slices = (2 * multiprocessors(gpu)?).div_ceil(products).next_power_of_two();
+        let slices = slices.clamp(1, count.div_ceil(VECTORS).max(1));
         let partial = uninitialised(gpu, DType::F32, products * slices * stride)?;
         let errors = uninitialised(gpu, DType::F32, products * slices)?;
         let (n, planes) = (self.shape.size, self.shape.planes());
         let own = if self.shape.tied { stride } else { 0 };
-        let shared = 4 * (planes * n + 2 * 4 * planes * (n / 2) + 32 + own);
+        let shared = 4 * (VECTORS * planes * n + 2 * 4 * planes * (n / 2) + 32 + own);
         if shared > shared_limit(gpu)? {
             return Err(Error::unsupported("transform", format!("products of {} modules on this GPU", modules.len())));
         }
