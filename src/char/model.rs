@@ -142,8 +142,8 @@ impl CharModel {
         }
         let mut layout = Layout::default();
         let mut push = |name: &str, shape: &[usize], init| {
-            // None for factors: the decay of a product is that of one of them times their number, and it would pull the
-            // rotations that they begin as to zero, where one small factor alone makes the product small.
+            // None for factors: what shrinks each of log2 N factors shrinks their product log2 N times as fast, and they begin
+            // as rotations, of which no norm or later matrix makes up for the lost scale.
             let decay = shape.len() > 1 && !matches!(init, Init::Rotations(_));
             layout.push(Parameter { name: name.into(), shape: shape.to_vec(), init, decay })
         };
