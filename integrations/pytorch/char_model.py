@@ -166,6 +166,8 @@ def compare(args):
     batches = load_file(args.record / "batches.safetensors")
     symbols, targets = batches["symbols"], batches["targets"]
     config = json.loads((args.record / "config.json").read_text())
+    if config.get("mlp", "dense") != "dense":
+        sys.exit(f"{args.record / 'config.json'}: mlp: {config['mlp']!r} is not implemented here")
     model = CharModel(config, args.kind, device=device, window=symbols.shape[2])
     model.load(args.record / "weights.safetensors")
     if args.compile:

@@ -178,6 +178,12 @@ fn write_shards(dir: &Path, config: &CharConfig, layout: &Layout, weights: &Tens
     sync(dir)
 }
 
+/// The name that a matrix has in the other form: its elements, or its butterfly factors.
+fn other_form(name: &str) -> Option<String> {
+    let forms = [(".weight", ".factors"), (".factors", ".weight")];
+    forms.iter().find_map(|(own, other)| Some(format!("{}{other}", name.strip_suffix(own)?)))
+}
+
 /// Reads the weights as one vector.
 ///
 /// # Errors
@@ -192,7 +198,11 @@ pub fn weights(dir: &Path, layout: &Layout, device: &Device) -> Result<Tensor> {
     let mut parts = vec![];
     for (p, _) in layout.iter() {
         let Some(info) = shards.info(&p.name) else {
-            return refuse(format!("lacks {}", p.name));
+            let other = other_form(&p.name).filter(|name| shards.info(name).is_some());
+            return refuse(match other {
+                Some(other) => format!("has {other} where a model of this configuration has {}", p.name),
+                None => format!("lacks {}", p.name),
+            });
         };
         if info.shape != p.shape {
             return refuse(format!("{} is {:?}, the configuration says {:?}", p.name, info.shape, p.shape));
@@ -210,23 +220,29 @@ pub fn weights(dir: &Path, layout: &Layout, device: &Device) -> Result<Tensor> {
     Tensor::from_vec(parts, layout.len(), device).at(dir.display())
 }
 
-/// Restores the optimiser from a step's directory; returns what the run was.
+/// What the run of a step's directory was.
 ///
 /// # Errors
-/// A missing or damaged file, or moments of another model.
-pub fn resume(dir: &Path, model: &CharModel, optimiser: &mut AdamW) -> Result<TrainingState> {
-    let device = optimiser.weights().device().clone();
+/// A missing or damaged file.
+pub fn state(dir: &Path) -> Result<TrainingState> {
     let path = dir.join(TRAINING);
     let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-    let state: TrainingState = serde_json::from_str(&text).map_err(|e| Error::format(path.display(), e))?;
+    serde_json::from_str(&text).map_err(|e| Error::format(path.display(), e))
+}
+
+/// Restores the optimiser from a step's directory, after `steps` steps.
+///
+/// # Errors
+/// A missing or damaged file, or weights or moments of another model.
+pub fn resume(dir: &Path, model: &CharModel, optimiser: &mut AdamW, steps: u64) -> Result<()> {
+    let device = optimiser.weights().device().clone();
     let path = dir.join(MOMENTS);
     let mut moments = safetensors::load(&path, &device).at(path.display())?;
     let mut take =
         |name: &str| moments.remove(name).ok_or_else(|| Error::tensor(path.display(), format!("lacks {name:?}")));
     let (mean, square) = (take("mean")?, take("square")?);
     let weights = weights(dir, model.layout(), &device)?;
-    optimiser.restore(model.layout(), weights, mean, square, state.step)?;
-    Ok(state)
+    optimiser.restore(model.layout(), weights, mean, square, steps)
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! Configuration of a character model: sizes, chunks and the partner of every layer; `config.json` beside the weights.
 
 use crate::error::{Error, Result};
+use crate::nn::FactoredShape;
+use crate::ops::factored::scratch;
 use crate::ops::pair::Partner;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -32,6 +34,23 @@ pub enum Pairing {
     Xor,
 }
 
+/// What the projections of the MLP are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MlpForm {
+    /// Matrices.
+    #[default]
+    Dense,
+    /// Products of butterfly factors ([`crate::nn::Factored`]).
+    Factored,
+}
+
+impl MlpForm {
+    fn is_dense(&self) -> bool {
+        *self == Self::Dense
+    }
+}
+
 /// A character model's configuration.
 ///
 /// ```
@@ -53,6 +72,9 @@ pub struct CharConfig {
     pub head_dim: usize,
     /// Width of the gated MLP.
     pub intermediate_size: usize,
+    /// What its projections are; not written where they are dense, as in configurations of before there was a choice.
+    #[serde(default, skip_serializing_if = "MlpForm::is_dense")]
+    pub mlp: MlpForm,
     /// Characters of a chunk, `B`.
     pub chunk: usize,
     /// Layers that read the chunk before, raw: before and after the butterfly layers.
@@ -95,6 +117,7 @@ impl CharConfig {
             num_attention_heads: heads,
             head_dim: dim,
             intermediate_size: (8 * d).div_ceil(3).next_multiple_of(WIDTH_STEP),
+            mlp: MlpForm::Dense,
             chunk,
             local_layers,
             stages,
@@ -200,10 +223,20 @@ impl CharConfig {
             .0
     }
 
+    /// Shapes of the MLP's projections: gate and up, then down.
+    fn projections(&self) -> [FactoredShape; 2] {
+        let (d, wide) = (self.hidden_size, self.intermediate_size);
+        [(wide, d), (d, wide)].map(|(outputs, inputs)| FactoredShape { outputs, inputs })
+    }
+
     /// Elements of the weights that a character is multiplied with: those of products, the tied embedding once.
     pub fn products(&self) -> u64 {
         let (d, width) = (self.hidden_size, self.num_attention_heads * self.head_dim);
-        (self.num_layers() * (4 * d * width + 3 * d * self.intermediate_size) + SYMBOLS * d) as u64
+        let [wide, down] = self.projections().map(|p| match self.mlp {
+            MlpForm::Dense => p.outputs * p.inputs,
+            MlpForm::Factored => p.factors().iter().product(),
+        });
+        (self.num_layers() * (4 * d * width + 2 * wide + down) + SYMBOLS * d) as u64
     }
 
     /// Floating-point operations of a character's training step, a multiply-add being two: six for each element of
@@ -230,6 +263,14 @@ impl CharConfig {
         let layer = rows * (element * (4 * d + 4 * width + 3 * wide) + 4 * (self.num_attention_heads + 2));
         // Gradients of a layer, of which the far queries' are f32, and the logits with theirs.
         let backward = rows * (element * (4 * d + 4 * width + 3 * wide) + 4 * width);
+        // Of a factored projection also what is left out of its results, and sums of gradients.
+        let stacks: usize = self.projections().map(|p| 2 * rows * element * p.stacked()).iter().sum();
+        let backward = match self.mlp {
+            MlpForm::Dense => backward,
+            MlpForm::Factored => {
+                backward + stacks + scratch(2 * self.projections()[0].factors().iter().product::<usize>()) as usize
+            }
+        };
         let ends = rows * (element * (3 * SYMBOLS + 2 * d) + 12);
         let kept =
             if rematerialise { self.num_layers() * rows * d * element + layer } else { self.num_layers() * layer };

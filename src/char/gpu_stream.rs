@@ -179,8 +179,8 @@ impl<'a> GpuStream<'a> {
             launches.push(project(&w.qkv, &x, Some(&w.norm1), &qkv, Mode::Store)?);
             launches.push(Launch::new(kernel("char_attend")?, (heads, 1, 1), THREADS).with(p));
             launches.push(project(&w.o, &attended, None, &x, Mode::Add)?);
-            launches.push(project(&w.gate_up, &x, Some(&w.norm2), &gated, Mode::Gate)?);
-            launches.push(project(&w.down, &gated, None, &x, Mode::Add)?);
+            launches.push(project(w.gate_up.dense()?, &x, Some(&w.norm2), &gated, Mode::Gate)?);
+            launches.push(project(w.down.dense()?, &gated, None, &x, Mode::Add)?);
             attend.push(p);
             held.extend([keys, values]);
             held.extend(means.into_iter().flat_map(|(k, v)| [k, v]));

@@ -12,11 +12,12 @@ mod evaluate;
 mod gpu_stream;
 mod mix;
 mod model;
+mod projection;
 mod recall;
 mod stream;
 mod text;
 
-pub use config::{CharConfig, Pairing, PartnerForm, MODEL_TYPE, SYMBOLS};
+pub use config::{CharConfig, MlpForm, Pairing, PartnerForm, MODEL_TYPE, SYMBOLS};
 pub use data::{Corpus, Windows};
 pub use evaluate::{bits_by_context, bits_by_position, octaves};
 #[cfg(feature = "cuda")]

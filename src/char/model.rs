@@ -1,12 +1,15 @@
 //! The character model over whole sequences: logits, loss and the gradient of all parameters.
 //!
 //! Layer: `x1 = x + Wo pair(Wqkv norm(x))`, `x' = x1 + Wd (silu(Wg n) ⊙ Wu n)` with `n = norm(x1)`; the embedding is tied.
+//! `Wg`, `Wu` and `Wd` may be products of butterfly factors.
 //! The backward pass is written out, layer by layer: candle's `rms_norm`, `softmax_last_dim` and `rope` have none, and its
 //! automatic differentiation keeps every intermediate result.
 
-use super::config::{CharConfig, SYMBOLS};
+use super::config::{CharConfig, MlpForm, SYMBOLS};
+use super::projection::{input_gradient, product, Projection};
 use super::text::END_OF_TEXT;
 use crate::error::{At, Error, ErrorKind, Result};
+use crate::nn::{Factored, FactoredShape};
 use crate::ops::pair::{self, PairRope, PairShape, Partner};
 use crate::ops::training::{cross_entropy, gated_silu, gated_silu_backward, norm, norm_backward};
 use crate::ops::training::{FlatGradient, Normed, NO_TARGET};
@@ -81,8 +84,8 @@ pub(super) struct LayerWeights {
     pub o: Tensor,
     pub norm2: Tensor,
     /// `[2 I, d]`: gate, up.
-    pub gate_up: Tensor,
-    pub down: Tensor,
+    pub gate_up: Projection,
+    pub down: Projection,
 }
 
 /// All weights: the master copy, and the one that products are computed with, bf16 on CUDA.
@@ -132,9 +135,12 @@ impl CharModel {
         config.check()?;
         let (d, width, wide) =
             (config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size);
+        let factored = config.mlp == MlpForm::Factored;
         let mut layout = Layout::default();
         let mut push = |name: &str, shape: &[usize], init| {
-            let decay = shape.len() > 1;
+            // None for factors: what shrinks each of log2 N factors shrinks their product log2 N times as fast, and they begin
+            // as rotations, of which no norm or later matrix makes up for the lost scale.
+            let decay = shape.len() > 1 && !matches!(init, Init::Rotations(_));
             layout.push(Parameter { name: name.into(), shape: shape.to_vec(), init, decay })
         };
         let std = |inputs: usize| Init::Normal(1.0 / (inputs as f32).sqrt());
@@ -150,8 +156,16 @@ impl CharModel {
                 ["q_proj", "k_proj", "v_proj"].map(|p| own(&format!("self_attn.{p}"), &[width, d], std(d)));
             let o = own("self_attn.o_proj", &[d, width], last(width));
             let norm2 = own("post_attention_layernorm", &[d], Init::Ones);
-            let [gate_up, _] = ["gate_proj", "up_proj"].map(|p| own(&format!("mlp.{p}"), &[wide, d], std(d)));
-            let down = own("mlp.down_proj", &[d, wide], last(wide));
+            let mut mlp = |name: &str, (outputs, inputs): (usize, usize), init: Init| match init {
+                Init::Normal(std) if factored => {
+                    let shape = FactoredShape { outputs, inputs };
+                    let init = Init::Rotations(shape.gain(std.into()) as f32);
+                    push(&format!("model.layers.{i}.mlp.{name}.factors"), &shape.factors(), init)
+                }
+                _ => push(&format!("model.layers.{i}.mlp.{name}.weight"), &[outputs, inputs], init),
+            };
+            let [gate_up, _] = ["gate_proj", "up_proj"].map(|p| mlp(p, (wide, d), std(d)));
+            let down = mlp("down_proj", (d, wide), last(wide));
             places.push(Places { norm1, qkv, o, norm2, gate_up, down });
         }
         let final_norm = push("model.norm.weight", &[d], Init::Ones);
@@ -236,13 +250,26 @@ impl CharModel {
         let (c, p) = (&self.config, self.places[layer]);
         let (d, width) = (c.hidden_size, c.num_attention_heads * c.head_dim);
         let part = |start, shape: &[usize]| Layout::part(&weights.compute, start, shape);
+        // `count` matrices, one above the other.
+        let mlp = |start, count: usize, outputs, inputs| -> Result<Projection> {
+            let shape = FactoredShape { outputs, inputs };
+            let [stack, len] = shape.factors();
+            Ok(match c.mlp {
+                MlpForm::Dense => Projection::Dense(part(start, &[count * outputs, inputs])?),
+                MlpForm::Factored => {
+                    // Of the master copy, in f32: the products of log2 N roundings to bf16 would differ by several per cent.
+                    let factors = Layout::part(&weights.master, start, &[count * stack, len])?;
+                    Projection::Factored(Factored::new(shape, factors)?)
+                }
+            })
+        };
         Ok(LayerWeights {
             norm1: Layout::part(&weights.master, p.norm1, &[d])?,
             qkv: part(p.qkv, &[3 * width, d])?,
             o: part(p.o, &[d, width])?,
             norm2: Layout::part(&weights.master, p.norm2, &[d])?,
-            gate_up: part(p.gate_up, &[2 * c.intermediate_size, d])?,
-            down: part(p.down, &[d, c.intermediate_size])?,
+            gate_up: mlp(p.gate_up, 2, c.intermediate_size, d)?,
+            down: mlp(p.down, 1, d, c.intermediate_size)?,
         })
     }
 
@@ -261,9 +288,9 @@ impl CharModel {
         let qkv = product(&before.y, &w.qkv)?;
         let (attended, lse) = pair::forward(&qkv, shape, self.layers[layer], &self.rope)?;
         let between = norm(&before.sum, Some(&product(&attended, &w.o)?), &w.norm2, self.eps())?;
-        let both = product(&between.y, &w.gate_up)?;
+        let both = w.gate_up.forward(&between.y)?;
         let gated = gated_silu(&both)?;
-        let next = (between.sum.clone(), Some(product(&gated, &w.down)?));
+        let next = (between.sum.clone(), Some(w.down.forward(&gated)?));
         Ok((next, Saved { before, qkv, attended, lse, between, both, gated }))
     }
 
@@ -278,10 +305,8 @@ impl CharModel {
         to: &mut FlatGradient,
     ) -> Result<Tensor> {
         let (w, at) = (self.layer_weights(weights, layer)?, self.places[layer]);
-        let d_both = gated_silu_backward(&s.both, &input_gradient(dy, &w.down)?)?;
-        to.put_product(at.down, dy, &s.gated)?;
-        to.put_product(at.gate_up, &d_both, &s.between.y)?;
-        let d_normed = input_gradient(&d_both, &w.gate_up)?;
+        let d_both = gated_silu_backward(&s.both, &w.down.backward(&s.gated, dy, at.down, to)?)?;
+        let d_normed = w.gate_up.backward(&s.between.y, &d_both, at.gate_up, to)?;
         let (d_x1, d_norm2) = norm_backward(&s.between.sum, &w.norm2, &s.between.r, &d_normed, Some(dy))?;
         to.put(at.norm2, &d_norm2)?;
         to.put_product(at.o, &d_x1, &s.attended)?;
@@ -339,14 +364,4 @@ impl Objective for CharModel {
         let sum = losses.iter().map(|l| f64::from(*l)).sum();
         Ok((sum, batch.predicted(), to.into_tensor()))
     }
-}
-
-/// `x Wᵀ`.
-fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    weight.t().and_then(|w| x.matmul(&w)).at("product")
-}
-
-/// The gradient of `x` of `y = x Wᵀ`, given that of `y`.
-fn input_gradient(dy: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    dy.matmul(weight).at("gradient of a product")
 }

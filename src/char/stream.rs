@@ -1,8 +1,9 @@
 //! Streaming: one character at a time, with keys and values in rings that are allocated once. A prompt is read in whole
 //! chunks by the forward pass, which fills the rings.
 
-use super::config::{CharConfig, SYMBOLS};
+use super::config::CharConfig;
 use super::model::{CharModel, LayerWeights, Weights};
+use super::projection::row;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::pair::{decode, mean_row, Partner};
 use crate::ops::{human_bytes, view, View};
@@ -139,21 +140,20 @@ impl Streaming for Stream<'_> {
     fn read(&mut self, symbol: u8) -> Result<Vec<f32>> {
         let config = self.model.config();
         let eps = config.rms_norm_eps as f32;
-        let (d, width, wide) =
-            (config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size);
+        let (d, wide) = (config.hidden_size, config.intermediate_size);
         let embedding = view(&self.embedding, "embedding")?;
         let mut x = embedding.values::<f32>()?[usize::from(symbol) * d..][..d].to_vec();
         for (w, ring) in self.layers.iter().zip(&mut self.rings) {
-            let qkv = rows(&view(&w.qkv, "projection")?, &normed(&x, &view(&w.norm1, "norm")?, eps)?, 3 * width)?;
+            let qkv = row(&w.qkv, &normed(&x, &view(&w.norm1, "norm")?, eps)?)?;
             let attended = ring.attend(&qkv, self.position, self.model);
-            add(&mut x, &rows(&view(&w.o, "projection")?, &attended, d)?);
-            let both = rows(&view(&w.gate_up, "projection")?, &normed(&x, &view(&w.norm2, "norm")?, eps)?, 2 * wide)?;
+            add(&mut x, &row(&w.o, &attended)?);
+            let both = w.gate_up.row(&normed(&x, &view(&w.norm2, "norm")?, eps)?)?;
             let gated: Vec<f32> =
                 (0..wide).map(|i| both[i] * both[wide + i] / (1.0 + (-both[i]).min(80.0).exp())).collect();
-            add(&mut x, &rows(&view(&w.down, "projection")?, &gated, d)?);
+            add(&mut x, &w.down.row(&gated)?);
         }
         self.position += 1;
-        rows(&embedding, &normed(&x, &view(&self.final_weight, "norm")?, eps)?, SYMBOLS)
+        row(&self.embedding, &normed(&x, &view(&self.final_weight, "norm")?, eps)?)
     }
 }
 
@@ -250,17 +250,4 @@ fn add(x: &mut [f32], y: &[f32]) {
 fn normed<G: Deref<Target = Storage>>(x: &[f32], weight: &View<G>, eps: f32) -> Result<Vec<f32>> {
     let r = 1.0 / (x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32 + eps).sqrt();
     Ok(x.iter().zip(weight.values::<f32>()?).map(|(x, w)| x * r * w).collect())
-}
-
-/// `W x` with `W [out, in]`.
-fn rows<G: Deref<Target = Storage>>(weight: &View<G>, x: &[f32], out: usize) -> Result<Vec<f32>> {
-    let weight = weight.values::<f32>()?;
-    if weight.len() != out * x.len() {
-        return Err(Error::new(
-            ErrorKind::Backend,
-            "stream",
-            format!("{} weights of {out} x {}", weight.len(), x.len()),
-        ));
-    }
-    Ok(weight.chunks_exact(x.len()).map(|w| w.iter().zip(x).map(|(w, x)| w * x).sum()).collect())
 }

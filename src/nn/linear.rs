@@ -1,4 +1,4 @@
-//! `y = x Wᵀ + b`, with `W` dense or quantised.
+//! `y = x Wᵀ + b`, with `W` dense, quantised or factored.
 
 use super::weight::{Blocks, Weight};
 use crate::error::{Error, ErrorKind, Result};
@@ -105,6 +105,7 @@ impl Linear {
             #[cfg(feature = "cuda")]
             Weight::Blocks(w) if x.device().is_cuda() => ops::quantised_rows(x, w),
             Weight::Blocks(w) => dequantised_matmul(x, w),
+            Weight::Factored(w) => w.forward(x),
         }
     }
 }
@@ -115,7 +116,7 @@ enum Locked<V> {
     Encoded(Storage, V),
 }
 
-/// The products of a few rows with matrices; `None` where one is dense in another type than f32.
+/// The products of a few rows with matrices; `None` where one is factored, or dense in another type than f32.
 fn dot_rows(layers: &[&Linear], x: &Tensor) -> Result<Option<Vec<Tensor>>> {
     let (tokens, cols) = x.dims2()?;
     let locked: Result<Option<Vec<_>>> = layers.iter().map(|l| lock_weight(&l.weight)).collect();
@@ -137,7 +138,7 @@ fn dot_rows(layers: &[&Linear], x: &Tensor) -> Result<Option<Vec<Tensor>>> {
 fn lock_weight(w: &Weight) -> Result<Option<Locked<View<impl Deref<Target = candle_core::Storage> + '_>>>> {
     Ok(match w {
         Weight::Dense(w) if w.dtype() == DType::F32 => Some(Locked::F32(ops::view(w, "weight")?)),
-        Weight::Dense(_) => None,
+        Weight::Dense(_) | Weight::Factored(_) => None,
         Weight::Blocks(w) => Some(Locked::Encoded(w.storage(), ops::view(w.data(), "weight")?)),
     })
 }

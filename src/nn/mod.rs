@@ -1,11 +1,13 @@
-//! The layers between the mixers: linear, RMS norm, rotary embedding, feed-forward.
+//! The layers between the mixers: linear (dense, quantised or factored), RMS norm, rotary embedding, feed-forward.
 
+mod factored;
 mod linear;
 mod mlp;
 mod norm;
 mod rope;
 mod weight;
 
+pub use factored::{Factored, FactoredShape};
 pub use linear::Linear;
 pub use mlp::Mlp;
 pub use norm::RmsNorm;

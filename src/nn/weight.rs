@@ -1,5 +1,6 @@
-//! A weight matrix in memory, dense or block-quantised.
+//! A weight matrix in memory: dense, block-quantised or a product of butterfly factors.
 
+use super::Factored;
 use crate::error::{At, Error, Result};
 use crate::ops;
 use crate::storage::Storage;
@@ -16,6 +17,8 @@ pub enum Weight {
     Dense(Tensor),
     /// Encoded rows that products decode as they go.
     Blocks(Blocks),
+    /// Butterfly factors, on a CPU.
+    Factored(Factored),
 }
 
 /// The encoded rows of a matrix, one after the other.
@@ -93,6 +96,7 @@ impl Weight {
         match self {
             Self::Dense(w) => w.dims2().at("weight"),
             Self::Blocks(w) => Ok(w.dims()),
+            Self::Factored(w) => Ok(w.dims()),
         }
     }
 
@@ -101,6 +105,7 @@ impl Weight {
         match self {
             Self::Dense(w) => (w.elem_count() * w.dtype().size_in_bytes()) as u64,
             Self::Blocks(w) => w.bytes(),
+            Self::Factored(w) => w.bytes(),
         }
     }
 
@@ -110,7 +115,7 @@ impl Weight {
     /// `ids` u32 `[n]`; the result `[n, in]` in `dtype`.
     ///
     /// # Errors
-    /// A row that does not exist (on a CPU); a backend's failure.
+    /// A row that does not exist (on a CPU); factors, of which no row can be read; a backend's failure.
     pub fn rows(&self, ids: &Tensor, dtype: DType) -> Result<Tensor> {
         match self {
             #[cfg(feature = "cuda")]
@@ -119,6 +124,9 @@ impl Weight {
             #[cfg(feature = "cuda")]
             Self::Blocks(w) if ids.device().is_cuda() => return ops::on_gpu::gather_blocks(w, ids, dtype),
             Self::Blocks(w) => w.rows(ids)?.to_dtype(dtype),
+            Self::Factored(_) => {
+                return Err(Error::unsupported("embedding", "a factored matrix has no rows to look up"));
+            }
         }
         .at("embedding")
     }

@@ -3,6 +3,7 @@
 use crate::error::{At, Error, ErrorKind, Result};
 use crate::stats::normal;
 use candle_core::{Device, Tensor};
+use rand::Rng;
 
 /// How a parameter is initialised.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -11,6 +12,8 @@ pub enum Init {
     Ones,
     /// A normal distribution with this standard deviation.
     Normal(f32),
+    /// Matrices `[[c, -s], [s, c]]` of random rotations, times this number.
+    Rotations(f32),
 }
 
 /// A named parameter.
@@ -83,6 +86,10 @@ impl Layout {
             match parameter.init {
                 Init::Ones => values.extend(std::iter::repeat_n(1f32, parameter.len())),
                 Init::Normal(std) => values.extend((0..parameter.len()).map(|_| std * normal(&mut rng) as f32)),
+                Init::Rotations(gain) => values.extend((0..parameter.len() / 4).flat_map(|_| {
+                    let (sin, cos) = (std::f64::consts::TAU * rng.random::<f64>()).sin_cos();
+                    [cos, -sin, sin, cos].map(|x| gain * x as f32)
+                })),
             }
         }
         Tensor::from_vec(values, self.len, device).at("initial weights")

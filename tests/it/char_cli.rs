@@ -96,6 +96,57 @@ fn a_killed_run_resumes_to_the_same_weights() -> Any {
 }
 
 #[test]
+fn a_factored_model_is_trained_resumed_exported_and_used() -> Any {
+    let place = Place::new()?;
+    let train = |run: &str, flags: &str| place.train(run, &flags.split(' ').collect::<Vec<_>>()).output();
+    let form = "--mlp factored --mlp-width 40 --quiet";
+    success(train("whole", &format!("--steps 6 {form}"))?)?;
+    let cut = place.path("cut");
+    std::fs::create_dir(&cut)?;
+    std::fs::rename(place.path("whole/step-00000003"), cut.join("step-00000003"))?;
+    success(train("cut", &format!("--steps 6 --resume {form}"))?)?;
+    assert_eq!(weights(&cut.join("step-00000006"))?, weights(&place.path("whole/step-00000006"))?);
+    let config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(place.path("whole/step-00000006/config.json"))?)?;
+    assert_eq!((config["mlp"].as_str(), config["intermediate_size"].as_u64()), (Some("factored"), Some(40)));
+    let tensors =
+        candle_core::safetensors::load(place.path("whole/step-00000006/model.safetensors"), &candle_core::Device::Cpu)?;
+    assert_eq!(tensors["model.layers.0.mlp.gate_proj.factors"].dims(), [1, 768]);
+    assert!(!tensors.keys().any(|name| name.contains("mlp") && name.ends_with(".weight")));
+
+    success(place.run(&["export", "--model", "whole", "--out", "small"])?)?;
+    let bits = |model: &str| -> Any<f64> {
+        let line = success(place.run(&["eval", "--model", model, "texts/1.txt"])?)?;
+        Ok(line.split_whitespace().nth(3).ok_or("no bits")?.parse()?)
+    };
+    let (exact, rounded) = (bits("whole")?, bits("small")?);
+    assert!((exact - rounded).abs() < 0.02 * exact, "{rounded} where f32 has {exact}");
+    let text =
+        success(place.run(&["generate", "--model", "whole", "--prompt", "One f", "-n", "20", "--ignore-eos"])?)?;
+    assert!(text.starts_with("One f") && text.chars().count() == 26, "{text:?}");
+
+    let other = refusal(train("whole", "--steps 9 --resume --mlp-width 40")?)?;
+    assert!(other.contains("model: is") && other.contains(r#""mlp":"factored""#), "{other}");
+    let from = refusal(train("other", &format!("--steps 2 --from {}", place.path("small").display()))?)?;
+    assert!(from.contains("--from: ") && from.contains("small is {") && from.contains(r#""mlp":"factored""#), "{from}");
+    let path = place.path("small/config.json");
+    let dense = std::fs::read_to_string(&path)?.replace("\"factored\"", "\"dense\"");
+    std::fs::write(&path, dense)?;
+    let said = refusal(place.run(&["generate", "--model", "small", "--prompt", "a"])?)?;
+    let want = "has model.layers.0.mlp.gate_proj.factors where a model of this configuration has";
+    assert!(said.contains("error: small: ") && said.contains(want), "{said}");
+    let none = refusal(train("other", "--steps 2 --mlp-width 0")?)?;
+    assert!(none.contains("--mlp-width: 0 is not in 1 ..= 1048576"), "{none}");
+    assert!(String::from_utf8(train("other", "--steps 2 --mlp sparse")?.stderr)?
+        .contains("[possible values: dense, factored]"));
+    assert!(!place.path("other").exists(), "a refused run leaves a directory");
+    // A dense model's configuration is as it was before there was a choice.
+    success(train("dense", "--steps 1 --quiet")?)?;
+    assert!(!std::fs::read_to_string(place.path("dense/step-00000001/config.json"))?.contains("mlp"));
+    Ok(())
+}
+
+#[test]
 fn a_trained_model_generates_and_evaluates() -> Any {
     let place = Place::new()?;
     success(place.train("run", &["--steps", "60", "--lr", "0.01", "--quiet"]).output()?)?;

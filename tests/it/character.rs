@@ -1,7 +1,7 @@
 //! The native character model: gradients, streaming and what depends on what.
 
 use crate::common::Any;
-use bfly::char::{Batch, CharConfig, CharModel, Pairing, PartnerForm, Rematerialise, Stream, Streaming};
+use bfly::char::{Batch, CharConfig, CharModel, MlpForm, Pairing, PartnerForm, Rematerialise, Stream, Streaming};
 use bfly::ops::pair::Partner;
 use bfly::train::ranks::{Ranks, Thread};
 use bfly::train::{AdamW, AdamWSettings, Init, Objective, Partials, Schedule, Trainer};
@@ -30,6 +30,37 @@ impl<'a> Reference<'a> {
 
     fn weight(&self, name: &str) -> Any<&Tensor> {
         Ok(self.weights.get(name).ok_or_else(|| format!("no {name}"))?)
+    }
+
+    /// `x Wᵀ` with `W` a stack of butterflies, level by level.
+    fn factored(&self, x: &Tensor, factors: &Tensor, out: usize) -> Any<Tensor> {
+        let (rows, n) = (x.dim(0)?, x.dim(1)?.next_power_of_two().max(2));
+        let x = x.pad_with_zeros(1, 0, n - x.dim(1)?)?;
+        let mut all = vec![];
+        for stack in 0..factors.dim(0)? {
+            let (mut y, mut half) = (x.clone(), 1);
+            let own = factors.get(stack)?.reshape((n.trailing_zeros() as usize, n / 2, 4))?;
+            for w in (0..own.dim(0)?).map(|level| own.get(level)) {
+                let w = w?.reshape((1, n / 2 / half, half, 4))?;
+                let [d1, d2, d3, d4] = [0, 1, 2, 3].map(|e| w.narrow(3, e, 1).and_then(|d| d.squeeze(3)));
+                let blocks = y.reshape((rows, n / 2 / half, 2, half))?;
+                let (a, b) = (blocks.narrow(2, 0, 1)?.squeeze(2)?, blocks.narrow(2, 1, 1)?.squeeze(2)?);
+                let first = (a.broadcast_mul(&d1?)? + b.broadcast_mul(&d2?)?)?;
+                let second = (a.broadcast_mul(&d3?)? + b.broadcast_mul(&d4?)?)?;
+                y = Tensor::stack(&[first, second], 2)?.reshape((rows, n))?;
+                half *= 2;
+            }
+            all.push(y);
+        }
+        Ok(Tensor::cat(&all, 1)?.narrow(1, 0, out)?)
+    }
+
+    /// A projection of the MLP, dense or factored.
+    fn projection(&self, x: &Tensor, name: &str, out: usize) -> Any<Tensor> {
+        match self.weights.get(&format!("{name}.factors")) {
+            Some(factors) => self.factored(x, factors, out),
+            None => self.linear(x, name),
+        }
     }
 
     fn linear(&self, x: &Tensor, name: &str) -> Any<Tensor> {
@@ -101,9 +132,10 @@ impl<'a> Reference<'a> {
             }
             x = (x + self.linear(&Tensor::cat(&heads, 1)?, &at("self_attn.o_proj"))?)?;
             let n = self.norm(&x, &at("post_attention_layernorm"))?;
-            let gate = self.linear(&n, &at("mlp.gate_proj"))?;
-            let gated = (gate.silu()? * self.linear(&n, &at("mlp.up_proj"))?)?;
-            x = (x + self.linear(&gated, &at("mlp.down_proj"))?)?;
+            let wide = c.intermediate_size;
+            let gate = self.projection(&n, &at("mlp.gate_proj"), wide)?;
+            let gated = (gate.silu()? * self.projection(&n, &at("mlp.up_proj"), wide)?)?;
+            x = (x + self.projection(&gated, &at("mlp.down_proj"), c.hidden_size)?)?;
         }
         self.linear(&self.norm(&x, "model.norm")?, "model.embed_tokens")
     }
@@ -130,6 +162,12 @@ fn models() -> Any<Vec<CharModel>> {
             CharConfig { partner_form: form, pairing, ..CharConfig::new(heads, dim, chunk, local, stages.to_vec()) };
         CharModel::new(config, Rematerialise::Nothing, CPU)
     };
+    // Widths at which results of the stacks are left out, and one at which none is.
+    let factored = |heads, dim, wide| {
+        let config = CharConfig::new(heads, dim, 4, [1, 0], vec![1, 0]);
+        let config = CharConfig { mlp: MlpForm::Factored, intermediate_size: wide, ..config };
+        CharModel::new(config, Rematerialise::Nothing, CPU)
+    };
     let (raw, summary, shift, xor) = (PartnerForm::Raw, PartnerForm::Summary, Pairing::CausalShift, Pairing::Xor);
     Ok(vec![
         of(1, 8, 4, [1, 1], &[0, 1, 2], raw, shift)?,
@@ -137,6 +175,9 @@ fn models() -> Any<Vec<CharModel>> {
         of(3, 2, 5, [0, 0], &[1, 0], raw, shift)?,
         of(2, 4, 1, [0, 1], &[1, 2], raw, shift)?,
         of(1, 4, 4, [0, 0], &[0, 1], raw, xor)?,
+        factored(1, 8, 13)?,
+        factored(3, 2, 20)?,
+        factored(1, 8, 32)?,
     ])
 }
 
@@ -320,6 +361,31 @@ fn partial_sums_of_aligned_parts_are_those_of_the_whole() -> Any {
     for ranks in [2, 4, 8] {
         let parts: Vec<Tensor> = terms.chunks(8 / ranks).map(sum).collect::<Any<_>>()?;
         assert_eq!(sum(&parts)?.to_vec1::<f32>()?, want, "{ranks} ranks");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_factored_model_has_factors_without_decay_and_learns_a_text() -> Any {
+    let config = CharConfig { mlp: MlpForm::Factored, ..CharConfig::new(1, 16, 8, [1, 1], vec![0, 1]) };
+    let model = CharModel::new(config, Rematerialise::Layers, CPU)?;
+    let mlp: Vec<_> = model.layout().iter().filter(|(p, _)| p.name.starts_with("model.layers.2.mlp.")).collect();
+    let of = |name: &str, shape: [usize; 2]| (format!("model.layers.2.mlp.{name}_proj.factors"), shape.to_vec(), false);
+    let want = [of("gate", [4, 128]), of("up", [4, 128]), of("down", [1, 768])];
+    assert!(mlp.iter().map(|(p, _)| (p.name.clone(), p.shape.clone(), p.decay)).eq(want), "{mlp:?}");
+    let norms = (2 * model.config().num_layers() + 1) * model.config().hidden_size;
+    assert_eq!(model.config().products() as usize + norms, model.layout().len());
+    let text = b"the quick brown fox jumps over the lazy dog, again and again. ".repeat(2);
+    let batches = [Batch::documents(&[&text], 8)];
+    let optimiser = AdamW::new(model.layout(), model.layout().initial(1, CPU)?, AdamWSettings::default())?;
+    let mut trainer = Trainer::new(model, optimiser, Schedule { peak: 1e-2, floor: 1e-3, warmup: 5, steps: 60 });
+    let before = trainer.optimiser().weights().to_vec1::<f32>()?;
+    let losses = (0..60).map(|_| Ok(trainer.step(&batches, text.len())?.loss)).collect::<Any<Vec<_>>>()?;
+    assert!((losses[0] - 256f64.ln()).abs() < 1.0, "first loss {}", losses[0]);
+    assert!(losses[59] < 1.0, "last loss {}", losses[59]);
+    let after = trainer.optimiser().weights().to_vec1::<f32>()?;
+    for (p, start) in trainer.objective().layout().iter() {
+        assert_ne!(before[start..][..p.len()], after[start..][..p.len()], "{} was not trained", p.name);
     }
     Ok(())
 }

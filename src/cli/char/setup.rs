@@ -1,7 +1,7 @@
 //! What `bfly-char train` starts from: texts, model, weights and the other ranks.
 
 use super::TrainArgs;
-use crate::char::{checkpoint, CharConfig, CharModel, Corpus, Mix, Pairing, PartnerForm};
+use crate::char::{checkpoint, CharConfig, CharModel, Corpus, Mix, MlpForm, Pairing, PartnerForm};
 use crate::char::{RecallTask, Rematerialise, Windows};
 use crate::cli::{human_bytes, open_device, Bars};
 use crate::error::{Error, ErrorKind, Result};
@@ -30,6 +30,15 @@ impl TrainArgs {
         }
         if self.pairing == "xor" {
             config.pairing = Pairing::Xor;
+        }
+        if self.mlp == "factored" {
+            config.mlp = MlpForm::Factored;
+        }
+        if let Some(width) = self.mlp_width {
+            if !(1..=1 << 20).contains(&width) {
+                return Err(Error::usage("--mlp-width", format!("{width} is not in 1 ..= {}", 1 << 20)));
+            }
+            config.intermediate_size = width;
         }
         config.check()?;
         config.check_whole("--window", self.window)?;
@@ -152,8 +161,9 @@ impl TrainArgs {
         let mut optimiser = AdamW::new(model.layout(), initial, AdamWSettings::default())?;
         match (checkpoint::resolve(&self.out).ok(), self.resume) {
             (Some(dir), true) => {
-                let was = checkpoint::resume(&dir, &model, &mut optimiser)?;
+                let was = checkpoint::state(&dir)?;
                 check_same(&was, hash, &settings)?;
+                checkpoint::resume(&dir, &model, &mut optimiser, was.step)?;
             }
             (None, true) => return Err(Error::usage("--resume", format!("{} has no checkpoint", self.out.display()))),
             (Some(dir), false) => {

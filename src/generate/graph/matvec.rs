@@ -13,7 +13,7 @@ pub(super) fn format(w: &Weight) -> Option<Format> {
     let (_, columns) = w.dims().ok()?;
     match w {
         Weight::Dense(w) if w.is_contiguous() => Format::new(Storage::of_tensor(w.dtype())?, columns),
-        Weight::Dense(_) => None,
+        Weight::Dense(_) | Weight::Factored(_) => None,
         Weight::Blocks(w) => Format::new(w.storage(), columns),
     }
 }
@@ -26,6 +26,7 @@ pub(super) fn matrix(w: &Weight, bias: u64) -> Result<DeviceMatrix> {
     let at = match w {
         Weight::Dense(w) => address(w)?,
         Weight::Blocks(w) => address(w.data())?,
+        Weight::Factored(w) => address(w.factors())?,
     };
     Ok(DeviceMatrix { format, rows, columns, at, bias })
 }

@@ -11,14 +11,21 @@
 //! so that a product costs `2 N log2 N` multiplications. A permutation is a product of one step for each block size from
 //! `N` to 2, of three choices in all blocks: elements of even index first, then the first half reversed, the second half
 //! reversed. Relaxed, a choice is the mixture `(1 - p) I + p S` with `p` the sigmoid of a logit.
+//!
+//! Layers are stacks of real butterflies without permutations, whose blocks have their own weights ([`apply`]).
 
+mod apply;
 #[cfg(feature = "cuda")]
 mod descent;
+#[cfg(feature = "cuda")]
+mod rows;
 mod tile;
+mod untied;
 
+pub(crate) use apply::scratch;
+pub use apply::{apply, apply_backward};
 #[cfg(feature = "cuda")]
 pub(crate) use descent::{Descents, Kind, Steps};
-
 pub use tile::{backward, forward, Kept, Real, Shape, Step};
 
 /// The permutation that logits harden to: each choice is taken where its logit is positive.

@@ -274,6 +274,23 @@ fn pair_of(shape: &Shape, block: usize, j: usize) -> usize {
     }
 }
 
+/// Adds the lanes' sums to the gradients of the 2 x 2 matrix for row `j` of a block, and clears them; where blocks share
+/// weights, not before the last block.
+#[inline(always)]
+fn add_sums<T: Real, const W: usize, const K: usize>(
+    shape: &Shape,
+    level: usize,
+    (block, j): (usize, usize),
+    sums: &mut [[T; W]; K],
+    g: &mut [T],
+) {
+    if shape.tied && block + (2 << level) < shape.size {
+        return;
+    }
+    let g = &mut g[K * pair_of(shape, block, j)..][..K];
+    g.iter_mut().zip(std::mem::replace(sums, [[T::zero(); W]; K])).for_each(|(g, s)| *g += total(s));
+}
+
 #[inline(always)]
 fn real_factor<T: Real, const W: usize>(shape: &Shape, level: usize, w: &[T], x: &mut [[T; W]]) {
     let half = 1 << level;
@@ -302,8 +319,7 @@ fn real_factor_back<T: Real, const W: usize>(
     for j in 0..half {
         let mut sums = [[T::zero(); W]; 4];
         for block in (0..shape.size).step_by(2 * half) {
-            let pair = 4 * pair_of(shape, block, j);
-            let w = &w[pair..][..4];
+            let w = &w[4 * pair_of(shape, block, j)..][..4];
             let (a, b) = (&x[block + j], &x[block + j + half]);
             let (da, db) = (d[block + j], d[block + j + half]);
             for t in 0..W {
@@ -314,13 +330,7 @@ fn real_factor_back<T: Real, const W: usize>(
                 d[block + j][t] = w[0] * da[t] + w[2] * db[t];
                 d[block + j + half][t] = w[1] * da[t] + w[3] * db[t];
             }
-            if !shape.tied {
-                g[pair..][..4].iter_mut().zip(sums).for_each(|(g, s)| *g += total(s));
-                sums = [[T::zero(); W]; 4];
-            }
-        }
-        if shape.tied {
-            g[4 * j..][..4].iter_mut().zip(sums).for_each(|(g, s)| *g += total(s));
+            add_sums(shape, level, (block, j), &mut sums, g);
         }
     }
 }
@@ -359,8 +369,7 @@ fn complex_factor_back<T: Real, const W: usize>(
     for j in 0..half {
         let mut sums = [[T::zero(); W]; 8];
         for block in (0..shape.size).step_by(2 * half) {
-            let pair = 8 * pair_of(shape, block, j);
-            let w = &w[pair..][..8];
+            let w = &w[8 * pair_of(shape, block, j)..][..8];
             let (i, k) = (block + j, block + j + half);
             let (ar, ai, br, bi) = (&re[i], &im[i], &re[k], &im[k]);
             let (pr, pi, qr, qi) = (d_re[i], d_im[i], d_re[k], d_im[k]);
@@ -379,13 +388,7 @@ fn complex_factor_back<T: Real, const W: usize>(
                 d_re[k][t] = w[2] * pr[t] + w[3] * pi[t] + w[6] * qr[t] + w[7] * qi[t];
                 d_im[k][t] = w[2] * pi[t] - w[3] * pr[t] + w[6] * qi[t] - w[7] * qr[t];
             }
-            if !shape.tied {
-                g[pair..][..8].iter_mut().zip(sums).for_each(|(g, s)| *g += total(s));
-                sums = [[T::zero(); W]; 8];
-            }
-        }
-        if shape.tied {
-            g[8 * j..][..8].iter_mut().zip(sums).for_each(|(g, s)| *g += total(s));
+            add_sums(shape, level, (block, j), &mut sums, g);
         }
     }
 }
