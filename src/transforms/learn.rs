@@ -9,8 +9,6 @@ use super::target::Matrix;
 use crate::error::{Error, Result};
 use crate::ops::factored::Shape;
 use candle_core::Device;
-use rand::rngs::StdRng;
-use rand::{seq::index, Rng, SeedableRng};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -171,74 +169,118 @@ impl Place<'_> {
     }
 }
 
+/// A learning run.
+pub struct Run<'a> {
+    settings: &'a Settings,
+    place: Place<'a>,
+    /// Every column, and whether they are complex.
+    whole: (Objective<f64, LANES>, bool),
+    pub(super) searches: Vec<Search>,
+    /// Rounds done; none before the relaxed descents.
+    pub(super) rounds: Option<usize>,
+    pub(super) best: Option<Learned>,
+}
+
+impl<'a> Run<'a> {
+    /// Draws the starts.
+    ///
+    /// # Errors
+    /// Settings that make no product, no start or no column; a matrix whose size is no power of two from 2 on; a device's
+    /// failure.
+    pub fn new(matrix: &'a Matrix, settings: &'a Settings, device: &Device) -> Result<Self> {
+        let n = matrix.size;
+        let shape = Shape { size: n, complex: settings.complex, tied: settings.tied };
+        if settings.starts == 0 || settings.columns == 0 {
+            return Err(Error::usage("transform", "at least one start and one column"));
+        }
+        let complex = matrix.im.is_some();
+        if complex && !settings.complex {
+            return Err(Error::usage("transform", "a complex matrix needs complex factors"));
+        }
+        let search = |start| Search::new(settings, shape, n, start);
+        let searches = (0..settings.starts).map(search).collect::<Result<Vec<_>>>()?;
+        let place = match device {
+            Device::Cpu => Place::Cpu(matrix),
+            #[cfg(feature = "cuda")]
+            device => Place::Gpu(super::gpu::Gpu::new(shape, matrix, device)?),
+            #[cfg(not(feature = "cuda"))]
+            _ => return Err(Error::unsupported("transform", "a device of another kind than this build's")),
+        };
+        let every: Vec<usize> = (0..n).collect();
+        let whole = (Objective::of_columns(shape, matrix, &every), complex);
+        Ok(Self { settings, place, whole, searches, rounds: None, best: None })
+    }
+
+    /// Goes on by the relaxed descents of all starts, or by a round of annealing, and polishes what is near; returns whether
+    /// the run has ended.
+    ///
+    /// # Errors
+    /// A device's failure.
+    pub fn advance(&mut self, on_progress: &(dyn Fn(Progress) + Sync)) -> Result<bool> {
+        let s = self.settings;
+        let total = s.starts + s.rounds;
+        let rounds = match self.rounds {
+            None => {
+                let report = |done, error| on_progress(Progress { done, total, error });
+                self.place.relax(&mut self.searches, s, report)?;
+                0
+            }
+            Some(done) => {
+                if done > 0 {
+                    self.searches.truncate((self.searches.len() / 2).max(s.kept));
+                }
+                self.searches.iter_mut().for_each(|search| search.begin_round(s, done + 1));
+                self.place.anneal(&mut self.searches, s)?;
+                done + 1
+            }
+        };
+        self.rounds = Some(rounds);
+        self.searches.sort_by(|a, b| a.best.1.total_cmp(&b.best.1).then(a.start.cmp(&b.start)));
+        self.polish(rounds);
+        let error = self.best.as_ref().map_or(f64::INFINITY, |b| b.error);
+        on_progress(Progress { done: s.starts + rounds, total, error });
+        Ok(error < s.tolerance || rounds >= s.rounds)
+    }
+
+    fn polish(&mut self, rounds: usize) {
+        let whole = (&self.whole.0, self.whole.1);
+        let root = self.searches.first().map_or(1.0, |s| s.now.0.shape().size as f64).sqrt();
+        let near = |s: &&mut Search| s.best.1 < NEAR / root && s.best.1 < FALLS * s.polished;
+        // A start whose product L-BFGS could not bring down waits until annealing has found a better one.
+        let (found, start) = match self.searches.iter_mut().find(near) {
+            Some(search) => {
+                search.polished = search.best.1;
+                (polished(&search.best.0, whole, self.settings), search.start)
+            }
+            None => {
+                let Some(first) = self.searches.first() else { return };
+                ((first.best.0.clone(), error_of(&first.best.0, whole)), first.start)
+            }
+        };
+        if self.best.as_ref().is_none_or(|b| found.1 < b.error) {
+            self.best = Some(Learned { product: found.0, error: found.1, start, rounds });
+        }
+    }
+
+    /// The best product so far; none before the first [`advance`](Self::advance).
+    pub fn into_best(self) -> Option<Learned> {
+        self.best
+    }
+}
+
 /// Learns `matrix` as a product on `device`. The result depends on the settings, the matrix and the kind of device alone.
 ///
 /// # Errors
-/// Settings that make no product, no start or no column; a matrix whose size is no power of two from 2 on; a device's
-/// failure.
+/// As of [`Run`].
 pub fn learn(
     matrix: &Matrix,
     settings: &Settings,
     device: &Device,
     on_progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Learned> {
-    let n = matrix.size;
-    let shape = Shape { size: n, complex: settings.complex, tied: settings.tied };
-    if settings.starts == 0 || settings.columns == 0 {
-        return Err(Error::usage("transform", "at least one start and one column"));
-    }
-    let complex = matrix.im.is_some();
-    if complex && !settings.complex {
-        return Err(Error::usage("transform", "a complex matrix needs complex factors"));
-    }
-    let search = |start: usize| -> Result<Search> {
-        let mut rng = StdRng::seed_from_u64(settings.seed);
-        rng = StdRng::seed_from_u64(rng.random::<u64>() ^ start as u64);
-        let product = Product::random(shape, &settings.product, &mut rng)?;
-        let columns = index::sample(&mut rng, n, settings.columns.min(n)).into_vec();
-        Ok(Search::new(start, product, columns, rng))
-    };
-    let mut searches = (0..settings.starts).map(search).collect::<Result<Vec<_>>>()?;
-    let place = match device {
-        Device::Cpu => Place::Cpu(matrix),
-        #[cfg(feature = "cuda")]
-        device => Place::Gpu(super::gpu::Gpu::new(shape, matrix, device)?),
-        #[cfg(not(feature = "cuda"))]
-        _ => return Err(Error::unsupported("transform", "a device of another kind than this build's")),
-    };
-    let every: Vec<usize> = (0..n).collect();
-    let whole = (&Objective::of_columns(shape, matrix, &every), complex);
-    let total = settings.starts + settings.rounds;
-    place.relax(&mut searches, settings, |done, error| on_progress(Progress { done, total, error }))?;
-    let mut best: Option<Learned> = None;
-    for rounds in 0..=settings.rounds {
-        searches.sort_by(|a, b| a.best.1.total_cmp(&b.best.1).then(a.start.cmp(&b.start)));
-        let near = |s: &&mut Search| s.best.1 < NEAR / (n as f64).sqrt() && s.best.1 < FALLS * s.polished;
-        // A start whose product L-BFGS could not bring down waits until annealing has found a better one.
-        let (found, start) = match searches.iter_mut().find(near) {
-            Some(search) => {
-                search.polished = search.best.1;
-                (polished(&search.best.0, whole, settings), search.start)
-            }
-            None => {
-                let Some(first) = searches.first() else { break };
-                ((first.best.0.clone(), error_of(&first.best.0, whole)), first.start)
-            }
-        };
-        if best.as_ref().is_none_or(|b| found.1 < b.error) {
-            best = Some(Learned { product: found.0, error: found.1, start, rounds });
-        }
-        let error = best.as_ref().map_or(f64::INFINITY, |b| b.error);
-        on_progress(Progress { done: settings.starts + rounds, total, error });
-        if error < settings.tolerance || rounds == settings.rounds {
-            break;
-        }
-        if rounds > 0 {
-            searches.truncate((searches.len() / 2).max(settings.kept));
-        }
-        place.anneal(&mut searches, settings)?;
-    }
-    best.ok_or_else(|| Error::usage("transform", "no start"))
+    let mut run = Run::new(matrix, settings, device)?;
+    while !run.advance(on_progress)? {}
+    run.into_best().ok_or_else(|| Error::usage("transform", "no start"))
 }
 
 /// L-BFGS on a product, begun again as long as it is worth it.

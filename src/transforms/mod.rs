@@ -20,11 +20,12 @@ mod objective;
 mod polish;
 mod product;
 mod search;
+mod state;
 mod target;
 
 /// A fit of changed permutations ends after a third of its steps if its error is above this times what would be kept.
 const HOPELESS: f64 = 3.0;
 
-pub use learn::{learn, Learned, Progress, Settings};
+pub use learn::{learn, Learned, Progress, Run, Settings};
 pub use product::Product;
 pub use target::{Matrix, Transform};

@@ -119,13 +119,11 @@ impl Product {
     }
 
     /// All parameters: factors, then logits.
-    #[cfg(feature = "cuda")]
     pub(super) fn flat(&self) -> Vec<f32> {
         self.factors.iter().chain(&self.logits).flatten().copied().collect()
     }
 
     /// Sets all parameters, as [`flat`](Self::flat) gives them.
-    #[cfg(feature = "cuda")]
     pub(super) fn set_flat(&mut self, flat: &[f32]) {
         let own = self.factors.iter_mut().chain(&mut self.logits).flatten();
         own.zip(flat).for_each(|(to, from)| *to = *from);

@@ -2,8 +2,11 @@
 
 use super::product::Product;
 use super::Settings;
+use crate::error::Result;
+use crate::ops::factored::Shape;
+use crate::train::random;
 use rand::rngs::StdRng;
-use rand::Rng;
+use rand::{seq::index, Rng};
 
 /// A start and where it is.
 pub(super) struct Search {
@@ -15,13 +18,16 @@ pub(super) struct Search {
     pub now: (Product, f64),
     /// The best so far, and its error on the columns.
     pub best: (Product, f64),
-    /// Its random numbers.
+    /// Its random numbers in this round.
     pub rng: StdRng,
     /// Changes tried.
-    tried: usize,
+    pub tried: usize,
     /// Error of `best` when it was last polished.
     pub polished: f64,
 }
+
+/// Rounds whose random numbers do not overlap with another start's.
+const ROUNDS: u64 = 1 << 32;
 
 /// A change of a permutation that is about to be fitted.
 pub(super) struct Change {
@@ -32,9 +38,21 @@ pub(super) struct Change {
 }
 
 impl Search {
-    pub fn new(start: usize, product: Product, columns: Vec<usize>, rng: StdRng) -> Self {
+    /// Start `start` with random factors and logits, and its columns out of `columns`.
+    ///
+    /// # Errors
+    /// As of [`Product::random`].
+    pub fn new(settings: &Settings, shape: Shape, columns: usize, start: usize) -> Result<Self> {
+        let mut rng = random(settings.seed, start as u64 * ROUNDS);
+        let product = Product::random(shape, &settings.product, &mut rng)?;
+        let columns = index::sample(&mut rng, columns, settings.columns.min(columns)).into_vec();
         let now = (product, f64::INFINITY);
-        Self { start, columns, best: now.clone(), now, rng, tried: 0, polished: f64::INFINITY }
+        Ok(Self { start, columns, best: now.clone(), now, rng, tried: 0, polished: f64::INFINITY })
+    }
+
+    /// Begins the random numbers of round `round`, from 1 on: a run that goes on draws what one that never stopped does.
+    pub fn begin_round(&mut self, settings: &Settings, round: usize) {
+        self.rng = random(settings.seed, self.start as u64 * ROUNDS + round as u64);
     }
 
     /// Takes what relaxed steps and the fit after them have found.
