@@ -12,8 +12,11 @@
 //! `N` to 2, of three choices in all blocks: elements of even index first, then the first half reversed, the second half
 //! reversed. Relaxed, a choice is the mixture `(1 - p) I + p S` with `p` the sigmoid of a logit.
 
+mod pass;
+mod plan;
 mod tile;
 
+pub use plan::{Plan, PlanRoom};
 pub use tile::{backward, forward, Kept, Real, Shape, Step};
 
 /// The permutation that logits harden to: each choice is taken where its logit is positive.
