@@ -1,10 +1,10 @@
 //! A learning run: several starts, halved as they go.
 
+use super::examples::Examples;
 use super::objective::Objective;
 use super::polish::{error_of, polish};
 use super::product::Product;
 use super::search::Search;
-use super::target::Matrix;
 use crate::error::{Error, Result};
 use crate::ops::factored::Shape;
 use rand::rngs::StdRng;
@@ -107,30 +107,35 @@ pub struct Learned {
 /// Error below which L-BFGS is tried on a product, of the root mean square of a unitary matrix's entries.
 const NEAR: f64 = 0.16;
 
-/// Learns `matrix` as a product. The result depends on the settings and the matrix alone.
+/// Learns a matrix, or what maps inputs to outputs, as a product. The result depends on the settings and these alone.
 ///
 /// # Errors
-/// Settings that make no product, no start or no column; a matrix whose size is no power of two from 2 on.
-pub fn learn(matrix: &Matrix, settings: &Settings, on_progress: &(dyn Fn(Progress) + Sync)) -> Result<Learned> {
-    let n = matrix.size;
+/// Settings that make no product, no start or no column; a size that is no power of two from 2 on.
+pub fn learn<'a>(
+    examples: impl Into<Examples<'a>>,
+    settings: &Settings,
+    on_progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Learned> {
+    let matrix = &examples.into();
+    let n = matrix.size();
     let shape = Shape { size: n, complex: settings.complex, tied: settings.tied };
     if settings.starts == 0 || settings.columns == 0 {
         return Err(Error::usage("transform", "at least one start and one column"));
     }
-    let complex = matrix.im.is_some();
-    if complex && !settings.complex {
+    let complex = matrix.complex();
+    if (complex || matrix.complex_input()) && !settings.complex {
         return Err(Error::usage("transform", "a complex matrix needs complex factors"));
     }
     let search = |start: usize| -> Result<Search> {
         let mut rng = StdRng::seed_from_u64(settings.seed);
         rng = StdRng::seed_from_u64(rng.random::<u64>() ^ start as u64);
         let product = Product::random(shape, &settings.product, &mut rng)?;
-        let columns = index::sample(&mut rng, n, settings.columns.min(n)).into_vec();
+        let columns = index::sample(&mut rng, matrix.len(), settings.columns.min(matrix.len())).into_vec();
         let objective = Objective::of_columns(shape, matrix, &columns);
         Ok(Search::new(settings, start, product, (objective, complex), rng))
     };
     let mut searches = (0..settings.starts).map(search).collect::<Result<Vec<_>>>()?;
-    let every: Vec<usize> = (0..n).collect();
+    let every: Vec<usize> = (0..matrix.len()).collect();
     let whole = (&Objective::of_columns(shape, matrix, &every), complex);
     let total = settings.starts + settings.rounds;
     let relaxed = std::sync::atomic::AtomicUsize::new(0);
@@ -169,7 +174,7 @@ pub fn learn(matrix: &Matrix, settings: &Settings, on_progress: &(dyn Fn(Progres
 
 #[cfg(test)]
 mod tests {
-    use super::super::Transform;
+    use super::super::{Matrix, Transform};
     use super::*;
 
     fn small(transform: Transform, seed: u64) -> Settings {

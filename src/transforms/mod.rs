@@ -10,8 +10,10 @@
 //!    the change is kept by Metropolis' rule;
 //! 4. L-BFGS in f64 on the factors.
 //!
-//! Steps 1 to 3 compare some columns of the matrix, drawn for each start; step 4 and the reported error all of them.
+//! Steps 1 to 3 compare some columns of the matrix, drawn for each start; step 4 and the reported error all of them. In
+//! place of a matrix, pairs of an input and its output may be given, which are then what is compared.
 
+mod examples;
 mod learn;
 mod objective;
 mod polish;
@@ -19,6 +21,7 @@ mod product;
 mod search;
 mod target;
 
+pub use examples::{Examples, Pairs, Vectors};
 pub use learn::{learn, Learned, Progress, Settings};
 pub use product::Product;
 pub use target::{Matrix, Transform};
