@@ -1,43 +1,17 @@
-//! `bfly-transforms`: learns fast algorithms of linear transforms.
+//! `bfly-transforms learn`: finds a product for a known transform, or for the matrix or pairs of a file.
 
-use super::output::{check_into, write_into};
-use super::{at_least_one, print, Bars};
-use crate::error::{At, Error, ErrorKind, Result};
-use crate::transforms::{learn, Learned, Settings, Transform};
-use candle_core::{Device, Tensor};
+use super::stored::{Facts, Stored};
+use super::target::{Target, TargetFile};
+use super::{FACTORS, RESULT};
+use crate::cli::output::{check_into, write_into};
+use crate::cli::{at_least_one, print, Bars};
+use crate::error::{Error, ErrorKind, Result};
+use crate::transforms::{learn, Settings, Transform};
 use clap::builder::PossibleValue;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-
-/// Learns fast algorithms of linear transforms from their matrices alone.
-///
-/// The matrix is approximated by a product of butterfly factors and permutations with about 4 N parameters a butterfly,
-/// which multiplies a vector in O(N log N) (Dao et al. 2019, arXiv:1903.05895).
-#[derive(Debug, Parser)]
-#[command(name = "bfly-transforms", version, after_help = EXAMPLES)]
-pub struct TransformsCli {
-    /// What to do.
-    #[command(subcommand)]
-    pub command: TransformsCommand,
-}
-
-const EXAMPLES: &str = "\
-Examples:
-  # Find an FFT of 64 points
-  bfly-transforms learn --transform dft --n 64 --out dft64
-
-  # Another seed and more starts, for a transform that is harder to find
-  bfly-transforms learn --transform dct --n 128 --seed 1 --starts 32 --out dct128";
-
-/// Subcommands of `bfly-transforms`.
-#[derive(Debug, Subcommand)]
-pub enum TransformsCommand {
-    /// Learn a transform.
-    Learn(LearnArgs),
-}
 
 impl ValueEnum for Transform {
     fn value_variants<'a>() -> &'a [Self] {
@@ -53,11 +27,18 @@ impl ValueEnum for Transform {
 #[derive(Debug, Args)]
 pub struct LearnArgs {
     /// The transform.
-    #[arg(long)]
-    pub transform: Transform,
-    /// Size, a power of two of at least 2.
+    #[arg(long, requires = "n", required_unless_present = "target")]
+    pub transform: Option<Transform>,
+    /// A file in place of a transform: a matrix [N, N], or tensors `input` and `output` [pairs, N]; .npy, .npz or
+    /// .safetensors.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["transform", "n"])]
+    pub target: Option<PathBuf>,
+    /// Name of the target's matrix, if its file has several tensors.
+    #[arg(long, value_name = "NAME", requires = "target")]
+    pub tensor: Option<String>,
+    /// Size of the transform, a power of two of at least 2.
     #[arg(long, value_parser = parse_size)]
-    pub n: usize,
+    pub n: Option<usize>,
     /// Directory to write result.json and factors.safetensors to.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
@@ -67,13 +48,13 @@ pub struct LearnArgs {
     /// Starts.
     #[arg(long, default_value = "16", value_parser = at_least_one)]
     pub starts: usize,
-    /// Columns of the matrix that each start compares.
+    /// Columns of the matrix, or pairs, that each start compares.
     #[arg(long, default_value = "64", value_parser = at_least_one)]
     pub columns: usize,
     /// Rounds of annealing of the permutations.
     #[arg(long, default_value_t = 20)]
     pub rounds: usize,
-    /// Modules, left factor first: B is a butterfly, P a permutation [default: by transform]
+    /// Modules, left factor first: B is a butterfly, P a permutation [default: by transform; BPBP of a target]
     #[arg(long)]
     pub product: Option<String>,
     /// Give each block of a factor weights of its own: 2 N log2 N of them instead of 4 N.
@@ -91,15 +72,15 @@ fn parse_size(text: &str) -> std::result::Result<usize, String> {
     }
 }
 
-/// The file of a run that says what it was.
-const RESULT: &str = "result.json";
-
 /// `result.json`.
 #[derive(Debug, Serialize, Deserialize)]
 struct Outcome {
     kind: String,
     schema_version: u32,
     transform: String,
+    /// The file that was learned in place of a known transform.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    target: Option<TargetFile>,
     n: usize,
     settings: Settings,
     /// Root mean square of the error over all entries of the matrix, which is on the unitary scale.
@@ -115,18 +96,13 @@ struct Outcome {
 
 const KIND: &str = "bfly-transform";
 
-/// Runs a subcommand.
-///
-/// # Errors
-/// What the subcommand cannot do; [`ErrorKind::Quality`] where nothing was found within the tolerance.
-pub fn transforms(command: &TransformsCommand) -> Result<()> {
-    match command {
-        TransformsCommand::Learn(args) => run(args),
-    }
-}
-
-fn run(args: &LearnArgs) -> Result<()> {
-    let (product, complex) = args.transform.product();
+pub(super) fn run(args: &LearnArgs) -> Result<()> {
+    let target = match (&args.target, args.transform, args.n) {
+        (Some(path), ..) => Target::of_file(path, args.tensor.as_deref())?,
+        (None, Some(transform), Some(n)) => Target::known(transform, n, args.seed),
+        _ => return Err(Error::usage("--transform", "a transform and its size --n, or a --target")),
+    };
+    let (product, complex) = target.product;
     let settings = Settings {
         tied: !args.untied,
         starts: args.starts,
@@ -135,18 +111,21 @@ fn run(args: &LearnArgs) -> Result<()> {
         ..Settings::new(args.product.as_deref().unwrap_or(product), complex, args.seed)
     };
     let place = format!("--out {}", args.out.display());
-    check_into(&args.out, "--out", RESULT, |json| Ok(fault(json, &args.out, args, &settings)))?;
+    check_into(&args.out, "--out", RESULT, |json| Ok(fault(json, &args.out, &target, &settings)))?;
     let bars = Bars::new(args.quiet);
     let begin = Instant::now();
-    let matrix = args.transform.matrix(args.n, args.seed);
-    let found = learn(&matrix, &settings, &|p| {
+    let mut found = learn(target.examples(), &settings, &|p| {
         bars.show_with("steps", p.done as u64, p.total as u64, &format!("error {:.1e}", p.error));
     })?;
+    if let Some(file) = &target.file {
+        found.product.scale(file.scale);
+    }
     let outcome = Outcome {
         kind: KIND.into(),
         schema_version: 1,
-        transform: args.transform.name().into(),
-        n: args.n,
+        transform: target.name.clone(),
+        target: target.file.clone(),
+        n: target.n,
         rmse: found.error,
         parameters: found.product.parameters().0,
         start: found.start,
@@ -157,12 +136,21 @@ fn run(args: &LearnArgs) -> Result<()> {
         settings: settings.clone(),
     };
     let json = serde_json::to_vec_pretty(&outcome).map_err(|e| Error::format(&place, e))?;
-    let files: [(&str, &[u8]); 2] = [(RESULT, &json), ("factors.safetensors", &factors(&found)?)];
-    write_into(&args.out, "--out", &files, |json| Ok(fault(json, &args.out, args, &settings)))?;
+    let facts = Facts {
+        transform: target.name.clone(),
+        n: target.n,
+        product: found.product.modules(),
+        complex: settings.complex,
+        tied: settings.tied,
+        complex_target: target.examples().complex(),
+    };
+    let factors = Stored::of(facts, &found.product).bytes()?;
+    let files: [(&str, &[u8]); 2] = [(RESULT, &json), (FACTORS, &factors)];
+    write_into(&args.out, "--out", &files, |json| Ok(fault(json, &args.out, &target, &settings)))?;
     let line = format!(
         "{} of {}: rmse {:.2e}, {} parameters, start {} of {}, {} rounds, {:.1} s\n",
         outcome.transform,
-        args.n,
+        target.n,
         found.error,
         outcome.parameters,
         found.start,
@@ -182,27 +170,17 @@ fn run(args: &LearnArgs) -> Result<()> {
 }
 
 /// Why the result in `dir` is not overwritten, if for a reason.
-fn fault(json: bool, dir: &Path, args: &LearnArgs, settings: &Settings) -> Option<String> {
+fn fault(json: bool, dir: &Path, target: &Target, settings: &Settings) -> Option<String> {
     let read = |path: PathBuf| serde_json::from_slice::<Outcome>(&std::fs::read(path).ok()?).ok();
     let Some(was) = json.then(|| read(dir.join(RESULT))).flatten().filter(|o| o.kind == KIND) else {
         return Some(format!("has a {RESULT} that is not of bfly-transforms; choose a new directory"));
     };
-    let name = args.transform.name();
-    if (was.transform.as_str(), was.n) != (name, args.n) {
-        return Some(format!("holds {} of {}, not {name} of {}; choose a new directory", was.transform, was.n, args.n));
+    let (name, n) = (&target.name, target.n);
+    if (&was.transform, was.n) != (name, n) {
+        return Some(format!("holds {} of {}, not {name} of {n}; choose a new directory", was.transform, was.n));
+    }
+    if was.target != target.file {
+        return Some(format!("was learned from another {name}; choose a new directory"));
     }
     (was.settings != *settings).then(|| "was learned with other settings; choose a new directory".into())
-}
-
-/// `butterfly.I` f32 and `permutation.I` u32 in the order of application, named by their place in the product.
-fn factors(found: &Learned) -> Result<Vec<u8>> {
-    let place = "factors.safetensors";
-    let mut tensors: HashMap<String, Tensor> = HashMap::new();
-    for (i, f) in found.product.factors().iter().enumerate() {
-        tensors.insert(format!("butterfly.{i}"), Tensor::from_slice(f, f.len(), &Device::Cpu).at(place)?);
-    }
-    for (i, p) in found.product.permuted().iter().enumerate() {
-        tensors.insert(format!("permutation.{i}"), Tensor::from_slice(p, p.len(), &Device::Cpu).at(place)?);
-    }
-    safetensors::serialize(tensors, None).map_err(candle_core::Error::wrap).at(place)
 }
