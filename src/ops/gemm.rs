@@ -73,6 +73,41 @@ fn transposed(
     }
 }
 
+/// `y[m] = a[m, k] · x[k]` of f32 or complex numbers on the calling thread, with rows of `a` side by side, or columns.
+///
+/// # Panics
+/// Panics for other numbers, or if `a` is shorter than `m k`.
+#[cfg(feature = "eval")]
+pub fn multiply_vector<T: num_traits::Num + Copy + 'static>(a: &[T], by_rows: bool, x: &[T], y: &mut [T]) {
+    let (m, k) = (y.len(), x.len());
+    assert!(a.len() >= m * k, "matrix exceeds its slice");
+    let (column, row) = if by_rows { (1, k as isize) } else { (m as isize, 1) };
+    // SAFETY: the check above covers every element of `a` that the strides reach; `x` and `y` have their own lengths.
+    unsafe {
+        gemm::gemm(
+            m,
+            1,
+            k,
+            y.as_mut_ptr(),
+            m as isize,
+            1,
+            false,
+            a.as_ptr(),
+            column,
+            row,
+            x.as_ptr(),
+            k as isize,
+            1,
+            T::zero(),
+            T::one(),
+            false,
+            false,
+            false,
+            Parallelism::None,
+        );
+    }
+}
+
 /// `c[m, n] += a[m, k] · b[k, n]`, with `c`'s rows `n` apart.
 pub fn multiply_add(m: usize, n: usize, k: usize, a: Strided, b: Strided, c: &mut [f32]) {
     a.check(m, k);

@@ -41,6 +41,8 @@ pub(crate) use delta::scratch as delta_scratch;
 pub use delta::{delta, delta_reference, DeltaArgs, DeltaLayer, DeltaState};
 pub use device::{beside, describe, open_gpu};
 pub use gated::gated;
+#[cfg(feature = "eval")]
+pub(crate) use gemm::multiply_vector;
 pub(crate) use gemm::{multiply_transposed, multiply_transposed_parallel, Strided};
 pub use heads::{prepare_heads, rope_table, HeadNorm};
 #[cfg(feature = "cuda")]

@@ -1,9 +1,9 @@
 //! Descents on a CPU: a start a thread.
 
+use super::examples::Examples;
 use super::objective::{Objective, Room};
 use super::product::Product;
 use super::search::Search;
-use super::target::Matrix;
 use super::{Settings, HOPELESS};
 use crate::stats::normal;
 use crate::train::Adam;
@@ -21,9 +21,9 @@ struct Descent<'a> {
 }
 
 impl<'a> Descent<'a> {
-    fn new(settings: &'a Settings, matrix: &Matrix, search: &Search) -> Self {
-        let objective = Objective::of_columns(search.now.0.shape(), matrix, &search.columns);
-        Self { settings, objective, complex: matrix.im.is_some(), room: Room::default() }
+    fn new(settings: &'a Settings, examples: &Examples, search: &Search) -> Self {
+        let objective = Objective::of_columns(search.now.0.shape(), examples, &search.columns);
+        Self { settings, objective, complex: examples.complex(), room: Room::default() }
     }
 
     /// Fits the factors with hardened permutations, at a rate that falls to 0; returns the best product on the way.
@@ -50,8 +50,8 @@ impl<'a> Descent<'a> {
 }
 
 /// Descends on the relaxed product of a start, hardens its permutations and fits its factors.
-pub(super) fn relax(search: &mut Search, settings: &Settings, matrix: &Matrix) {
-    let mut descent = Descent::new(settings, matrix, search);
+pub(super) fn relax(search: &mut Search, settings: &Settings, examples: &Examples) {
+    let mut descent = Descent::new(settings, examples, search);
     let mut product = search.now.0.clone();
     let (factors, logits) = product.parameters();
     let (mut gradient, mut adam) = (vec![0f32; factors + logits], Adam::new(factors + logits));
@@ -75,8 +75,8 @@ pub(super) fn relax(search: &mut Search, settings: &Settings, matrix: &Matrix) {
 }
 
 /// Tries the changes of a round.
-pub(super) fn anneal(search: &mut Search, settings: &Settings, matrix: &Matrix) {
-    let mut descent = Descent::new(settings, matrix, search);
+pub(super) fn anneal(search: &mut Search, settings: &Settings, examples: &Examples) {
+    let mut descent = Descent::new(settings, examples, search);
     for _ in 0..settings.changes {
         let Some(change) = search.change(settings) else { return };
         let fitted = descent.fit(change.product, settings.change_steps, HOPELESS * change.bound);

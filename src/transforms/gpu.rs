@@ -1,34 +1,28 @@
 //! Descents on a GPU: those of all starts, and of several changes of each, at once.
 
+use super::examples::Examples;
 use super::product::Product;
 use super::search::{Change, Search};
-use super::target::Matrix;
 use super::{Settings, HOPELESS};
 use crate::error::Result;
 use crate::ops::factored::{Descents, Kind, Shape, Steps};
 use candle_core::Device;
 use rand::Rng;
 
-/// A matrix on a GPU.
+/// Examples on a GPU.
 pub(super) struct Gpu {
     descents: Descents,
 }
 
 impl Gpu {
-    pub fn new(shape: Shape, matrix: &Matrix, device: &Device) -> Result<Self> {
-        let (n, planes) = (shape.size, shape.planes());
-        let (mut input, mut target) = (vec![0f32; n * planes * n], vec![0f32; n * planes * n]);
-        for (column, (x, y)) in input.chunks_exact_mut(planes * n).zip(target.chunks_exact_mut(planes * n)).enumerate()
-        {
-            x[column] = 1.0;
-            for row in 0..n {
-                y[row] = matrix.re[row * n + column] as f32;
-                if let Some(im) = &matrix.im {
-                    y[n + row] = im[row * n + column] as f32;
-                }
-            }
+    pub fn new(shape: Shape, examples: &Examples, device: &Device) -> Result<Self> {
+        let row = shape.planes() * shape.size;
+        let (mut input, mut target) = (vec![0f32; examples.len() * row], vec![0f32; examples.len() * row]);
+        for (i, (x, y)) in input.chunks_exact_mut(row).zip(target.chunks_exact_mut(row)).enumerate() {
+            examples.input(i, |at, value| x[at] = value as f32);
+            examples.output(i, |at, value| y[at] = value as f32);
         }
-        Ok(Self { descents: Descents::new(shape, &input, &target, matrix.im.is_none(), device)? })
+        Ok(Self { descents: Descents::new(shape, &input, &target, !examples.complex(), device)? })
     }
 
     /// Fits the factors of products with hardened permutations.

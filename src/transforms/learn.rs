@@ -1,11 +1,11 @@
 //! A learning run: several starts, halved as they go.
 
 use super::cpu;
+use super::examples::Examples;
 use super::objective::Objective;
 use super::polish::{error_of, polish, LANES};
 use super::product::Product;
 use super::search::Search;
-use super::target::Matrix;
 use crate::error::{Error, Result};
 use crate::ops::factored::Shape;
 use candle_core::Device;
@@ -82,7 +82,7 @@ impl Settings {
             polish: 400,
         };
         match gpu {
-            true => Self { starts: 64, columns: 32, rounds: 40, kept: 16, ..cpu },
+            true => Self { starts: 64, columns: 32, rounds: 100, change_steps: 300, kept: 32, ..cpu },
             false => cpu,
         }
     }
@@ -127,6 +127,16 @@ pub struct Learned {
     pub rounds: usize,
 }
 
+impl Learned {
+    /// The product times `scale`, where there is one.
+    pub(crate) fn scaled(mut self, scale: Option<f64>) -> Self {
+        if let Some(scale) = scale {
+            self.product.scale(scale);
+        }
+        self
+    }
+}
+
 /// Error below which L-BFGS is tried on a product, of the root mean square of a unitary matrix's entries.
 const NEAR: f64 = 0.16;
 /// L-BFGS begins again while it lowers the error by this factor.
@@ -136,7 +146,7 @@ const POLISHES: usize = 5;
 
 /// Where descents run.
 enum Place<'a> {
-    Cpu(&'a Matrix),
+    Cpu(Examples<'a>),
     #[cfg(feature = "cuda")]
     Gpu(super::gpu::Gpu),
 }
@@ -145,10 +155,10 @@ impl Place<'_> {
     /// Relaxed descents and first fits of all starts; `done` is called as starts end.
     fn relax(&self, searches: &mut [Search], settings: &Settings, done: impl Fn(usize, f64) + Sync) -> Result<()> {
         match self {
-            Self::Cpu(matrix) => {
+            Self::Cpu(examples) => {
                 let ended = AtomicUsize::new(0);
                 searches.par_iter_mut().for_each(|s| {
-                    cpu::relax(s, settings, matrix);
+                    cpu::relax(s, settings, examples);
                     done(1 + ended.fetch_add(1, Ordering::Relaxed), s.best.1);
                 });
             }
@@ -161,7 +171,7 @@ impl Place<'_> {
     /// The changes of a round.
     fn anneal(&self, searches: &mut [Search], settings: &Settings) -> Result<()> {
         match self {
-            Self::Cpu(matrix) => searches.par_iter_mut().for_each(|s| cpu::anneal(s, settings, matrix)),
+            Self::Cpu(examples) => searches.par_iter_mut().for_each(|s| cpu::anneal(s, settings, examples)),
             #[cfg(feature = "cuda")]
             Self::Gpu(gpu) => gpu.anneal(searches, settings)?,
         }
@@ -173,7 +183,7 @@ impl Place<'_> {
 pub struct Run<'a> {
     settings: &'a Settings,
     place: Place<'a>,
-    /// Every column, and whether they are complex.
+    /// Every example, and whether outputs are complex.
     whole: (Objective<f64, LANES>, bool),
     pub(super) searches: Vec<Search>,
     /// Rounds done; none before the relaxed descents.
@@ -185,29 +195,28 @@ impl<'a> Run<'a> {
     /// Draws the starts.
     ///
     /// # Errors
-    /// Settings that make no product, no start or no column; a matrix whose size is no power of two from 2 on; a device's
-    /// failure.
-    pub fn new(matrix: &'a Matrix, settings: &'a Settings, device: &Device) -> Result<Self> {
-        let n = matrix.size;
+    /// Settings that make no product, no start or no column; a size that is no power of two from 2 on; a device's failure.
+    pub fn new(examples: Examples<'a>, settings: &'a Settings, device: &Device) -> Result<Self> {
+        let n = examples.size();
         let shape = Shape { size: n, complex: settings.complex, tied: settings.tied };
         if settings.starts == 0 || settings.columns == 0 {
             return Err(Error::usage("transform", "at least one start and one column"));
         }
-        let complex = matrix.im.is_some();
-        if complex && !settings.complex {
+        let complex = examples.complex();
+        if (complex || examples.complex_input()) && !settings.complex {
             return Err(Error::usage("transform", "a complex matrix needs complex factors"));
         }
-        let search = |start| Search::new(settings, shape, n, start);
+        let search = |start| Search::new(settings, shape, examples.len(), start);
         let searches = (0..settings.starts).map(search).collect::<Result<Vec<_>>>()?;
         let place = match device {
-            Device::Cpu => Place::Cpu(matrix),
+            Device::Cpu => Place::Cpu(examples),
             #[cfg(feature = "cuda")]
-            device => Place::Gpu(super::gpu::Gpu::new(shape, matrix, device)?),
+            device => Place::Gpu(super::gpu::Gpu::new(shape, &examples, device)?),
             #[cfg(not(feature = "cuda"))]
             _ => return Err(Error::unsupported("transform", "a device of another kind than this build's")),
         };
-        let every: Vec<usize> = (0..n).collect();
-        let whole = (Objective::of_columns(shape, matrix, &every), complex);
+        let every: Vec<usize> = (0..examples.len()).collect();
+        let whole = (Objective::of_columns(shape, &examples, &every), complex);
         Ok(Self { settings, place, whole, searches, rounds: None, best: None })
     }
 
@@ -268,17 +277,18 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Learns `matrix` as a product on `device`. The result depends on the settings, the matrix and the kind of device alone.
+/// Learns a matrix, or what maps inputs to outputs, as a product on `device`. The result depends on the settings, the
+/// examples and the kind of device alone.
 ///
 /// # Errors
 /// As of [`Run`].
-pub fn learn(
-    matrix: &Matrix,
+pub fn learn<'a>(
+    examples: impl Into<Examples<'a>>,
     settings: &Settings,
     device: &Device,
     on_progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Learned> {
-    let mut run = Run::new(matrix, settings, device)?;
+    let mut run = Run::new(examples.into(), settings, device)?;
     while !run.advance(on_progress)? {}
     run.into_best().ok_or_else(|| Error::usage("transform", "no start"))
 }
@@ -301,7 +311,7 @@ fn polished(product: &Product, whole: (&Objective<f64, LANES>, bool), settings: 
 
 #[cfg(test)]
 mod tests {
-    use super::super::Transform;
+    use super::super::{Matrix, Transform};
     use super::*;
 
     fn small(transform: Transform, seed: u64) -> Settings {

@@ -10,9 +10,11 @@
 //!    the change is kept by Metropolis' rule;
 //! 4. L-BFGS in f64 on the factors.
 //!
-//! Steps 1 to 3 compare some columns of the matrix, drawn for each start; step 4 and the reported error all of them.
+//! Steps 1 to 3 compare some columns of the matrix, drawn for each start; step 4 and the reported error all of them. In
+//! place of a matrix, pairs of an input and its output may be given, which are then what is compared.
 
 mod cpu;
+mod examples;
 #[cfg(feature = "cuda")]
 mod gpu;
 mod learn;
@@ -26,6 +28,7 @@ mod target;
 /// A fit of changed permutations ends after a third of its steps if its error is above this times what would be kept.
 const HOPELESS: f64 = 3.0;
 
+pub use examples::{Examples, Pairs, Vectors};
 pub use learn::{learn, Learned, Progress, Run, Settings};
 pub use product::Product;
 pub use target::{Matrix, Transform};

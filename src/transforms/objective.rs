@@ -1,6 +1,6 @@
-//! How far a product of butterflies and permutations is from a matrix, and the gradient.
+//! How far a product of butterflies and permutations is from a matrix or from given outputs, and the gradient.
 
-use super::target::Matrix;
+use super::examples::Examples;
 use crate::ops::factored::{backward, forward, Kept, Real, Shape, Step};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -26,26 +26,21 @@ pub struct Room<T, const W: usize> {
 }
 
 impl<T: Real, const W: usize> Objective<T, W> {
-    /// Compares with some columns of `matrix`: the inputs are unit vectors.
-    pub fn of_columns(shape: Shape, matrix: &Matrix, columns: &[usize]) -> Self {
+    /// Compares on the `chosen` examples: unit vectors with columns of a matrix, or inputs with their outputs.
+    pub fn of_columns(shape: Shape, examples: &Examples, chosen: &[usize]) -> Self {
         let n = shape.size;
         let of = |x: f64| T::from(x).unwrap_or_else(T::nan);
-        let tile = |columns: &[usize]| {
+        let tile = |chosen: &[usize]| {
             let mut tile = Tile { input: vec![[T::zero(); W]; shape.planes() * n], target: vec![] };
             tile.target = tile.input.clone();
-            for (lane, column) in columns.iter().copied().enumerate() {
-                tile.input[column][lane] = T::one();
-                for row in 0..n {
-                    tile.target[row][lane] = of(matrix.re[row * n + column]);
-                    if let Some(im) = &matrix.im {
-                        tile.target[n + row][lane] = of(im[row * n + column]);
-                    }
-                }
+            for (lane, example) in chosen.iter().copied().enumerate() {
+                examples.input(example, |row, x| tile.input[row][lane] = of(x));
+                examples.output(example, |row, x| tile.target[row][lane] = of(x));
             }
             tile
         };
-        let tiles = columns.chunks(W).map(tile).collect();
-        Self { shape, tiles, elements: (n * columns.len()) as f64 }
+        let tiles = chosen.chunks(W).map(tile).collect();
+        Self { shape, tiles, elements: (n * chosen.len()) as f64 }
     }
 
     /// Root mean square of the error over all elements; adds the gradient of half the sum of squares to `gradient`, whose

@@ -70,6 +70,21 @@ impl Product {
         &mut self.logits
     }
 
+    /// The modules, left factor first, as [`Self::random`] takes them.
+    pub fn modules(&self) -> String {
+        let letter = |m: &Module| if *m == Module::Butterfly { 'B' } else { 'P' };
+        self.modules.iter().rev().map(letter).collect()
+    }
+
+    /// Multiplies the product by a number, in the last factor of the last butterfly.
+    pub fn scale(&mut self, by: f64) {
+        let last = 2 * self.shape.size * self.shape.planes();
+        if let Some(factors) = self.factors.last_mut() {
+            let from = factors.len() - last;
+            factors[from..].iter_mut().for_each(|w| *w = (f64::from(*w) * by) as f32);
+        }
+    }
+
     /// Number of permutations.
     pub(super) fn permutations(&self) -> usize {
         self.logits.len()

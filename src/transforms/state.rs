@@ -20,6 +20,8 @@ struct State {
     of: String,
     settings: Settings,
     rounds: usize,
+    /// Seconds that it had taken.
+    seconds: f64,
     starts: Vec<Start>,
     best: Option<Best>,
 }
@@ -46,11 +48,11 @@ fn finite(x: f64) -> Option<f64> {
 }
 
 impl Run<'_> {
-    /// The run after some rounds; none before the relaxed descents. `of` names what is learned.
+    /// The run after some rounds and so many seconds; none before the relaxed descents. `of` names what is learned.
     ///
     /// # Errors
     /// None that a user can mend.
-    pub fn save(&self, of: &str, settings: &Settings) -> Result<Option<Vec<u8>>> {
+    pub fn save(&self, of: &str, settings: &Settings, seconds: f64) -> Result<Option<Vec<u8>>> {
         let Some(rounds) = self.rounds else { return Ok(None) };
         let starts = self.searches.iter().map(|s| Start {
             start: s.start,
@@ -60,7 +62,8 @@ impl Run<'_> {
             polished: finite(s.polished),
         });
         let best = self.best.as_ref().map(|b| Best { error: b.error, start: b.start, rounds: b.rounds });
-        let state = State { of: of.into(), settings: settings.clone(), rounds, starts: starts.collect(), best };
+        let state =
+            State { of: of.into(), settings: settings.clone(), rounds, seconds, starts: starts.collect(), best };
         let json = serde_json::to_string(&state).map_err(|e| Error::format(PLACE, e))?;
         let own = self.searches.iter().flat_map(|s| [&s.now.0, &s.best.0]);
         let flat: Vec<f32> = own.chain(self.best.as_ref().map(|b| &b.product)).flat_map(Product::flat).collect();
@@ -76,11 +79,11 @@ impl Run<'_> {
         (2 * self.searches.len() + usize::from(self.best.is_some()), factors + logits)
     }
 
-    /// Goes on from what [`save`](Self::save) gave; the rounds that had been done.
+    /// Goes on from what [`save`](Self::save) gave; the rounds that had been done, and the seconds that they had taken.
     ///
     /// # Errors
     /// Bytes that no run has saved, or one of something else or with other settings.
-    pub fn restore(&mut self, bytes: &[u8], of: &str, settings: &Settings) -> Result<usize> {
+    pub fn restore(&mut self, bytes: &[u8], of: &str, settings: &Settings) -> Result<(usize, f64)> {
         let wrong = |message: &str| Error::format(PLACE, message);
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| wrong(&format!("is no safetensors: {e}")))?;
         let json = header.metadata().as_ref().and_then(|m| m.get(KEY)).ok_or_else(|| wrong("is of no run"))?;
@@ -112,7 +115,7 @@ impl Run<'_> {
         let all = own.chain(self.best.as_mut().map(|b| &mut b.product));
         all.zip(&rows).for_each(|(product, row)| product.set_flat(row));
         self.rounds = Some(state.rounds);
-        Ok(state.rounds)
+        Ok((state.rounds, state.seconds))
     }
 }
 
@@ -133,12 +136,12 @@ mod tests {
             ..Settings::new("BPP", true, 2, false)
         };
         let matrix = Transform::Dct.matrix(16, 0);
-        let mut whole = Run::new(&matrix, &settings, &Device::Cpu)?;
-        assert!(whole.save("dct", &settings)?.is_none(), "nothing is there to save");
+        let mut whole = Run::new((&matrix).into(), &settings, &Device::Cpu)?;
+        assert!(whole.save("dct", &settings, 1.5)?.is_none(), "nothing is there to save");
         let mut saved = vec![];
         loop {
             let ended = whole.advance(&|_| ())?;
-            saved.extend(whole.save("dct", &settings)?);
+            saved.extend(whole.save("dct", &settings, 1.5)?);
             if ended {
                 break;
             }
@@ -146,18 +149,18 @@ mod tests {
         let want = whole.into_best();
         assert_eq!(saved.len(), 5, "the relaxed descents and four rounds");
         for (rounds, bytes) in saved.iter().enumerate() {
-            let mut run = Run::new(&matrix, &settings, &Device::Cpu)?;
-            assert_eq!(run.restore(bytes, "dct", &settings)?, rounds);
+            let mut run = Run::new((&matrix).into(), &settings, &Device::Cpu)?;
+            assert_eq!(run.restore(bytes, "dct", &settings)?, (rounds, 1.5));
             while rounds < 4 && !run.advance(&|_| ())? {}
             assert_eq!(run.into_best(), want, "from round {rounds}");
         }
         for (of, settings) in [("dst", settings.clone()), ("dct", Settings { seed: 3, ..settings.clone() })] {
-            let mut run = Run::new(&matrix, &settings, &Device::Cpu)?;
+            let mut run = Run::new((&matrix).into(), &settings, &Device::Cpu)?;
             let refused = run.restore(&saved[1], of, &settings).expect_err("another run").to_string();
             assert!(refused.contains("is of another run"), "{refused}");
         }
         for bytes in [&saved[1][..40], b"{}"] {
-            assert!(Run::new(&matrix, &settings, &Device::Cpu)?.restore(bytes, "dct", &settings).is_err());
+            assert!(Run::new((&matrix).into(), &settings, &Device::Cpu)?.restore(bytes, "dct", &settings).is_err());
         }
         Ok(())
     }

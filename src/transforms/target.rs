@@ -108,6 +108,19 @@ pub struct Matrix {
     pub im: Option<Vec<f64>>,
 }
 
+impl Matrix {
+    /// Divides by the scale at which the matrix has as large entries as a unitary one, and returns it; 0 of a matrix of
+    /// zeros, which stays.
+    pub fn normalise(&mut self) -> f64 {
+        let all = || self.re.iter().chain(self.im.iter().flatten());
+        let scale = (all().map(|x| x * x).sum::<f64>() / self.size as f64).sqrt();
+        if scale > 0.0 {
+            self.re.iter_mut().chain(self.im.iter_mut().flatten()).for_each(|x| *x /= scale);
+        }
+        scale
+    }
+}
+
 /// By Bonnet's recursion `(i + 1) P_{i + 1} = (2i + 1) x P_i - i P_{i - 1}` at `x_j = -1 + 2 j / (N - 1)`.
 fn legendre(n: usize) -> Matrix {
     let x: Vec<f64> = (0..n).map(|j| -1.0 + 2.0 * j as f64 / (n - 1) as f64).collect();
@@ -145,6 +158,16 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_matrix_is_brought_to_the_unitary_scale() {
+        let unitary = Transform::Dft.matrix(8, 0);
+        let mut m = unitary.clone();
+        m.re.iter_mut().chain(m.im.iter_mut().flatten()).for_each(|x| *x *= 7.0);
+        assert!((m.normalise() - 7.0).abs() < 1e-12);
+        assert!(m.re.iter().zip(&unitary.re).all(|(a, b)| (a - b).abs() < 1e-15));
+        assert_eq!(Matrix { size: 2, re: vec![0.0; 4], im: None }.normalise(), 0.0);
     }
 
     #[test]

@@ -54,6 +54,11 @@
 //! A sample is the mean of a batch of launches between two device synchronisations; batches take at least 20 ms on a
 //! GPU. Launches rotate over input sets whose total size exceeds the L2 cache. FLOP and bytes are those of the
 //! definition: masked positions do not count, each input is read once and each output is written once.
+//!
+//! # Transforms
+//!
+//! `bfly-transforms bench` times products with single vectors, one thread, data in the cache. A sample is the mean of
+//! as many products as take a millisecond; every method takes one sample in each round.
 
 pub mod args;
 mod cases;
@@ -66,3 +71,4 @@ pub mod max_context;
 pub mod peak;
 pub mod peer;
 mod schedule;
+pub mod transforms;

@@ -17,6 +17,8 @@
 mod apply;
 #[cfg(feature = "cuda")]
 mod descent;
+mod pass;
+mod plan;
 #[cfg(feature = "cuda")]
 mod rows;
 mod tile;
@@ -26,6 +28,7 @@ pub(crate) use apply::scratch;
 pub use apply::{apply, apply_backward};
 #[cfg(feature = "cuda")]
 pub(crate) use descent::{Descents, Kind, Steps};
+pub use plan::{Plan, PlanRoom};
 pub use tile::{backward, forward, Kept, Real, Shape, Step};
 
 /// The permutation that logits harden to: each choice is taken where its logit is positive.

@@ -42,7 +42,7 @@ impl Shape {
     }
 
     /// Parameters of factor `level`: `[pair, 4, planes]`, the four of `[[d1, d2], [d3, d4]]`.
-    fn factor_len(&self, level: usize) -> usize {
+    pub(super) fn factor_len(&self, level: usize) -> usize {
         4 * self.planes() * self.pairs(level)
     }
 
@@ -266,7 +266,7 @@ fn total<T: Real, const W: usize>(lanes: [T; W]) -> T {
 }
 
 /// Index of the 2 x 2 matrix for row `j` of the block that begins at `block`.
-fn pair_of(shape: &Shape, block: usize, j: usize) -> usize {
+pub(super) fn pair_of(shape: &Shape, block: usize, j: usize) -> usize {
     if shape.tied {
         j
     } else {
