@@ -68,5 +68,5 @@ pub use rule::ScoringRule;
 pub use smoke::{AnswerSettings, DocumentMetric, DocumentScore, Smoke, SmokeRun, METRICS, SMOKE};
 pub use trained::beyond_trained;
 pub use training::{read_log, TrainingStep, TRAINING};
-pub use transforms::{TransformSpeed, TransformTiming, TRANSFORM_SPEED};
+pub use transforms::{Sweep, SweepRun, TransformSpeed, TransformTiming, TRANSFORM_SPEED};
 pub use variant::{KvBytes, VariantRecord};

@@ -75,3 +75,52 @@ impl TransformSpeed {
         cases
     }
 }
+
+/// `kind` of a report of what was learned.
+pub const SWEEP: &str = "bfly-transforms-sweep";
+
+/// What was learned of several transforms, sizes and seeds.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Sweep {
+    /// Kind of the file, [`SWEEP`].
+    pub kind: String,
+    /// Schema version, [`super::SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// Commit of the build.
+    pub git_sha: String,
+    /// Command line of the process.
+    pub command: Vec<String>,
+    /// Machine of the runs.
+    pub machine: Machine,
+    /// One entry per transform, size and seed.
+    pub runs: Vec<SweepRun>,
+}
+
+/// One run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SweepRun {
+    /// Name of the transform.
+    pub transform: String,
+    /// Size.
+    pub n: usize,
+    /// Seed.
+    pub seed: u64,
+    /// `cpu` or `cuda`.
+    pub device: String,
+    /// Root mean square of the error over all entries, on the unitary scale.
+    pub rmse: f64,
+    /// Parameters of the factors.
+    pub parameters: usize,
+    /// Seconds of the run with all its starts.
+    pub seconds: f64,
+    /// Threads of the CPU.
+    pub threads: usize,
+    /// The start that the product is of.
+    pub start: usize,
+    /// Rounds of annealing before it was found.
+    pub rounds: usize,
+    /// Whether the error is below the tolerance.
+    pub converged: bool,
+    /// All settings.
+    pub settings: serde_json::Value,
+}
