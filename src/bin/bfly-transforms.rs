@@ -2,7 +2,10 @@
 
 use bfly::cli::{main_with, parse, transforms, TransformsCommand};
 #[cfg(feature = "eval")]
-use bfly::eval::bench::transforms::{run as bench, TransformsBenchArgs};
+use bfly::eval::bench::{
+    sweep::{run as sweep, SweepArgs},
+    transforms::{run as bench, TransformsBenchArgs},
+};
 use clap::{Parser, Subcommand};
 
 /// Learns fast algorithms of linear transforms from their matrices alone, and applies them.
@@ -25,6 +28,9 @@ Examples:
   # Another seed and more starts, for a transform that is harder to find
   bfly-transforms learn --transform dct --n 128 --seed 1 --starts 32 --out dct128
 
+  # Six transforms of 8 to 128 points, five seeds each
+  bfly-transforms sweep --n 8..128 --seeds 5 --out sweep
+
   # A matrix of your own, from numpy.save
   bfly-transforms learn --target matrix.npy --product BPBP --out mine
 
@@ -38,6 +44,9 @@ enum Command {
     /// Time learned transforms on this CPU, beside dense products and FFTs.
     #[cfg(feature = "eval")]
     Bench(TransformsBenchArgs),
+    /// Learn several transforms, sizes and seeds, and print a table.
+    #[cfg(feature = "eval")]
+    Sweep(SweepArgs),
 }
 
 fn main() -> std::process::ExitCode {
@@ -47,6 +56,8 @@ fn main() -> std::process::ExitCode {
             Command::Transforms(command) => transforms(command),
             #[cfg(feature = "eval")]
             Command::Bench(args) => bench(args),
+            #[cfg(feature = "eval")]
+            Command::Sweep(args) => sweep(args),
         }),
     }
 }

@@ -28,6 +28,6 @@ pub use progress::Bars;
 pub use retrofit::{calibrate, run};
 pub use size::{at_least_one, parse_bytes, parse_count, parse_size, short_count};
 pub use temporary::Temporary;
-pub use transforms::{transforms, TransformsCommand};
 #[cfg(feature = "eval")]
-pub(crate) use transforms::{Facts, Stored};
+pub(crate) use transforms::{finished, learned, with_setting, Facts, Stored, Target, TransformRun};
+pub use transforms::{transforms, TransformsCommand};

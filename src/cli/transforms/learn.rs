@@ -81,7 +81,7 @@ fn parse_size(text: &str) -> std::result::Result<usize, String> {
 
 /// `result.json`.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Outcome {
+pub(crate) struct Outcome {
     kind: String,
     schema_version: u32,
     pub transform: String,
@@ -116,7 +116,7 @@ impl LearnArgs {
             rounds: self.rounds.unwrap_or(defaults.rounds),
             ..defaults
         };
-        self.set.iter().try_fold(settings, |settings, set| with(&settings, set))
+        self.set.iter().try_fold(settings, |settings, set| with_setting(&settings, set))
     }
 }
 
@@ -142,7 +142,7 @@ pub(super) fn run(args: &LearnArgs) -> Result<()> {
 
 /// Learns `target` and writes what was found into the directory `out`. A run that was interrupted goes on from its last
 /// round, which is kept beside the directory until the run has ended.
-pub(super) fn learned(
+pub(crate) fn learned(
     target: &Target,
     settings: &Settings,
     device: &Device,
@@ -248,13 +248,20 @@ impl Outcome {
 }
 
 /// The settings with one of them changed, as `NAME=VALUE` says.
-fn with(settings: &Settings, set: &str) -> Result<Settings> {
+pub(crate) fn with_setting(settings: &Settings, set: &str) -> Result<Settings> {
     let place = format!("--set {set}");
     let wrong = |e: &dyn std::fmt::Display| Error::usage(&place, e.to_string());
     let (name, value) = set.split_once('=').ok_or_else(|| wrong(&"is not NAME=VALUE"))?;
     let mut json = serde_json::to_value(settings).map_err(|e| wrong(&e))?;
     json[name] = serde_json::from_str(value).map_err(|e| wrong(&e))?;
     serde_json::from_value(json).map_err(|e| wrong(&e))
+}
+
+/// What an earlier run has found of `target` with these settings.
+#[cfg(feature = "eval")]
+pub(crate) fn finished(dir: &Path, target: &Target, settings: &Settings) -> Option<Outcome> {
+    let outcome = serde_json::from_slice::<Outcome>(&std::fs::read(dir.join(RESULT)).ok()?).ok()?;
+    fault(true, dir, target, settings).is_none().then_some(outcome)
 }
 
 /// Why the result in `dir` is not overwritten, if for a reason.

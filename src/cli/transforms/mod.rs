@@ -11,7 +11,11 @@ pub use apply::ApplyArgs;
 use clap::Subcommand;
 pub use learn::LearnArgs;
 #[cfg(feature = "eval")]
+pub(crate) use learn::{finished, learned, with_setting, Outcome as TransformRun};
+#[cfg(feature = "eval")]
 pub(crate) use stored::{Facts, Stored};
+#[cfg(feature = "eval")]
+pub(crate) use target::Target;
 
 /// Subcommands of `bfly-transforms` that learn and apply.
 #[derive(Debug, Subcommand)]

@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use std::path::Path;
 
 /// A target, on the unitary scale.
-pub(super) struct Target {
+pub(crate) struct Target {
     /// Of the transform, or of the file.
     pub name: String,
     pub n: usize,
@@ -25,7 +25,7 @@ enum Data {
 
 /// The file that was learned, in result.json.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(super) struct TargetFile {
+pub(crate) struct TargetFile {
     /// Name without folders.
     pub file: String,
     /// SHA-256 of its bytes, in hexadecimal.

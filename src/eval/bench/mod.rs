@@ -71,4 +71,5 @@ pub mod max_context;
 pub mod peak;
 pub mod peer;
 mod schedule;
+pub mod sweep;
 pub mod transforms;

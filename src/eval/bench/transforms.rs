@@ -40,10 +40,16 @@ pub struct TransformsBenchArgs {
 #[derive(Debug, Clone)]
 pub struct Sizes(Vec<usize>);
 
+impl Sizes {
+    pub(super) fn all(&self) -> &[usize] {
+        &self.0
+    }
+}
+
 /// Largest size, whose dense complex matrix takes 2 GiB.
 const LARGEST: usize = 1 << 14;
 
-fn parse_sizes(text: &str) -> std::result::Result<Sizes, String> {
+pub(super) fn parse_sizes(text: &str) -> std::result::Result<Sizes, String> {
     let (first, last) = text.split_once("..").unwrap_or((text, text));
     let size = |t: &str| t.parse::<usize>().ok().filter(|n| n.is_power_of_two() && (2..=LARGEST).contains(n));
     match (size(first), size(last)) {

@@ -10,7 +10,7 @@
 //! | `ladder`, `max_context`, `kernels` | what `bfly-bench` measures |
 //! | `smoke`, `answers`, `eval_set`, `layers`, `ablation`, `positions` | what `bfly-quality-smoke` measures |
 //! | `training`, `character` | what `bfly-char` writes: its training log, bits per character, recall |
-//! | `transforms` | [`TransformSpeed`]: what `bfly-transforms bench` measures |
+//! | `transforms` | [`TransformSpeed`], [`Sweep`]: what `bfly-transforms bench` and `sweep` measure |
 //! | `rule` | [`ScoringRule`]: scoring of an answer by the expected outputs that it contains |
 //! | `file` | reading and writing, `.json` and `.json.gz`, and which files may be replaced |
 //! | [`resume`] | resuming an interrupted file, and the differences that forbid it |
@@ -68,5 +68,5 @@ pub use rule::ScoringRule;
 pub use smoke::{AnswerSettings, DocumentMetric, DocumentScore, Smoke, SmokeRun, METRICS, SMOKE};
 pub use trained::beyond_trained;
 pub use training::{read_log, TrainingStep, TRAINING};
-pub use transforms::{Sweep, SweepRun, TransformSpeed, TransformTiming, TRANSFORM_SPEED};
+pub use transforms::{Sweep, SweepRun, TransformSpeed, TransformTiming, SWEEP, TRANSFORM_SPEED};
 pub use variant::{KvBytes, VariantRecord};

@@ -8,6 +8,7 @@ mod layers;
 mod max_context;
 mod positions;
 mod smoke;
+mod sweep;
 mod transforms;
 
 pub use ablation::ablation_table;
@@ -18,6 +19,7 @@ pub use layers::layers_table;
 pub use max_context::max_context_table;
 pub use positions::positions_table;
 pub use smoke::smoke_table;
+pub use sweep::sweep_table;
 pub use transforms::transforms_table;
 
 use super::eval_set::EvalSetRecord;
