@@ -72,7 +72,7 @@ impl Settings {
             logit_noise: 0.5,
             weight_noise: 0.5,
             fit_steps: 800,
-            rounds: 20,
+            rounds: 40,
             changes: 40,
             change_steps: 150,
             heat: 0.2,
@@ -81,9 +81,22 @@ impl Settings {
             tolerance: 1e-4,
             polish: 400,
         };
-        match gpu {
-            true => Self { starts: 64, columns: 32, rounds: 100, change_steps: 300, kept: 32, ..cpu },
-            false => cpu,
+        // Of several butterflies the relaxed descent finds more with stronger noise, and a change shows later.
+        let several = product.matches('B').count() > 1;
+        match (gpu, several) {
+            (false, false) => cpu,
+            (false, true) => Self { logit_noise: 1.0, kept: 8, change_steps: 300, changes: 30, rounds: 30, ..cpu },
+            (true, false) => Self { starts: 64, columns: 32, rounds: 100, change_steps: 300, kept: 32, ..cpu },
+            (true, true) => Self {
+                logit_noise: 1.0,
+                relaxed_steps: 4000,
+                starts: 128,
+                columns: 32,
+                change_steps: 500,
+                kept: 32,
+                polish: 3000,
+                ..cpu
+            },
         }
     }
 }
