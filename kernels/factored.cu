@@ -2,6 +2,7 @@
 //
 //   y[r] = B P x[r] for rows r, B of log2 N factors: src/ops/factored/mod.rs has the formulas; P is an index or nothing
 //   factored_forward_{real,complex}_{tied,untied}    x [rows, C, N], w [stack, B's parameters] -> y [rows, stack, C, N]
+//   factored_stream_{256,512,1024}                   the same of real untied ones without index
 //   factored_backward_{..}                           dx [stack, rows, C, N], partial sums of dw [blocks, stack, parameters]
 //
 // C is 2 where factors are complex, f32 throughout. N = 2 to 4,096.
@@ -9,6 +10,7 @@
 // Launch  grid (tiles of rows, stack), THREADS threads, `shared` bytes below. Three factors at a time are applied to 8
 //         elements that a thread holds in registers, of V rows at once, so that a weight is read once for V rows; rows
 //         lie in shared memory in between. The backward pass keeps the input of each three factors there.
+//         factored_stream: grid (a block a multiprocessor, stack), STREAMED threads, Stream::SHARED bytes.
 #include "common.cuh"
 
 struct Butterfly {
@@ -185,6 +187,125 @@ template <int C, bool TIED, int V> __device__ void forward(const Butterfly &b) {
   }
 }
 
+// ---- N of 256 to 1,024, real and untied: weights in shared memory, the next rows copied there meanwhile.
+//
+// A stream of N / 8 threads has V rows at a time in one of two buffers; a block of STREAMED threads has several. Weights lie
+// in the order in which lanes read them: of each factor, those of a slot of the pass for one group after the other.
+
+constexpr int STREAMED = 256, STREAM_ROWS = 8;
+
+// Place of element `e` of a row: as `padded`, and fours change places so that lanes 32 bytes apart do not share banks.
+__device__ inline int streamed(int e) { return (e ^ (e >> 5 & 1) << 2) + (e >> 6) * 8; }
+
+template <int LEVELS> struct Stream {
+  static constexpr int N = 1 << LEVELS, GROUPS = N / 8, ROW = N + N / 64 * 8, TILE = STREAM_ROWS * ROW;
+  static constexpr int STREAMS = STREAMED / GROUPS;
+  static constexpr size_t SHARED = sizeof(float4) * (N / 2) * LEVELS + sizeof(float) * STREAMS * 2 * TILE;
+  static_assert(GROUPS % WARP == 0 && GROUPS <= STREAMED, "a stream is some warps");
+
+  static __device__ inline void barrier(int stream) { asm volatile("bar.sync %0, %1;" ::"r"(1 + stream), "n"(GROUPS) : "memory"); }
+
+  static __device__ inline void stage(const float4 *w, float4 *to) {
+    for (int p = threadIdx.x; p < N / 2 * LEVELS; p += STREAMED) {
+      const int level = p / (N / 2), q = p % (N / 2), first = level / K * K, count = min(K, LEVELS - first), l = level - first;
+      const int a = (q >> level << (level + 1)) | (q & ((1 << level) - 1)), e = a >> first & ((1 << count) - 1);
+      const int group = a >> (first + count) << first | (a & ((1 << first) - 1));
+      const int slot = e >> (l + 1) << l | (e & ((1 << l) - 1));
+      to[level * (N / 2) + slot * (N >> count) + group] = w[p];
+    }
+  }
+
+  static __device__ inline void fetch(const Butterfly &b, int64_t tile, float *to, int t) {
+#pragma unroll
+    for (int v = 0; v < STREAM_ROWS; v++) {
+      const int64_t row = tile * STREAM_ROWS + v;
+      const float *from = b.x + min(row, (int64_t)b.rows - 1) * N;
+#pragma unroll
+      for (int u = t; u < N / 4; u += GROUPS)
+        copy16(shared_address(to + v * ROW + streamed(4 * u)), from + 4 * u, row < b.rows);
+    }
+    commit();
+  }
+
+  template <int FIRST> static __device__ inline void pass(const Butterfly &b, const float4 *w, float *rows, int64_t tile, int t) {
+    constexpr int COUNT = LEVELS - FIRST < K ? LEVELS - FIRST : K, E = 1 << COUNT, STEP = 1 << FIRST;
+    constexpr bool LAST = FIRST + COUNT == LEVELS;
+#pragma unroll
+    for (int g = t; g < N >> COUNT; g += GROUPS) {
+      const int base = (g >> FIRST) << (FIRST + COUNT) | (g & (STEP - 1));
+      float x[STREAM_ROWS][E][1];
+#pragma unroll
+      for (int v = 0; v < STREAM_ROWS; v++) {
+        if constexpr (FIRST == 0) {
+          const float4 lo = *(const float4 *)(rows + v * ROW + streamed(base)), hi = *(const float4 *)(rows + v * ROW + streamed(base + 4));
+          x[v][0][0] = lo.x, x[v][1][0] = lo.y, x[v][2][0] = lo.z, x[v][3][0] = lo.w;
+          x[v][4][0] = hi.x, x[v][5][0] = hi.y, x[v][6][0] = hi.z, x[v][7][0] = hi.w;
+        } else {
+#pragma unroll
+          for (int e = 0; e < E; e++) x[v][e][0] = rows[v * ROW + streamed(base + e * STEP)];
+        }
+      }
+#pragma unroll
+      for (int l = 0; l < COUNT; l++)
+#pragma unroll
+        for (int e = 0, slot = 0; e < E; e++)
+          if (!(e >> l & 1)) {
+            const float4 f = w[(FIRST + l) * (N / 2) + slot * (N >> COUNT) + g];
+            const Four<1> d = {{f.x, f.y, f.z, f.w}};
+#pragma unroll
+            for (int v = 0; v < STREAM_ROWS; v++) d.apply(x[v][e], x[v][e | 1 << l]);
+            slot++;
+          }
+#pragma unroll
+      for (int v = 0; v < STREAM_ROWS; v++) {
+        if constexpr (LAST) {
+          const int64_t row = tile * STREAM_ROWS + v;
+          if (row < b.rows)
+#pragma unroll
+            for (int e = 0; e < E; e++) b.y[(row * b.stack + blockIdx.y) * N + base + e * STEP] = x[v][e][0];
+        } else if constexpr (FIRST == 0) {
+          *(float4 *)(rows + v * ROW + streamed(base)) = make_float4(x[v][0][0], x[v][1][0], x[v][2][0], x[v][3][0]);
+          *(float4 *)(rows + v * ROW + streamed(base + 4)) = make_float4(x[v][4][0], x[v][5][0], x[v][6][0], x[v][7][0]);
+        } else {
+#pragma unroll
+          for (int e = 0; e < E; e++) rows[v * ROW + streamed(base + e * STEP)] = x[v][e][0];
+        }
+      }
+    }
+  }
+
+  static __device__ void run(const Butterfly &b) {
+    extern __shared__ float4 staged[];
+    const int stream = threadIdx.x / GROUPS, t = threadIdx.x % GROUPS;
+    float *rows = (float *)(staged + N / 2 * LEVELS) + stream * 2 * TILE;
+    const int64_t tiles = (b.rows + STREAM_ROWS - 1) / STREAM_ROWS, step = (int64_t)gridDim.x * STREAMS;
+    int64_t tile = (int64_t)blockIdx.x * STREAMS + stream;
+    if (tile < tiles) fetch(b, tile, rows, t);
+    stage((const float4 *)(b.w + (int64_t)blockIdx.y * b.parameters), staged);
+    __syncthreads();
+    for (int buffer = 0; tile < tiles; tile += step, buffer ^= 1) {
+      float *own = rows + buffer * TILE;
+      if (tile + step < tiles) {
+        fetch(b, tile + step, rows + (buffer ^ 1) * TILE, t);
+        wait<1>();
+      } else {
+        wait<0>();
+      }
+      barrier(stream);
+      pass<0>(b, staged, own, tile, t);
+      barrier(stream);
+      pass<3>(b, staged, own, tile, t);
+      barrier(stream);
+      pass<6>(b, staged, own, tile, t);
+      if constexpr (LEVELS > 9) {
+        barrier(stream);
+        pass<9>(b, staged, own, tile, t);
+      }
+      barrier(stream);
+    }
+  }
+};
+
 // One row at a time: the inputs of a pass's factors are computed again from that of the pass, which `rows` holds.
 template <int C, bool TIED, int COUNT>
 __device__ inline void backward_pass(const Butterfly &b, const float *w, float *rows, float *d, int row, int64_t at, int first,
@@ -299,6 +420,10 @@ KERNELS(real, 1, tied, true, REAL_ROWS)
 KERNELS(real, 1, untied, false, REAL_ROWS)
 KERNELS(complex, 2, tied, true, COMPLEX_ROWS)
 KERNELS(complex, 2, untied, false, COMPLEX_ROWS)
+
+extern "C" __global__ void __launch_bounds__(STREAMED, 1) factored_stream_256(Butterfly b) { Stream<8>::run(b); }
+extern "C" __global__ void __launch_bounds__(STREAMED, 1) factored_stream_512(Butterfly b) { Stream<9>::run(b); }
+extern "C" __global__ void __launch_bounds__(STREAMED, 1) factored_stream_1024(Butterfly b) { Stream<10>::run(b); }
 
 // Gradients from those of all blocks: dw [stack, parameters] in the order of `partial`; tied pairs are summed over blocks.
 extern "C" __global__ void __launch_bounds__(256) factored_sum(const float *partial, float *dw, int blocks, int stack, int n, int levels,

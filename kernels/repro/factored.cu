@@ -1,7 +1,7 @@
 // Butterflies without building bfly: checks factored.cu against the dense product in f64 at sizes 2 to 4,096, and times it.
 //
 //   nvcc -O3 -std=c++17 -arch=sm_90 -Ikernels kernels/repro/factored.cu -o factored && ./factored > factored.jsonl
-//   ./factored 1024 > times.jsonl
+//   ./factored 1024 > times.jsonl; with GENERIC=1 of the kernel for all shapes
 //
 // JSON lines with every sample: errors over the largest entry of the reference; microseconds of a launch and of a copy of
 // the same rows, in turns over inputs that do not fit into the cache together. Exits with 1 where an error is above 1e-5.
@@ -55,11 +55,18 @@ Kernel kernel(const Shape &s, bool backward) {
                 : (backward ? factored_backward_complex_untied : factored_forward_complex_untied);
 }
 
+// The kernel that streams rows, where there is one.
+Kernel streamed(const Shape &s, const Butterfly &b) {
+  if (s.planes != 1 || s.tied || b.index) return nullptr;
+  return s.n == 256 ? factored_stream_256 : s.n == 512 ? factored_stream_512 : s.n == 1024 ? factored_stream_1024 : nullptr;
+}
+
 struct Run {
   Shape s;
   Butterfly b;
   int blocks, v;
   size_t shared;
+  bool generic = false;
   Run(const Shape &s, Butterfly b, bool backward) : s(s), b(b) {
     const int passes = (s.levels() + K - 1) / K;
     v = s.planes == 1 ? REAL_ROWS : COMPLEX_ROWS;
@@ -72,6 +79,14 @@ struct Run {
     CHECK(cudaFuncSetAttribute(kernel(s, backward), cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
   }
   void go(bool backward) const {
+    if (const Kernel stream = backward || generic ? nullptr : streamed(s, b)) {
+      const size_t bytes = s.n == 256 ? Stream<8>::SHARED : s.n == 512 ? Stream<9>::SHARED : Stream<10>::SHARED;
+      const int tiles = (s.rows + STREAM_ROWS - 1) / STREAM_ROWS, streams = STREAMED / (s.n / 8);
+      CHECK(cudaFuncSetAttribute(stream, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+      stream<<<dim3(std::min((tiles + streams - 1) / streams, 132), s.stack), STREAMED, bytes>>>(b);
+      CHECK(cudaGetLastError());
+      return;
+    }
     kernel(s, backward)<<<dim3(blocks, s.stack), THREADS, shared>>>(b);
     CHECK(cudaGetLastError());
   }
@@ -197,6 +212,7 @@ void time(const Shape &s, std::mt19937 &rng) {
   Butterfly b = {};
   b.w = sent(w), b.rows = s.rows, b.n = s.n, b.levels = s.levels(), b.parameters = s.parameters(), b.stack = 1, b.dy = from[0];
   Run forward(s, b, false), backward(s, b, true);
+  forward.generic = getenv("GENERIC") != nullptr;
   backward.b.partial = room<float>((size_t)backward.blocks * s.tiles() * 2 * s.n * s.levels() * s.planes);
   cudaEvent_t begin, end;
   CHECK(cudaEventCreate(&begin));
@@ -237,9 +253,11 @@ int main(int count, char **arguments) {
   // With a size, no checks and the times of that size alone.
   const int only = count > 1 ? atoi(arguments[1]) : 0;
   if (!only)
-  for (int n : {2, 4, 8, 16, 32, 128, 256, 1024, 2048, 4096})
+  for (int n : {2, 4, 8, 16, 32, 128, 256, 512, 1024, 2048, 4096})
     for (int planes : {1, 2})
-      for (int tied : {0, 1}) fine &= check({n, planes, tied, 1 + (int)(rng() % 3), 1 + (int)(rng() % (n > 512 ? 21 : 70))}, rng);
+      for (int tied : {0, 1})
+        for (int again = 0; again < 2; again++)
+          fine &= check({n, planes, tied, 1 + (int)(rng() % 3), 1 + (int)(rng() % (n > 1024 ? 21 : 70))}, rng);
   if (!only) fprintf(stderr, "%s\n", fine ? "every error is below 1e-5" : "ERRORS");
   for (int n : only ? std::vector<int>{only} : std::vector<int>{256, 1024, 4096})
     for (int planes : {1, 2})

@@ -258,3 +258,43 @@ fn every_method_is_timed_in_every_round() -> Any {
     run("bench", &["--n", "64..48"]).assert().code(2).stderr(contains("sizes are powers of two"));
     Ok(())
 }
+
+#[test]
+fn a_sweep_keeps_what_is_there_and_goes_on() -> Any {
+    let dir = tempfile::tempdir()?;
+    let (out, few) = (text(dir.path()), ["--transforms", "hadamard,dft", "--n", "4..8", "--seeds", "2", "--quiet"]);
+    let sweep = |more: &[&str]| run("sweep", &few).args(["--device", "cpu", "--out", &out]).args(more).assert();
+    sweep(&[]).success().stdout(contains("2 of 2").count(4).and(contains("8 runs in")));
+    let read =
+        |file: &str| -> Any<serde_json::Value> { Ok(serde_json::from_slice(&std::fs::read(dir.path().join(file))?)?) };
+    let first = read("sweep.json")?;
+    assert_eq!((&first["kind"], first["runs"].as_array().map_or(0, Vec::len)), (&"bfly-transforms-sweep".into(), 8));
+    let own = read("dft-8-1/result.json")?;
+    assert!(first["runs"].as_array().is_some_and(|runs| runs.iter().any(|r| r["rmse"] == own["rmse"])), "{own}");
+
+    // A run that is gone is learned again, the others are those of before.
+    std::fs::remove_dir_all(dir.path().join("dft-8-1"))?;
+    sweep(&[]).success();
+    let again = read("sweep.json")?;
+    for (a, b) in again["runs"].as_array().into_iter().flatten().zip(first["runs"].as_array().into_iter().flatten()) {
+        assert_eq!(a["rmse"], b["rmse"], "the same settings find the same product");
+        assert!(a["seconds"] == b["seconds"] || (a["transform"] == "dft" && a["seed"] == 1), "{a}");
+    }
+    sweep(&["--set", "starts=3"]).code(2).stderr(contains("was learned with other settings"));
+    sweep(&["--set", "sterts=3"]).code(2).stderr(contains("--set sterts=3").and(contains("unknown field")));
+    sweep(&["--set", "starts"]).code(2).stderr(contains("is not NAME=VALUE"));
+    Ok(())
+}
+
+#[test]
+fn an_unfinished_run_of_something_else_is_refused() -> Any {
+    let dir = tempfile::tempdir()?;
+    let out = text(&dir.path().join("run"));
+    std::fs::write(dir.path().join("run.unfinished"), b"none of ours")?;
+    let dft = ["--transform", "dft", "--n", "8", "--device", "cpu", "--out", &out];
+    learn(&dft).assert().code(2).stderr(contains("run.unfinished").and(contains("remove it to begin anew")));
+    assert!(dir.path().join("run.unfinished").exists() && !dir.path().join("run").exists());
+    std::fs::remove_file(dir.path().join("run.unfinished"))?;
+    learn(&dft).assert().success();
+    Ok(())
+}
