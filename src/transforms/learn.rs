@@ -77,7 +77,7 @@ impl Settings {
             change_steps: 150,
             heat: 0.2,
             batch: 128,
-            kept: 4,
+            kept: 8,
             tolerance: 1e-4,
             polish: 400,
         };
@@ -85,7 +85,7 @@ impl Settings {
         let several = product.matches('B').count() > 1;
         match (gpu, several) {
             (false, false) => cpu,
-            (false, true) => Self { logit_noise: 1.0, kept: 8, change_steps: 300, changes: 30, rounds: 30, ..cpu },
+            (false, true) => Self { logit_noise: 1.0, change_steps: 300, changes: 30, rounds: 30, ..cpu },
             (true, false) => Self { starts: 64, columns: 32, rounds: 100, change_steps: 300, kept: 32, ..cpu },
             (true, true) => Self {
                 logit_noise: 1.0,
