@@ -12,11 +12,11 @@ use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
-/// Draws figures from the results of bfly-bench, bfly-quality-smoke and bfly-char.
+/// Draws figures from the results of bfly-bench, bfly-quality-smoke, bfly-char and bfly-transforms.
 ///
 /// Every figure is written four times: as SVG and as PNG, for light and for dark pages. Files may be of any kind, which
 /// is read from each; the subcommands ladder and kernels accept files of their kind alone. Training logs that are given
-/// together are drawn in one figure.
+/// together are drawn in one figure, and so are sweeps of transforms.
 #[derive(Debug, Parser)]
 #[command(
     name = "bfly-plot",
@@ -37,16 +37,17 @@ pub struct Cli {
 
 const EXAMPLES: &str = "\
 Kinds of files and their figures:
-  bfly-ladder       ratios to the best stock; time, memory and decode by context
-  bfly-kernels      roofline
-  bfly-smoke        distance from stock on text, by context
-  bfly-answers      scores by task, and against KV bytes; heat maps of needle grids
-  bfly-layers       sensitivity to each layer's swap; scores by layers kept dense
-  bfly-ablation     paired differences of every setting from the base
-  bfly-positions    loss by position
-  bfly-char-log     log.jsonl of bfly-char train: bits per character by step, a line per log
-  bfly-char-eval    bits per character by position; what a longer context gains
-  bfly-char-recall  right letters by distance, and by set bits of the distance in chunks
+  bfly-ladder            ratios to the best stock; time, memory and decode by context
+  bfly-kernels           roofline
+  bfly-smoke             distance from stock on text, by context
+  bfly-answers           scores by task, and against KV bytes; heat maps of needle grids
+  bfly-layers            sensitivity to each layer's swap; scores by layers kept dense
+  bfly-ablation          paired differences of every setting from the base
+  bfly-positions         loss by position
+  bfly-char-log          log.jsonl of bfly-char train: bits per character by step, a line per log
+  bfly-char-eval         bits per character by position; what a longer context gains
+  bfly-char-recall       right letters by distance, and by set bits of the distance in chunks
+  bfly-transforms-sweep  sweep.json of bfly-transforms sweep: error and seconds of every transform by size
 
 Examples:
   # Files of any kind, compressed or not, into figures/
@@ -65,6 +66,9 @@ Examples:
   bfly-char eval --model wide corpus/ --held-out --window 64k --contexts 1k,7k,33k,64k --json eval.json
   bfly-char recall --model wide --json recall.json
   bfly-plot eval.json recall.json
+
+  # Learned transforms on a CPU and on a GPU in the same figures
+  bfly-plot cpu/sweep.json gpu/sweep.json
 
   # The blocks that each block reads, and the reach through 24 layers
   bfly-plot graph --ctx 8k --window 512 --block 128 --partner causal_shift";
@@ -96,8 +100,9 @@ pub enum Command {
 /// Files to draw, and the output directory.
 #[derive(Debug, Args)]
 pub struct FileArgs {
-    /// Results of bfly-bench, bfly-quality-smoke and bfly-char, and logs of its training, .gz or not; figures are named
-    /// after their file, those of a log.jsonl after its directory, and those of several logs `logs`.
+    /// Results of bfly-bench, bfly-quality-smoke, bfly-char and bfly-transforms sweep, and logs of training, .gz or not;
+    /// figures are named after their file, those of a log.jsonl after its directory, those of several logs `logs`, and
+    /// those of several sweeps `sweeps`.
     #[arg(value_name = "FILE", required = true)]
     pub files: Vec<PathBuf>,
     /// Output directory, created where it does not exist; earlier figures are replaced.

@@ -1,9 +1,10 @@
 //! The kinds of results files that have figures, one line each.
 
-use super::{character, kernels, ladder, quality, Figure};
+use super::{character, kernels, ladder, quality, transforms, Figure};
 use crate::error::{Error, Result};
 use crate::eval::report::{
-    kind_of, read, stem, ABLATION, ANSWERS, CHAR_EVAL, CHAR_RECALL, KERNELS, LADDER, LAYERS, POSITIONS, SMOKE, TRAINING,
+    kind_of, read, stem, ABLATION, ANSWERS, CHAR_EVAL, CHAR_RECALL, KERNELS, LADDER, LAYERS, POSITIONS, SMOKE, SWEEP,
+    TRAINING,
 };
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
@@ -33,6 +34,7 @@ static KINDS: &[(&str, Draw)] = &[
     (TRAINING, Together(character::training, character::run_name, "logs")),
     (CHAR_EVAL, Each(|path| character::eval(&read(path, CHAR_EVAL)?, path))),
     (CHAR_RECALL, Each(|path| whole(path, CHAR_RECALL, character::recall))),
+    (SWEEP, Together(transforms::figures, transforms::sweep_name, "sweeps")),
 ];
 
 /// Draws a file of a kind whose figures are all drawn or all refused.

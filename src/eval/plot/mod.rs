@@ -11,6 +11,7 @@
 //! | `kernels` | a roofline with each case's share of its ceiling |
 //! | `quality/` | answers, distributions, layers, settings, positions |
 //! | `character/` | training, bits per character by position and context, and recall of the character model |
+//! | `transforms/` | errors and seconds of learned transforms by size |
 //! | `graph` | the blocks that each block reads, and the reach |
 //!
 //! A figure is a function from a record to a [`scene::Scene`]. Its colours, type sizes and line widths come from
@@ -42,6 +43,7 @@ pub mod scene;
 mod target;
 mod text;
 pub mod theme;
+mod transforms;
 
 pub use args::{run, Cli, Command, FileArgs, GraphArgs};
 
