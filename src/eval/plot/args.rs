@@ -100,7 +100,7 @@ pub enum Command {
 /// Files to draw, and the output directory.
 #[derive(Debug, Args)]
 pub struct FileArgs {
-    /// Results of bfly-bench, bfly-quality-smoke, bfly-char and bfly-transforms sweep, and logs of training, .gz or not;
+    /// Results of bfly-bench, bfly-quality-smoke, bfly-char and bfly-transforms, and logs of training, .gz or not;
     /// figures are named after their file, those of a log.jsonl after its directory, those of several logs `logs`, and
     /// those of several sweeps `sweeps`.
     #[arg(value_name = "FILE", required = true)]

@@ -75,7 +75,14 @@ pub fn figure(learned: &Learned) -> Result<Figure> {
     }
     let source = "Authors: Dao et al. 2019, arXiv:1903.05895; learning_transforms/rmse.pkl of \
                   github.com/HazyResearch/butterfly.";
-    let notes: Vec<String> = (!published.is_empty()).then(|| source.into()).into_iter().collect();
+    let mut notes = vec![];
+    if !tolerances.is_empty() {
+        // Without it, errors near the tolerance read as the lowest that can be reached.
+        notes.push("A run of bfly stops once it is well within its tolerance, so lower errors are not sought.".into());
+    }
+    if !published.is_empty() {
+        notes.push(source.into());
+    }
     Ok(Figure { name: "rmse".into(), scene: page.finish(&notes) })
 }
 

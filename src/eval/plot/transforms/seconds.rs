@@ -22,6 +22,9 @@ struct Point {
     found: bool,
 }
 
+/// Points of every transform, with the transform's series.
+type Lines = Vec<(usize, Vec<Point>)>;
+
 fn points(learned: &Learned, transform: &str, device: &str) -> Vec<Point> {
     let seeds = learned.seeds(transform, device).into_iter();
     let point = |(n, seeds): (usize, Vec<&SweepRun>)| {
@@ -37,10 +40,10 @@ fn points(learned: &Learned, transform: &str, device: &str) -> Vec<Point> {
 /// Sweeps without seconds.
 pub fn figure(learned: &Learned) -> Result<Figure> {
     let (transforms, devices) = (learned.transforms(), learned.devices());
-    let lines = |device: &str| -> Vec<(usize, Vec<Point>)> {
+    let lines = |device: &str| -> Lines {
         transforms.iter().map(|(i, transform)| (*i, points(learned, transform, device))).collect()
     };
-    let panels: Vec<(&str, Vec<(usize, Vec<Point>)>)> = devices.iter().map(|d| (*d, lines(d))).collect();
+    let panels: Vec<(&str, Lines)> = devices.iter().map(|d| (*d, lines(d))).collect();
     let every = || panels.iter().flat_map(|(_, lines)| lines).flat_map(|(_, points)| points);
     let mut keys: Vec<LegendEntry> =
         transforms.iter().map(|(i, name)| LegendEntry::Series(*i, (*name).into())).collect();
