@@ -158,13 +158,13 @@ const FALLS: f64 = 0.7;
 const POLISHES: usize = 5;
 
 /// Where descents run.
-enum Place<'a> {
+enum Backend<'a> {
     Cpu(Examples<'a>),
     #[cfg(feature = "cuda")]
     Gpu(super::gpu::Gpu),
 }
 
-impl Place<'_> {
+impl Backend<'_> {
     /// Relaxed descents and first fits of all starts; `done` is called as starts end.
     fn relax(&self, searches: &mut [Search], settings: &Settings, done: impl Fn(usize, f64) + Sync) -> Result<()> {
         match self {
@@ -194,8 +194,8 @@ impl Place<'_> {
 
 /// A learning run.
 pub struct Run<'a> {
-    settings: &'a Settings,
-    place: Place<'a>,
+    pub(super) settings: &'a Settings,
+    backend: Backend<'a>,
     /// Every example, and whether outputs are complex.
     whole: (Objective<f64, LANES>, bool),
     pub(super) searches: Vec<Search>,
@@ -221,19 +221,19 @@ impl<'a> Run<'a> {
         }
         let search = |start| Search::new(settings, shape, examples.len(), start);
         let searches = (0..settings.starts).map(search).collect::<Result<Vec<_>>>()?;
-        let place = match device {
-            Device::Cpu => Place::Cpu(examples),
+        let backend = match device {
+            Device::Cpu => Backend::Cpu(examples),
             #[cfg(feature = "cuda")]
-            device => Place::Gpu(super::gpu::Gpu::new(shape, &examples, device)?),
+            device => Backend::Gpu(super::gpu::Gpu::new(shape, &examples, device)?),
             #[cfg(not(feature = "cuda"))]
             _ => return Err(Error::unsupported("transform", "a device of another kind than this build's")),
         };
         let every: Vec<usize> = (0..examples.len()).collect();
         let whole = (Objective::of_columns(shape, &examples, &every), complex);
-        Ok(Self { settings, place, whole, searches, rounds: None, best: None })
+        Ok(Self { settings, backend, whole, searches, rounds: None, best: None })
     }
 
-    /// Goes on by the relaxed descents of all starts, or by a round of annealing, and polishes what is near; returns whether
+    /// Runs the relaxed descents of all starts, or the next round of annealing, and polishes what is near; returns whether
     /// the run has ended.
     ///
     /// # Errors
@@ -244,7 +244,7 @@ impl<'a> Run<'a> {
         let rounds = match self.rounds {
             None => {
                 let report = |done, error| on_progress(Progress { done, total, error });
-                self.place.relax(&mut self.searches, s, report)?;
+                self.backend.relax(&mut self.searches, s, report)?;
                 0
             }
             Some(done) => {
@@ -252,7 +252,7 @@ impl<'a> Run<'a> {
                     self.searches.truncate((self.searches.len() / 2).max(s.kept));
                 }
                 self.searches.iter_mut().for_each(|search| search.begin_round(s, done + 1));
-                self.place.anneal(&mut self.searches, s)?;
+                self.backend.anneal(&mut self.searches, s)?;
                 done + 1
             }
         };

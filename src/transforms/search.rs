@@ -50,7 +50,7 @@ impl Search {
         Ok(Self { start, columns, best: now.clone(), now, rng, tried: 0, polished: f64::INFINITY })
     }
 
-    /// Begins the random numbers of round `round`, from 1 on: a run that goes on draws what one that never stopped does.
+    /// Begins the random numbers of round `round`, from 1 on: a resumed run draws what one that never stopped does.
     pub fn begin_round(&mut self, settings: &Settings, round: usize) {
         self.rng = random(settings.seed, self.start as u64 * ROUNDS + round as u64);
     }

@@ -1,4 +1,4 @@
-//! A run that goes on: what it has found after a round, as one safetensors file.
+//! Resuming a run: what it has found after a round, as one safetensors file.
 
 use super::learn::{Learned, Run};
 use super::product::Product;
@@ -52,7 +52,7 @@ impl Run<'_> {
     ///
     /// # Errors
     /// None that a user can mend.
-    pub fn save(&self, of: &str, settings: &Settings, seconds: f64) -> Result<Option<Vec<u8>>> {
+    pub fn save(&self, of: &str, seconds: f64) -> Result<Option<Vec<u8>>> {
         let Some(rounds) = self.rounds else { return Ok(None) };
         let starts = self.searches.iter().map(|s| Start {
             start: s.start,
@@ -63,7 +63,7 @@ impl Run<'_> {
         });
         let best = self.best.as_ref().map(|b| Best { error: b.error, start: b.start, rounds: b.rounds });
         let state =
-            State { of: of.into(), settings: settings.clone(), rounds, seconds, starts: starts.collect(), best };
+            State { of: of.into(), settings: self.settings.clone(), rounds, seconds, starts: starts.collect(), best };
         let json = serde_json::to_string(&state).map_err(|e| Error::format(PLACE, e))?;
         let own = self.searches.iter().flat_map(|s| [&s.now.0, &s.best.0]);
         let flat: Vec<f32> = own.chain(self.best.as_ref().map(|b| &b.product)).flat_map(Product::flat).collect();
@@ -79,16 +79,16 @@ impl Run<'_> {
         (2 * self.searches.len() + usize::from(self.best.is_some()), factors + logits)
     }
 
-    /// Goes on from what [`save`](Self::save) gave; the rounds that had been done, and the seconds that they had taken.
+    /// Resumes from what [`save`](Self::save) gave; the rounds that had been done, and the seconds that they had taken.
     ///
     /// # Errors
     /// Bytes that no run has saved, or one of something else or with other settings.
-    pub fn restore(&mut self, bytes: &[u8], of: &str, settings: &Settings) -> Result<(usize, f64)> {
+    pub fn restore(&mut self, bytes: &[u8], of: &str) -> Result<(usize, f64)> {
         let wrong = |message: &str| Error::format(PLACE, message);
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(|e| wrong(&format!("is no safetensors: {e}")))?;
         let json = header.metadata().as_ref().and_then(|m| m.get(KEY)).ok_or_else(|| wrong("is of no run"))?;
         let state: State = serde_json::from_str(json).map_err(|e| wrong(&format!("cannot be read: {e}")))?;
-        if state.of != of || state.settings != *settings {
+        if state.of != of || state.settings != *self.settings {
             return Err(wrong("is of another run"));
         }
         let mut searches = vec![];
@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_run_that_goes_on_finds_what_one_that_never_stopped_does() -> Result<()> {
+    fn a_resumed_run_finds_what_one_that_never_stopped_does() -> Result<()> {
         let settings = Settings {
             starts: 5,
             rounds: 4,
@@ -137,11 +137,11 @@ mod tests {
         };
         let matrix = Transform::Dct.matrix(16, 0);
         let mut whole = Run::new((&matrix).into(), &settings, &Device::Cpu)?;
-        assert!(whole.save("dct", &settings, 1.5)?.is_none(), "nothing is there to save");
+        assert!(whole.save("dct", 1.5)?.is_none(), "nothing is there to save");
         let mut saved = vec![];
         loop {
             let ended = whole.advance(&|_| ())?;
-            saved.extend(whole.save("dct", &settings, 1.5)?);
+            saved.extend(whole.save("dct", 1.5)?);
             if ended {
                 break;
             }
@@ -150,17 +150,17 @@ mod tests {
         assert_eq!(saved.len(), 5, "the relaxed descents and four rounds");
         for (rounds, bytes) in saved.iter().enumerate() {
             let mut run = Run::new((&matrix).into(), &settings, &Device::Cpu)?;
-            assert_eq!(run.restore(bytes, "dct", &settings)?, (rounds, 1.5));
+            assert_eq!(run.restore(bytes, "dct")?, (rounds, 1.5));
             while rounds < 4 && !run.advance(&|_| ())? {}
             assert_eq!(run.into_best(), want, "from round {rounds}");
         }
         for (of, settings) in [("dst", settings.clone()), ("dct", Settings { seed: 3, ..settings.clone() })] {
             let mut run = Run::new((&matrix).into(), &settings, &Device::Cpu)?;
-            let refused = run.restore(&saved[1], of, &settings).expect_err("another run").to_string();
+            let refused = run.restore(&saved[1], of).expect_err("another run").to_string();
             assert!(refused.contains("is of another run"), "{refused}");
         }
         for bytes in [&saved[1][..40], b"{}"] {
-            assert!(Run::new((&matrix).into(), &settings, &Device::Cpu)?.restore(bytes, "dct", &settings).is_err());
+            assert!(Run::new((&matrix).into(), &settings, &Device::Cpu)?.restore(bytes, "dct").is_err());
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use super::target::{Target, TargetFile};
 use super::{FACTORS, RESULT};
 use crate::cli::output::{check_into, write_into, Output};
 use crate::cli::{at_least_one, open_device, print, Bars};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{At, Error, ErrorKind, Result};
 use crate::transforms::{Learned, Run, Settings, Transform};
 use candle_core::Device;
 use clap::builder::PossibleValue;
@@ -140,8 +140,8 @@ pub(super) fn run(args: &LearnArgs) -> Result<()> {
     Err(Error::new(ErrorKind::Quality, outcome.transform, message))
 }
 
-/// Learns `target` and writes what was found into the directory `out`. A run that was interrupted goes on from its last
-/// round, which is kept beside the directory until the run has ended.
+/// Learns `target` and writes what was found into the directory `out`. An interrupted run resumes from its last round,
+/// which is kept beside the directory until the run has ended.
 pub(crate) fn learned(
     target: &Target,
     settings: &Settings,
@@ -165,7 +165,7 @@ pub(crate) fn learned(
         rounds: found.rounds,
         seconds: before + began.elapsed().as_secs_f64(),
         threads: rayon::current_num_threads(),
-        device: if device.is_cpu() { "cpu".into() } else { "cuda".into() },
+        device: kind_of(device).into(),
         command: std::env::args().collect(),
         settings: settings.clone(),
     };
@@ -193,6 +193,23 @@ fn state_file(out: &Path) -> PathBuf {
     out.with_file_name(name)
 }
 
+/// `cpu` or `cuda`.
+fn kind_of(device: &Device) -> &'static str {
+    if device.is_cpu() {
+        "cpu"
+    } else {
+        "cuda"
+    }
+}
+
+/// Writes an interrupted run's state, beside a directory that may have no parent before the end of the run.
+fn keep(path: &Path, state: &[u8]) -> Result<()> {
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).at(format!("--out {}", parent.display()))?;
+    }
+    Output::reserve(path, "--out")?.write(state)
+}
+
 /// Time between two saved rounds, at least.
 const APART: Duration = Duration::from_secs(10);
 
@@ -201,12 +218,12 @@ fn resumed(target: &Target, settings: &Settings, device: &Device, out: &Path, ba
     let (path, began) = (state_file(out), Instant::now());
     let mut run = Run::new(target.examples(), settings, device)?;
     let hash = target.file.as_ref().map_or("", |f| &f.sha256);
-    let of = format!("{} of {} {hash} on {}", target.name, target.n, if device.is_cpu() { "cpu" } else { "cuda" });
+    let of = format!("{} of {} {hash} on {}", target.name, target.n, kind_of(device));
     let (mut before, mut ended) = (0.0, false);
     if let Ok(bytes) = std::fs::read(&path) {
         let wrong = |e: Error| Error::usage(path.display(), format!("{e}; remove it to begin anew"));
-        let (rounds, seconds) = run.restore(&bytes, &of, settings).map_err(wrong)?;
-        bars.say(&format!("{} goes on after round {rounds} of {}", target.name, settings.rounds));
+        let (rounds, seconds) = run.restore(&bytes, &of).map_err(wrong)?;
+        bars.say(&format!("{} resumes after round {rounds} of {}", target.name, settings.rounds));
         (before, ended) = (seconds, rounds >= settings.rounds);
     }
     let mut saved = Instant::now();
@@ -215,8 +232,8 @@ fn resumed(target: &Target, settings: &Settings, device: &Device, out: &Path, ba
             bars.show_with("steps", p.done as u64, p.total as u64, &format!("error {:.1e}", p.error));
         })?;
         if !ended && saved.elapsed() > APART {
-            if let Some(bytes) = run.save(&of, settings, before + began.elapsed().as_secs_f64())? {
-                Output::reserve(&path, "--out")?.write(&bytes)?;
+            if let Some(bytes) = run.save(&of, before + began.elapsed().as_secs_f64())? {
+                keep(&path, &bytes)?;
             }
             saved = Instant::now();
         }
@@ -260,16 +277,25 @@ pub(crate) fn with_setting(settings: &Settings, set: &str) -> Result<Settings> {
 /// What an earlier run has found of `target` with these settings.
 #[cfg(feature = "eval")]
 pub(crate) fn finished(dir: &Path, target: &Target, settings: &Settings) -> Option<Outcome> {
-    let outcome = serde_json::from_slice::<Outcome>(&std::fs::read(dir.join(RESULT)).ok()?).ok()?;
-    fault(true, dir, target, settings).is_none().then_some(outcome)
+    outcome_of(dir).filter(|was| differs(was, target, settings).is_none())
+}
+
+/// The result.json of a run in `dir`, if there is one.
+fn outcome_of(dir: &Path) -> Option<Outcome> {
+    let outcome: Outcome = serde_json::from_slice(&std::fs::read(dir.join(RESULT)).ok()?).ok()?;
+    (outcome.kind == KIND).then_some(outcome)
 }
 
 /// Why the result in `dir` is not overwritten, if for a reason.
 fn fault(json: bool, dir: &Path, target: &Target, settings: &Settings) -> Option<String> {
-    let read = |path: PathBuf| serde_json::from_slice::<Outcome>(&std::fs::read(path).ok()?).ok();
-    let Some(was) = json.then(|| read(dir.join(RESULT))).flatten().filter(|o| o.kind == KIND) else {
-        return Some(format!("has a {RESULT} that is not of bfly-transforms; choose a new directory"));
-    };
+    match json.then(|| outcome_of(dir)).flatten() {
+        Some(was) => differs(&was, target, settings),
+        None => Some(format!("has a {RESULT} that is not of bfly-transforms; choose a new directory")),
+    }
+}
+
+/// How an earlier run differs from one of `target` with `settings`, if it does.
+fn differs(was: &Outcome, target: &Target, settings: &Settings) -> Option<String> {
     let (name, n) = (&target.name, target.n);
     if (&was.transform, was.n) != (name, n) {
         return Some(format!("holds {} of {}, not {name} of {n}; choose a new directory", was.transform, was.n));
@@ -278,4 +304,20 @@ fn fault(json: bool, dir: &Path, target: &Target, settings: &Settings) -> Option
         return Some(format!("was learned from another {name}; choose a new directory"));
     }
     (was.settings != *settings).then(|| "was learned with other settings; choose a new directory".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unfinished_run_is_kept_where_its_directory_has_no_parent_yet() -> Result<()> {
+        let dir = tempfile::tempdir().at("temporary folder")?;
+        let path = state_file(&dir.path().join("a/b/run"));
+        for state in [&b"first"[..], b"second"] {
+            keep(&path, state)?;
+            assert_eq!(std::fs::read(dir.path().join("a/b/run.unfinished")).at("state")?, state);
+        }
+        Ok(())
+    }
 }

@@ -2,9 +2,9 @@
 
 use super::transforms::Sizes;
 use crate::cli::{at_least_one, finished, learned, open_device, print, with_setting, Bars, Target, TransformRun};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::eval::report::table::sweep_table;
-use crate::eval::report::{machine, save, Sweep, SweepRun, SCHEMA_VERSION, SWEEP};
+use crate::eval::report::{check_replaceable, machine, save, Sweep, SweepRun, SCHEMA_VERSION, SWEEP};
 use crate::transforms::{Settings, Transform};
 use clap::Args;
 use std::path::PathBuf;
@@ -48,8 +48,7 @@ fn entry(run: &TransformRun, seed: u64) -> Result<SweepRun> {
         start: run.start,
         rounds: run.rounds,
         converged: run.converged(),
-        settings: serde_json::to_value(&run.settings)
-            .map_err(|e| crate::error::Error::format("settings of a transform", e))?,
+        settings: serde_json::to_value(&run.settings).map_err(|e| Error::format("settings of a transform", e))?,
     })
 }
 
@@ -59,6 +58,10 @@ fn entry(run: &TransformRun, seed: u64) -> Result<SweepRun> {
 /// A directory with other results; a run that fails other than by finding nothing within the tolerance.
 pub fn run(args: &SweepArgs) -> Result<()> {
     let (device, bars) = (open_device(&args.device)?, Bars::new(args.quiet));
+    let file = args.out.join("sweep.json");
+    if file.exists() {
+        check_replaceable(&file, SWEEP)?;
+    }
     let mut sweep = Sweep {
         kind: SWEEP.into(),
         schema_version: SCHEMA_VERSION,
@@ -78,15 +81,13 @@ pub fn run(args: &SweepArgs) -> Result<()> {
                 let run = match finished(&out, &target, &settings) {
                     Some(run) => run,
                     None => {
-                        std::fs::create_dir_all(&args.out)
-                            .map_err(|e| crate::error::Error::usage(format!("--out {}", args.out.display()), e))?;
                         let run = learned(&target, &settings, &device, &out, &bars)?;
                         bars.say(run.line().trim_end());
                         run
                     }
                 };
                 sweep.runs.push(entry(&run, seed)?);
-                save(&args.out.join("sweep.json"), &sweep)?;
+                save(&file, &sweep)?;
             }
         }
     }
