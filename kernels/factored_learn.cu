@@ -9,7 +9,7 @@
 // Launch  gradient: grid (slices, products), max(32, N / 2) threads, `gradient_shared` bytes. A thread has one pair of
 //         each factor and keeps what it read there; tied gradients are summed over a block in a fixed order.
 //         adam: grid (any, products), 256 threads.
-#include "common.cuh"
+#include "factored.cuh"
 #include <curand_kernel.h>
 
 constexpr int MODULES = 4, KEPT = 64;
@@ -62,44 +62,6 @@ __device__ inline float block_sum(float x, float *red) {
   return all;
 }
 
-// A factor's 2 x 2 matrices `w [pair, 4, C]`.
-template <int C> struct Weights {
-  float w[4 * C];
-  __device__ void load(const float *p) {
-#pragma unroll
-    for (int i = 0; i < C; i++) {
-      const float4 v = ((const float4 *)p)[i];
-      w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
-    }
-  }
-};
-
-// (a, b) = (d1 a + d2 b, d3 a + d4 b), and the backward pass: `s` gains the gradient of the weights.
-template <int C> __device__ inline void apply(const float (&w)[4 * C], float (&a)[C], float (&b)[C]) {
-  if constexpr (C == 1) {
-    const float p = a[0], q = b[0];
-    a[0] = w[0] * p + w[1] * q, b[0] = w[2] * p + w[3] * q;
-  } else {
-    const float pr = a[0], pi = a[1], qr = b[0], qi = b[1];
-    a[0] = w[0] * pr - w[1] * pi + w[2] * qr - w[3] * qi, a[1] = w[0] * pi + w[1] * pr + w[2] * qi + w[3] * qr;
-    b[0] = w[4] * pr - w[5] * pi + w[6] * qr - w[7] * qi, b[1] = w[4] * pi + w[5] * pr + w[6] * qi + w[7] * qr;
-  }
-}
-template <int C>
-__device__ inline void back(const float (&w)[4 * C], const float *in, float (&da)[C], float (&db)[C], float (&s)[4 * C]) {
-  if constexpr (C == 1) {
-    const float p = da[0], q = db[0];
-    s[0] += p * in[0], s[1] += p * in[1], s[2] += q * in[0], s[3] += q * in[1];
-    da[0] = w[0] * p + w[2] * q, db[0] = w[1] * p + w[3] * q;
-  } else {
-    const float ar = in[0], ai = in[1], br = in[2], bi = in[3], pr = da[0], pi = da[1], qr = db[0], qi = db[1];
-    s[0] += pr * ar + pi * ai, s[1] += pi * ar - pr * ai, s[2] += pr * br + pi * bi, s[3] += pi * br - pr * bi;
-    s[4] += qr * ar + qi * ai, s[5] += qi * ar - qr * ai, s[6] += qr * br + qi * bi, s[7] += qi * br - qr * bi;
-    da[0] = w[0] * pr + w[1] * pi + w[4] * qr + w[5] * qi, da[1] = w[0] * pi - w[1] * pr + w[4] * qi - w[5] * qr;
-    db[0] = w[2] * pr + w[3] * pi + w[6] * qr + w[7] * qi, db[1] = w[2] * pi - w[3] * pr + w[6] * qi - w[7] * qr;
-  }
-}
-
 template <int C>
 __device__ void gradient(const Program &p, const float *all, const uint16_t *indices, const Vectors &v, float *partial,
                          float *errors) {
@@ -132,7 +94,7 @@ __device__ void gradient(const Program &p, const float *all, const uint16_t *ind
         for (int level = 0; level < p.levels; level++) {
           const int half = 1 << level, j = q & (half - 1), i = 2 * q - j;
           if (active) {
-            Weights<C> d;
+            Four<C> d;
             d.load(f + (p.tied ? j : q) * 4 * C);
 #pragma unroll
             for (int c = 0; c < V; c++) {
@@ -142,7 +104,7 @@ __device__ void gradient(const Program &p, const float *all, const uint16_t *ind
                 kept[stage][c][e] = a[e] = x[(c * C + e) * n + i];
                 kept[stage][c][C + e] = b[e] = x[(c * C + e) * n + i + half];
               }
-              apply<C>(d.w, a, b);
+              d.apply(a, b);
 #pragma unroll
               for (int e = 0; e < C; e++) x[(c * C + e) * n + i] = a[e], x[(c * C + e) * n + i + half] = b[e];
             }
@@ -208,14 +170,17 @@ __device__ void gradient(const Program &p, const float *all, const uint16_t *ind
           stage--;
           float s[4 * C] = {};
           if (active) {
-            Weights<C> d;
+            Four<C> d;
             d.load(w + offset + (p.tied ? j : q) * 4 * C);
 #pragma unroll
             for (int c = 0; c < V; c++) {
-              float da[C], db[C];
+              float a[C], b[C], da[C], db[C];
 #pragma unroll
-              for (int e = 0; e < C; e++) da[e] = x[(c * C + e) * n + i], db[e] = x[(c * C + e) * n + i + half];
-              back<C>(d.w, kept[stage][c], da, db, s);
+              for (int e = 0; e < C; e++) {
+                a[e] = kept[stage][c][e], b[e] = kept[stage][c][C + e];
+                da[e] = x[(c * C + e) * n + i], db[e] = x[(c * C + e) * n + i + half];
+              }
+              d.back(a, b, da, db, s);
 #pragma unroll
               for (int e = 0; e < C; e++) x[(c * C + e) * n + i] = da[e], x[(c * C + e) * n + i + half] = db[e];
             }
