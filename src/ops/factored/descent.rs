@@ -216,23 +216,27 @@ impl Descents {
             logit_noise: 0.0,
             weight_noise: 0.0,
         };
-        for (i, [rate, logit_noise, weight_noise]) in steps.rates.iter().copied().enumerate() {
-            let kernel = |name: &str| Kernel::load(gpu, "factored_learn", name.into());
-            let gradient = Launch::new(kernel(name)?.shared(shared)?, (slices, products, 1), (n / 2).max(32))
+        let kernel = |name: &str| Kernel::load(gpu, "factored_learn", name.into());
+        // Of even steps and of odd ones, which differ in the products that have ended.
+        let gradient = |parity: usize| -> Result<Launch> {
+            let launch = Launch::new(kernel(name)?.shared(shared)?, (slices, products, 1), (n / 2).max(32))
                 .with(program)
                 .with(used_at)
                 .with(index.address)
                 .with(vectors)
                 .with(address(&partial)?)
-                .with(address(&errors)?)
-                .with(ended.address + (4 * (i % 2) * products) as u64);
+                .with(address(&errors)?);
+            Ok(launch.with(ended.address + (4 * parity * products) as u64))
+        };
+        let gradients = [gradient(0)?, gradient(1)?];
+        let blocks = stride.div_ceil(1024).clamp(1, 16);
+        for (i, [rate, logit_noise, weight_noise]) in steps.rates.iter().copied().enumerate() {
             let [unbias_mean, unbias_square] = Moments::unbias(i as i32 + 1);
             adam = Adam { step: i as i32, rate, unbias_mean, unbias_square, logit_noise, weight_noise, ..adam };
-            let blocks = stride.div_ceil(1024).clamp(1, 16);
             let step = Launch::new(kernel("factored_adam")?, (blocks, products, 1), 256).with(adam);
             // SAFETY: all tensors have `products` rows of the lengths that the kernels read, and outlive the copies back.
             unsafe {
-                gradient.enqueue(false)?;
+                gradients[i % 2].enqueue(false)?;
                 step.enqueue(false)?;
             }
         }
