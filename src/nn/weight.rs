@@ -17,7 +17,7 @@ pub enum Weight {
     Dense(Tensor),
     /// Encoded rows that products decode as they go.
     Blocks(Blocks),
-    /// Butterfly factors, on a CPU.
+    /// Butterfly factors, in f32.
     Factored(Factored),
 }
 

@@ -93,7 +93,7 @@ pub struct TrainArgs {
     /// Partner of chunk c at stage s: shift (c - 2^s), or xor (c ^ 2^s, the published form, which reads the future).
     #[arg(long, value_name = "RULE", default_value = "shift", value_parser = ["shift", "xor"])]
     pub pairing: String,
-    /// Projections of the MLP: dense, or factored, products of butterfly factors (on a CPU; docs/learned-transforms.md).
+    /// Projections of the MLP: dense, or factored, products of butterfly factors (docs/learned-transforms.md).
     #[arg(long, value_name = "FORM", default_value = "dense", value_parser = ["dense", "factored"])]
     pub mlp: String,
     /// Width of the MLP [default: the preset's, 8/3 of the channels]
