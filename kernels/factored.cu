@@ -2,7 +2,7 @@
 //
 //   y[r] = B P x[r] for rows r, B of log2 N factors: src/ops/factored/mod.rs has the formulas; P is an index or nothing
 //   factored_forward_{real,complex}_{tied,untied}    x [rows, C, N], w [stack, B's parameters] -> y [rows, stack, C, N]
-//   factored_stream_{256,512,1024}                   the same of real untied ones without index
+//   factored_stream_{real_untied,real_tied,complex_tied}_{256,512,1024}   the same without index
 //   factored_backward_{..}                           dx [stack, rows, C, N], partial sums of dw [blocks, stack, parameters]
 //
 // C is 2 where factors are complex, f32 throughout. N = 2 to 4,096.
@@ -149,44 +149,56 @@ template <int C, bool TIED, int V> __device__ void forward(const Butterfly &b) {
   }
 }
 
-// ---- N of 256 to 1,024, real and untied: weights in shared memory, the next rows copied there meanwhile.
+// ---- N of 256 to 1,024: weights in shared memory, the next rows copied there meanwhile.
 //
-// A stream of N / 8 threads has V rows at a time in one of two buffers; a block of STREAMED threads has several. Weights lie
-// in the order in which lanes read them: of each factor, those of a slot of the pass for one group after the other.
+// A stream of N / 8 threads has V rows at a time in one of two buffers; a block of STREAMED threads has several. Untied
+// weights lie in the order in which lanes read them: of each factor, those of a slot of the pass for one group after the
+// other. Complex weights lie as two arrays, so that lanes read 16 bytes side by side. A pass begins as soon as the
+// weights of its own factors are there.
 
-constexpr int STREAMED = 256, STREAM_ROWS = 8;
+constexpr int STREAMED = 256;
 
 // Place of element `e` of a row: as `padded`, and fours change places so that lanes 32 bytes apart do not share banks.
 __device__ inline int streamed(int e) { return (e ^ (e >> 5 & 1) << 2) + (e >> 6) * 8; }
 
-template <int LEVELS> struct Stream {
-  static constexpr int N = 1 << LEVELS, GROUPS = N / 8, ROW = N + N / 64 * 8, TILE = STREAM_ROWS * ROW;
-  static constexpr int STREAMS = STREAMED / GROUPS;
-  static constexpr size_t SHARED = sizeof(float4) * (N / 2) * LEVELS + sizeof(float) * STREAMS * 2 * TILE;
+template <int C, bool TIED, int LEVELS> struct Stream {
+  static constexpr int N = 1 << LEVELS, GROUPS = N / 8, ROW = N + N / 64 * 8, V = 8 / C, TILE = V * C * ROW;
+  static constexpr int STREAMS = STREAMED / GROUPS, PASSES = (LEVELS + K - 1) / K, PAIRS = TIED ? N - 1 : N / 2 * LEVELS;
+  static constexpr size_t SHARED = sizeof(float4) * (PAIRS * C + 1) + sizeof(float) * STREAMS * 2 * TILE;
   static_assert(GROUPS % WARP == 0 && GROUPS <= STREAMED, "a stream is some warps");
 
   static __device__ inline void barrier(int stream) { asm volatile("bar.sync %0, %1;" ::"r"(1 + stream), "n"(GROUPS) : "memory"); }
 
-  static __device__ inline void stage(const float4 *w, float4 *to) {
-    for (int p = threadIdx.x; p < N / 2 * LEVELS; p += STREAMED) {
-      const int level = p / (N / 2), q = p % (N / 2), first = level / K * K, count = min(K, LEVELS - first), l = level - first;
-      const int a = (q >> level << (level + 1)) | (q & ((1 << level) - 1)), e = a >> first & ((1 << count) - 1);
-      const int group = a >> (first + count) << first | (a & ((1 << first) - 1));
-      const int slot = e >> (l + 1) << l | (e & ((1 << l) - 1));
-      to[level * (N / 2) + slot * (N >> count) + group] = w[p];
+  // Copies the weights of the factors of pass `PASS`.
+  template <int PASS> static __device__ inline void stage(const float4 *w, float4 *to) {
+    constexpr int FIRST = PASS * K, COUNT = LEVELS - FIRST < K ? LEVELS - FIRST : K;
+    constexpr int FROM = TIED ? (1 << FIRST) - 1 : FIRST * (N / 2);
+    constexpr int END = TIED ? (1 << (FIRST + COUNT)) - 1 : (FIRST + COUNT) * (N / 2);
+#pragma unroll 4
+    for (int p = FROM + threadIdx.x; p < END; p += STREAMED) {
+      int at = p;
+      if constexpr (!TIED) {
+        const int level = p / (N / 2), q = p % (N / 2), l = level - FIRST;
+        const int a = (q >> level << (level + 1)) | (q & ((1 << level) - 1)), e = a >> FIRST & ((1 << COUNT) - 1);
+        const int group = a >> (FIRST + COUNT) << FIRST | (a & ((1 << FIRST) - 1));
+        const int slot = e >> (l + 1) << l | (e & ((1 << l) - 1));
+        at = level * (N / 2) + slot * (N >> COUNT) + group;
+      }
+#pragma unroll
+      for (int c = 0; c < C; c++) copy16(shared_address(to + c * PAIRS + at), (const float *)(w + p * C + c), true);
     }
+    commit();
   }
 
   static __device__ inline void fetch(const Butterfly &b, int64_t tile, float *to, int t) {
 #pragma unroll
-    for (int v = 0; v < STREAM_ROWS; v++) {
-      const int64_t row = tile * STREAM_ROWS + v;
-      const float *from = b.x + min(row, (int64_t)b.rows - 1) * N;
+    for (int v = 0; v < V * C; v++) {
+      const int64_t row = tile * V + v / C;
+      const float *from = b.x + (min(row, (int64_t)b.rows - 1) * C + v % C) * N;
 #pragma unroll
       for (int u = t; u < N / 4; u += GROUPS)
         copy16(shared_address(to + v * ROW + streamed(4 * u)), from + 4 * u, row < b.rows);
     }
-    commit();
   }
 
   template <int FIRST> static __device__ inline void pass(const Butterfly &b, const float4 *w, float *rows, int64_t tile, int t) {
@@ -195,74 +207,91 @@ template <int LEVELS> struct Stream {
 #pragma unroll
     for (int g = t; g < N >> COUNT; g += GROUPS) {
       const int base = (g >> FIRST) << (FIRST + COUNT) | (g & (STEP - 1));
-      float x[STREAM_ROWS][E][1];
+      float x[V][E][C];
 #pragma unroll
-      for (int v = 0; v < STREAM_ROWS; v++) {
-        if constexpr (FIRST == 0) {
-          const float4 lo = *(const float4 *)(rows + v * ROW + streamed(base)), hi = *(const float4 *)(rows + v * ROW + streamed(base + 4));
-          x[v][0][0] = lo.x, x[v][1][0] = lo.y, x[v][2][0] = lo.z, x[v][3][0] = lo.w;
-          x[v][4][0] = hi.x, x[v][5][0] = hi.y, x[v][6][0] = hi.z, x[v][7][0] = hi.w;
-        } else {
+      for (int v = 0; v < V; v++)
 #pragma unroll
-          for (int e = 0; e < E; e++) x[v][e][0] = rows[v * ROW + streamed(base + e * STEP)];
+        for (int c = 0; c < C; c++) {
+          const float *own = rows + (v * C + c) * ROW;
+          if constexpr (FIRST == 0) {
+            const float4 lo = *(const float4 *)(own + streamed(base)), hi = *(const float4 *)(own + streamed(base + 4));
+            x[v][0][c] = lo.x, x[v][1][c] = lo.y, x[v][2][c] = lo.z, x[v][3][c] = lo.w;
+            x[v][4][c] = hi.x, x[v][5][c] = hi.y, x[v][6][c] = hi.z, x[v][7][c] = hi.w;
+          } else {
+#pragma unroll
+            for (int e = 0; e < E; e++) x[v][e][c] = own[streamed(base + e * STEP)];
+          }
         }
-      }
 #pragma unroll
       for (int l = 0; l < COUNT; l++)
 #pragma unroll
         for (int e = 0, slot = 0; e < E; e++)
           if (!(e >> l & 1)) {
-            const float4 f = w[(FIRST + l) * (N / 2) + slot * (N >> COUNT) + g];
-            const Four<1> d = {{f.x, f.y, f.z, f.w}};
+            const int at = TIED ? (STEP << l) - 1 + ((base + e * STEP) & ((STEP << l) - 1)) : (FIRST + l) * (N / 2) + slot * (N >> COUNT) + g;
+            Four<C> d;
 #pragma unroll
-            for (int v = 0; v < STREAM_ROWS; v++) d.apply(x[v][e], x[v][e | 1 << l]);
+            for (int c = 0; c < C; c++) {
+              const float4 f = w[c * PAIRS + at];
+              d.w[4 * c] = f.x, d.w[4 * c + 1] = f.y, d.w[4 * c + 2] = f.z, d.w[4 * c + 3] = f.w;
+            }
+#pragma unroll
+            for (int v = 0; v < V; v++) d.apply(x[v][e], x[v][e | 1 << l]);
             slot++;
           }
 #pragma unroll
-      for (int v = 0; v < STREAM_ROWS; v++) {
-        if constexpr (LAST) {
-          const int64_t row = tile * STREAM_ROWS + v;
-          if (row < b.rows)
+      for (int v = 0; v < V; v++)
 #pragma unroll
-            for (int e = 0; e < E; e++) b.y[(row * b.stack + blockIdx.y) * N + base + e * STEP] = x[v][e][0];
-        } else if constexpr (FIRST == 0) {
-          *(float4 *)(rows + v * ROW + streamed(base)) = make_float4(x[v][0][0], x[v][1][0], x[v][2][0], x[v][3][0]);
-          *(float4 *)(rows + v * ROW + streamed(base + 4)) = make_float4(x[v][4][0], x[v][5][0], x[v][6][0], x[v][7][0]);
-        } else {
+        for (int c = 0; c < C; c++) {
+          float *own = rows + (v * C + c) * ROW;
+          if constexpr (LAST) {
+            const int64_t row = tile * V + v;
+            if (row < b.rows)
 #pragma unroll
-          for (int e = 0; e < E; e++) rows[v * ROW + streamed(base + e * STEP)] = x[v][e][0];
+              for (int e = 0; e < E; e++) b.y[((row * b.stack + blockIdx.y) * C + c) * N + base + e * STEP] = x[v][e][c];
+          } else if constexpr (FIRST == 0) {
+            *(float4 *)(own + streamed(base)) = make_float4(x[v][0][c], x[v][1][c], x[v][2][c], x[v][3][c]);
+            *(float4 *)(own + streamed(base + 4)) = make_float4(x[v][4][c], x[v][5][c], x[v][6][c], x[v][7][c]);
+          } else {
+#pragma unroll
+            for (int e = 0; e < E; e++) own[streamed(base + e * STEP)] = x[v][e][c];
+          }
         }
+    }
+  }
+
+  // Passes of one tile; of the block's first one, each waits for its weights, of which every thread has copied some.
+  template <int PASS> static __device__ inline void passes(const Butterfly &b, const float4 *w, float *rows, int64_t tile, int t, int stream, bool first, bool here) {
+    if constexpr (PASS < PASSES) {
+      if (first) {
+        wait<PASSES - PASS>();
+        __syncthreads();
+      } else {
+        if constexpr (PASS == 0) wait<1>();
+        barrier(stream);
       }
+      if (here) pass<PASS * K>(b, w, rows, tile, t);
+      passes<PASS + 1>(b, w, rows, tile, t, stream, first, here);
     }
   }
 
   static __device__ void run(const Butterfly &b) {
     extern __shared__ float4 staged[];
     const int stream = threadIdx.x / GROUPS, t = threadIdx.x % GROUPS;
-    float *rows = (float *)(staged + N / 2 * LEVELS) + stream * 2 * TILE;
-    const int64_t tiles = (b.rows + STREAM_ROWS - 1) / STREAM_ROWS, step = (int64_t)gridDim.x * STREAMS;
+    float *rows = (float *)(staged + PAIRS * C + (PAIRS * C & 1)) + stream * 2 * TILE;
+    const int64_t tiles = (b.rows + V - 1) / V, step = (int64_t)gridDim.x * STREAMS;
     int64_t tile = (int64_t)blockIdx.x * STREAMS + stream;
+    const float4 *w = (const float4 *)(b.w + (int64_t)blockIdx.y * b.parameters);
+    // Groups of copies: the first rows with the weights of the first pass, those of the others, the next rows.
     if (tile < tiles) fetch(b, tile, rows, t);
-    stage((const float4 *)(b.w + (int64_t)blockIdx.y * b.parameters), staged);
-    __syncthreads();
-    for (int buffer = 0; tile < tiles; tile += step, buffer ^= 1) {
-      float *own = rows + buffer * TILE;
-      if (tile + step < tiles) {
-        fetch(b, tile + step, rows + (buffer ^ 1) * TILE, t);
-        wait<1>();
-      } else {
-        wait<0>();
-      }
-      barrier(stream);
-      pass<0>(b, staged, own, tile, t);
-      barrier(stream);
-      pass<3>(b, staged, own, tile, t);
-      barrier(stream);
-      pass<6>(b, staged, own, tile, t);
-      if constexpr (LEVELS > 9) {
-        barrier(stream);
-        pass<9>(b, staged, own, tile, t);
-      }
+    stage<0>(w, staged);
+    stage<1>(w, staged);
+    stage<2>(w, staged);
+    if constexpr (PASSES > 3) stage<3>(w, staged);
+    bool first = true;
+    for (int buffer = 0; first || tile < tiles; tile += step, buffer ^= 1, first = false) {
+      if (tile + step < tiles) fetch(b, tile + step, rows + (buffer ^ 1) * TILE, t);
+      commit();
+      passes<0>(b, staged, rows + buffer * TILE, tile, t, stream, first, tile < tiles);
       barrier(stream);
     }
   }
@@ -383,9 +412,13 @@ KERNELS(real, 1, untied, false, REAL_ROWS)
 KERNELS(complex, 2, tied, true, COMPLEX_ROWS)
 KERNELS(complex, 2, untied, false, COMPLEX_ROWS)
 
-extern "C" __global__ void __launch_bounds__(STREAMED, 1) factored_stream_256(Butterfly b) { Stream<8>::run(b); }
-extern "C" __global__ void __launch_bounds__(STREAMED, 1) factored_stream_512(Butterfly b) { Stream<9>::run(b); }
-extern "C" __global__ void __launch_bounds__(STREAMED, 1) factored_stream_1024(Butterfly b) { Stream<10>::run(b); }
+#define STREAMS(KIND, C, TIED)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(STREAMED, 1) factored_stream_##KIND##_256(Butterfly b) { Stream<C, TIED, 8>::run(b); }  \
+  extern "C" __global__ void __launch_bounds__(STREAMED, 1) factored_stream_##KIND##_512(Butterfly b) { Stream<C, TIED, 9>::run(b); }  \
+  extern "C" __global__ void __launch_bounds__(STREAMED, 1) factored_stream_##KIND##_1024(Butterfly b) { Stream<C, TIED, 10>::run(b); }
+STREAMS(real_untied, 1, false)
+STREAMS(real_tied, 1, true)
+STREAMS(complex_tied, 2, true)
 
 // Gradients from those of all blocks: dw [stack, parameters] in the order of `partial`; tied pairs are summed over blocks.
 extern "C" __global__ void __launch_bounds__(256) factored_sum(const float *partial, float *dw, int blocks, int stack, int n, int levels,

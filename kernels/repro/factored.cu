@@ -55,10 +55,23 @@ Kernel kernel(const Shape &s, bool backward) {
                 : (backward ? factored_backward_complex_untied : factored_forward_complex_untied);
 }
 
-// The kernel that streams rows, where there is one.
-Kernel streamed(const Shape &s, const Butterfly &b) {
-  if (s.planes != 1 || s.tied || b.index) return nullptr;
-  return s.n == 256 ? factored_stream_256 : s.n == 512 ? factored_stream_512 : s.n == 1024 ? factored_stream_1024 : nullptr;
+// The kernel that streams rows, its bytes of shared memory, rows of a tile and streams of a block; none where there is none.
+struct Streamed {
+  Kernel kernel = nullptr;
+  size_t bytes = 0;
+  int rows = 0, streams = 0;
+};
+template <int C, bool TIED> Streamed streamed_of(int n, Kernel k256, Kernel k512, Kernel k1024) {
+  if (n == 256) return {k256, Stream<C, TIED, 8>::SHARED, Stream<C, TIED, 8>::V, Stream<C, TIED, 8>::STREAMS};
+  if (n == 512) return {k512, Stream<C, TIED, 9>::SHARED, Stream<C, TIED, 9>::V, Stream<C, TIED, 9>::STREAMS};
+  if (n == 1024) return {k1024, Stream<C, TIED, 10>::SHARED, Stream<C, TIED, 10>::V, Stream<C, TIED, 10>::STREAMS};
+  return {};
+}
+Streamed streamed(const Shape &s, const Butterfly &b) {
+  if (b.index || (s.planes == 2 && !s.tied)) return {};
+  if (s.planes == 2) return streamed_of<2, true>(s.n, factored_stream_complex_tied_256, factored_stream_complex_tied_512, factored_stream_complex_tied_1024);
+  if (s.tied) return streamed_of<1, true>(s.n, factored_stream_real_tied_256, factored_stream_real_tied_512, factored_stream_real_tied_1024);
+  return streamed_of<1, false>(s.n, factored_stream_real_untied_256, factored_stream_real_untied_512, factored_stream_real_untied_1024);
 }
 
 struct Run {
@@ -79,11 +92,11 @@ struct Run {
     CHECK(cudaFuncSetAttribute(kernel(s, backward), cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
   }
   void go(bool backward) const {
-    if (const Kernel stream = backward || generic ? nullptr : streamed(s, b)) {
-      const size_t bytes = s.n == 256 ? Stream<8>::SHARED : s.n == 512 ? Stream<9>::SHARED : Stream<10>::SHARED;
-      const int tiles = (s.rows + STREAM_ROWS - 1) / STREAM_ROWS, streams = STREAMED / (s.n / 8);
-      CHECK(cudaFuncSetAttribute(stream, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-      stream<<<dim3(std::min((tiles + streams - 1) / streams, 132), s.stack), STREAMED, bytes>>>(b);
+    const Streamed stream = backward || generic ? Streamed{} : streamed(s, b);
+    if (stream.kernel) {
+      const int tiles = (s.rows + stream.rows - 1) / stream.rows;
+      CHECK(cudaFuncSetAttribute(stream.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)stream.bytes));
+      stream.kernel<<<dim3(std::min((tiles + stream.streams - 1) / stream.streams, 132), s.stack), STREAMED, stream.bytes>>>(b);
       CHECK(cudaGetLastError());
       return;
     }

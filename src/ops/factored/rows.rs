@@ -16,6 +16,10 @@ const ROWS: usize = 8;
 const ROWS_BACK: usize = 8;
 /// Largest N.
 const LARGEST: usize = 4096;
+/// Threads of a block that streams rows.
+const STREAMED: usize = 256;
+/// Sizes whose rows are streamed.
+const STREAMS: std::ops::RangeInclusive<usize> = 256..=1024;
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -47,6 +51,12 @@ fn tiles(shape: Shape) -> usize {
 fn row_bytes(shape: Shape) -> usize {
     let last = shape.size - 1;
     4 * ((last + (last >> 6) * 8 + 4) & !3)
+}
+
+/// Bytes of shared memory of a block of `streams`: `Stream::SHARED` of the kernels.
+fn stream_bytes(shape: Shape, streams: usize) -> usize {
+    let row = shape.size + shape.size / 64 * 8;
+    16 * (shape.butterfly_len() / 4 + 1) + 4 * streams * 2 * ROWS * row
 }
 
 /// `x` as rows of `columns` elements: shorter rows go on with zeros.
@@ -93,11 +103,19 @@ pub(super) fn forward(x: &Tensor, factors: &Tensor, shape: Shape) -> Result<Tens
         return Ok(y);
     }
     let b = Butterfly { x: address(&x)?, w: address(factors)?, y: address(&y)?, ..parameters(shape, rows, stack) };
-    let kernel = Kernel::load(gpu, "factored", "factored_forward_real_untied".into())?;
-    let kernel = kernel.shared(tiles(shape) * ROWS * row_bytes(shape))?;
-    let grid = (rows.div_ceil(tiles(shape) * ROWS), stack, 1);
+    let load = |name: String| Kernel::load(gpu, "factored", name.into());
+    let launch = if STREAMS.contains(&shape.size) {
+        let streams = STREAMED / (shape.size >> FACTORS);
+        let blocks = rows.div_ceil(ROWS * streams).min(multiprocessors(gpu)?);
+        let kernel =
+            load(format!("factored_stream_real_untied_{}", shape.size))?.shared(stream_bytes(shape, streams))?;
+        Launch::new(kernel, (blocks, stack, 1), STREAMED)
+    } else {
+        let kernel = load("factored_forward_real_untied".into())?.shared(tiles(shape) * ROWS * row_bytes(shape))?;
+        Launch::new(kernel, (rows.div_ceil(tiles(shape) * ROWS), stack, 1), THREADS)
+    };
     // SAFETY: `rows` rows of the lengths that the kernel reads; frees are ordered after the launch on the one stream.
-    unsafe { Launch::new(kernel, grid, THREADS).with(b).enqueue(false)? };
+    unsafe { launch.with(b).enqueue(false)? };
     Ok(y)
 }
 
