@@ -49,7 +49,7 @@ impl<'a> Descent<'a> {
     }
 }
 
-/// Descends on the relaxed product of a start, hardens its permutations and fits its factors.
+/// Descends on the relaxed product of a start.
 pub(super) fn relax(search: &mut Search, settings: &Settings, examples: &Examples) {
     let mut descent = Descent::new(settings, examples, search);
     let mut product = search.now.0.clone();
@@ -71,7 +71,13 @@ pub(super) fn relax(search: &mut Search, settings: &Settings, examples: &Example
             product.all_mut().for_each(|w| *w += weight_noise * normal(&mut search.rng) as f32);
         }
     }
-    search.begin(descent.fit(product, settings.fit_steps, f64::INFINITY));
+    search.now.0 = product;
+}
+
+/// Fits the factors of a start with hardened permutations.
+pub(super) fn fit(search: &mut Search, settings: &Settings, steps: usize, examples: &Examples) {
+    let found = Descent::new(settings, examples, search).fit(search.now.0.clone(), steps, f64::INFINITY);
+    search.begin(found);
 }
 
 /// Tries the changes of a round.

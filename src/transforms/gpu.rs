@@ -26,7 +26,7 @@ impl Gpu {
     }
 
     /// Fits the factors of products with hardened permutations.
-    fn fit(
+    fn fits(
         &self,
         mut products: Vec<Product>,
         columns: &[Vec<i32>],
@@ -51,7 +51,7 @@ impl Gpu {
         Ok(products.into_iter().zip(found.least.into_iter().map(f64::from)).collect())
     }
 
-    /// Descends on the relaxed products of all starts, hardens their permutations and fits their factors.
+    /// Descends on the relaxed products of all starts.
     pub fn relax(&self, searches: &mut [Search], settings: &Settings) -> Result<()> {
         let Some(first) = searches.first_mut() else { return Ok(()) };
         let (kinds, seed) = (first.now.0.kinds(Kind::Relaxed), first.rng.random());
@@ -60,15 +60,22 @@ impl Gpu {
         let rates: Vec<[f32; 3]> = (0..settings.relaxed_steps).map(|i| settings.relaxed_rates(i)).collect();
         let steps = Steps { rates: &rates, hopeless: None, tolerance: 0.0, seed };
         let relaxed = self.descents.run(&kinds, &weights, &[], &columns, &steps)?;
-        let product = |(search, weights): (&Search, &Vec<f32>)| {
-            let mut product = search.now.0.clone();
-            product.set_flat(weights);
-            product
-        };
-        let products = searches.iter().zip(&relaxed.weights).map(product).collect();
-        let hopeless = vec![f32::INFINITY; searches.len()];
-        let found = self.fit(products, &columns, &hopeless, (settings, settings.fit_steps))?;
-        searches.iter_mut().zip(found).for_each(|(search, found)| search.begin(found));
+        searches.iter_mut().zip(&relaxed.weights).for_each(|(search, weights)| search.now.0.set_flat(weights));
+        Ok(())
+    }
+
+    /// Fits the factors of all starts with hardened permutations, `settings.batch` at once; `done` is called as they end.
+    pub fn fit(&self, searches: &mut [Search], settings: &Settings, steps: usize, done: impl Fn(usize)) -> Result<()> {
+        let mut ended = 0;
+        for batch in searches.chunks_mut(settings.batch.max(1)) {
+            let columns: Vec<Vec<i32>> = batch.iter().map(columns_of).collect();
+            let products = batch.iter().map(|s| s.now.0.clone()).collect();
+            let hopeless = vec![f32::INFINITY; batch.len()];
+            let found = self.fits(products, &columns, &hopeless, (settings, steps))?;
+            ended += batch.len();
+            batch.iter_mut().zip(found).for_each(|(search, found)| search.begin(found));
+            done(ended);
+        }
         Ok(())
     }
 
@@ -84,7 +91,7 @@ impl Gpu {
             let hopeless: Vec<f32> = changes.iter().map(|(_, c)| (HOPELESS * c.bound) as f32).collect();
             let (owners, products): (Vec<_>, Vec<_>) =
                 changes.into_iter().map(|(i, c)| ((i, c.bound), c.product)).unzip();
-            let fitted = self.fit(products, &columns, &hopeless, (settings, settings.change_steps))?;
+            let fitted = self.fits(products, &columns, &hopeless, (settings, settings.change_steps))?;
             // Of the changes of a start the best alone is considered: the others were fitted from the same product.
             let mut best: Vec<Option<((Product, f64), f64)>> = searches.iter().map(|_| None).collect();
             for ((i, bound), fitted) in owners.into_iter().zip(fitted) {

@@ -8,7 +8,9 @@ use super::product::Product;
 use super::search::Search;
 use crate::error::{Error, Result};
 use crate::ops::factored::Shape;
+use crate::train::random;
 use candle_core::Device;
+use rand::seq::index;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,7 +27,11 @@ pub struct Settings {
     pub tied: bool,
     /// Seed of all random numbers.
     pub seed: u64,
-    /// Starts.
+    /// Starts with drawn permutations, which come first.
+    pub drawn: usize,
+    /// Steps of their first fits, after which as many as `starts` go on.
+    pub drawn_steps: usize,
+    /// Starts with relaxed permutations.
     pub starts: usize,
     /// Columns of the matrix that a start compares, at most.
     pub columns: usize,
@@ -60,11 +66,15 @@ pub struct Settings {
 impl Settings {
     /// Those for a product of modules, see [`Settings::product`], on a CPU or on a GPU.
     pub fn new(product: &str, complex: bool, seed: u64, gpu: bool) -> Self {
+        let permutations = product.matches('P').count();
         let cpu = Self {
             product: product.into(),
             complex,
             tied: true,
             seed,
+            // Of two permutations there are 225 forms, each of which is drawn once; of one 15.
+            drawn: if permutations > 1 { 225 } else { 45 },
+            drawn_steps: 200,
             starts: 16,
             columns: 64,
             rate: 0.1,
@@ -86,12 +96,15 @@ impl Settings {
         match (gpu, several) {
             (false, false) => cpu,
             (false, true) => Self { logit_noise: 1.0, change_steps: 300, changes: 30, rounds: 30, ..cpu },
-            (true, false) => Self { starts: 64, columns: 32, rounds: 100, change_steps: 300, kept: 32, ..cpu },
+            (true, false) => {
+                Self { starts: 64, columns: 256, fit_steps: 1500, rounds: 20, change_steps: 300, kept: 32, ..cpu }
+            }
             (true, true) => Self {
                 logit_noise: 1.0,
                 relaxed_steps: 4000,
+                fit_steps: 1500,
                 starts: 128,
-                columns: 32,
+                columns: 256,
                 change_steps: 500,
                 kept: 32,
                 polish: 3000,
@@ -119,7 +132,7 @@ impl Settings {
 /// How far a run is.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Progress {
-    /// Starts relaxed, then rounds done.
+    /// Starts, then rounds done.
     pub done: usize,
     /// Of these.
     pub total: usize,
@@ -154,6 +167,8 @@ impl Learned {
 const NEAR: f64 = 0.16;
 /// L-BFGS begins again while it lowers the error by this factor.
 const FALLS: f64 = 0.7;
+/// Examples that L-BFGS compares, where there are as many.
+const SOME: usize = 256;
 /// Times that L-BFGS begins on a product.
 const POLISHES: usize = 5;
 
@@ -165,18 +180,40 @@ enum Backend<'a> {
 }
 
 impl Backend<'_> {
-    /// Relaxed descents and first fits of all starts; `done` is called as starts end.
-    fn relax(&self, searches: &mut [Search], settings: &Settings, done: impl Fn(usize, f64) + Sync) -> Result<()> {
+    /// Relaxed descents of starts; `done` is called as starts end.
+    fn relax(&self, searches: &mut [Search], settings: &Settings, done: impl Fn(usize) + Sync) -> Result<()> {
         match self {
             Self::Cpu(examples) => {
                 let ended = AtomicUsize::new(0);
                 searches.par_iter_mut().for_each(|s| {
                     cpu::relax(s, settings, examples);
-                    done(1 + ended.fetch_add(1, Ordering::Relaxed), s.best.1);
+                    done(1 + ended.fetch_add(1, Ordering::Relaxed));
                 });
             }
             #[cfg(feature = "cuda")]
             Self::Gpu(gpu) => gpu.relax(searches, settings)?,
+        }
+        Ok(())
+    }
+
+    /// Fits of starts with hardened permutations; `done` is called as starts end.
+    fn fit(
+        &self,
+        searches: &mut [Search],
+        settings: &Settings,
+        steps: usize,
+        done: impl Fn(usize) + Sync,
+    ) -> Result<()> {
+        match self {
+            Self::Cpu(examples) => {
+                let ended = AtomicUsize::new(0);
+                searches.par_iter_mut().for_each(|s| {
+                    cpu::fit(s, settings, steps, examples);
+                    done(1 + ended.fetch_add(1, Ordering::Relaxed));
+                });
+            }
+            #[cfg(feature = "cuda")]
+            Self::Gpu(gpu) => gpu.fit(searches, settings, steps, done)?,
         }
         Ok(())
     }
@@ -196,10 +233,14 @@ impl Backend<'_> {
 pub struct Run<'a> {
     pub(super) settings: &'a Settings,
     backend: Backend<'a>,
-    /// Every example, and whether outputs are complex.
-    whole: (Objective<f64, LANES>, bool),
+    /// Every example.
+    whole: Objective<f64, LANES>,
+    /// Those that L-BFGS compares.
+    some: Objective<f64, LANES>,
+    /// Whether outputs are complex.
+    complex: bool,
     pub(super) searches: Vec<Search>,
-    /// Rounds done; none before the relaxed descents.
+    /// Rounds done; none before the first descents.
     pub(super) rounds: Option<usize>,
     pub(super) best: Option<Learned>,
 }
@@ -212,7 +253,7 @@ impl<'a> Run<'a> {
     pub fn new(examples: Examples<'a>, settings: &'a Settings, device: &Device) -> Result<Self> {
         let n = examples.size();
         let shape = Shape { size: n, complex: settings.complex, tied: settings.tied };
-        if settings.starts == 0 || settings.columns == 0 {
+        if settings.starts + settings.drawn == 0 || settings.columns == 0 {
             return Err(Error::usage("transform", "at least one start and one column"));
         }
         let complex = examples.complex();
@@ -220,7 +261,7 @@ impl<'a> Run<'a> {
             return Err(Error::usage("transform", "a complex matrix needs complex factors"));
         }
         let search = |start| Search::new(settings, shape, examples.len(), start);
-        let searches = (0..settings.starts).map(search).collect::<Result<Vec<_>>>()?;
+        let searches = (0..settings.drawn + settings.starts).map(search).collect::<Result<Vec<_>>>()?;
         let backend = match device {
             Device::Cpu => Backend::Cpu(examples),
             #[cfg(feature = "cuda")]
@@ -229,22 +270,27 @@ impl<'a> Run<'a> {
             _ => return Err(Error::unsupported("transform", "a device of another kind than this build's")),
         };
         let every: Vec<usize> = (0..examples.len()).collect();
-        let whole = (Objective::of_columns(shape, &examples, &every), complex);
-        Ok(Self { settings, backend, whole, searches, rounds: None, best: None })
+        let some = index::sample(
+            &mut random(settings.seed, u64::MAX),
+            every.len(),
+            every.len().min(SOME.max(settings.columns)),
+        );
+        let some = Objective::of_columns(shape, &examples, &some.into_vec());
+        let whole = Objective::of_columns(shape, &examples, &every);
+        Ok(Self { settings, backend, whole, some, complex, searches, rounds: None, best: None })
     }
 
-    /// Runs the relaxed descents of all starts, or the next round of annealing, and polishes what is near; returns whether
+    /// Runs the first descents of all starts, or the next round of annealing, and polishes what is near; returns whether
     /// the run has ended.
     ///
     /// # Errors
     /// A device's failure.
     pub fn advance(&mut self, on_progress: &(dyn Fn(Progress) + Sync)) -> Result<bool> {
         let s = self.settings;
-        let total = s.starts + s.rounds;
+        let total = s.drawn + s.starts + s.rounds;
         let rounds = match self.rounds {
             None => {
-                let report = |done, error| on_progress(Progress { done, total, error });
-                self.backend.relax(&mut self.searches, s, report)?;
+                self.begin(|done, error| on_progress(Progress { done, total, error }))?;
                 0
             }
             Some(done) => {
@@ -257,30 +303,58 @@ impl<'a> Run<'a> {
             }
         };
         self.rounds = Some(rounds);
-        self.searches.sort_by(|a, b| a.best.1.total_cmp(&b.best.1).then(a.start.cmp(&b.start)));
         self.polish(rounds);
-        let error = self.best.as_ref().map_or(f64::INFINITY, |b| b.error);
-        on_progress(Progress { done: s.starts + rounds, total, error });
+        let error = self.error();
+        on_progress(Progress { done: s.drawn + s.starts + rounds, total, error });
         Ok(error < s.tolerance || rounds >= s.rounds)
     }
 
+    /// Fits the starts with drawn permutations; the relaxed descents of the others, and their fits, if none of those is
+    /// near enough.
+    fn begin(&mut self, on_progress: impl Fn(usize, f64) + Sync) -> Result<()> {
+        let s = self.settings;
+        let mut relaxed = self.searches.split_off(s.drawn);
+        self.backend.fit(&mut self.searches, s, s.drawn_steps, |done| on_progress(done, f64::INFINITY))?;
+        self.sort();
+        self.searches.truncate(s.starts.max(1));
+        self.backend.fit(&mut self.searches, s, s.fit_steps, |_| ())?;
+        self.polish(0);
+        let error = self.error();
+        on_progress(s.drawn, error);
+        if error >= s.tolerance {
+            self.backend.relax(&mut relaxed, s, |done| on_progress(s.drawn + done, error))?;
+            self.backend.fit(&mut relaxed, s, s.fit_steps, |_| ())?;
+            self.searches.append(&mut relaxed);
+        }
+        Ok(())
+    }
+
+    fn error(&self) -> f64 {
+        self.best.as_ref().map_or(f64::INFINITY, |b| b.error)
+    }
+
+    fn sort(&mut self) {
+        self.searches.sort_by(|a, b| a.best.1.total_cmp(&b.best.1).then(a.start.cmp(&b.start)));
+    }
+
     fn polish(&mut self, rounds: usize) {
-        let whole = (&self.whole.0, self.whole.1);
+        self.sort();
         let root = self.searches.first().map_or(1.0, |s| s.now.0.shape().size as f64).sqrt();
         let near = |s: &&mut Search| s.best.1 < NEAR / root && s.best.1 < FALLS * s.polished;
         // A start whose product L-BFGS could not bring down waits until annealing has found a better one.
-        let (found, start) = match self.searches.iter_mut().find(near) {
+        let (product, start) = match self.searches.iter_mut().find(near) {
             Some(search) => {
                 search.polished = search.best.1;
-                (polished(&search.best.0, whole, self.settings), search.start)
+                (polished(&search.best.0, (&self.some, self.complex), self.settings), search.start)
             }
             None => {
                 let Some(first) = self.searches.first() else { return };
-                ((first.best.0.clone(), error_of(&first.best.0, whole)), first.start)
+                (first.best.0.clone(), first.start)
             }
         };
-        if self.best.as_ref().is_none_or(|b| found.1 < b.error) {
-            self.best = Some(Learned { product: found.0, error: found.1, start, rounds });
+        let error = error_of(&product, (&self.whole, self.complex));
+        if self.best.as_ref().is_none_or(|b| error < b.error) {
+            self.best = Some(Learned { product, error, start, rounds });
         }
     }
 
@@ -307,19 +381,19 @@ pub fn learn<'a>(
 }
 
 /// L-BFGS on a product, begun again as long as it is worth it.
-fn polished(product: &Product, whole: (&Objective<f64, LANES>, bool), settings: &Settings) -> (Product, f64) {
-    let mut found = polish(product, whole, settings.polish, settings.tolerance / 2.0);
+fn polished(product: &Product, some: (&Objective<f64, LANES>, bool), settings: &Settings) -> Product {
+    let mut found = polish(product, some, settings.polish, settings.tolerance / 2.0);
     for _ in 1..POLISHES {
         let before = found.1;
         if before < settings.tolerance {
             break;
         }
-        found = polish(&found.0, whole, settings.polish, settings.tolerance / 2.0);
+        found = polish(&found.0, some, settings.polish, settings.tolerance / 2.0);
         if found.1 > FALLS * before {
             break;
         }
     }
-    found
+    found.0
 }
 
 #[cfg(test)]
@@ -358,9 +432,27 @@ mod tests {
         Ok(())
     }
 
+    /// Without drawn permutations the relaxed descents and annealing find what there is.
+    #[test]
+    fn relaxed_permutations_alone_find_small_transforms() -> Result<()> {
+        for transform in [Transform::Dft, Transform::Dct] {
+            let settings = Settings { drawn: 0, ..small(transform, 1) };
+            let found = learn(&transform.matrix(8, 0), &settings, &Device::Cpu, &|_| ())?;
+            assert!(found.error < 1e-4, "{transform:?}: {:.1e}", found.error);
+        }
+        Ok(())
+    }
+
     #[test]
     fn a_run_depends_on_its_settings_alone() -> Result<()> {
-        let settings = Settings { rounds: 2, relaxed_steps: 100, fit_steps: 50, ..small(Transform::Dst, 3) };
+        let settings = Settings {
+            drawn: 20,
+            drawn_steps: 10,
+            rounds: 2,
+            relaxed_steps: 100,
+            fit_steps: 50,
+            ..small(Transform::Dst, 3)
+        };
         let run = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
             pool.install(|| learn(&Transform::Dst.matrix(16, 3), &settings, &Device::Cpu, &|_| ()))
@@ -376,7 +468,7 @@ mod tests {
             (Settings::new("BX", true, 0, false), "`X` in \"BX\""),
             (Settings::new("P", true, 0, false), "no butterfly"),
             (Settings::new("BP", false, 0, false), "complex factors"),
-            (Settings { starts: 0, ..Settings::new("BP", true, 0, false) }, "one start"),
+            (Settings { starts: 0, drawn: 0, ..Settings::new("BP", true, 0, false) }, "one start"),
         ] {
             let refused = learn(&dft, &settings, &Device::Cpu, &|_| ()).map(|_| ()).expect_err("refused").to_string();
             assert!(refused.contains(why), "{refused}");

@@ -25,6 +25,15 @@ pub struct Product {
     logits: Vec<Vec<f32>>,
 }
 
+/// Choices of the steps of a permutation: bit 0 even indices first, bit 1 first half reversed, bit 2 second half reversed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Choices {
+    /// The same at every step.
+    EveryStep(u8),
+    /// At the step of all N elements, and nothing at the others.
+    FirstStep(u8),
+}
+
 /// Standard deviation of the first logits.
 const LOGITS: f64 = 0.5;
 
@@ -57,6 +66,11 @@ impl Product {
         self.shape
     }
 
+    /// The same modules and permutations with other factors.
+    pub(super) fn with_factors(&self, shape: Shape, factors: Vec<Vec<f32>>) -> Self {
+        Self { shape, modules: self.modules.clone(), factors, logits: self.logits.clone() }
+    }
+
     /// Parameters of each butterfly, in the order of application.
     pub fn factors(&self) -> &[Vec<f32>] {
         &self.factors
@@ -68,6 +82,20 @@ impl Product {
 
     pub(super) fn logits_mut(&mut self) -> &mut [Vec<f32>] {
         &mut self.logits
+    }
+
+    /// Sets the permutations.
+    pub(super) fn choose(&mut self, choices: &[Choices]) {
+        for (logits, choices) in self.logits.iter_mut().zip(choices) {
+            for (i, logit) in logits.iter_mut().enumerate() {
+                let bits = match choices {
+                    Choices::EveryStep(bits) => *bits,
+                    Choices::FirstStep(bits) if i < 3 => *bits,
+                    Choices::FirstStep(_) => 0,
+                };
+                *logit = if bits >> (i % 3) & 1 == 1 { 1.0 } else { -1.0 };
+            }
+        }
     }
 
     /// The modules, left factor first, as [`Self::random`] takes them.

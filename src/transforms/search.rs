@@ -1,6 +1,6 @@
 //! One start: what it has found, and the changes of its permutations that it tries.
 
-use super::product::Product;
+use super::product::{Choices, Product};
 use super::Settings;
 use crate::error::Result;
 use crate::ops::factored::Shape;
@@ -38,13 +38,17 @@ pub(super) struct Change {
 }
 
 impl Search {
-    /// Start `start` with random factors and logits, and its columns out of `columns`.
+    /// Start `start` with random factors, and its columns out of `columns`. Permutations of the first `settings.drawn`
+    /// starts are drawn (see [`drawn`]), those of the others relaxed.
     ///
     /// # Errors
     /// As of [`Product::random`].
     pub fn new(settings: &Settings, shape: Shape, columns: usize, start: usize) -> Result<Self> {
         let mut rng = random(settings.seed, start as u64 * ROUNDS);
-        let product = Product::random(shape, &settings.product, &mut rng)?;
+        let mut product = Product::random(shape, &settings.product, &mut rng)?;
+        if start < settings.drawn {
+            product.choose(&drawn(settings.seed, start as u64, product.permutations()));
+        }
         let columns = index::sample(&mut rng, columns, settings.columns.min(columns)).into_vec();
         let now = (product, f64::INFINITY);
         Ok(Self { start, columns, best: now.clone(), now, rng, tried: 0, polished: f64::INFINITY })
@@ -89,5 +93,43 @@ impl Search {
         if self.now.1 < self.best.1 {
             self.best = self.now.clone();
         }
+    }
+}
+
+/// Forms of a permutation that are drawn.
+const FORMS: u64 = 15;
+
+/// Permutations of start `start`: each has the same of 8 choices at all steps, or one of the 7 that change something at the
+/// first step alone. None of the `15^permutations` comes again before all have come, in an order that the seed moves.
+///
+/// Logits shared by the steps and a step alone are the permutations of the paper's authors:
+/// <https://github.com/HazyResearch/butterfly>, `learning_transforms.py` and `permutation.py`.
+fn drawn(seed: u64, start: u64, permutations: usize) -> Vec<Choices> {
+    /// A prime that shares no factor with 15.
+    const STRIDE: u64 = 7919;
+    let all = FORMS.saturating_pow(permutations.min(8) as u32);
+    let mut code = (random(seed, u64::MAX).random_range(0..all) + start * STRIDE) % all;
+    let mut form = || {
+        let form = (code % FORMS) as u8;
+        code /= FORMS;
+        if form < 8 {
+            Choices::EveryStep(form)
+        } else {
+            Choices::FirstStep(form - 7)
+        }
+    };
+    (0..permutations).map(|_| form()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_form_of_two_permutations_is_drawn_once() {
+        let all: std::collections::HashSet<_> = (0..225).map(|start| drawn(3, start, 2)).collect();
+        assert_eq!(all.len(), 225);
+        assert_eq!(drawn(3, 225, 2), drawn(3, 0, 2));
+        assert_ne!(drawn(4, 0, 2), drawn(3, 0, 2), "the seed moves the order");
     }
 }

@@ -48,7 +48,7 @@ fn finite(x: f64) -> Option<f64> {
 }
 
 impl Run<'_> {
-    /// The run after some rounds and so many seconds; none before the relaxed descents. `of` names what is learned.
+    /// The run after some rounds and so many seconds; none before the first descents. `of` names what is learned.
     ///
     /// # Errors
     /// None that a user can mend.
@@ -127,6 +127,8 @@ mod tests {
     #[test]
     fn a_resumed_run_finds_what_one_that_never_stopped_does() -> Result<()> {
         let settings = Settings {
+            drawn: 6,
+            drawn_steps: 20,
             starts: 5,
             rounds: 4,
             changes: 3,
@@ -147,7 +149,7 @@ mod tests {
             }
         }
         let want = whole.into_best();
-        assert_eq!(saved.len(), 5, "the relaxed descents and four rounds");
+        assert_eq!(saved.len(), 5, "the first descents and four rounds");
         for (rounds, bytes) in saved.iter().enumerate() {
             let mut run = Run::new((&matrix).into(), &settings, &Device::Cpu)?;
             assert_eq!(run.restore(bytes, "dct")?, (rounds, 1.5));

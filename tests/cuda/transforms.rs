@@ -23,6 +23,7 @@ fn descents_are_those_of_the_cpu() -> Any {
                 // A tied product of 4 N numbers is what the kernels keep in shared memory; an untied one has no such limit.
                 let settings = Settings {
                     tied,
+                    drawn: 0,
                     starts: 2,
                     columns: 20,
                     relaxed_steps: 6,
@@ -54,7 +55,7 @@ fn descents_are_those_of_the_cpu() -> Any {
 fn fast_algorithms_are_found_on_a_gpu() -> Any {
     let Some(device) = gpu("fast_algorithms_are_found_on_a_gpu") else { return Ok(()) };
     for (transform, n) in
-        [(Transform::Dft, 64), (Transform::Dct, 16), (Transform::Hadamard, 128), (Transform::Convolution, 8)]
+        [(Transform::Dft, 64), (Transform::Dct, 1024), (Transform::Hadamard, 128), (Transform::Convolution, 256)]
     {
         let (product, complex) = transform.product();
         let got = found(transform, n, &Settings::new(product, complex, 0, true), &device)?;

@@ -6,7 +6,7 @@ use super::{FACTORS, RESULT};
 use crate::cli::output::{check_into, write_into, Output};
 use crate::cli::{at_least_one, open_device, print, Bars};
 use crate::error::{At, Error, ErrorKind, Result};
-use crate::transforms::{Learned, Run, Settings, Transform};
+use crate::transforms::{closed_form, Learned, Run, Settings, Transform};
 use candle_core::Device;
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
@@ -49,7 +49,7 @@ pub struct LearnArgs {
     /// auto (the first GPU, else the CPU), cpu, cuda or cuda:INDEX; on a GPU N is at most 1024.
     #[arg(long, default_value = "auto")]
     pub device: String,
-    /// Starts [default: by product and device]
+    /// Starts with relaxed permutations, after those with drawn ones [default: by product and device]
     #[arg(long, value_parser = at_least_one)]
     pub starts: Option<usize>,
     /// Columns of the matrix, or pairs, that each start compares [default: by device]
@@ -92,6 +92,9 @@ pub(crate) struct Outcome {
     pub settings: Settings,
     /// Root mean square of the error over all entries of the matrix, which is on the unitary scale.
     pub rmse: f64,
+    /// The error of untied factors in closed form, for the permutations that were found; of products of one butterfly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed_form_rmse: Option<f64>,
     /// Parameters of the factors.
     pub parameters: usize,
     pub start: usize,
@@ -160,6 +163,7 @@ pub(crate) fn learned(
         target: target.file.clone(),
         n: target.n,
         rmse: found.error,
+        closed_form_rmse: target.matrix().and_then(|m| closed_form(m, &found.product)).map(|(_, error)| error),
         parameters: found.product.parameters().0,
         start: found.start,
         rounds: found.rounds,
@@ -257,7 +261,7 @@ impl Outcome {
             self.rmse,
             self.parameters,
             self.start,
-            self.settings.starts,
+            self.settings.drawn + self.settings.starts,
             self.rounds,
             self.seconds
         )

@@ -79,6 +79,14 @@ impl Target {
         Ok(Self { name: file, n, product: ("BPBP", true), file: Some(about), data })
     }
 
+    /// The matrix, where that is what it is.
+    pub fn matrix(&self) -> Option<&Matrix> {
+        match &self.data {
+            Data::Matrix(matrix) => Some(matrix),
+            Data::Pairs(_) => None,
+        }
+    }
+
     /// What a product is compared with.
     pub fn examples(&self) -> Examples<'_> {
         match &self.data {

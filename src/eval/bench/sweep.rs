@@ -42,6 +42,7 @@ fn entry(run: &TransformRun, seed: u64) -> Result<SweepRun> {
         seed,
         device: run.device.clone(),
         rmse: run.rmse,
+        closed_form_rmse: run.closed_form_rmse,
         parameters: run.parameters,
         seconds: run.seconds,
         threads: run.threads,

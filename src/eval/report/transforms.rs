@@ -109,6 +109,9 @@ pub struct SweepRun {
     pub device: String,
     /// Root mean square of the error over all entries, on the unitary scale.
     pub rmse: f64,
+    /// Error of untied factors in closed form for the permutations that were found, of products of one butterfly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed_form_rmse: Option<f64>,
     /// Parameters of the factors.
     pub parameters: usize,
     /// Seconds of the run with all its starts.

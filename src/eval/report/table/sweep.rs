@@ -4,7 +4,8 @@ use super::super::transforms::{Sweep, SweepRun};
 use super::columns;
 use crate::stats::median;
 
-/// Formats, for each transform and size, how many seeds are within the tolerance, their median seconds and largest error.
+/// Formats, for each transform and size, how many seeds are within the tolerance, their median seconds, the largest and
+/// the least error, and the largest of factors in closed form.
 pub fn sweep_table(sweep: &Sweep) -> String {
     let mut places: Vec<(&str, usize)> = vec![];
     for run in &sweep.runs {
@@ -12,7 +13,7 @@ pub fn sweep_table(sweep: &Sweep) -> String {
             places.push((&run.transform, run.n));
         }
     }
-    let head = ["transform", "N", "found", "median s", "largest rmse", "least rmse"];
+    let head = ["transform", "N", "found", "median s", "largest rmse", "least rmse", "closed form"];
     let mut rows = vec![head.map(String::from).to_vec()];
     for (transform, n) in places {
         let runs: Vec<&SweepRun> = sweep.runs.iter().filter(|r| r.transform == transform && r.n == n).collect();
@@ -26,6 +27,7 @@ pub fn sweep_table(sweep: &Sweep) -> String {
             median(&seconds).map_or("-".into(), |s| format!("{s:.1}")),
             format!("{:.1e}", errors().fold(0.0, f64::max)),
             format!("{:.1e}", errors().fold(f64::INFINITY, f64::min)),
+            runs.iter().filter_map(|r| r.closed_form_rmse).reduce(f64::max).map_or("-".into(), |e| format!("{e:.1e}")),
         ]);
     }
     let all: f64 = sweep.runs.iter().map(|r| r.seconds).sum();
@@ -46,6 +48,7 @@ mod tests {
             seed,
             device: "cpu".into(),
             rmse,
+            closed_form_rmse: (transform == "dft").then_some(1e-7),
             parameters: 56,
             seconds,
             threads: 2,
@@ -59,8 +62,9 @@ mod tests {
         let (kind, git_sha, command) = (SWEEP.into(), "0".into(), vec![]);
         let table = sweep_table(&Sweep { kind, schema_version: SCHEMA_VERSION, git_sha, command, machine, runs });
         let lines: Vec<Vec<&str>> = table.lines().map(|l| l.split_whitespace().collect()).collect();
-        assert_eq!(lines[1], ["dct", "8", "1", "of", "2", "2.5", "2.0e-2", "5.0e-5"], "{table}");
+        assert_eq!(lines[1], ["dct", "8", "1", "of", "2", "2.5", "2.0e-2", "5.0e-5", "-"], "{table}");
         assert_eq!(lines[2][..5], ["dft", "8", "1", "of", "1"]);
+        assert_eq!(lines[2].last(), Some(&"1.0e-7"), "{table}");
         assert_eq!(lines[3], ["3", "runs", "in", "6", "s"], "{table}");
     }
 }
