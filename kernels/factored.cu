@@ -163,15 +163,18 @@ __device__ inline int streamed(int e) { return (e ^ (e >> 5 & 1) << 2) + (e >> 6
 
 template <int C, bool TIED, int LEVELS> struct Stream {
   static constexpr int N = 1 << LEVELS, GROUPS = N / 8, ROW = N + N / 64 * 8, V = 8 / C, TILE = V * C * ROW;
-  static constexpr int STREAMS = STREAMED / GROUPS, PASSES = (LEVELS + K - 1) / K, PAIRS = TIED ? N - 1 : N / 2 * LEVELS;
+  static constexpr int STREAMS = STREAMED / GROUPS, PAIRS = TIED ? N - 1 : N / 2 * LEVELS;
   static constexpr size_t SHARED = sizeof(float4) * (PAIRS * C + 1) + sizeof(float) * STREAMS * 2 * TILE;
+  // Of 1,024 elements the last pass has four factors, and two threads share its rows.
+  static constexpr int PASSES = LEVELS == 10 ? 3 : (LEVELS + K - 1) / K;
+  static __host__ __device__ constexpr int count_of(int first) { return first + K < LEVELS && first / K + 1 < PASSES ? K : LEVELS - first; }
   static_assert(GROUPS % WARP == 0 && GROUPS <= STREAMED, "a stream is some warps");
 
   static __device__ inline void barrier(int stream) { asm volatile("bar.sync %0, %1;" ::"r"(1 + stream), "n"(GROUPS) : "memory"); }
 
   // Copies the weights of the factors of pass `PASS`.
   template <int PASS> static __device__ inline void stage(const float4 *w, float4 *to) {
-    constexpr int FIRST = PASS * K, COUNT = LEVELS - FIRST < K ? LEVELS - FIRST : K;
+    constexpr int FIRST = PASS * K, COUNT = count_of(FIRST);
     constexpr int FROM = TIED ? (1 << FIRST) - 1 : FIRST * (N / 2);
     constexpr int END = TIED ? (1 << (FIRST + COUNT)) - 1 : (FIRST + COUNT) * (N / 2);
 #pragma unroll 4
@@ -202,17 +205,18 @@ template <int C, bool TIED, int LEVELS> struct Stream {
   }
 
   template <int FIRST> static __device__ inline void pass(const Butterfly &b, const float4 *w, float *rows, int64_t tile, int t) {
-    constexpr int COUNT = LEVELS - FIRST < K ? LEVELS - FIRST : K, E = 1 << COUNT, STEP = 1 << FIRST;
+    constexpr int COUNT = count_of(FIRST), E = 1 << COUNT, STEP = 1 << FIRST, ROWS = E > 8 ? V / 2 : V;
     constexpr bool LAST = FIRST + COUNT == LEVELS;
 #pragma unroll
-    for (int g = t; g < N >> COUNT; g += GROUPS) {
+    for (int i = t; i < (N >> COUNT) * (V / ROWS); i += GROUPS) {
+      const int g = i & ((N >> COUNT) - 1), own_rows = (i >> (LEVELS - COUNT)) * ROWS;
       const int base = (g >> FIRST) << (FIRST + COUNT) | (g & (STEP - 1));
-      float x[V][E][C];
+      float x[ROWS][E][C];
 #pragma unroll
-      for (int v = 0; v < V; v++)
+      for (int v = 0; v < ROWS; v++)
 #pragma unroll
         for (int c = 0; c < C; c++) {
-          const float *own = rows + (v * C + c) * ROW;
+          const float *own = rows + ((own_rows + v) * C + c) * ROW;
           if constexpr (FIRST == 0) {
             const float4 lo = *(const float4 *)(own + streamed(base)), hi = *(const float4 *)(own + streamed(base + 4));
             x[v][0][c] = lo.x, x[v][1][c] = lo.y, x[v][2][c] = lo.z, x[v][3][c] = lo.w;
@@ -235,16 +239,16 @@ template <int C, bool TIED, int LEVELS> struct Stream {
               d.w[4 * c] = f.x, d.w[4 * c + 1] = f.y, d.w[4 * c + 2] = f.z, d.w[4 * c + 3] = f.w;
             }
 #pragma unroll
-            for (int v = 0; v < V; v++) d.apply(x[v][e], x[v][e | 1 << l]);
+            for (int v = 0; v < ROWS; v++) d.apply(x[v][e], x[v][e | 1 << l]);
             slot++;
           }
 #pragma unroll
-      for (int v = 0; v < V; v++)
+      for (int v = 0; v < ROWS; v++)
 #pragma unroll
         for (int c = 0; c < C; c++) {
-          float *own = rows + (v * C + c) * ROW;
+          float *own = rows + ((own_rows + v) * C + c) * ROW;
           if constexpr (LAST) {
-            const int64_t row = tile * V + v;
+            const int64_t row = tile * V + own_rows + v;
             if (row < b.rows)
 #pragma unroll
               for (int e = 0; e < E; e++) b.y[((row * b.stack + blockIdx.y) * C + c) * N + base + e * STEP] = x[v][e][c];

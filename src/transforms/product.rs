@@ -76,7 +76,7 @@ impl Product {
         &self.factors
     }
 
-    pub(super) fn factors_mut(&mut self) -> &mut [Vec<f32>] {
+    pub(crate) fn factors_mut(&mut self) -> &mut [Vec<f32>] {
         &mut self.factors
     }
 

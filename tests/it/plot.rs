@@ -391,6 +391,34 @@ fn logs_of_a_character_model_share_a_figure_and_its_measurements_have_their_own(
     refused(&[&twice, &twice, "--out", &out.to_string_lossy()], &["log.jsonl", "is given twice"])
 }
 
+#[test]
+fn factors_of_a_learned_transform_are_drawn_with_their_product() -> Any {
+    let dir = tempfile::tempdir()?;
+    let run = dir.path().join("had8");
+    let mut learn = Command::new(env!("CARGO_BIN_EXE_bfly-transforms"));
+    learn.args(["learn", "-q", "--device", "cpu", "--transform", "hadamard", "--n", "8", "--out"]);
+    learn.arg(&run).assert().success();
+    let out = dir.path().join("out");
+    plot().arg("factors").arg(&run).arg("--out").arg(&out).assert().success();
+    assert_eq!(names(&out)?.len(), 4);
+    let drawn = svg(&dir, "had8-factors-light.svg")?;
+    for word in ["Hadamard as a product", "B₃", "blocks of 8", "B₁", "permutation", "=", "28 real weights", "max 0.354"]
+    {
+        assert!(drawn.contains(word), "lacks `{word}`");
+    }
+    // All entries of a Hadamard matrix are as large: each row of the product is one rectangle across all columns.
+    let (r, g, b) = THEMES[0].rgb(Ink::Heat(100));
+    let full = format!("fill=\"#{r:02X}{g:02X}{b:02X}\"");
+    let width = |l: &str| l.split_once(" width=\"").and_then(|(_, w)| w.split('"').next()?.parse::<f64>().ok());
+    let side = 4.0 * (760.0 / 5.0 - 24.0);
+    let rows = drawn.lines().filter(|l| l.starts_with("<rect") && l.contains(&full));
+    assert_eq!(rows.filter(|l| width(l).is_some_and(|w| (w - side).abs() < 3.0)).count(), 8);
+    std::fs::write(run.join("factors.safetensors"), "{}")?;
+    let (run, out) = (run.to_string_lossy(), out.to_string_lossy());
+    refused(&["factors", &run, "--out", &out], &["had8/factors.safetensors", "is no whole factor file"])?;
+    refused(&["factors", "absent", "--out", &out], &["factors absent", "No such file"])
+}
+
 /// Runs `args`, which must fail with one line that holds every word.
 fn refused(args: &[&str], words: &[&str]) -> Any {
     let out = plot().args(args).output()?;
@@ -501,7 +529,7 @@ fn help_shows_examples_every_subcommand_and_completions() -> Any {
     for kind in ["ladder", "kernels", "smoke", "answers", "layers", "ablation", "positions", "char-log", "char-eval"] {
         assert!(help.contains(&format!("  bfly-{kind} ")), "help lacks the kind {kind}");
     }
-    for word in ["Examples:", "ladder", "kernels", "graph", "completions", "--out", "[default: figures]"] {
+    for word in ["Examples:", "ladder", "kernels", "graph", "factors", "completions", "--out", "[default: figures]"] {
         assert!(help.contains(word), "help lacks `{word}`");
     }
     let graph = String::from_utf8(plot().args(["graph", "--help"]).output()?.stdout)?;

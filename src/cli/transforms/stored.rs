@@ -114,18 +114,22 @@ impl Stored {
         safetensors::serialize(tensors, Some(metadata)).map_err(candle_core::Error::wrap).at(FACTORS)
     }
 
-    /// The product for single vectors.
-    ///
-    /// # Errors
-    /// A permutation with an index out of range.
-    pub fn plan(&self) -> Result<Plan> {
+    /// Butterflies and permutations in the order of application.
+    pub fn steps(&self) -> Vec<Step<'_, f32>> {
         let (mut factors, mut permutations) = (self.factors.iter(), self.permutations.iter());
         let step = |c: char| match c {
             'B' => factors.next().map(|f| Step::Butterfly(f)),
             _ => permutations.next().map(|p| Step::Permutation(p)),
         };
-        let steps: Vec<Step<f32>> = self.facts.product.chars().rev().filter_map(step).collect();
-        Plan::new(&self.facts.shape(), &steps)
+        self.facts.product.chars().rev().filter_map(step).collect()
+    }
+
+    /// The product for single vectors.
+    ///
+    /// # Errors
+    /// A permutation with an index out of range.
+    pub fn plan(&self) -> Result<Plan> {
+        Plan::new(&self.facts.shape(), &self.steps())
     }
 }
 

@@ -3,6 +3,7 @@
 use super::graph;
 use super::kinds::draw;
 use super::save::save;
+use super::transforms;
 use crate::cli::{note, parse_size, print};
 use crate::error::Result;
 use crate::eval::report::{KERNELS, LADDER};
@@ -70,8 +71,16 @@ Examples:
   # Learned transforms on a CPU and on a GPU in the same figures
   bfly-plot cpu/sweep.json gpu/sweep.json
 
+  # The factors of a learned transform
+  bfly-plot factors dft16
+
   # The blocks that each block reads, and the reach through 24 layers
   bfly-plot graph --ctx 8k --window 512 --block 128 --partner causal_shift";
+
+const FACTORS_EXAMPLE: &str = "\
+Example:
+  bfly-transforms learn --transform dft --n 16 --out dft16
+  bfly-plot factors dft16 --out figures";
 
 const COMPLETIONS_EXAMPLE: &str = "\
 Example:
@@ -89,6 +98,9 @@ pub enum Command {
     /// The graph of a partner rule, stage by stage, and its reach; needs no results.
     #[command(after_help = "Example:\n  bfly-plot graph --ctx 8k --partner xor --layers 30 --out docs/figures")]
     Graph(GraphArgs),
+    /// The factors of a learned transform as matrices, and their product.
+    #[command(after_help = FACTORS_EXAMPLE)]
+    Factors(FactorsArgs),
     /// Print a completion script for a shell.
     #[command(after_help = COMPLETIONS_EXAMPLE)]
     Completions {
@@ -106,6 +118,17 @@ pub struct FileArgs {
     #[arg(value_name = "FILE", required = true)]
     pub files: Vec<PathBuf>,
     /// Output directory, created where it does not exist; earlier figures are replaced.
+    #[arg(long, value_name = "DIR", default_value = "figures")]
+    pub out: PathBuf,
+}
+
+/// Flags of `factors`.
+#[derive(Debug, Args)]
+pub struct FactorsArgs {
+    /// Directory that bfly-transforms learn wrote, or its factors.safetensors; of at most 64 elements.
+    #[arg(value_name = "DIR|FILE")]
+    pub factors: PathBuf,
+    /// Output directory, created where it does not exist; an earlier figure is replaced.
     #[arg(long, value_name = "DIR", default_value = "figures")]
     pub out: PathBuf,
 }
@@ -178,6 +201,10 @@ pub fn run(cli: &Cli) -> Result<()> {
         Some(Command::Graph(args)) => {
             let figure = graph::figure(&args.settings(), args.ctx, args.layers.into())?;
             list(&save(&args.out, "graph", &[figure])?)
+        }
+        Some(Command::Factors(args)) => {
+            let (stem, figure) = transforms::factors(&args.factors)?;
+            list(&save(&args.out, &stem, &[figure])?)
         }
         // Handled by the binary, which has the clap command.
         Some(Command::Completions { .. }) => Ok(()),

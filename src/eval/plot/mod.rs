@@ -45,7 +45,7 @@ mod text;
 pub mod theme;
 mod transforms;
 
-pub use args::{run, Cli, Command, FileArgs, GraphArgs};
+pub use args::{run, Cli, Command, FactorsArgs, FileArgs, GraphArgs};
 
 /// A drawn figure.
 #[derive(Debug, Clone, PartialEq)]

@@ -17,6 +17,7 @@
 mod apply;
 #[cfg(feature = "cuda")]
 mod descent;
+mod entries;
 mod pass;
 mod plan;
 #[cfg(feature = "cuda")]
@@ -28,6 +29,7 @@ pub(crate) use apply::scratch;
 pub use apply::{apply, apply_backward};
 #[cfg(feature = "cuda")]
 pub(crate) use descent::{Descents, Kind, Steps};
+pub use entries::Entry;
 pub use plan::{Plan, PlanRoom};
 pub use tile::{backward, forward, Kept, Real, Shape, Step};
 
@@ -182,6 +184,26 @@ mod tests {
                         assert!(!shape.complex || (y[n + i][lane] - want.1).abs() < 1e-12, "{shape:?}");
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn entries_of_the_factors_multiply_to_the_dense_butterfly() {
+        let mut rng = StdRng::seed_from_u64(4);
+        for shape in shapes() {
+            let n = shape.size;
+            let w: Vec<f32> = (0..shape.butterfly_len()).map(|_| rng.random_range(-1.0..1.0)).collect();
+            let factor = |level: usize| {
+                let (mut m, entries) = (vec![(0.0, 0.0); n * n], shape.entries(level, &w));
+                assert_eq!(entries.len(), 2 * n, "two entries a row");
+                entries.iter().for_each(|e| m[e.row * n + e.column] = (f64::from(e.re), f64::from(e.im)));
+                m
+            };
+            let got = (0..shape.levels()).map(factor).reduce(|all, m| times(&m, &all, n)).expect("a factor");
+            let wide: Vec<f64> = w.iter().map(|x| f64::from(*x)).collect();
+            for (got, want) in got.iter().zip(dense(&shape, &Step::Butterfly(&wide))) {
+                assert!((got.0 - want.0).hypot(got.1 - want.1) < 1e-12, "{shape:?}: {got:?} {want:?}");
             }
         }
     }

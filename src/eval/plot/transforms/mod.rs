@@ -1,16 +1,20 @@
-//! Figures of learned transforms: how near they come, and how long it takes.
+//! Figures of learned transforms: how near they come, how long it takes, and what one consists of.
 //!
 //! | file | draws |
 //! |---|---|
 //! | `rmse` | the error of every transform by size, with the authors' beside it |
 //! | `seconds` | seconds of a seed by size, a panel a device |
+//! | `factors` | the factors of one product as matrices, and what they multiply to |
 //!
 //! Sweeps that are given together share these figures, so that runs on a CPU and on a GPU can be compared.
 
+mod factors;
 mod rmse;
 mod seconds;
 #[cfg(test)]
 mod tests;
+
+pub use factors::figure as factors;
 
 use super::kinds::FiguresAndNotes;
 use super::scale::Scale;
