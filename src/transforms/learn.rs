@@ -95,7 +95,7 @@ impl Settings {
         let several = product.matches('B').count() > 1;
         match (gpu, several) {
             (false, false) => cpu,
-            (false, true) => Self { logit_noise: 1.0, change_steps: 300, changes: 30, rounds: 30, ..cpu },
+            (false, true) => Self { logit_noise: 1.0, columns: 128, change_steps: 300, changes: 30, rounds: 30, ..cpu },
             (true, false) => {
                 Self { starts: 64, columns: 256, fit_steps: 1500, rounds: 20, change_steps: 300, kept: 32, ..cpu }
             }
