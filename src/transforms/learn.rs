@@ -103,7 +103,7 @@ impl Settings {
                 logit_noise: 1.0,
                 relaxed_steps: 4000,
                 fit_steps: 1500,
-                starts: 128,
+                starts: 64,
                 columns: 256,
                 change_steps: 500,
                 kept: 32,
@@ -167,6 +167,8 @@ impl Learned {
 const NEAR: f64 = 0.16;
 /// L-BFGS begins again while it lowers the error by this factor.
 const FALLS: f64 = 0.7;
+/// Starts with drawn permutations on which L-BFGS is tried before permutations are relaxed.
+const NEARS: usize = 8;
 /// Examples that L-BFGS compares, where there are as many.
 const SOME: usize = 256;
 /// Times that L-BFGS begins on a product.
@@ -318,7 +320,11 @@ impl<'a> Run<'a> {
         self.sort();
         self.searches.truncate(s.starts.max(1));
         self.backend.fit(&mut self.searches, s, s.fit_steps, |_| ())?;
-        self.polish(0);
+        for _ in 0..NEARS {
+            if !self.polish(0) || self.error() < s.tolerance {
+                break;
+            }
+        }
         let error = self.error();
         on_progress(s.drawn, error);
         if error >= s.tolerance {
@@ -337,25 +343,27 @@ impl<'a> Run<'a> {
         self.searches.sort_by(|a, b| a.best.1.total_cmp(&b.best.1).then(a.start.cmp(&b.start)));
     }
 
-    fn polish(&mut self, rounds: usize) {
+    /// Polishes the best start that is near and keeps it if it is the best so far; returns whether there was one.
+    fn polish(&mut self, rounds: usize) -> bool {
         self.sort();
         let root = self.searches.first().map_or(1.0, |s| s.now.0.shape().size as f64).sqrt();
         let near = |s: &&mut Search| s.best.1 < NEAR / root && s.best.1 < FALLS * s.polished;
         // A start whose product L-BFGS could not bring down waits until annealing has found a better one.
-        let (product, start) = match self.searches.iter_mut().find(near) {
+        let (product, start, is_near) = match self.searches.iter_mut().find(near) {
             Some(search) => {
                 search.polished = search.best.1;
-                (polished(&search.best.0, (&self.some, self.complex), self.settings), search.start)
+                (polished(&search.best.0, (&self.some, self.complex), self.settings), search.start, true)
             }
             None => {
-                let Some(first) = self.searches.first() else { return };
-                (first.best.0.clone(), first.start)
+                let Some(first) = self.searches.first() else { return false };
+                (first.best.0.clone(), first.start, false)
             }
         };
         let error = error_of(&product, (&self.whole, self.complex));
         if self.best.as_ref().is_none_or(|b| error < b.error) {
             self.best = Some(Learned { product, error, start, rounds });
         }
+        is_near
     }
 
     /// The best product so far; none before the first [`advance`](Self::advance).
