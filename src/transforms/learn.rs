@@ -305,7 +305,11 @@ impl<'a> Run<'a> {
             }
         };
         self.rounds = Some(rounds);
-        self.polish(rounds);
+        self.polish(rounds, NEAR);
+        if self.error() >= s.tolerance && rounds >= s.rounds {
+            // Of a matrix that is no such product nothing is near.
+            self.polish(rounds, f64::INFINITY);
+        }
         let error = self.error();
         on_progress(Progress { done: s.drawn + s.starts + rounds, total, error });
         Ok(error < s.tolerance || rounds >= s.rounds)
@@ -321,7 +325,7 @@ impl<'a> Run<'a> {
         self.searches.truncate(s.starts.max(1));
         self.backend.fit(&mut self.searches, s, s.fit_steps, |_| ())?;
         for _ in 0..NEARS {
-            if !self.polish(0) || self.error() < s.tolerance {
+            if !self.polish(0, NEAR) || self.error() < s.tolerance {
                 break;
             }
         }
@@ -343,11 +347,12 @@ impl<'a> Run<'a> {
         self.searches.sort_by(|a, b| a.best.1.total_cmp(&b.best.1).then(a.start.cmp(&b.start)));
     }
 
-    /// Polishes the best start that is near and keeps it if it is the best so far; returns whether there was one.
-    fn polish(&mut self, rounds: usize) -> bool {
+    /// Polishes the best start whose error is below `bound` and keeps it if it is the best so far; returns whether there
+    /// was one.
+    fn polish(&mut self, rounds: usize, bound: f64) -> bool {
         self.sort();
         let root = self.searches.first().map_or(1.0, |s| s.now.0.shape().size as f64).sqrt();
-        let near = |s: &&mut Search| s.best.1 < NEAR / root && s.best.1 < FALLS * s.polished;
+        let near = |s: &&mut Search| s.best.1 < bound / root && s.best.1 < FALLS * s.polished;
         // A start whose product L-BFGS could not bring down waits until annealing has found a better one.
         let (product, start, is_near) = match self.searches.iter_mut().find(near) {
             Some(search) => {

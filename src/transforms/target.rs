@@ -19,7 +19,7 @@ pub enum Transform {
     Hartley,
     /// Circular convolution with a filter of `N` normal numbers over `√N`.
     Convolution,
-    /// Values of the first `N` Legendre polynomials at `N` points of [-1, 1], each row of norm 1.
+    /// Values of the first `N` Legendre polynomials at `N` points between -1 and 1, over `√N`.
     Legendre,
     /// Normal numbers over `√N`.
     Random,
@@ -121,20 +121,17 @@ impl Matrix {
     }
 }
 
-/// By Bonnet's recursion `(i + 1) P_{i + 1} = (2i + 1) x P_i - i P_{i - 1}` at `x_j = -1 + 2 j / (N - 1)`.
+/// By Bonnet's recursion `(i + 1) P_{i + 1} = (2i + 1) x P_i - i P_{i - 1}` at `x_j = -1 + 2 (j + 1) / (N + 1)`.
 fn legendre(n: usize) -> Matrix {
-    let x: Vec<f64> = (0..n).map(|j| -1.0 + 2.0 * j as f64 / (n - 1) as f64).collect();
+    let x: Vec<f64> = (0..n).map(|j| -1.0 + 2.0 * (j + 1) as f64 / (n + 1) as f64).collect();
     let mut rows = vec![vec![1.0; n], x.clone()];
     for i in 1..n - 1 {
         let f = i as f64;
         let next = (0..n).map(|j| ((2.0 * f + 1.0) * x[j] * rows[i][j] - f * rows[i - 1][j]) / (f + 1.0)).collect();
         rows.push(next);
     }
-    let unit = |row: Vec<f64>| {
-        let norm = row.iter().map(|v| v * v).sum::<f64>().sqrt();
-        row.into_iter().map(move |v| v / norm)
-    };
-    Matrix { size: n, re: rows.into_iter().take(n).flat_map(unit).collect(), im: None }
+    let scale = 1.0 / (n as f64).sqrt();
+    Matrix { size: n, re: rows.into_iter().take(n).flatten().map(|v| v * scale).collect(), im: None }
 }
 
 #[cfg(test)]
@@ -181,12 +178,7 @@ mod tests {
         let dft = Transform::Dft.matrix(n, 0);
         assert!((dft.im.as_ref().map_or(0.0, |im| im[n + 1]) + (PI / 4.0).sin() / root).abs() < 1e-15);
         assert_eq!(at(Transform::Convolution, 5, 2), at(Transform::Convolution, 3, 0), "circulant");
-        let legendre = Transform::Legendre.matrix(n, 0).re;
-        let x = -1.0 + 2.0 * 3.0 / 7.0;
-        let row = |f: &dyn Fn(f64) -> f64| -> f64 {
-            let all: Vec<f64> = (0..n).map(|j| f(-1.0 + 2.0 * j as f64 / 7.0)).collect();
-            f(x) / all.iter().map(|v| v * v).sum::<f64>().sqrt()
-        };
-        assert!((legendre[3 * n + 3] - row(&|x| (5.0 * x * x * x - 3.0 * x) / 2.0)).abs() < 1e-14);
+        let x = -1.0 + 2.0 * 4.0 / 9.0;
+        assert!((at(Transform::Legendre, 3, 3) - (5.0 * x * x * x - 3.0 * x) / 2.0 / root).abs() < 1e-15);
     }
 }
